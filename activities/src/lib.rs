@@ -1,0 +1,21 @@
+#![doc = include_str!("../README.md")]
+
+pub mod agent;
+pub mod billing;
+pub mod check;
+pub mod commit;
+pub mod deliver;
+pub mod edit;
+pub mod gather;
+pub mod git;
+pub mod implement;
+pub mod index;
+pub mod orchestrator;
+pub mod plan;
+pub mod provider;
+pub mod readme;
+pub mod sandbox;
+pub mod tools;
+pub mod usage;
+pub mod verify;
+pub mod workspace;

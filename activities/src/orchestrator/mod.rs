@@ -1,0 +1,113 @@
+//! Chooses a model for a role, keeps within budget and limits, and makes sure that no finished call is bought twice.
+//!
+//! This file holds the types that activities see.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// Who is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// The large model: asks, plans, verifies, writes the README.
+    Architect,
+    /// The smaller one that edits code.
+    Implementer,
+    /// The cheap one: summaries, subjects.
+    Utility,
+}
+
+/// One turn of a conversation with a model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "role", rename_all = "snake_case")]
+pub enum Message {
+    System {
+        text: String,
+    },
+    User {
+        text: String,
+    },
+    /// What a model answered. `parts` is the provider's own content, verbatim, replayed to the same provider
+    /// (thought signatures live there); another provider gets `text` and `tool_calls`.
+    Model {
+        text: String,
+        tool_calls: Vec<ToolCall>,
+        #[serde(default)]
+        parts: Value,
+        #[serde(default)]
+        provider: String,
+    },
+    /// The result of one tool call; results of one turn follow each other.
+    Tool {
+        call_id: String,
+        name: String,
+        output: String,
+    },
+}
+
+/// A tool that a model may call.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ToolSpec {
+    pub name: String,
+    pub description: String,
+    /// JSON Schema of the arguments object.
+    pub parameters: Value,
+}
+
+/// A call that a model asks for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ToolCall {
+    pub id: String,
+    pub name: String,
+    /// An object; arguments that were not valid JSON arrive as `{"_invalid": "<text>"}`.
+    pub arguments: Value,
+}
+
+/// What an activity asks of a model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Request {
+    pub role: Role,
+    /// `gather`, `plan`, `implement`, `verify`, `readme`, `agent`, …: for routing and the usage row.
+    pub purpose: String,
+    /// Stable prefix first (system, rules, map), then history, then the turn.
+    pub messages: Vec<Message>,
+    #[serde(default)]
+    pub tools: Vec<ToolSpec>,
+    /// The answer must be JSON that satisfies this schema.
+    #[serde(default)]
+    pub output_schema: Option<Value>,
+    pub max_output_tokens: u32,
+}
+
+/// A model's answer, recorded before anything uses it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Reply {
+    pub text: String,
+    /// Present iff the request had an `output_schema`: parsed and valid.
+    #[serde(default)]
+    pub json: Option<Value>,
+    #[serde(default)]
+    pub tool_calls: Vec<ToolCall>,
+    /// To be sent back verbatim in `Message::Model`.
+    #[serde(default)]
+    pub parts: Value,
+    /// Provider that served it: `gemini`, `openrouter`, `openai_compatible`, `rehearsed`.
+    pub provider: String,
+    /// Model that served it. A rehearsed one is called `rehearsed/<name>`.
+    pub model: String,
+    pub tokens_prompt: u64,
+    pub tokens_output: u64,
+}
+
+impl Reply {
+    /// This answer as a turn of the conversation that goes on.
+    #[must_use]
+    pub fn to_message(&self) -> Message {
+        Message::Model {
+            text: self.text.clone(),
+            tool_calls: self.tool_calls.clone(),
+            parts: self.parts.clone(),
+            provider: self.provider.clone(),
+        }
+    }
+}

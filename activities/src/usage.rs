@@ -1,0 +1,104 @@
+//! What a model call consumed, provider-neutral and before price: the one vocabulary that providers, the
+//! orchestrator and billing share. These values travel as the opaque readings of `Context::meter_open` and
+//! `Context::meter_close`, and as `Activity::reserve`.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// Where token counts come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UsageSource {
+    Provider,
+    Lookup,
+    Estimated,
+    #[default]
+    None,
+}
+
+/// Tokens of one call.
+///
+/// # Shape
+/// `tokens_prompt` is all input, the cached part and tool-use prompt included; `tokens_output` is all billed output,
+/// reasoning included.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Usage {
+    pub tokens_prompt: u64,
+    #[serde(default)]
+    pub tokens_cached: u64,
+    #[serde(default)]
+    pub tokens_cache_write: u64,
+    pub tokens_output: u64,
+    #[serde(default)]
+    pub tokens_reasoning: u64,
+    pub source: UsageSource,
+    /// What the provider says it charged, in pico-USD, parsed from its decimal text.
+    #[serde(default)]
+    pub provider_cost_pusd: Option<i64>,
+    /// The provider's own usage object, verbatim.
+    #[serde(default)]
+    pub raw: Value,
+}
+
+/// Reading of `meter_open`: a call is about to be made.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CallOpened {
+    /// `gemini`, `openrouter`, `openai_compatible`, `rehearsed`.
+    pub provider: String,
+    pub model: String,
+    /// `gather`, `plan`, `implement`, `verify`, `readme`, `agent`, …
+    pub purpose: String,
+    /// 64 hex digits.
+    pub request_sha256: String,
+    /// Identifies the key without revealing it: keyed hash, 64 hex digits.
+    pub key_fingerprint: String,
+    /// Last characters of the key for display, at most four; empty for the rehearsed provider.
+    pub key_last4: String,
+    /// Upper estimate of the prompt.
+    pub input_tokens_max: u64,
+    /// Output limit sent with the request.
+    pub output_tokens_max: u64,
+}
+
+/// How a call ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CallState {
+    Succeeded,
+    Failed,
+    /// It may have been served and billed, but its answer was lost.
+    Unknown,
+}
+
+/// Reading of `meter_close`: a call ended.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CallClosed {
+    pub state: CallState,
+    pub model_served: Option<String>,
+    pub provider_request_id: Option<String>,
+    pub http_status: Option<u16>,
+    /// Failure code of a call that did not succeed, for example `transient.rate_limited`.
+    pub error_class: Option<String>,
+    pub finish_reason: Option<String>,
+    pub stream_completed: bool,
+    /// Also present on failed calls that the provider bills (truncated, refused after tokens).
+    pub usage: Option<Usage>,
+}
+
+/// What one attempt may consume at most: `Activity::reserve`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Reserve {
+    pub calls: Vec<PlannedCall>,
+}
+
+/// Calls that an attempt expects to make with one role.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PlannedCall {
+    /// Candidate (provider, model) pairs in order; the dearest bounds the hold.
+    pub candidates: Vec<(String, String)>,
+    pub count: u32,
+    /// Per call.
+    pub input_tokens: u64,
+    /// Per call.
+    pub output_tokens: u64,
+}

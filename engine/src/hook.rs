@@ -1,0 +1,156 @@
+//! The door through which a product takes part in the engine's transactions without the engine knowing why:
+//! a ledger, an audit trail, a quota. The engine hands over opaque JSON and takes back verdicts.
+
+use crate::ids::{AttemptId, RunId};
+use chrono::{DateTime, Utc};
+use futures_util::future::BoxFuture;
+use serde_json::Value;
+use sqlx::PgConnection;
+use std::sync::Arc;
+
+/// One attempt, as a hook sees it.
+#[derive(Clone, Debug)]
+pub struct AttemptRef {
+    pub run_id: RunId,
+    pub attempt_id: AttemptId,
+    pub activity: String,
+    pub path: String,
+    /// 1-based.
+    pub attempt: u32,
+    /// Attributes of the run.
+    pub attributes: Arc<Value>,
+    /// The definition's budget, opaque.
+    pub budget: Arc<Value>,
+    /// The attempt may not run beyond this instant.
+    pub deadline: DateTime<Utc>,
+}
+
+/// How an attempt ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    Succeeded,
+    Failed,
+    TimedOut,
+    Cancelled,
+    /// Its worker died; whoever took the run over says so.
+    Lost,
+    /// It stopped itself because it may not go on until the run is unblocked.
+    Blocked,
+}
+
+/// An attempt that this transition starts.
+#[derive(Clone, Debug)]
+pub struct AttemptStart {
+    pub attempt: AttemptRef,
+    /// `Activity::reserve` of its input.
+    pub reserve: Value,
+}
+
+/// An attempt that this transition ends.
+#[derive(Clone, Debug)]
+pub struct AttemptEnd {
+    pub attempt: AttemptRef,
+    pub outcome: Outcome,
+}
+
+/// The metered part of one accepted transition: ends come before starts.
+#[derive(Clone, Debug)]
+pub struct Transition {
+    /// Position in the batch; refusals name it.
+    pub ord: usize,
+    pub run_id: RunId,
+    pub ended: Vec<AttemptEnd>,
+    pub started: Vec<AttemptStart>,
+}
+
+/// The hook will not let this transition start its attempts.
+#[derive(Clone, Debug)]
+pub struct Refusal {
+    pub ord: usize,
+    /// A code such as `credits`; the run waits under this name.
+    pub reason: String,
+    /// For people: what is missing and what helps.
+    pub message: String,
+}
+
+/// Whether an outside call is about to be made or has been.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    Open,
+    Close,
+}
+
+/// A reading of consumption, keyed by the outside call.
+#[derive(Clone, Debug)]
+pub struct Reading<'a> {
+    pub key: &'a str,
+    pub phase: Phase,
+    pub body: &'a Value,
+}
+
+/// The hook's answer to a reading.
+#[derive(Clone, Debug)]
+pub enum Verdict {
+    Accepted,
+    /// Only in answer to [`Phase::Open`]: the call may not be made. The transaction is rolled back.
+    Refused {
+        reason: String,
+        message: String,
+    },
+}
+
+/// Why a hook could not do its work.
+#[derive(Debug, thiserror::Error)]
+pub enum HookError {
+    #[error(transparent)]
+    Sql(#[from] sqlx::Error),
+    /// A rule of the product is broken: the run is quarantined.
+    #[error("invariant broken: {0}")]
+    Invariant(String),
+}
+
+/// Takes part in the engine's transactions.
+///
+/// # Transaction
+/// Both methods run inside an open transaction of the engine, last in it, and cannot commit. They must be
+/// idempotent: after a lost answer the same transition is sent again. Lock order: worker → run → the hook's rows.
+pub trait TransitionHook: Send + Sync + 'static {
+    /// Sees the accepted transitions of a batch that start or end attempts of metered activities.
+    ///
+    /// Returns the transitions whose starts it refuses. If there are any, the whole transaction is rolled back and
+    /// the batch is sent again without them; each refused run then records its ends and waits.
+    fn apply<'a>(
+        &'a self,
+        conn: &'a mut PgConnection,
+        transitions: &'a [Transition],
+    ) -> BoxFuture<'a, Result<Vec<Refusal>, HookError>>;
+
+    /// Sees a reading of a running (or already ended) attempt.
+    fn meter<'a>(
+        &'a self,
+        conn: &'a mut PgConnection,
+        attempt: &'a AttemptRef,
+        reading: Reading<'a>,
+    ) -> BoxFuture<'a, Result<Verdict, HookError>>;
+}
+
+/// A hook that accepts everything and records nothing.
+pub struct NoHook;
+
+impl TransitionHook for NoHook {
+    fn apply<'a>(
+        &'a self,
+        _conn: &'a mut PgConnection,
+        _transitions: &'a [Transition],
+    ) -> BoxFuture<'a, Result<Vec<Refusal>, HookError>> {
+        Box::pin(async { Ok(Vec::new()) })
+    }
+    fn meter<'a>(
+        &'a self,
+        _conn: &'a mut PgConnection,
+        _attempt: &'a AttemptRef,
+        _reading: Reading<'a>,
+    ) -> BoxFuture<'a, Result<Verdict, HookError>> {
+        Box::pin(async { Ok(Verdict::Accepted) })
+    }
+}

@@ -1,0 +1,170 @@
+//! What people and programs see of a run: pure data, folded from its history. Read models are built from these
+//! and never read back by a decision.
+
+use crate::{
+    failure::Failure,
+    ids::{DefinitionHash, RunId},
+};
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// Status of a run. `Pending` is a run that nobody has claimed yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RunStatus {
+    Pending,
+    Running,
+    Paused,
+    /// The body is being stopped, or `finally` runs after a failure or a cancel.
+    Cancelling,
+    Completed,
+    Failed,
+    Cancelled,
+    /// Ended at once by an operator, without `finally`.
+    Terminated,
+    /// An invariant broke; an operator decides.
+    Quarantined,
+}
+
+impl RunStatus {
+    /// Whether nothing will happen to the run any more.
+    #[must_use]
+    pub fn is_closed(self) -> bool {
+        matches!(self, Self::Completed | Self::Failed | Self::Cancelled | Self::Terminated)
+    }
+    /// As in SQL, JSON and chat.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Pending => "pending",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Cancelling => "cancelling",
+            Self::Completed => "completed",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+            Self::Terminated => "terminated",
+            Self::Quarantined => "quarantined",
+        }
+    }
+    /// The inverse of [`Self::as_str`].
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        [
+            Self::Pending,
+            Self::Running,
+            Self::Paused,
+            Self::Cancelling,
+            Self::Completed,
+            Self::Failed,
+            Self::Cancelled,
+            Self::Terminated,
+            Self::Quarantined,
+        ]
+        .into_iter()
+        .find(|s| s.as_str() == text)
+    }
+}
+
+/// Something that a run waits for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Waiting {
+    /// A signal from a person or a program.
+    Signal {
+        path: String,
+        signal: String,
+        show: Option<String>,
+        form: Option<Value>,
+        to: Vec<String>,
+        deadline: DateTime<Utc>,
+    },
+    /// An approval: answer with `Client::approve` under the step's id.
+    Approval { path: String, step: String, show: Option<String>, to: Vec<String>, deadline: DateTime<Utc> },
+    /// A `wait` step.
+    Timer { path: String, until: DateTime<Utc> },
+    /// The next attempt of a failed activity.
+    Retry { path: String, until: DateTime<Utc>, failure: Failure },
+    /// Something outside, such as credits.
+    Blocked { path: String, reason: String, message: String },
+    /// A child run.
+    Child { path: String, run_id: RunId },
+    /// A worker with room, or one that offers the activity.
+    Queued { path: String, activity: String },
+}
+
+/// An attempt that runs now.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LiveAttempt {
+    pub path: String,
+    pub activity: String,
+    /// 1-based.
+    pub attempt: u32,
+    pub started_at: DateTime<Utc>,
+    /// Newest heartbeat's progress, `null` if there was none.
+    pub progress: Value,
+}
+
+/// One node of the run's tree that has begun, in order of the definition; finished blocks are folded into one node.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NodeView {
+    pub path: String,
+    /// Step id.
+    pub step: String,
+    /// `running`, `waiting`, `succeeded`, `failed`, `recovered`, `skipped`, `cancelled`.
+    pub status: String,
+    /// For `foreach`: ended items and all items; for `repeat`: round and its maximum.
+    pub done: Option<u32>,
+    pub total: Option<u32>,
+    pub output: Option<Value>,
+    pub failure: Option<Failure>,
+}
+
+/// A run, as read.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RunView {
+    pub run_id: RunId,
+    pub workflow: String,
+    pub definition: DefinitionHash,
+    pub workflow_id: Option<String>,
+    pub status: RunStatus,
+    /// Number of transitions so far; also the newest history row.
+    pub seq: u64,
+    pub attributes: Value,
+    pub inputs: Value,
+    pub started_at: DateTime<Utc>,
+    pub closed_at: Option<DateTime<Utc>>,
+    pub output: Option<Value>,
+    pub failure: Option<Failure>,
+    pub waiting: Vec<Waiting>,
+    pub live: Vec<LiveAttempt>,
+    pub nodes: Vec<NodeView>,
+}
+
+/// A row of a list of runs.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RunSummary {
+    pub run_id: RunId,
+    pub workflow: String,
+    pub workflow_id: Option<String>,
+    pub status: RunStatus,
+    /// Why it is parked, empty when it is not: `signal`, `approval`, `timer`, `credits`, …
+    pub waiting: Option<String>,
+    pub attributes: Value,
+    pub seq: u64,
+    pub started_at: DateTime<Utc>,
+    pub closed_at: Option<DateTime<Utc>>,
+}
+
+/// One transition of a run.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct HistoryRow {
+    /// 1, 2, 3 … without gaps.
+    pub seq: u64,
+    pub epoch: u64,
+    pub format: u16,
+    /// Each is an object with a `type` and its fields; see `event`.
+    pub events: Vec<Value>,
+    pub at: DateTime<Utc>,
+}

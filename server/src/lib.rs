@@ -1,0 +1,10 @@
+#![doc = include_str!("../README.md")]
+
+pub mod app;
+pub mod cli;
+pub mod config;
+pub mod postgres;
+pub mod read;
+pub mod rest;
+pub mod telegram;
+pub mod telemetry;
