@@ -1,1 +1,588 @@
+//! CEL in its cage: the condition and data language of definitions.
+//!
+//! The crate behind it has no step limit and can exhaust the stack, so nothing reaches it before the caps below:
+//! source length, bracket nesting, node count, depth, comprehension nesting, list sizes. Parsing and evaluation run on a
+//! stack of their own. Integers from JSON are bound as signed. Figures behind the caps: the crate needs 96 nested
+//! brackets to fail on 2 MiB in release and 12 in debug; three nested `all()` over 300 elements ran past a minute.
 
+use super::Expr;
+use crate::failure::Failure;
+use cel::{
+    Context, Env, ExecutionError, Program, Value as Cel,
+    common::ast::{CallExpr, EntryExpr, Expr as Ast, IdedExpr, LiteralValue, SelectExpr, operators},
+    objects::{Key, Map},
+    parser::Macro,
+};
+use serde_json::{Number, Value};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::{Arc, LazyLock, Mutex},
+};
+
+/// Longest source, in bytes.
+pub const SOURCE_BYTES_MAX: usize = 1024;
+/// Deepest bracket nesting in the source.
+pub const NESTING_MAX: usize = 24;
+/// Most nodes of the syntax tree after macro expansion.
+pub const NODES_MAX: usize = 512;
+/// Deepest syntax tree.
+pub const DEPTH_MAX: usize = 64;
+/// Comprehensions inside comprehensions.
+pub const COMPREHENSIONS_MAX: usize = 2;
+/// Longest list that a comprehension may walk; two nested make a million steps.
+pub const LIST_MAX: usize = 1000;
+/// Stack for parsing and evaluation, in bytes. Debug frames of the parser are large.
+const STACK_BYTES: usize = 16 << 20;
+/// Compiled programs kept; the cache is emptied when it is full.
+const CACHE_MAX: usize = 4096;
+
+/// Functions beside CEL's own; `default` is a macro.
+pub const FUNCTIONS: &[&str] = &[
+    "to_json",
+    "from_json",
+    "default",
+    "join",
+    "split",
+    "lower",
+    "upper",
+    "trim",
+    "slice",
+    "unique",
+    "sort",
+    "sum",
+    "min",
+    "max",
+    "glob",
+];
+
+/// What an expression refers to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct References {
+    /// Dotted paths from their root, for example `["steps", "plan", "output"]`; a path ends where an index or a call begins.
+    pub variables: Vec<Vec<String>>,
+    /// Names of called functions, operators excluded.
+    pub functions: Vec<String>,
+}
+
+/// Why an expression is not accepted. `line` and `column` are 1-based inside the expression.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct ExprError {
+    pub message: String,
+    pub line: u32,
+    pub column: u32,
+}
+
+impl ExprError {
+    fn whole(message: impl Into<String>) -> Self {
+        Self { message: message.into(), line: 1, column: 1 }
+    }
+}
+
+/// Where names come from during evaluation.
+pub trait Scope {
+    /// The value of a root name. `wanted` holds the paths below it that the expression reads, so that a large root need
+    /// not be built whole. `None` if the name does not exist.
+    fn root(&self, name: &str, wanted: &[&[String]]) -> Option<Value>;
+}
+
+impl Scope for serde_json::Map<String, Value> {
+    fn root(&self, name: &str, _wanted: &[&[String]]) -> Option<Value> {
+        self.get(name).cloned()
+    }
+}
+
+struct Compiled {
+    program: Program,
+    references: References,
+}
+
+static ENV: LazyLock<Arc<Env>> = LazyLock::new(|| {
+    let mut env = Env::stdlib();
+    env.add_macro(default_macro()).expect("no other macro is called default");
+    Arc::new(env)
+});
+
+static CACHE: LazyLock<Mutex<HashMap<String, Arc<Compiled>>>> = LazyLock::new(Mutex::default);
+
+/// Parses an expression and lists what it refers to.
+///
+/// # Errors
+/// A syntax error with its place, or a cap that is exceeded.
+pub fn check(expr: &Expr) -> Result<References, ExprError> {
+    compile(&expr.0).map(|compiled| compiled.references.clone())
+}
+
+/// Evaluates an expression.
+///
+/// # Errors
+/// Permanent failures: `expr.missing` (a name or field does not exist), `expr.type`, `expr.overflow`, `expr.cost`,
+/// `expr.syntax`.
+pub fn evaluate(expr: &Expr, scope: &dyn Scope) -> Result<Value, Failure> {
+    let compiled =
+        compile(&expr.0).map_err(|e| Failure::permanent("expr.syntax", format!("{} in `{}`", e.message, expr.0)))?;
+    let mut context = Context::with_env(ENV.clone());
+    add_functions(&mut context);
+    let roots: BTreeSet<&str> =
+        compiled.references.variables.iter().filter_map(|p| p.first().map(String::as_str)).collect();
+    for root in roots {
+        let wanted: Vec<&[String]> =
+            compiled.references.variables.iter().filter(|p| p[0] == root).map(|p| &p[1..]).collect();
+        if let Some(value) = scope.root(root, &wanted) {
+            context.add_variable_from_value(root, to_cel(&value));
+        }
+    }
+    let result = stacker::grow(STACK_BYTES, || compiled.program.execute(&context));
+    let value = result.map_err(|error| execution_failure(&error, expr))?;
+    from_cel(&value)
+        .ok_or_else(|| Failure::permanent("expr.type", format!("`{}` yields a value without a JSON form", expr.0)))
+}
+
+/// Evaluates a condition.
+///
+/// # Errors
+/// As [`evaluate`]; `expr.type` if the result is not a boolean.
+pub fn condition(expr: &Expr, scope: &dyn Scope) -> Result<bool, Failure> {
+    match evaluate(expr, scope)? {
+        Value::Bool(b) => Ok(b),
+        other => Err(Failure::permanent(
+            "expr.type",
+            format!("`{}` is {}, a condition needs true or false", expr.0, type_name(&other)),
+        )),
+    }
+}
+
+/// Name of a JSON type for messages.
+#[must_use]
+pub fn type_name(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "text",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}
+
+fn compile(source: &str) -> Result<Arc<Compiled>, ExprError> {
+    if let Some(found) = CACHE.lock().expect("no panic while held").get(source) {
+        return Ok(found.clone());
+    }
+    if source.len() > SOURCE_BYTES_MAX {
+        return Err(ExprError::whole(format!("longer than {SOURCE_BYTES_MAX} bytes")));
+    }
+    scan(source)?;
+    let program = stacker::grow(STACK_BYTES, || ENV.compile(source)).map_err(|errors| {
+        let first = errors.errors.first();
+        let (line, column) = first.map_or((1, 1), |e| e.pos);
+        ExprError {
+            message: first.map_or_else(|| "not an expression".to_owned(), |e| plain_message(&e.msg)),
+            line: u32::try_from(line.max(1)).unwrap_or(1),
+            column: u32::try_from(column.max(1)).unwrap_or(1),
+        }
+    })?;
+    let mut survey = Survey::default();
+    stacker::grow(STACK_BYTES, || survey.visit(program.expression(), 0, 0, &[]))?;
+    survey.references.variables.sort();
+    survey.references.variables.dedup();
+    survey.references.functions.sort();
+    survey.references.functions.dedup();
+    let compiled = Arc::new(Compiled { program, references: survey.references });
+    let mut cache = CACHE.lock().expect("no panic while held");
+    if cache.len() >= CACHE_MAX {
+        cache.clear();
+    }
+    cache.insert(source.to_owned(), compiled.clone());
+    Ok(compiled)
+}
+
+/// The parser's wording is its generator's; the first line is the useful part.
+fn plain_message(text: &str) -> String {
+    text.lines().next().unwrap_or("not an expression").trim_start_matches("Syntax error: ").to_owned()
+}
+
+/// Refuses what would exhaust the parser before it sees it: deep brackets, long rows of unary operators.
+fn scan(source: &str) -> Result<(), ExprError> {
+    let (mut depth, mut unary, mut quote) = (0usize, 0usize, None);
+    let mut chars = source.chars().peekable();
+    while let Some(c) = chars.next() {
+        if let Some(q) = quote {
+            match c {
+                '\\' => drop(chars.next()),
+                c if c == q => quote = None,
+                _ => {}
+            }
+            continue;
+        }
+        match c {
+            '"' | '\'' => quote = Some(c),
+            '(' | '[' | '{' => depth += 1,
+            ')' | ']' | '}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        unary = if matches!(c, '!' | '-') {
+            unary + 1
+        } else if c.is_whitespace() {
+            unary
+        } else {
+            0
+        };
+        if depth > NESTING_MAX {
+            return Err(ExprError::whole(format!("brackets nested deeper than {NESTING_MAX}")));
+        }
+        if unary > 64 {
+            return Err(ExprError::whole("more than 64 unary operators in a row"));
+        }
+    }
+    Ok(())
+}
+
+/// Walks the syntax tree once: counts, caps, references.
+#[derive(Default)]
+struct Survey {
+    nodes: usize,
+    references: References,
+}
+
+impl Survey {
+    fn visit(&mut self, node: &IdedExpr, depth: usize, loops: usize, locals: &[String]) -> Result<(), ExprError> {
+        self.nodes += 1;
+        if self.nodes > NODES_MAX || depth > DEPTH_MAX {
+            return Err(ExprError::whole(format!("larger than {NODES_MAX} nodes or deeper than {DEPTH_MAX}")));
+        }
+        if let Some(path) = name_path(&node.expr) {
+            if !locals.contains(&path[0]) {
+                self.references.variables.push(path);
+            }
+            return Ok(());
+        }
+        match &node.expr {
+            Ast::Call(call) => {
+                if call.func_name.starts_with(|c: char| c.is_ascii_alphabetic()) {
+                    self.references.functions.push(call.func_name.clone());
+                }
+                if let Some(target) = &call.target {
+                    self.visit(target, depth + 1, loops, locals)?;
+                }
+                call.args.iter().try_for_each(|a| self.visit(a, depth + 1, loops, locals))
+            }
+            Ast::Comprehension(c) => {
+                if loops + 1 > COMPREHENSIONS_MAX {
+                    return Err(ExprError::whole(format!("comprehensions nested deeper than {COMPREHENSIONS_MAX}")));
+                }
+                self.visit(&c.iter_range, depth + 1, loops, locals)?;
+                let mut inner = locals.to_vec();
+                inner.push(c.iter_var.clone());
+                inner.extend(c.iter_var2.clone());
+                inner.push(c.accu_var.clone());
+                for part in [&c.accu_init, &c.loop_cond, &c.loop_step, &c.result] {
+                    self.visit(part, depth + 1, loops + 1, &inner)?;
+                }
+                Ok(())
+            }
+            Ast::List(list) => list.elements.iter().try_for_each(|e| self.visit(e, depth + 1, loops, locals)),
+            Ast::Select(select) => {
+                // `has(a.b)`: the root is read, the tested field may be absent.
+                self.visit(&select.operand, depth + 1, loops, locals)
+            }
+            Ast::Map(map) => map.entries.iter().try_for_each(|e| match &e.expr {
+                EntryExpr::MapEntry(entry) => {
+                    self.visit(&entry.key, depth + 1, loops, locals)?;
+                    self.visit(&entry.value, depth + 1, loops, locals)
+                }
+                EntryExpr::StructField(field) => self.visit(&field.value, depth + 1, loops, locals),
+            }),
+            Ast::Struct(_) => Err(ExprError::whole("typed literals are not part of this language")),
+            Ast::Ident(_) | Ast::Literal(_) | Ast::Unspecified => Ok(()),
+        }
+    }
+}
+
+/// `a.b.c` as its segments; `None` for anything but selections on an identifier.
+fn name_path(expr: &Ast) -> Option<Vec<String>> {
+    match expr {
+        Ast::Ident(name) => Some(vec![name.clone()]),
+        Ast::Select(SelectExpr { operand, field, test: false }) => {
+            let mut path = name_path(&operand.expr)?;
+            path.push(field.clone());
+            Some(path)
+        }
+        _ => None,
+    }
+}
+
+/// `default(a.b, y)` is `has(a.b) && a.b != null ? a.b : y`.
+fn default_macro() -> Macro {
+    Macro::global("default", 2, |helper, _target, args| {
+        let Some(IdedExpr { expr: Ast::Select(select), .. }) = args.first() else { return Ok(None) };
+        let test = Ast::Select(SelectExpr { operand: select.operand.clone(), field: select.field.clone(), test: true });
+        let otherwise = args.pop().expect("two arguments");
+        let value = args.pop().expect("two arguments");
+        let call = |name: &str, args| Ast::Call(CallExpr { func_name: name.to_owned(), target: None, args });
+        let has = helper.next_expr(test);
+        let null = helper.next_expr(Ast::Literal(LiteralValue::Null));
+        let present = helper.next_expr(call(operators::NOT_EQUALS, vec![value.clone(), null]));
+        let guard = helper.next_expr(call(operators::LOGICAL_AND, vec![has, present]));
+        Ok(Some(helper.next_expr(call(operators::CONDITIONAL, vec![guard, value, otherwise]))))
+    })
+}
+
+fn execution_failure(error: &ExecutionError, expr: &Expr) -> Failure {
+    let (code, message) = match error {
+        ExecutionError::NoSuchKey(key) => ("expr.missing", format!("there is no `{key}`")),
+        ExecutionError::UndeclaredReference(name) => ("expr.missing", format!("there is no `{name}` here")),
+        ExecutionError::IndexOutOfBounds(_) => ("expr.missing", "the index is out of bounds".to_owned()),
+        ExecutionError::Overflow(op, ..) => ("expr.overflow", format!("overflow in `{op}`")),
+        ExecutionError::DivisionByZero(_) | ExecutionError::RemainderByZero(_) => {
+            ("expr.overflow", "division by zero".to_owned())
+        }
+        ExecutionError::FunctionError { function, message } if message.starts_with("limit:") => {
+            ("expr.cost", format!("{function}: {message}"))
+        }
+        // Other errors print whole values; only their kind is told.
+        other => ("expr.type", other.to_string().chars().take(200).collect()),
+    };
+    Failure::permanent(code, format!("{message} in `{}`", expr.0))
+}
+
+/// JSON to CEL. Whole numbers become signed integers, so that `inputs.max + 1` works.
+fn to_cel(value: &Value) -> Cel {
+    match value {
+        Value::Null => Cel::Null,
+        Value::Bool(b) => Cel::Bool(*b),
+        Value::Number(n) => n.as_i64().map_or_else(|| Cel::Float(n.as_f64().unwrap_or(f64::NAN)), Cel::Int),
+        Value::String(s) => Cel::String(Arc::new(s.clone())),
+        Value::Array(items) => Cel::List(Arc::new(items.iter().map(to_cel).collect())),
+        Value::Object(map) => Cel::Map(Map {
+            map: Arc::new(map.iter().map(|(k, v)| (Key::String(Arc::new(k.clone())), to_cel(v))).collect()),
+        }),
+    }
+}
+
+fn from_cel(value: &Cel) -> Option<Value> {
+    Some(match value {
+        Cel::Null => Value::Null,
+        Cel::Bool(b) => Value::Bool(*b),
+        Cel::Int(i) => Value::from(*i),
+        Cel::UInt(u) => Value::from(*u),
+        Cel::Float(f) => Value::Number(Number::from_f64(*f)?),
+        Cel::String(s) => Value::String(s.to_string()),
+        Cel::List(items) => Value::Array(items.iter().map(from_cel).collect::<Option<_>>()?),
+        Cel::Map(map) => {
+            // Sorted: the map behind it is hashed, and equal values must have equal texts.
+            let sorted: BTreeMap<String, Value> = map
+                .map
+                .iter()
+                .map(|(key, value)| {
+                    let key = match key {
+                        Key::String(s) => s.to_string(),
+                        Key::Int(i) => i.to_string(),
+                        Key::Uint(u) => u.to_string(),
+                        Key::Bool(b) => b.to_string(),
+                    };
+                    Some((key, from_cel(value)?))
+                })
+                .collect::<Option<_>>()?;
+            Value::Object(sorted.into_iter().collect())
+        }
+        _ => return None,
+    })
+}
+
+/// The functions beside CEL's own. Each is bounded by its input.
+fn add_functions(context: &mut Context<'_, '_>) {
+    type Texts = Arc<String>;
+    type List = Arc<Vec<Cel>>;
+    fn fail(function: &str, message: impl ToString) -> ExecutionError {
+        ExecutionError::function_error(function, message)
+    }
+    fn number(function: &str, value: &Cel) -> Result<f64, ExecutionError> {
+        match value {
+            #[expect(clippy::cast_precision_loss, reason = "only for ordering; sums of integers stay integers")]
+            Cel::Int(i) => Ok(*i as f64),
+            Cel::Float(f) => Ok(*f),
+            _ => Err(fail(function, "needs numbers")),
+        }
+    }
+    let added = [
+        context.add_function("to_json", |value: Cel| -> Result<Cel, ExecutionError> {
+            let json = from_cel(&value).ok_or_else(|| fail("to_json", "no JSON form"))?;
+            Ok(Cel::String(Arc::new(json.to_string())))
+        }),
+        context.add_function("from_json", |text: Texts| -> Result<Cel, ExecutionError> {
+            serde_json::from_str::<Value>(&text).map(|v| to_cel(&v)).map_err(|e| fail("from_json", e))
+        }),
+        context.add_function("join", |list: List, by: Texts| -> Result<Cel, ExecutionError> {
+            let parts: Option<Vec<&str>> =
+                list.iter().map(|v| if let Cel::String(s) = v { Some(s.as_str()) } else { None }).collect();
+            Ok(Cel::String(Arc::new(parts.ok_or_else(|| fail("join", "needs a list of text"))?.join(&by))))
+        }),
+        context.add_function("split", |text: Texts, by: Texts| -> Cel {
+            Cel::List(Arc::new(text.split(by.as_str()).map(|s| Cel::String(Arc::new(s.to_owned()))).collect()))
+        }),
+        context.add_function("lower", |text: Texts| -> Cel { Cel::String(Arc::new(text.to_lowercase())) }),
+        context.add_function("upper", |text: Texts| -> Cel { Cel::String(Arc::new(text.to_uppercase())) }),
+        context.add_function("trim", |text: Texts| -> Cel { Cel::String(Arc::new(text.trim().to_owned())) }),
+        context.add_function("slice", |list: List, from: i64, to: i64| -> Cel {
+            let len = list.len();
+            let end = usize::try_from(to).unwrap_or(0).min(len);
+            let start = usize::try_from(from).unwrap_or(0).min(end);
+            Cel::List(Arc::new(list[start..end].to_vec()))
+        }),
+        context.add_function("unique", |list: List| -> Result<Cel, ExecutionError> {
+            if list.len() > LIST_MAX {
+                return Err(fail("unique", format!("limit: at most {LIST_MAX} items")));
+            }
+            let mut out: Vec<Cel> = Vec::new();
+            for item in list.iter() {
+                if !out.contains(item) {
+                    out.push(item.clone());
+                }
+            }
+            Ok(Cel::List(Arc::new(out)))
+        }),
+        context.add_function("sort", |list: List| -> Result<Cel, ExecutionError> {
+            let mut out = list.to_vec();
+            let mut comparable = true;
+            out.sort_by(|a, b| {
+                a.partial_cmp(b).unwrap_or_else(|| {
+                    comparable = false;
+                    std::cmp::Ordering::Equal
+                })
+            });
+            if comparable { Ok(Cel::List(Arc::new(out))) } else { Err(fail("sort", "items cannot be compared")) }
+        }),
+        context.add_function("sum", |list: List| -> Result<Cel, ExecutionError> {
+            if list.iter().all(|v| matches!(v, Cel::Int(_))) {
+                let total = list.iter().try_fold(0i64, |acc, v| match v {
+                    Cel::Int(i) => acc.checked_add(*i),
+                    _ => None,
+                });
+                return total.map(Cel::Int).ok_or_else(|| fail("sum", "overflow"));
+            }
+            list.iter().map(|v| number("sum", v)).sum::<Result<f64, _>>().map(Cel::Float)
+        }),
+        context.add_function("min", |list: List| pick(&list, "min", |a, b| a < b, number)),
+        context.add_function("max", |list: List| pick(&list, "max", |a, b| a > b, number)),
+        context.add_function("glob", |text: Texts, pattern: Texts| -> bool { glob(&text, &pattern) }),
+    ];
+    debug_assert!(added.iter().all(Result::is_ok), "a function name collides with CEL's own");
+}
+
+fn pick(
+    list: &[Cel],
+    function: &str,
+    better: fn(f64, f64) -> bool,
+    number: fn(&str, &Cel) -> Result<f64, ExecutionError>,
+) -> Result<Cel, ExecutionError> {
+    let mut best: Option<(&Cel, f64)> = None;
+    for item in list {
+        let value = number(function, item)?;
+        if best.is_none_or(|(_, b)| better(value, b)) {
+            best = Some((item, value));
+        }
+    }
+    best.map(|(item, _)| item.clone()).ok_or_else(|| ExecutionError::function_error(function, "the list is empty"))
+}
+
+/// `*` any run of characters, `?` one character. Linear in time: the last star is the only place to go back to.
+#[must_use]
+pub fn glob(text: &str, pattern: &str) -> bool {
+    let (t, p): (Vec<char>, Vec<char>) = (text.chars().collect(), pattern.chars().collect());
+    let (mut i, mut j, mut star) = (0, 0, None);
+    while i < t.len() {
+        if j < p.len() && (p[j] == '?' || (p[j] != '*' && p[j] == t[i])) {
+            i += 1;
+            j += 1;
+        } else if j < p.len() && p[j] == '*' {
+            star = Some((j, i));
+            j += 1;
+        } else if let Some((at, from)) = star {
+            star = Some((at, from + 1));
+            i = from + 1;
+            j = at + 1;
+        } else {
+            return false;
+        }
+    }
+    p[j..].iter().all(|c| *c == '*')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn eval(source: &str) -> Result<Value, String> {
+        let scope = json!({
+            "inputs": {"max": 5, "f": 1.5, "name": "Ada", "none": null},
+            "steps": {"plan": {"output": {"todo": [{"id": "a"}, {"id": "b"}]}}},
+        });
+        evaluate(&Expr(source.into()), scope.as_object().expect("object")).map_err(|f| f.code)
+    }
+
+    #[test]
+    fn values() {
+        for (source, expected) in [
+            ("inputs.max + 1", json!(6)),
+            ("inputs.f * 2.0", json!(3.0)),
+            ("inputs.name == 'Ada' ? {} : 1", json!({})),
+            ("steps.plan.output.todo.map(t, t.id)", json!(["a", "b"])),
+            ("default(inputs.absent, 'x')", json!("x")),
+            ("default(inputs.none, 'x')", json!("x")),
+            ("default(inputs.name, 'x')", json!("Ada")),
+            ("has(inputs.absent)", json!(false)),
+            ("join(['a','b'], '-') + upper('c')", json!("a-bC")),
+            ("sum([1,2,3]) + max([4,9])", json!(15)),
+            ("sort(unique([3,1,3]))", json!([1, 3])),
+            ("glob('src/main.rs', 'src/*.rs')", json!(true)),
+            ("slice([1,2,3], 1, 9)", json!([2, 3])),
+            ("from_json(to_json({'a': [1]})).a[0]", json!(1)),
+        ] {
+            assert_eq!(eval(source), Ok(expected), "{source}");
+        }
+    }
+
+    #[test]
+    fn failures_have_codes() {
+        for (source, code) in [
+            ("inputs.absent", "expr.missing"),
+            ("nowhere.x", "expr.missing"),
+            ("inputs.max / 0", "expr.overflow"),
+            ("inputs.name + 1", "expr.type"),
+            ("1 +", "expr.syntax"),
+        ] {
+            assert_eq!(eval(source), Err(code.into()), "{source}");
+        }
+    }
+
+    #[test]
+    fn hostile_expressions_are_refused_and_do_not_abort() {
+        let deep = format!("{}1{}", "(".repeat(200), ")".repeat(200));
+        let chain = vec!["1"; 400].join("+");
+        let loops = "[1].all(a, [1].all(b, [1].all(c, true)))".to_owned();
+        let motif = "\u{0}[{(".repeat(31);
+        for source in [deep, chain, loops, motif, "!".repeat(500) + "true", "x".repeat(2000)] {
+            assert!(check(&Expr(source.clone())).is_err(), "{}", &source[..20.min(source.len())]);
+        }
+    }
+
+    #[test]
+    fn references_exclude_loop_variables() {
+        let found = check(&Expr("steps.plan.output.todo.filter(t, t.id != inputs.name)[0]".into())).expect("valid");
+        assert_eq!(
+            found.variables,
+            vec![
+                vec!["inputs".to_owned(), "name".into()],
+                vec!["steps".into(), "plan".into(), "output".into(), "todo".into()],
+            ]
+        );
+    }
+
+    #[test]
+    fn syntax_errors_have_a_place() {
+        let error = check(&Expr("inputs.a ==\n  == 2".into())).expect_err("invalid");
+        assert_eq!(error.line, 2, "{error:?}");
+    }
+}
