@@ -19,3 +19,8 @@ pub mod tools;
 pub mod usage;
 pub mod verify;
 pub mod workspace;
+
+use loopwright_engine::Migration;
+
+/// Every migration of the product, in order.
+pub const MIGRATIONS: &[Migration] = &[loopwright_engine::MIGRATIONS[0]];

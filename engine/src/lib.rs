@@ -11,8 +11,14 @@ pub mod view;
 pub mod activity;
 #[cfg(feature = "runtime")]
 pub mod client;
+#[cfg(feature = "embedded")]
+pub mod embedded;
 #[cfg(feature = "runtime")]
 pub mod hook;
+#[cfg(feature = "runtime")]
+pub mod migrate;
 
 pub use error::{Error, Result};
 pub use failure::{Failure, FailureKind};
+#[cfg(feature = "runtime")]
+pub use migrate::{MIGRATIONS, Migration};
