@@ -25,18 +25,7 @@ pub struct AttemptRef {
     pub deadline: DateTime<Utc>,
 }
 
-/// How an attempt ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    Succeeded,
-    Failed,
-    TimedOut,
-    Cancelled,
-    /// Its worker died; whoever took the run over says so.
-    Lost,
-    /// It stopped itself because it may not go on until the run is unblocked.
-    Blocked,
-}
+pub use crate::event::Outcome;
 
 /// An attempt that this transition starts.
 #[derive(Clone, Debug)]

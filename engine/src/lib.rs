@@ -2,8 +2,10 @@
 
 pub mod definition;
 pub mod error;
+pub mod event;
 pub mod failure;
 pub mod ids;
+pub mod machine;
 pub mod signature;
 pub mod view;
 

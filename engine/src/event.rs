@@ -1,0 +1,263 @@
+//! The records of a history. One row of history holds the events of one transition; folding them all, in order,
+//! gives the state of the run. Past tense, numbered format: a changed meaning is a new variant or a new [`FORMAT`].
+
+use crate::{
+    failure::Failure,
+    ids::{AttemptId, RunId},
+};
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::collections::BTreeMap;
+
+/// Number of this event vocabulary; stored with every row.
+pub const FORMAT: u16 = 1;
+
+/// How an attempt ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    Succeeded,
+    Failed,
+    TimedOut,
+    Cancelled,
+    /// Its worker died or handed it back; the next attempt continues from its checkpoints.
+    Lost,
+    /// It stopped itself until the run is unblocked.
+    Blocked,
+}
+
+/// How a step ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StepStatus {
+    Succeeded,
+    Failed,
+    /// A `catch` handler took the failure.
+    Recovered,
+    Skipped,
+    Cancelled,
+}
+
+/// What a step looks like when it has just begun: everything that was evaluated, so that nothing is evaluated twice.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Opened {
+    Activity {
+        activity: String,
+        input: Value,
+        /// (from attempt, replaced inputs), ascending.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        overrides: Vec<(u32, serde_json::Map<String, Value>)>,
+        queue_deadline: DateTime<Utc>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        total_deadline: Option<DateTime<Utc>>,
+    },
+    Group,
+    Switch {
+        case: usize,
+    },
+    Parallel {
+        branches: Vec<String>,
+    },
+    Foreach {
+        keys: Vec<String>,
+        items: Vec<Value>,
+    },
+    Repeat,
+    Wait {
+        until: DateTime<Utc>,
+    },
+    Await {
+        signal: String,
+        deadline: DateTime<Utc>,
+        show: Option<String>,
+    },
+    Call {
+        child: RunId,
+        workflow: String,
+        inputs: Value,
+        /// Definition hash, hex.
+        definition: String,
+        /// Cancelled with its parent.
+        propagate: bool,
+    },
+}
+
+/// Why the body of a run stops.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Ending {
+    /// It came to its end, or a `finish` step said so.
+    Completed {
+        output: Value,
+    },
+    Failed {
+        failure: Failure,
+    },
+    Cancelled {
+        reason: String,
+    },
+}
+
+/// One recorded fact.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum Event {
+    RunStarted {
+        inputs: Value,
+        env: BTreeMap<String, Value>,
+        at: DateTime<Utc>,
+        deadline: DateTime<Utc>,
+    },
+    StepSkipped {
+        path: String,
+        reason: String,
+    },
+    StepStarted {
+        path: String,
+        at: DateTime<Utc>,
+        opened: Opened,
+    },
+    AttemptStarted {
+        path: String,
+        attempt: u32,
+        attempt_id: AttemptId,
+        activity: String,
+        at: DateTime<Utc>,
+        deadline: DateTime<Utc>,
+    },
+    /// The hook refused to let an attempt start; none was started.
+    AttemptBlocked {
+        path: String,
+        reason: String,
+        message: String,
+        at: DateTime<Utc>,
+    },
+    AttemptEnded {
+        path: String,
+        attempt: u32,
+        attempt_id: AttemptId,
+        activity: String,
+        outcome: Outcome,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        output: Option<Value>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        failure: Option<Failure>,
+        at: DateTime<Utc>,
+    },
+    /// Another attempt follows at `due_at`; the jitter is in it.
+    RetryScheduled {
+        path: String,
+        due_at: DateTime<Utc>,
+        failure: Failure,
+    },
+    /// The next attempt may start: its delay is over, the run was unblocked, or the last one was lost.
+    AttemptReady {
+        path: String,
+    },
+    RoundStarted {
+        path: String,
+        round: u32,
+        previous: Value,
+    },
+    /// The next round begins at that instant.
+    RoundDelayed {
+        path: String,
+        until: DateTime<Utc>,
+    },
+    ItemStarted {
+        path: String,
+        index: usize,
+    },
+    ItemEnded {
+        path: String,
+        index: usize,
+        status: StepStatus,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        output: Option<Value>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        failure: Option<Failure>,
+    },
+    BranchEnded {
+        path: String,
+        branch: String,
+        status: StepStatus,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        output: Option<Value>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        failure: Option<Failure>,
+    },
+    CatchStarted {
+        path: String,
+        handler: usize,
+        failure: Failure,
+    },
+    SignalReceived {
+        n: u64,
+        name: String,
+        payload: Value,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        sender: Option<String>,
+        at: DateTime<Utc>,
+    },
+    /// More messages of a name than the mailbox holds.
+    SignalDropped {
+        n: u64,
+        name: String,
+    },
+    SignalConsumed {
+        path: String,
+        n: u64,
+    },
+    /// One person's decision on an approval that needs more of them.
+    DecisionCounted {
+        path: String,
+        n: u64,
+    },
+    Reminded {
+        path: String,
+        count: u32,
+    },
+    Unblocked {},
+    /// The step and everything below it must stop.
+    StopRequested {
+        path: String,
+        reason: String,
+    },
+    StepEnded {
+        path: String,
+        status: StepStatus,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        output: Option<Value>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        failure: Option<Failure>,
+        /// The block goes on although the step failed.
+        #[serde(default)]
+        tolerated: bool,
+        /// The steps of the last round become visible beside the step.
+        #[serde(default)]
+        hoist: bool,
+        /// Kind-specific fields beside `output` (for example `by` of an await).
+        #[serde(default, skip_serializing_if = "Value::is_null")]
+        extras: Value,
+        at: DateTime<Utc>,
+    },
+    RunEnding {
+        ending: Ending,
+        at: DateTime<Utc>,
+    },
+    FinallyStarted {
+        at: DateTime<Utc>,
+        deadline: DateTime<Utc>,
+    },
+    RunClosed {
+        /// `completed`, `failed`, `cancelled` or `terminated`.
+        status: crate::view::RunStatus,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        output: Option<Value>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        failure: Option<Failure>,
+        at: DateTime<Utc>,
+    },
+}

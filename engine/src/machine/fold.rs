@@ -1,0 +1,303 @@
+//! Folding events into the state. Needs no definition: every event carries what it decided.
+
+use super::{
+    Illegal, MAILBOX_MAX,
+    state::{Branch, Ended, FINALLY_PREFIX, Frame, Live, Message, Node, Phase, RunState},
+};
+use crate::{
+    event::{Ending, Event, Opened, Outcome, StepStatus},
+    view::RunStatus,
+};
+use chrono::DateTime;
+use serde_json::Value;
+
+pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
+    if state.status.is_closed() {
+        return Err(Illegal("an event after the end of the run".into()));
+    }
+    match event {
+        Event::RunStarted { inputs, env, at, deadline } => {
+            if state.status != RunStatus::Pending {
+                return Err(Illegal("the run starts twice".into()));
+            }
+            state.status = RunStatus::Running;
+            state.inputs = inputs.clone();
+            state.env = env.clone();
+            state.started_at = *at;
+            state.deadline = *deadline;
+        }
+        Event::StepSkipped { path, reason } => {
+            let node = Node {
+                status: Some(StepStatus::Skipped),
+                reason: Some(reason.clone()),
+                live: None,
+                ..Node::begun(Live::Wait { until: DateTime::UNIX_EPOCH }, state.started_at)
+            };
+            insert(state, path, Node { started_at: None, ..node })?;
+        }
+        Event::StepStarted { path, at, opened } => {
+            state.executions += 1;
+            insert(state, path, Node::begun(open(opened), *at))?;
+        }
+        Event::AttemptStarted { path, attempt, attempt_id, at, deadline, .. } => {
+            state.executions += 1;
+            let node = state.node_mut(path)?;
+            node.attempts = *attempt;
+            let Some(Live::Activity { attempt: newest, counted, phase, .. }) = &mut node.live else {
+                return Err(Illegal(format!("`{path}` is no live activity")));
+            };
+            if *phase != Phase::Queued || *attempt != *newest + 1 {
+                return Err(Illegal(format!("attempt {attempt} of `{path}` cannot start now")));
+            }
+            *newest = *attempt;
+            *counted += 1;
+            *phase = Phase::Running { attempt_id: *attempt_id, started_at: *at, deadline: *deadline };
+        }
+        Event::AttemptBlocked { path, reason, message, at } => {
+            *phase_mut(state, path)? = Phase::Blocked { reason: reason.clone(), message: message.clone(), since: *at };
+        }
+        Event::AttemptEnded { path, attempt, outcome, failure, at, .. } => {
+            let node = state.node_mut(path)?;
+            let Some(Live::Activity { attempt: newest, counted, lost, phase, .. }) = &mut node.live else {
+                return Err(Illegal(format!("`{path}` is no live activity")));
+            };
+            if attempt != newest || !matches!(phase, Phase::Running { .. }) {
+                return Err(Illegal(format!("attempt {attempt} of `{path}` does not run")));
+            }
+            match outcome {
+                Outcome::Lost => {
+                    *counted -= 1;
+                    *lost += 1;
+                    *phase = Phase::Queued;
+                }
+                Outcome::Blocked => {
+                    *counted -= 1;
+                    let (reason, message) =
+                        failure.as_ref().map_or_else(Default::default, |f| (f.code.clone(), f.message.clone()));
+                    *phase = Phase::Blocked { reason, message, since: *at };
+                }
+                // What follows (the step's end, a retry) is an event of its own in the same transition.
+                Outcome::Succeeded | Outcome::Failed | Outcome::TimedOut | Outcome::Cancelled => *phase = Phase::Queued,
+            }
+        }
+        Event::RetryScheduled { path, due_at, failure } => {
+            *phase_mut(state, path)? = Phase::Backoff { until: *due_at, failure: failure.clone() };
+        }
+        Event::AttemptReady { path } => *phase_mut(state, path)? = Phase::Queued,
+        Event::RoundStarted { path, round, previous } => {
+            let node = state.node_mut(path)?;
+            node.rounds = *round;
+            node.live = Some(Live::Repeat {
+                round: *round,
+                frame: Frame::default(),
+                previous: previous.clone(),
+                delayed_until: None,
+            });
+        }
+        Event::RoundDelayed { path, until } => match &mut state.node_mut(path)?.live {
+            Some(Live::Repeat { delayed_until, .. }) => *delayed_until = Some(*until),
+            _ => return Err(Illegal(format!("`{path}` is no live repeat"))),
+        },
+        Event::ItemStarted { path, index } => match &mut state.node_mut(path)?.live {
+            Some(Live::Foreach { next, active, .. }) if *next == *index => {
+                *next += 1;
+                active.insert(*index, Frame::default());
+            }
+            _ => return Err(Illegal(format!("item {index} of `{path}` cannot start"))),
+        },
+        Event::ItemEnded { path, index, status, output, failure } => match &mut state.node_mut(path)?.live {
+            Some(Live::Foreach { active, results, .. }) => {
+                if active.remove(index).is_none() {
+                    return Err(Illegal(format!("item {index} of `{path}` does not run")));
+                }
+                let ended = Ended { status: *status, output: output.clone(), failure: failure.clone() };
+                results.insert(*index, ended);
+            }
+            _ => return Err(Illegal(format!("`{path}` is no live foreach"))),
+        },
+        Event::BranchEnded { path, branch, status, output, failure } => match &mut state.node_mut(path)?.live {
+            Some(Live::Parallel { branches }) => {
+                let branch = branches.get_mut(branch).ok_or_else(|| Illegal(format!("no branch of `{path}`")))?;
+                branch.frame = Frame::default();
+                branch.ended = Some(Ended { status: *status, output: output.clone(), failure: failure.clone() });
+            }
+            _ => return Err(Illegal(format!("`{path}` is no live parallel"))),
+        },
+        Event::CatchStarted { path, handler, failure } => {
+            state.node_mut(path)?.live =
+                Some(Live::Catch { handler: *handler, failure: failure.clone(), frame: Frame::default() });
+        }
+        Event::SignalReceived { n, name, payload, sender, at } => {
+            if state.mailbox.iter().filter(|m| m.name == *name).count() >= MAILBOX_MAX {
+                return Err(Illegal(format!("the mailbox of `{name}` is full")));
+            }
+            state.mailbox.push(Message {
+                n: *n,
+                name: name.clone(),
+                payload: payload.clone(),
+                sender: sender.clone(),
+                at: *at,
+            });
+        }
+        Event::SignalDropped { .. } => {}
+        Event::SignalConsumed { n, .. } => {
+            let before = state.mailbox.len();
+            state.mailbox.retain(|m| m.n != *n);
+            if state.mailbox.len() + 1 != before {
+                return Err(Illegal(format!("no signal {n} in the mailbox")));
+            }
+        }
+        Event::DecisionCounted { path, n } => {
+            let at = state.mailbox.iter().position(|m| m.n == *n).ok_or_else(|| Illegal(format!("no signal {n}")))?;
+            let message = state.mailbox.remove(at);
+            match &mut state.node_mut(path)?.live {
+                Some(Live::Await { counted, .. }) => counted.push(message.sender.unwrap_or_default()),
+                _ => return Err(Illegal(format!("`{path}` is no live await"))),
+            }
+        }
+        Event::Reminded { path, count } => match &mut state.node_mut(path)?.live {
+            Some(Live::Await { reminded, .. }) => *reminded = *count,
+            _ => return Err(Illegal(format!("`{path}` is no live await"))),
+        },
+        Event::Unblocked {} => {
+            unblock(&mut state.body);
+            state.finally.as_mut().into_iter().for_each(unblock);
+        }
+        Event::StopRequested { path, .. } => {
+            if path.is_empty() {
+                state.body.nodes.values_mut().for_each(stop);
+            } else {
+                stop(state.node_mut(path)?);
+            }
+        }
+        Event::StepEnded { path, status, output, failure, tolerated, hoist, extras, at } => {
+            let (frame, id) = state.frame_mut(path)?;
+            let node = frame.nodes.get_mut(id).ok_or_else(|| Illegal(format!("no step `{path}`")))?;
+            let Some(live) = node.live.take() else { return Err(Illegal(format!("`{path}` ends twice"))) };
+            node.status = Some(*status);
+            node.output.clone_from(output);
+            node.failure.clone_from(failure);
+            node.tolerated = *tolerated;
+            node.extras = extras.clone();
+            node.ended_at = Some(*at);
+            if *hoist && let Live::Repeat { frame: last, .. } = live {
+                frame.nodes.extend(last.nodes);
+            }
+        }
+        Event::RunEnding { ending, .. } => {
+            if state.ending.is_none() {
+                state.ending = Some(ending.clone());
+            }
+            if !matches!(ending, Ending::Completed { .. }) {
+                state.status = RunStatus::Cancelling;
+            }
+            state.body.nodes.values_mut().for_each(stop);
+        }
+        Event::FinallyStarted { deadline, .. } => {
+            state.finally = Some(Frame::default());
+            state.deadline = *deadline;
+        }
+        Event::RunClosed { status, output, failure, .. } => {
+            state.status = *status;
+            state.output.clone_from(output);
+            state.failure.clone_from(failure);
+            state.body = Frame::default();
+            state.finally = None;
+            state.mailbox.clear();
+        }
+    }
+    Ok(())
+}
+
+fn insert(state: &mut RunState, path: &str, node: Node) -> Result<(), Illegal> {
+    let (frame, id) = state.frame_mut(path)?;
+    if frame.nodes.insert(id.to_owned(), node).is_some() {
+        return Err(Illegal(format!("`{path}` begins twice")));
+    }
+    Ok(())
+}
+
+fn open(opened: &Opened) -> Live {
+    match opened {
+        Opened::Activity { activity, input, overrides, queue_deadline, total_deadline } => Live::Activity {
+            activity: activity.clone(),
+            input: input.clone(),
+            overrides: overrides.clone(),
+            attempt: 0,
+            counted: 0,
+            lost: 0,
+            phase: Phase::Queued,
+            queue_deadline: *queue_deadline,
+            total_deadline: *total_deadline,
+        },
+        Opened::Group => Live::Group { frame: Frame::default() },
+        Opened::Switch { case } => Live::Switch { case: *case, frame: Frame::default() },
+        Opened::Parallel { branches } => {
+            Live::Parallel { branches: branches.iter().map(|b| (b.clone(), Branch::default())).collect() }
+        }
+        Opened::Foreach { keys, items } => Live::Foreach {
+            keys: keys.clone(),
+            items: items.clone(),
+            next: 0,
+            active: Default::default(),
+            results: Default::default(),
+        },
+        Opened::Repeat => {
+            Live::Repeat { round: 0, frame: Frame::default(), previous: Value::Null, delayed_until: None }
+        }
+        Opened::Wait { until } => Live::Wait { until: *until },
+        Opened::Await { signal, deadline, show } => Live::Await {
+            signal: signal.clone(),
+            deadline: *deadline,
+            show: show.clone(),
+            reminded: 0,
+            counted: Vec::new(),
+        },
+        Opened::Call { child, workflow, propagate, .. } => {
+            Live::Call { child: *child, workflow: workflow.clone(), propagate: *propagate }
+        }
+    }
+}
+
+fn phase_mut<'a>(state: &'a mut RunState, path: &str) -> Result<&'a mut Phase, Illegal> {
+    match &mut state.node_mut(path)?.live {
+        Some(Live::Activity { phase, .. }) => Ok(phase),
+        _ => Err(Illegal(format!("`{path}` is no live activity"))),
+    }
+}
+
+/// Marks a step and everything below it as stopping.
+fn stop(node: &mut Node) {
+    if node.live.is_none() {
+        return;
+    }
+    node.stopping = true;
+    each_frame(node, &mut |frame| frame.nodes.values_mut().for_each(stop));
+}
+
+fn unblock(frame: &mut Frame) {
+    for node in frame.nodes.values_mut() {
+        if let Some(Live::Activity { phase: phase @ Phase::Blocked { .. }, .. }) = &mut node.live {
+            *phase = Phase::Queued;
+        }
+        each_frame(node, &mut unblock);
+    }
+}
+
+fn each_frame(node: &mut Node, visit: &mut dyn FnMut(&mut Frame)) {
+    match &mut node.live {
+        Some(
+            Live::Group { frame } | Live::Switch { frame, .. } | Live::Repeat { frame, .. } | Live::Catch { frame, .. },
+        ) => {
+            visit(frame);
+        }
+        Some(Live::Foreach { active, .. }) => active.values_mut().for_each(visit),
+        Some(Live::Parallel { branches }) => branches.values_mut().for_each(|b| visit(&mut b.frame)),
+        Some(Live::Activity { .. } | Live::Wait { .. } | Live::Await { .. } | Live::Call { .. }) | None => {}
+    }
+}
+
+/// Whether a path lies in `finally`.
+pub(super) fn in_finally(path: &str) -> bool {
+    path.starts_with(FINALLY_PREFIX)
+}

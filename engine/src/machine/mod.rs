@@ -1,0 +1,184 @@
+//! The pure core: `fold` turns a history into the state of a run, `decide` turns an input into events and commands.
+//!
+//! Nothing here reads a clock, draws a random number or waits: instants and draws arrive in [`Moment`]. `decide` is built
+//! on `fold`: it emits an event, folds it, looks again, until nothing can move. So the state after a decision is by
+//! construction what folding its events gives, and recovery needs no other code.
+//!
+//! ```text
+//! Input ──▶ react ──▶ events ──▶ fold ──▶ state ──▶ walk ──▶ next event ─┐
+//!                                  ▲                                       │
+//!                                  └───────────────────────────────────────┘
+//! ```
+
+mod fold;
+mod react;
+mod scope;
+mod state;
+mod timer;
+mod view;
+mod walk;
+
+pub use state::{Frame, Live, Message, Node, Phase, RunState};
+pub use timer::next_due;
+pub use view::{live_attempts, nodes, waiting, waiting_reason};
+
+use crate::{
+    definition::Definition,
+    event::Event,
+    failure::Failure,
+    ids::{AttemptId, DefinitionHash, RunId},
+    signature::Catalog,
+};
+use chrono::{DateTime, Utc};
+use serde_json::Value;
+use std::{cell::Cell, collections::BTreeMap};
+
+/// Most events of one decision. A definition that moves further without waiting is broken.
+pub const EVENTS_MAX: usize = 20_000;
+/// Signals of one name that wait in the mailbox; later ones are dropped and recorded as dropped.
+pub const MAILBOX_MAX: usize = 100;
+/// Attempts of one step that may be lost before the step fails: a step that kills its worker each time must end.
+pub const LOST_MAX: u32 = 100;
+/// How often a blocked step asks again by itself, in milliseconds. Whoever unblocks wakes it at once; this is the net below.
+pub const BLOCKED_RETRY_MS: i64 = 300_000;
+/// Longest time for `finally`, in milliseconds.
+pub const FINALLY_MS: i64 = 3_600_000;
+/// Largest output of a step, in bytes of JSON.
+pub const OUTPUT_BYTES_MAX: usize = 1 << 20;
+
+/// Something that moves a run.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Input {
+    /// The first claim.
+    Started { inputs: Value },
+    /// A worker took the run over; attempts that ran elsewhere are lost.
+    TakenOver,
+    /// An attempt of the step at `path` came to its end.
+    AttemptEnded { path: String, attempt: u32, result: Result<Value, Failure> },
+    /// Messages from the inbox, in order.
+    Messages(Vec<Inbound>),
+    /// Time went by, or room for attempts became free.
+    Tick,
+    /// An operator ends the run at once.
+    Terminated { reason: String },
+}
+
+/// One message of the inbox.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Inbound {
+    Signal { n: u64, name: String, payload: Value, sender: Option<String>, at: DateTime<Utc> },
+    Cancel { reason: String },
+    Unblock,
+    Child { run_id: RunId, completed: bool, output: Option<Value>, failure: Option<Failure>, cancelled: bool },
+}
+
+/// What the outside contributes to a decision.
+pub struct Moment<'a> {
+    pub now: DateTime<Utc>,
+    /// Random bits for jitter.
+    pub draw: u64,
+    /// Attempts that may start now.
+    pub permits: Cell<u32>,
+    /// When the hook refused a former version of this decision: why. No metered attempt starts then.
+    pub refused: Option<(String, String)>,
+    /// What this worker can run.
+    pub catalog: &'a Catalog,
+    /// Where each `call` of the definition leads, by `name@version` as written.
+    pub calls: &'a BTreeMap<String, DefinitionHash>,
+    /// Facts for the `run` scope.
+    pub workflow: &'a str,
+}
+
+/// What a decision asks for, to be carried out after it is committed.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Command {
+    StartAttempt {
+        path: String,
+        attempt: u32,
+        attempt_id: AttemptId,
+        activity: String,
+        input: Value,
+        deadline: DateTime<Utc>,
+        heartbeat_ms: Option<u64>,
+    },
+    CancelAttempt {
+        path: String,
+    },
+    StartChild {
+        path: String,
+        run_id: RunId,
+        workflow: String,
+        definition: DefinitionHash,
+        inputs: Value,
+    },
+    CancelChild {
+        run_id: RunId,
+    },
+}
+
+/// The result of a decision.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Decision {
+    pub events: Vec<Event>,
+    pub commands: Vec<Command>,
+}
+
+/// A history that the state cannot follow: our bug, never the user's.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Illegal(pub String);
+
+/// Folds one event into the state.
+///
+/// # Errors
+/// [`Illegal`] if the event cannot follow what was folded before.
+pub fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
+    fold::fold(state, event)
+}
+
+/// Decides what follows from an input. `state` moves along; if the decision cannot be committed, drop it and reload.
+///
+/// # Errors
+/// [`Illegal`] if an invariant is broken.
+pub fn decide(
+    definition: &Definition,
+    state: &mut RunState,
+    input: Input,
+    moment: &Moment<'_>,
+) -> Result<Decision, Illegal> {
+    let mut decision = Decision::default();
+    react::react(definition, state, input, moment, &mut decision)?;
+    while !state.status.is_closed() {
+        let events = walk::next(definition, state, moment, &mut decision.commands)?;
+        if events.is_empty() {
+            break;
+        }
+        for event in events {
+            emit(state, event, &mut decision)?;
+        }
+        if decision.events.len() > EVENTS_MAX {
+            return Err(Illegal(format!("a decision of more than {EVENTS_MAX} events")));
+        }
+    }
+    Ok(decision)
+}
+
+fn emit(state: &mut RunState, event: Event, decision: &mut Decision) -> Result<(), Illegal> {
+    fold::fold(state, &event)?;
+    decision.events.push(event);
+    Ok(())
+}
+
+/// The steps of a definition's `call`s, as `name@version` keys of [`Moment::calls`].
+#[must_use]
+pub fn call_key(workflow: &str, version: &crate::definition::CallVersion) -> String {
+    use crate::definition::CallVersion as V;
+    match version {
+        V::Latest => format!("{workflow}@latest"),
+        V::Number(n) => format!("{workflow}@{n}"),
+        V::Hash(h) => format!("{workflow}@sha256:{h}"),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,333 @@
+//! The direct effect of each input, before the tree is walked.
+
+use super::{
+    Command, Decision, Illegal, Inbound, Input, LOST_MAX, MAILBOX_MAX, Moment, OUTPUT_BYTES_MAX, emit,
+    scope::{Place, find_step},
+    state::{Live, Phase, RunState},
+    timer::millis,
+    walk::fail_step,
+};
+use crate::{
+    definition::{Data, Definition, RetryPolicy},
+    event::{Ending, Event, Outcome, StepStatus},
+    failure::{Failure, FailureKind},
+    ids::AttemptId,
+    view::RunStatus,
+};
+use chrono::{DateTime, Utc};
+use serde_json::Value;
+use std::collections::BTreeMap;
+
+pub(super) fn react(
+    definition: &Definition,
+    state: &mut RunState,
+    input: Input,
+    moment: &Moment<'_>,
+    decision: &mut Decision,
+) -> Result<(), Illegal> {
+    if state.status.is_closed() {
+        return Ok(());
+    }
+    match input {
+        Input::Started { inputs } => start(definition, state, inputs, moment, decision),
+        Input::TakenOver => {
+            for attempt in running(state) {
+                let failure =
+                    Failure::new(FailureKind::Lost, "transient.worker_lost", "the worker that ran it is gone");
+                emit(state, attempt.ended(Outcome::Lost, Some(failure), moment.now), decision)?;
+            }
+            Ok(())
+        }
+        Input::AttemptEnded { path, attempt, result } => {
+            attempt_ended(definition, state, &path, attempt, result, moment, decision)
+        }
+        Input::Messages(messages) => {
+            messages.into_iter().try_for_each(|m| message(definition, state, m, moment, decision))
+        }
+        Input::Tick => Ok(()),
+        Input::Terminated { reason } => {
+            for attempt in running(state) {
+                emit(state, attempt.ended(Outcome::Cancelled, Some(Failure::cancelled()), moment.now), decision)?;
+                decision.commands.push(Command::CancelAttempt { path: attempt.path });
+            }
+            decision
+                .commands
+                .extend(stop_commands(state, "").into_iter().filter(|c| matches!(c, Command::CancelChild { .. })));
+            let failure = Failure::permanent("cancelled", reason);
+            emit(
+                state,
+                Event::RunClosed {
+                    status: RunStatus::Terminated,
+                    output: None,
+                    failure: Some(failure),
+                    at: moment.now,
+                },
+                decision,
+            )
+        }
+    }
+}
+
+fn start(
+    definition: &Definition,
+    state: &mut RunState,
+    inputs: Value,
+    moment: &Moment<'_>,
+    decision: &mut Decision,
+) -> Result<(), Illegal> {
+    if state.status != RunStatus::Pending {
+        return Ok(());
+    }
+    state.inputs = inputs.clone();
+    let env: Result<BTreeMap<String, Value>, Failure> = {
+        let place = Place::inside(definition, state, moment, "")?;
+        definition.env.iter().map(|(name, data): (&String, &Data)| Ok((name.clone(), place.resolve(data)?))).collect()
+    };
+    let (env, failure) = match env {
+        Ok(env) => (env, None),
+        Err(failure) => (BTreeMap::new(), Some(failure)),
+    };
+    let deadline = moment.now + millis(definition.timeout_ms);
+    emit(state, Event::RunStarted { inputs, env, at: moment.now, deadline }, decision)?;
+    match failure {
+        Some(failure) => emit(state, Event::RunEnding { ending: Ending::Failed { failure }, at: moment.now }, decision),
+        None => Ok(()),
+    }
+}
+
+/// An attempt that runs now.
+struct Running {
+    path: String,
+    attempt: u32,
+    attempt_id: AttemptId,
+    activity: String,
+}
+
+impl Running {
+    fn ended(&self, outcome: Outcome, failure: Option<Failure>, at: DateTime<Utc>) -> Event {
+        Event::AttemptEnded {
+            path: self.path.clone(),
+            attempt: self.attempt,
+            attempt_id: self.attempt_id,
+            activity: self.activity.clone(),
+            outcome,
+            output: None,
+            failure,
+            at,
+        }
+    }
+}
+
+fn running(state: &RunState) -> Vec<Running> {
+    let mut found = Vec::new();
+    state.visit_live(&mut |path, node| {
+        if let Some(Live::Activity { activity, attempt, phase: Phase::Running { attempt_id, .. }, .. }) = &node.live {
+            found.push(Running {
+                path: path.to_owned(),
+                attempt: *attempt,
+                attempt_id: *attempt_id,
+                activity: activity.clone(),
+            });
+        }
+    });
+    found
+}
+
+fn attempt_ended(
+    definition: &Definition,
+    state: &mut RunState,
+    path: &str,
+    attempt: u32,
+    result: Result<Value, Failure>,
+    moment: &Moment<'_>,
+    decision: &mut Decision,
+) -> Result<(), Illegal> {
+    // A result that comes late, for an attempt that was closed meanwhile, never happened.
+    let Some(current) = running(state).into_iter().find(|r| r.path == path && r.attempt == attempt) else {
+        return Ok(());
+    };
+    let result = result.and_then(|output| {
+        let bytes = serde_json::to_string(&output).map_or(usize::MAX, |t| t.len());
+        if bytes > OUTPUT_BYTES_MAX {
+            return Err(Failure::permanent(
+                "limit.size",
+                format!("the output is {bytes} bytes; the limit is {OUTPUT_BYTES_MAX}"),
+            ));
+        }
+        Ok(output)
+    });
+    let now = moment.now;
+    let failure = match result {
+        Ok(output) => {
+            emit(state, current.ended(Outcome::Succeeded, None, now), decision)?;
+            return emit(state, step_ended(path, StepStatus::Succeeded, Some(output), None, now), decision);
+        }
+        Err(failure) => failure,
+    };
+    let node = state.node(path).ok_or_else(|| Illegal(format!("no step `{path}`")))?;
+    let stopping = node.stopping;
+    let outcome = match failure.kind {
+        FailureKind::Blocked if !stopping => Outcome::Blocked,
+        FailureKind::Lost => Outcome::Lost,
+        // Cancelled without being asked: its worker is draining and hands it back.
+        FailureKind::Cancelled if !stopping => Outcome::Lost,
+        FailureKind::Cancelled | FailureKind::Blocked => Outcome::Cancelled,
+        FailureKind::TimedOut => Outcome::TimedOut,
+        FailureKind::Retryable | FailureKind::Permanent | FailureKind::Panicked => Outcome::Failed,
+    };
+    emit(state, current.ended(outcome, Some(failure.clone()), now), decision)?;
+    if matches!(outcome, Outcome::Lost | Outcome::Blocked) {
+        return Ok(());
+    }
+    if stopping {
+        return emit(state, step_ended(path, StepStatus::Cancelled, None, Some(failure), now), decision);
+    }
+    let step = find_step(definition, state, path)?;
+    if let Some(due_at) = retry_at(&step.retry, state, path, &failure, moment) {
+        return emit(state, Event::RetryScheduled { path: path.to_owned(), due_at, failure }, decision);
+    }
+    for event in fail_step(definition, state, step, path, failure, moment)? {
+        emit(state, event, decision)?;
+    }
+    Ok(())
+}
+
+/// When the next attempt is due, or `None` if there is none.
+fn retry_at(
+    policy: &RetryPolicy,
+    state: &RunState,
+    path: &str,
+    failure: &Failure,
+    moment: &Moment<'_>,
+) -> Option<DateTime<Utc>> {
+    let Some(Live::Activity { counted, total_deadline, .. }) = state.node(path).and_then(|n| n.live.as_ref()) else {
+        return None;
+    };
+    let wanted = match failure.kind {
+        // Nothing is known about a panic's cause: try again within the bound.
+        FailureKind::Panicked => true,
+        FailureKind::Retryable | FailureKind::TimedOut => {
+            policy.on.iter().any(|p| failure.matches(p)) && !policy.not_on.iter().any(|p| failure.matches(p))
+        }
+        FailureKind::Permanent | FailureKind::Cancelled | FailureKind::Lost | FailureKind::Blocked => false,
+    };
+    if !wanted || *counted >= policy.attempts {
+        return None;
+    }
+    let due = moment.now + millis(delay_ms(policy, *counted, moment.draw).max(failure.retry_after_ms.unwrap_or(0)));
+    if due >= state.deadline || total_deadline.is_some_and(|t| due >= t) {
+        return None;
+    }
+    Some(due)
+}
+
+/// Delay before attempt `counted + 1`: `min(delay × backoff^(counted-1), max)`, times a factor in `[1 - jitter, 1]`.
+#[expect(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a delay, not money"
+)]
+pub(super) fn delay_ms(policy: &RetryPolicy, counted: u32, draw: u64) -> u64 {
+    let exponent = i32::try_from(counted.saturating_sub(1)).unwrap_or(i32::MAX);
+    let raw = (policy.delay_ms as f64 * policy.backoff.powi(exponent)).min(policy.max_delay_ms as f64);
+    let part = (draw >> 11) as f64 / (1u64 << 53) as f64;
+    (raw * (1.0 - policy.jitter.clamp(0.0, 1.0) * part)).max(0.0) as u64
+}
+
+fn message(
+    definition: &Definition,
+    state: &mut RunState,
+    message: Inbound,
+    moment: &Moment<'_>,
+    decision: &mut Decision,
+) -> Result<(), Illegal> {
+    match message {
+        Inbound::Signal { n, name, payload, sender, at } => {
+            let full = state.mailbox.iter().filter(|m| m.name == name).count() >= MAILBOX_MAX;
+            let event = if full {
+                Event::SignalDropped { n, name }
+            } else {
+                Event::SignalReceived { n, name, payload, sender, at }
+            };
+            emit(state, event, decision)
+        }
+        Inbound::Unblock => emit(state, Event::Unblocked {}, decision),
+        Inbound::Cancel { reason } => {
+            if state.ending.is_some() {
+                return Ok(());
+            }
+            decision.commands.extend(stop_commands(state, ""));
+            emit(state, Event::RunEnding { ending: Ending::Cancelled { reason }, at: moment.now }, decision)
+        }
+        Inbound::Child { run_id, completed, output, failure, cancelled } => {
+            let mut place = None;
+            state.visit_live(&mut |path, node| {
+                if matches!(&node.live, Some(Live::Call { child, .. }) if *child == run_id) {
+                    place = Some((path.to_owned(), node.stopping));
+                }
+            });
+            // A child that nobody waits for any more (detached, or its step is over).
+            let Some((path, stopping)) = place else { return Ok(()) };
+            if completed {
+                return emit(state, step_ended(&path, StepStatus::Succeeded, output, None, moment.now), decision);
+            }
+            if stopping {
+                return emit(state, step_ended(&path, StepStatus::Cancelled, None, failure, moment.now), decision);
+            }
+            let code = if cancelled { "call.cancelled" } else { "call.failed" };
+            let text =
+                failure.as_ref().map_or_else(|| "the child run did not complete".to_owned(), |f| f.message.clone());
+            let mut raised = Failure::permanent(code, text);
+            raised.cause = failure.map(Box::new);
+            let step = find_step(definition, state, &path)?;
+            for event in fail_step(definition, state, step, &path, raised, moment)? {
+                emit(state, event, decision)?;
+            }
+            Ok(())
+        }
+    }
+}
+
+/// A step's end without frills.
+pub(super) fn step_ended(
+    path: &str,
+    status: StepStatus,
+    output: Option<Value>,
+    failure: Option<Failure>,
+    at: DateTime<Utc>,
+) -> Event {
+    Event::StepEnded {
+        path: path.to_owned(),
+        status,
+        output,
+        failure,
+        tolerated: false,
+        hoist: false,
+        extras: Value::Null,
+        at,
+    }
+}
+
+/// What must be told to the outside when the steps below `prefix` stop: attempts that run, children that follow.
+pub(super) fn stop_commands(state: &RunState, prefix: &str) -> Vec<Command> {
+    let mut commands = Vec::new();
+    state.visit_live(&mut |path, node| {
+        if node.stopping || !path.starts_with(prefix) || (prefix.is_empty() && super::fold::in_finally(path)) {
+            return;
+        }
+        match &node.live {
+            Some(Live::Activity { phase: Phase::Running { .. }, .. }) => {
+                commands.push(Command::CancelAttempt { path: path.to_owned() });
+            }
+            Some(Live::Call { child, propagate: true, .. }) => commands.push(Command::CancelChild { run_id: *child }),
+            _ => {}
+        }
+    });
+    commands
+}
+
+/// Whether a step was lost too often to be tried again.
+pub(super) fn lost_too_often(lost: u32) -> bool {
+    lost > LOST_MAX
+}

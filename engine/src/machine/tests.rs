@@ -1,0 +1,726 @@
+//! The machine without a store: definitions are run in memory, and after every decision the recorded events are folded
+//! into a second state, which must be the same.
+
+use super::*;
+use crate::{
+    definition::{
+        Approval, Await, Bundle, Case, Catch, Data, Definition, Escalate, Exhausted, Expr, FORMAT, Join, Kind,
+        OnItemFailure, OnTimeout, RepeatCondition, RetryPolicy, Step, Template, Timeouts, WaitUntil,
+    },
+    failure::FailureKind,
+    signature::Signature,
+    view::RunStatus,
+};
+use chrono::TimeZone;
+use serde_json::json;
+
+fn e(text: &str) -> Expr {
+    Expr(text.to_owned())
+}
+fn x(text: &str) -> Data {
+    Data::Expr(e(text))
+}
+fn lit(value: Value) -> Data {
+    Data::Literal(value)
+}
+fn step(id: &str, kind: Kind) -> Step {
+    Step {
+        id: id.into(),
+        condition: None,
+        kind,
+        retry: RetryPolicy { attempts: 3, jitter: 0.0, ..RetryPolicy::default() },
+        timeouts: Timeouts::default(),
+        catch: Vec::new(),
+        continue_on_error: false,
+    }
+}
+fn act(id: &str, with: &[(&str, Data)]) -> Step {
+    let with = with.iter().map(|(k, d)| ((*k).to_owned(), d.clone())).collect();
+    step(id, Kind::Activity { name: "work@1".into(), with })
+}
+fn set(id: &str, name: &str, data: Data) -> Step {
+    step(id, Kind::Set { values: BTreeMap::from([(name.to_owned(), data)]) })
+}
+fn definition(steps: Vec<Step>) -> Definition {
+    Definition {
+        format: FORMAT,
+        name: "test".into(),
+        inputs: BTreeMap::new(),
+        env: BTreeMap::new(),
+        timeout_ms: 7 * 86_400_000,
+        budget: Value::Null,
+        executions_max: 10_000,
+        steps,
+        finally: Vec::new(),
+        outputs: BTreeMap::new(),
+        extras: Value::Null,
+    }
+}
+
+/// Runs a definition by hand.
+struct Bench {
+    definition: Definition,
+    state: RunState,
+    mirror: RunState,
+    now: DateTime<Utc>,
+    catalog: Catalog,
+    permits: u32,
+    refused: Option<(String, String)>,
+    /// Attempts that were started and not ended: path → (attempt, input).
+    live: BTreeMap<String, (u32, Value)>,
+    cancels: Vec<String>,
+    children: Vec<RunId>,
+    n: u64,
+}
+
+impl Bench {
+    fn start(definition: Definition) -> Self {
+        Self::start_with(definition, json!({}))
+    }
+    fn start_with(definition: Definition, inputs: Value) -> Self {
+        let run = RunId::new();
+        let signature = Signature {
+            name: "work@1".into(),
+            summary: String::new(),
+            input_schema: json!({}),
+            output_schema: json!({}),
+            run_timeout_ms: 1000,
+            heartbeat_timeout_ms: None,
+            metered: true,
+            idempotent: true,
+            failure_codes: Vec::new(),
+        };
+        let mut bench = Self {
+            definition,
+            state: RunState::new(run),
+            mirror: RunState::new(run),
+            now: Utc.with_ymd_and_hms(2026, 11, 24, 12, 0, 0).single().expect("valid"),
+            catalog: Catalog::new([signature]),
+            permits: 100,
+            refused: None,
+            live: BTreeMap::new(),
+            cancels: Vec::new(),
+            children: Vec::new(),
+            n: 0,
+        };
+        bench.input(Input::Started { inputs });
+        bench
+    }
+    fn input(&mut self, input: Input) -> Vec<Event> {
+        let calls = BTreeMap::from([("child@latest".to_owned(), DefinitionHash([7; 32]))]);
+        let moment = Moment {
+            now: self.now,
+            draw: 0,
+            permits: Cell::new(self.permits),
+            refused: self.refused.clone(),
+            catalog: &self.catalog,
+            calls: &calls,
+            workflow: "test",
+        };
+        let decision = decide(&self.definition, &mut self.state, input, &moment).expect("legal");
+        for event in &decision.events {
+            let stored: Event = serde_json::from_str(&serde_json::to_string(event).expect("json")).expect("event");
+            assert_eq!(&stored, event, "an event must survive its storage");
+            fold(&mut self.mirror, &stored).expect("legal");
+            if let Event::AttemptEnded { path, .. } = event {
+                self.live.remove(path);
+            }
+        }
+        let stored: RunState = serde_json::from_str(&serde_json::to_string(&self.state).expect("json")).expect("state");
+        assert_eq!(self.mirror, stored, "folding the events must give the state");
+        for command in decision.commands {
+            match command {
+                Command::StartAttempt { path, attempt, input, .. } => {
+                    self.live.insert(path, (attempt, input));
+                }
+                Command::CancelAttempt { path } => self.cancels.push(path),
+                Command::StartChild { run_id, .. } | Command::CancelChild { run_id } => self.children.push(run_id),
+            }
+        }
+        decision.events
+    }
+    fn end(&mut self, path: &str, result: Result<Value, Failure>) -> Vec<Event> {
+        let (attempt, _) =
+            self.live.get(path).unwrap_or_else(|| panic!("no live `{path}`, only {:?}", self.live)).clone();
+        self.input(Input::AttemptEnded { path: path.into(), attempt, result })
+    }
+    fn ok(&mut self, path: &str, output: Value) {
+        self.end(path, Ok(output));
+    }
+    fn signal(&mut self, name: &str, payload: Value) {
+        self.n += 1;
+        let message =
+            Inbound::Signal { n: self.n, name: name.into(), payload, sender: Some("user:1".into()), at: self.now };
+        self.input(Input::Messages(vec![message]));
+    }
+    fn later(&mut self, ms: i64) {
+        self.now += chrono::Duration::milliseconds(ms);
+        self.input(Input::Tick);
+    }
+    fn live(&self) -> Vec<&str> {
+        self.live.keys().map(String::as_str).collect()
+    }
+    fn failed_code(&self) -> &str {
+        assert_eq!(self.state.status, RunStatus::Failed);
+        &self.state.failure.as_ref().expect("a failure").code
+    }
+}
+
+#[test]
+fn a_sequence_hands_outputs_on_and_yields_the_run_s_outputs() {
+    let mut d = definition(vec![
+        act("a", &[("n", x("inputs.n"))]),
+        set("b", "m", x("steps.a.output.m + 1")),
+        act("c", &[("m", x("steps.b.output.m"))]),
+    ]);
+    d.outputs.insert("last".into(), x("steps.c.output"));
+    let mut run = Bench::start_with(d, json!({"n": 4}));
+    assert_eq!(run.live["a"], (1, json!({"n": 4})));
+    run.ok("a", json!({"m": 5}));
+    assert_eq!(run.live["c"], (1, json!({"m": 6})));
+    run.ok("c", json!("done"));
+    assert_eq!((run.state.status, run.state.output), (RunStatus::Completed, Some(json!({"last": "done"}))));
+}
+
+#[test]
+fn a_skipped_step_has_no_output_and_reading_it_fails() {
+    let mut first = set("a", "v", lit(json!(1)));
+    first.condition = Some(e("inputs.on"));
+    let mut run =
+        Bench::start_with(definition(vec![first.clone(), set("b", "v", x("steps.a.output.v"))]), json!({"on": false}));
+    assert_eq!(run.failed_code(), "expr.missing");
+    run = Bench::start_with(definition(vec![first, set("b", "v", x("steps.a.status"))]), json!({"on": false}));
+    assert_eq!(run.state.status, RunStatus::Completed);
+}
+
+#[test]
+fn retries_follow_the_policy_and_escalate() {
+    let mut a = act("a", &[("role", lit(json!("implementer")))]);
+    a.retry.escalate =
+        vec![Escalate { from_attempt: 3, with: BTreeMap::from([("role".into(), lit(json!("architect")))]) }];
+    let mut run = Bench::start(definition(vec![a]));
+    run.end("a", Err(Failure::retryable("transient.network", "x")));
+    assert!(run.live().is_empty(), "the delay holds the next attempt back");
+    run.later(4_999);
+    assert!(run.live().is_empty());
+    run.later(1);
+    assert_eq!(run.live["a"].0, 2);
+    run.end("a", Err(Failure::retryable("transient.network", "x").with_retry_after_ms(60_000)));
+    run.later(59_999);
+    assert!(run.live().is_empty(), "what the outside asked for wins over a shorter delay");
+    run.later(1);
+    assert_eq!(run.live["a"], (3, json!({"role": "architect"})));
+    run.end("a", Err(Failure::retryable("transient.network", "last")));
+    assert_eq!(run.failed_code(), "transient.network");
+    assert_eq!(run.state.failure.as_ref().and_then(|f| f.path.as_deref()), Some("a"));
+}
+
+#[test]
+fn a_failure_that_no_pattern_names_is_final() {
+    let mut run = Bench::start(definition(vec![act("a", &[])]));
+    run.end("a", Err(Failure::retryable("user.mine", "x")));
+    assert_eq!(run.failed_code(), "user.mine");
+}
+
+#[test]
+fn lost_and_blocked_attempts_do_not_count() {
+    let mut run = Bench::start(definition(vec![act("a", &[])]));
+    for n in 1..=10 {
+        assert_eq!(run.live["a"].0, n);
+        run.input(Input::TakenOver);
+    }
+    run.end("a", Err(Failure::blocked("credits", "no credits")));
+    assert!(run.live().is_empty());
+    assert_eq!(waiting_reason(&waiting(&run.definition, &run.state)).as_deref(), Some("credits"));
+    run.input(Input::Messages(vec![Inbound::Unblock]));
+    assert_eq!(run.live["a"].0, 12);
+    for _ in 0..2 {
+        run.end("a", Err(Failure::retryable("transient.x", "x")));
+        run.later(3_600_000);
+    }
+    run.ok("a", json!(1));
+    assert_eq!(run.state.status, RunStatus::Completed);
+}
+
+#[test]
+fn a_refused_start_blocks_and_goes_on_when_unblocked_or_by_itself() {
+    let mut run = Bench::start(definition(vec![set("s", "v", lit(json!(1)))]));
+    assert_eq!(run.state.status, RunStatus::Completed);
+    run = Bench::start(definition(vec![act("a", &[]), act("b", &[])]));
+    run.refused = Some(("credits".into(), "needs 5".into()));
+    run.ok("a", json!(1));
+    assert_eq!(run.state.node("a").and_then(|n| n.status), Some(crate::event::StepStatus::Succeeded));
+    assert!(run.live().is_empty());
+    run.later(BLOCKED_RETRY_MS);
+    assert!(run.live().is_empty(), "asked again and refused again");
+    run.refused = None;
+    run.later(BLOCKED_RETRY_MS);
+    assert_eq!(run.live(), ["b"]);
+}
+
+#[test]
+fn a_redo_repeats_its_range_and_leaves_the_last_round_visible() {
+    let redo = step(
+        "code..check",
+        Kind::Repeat {
+            steps: vec![
+                act("code", &[("evidence", x("round.number == 1 ? {} : round.previous.check"))]),
+                act("check", &[]),
+            ],
+            max_rounds: 3,
+            condition: RepeatCondition::While(e("!steps.check.output.passed")),
+            delay_ms: 0,
+            exhausted: Exhausted::Continue,
+            transparent: true,
+            gate: Some("check".into()),
+            outputs: None,
+        },
+    );
+    let mut run = Bench::start(definition(vec![redo, act("commit", &[("checks", x("steps.check.output"))])]));
+    run.ok("code..check~1/code", json!({}));
+    run.ok("code..check~1/check", json!({"passed": false, "why": "E1"}));
+    assert_eq!(run.live["code..check~2/code"].1, json!({"evidence": {"passed": false, "why": "E1"}}));
+    run.ok("code..check~2/code", json!({}));
+    run.ok("code..check~2/check", json!({"passed": true}));
+    assert_eq!(run.live["commit"].1, json!({"checks": {"passed": true}}));
+}
+
+#[test]
+fn a_redo_whose_last_step_was_skipped_does_not_ask_its_condition() {
+    let mut approve = act("approve", &[]);
+    approve.condition = Some(e("false"));
+    let redo = step(
+        "plan..approve",
+        Kind::Repeat {
+            steps: vec![act("plan", &[]), approve],
+            max_rounds: 2,
+            condition: RepeatCondition::While(e("steps.approve.output.decision == 'changes_requested'")),
+            delay_ms: 0,
+            exhausted: Exhausted::Fail,
+            transparent: true,
+            gate: Some("approve".into()),
+            outputs: None,
+        },
+    );
+    let mut run = Bench::start(definition(vec![redo]));
+    run.ok("plan..approve~1/plan", json!(1));
+    assert_eq!(run.state.status, RunStatus::Completed);
+}
+
+#[test]
+fn rounds_end_by_condition_or_by_exhaustion() {
+    for (exhausted, expected) in [(Exhausted::Fail, "limit.rounds"), (Exhausted::Continue, "")] {
+        let repeat = step(
+            "r",
+            Kind::Repeat {
+                steps: vec![act("a", &[("n", x("round.number"))])],
+                max_rounds: 2,
+                condition: RepeatCondition::Until(e("steps.a.output")),
+                delay_ms: 1_000,
+                exhausted,
+                transparent: false,
+                gate: None,
+                outputs: None,
+            },
+        );
+        let mut run = Bench::start(definition(vec![repeat]));
+        run.ok("r~1/a", json!(false));
+        assert!(run.live().is_empty());
+        run.later(1_000);
+        assert_eq!(run.live["r~2/a"].1, json!({"n": 2}));
+        run.ok("r~2/a", json!(false));
+        match expected {
+            "" => assert_eq!(run.state.status, RunStatus::Completed),
+            code => assert_eq!(run.failed_code(), code),
+        }
+    }
+}
+
+fn foreach(policy: OnItemFailure, concurrency: u32) -> Step {
+    step(
+        "all",
+        Kind::Foreach {
+            list: e("inputs.items"),
+            key: Some(e("item.id")),
+            max_items: 4,
+            concurrency,
+            on_item_failure: policy,
+            steps: vec![act("do", &[("id", x("item.id")), ("at", x("index"))])],
+            outputs: Some(BTreeMap::from([("got".into(), x("steps.do.output"))])),
+        },
+    )
+}
+
+#[test]
+fn items_run_in_a_window_and_come_back_in_order() {
+    let items = json!({"items": [{"id": "a/1"}, {"id": "b"}, {"id": "c"}]});
+    let mut run = Bench::start_with(
+        definition(vec![foreach(OnItemFailure::FailFast, 2), set("end", "v", x("steps.all.output"))]),
+        items,
+    );
+    assert_eq!(run.live(), ["all[a%2F1]/do", "all[b]/do"]);
+    run.ok("all[b]/do", json!(2));
+    assert_eq!(run.live(), ["all[a%2F1]/do", "all[c]/do"]);
+    run.ok("all[a%2F1]/do", json!(1));
+    run.end("all[c]/do", Ok(json!(3)));
+    assert_eq!(run.state.status, RunStatus::Completed);
+}
+
+#[test]
+fn item_failures_follow_their_policy() {
+    let items = json!({"items": [{"id": "a"}, {"id": "b"}, {"id": "c"}]});
+    let bad = || Err(Failure::permanent("user.bad", "x"));
+    let mut fast = Bench::start_with(definition(vec![foreach(OnItemFailure::FailFast, 2)]), items.clone());
+    fast.end("all[a]/do", bad());
+    assert_eq!(fast.cancels, ["all[b]/do"]);
+    fast.end("all[b]/do", Err(Failure::cancelled()));
+    assert_eq!(fast.failed_code(), "user.bad");
+
+    let mut after = Bench::start_with(definition(vec![foreach(OnItemFailure::FailAfter, 2)]), items.clone());
+    after.end("all[a]/do", bad());
+    after.ok("all[b]/do", json!(2));
+    after.ok("all[c]/do", json!(3));
+    assert_eq!(after.failed_code(), "user.bad");
+
+    let mut on = Bench::start_with(
+        definition(vec![foreach(OnItemFailure::Continue, 3), set("s", "v", x("steps.all.output.map(i, i.status)"))]),
+        items,
+    );
+    on.end("all[a]/do", bad());
+    on.ok("all[b]/do", json!(2));
+    let events = on.end("all[c]/do", Ok(json!(3)));
+    let s = events.iter().find_map(|e| match e {
+        Event::StepEnded { path, output, .. } if path == "s" => output.clone(),
+        _ => None,
+    });
+    assert_eq!(s, Some(json!({"v": ["failed", "succeeded", "succeeded"]})));
+}
+
+#[test]
+fn lists_beyond_their_bound_and_doubled_keys_fail_before_any_item() {
+    for (items, code) in [
+        (json!([1, 2, 3, 4, 5].map(|n| json!({"id": n}))), "limit.items"),
+        (json!([{"id": "a"}, {"id": "a"}]), "limit.keys"),
+        (json!({"not": "a list"}), "expr.type"),
+    ] {
+        let run = Bench::start_with(definition(vec![foreach(OnItemFailure::FailFast, 1)]), json!({"items": items}));
+        assert_eq!(run.failed_code(), code);
+    }
+}
+
+fn parallel(join: Join) -> Step {
+    let branch =
+        |name: &str| crate::definition::Branch { name: name.into(), steps: vec![act(&format!("do_{name}"), &[])] };
+    step("p", Kind::Parallel { branches: vec![branch("l"), branch("r")], join, fail_fast: true })
+}
+
+#[test]
+fn joins() {
+    let mut first = Bench::start(definition(vec![parallel(Join::First), set("s", "w", x("steps.p.output.winner"))]));
+    first.ok("p:r/do_r", json!(1));
+    assert_eq!(first.cancels, ["p:l/do_l"]);
+    let events = first.end("p:l/do_l", Err(Failure::cancelled()));
+    assert!(events.iter().any(
+        |e| matches!(e, Event::StepEnded { path, output: Some(o), .. } if path == "s" && *o == json!({"w": "r"}))
+    ));
+
+    let mut none = Bench::start(definition(vec![parallel(Join::First)]));
+    none.end("p:r/do_r", Err(Failure::permanent("user.r", "x")));
+    none.end("p:l/do_l", Err(Failure::permanent("user.l", "x")));
+    assert_eq!(none.failed_code(), "join.none_succeeded");
+
+    let mut all = Bench::start(definition(vec![parallel(Join::All)]));
+    all.end("p:r/do_r", Err(Failure::permanent("user.r", "x")));
+    all.end("p:l/do_l", Err(Failure::cancelled()));
+    assert_eq!(all.failed_code(), "user.r");
+
+    let mut settled = Bench::start(definition(vec![parallel(Join::Settled)]));
+    settled.end("p:r/do_r", Err(Failure::permanent("user.r", "x")));
+    settled.ok("p:l/do_l", json!(1));
+    assert_eq!(settled.state.status, RunStatus::Completed);
+
+    let mut two = Bench::start(definition(vec![parallel(Join::AtLeast(2))]));
+    two.end("p:r/do_r", Err(Failure::permanent("user.r", "x")));
+    two.end("p:l/do_l", Err(Failure::cancelled()));
+    assert_eq!(two.failed_code(), "join.failed");
+}
+
+#[test]
+fn a_switch_takes_the_first_case_that_holds() {
+    let switch = |when: &str| {
+        step(
+            "s",
+            Kind::Switch {
+                cases: vec![
+                    Case { when: Some(e(when)), steps: vec![set("one", "v", lit(json!(1)))] },
+                    Case { when: None, steps: vec![set("two", "v", lit(json!(2)))] },
+                ],
+            },
+        )
+    };
+    for (when, case) in [("true", 0), ("false", 1)] {
+        let mut d = definition(vec![switch(when)]);
+        d.outputs.insert("case".into(), x("steps.s.output.case"));
+        assert_eq!(Bench::start(d).state.output, Some(json!({"case": case})));
+    }
+}
+
+#[test]
+fn a_handler_takes_the_failure_and_sees_it() {
+    let mut a = act("a", &[]);
+    a.catch = vec![
+        Catch { on: vec!["user.other".into()], condition: None, steps: vec![set("no", "v", lit(json!(0)))] },
+        Catch {
+            on: vec!["user.*".into()],
+            condition: Some(e("error.message == 'boom'")),
+            steps: vec![set("h", "seen", x("error.type"))],
+        },
+    ];
+    let mut d = definition(vec![a.clone()]);
+    d.outputs.insert("seen".into(), x("steps.a.output.seen"));
+    let mut run = Bench::start(d.clone());
+    run.end("a", Err(Failure::permanent("user.mine", "boom")));
+    assert_eq!(run.state.output, Some(json!({"seen": "user.mine"})));
+    let mut run = Bench::start(d);
+    run.end("a", Err(Failure::permanent("user.mine", "silence")));
+    assert_eq!(run.failed_code(), "user.mine");
+}
+
+#[test]
+fn a_tolerated_failure_lets_the_block_go_on() {
+    let mut a = act("a", &[]);
+    a.continue_on_error = true;
+    let mut run = Bench::start(definition(vec![a, set("b", "s", x("steps.a.status"))]));
+    run.end("a", Err(Failure::permanent("user.x", "x")));
+    assert_eq!(run.state.status, RunStatus::Completed);
+}
+
+fn await_step(id: &str, approval: Option<Approval>, on_timeout: OnTimeout) -> Step {
+    step(
+        id,
+        Kind::Await(Box::new(Await {
+            signal: id.into(),
+            timeout_ms: 10_000,
+            form: approval.is_none().then(|| json!({"type": "object", "required": ["text"]})),
+            show: Some(Template("Q {{inputs.q}}".into())),
+            to: vec!["role:owner".into()],
+            filter: None,
+            remind_ms: vec![2_000],
+            on_timeout,
+            default: Some(lit(json!({"text": "default"}))),
+            approval,
+        })),
+    )
+}
+
+#[test]
+fn a_signal_is_kept_when_it_comes_early_and_read_once() {
+    let mut d = definition(vec![
+        act("a", &[]),
+        await_step("w", None, OnTimeout::Fail),
+        await_step("v", None, OnTimeout::Default),
+    ]);
+    d.steps[2].kind = match await_step("v", None, OnTimeout::Default).kind {
+        Kind::Await(mut spec) => {
+            spec.signal = "w".into();
+            Kind::Await(spec)
+        }
+        other => other,
+    };
+    d.outputs.insert("first".into(), x("steps.w.output.text"));
+    d.outputs.insert("by".into(), x("steps.w.by"));
+    d.outputs.insert("second".into(), x("steps.v.output.text"));
+    d.outputs.insert("late".into(), x("steps.v.timed_out"));
+    let mut run = Bench::start_with(d, json!({"q": "?"}));
+    run.signal("w", json!({"text": "early"}));
+    run.ok("a", json!(1));
+    run.signal("w", json!({"no": "form"}));
+    assert_eq!(run.state.status, RunStatus::Running, "what does not satisfy the form is dropped");
+    run.later(2_000);
+    run.later(8_000);
+    assert_eq!(run.state.output, Some(json!({"first": "early", "by": "user:1", "second": "default", "late": true})));
+}
+
+#[test]
+fn approvals() {
+    let one = Some(Approval { quorum: 1, fail_on_reject: true });
+    for (decision, status) in [
+        ("approved", RunStatus::Completed),
+        ("changes_requested", RunStatus::Completed),
+        ("rejected", RunStatus::Failed),
+    ] {
+        let mut run = Bench::start_with(definition(vec![await_step("ok", one, OnTimeout::Fail)]), json!({"q": 1}));
+        run.signal("ok", json!({"decision": "nonsense"}));
+        run.signal("ok", json!({"decision": decision, "comment": "c"}));
+        assert_eq!(run.state.status, status, "{decision}");
+    }
+    let two = Some(Approval { quorum: 2, fail_on_reject: true });
+    let mut run = Bench::start_with(definition(vec![await_step("ok", two, OnTimeout::Fail)]), json!({"q": 1}));
+    run.signal("ok", json!({"decision": "approved"}));
+    run.signal("ok", json!({"decision": "approved"}));
+    assert_eq!(run.state.status, RunStatus::Running, "one person is one vote");
+    run.later(10_000);
+    assert_eq!(run.failed_code(), "approval.timeout");
+}
+
+#[test]
+fn cancel_stops_what_runs_and_finally_still_happens() {
+    let mut d = definition(vec![parallel(Join::All), act("never", &[])]);
+    d.finally = vec![act("clean", &[])];
+    let mut run = Bench::start(d);
+    run.input(Input::Messages(vec![Inbound::Cancel { reason: "enough".into() }]));
+    assert_eq!(run.cancels, ["p:l/do_l", "p:r/do_r"]);
+    assert_eq!(run.state.status, RunStatus::Cancelling);
+    run.ok("p:l/do_l", json!(1));
+    run.end("p:r/do_r", Err(Failure::cancelled()));
+    assert_eq!(run.live(), ["!finally/clean"]);
+    run.ok("!finally/clean", json!(1));
+    assert_eq!(run.state.status, RunStatus::Cancelled);
+}
+
+#[test]
+fn a_failure_of_finally_fails_a_completed_run_and_hides_no_earlier_failure() {
+    for (body, expected) in [(Ok(json!(1)), "user.final"), (Err(Failure::permanent("user.body", "x")), "user.body")] {
+        let mut d = definition(vec![act("a", &[])]);
+        d.finally = vec![act("clean", &[])];
+        let mut run = Bench::start(d);
+        run.end("a", body);
+        run.end("!finally/clean", Err(Failure::permanent("user.final", "x")));
+        assert_eq!(run.failed_code(), expected);
+    }
+}
+
+#[test]
+fn finish_ends_the_run_from_inside_and_stops_the_rest() {
+    let mut p = parallel(Join::All);
+    if let Kind::Parallel { branches, .. } = &mut p.kind {
+        branches[1].steps.push(step("out", Kind::Finish { outputs: BTreeMap::from([("v".into(), lit(json!(9)))]) }));
+    }
+    let mut run = Bench::start(definition(vec![p, act("never", &[])]));
+    run.ok("p:r/do_r", json!(1));
+    assert_eq!(run.cancels, ["p:l/do_l"]);
+    run.end("p:l/do_l", Err(Failure::cancelled()));
+    assert_eq!((run.state.status, run.state.output), (RunStatus::Completed, Some(json!({"v": 9}))));
+}
+
+#[test]
+fn time_limits() {
+    let mut d = definition(vec![step("w", Kind::Wait { until: WaitUntil::For(5_000) }), act("a", &[])]);
+    d.timeout_ms = 8_000;
+    let mut run = Bench::start(d);
+    assert_eq!(next_due(&run.definition, &run.state), run.now + chrono::Duration::seconds(5));
+    run.later(5_000);
+    assert_eq!(run.live(), ["a"]);
+    run.later(3_000);
+    assert_eq!(run.cancels, ["a"]);
+    run.end("a", Err(Failure::cancelled()));
+    assert_eq!(run.failed_code(), "timeout.run_total");
+
+    let mut slow = step("g", Kind::Group { steps: vec![act("a", &[])], outputs: None });
+    slow.timeouts.total_ms = Some(1_000);
+    let mut run = Bench::start(definition(vec![slow]));
+    run.later(1_000);
+    assert_eq!(run.cancels, ["g/a"]);
+    run.end("g/a", Err(Failure::cancelled()));
+    assert_eq!(run.failed_code(), "timeout.total");
+}
+
+#[test]
+fn a_child_run_returns_its_output_or_its_failure() {
+    let call = step(
+        "c",
+        Kind::Call {
+            workflow: "child".into(),
+            version: crate::definition::CallVersion::Latest,
+            with: BTreeMap::new(),
+            on_cancel: crate::definition::OnCancel::Propagate,
+        },
+    );
+    let mut run = Bench::start(definition(vec![call.clone()]));
+    let child = run.children[0];
+    let ended = |completed, failure| Inbound::Child {
+        run_id: child,
+        completed,
+        output: Some(json!(5)),
+        failure,
+        cancelled: false,
+    };
+    run.input(Input::Messages(vec![ended(true, None)]));
+    assert_eq!(run.state.status, RunStatus::Completed);
+    let mut run = Bench::start(definition(vec![call]));
+    let child = run.children[0];
+    let failure = Some(Failure::permanent("user.inner", "x"));
+    run.input(Input::Messages(vec![Inbound::Child {
+        run_id: child,
+        completed: false,
+        output: None,
+        failure,
+        cancelled: false,
+    }]));
+    assert_eq!(run.failed_code(), "call.failed");
+}
+
+#[test]
+fn without_room_attempts_wait_and_begin_when_there_is() {
+    let wait = step("w", Kind::Wait { until: WaitUntil::For(1) });
+    let mut run = Bench::start(definition(vec![wait, parallel(Join::All)]));
+    run.permits = 1;
+    run.later(1);
+    assert_eq!(run.live(), ["p:l/do_l"]);
+    run.permits = 1;
+    run.input(Input::Tick);
+    assert_eq!(run.live().len(), 2);
+}
+
+#[test]
+fn late_results_change_nothing() {
+    let mut run = Bench::start(definition(vec![act("a", &[])]));
+    let before = run.state.clone();
+    assert!(run.input(Input::AttemptEnded { path: "a".into(), attempt: 9, result: Ok(json!(1)) }).is_empty());
+    assert!(run.input(Input::AttemptEnded { path: "zz".into(), attempt: 1, result: Ok(json!(1)) }).is_empty());
+    assert_eq!(run.state, before);
+    run.ok("a", json!(1));
+    assert!(run.input(Input::AttemptEnded { path: "a".into(), attempt: 1, result: Ok(json!(2)) }).is_empty());
+}
+
+#[test]
+fn termination_closes_everything_at_once() {
+    let mut d = definition(vec![parallel(Join::All)]);
+    d.finally = vec![act("clean", &[])];
+    let mut run = Bench::start(d);
+    run.input(Input::Terminated { reason: "op".into() });
+    assert_eq!(run.state.status, RunStatus::Terminated);
+    assert!(run.live().is_empty());
+}
+
+#[test]
+fn panics_are_tried_again_within_the_bound() {
+    let mut run = Bench::start(definition(vec![act("a", &[])]));
+    for _ in 0..2 {
+        run.end("a", Err(Failure::new(FailureKind::Panicked, "internal.panic", "x")));
+        run.later(60_000);
+    }
+    run.end("a", Err(Failure::new(FailureKind::Panicked, "internal.panic", "x")));
+    assert_eq!(run.failed_code(), "internal.panic");
+}
+
+#[test]
+fn executions_are_bounded() {
+    let mut d =
+        definition(vec![set("a", "v", lit(json!(1))), set("b", "v", lit(json!(1))), set("c", "v", lit(json!(1)))]);
+    d.executions_max = 2;
+    assert_eq!(Bench::start(d).failed_code(), "limit.executions");
+}
+
+#[test]
+fn the_hash_sees_meaning() {
+    let a = definition(vec![act("a", &[])]);
+    let b = definition(vec![act("b", &[])]);
+    let bundle = Bundle::from([("prompts/x.hbs".to_owned(), "one".to_owned())]);
+    let other = Bundle::from([("prompts/x.hbs".to_owned(), "two".to_owned())]);
+    assert_eq!(a.hash(&bundle), a.clone().hash(&bundle.clone()));
+    assert_ne!(a.hash(&bundle), b.hash(&bundle));
+    assert_ne!(a.hash(&bundle), a.hash(&other));
+    let stored: Definition = serde_json::from_str(&serde_json::to_string(&a).expect("json")).expect("definition");
+    assert_eq!(stored.hash(&bundle), a.hash(&bundle));
+}
