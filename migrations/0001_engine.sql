@@ -104,7 +104,7 @@ create table history_default partition of history default;
 
 create table inbox (
   shard smallint not null, run_id uuid not null,
-  n bigint not null check (n > 0),      -- 1, 2, 3 … per run, without gaps
+  n bigint not null check (n > 0),      -- rising per run; a dropped duplicate may leave a gap
   kind text not null check (kind in ('signal','cancel','unblock','child')),
   name text not null default '',
   payload jsonb not null default 'null',

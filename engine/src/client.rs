@@ -2,13 +2,23 @@
 
 use crate::{
     Error, Result,
-    definition::{Bundle, Definition},
+    committer::in_transaction,
+    definition::{
+        Bundle, Definition, Kind,
+        inputs::{prepare, violations},
+    },
+    hook::TransitionHook,
     ids::{DefinitionHash, RunId},
-    view::{HistoryRow, RunSummary, RunView},
+    machine,
+    store::{
+        self,
+        inbox::{Kind as Message, Outgoing, Sent},
+    },
+    view::{HistoryRow, RunSummary, RunView, Waiting},
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 use sqlx::{PgConnection, PgPool};
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 /// A request to start a run.
 #[derive(Clone, Debug)]
@@ -113,17 +123,25 @@ pub struct Filter {
     pub limit: u32,
 }
 
+/// Largest payload of a signal, in bytes of JSON.
+const PAYLOAD_BYTES_MAX: usize = 256 << 10;
+/// Largest attributes of a run, in bytes of JSON.
+const ATTRIBUTES_BYTES_MAX: usize = 8 << 10;
+/// How often a waiting caller looks.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
 /// The door. Cheap to clone.
 #[derive(Clone)]
 pub struct Client {
     pool: PgPool,
+    hook: Arc<dyn TransitionHook>,
 }
 
 impl Client {
-    /// A client over a pool of a migrated database.
+    /// A client over a pool of a migrated database. `hook` must be the workers': [`Self::terminate`] settles through it.
     #[must_use]
-    pub fn new(pool: PgPool) -> Self {
-        Self { pool }
+    pub fn new(pool: PgPool, hook: Arc<dyn TransitionHook>) -> Self {
+        Self { pool, hook }
     }
 
     /// Stores a definition, gives it the next version number of its name and moves `current` to it.
@@ -131,22 +149,22 @@ impl Client {
     /// # Transaction
     /// One. Idempotent by content hash.
     pub async fn deploy(&self, deploy: Deploy) -> Result<Deployed> {
-        let _ = (deploy, &self.pool);
-        Err(pending())
+        store::definitions::deploy(&self.pool, deploy).await
     }
-    /// Versions of a name, newest first.
+
+    /// Versions of a name, newest first, at most 1000.
     pub async fn versions(&self, name: &str) -> Result<Vec<Version>> {
-        let _ = name;
-        Err(pending())
+        store::definitions::versions(&self.pool, name).await
     }
+
     /// Where a pointer (`current`) of a name stands.
     ///
     /// # Errors
     /// `definition_not_found`.
     pub async fn pointer(&self, name: &str, pointer: &str) -> Result<DefinitionHash> {
-        let _ = (name, pointer);
-        Err(pending())
+        store::definitions::pointer(&self.pool, name, pointer).await
     }
+
     /// Starts a run, or returns the open one that has the same business key.
     ///
     /// # Errors
@@ -154,28 +172,69 @@ impl Client {
     /// # Transaction
     /// One: business key, run, queue row.
     pub async fn start(&self, start: Start) -> Result<Started> {
-        let _ = start;
-        Err(pending())
+        let started = in_transaction(&self.pool, |conn| {
+            let start = start.clone();
+            let client = self.clone();
+            Box::pin(async move { client.start_in(conn, start).await })
+        })
+        .await?;
+        self.wake().await;
+        Ok(started)
     }
-    /// [`Self::start`] inside the caller's transaction.
+
+    /// [`Self::start`] inside the caller's transaction; call [`Self::wake`] after the commit.
     pub async fn start_in(&self, conn: &mut PgConnection, start: Start) -> Result<Started> {
-        let _ = (conn, start);
-        Err(pending())
+        let size = json_len(&start.attributes);
+        if size > ATTRIBUTES_BYTES_MAX {
+            return Err(Error::TooLarge { what: "attributes", actual: size, limit: ATTRIBUTES_BYTES_MAX });
+        }
+        let pinned = store::definitions::load(conn, start.definition).await?;
+        let inputs = prepare(&pinned.definition, &start.inputs).map_err(Error::InputInvalid)?;
+        store::runs::start(conn, &start, &pinned.definition, &inputs).await
     }
+
     /// Sends a signal. It is kept until the run reads it, also when it comes early.
     /// Returns false when its dedupe id was seen before.
     ///
     /// # Errors
     /// `run_not_found`, `run_closed`, `signal_invalid` (the form's violations), `too_large`.
     pub async fn signal(&self, run: RunId, signal: Signal) -> Result<bool> {
-        let _ = (run, signal);
-        Err(pending())
+        let stored = in_transaction(&self.pool, |conn| {
+            let signal = signal.clone();
+            let client = self.clone();
+            Box::pin(async move { client.signal_in(conn, run, signal).await })
+        })
+        .await?;
+        self.wake().await;
+        Ok(stored)
     }
-    /// [`Self::signal`] inside the caller's transaction.
+
+    /// [`Self::signal`] inside the caller's transaction; call [`Self::wake`] after the commit.
     pub async fn signal_in(&self, conn: &mut PgConnection, run: RunId, signal: Signal) -> Result<bool> {
-        let _ = (conn, run, signal);
-        Err(pending())
+        let size = json_len(&signal.payload);
+        if size > PAYLOAD_BYTES_MAX {
+            return Err(Error::TooLarge { what: "the payload", actual: size, limit: PAYLOAD_BYTES_MAX });
+        }
+        let definition = self.open_definition(conn, run).await?;
+        let pinned = store::definitions::load(conn, definition).await?;
+        let mut problems = Vec::new();
+        let mut fits = false;
+        pinned.definition.walk(&mut |step| {
+            if let Kind::Await(spec) = &step.kind
+                && spec.signal == signal.name
+                && spec.approval.is_none()
+            {
+                let found = spec.form.as_ref().map_or_else(Vec::new, |form| violations(form, &signal.payload));
+                fits |= found.is_empty();
+                problems.extend(found);
+            }
+        });
+        if !fits && !problems.is_empty() {
+            return Err(Error::SignalInvalid(problems));
+        }
+        self.send(conn, run, &signal).await
     }
+
     /// Decides the approval that waits at the step with id `step`.
     ///
     /// # Errors
@@ -189,55 +248,175 @@ impl Client {
         dedupe_id: Option<String>,
         sender: Option<String>,
     ) -> Result<bool> {
-        let _ = (run, step, decision, comment, dedupe_id, sender);
-        Err(pending())
+        let view = self.describe(run).await?;
+        if view.status.is_closed() {
+            return Err(Error::RunClosed(run.to_string()));
+        }
+        if !view.waiting.iter().any(|w| matches!(w, Waiting::Approval { step: s, .. } if s == step)) {
+            return Err(Error::ApprovalNotWaiting(run.to_string(), step.to_owned()));
+        }
+        let payload = json!({ "decision": decision.as_str(), "comment": comment.unwrap_or_default() });
+        let signal = Signal { name: step.to_owned(), payload, dedupe_id, sender };
+        let mut conn = self.pool.acquire().await?;
+        let stored = self.send(&mut conn, run, &signal).await?;
+        drop(conn);
+        self.wake().await;
+        Ok(stored)
     }
+
     /// Asks a run to stop: live attempts are cancelled, `finally` runs.
+    ///
+    /// # Errors
+    /// `run_not_found`, `run_closed`.
     pub async fn cancel(&self, run: RunId, reason: &str) -> Result<()> {
-        let _ = (run, reason);
-        Err(pending())
+        let mut conn = self.pool.acquire().await?;
+        let payload = json!(reason);
+        let message =
+            Outgoing { run, kind: Message::Cancel, name: "", payload: &payload, dedupe_id: None, sender: None };
+        let sent = store::inbox::send(&mut conn, &message).await?;
+        if sent == Sent::NoOpenRun {
+            self.open_definition(&mut conn, run).await?;
+            return Err(Error::RunClosed(run.to_string()));
+        }
+        drop(conn);
+        self.wake().await;
+        Ok(())
     }
+
     /// Ends a run at once, without `finally`. Its attempts are closed as cancelled and settled.
+    ///
+    /// # Errors
+    /// `run_not_found`, `run_closed`; `lease_lost` if it moved meanwhile: call again.
     pub async fn terminate(&self, run: RunId, reason: &str) -> Result<()> {
-        let _ = (run, reason);
-        Err(pending())
+        crate::worker::terminate(&self.pool, self.hook.clone(), run, reason).await
     }
-    /// Wakes the open runs whose attributes match and that wait as blocked; they try again.
-    /// Runs inside the caller's transaction, for example the one that grants credits. Returns how many.
+
+    /// Wakes the open runs whose attributes match; those that wait as blocked try again. Runs inside the caller's
+    /// transaction, for example the one that grants credits. Returns how many; call [`Self::wake`] after the commit.
     pub async fn unblock_in(&self, conn: &mut PgConnection, attributes: &Value) -> Result<u64> {
-        let _ = (conn, attributes);
-        Err(pending())
+        store::inbox::unblock(conn, attributes).await
     }
+
+    /// Tells workers of all processes to look for due runs now. Best effort: they look by themselves soon.
+    pub async fn wake(&self) {
+        store::wake(&self.pool).await;
+    }
+
     /// A run, folded from its history.
     ///
     /// # Errors
     /// `run_not_found`.
     pub async fn describe(&self, run: RunId) -> Result<RunView> {
-        let _ = run;
-        Err(pending())
+        let mut conn = self.pool.acquire().await?;
+        let loaded = store::runs::load(&mut conn, run).await?;
+        let pinned = store::definitions::load(&mut conn, loaded.definition).await?;
+        drop(conn);
+        let mut live = machine::live_attempts(&loaded.state);
+        if !live.is_empty() {
+            let progress = store::checkpoints::progress_of(&self.pool, run).await?;
+            for attempt in &mut live {
+                let newest = progress
+                    .iter()
+                    .find(|(path, n, _)| *path == attempt.path && u32::try_from(*n) == Ok(attempt.attempt));
+                if let Some((_, _, value)) = newest {
+                    attempt.progress = value.clone();
+                }
+            }
+        }
+        Ok(RunView {
+            run_id: run,
+            workflow: loaded.workflow,
+            definition: loaded.definition,
+            workflow_id: loaded.workflow_id,
+            status: loaded.status,
+            seq: u64::try_from(loaded.seq).unwrap_or(0),
+            attributes: loaded.attributes,
+            inputs: loaded.inputs,
+            started_at: loaded.started_at,
+            closed_at: loaded.closed_at,
+            output: loaded.output,
+            failure: loaded.failure.and_then(|f| serde_json::from_value(f).ok()),
+            waiting: machine::waiting(&pinned.definition, &loaded.state),
+            live,
+            nodes: machine::nodes(&pinned.definition, &loaded.state),
+        })
     }
+
     /// Transitions with `seq > after`, in order, at most `limit` (1000).
     pub async fn history(&self, run: RunId, after: u64, limit: u32) -> Result<Vec<HistoryRow>> {
-        let _ = (run, after, limit);
-        Err(pending())
+        store::history::page(&self.pool, run, after, limit).await
     }
+
     /// Runs that match, newest first.
     pub async fn list(&self, filter: Filter) -> Result<Vec<RunSummary>> {
-        let _ = filter;
-        Err(pending())
+        store::runs::list(&self.pool, &filter).await
     }
+
     /// Waits until the run has more than `seq` transitions, or `timeout` is over. Returns its newest seq.
+    ///
+    /// # Errors
+    /// `run_not_found`.
     pub async fn wait_change(&self, run: RunId, seq: u64, timeout: Duration) -> Result<u64> {
-        let _ = (run, seq, timeout);
-        Err(pending())
+        let until = tokio::time::Instant::now() + timeout;
+        loop {
+            let newest: Option<i64> = sqlx::query_scalar("select seq from runs where shard = $1 and run_id = $2")
+                .bind(run.shard())
+                .bind(run.0)
+                .fetch_optional(&self.pool)
+                .await?;
+            let newest = newest.ok_or_else(|| Error::RunNotFound(run.to_string()))?;
+            let newest = u64::try_from(newest).unwrap_or(0);
+            let now = tokio::time::Instant::now();
+            if newest > seq || now >= until {
+                return Ok(newest);
+            }
+            tokio::time::sleep(LOOK_EVERY.min(until - now)).await;
+        }
     }
+
     /// The open run under a business key.
     pub async fn open_run(&self, workflow_id: &str) -> Result<Option<RunId>> {
-        let _ = workflow_id;
-        Err(pending())
+        let id: Option<uuid::Uuid> = sqlx::query_scalar("select run_id from workflow_ids where workflow_id = $1")
+            .bind(workflow_id)
+            .fetch_optional(&self.pool)
+            .await?;
+        Ok(id.map(RunId))
+    }
+
+    /// The definition of a run that is open.
+    async fn open_definition(&self, conn: &mut PgConnection, run: RunId) -> Result<DefinitionHash> {
+        let row: Option<(Vec<u8>, bool)> =
+            sqlx::query_as("select definition, closed_at is not null from runs where shard = $1 and run_id = $2")
+                .bind(run.shard())
+                .bind(run.0)
+                .fetch_optional(conn)
+                .await?;
+        match row {
+            None => Err(Error::RunNotFound(run.to_string())),
+            Some((_, true)) => Err(Error::RunClosed(run.to_string())),
+            Some((hash, false)) => {
+                store::definitions::hash_of(hash).ok_or_else(|| Error::Invariant("a definition's hash".into()))
+            }
+        }
+    }
+
+    async fn send(&self, conn: &mut PgConnection, run: RunId, signal: &Signal) -> Result<bool> {
+        let message = Outgoing {
+            run,
+            kind: Message::Signal,
+            name: &signal.name,
+            payload: &signal.payload,
+            dedupe_id: signal.dedupe_id.as_deref(),
+            sender: signal.sender.as_deref(),
+        };
+        match store::inbox::send(conn, &message).await? {
+            Sent::Stored => Ok(true),
+            Sent::Duplicate => Ok(false),
+            Sent::NoOpenRun => Err(Error::RunClosed(run.to_string())),
+        }
     }
 }
 
-fn pending() -> Error {
-    Error::Invariant("the client is not built yet".into())
+fn json_len(value: &Value) -> usize {
+    serde_json::to_string(value).map_or(usize::MAX, |t| t.len())
 }

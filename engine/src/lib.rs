@@ -13,12 +13,22 @@ pub mod view;
 pub mod activity;
 #[cfg(feature = "runtime")]
 pub mod client;
+#[cfg(feature = "runtime")]
+mod clock;
+#[cfg(feature = "runtime")]
+mod committer;
 #[cfg(feature = "embedded")]
 pub mod embedded;
 #[cfg(feature = "runtime")]
 pub mod hook;
 #[cfg(feature = "runtime")]
 pub mod migrate;
+#[cfg(feature = "runtime")]
+mod store;
+#[cfg(feature = "test-util")]
+pub mod testing;
+#[cfg(feature = "runtime")]
+pub mod worker;
 
 pub use error::{Error, Result};
 pub use failure::{Failure, FailureKind};

@@ -6,6 +6,7 @@
 //! [`expr`] and [`template`], each in its cage.
 
 pub mod expr;
+pub mod inputs;
 pub mod template;
 
 use crate::ids::DefinitionHash;

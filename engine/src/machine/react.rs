@@ -78,6 +78,10 @@ fn start(
     if state.status != RunStatus::Pending {
         return Ok(());
     }
+    let (inputs, invalid) = match crate::definition::inputs::prepare(definition, &inputs) {
+        Ok(inputs) => (inputs, None),
+        Err(problems) => (inputs, Some(Failure::permanent("input.invalid", problems.join("; ")))),
+    };
     state.inputs = inputs.clone();
     let env: Result<BTreeMap<String, Value>, Failure> = {
         let place = Place::inside(definition, state, moment, "")?;
@@ -87,6 +91,7 @@ fn start(
         Ok(env) => (env, None),
         Err(failure) => (BTreeMap::new(), Some(failure)),
     };
+    let failure = invalid.or(failure);
     let deadline = moment.now + millis(definition.timeout_ms);
     emit(state, Event::RunStarted { inputs, env, at: moment.now, deadline }, decision)?;
     match failure {

@@ -368,7 +368,7 @@ impl Frame {
 
 impl RunState {
     /// Visits every node that is under way, in the body and in `finally`.
-    pub(super) fn visit_live<'a>(&'a self, visit: &mut dyn FnMut(&str, &'a Node)) {
+    pub(crate) fn visit_live<'a>(&'a self, visit: &mut dyn FnMut(&str, &'a Node)) {
         self.body.visit_live("", visit);
         if let Some(frame) = &self.finally {
             frame.visit_live(FINALLY_PREFIX, visit);

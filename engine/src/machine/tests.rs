@@ -77,7 +77,11 @@ impl Bench {
     fn start(definition: Definition) -> Self {
         Self::start_with(definition, json!({}))
     }
-    fn start_with(definition: Definition, inputs: Value) -> Self {
+    fn start_with(mut definition: Definition, inputs: Value) -> Self {
+        for name in inputs.as_object().into_iter().flat_map(|map| map.keys()) {
+            let any = crate::definition::Input { schema: json!({}), required: true, default: None };
+            definition.inputs.insert(name.clone(), any);
+        }
         let run = RunId::new();
         let signature = Signature {
             name: "work@1".into(),
@@ -710,6 +714,18 @@ fn executions_are_bounded() {
         definition(vec![set("a", "v", lit(json!(1))), set("b", "v", lit(json!(1))), set("c", "v", lit(json!(1)))]);
     d.executions_max = 2;
     assert_eq!(Bench::start(d).failed_code(), "limit.executions");
+}
+
+#[test]
+fn inputs_that_do_not_fit_fail_the_run_at_once() {
+    let mut d = definition(vec![act("a", &[])]);
+    let number = crate::definition::Input { schema: json!({"type": "integer"}), required: true, default: None };
+    d.inputs.insert("n".into(), number);
+    let mut run = Bench::start(d.clone());
+    assert_eq!(run.failed_code(), "input.invalid");
+    d.inputs.get_mut("n").expect("declared").default = Some(json!(3));
+    run = Bench::start(d);
+    assert_eq!(run.state.inputs, json!({"n": 3}));
 }
 
 #[test]

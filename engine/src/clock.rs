@@ -1,0 +1,26 @@
+//! The database's time, as this process knows it: the local clock plus an offset that every heartbeat renews.
+
+use chrono::{DateTime, Duration, Utc};
+use std::sync::atomic::{AtomicI64, Ordering};
+
+/// Time of the database, to within a round trip. A worker whose own clock is wrong still agrees with the others.
+#[derive(Debug, Default)]
+pub(crate) struct Clock {
+    offset_micros: AtomicI64,
+}
+
+impl Clock {
+    /// Takes over what the database just said.
+    pub(crate) fn set(&self, database: DateTime<Utc>) {
+        let offset = (database - Utc::now()).num_microseconds().unwrap_or(0);
+        self.offset_micros.store(offset, Ordering::Relaxed);
+    }
+    /// Now, by the database's clock.
+    pub(crate) fn now(&self) -> DateTime<Utc> {
+        Utc::now() + Duration::microseconds(self.offset_micros.load(Ordering::Relaxed))
+    }
+    /// How long until `instant`; zero if it is past.
+    pub(crate) fn until(&self, instant: DateTime<Utc>) -> std::time::Duration {
+        (instant - self.now()).to_std().unwrap_or_default()
+    }
+}

@@ -1,0 +1,216 @@
+//! Natural group commit. Runs hand their transitions over; whatever is queued when the previous commit has returned goes
+//! out as one batch. No timer: an idle committer costs one commit, a busy one divides a commit among hundreds.
+//!
+//! ```text
+//! drivers ──Item──▶ queue ──drain──▶ batch ──▶ one statement ───────────────▶ verdicts ──▶ drivers
+//!                     └── items with effects ──▶ transaction: statement · effects · hook ──▶ ┘
+//! ```
+
+use crate::{
+    Error, Result,
+    hook::{HookError, TransitionHook},
+    store::{
+        is_transient, retry_pause,
+        transitions::{self, Item, Verdict},
+    },
+};
+use sqlx::{Connection, PgConnection, PgPool};
+use std::{future::Future, pin::Pin, sync::Arc};
+use tokio::sync::{mpsc, oneshot};
+
+/// Most transitions of one batch. Chosen: beyond it throughput grows little and a refusal gets dearer.
+const BATCH_ITEMS_MAX: usize = 256;
+/// Most bytes of one batch.
+const BATCH_BYTES_MAX: usize = 1 << 20;
+/// Transitions that wait; a full queue slows the runs down instead of filling memory.
+const QUEUE_MAX: usize = 4096;
+
+/// Why one transition could not be committed although its fence holds.
+#[derive(Debug)]
+pub(crate) enum Broken {
+    /// Postgres cannot be reached; nothing was written, or it is unknown whether it was.
+    Unreachable(Error),
+    /// This transition is at fault: an invariant or a constraint.
+    Poison(String),
+}
+
+type Answer = std::result::Result<Verdict, Broken>;
+struct Queued(Item, oneshot::Sender<Answer>);
+
+/// Hands transitions to the committer. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Committer {
+    plain: mpsc::Sender<Queued>,
+    effects: mpsc::Sender<Queued>,
+}
+
+impl Committer {
+    /// Starts the two lanes. They end when every handle is dropped.
+    pub(crate) fn start(pool: PgPool, hook: Arc<dyn TransitionHook>) -> Self {
+        let (plain, plain_queue) = mpsc::channel(QUEUE_MAX);
+        let (effects, effects_queue) = mpsc::channel(QUEUE_MAX);
+        tokio::spawn(lane(pool.clone(), hook.clone(), plain_queue));
+        tokio::spawn(lane(pool, hook, effects_queue));
+        Self { plain, effects }
+    }
+
+    /// Commits one transition.
+    pub(crate) async fn commit(&self, item: Item) -> Answer {
+        let lane = if item.effects.is_empty() { &self.plain } else { &self.effects };
+        let (answer, verdict) = oneshot::channel();
+        let gone = || Broken::Unreachable(Error::Invariant("the committer has ended".into()));
+        lane.send(Queued(item, answer)).await.map_err(|_| gone())?;
+        verdict.await.map_err(|_| gone())?
+    }
+}
+
+async fn lane(pool: PgPool, hook: Arc<dyn TransitionHook>, mut queue: mpsc::Receiver<Queued>) {
+    while let Some(first) = queue.recv().await {
+        let mut bytes = first.0.bytes();
+        let mut batch = vec![first];
+        while batch.len() < BATCH_ITEMS_MAX && bytes < BATCH_BYTES_MAX {
+            let Ok(next) = queue.try_recv() else { break };
+            bytes += next.0.bytes();
+            batch.push(next);
+        }
+        metrics::histogram!("loopwright_commit_batch_items").record(f64::from(u32::try_from(batch.len()).unwrap_or(0)));
+        let (items, answers): (Vec<Item>, Vec<_>) =
+            batch.into_iter().map(|Queued(item, answer)| (item, answer)).unzip();
+        let verdicts = commit_batch(&pool, hook.as_ref(), items).await;
+        for (answer, verdict) in answers.into_iter().zip(verdicts) {
+            // A driver that went away does not need its verdict: whoever loads the run next sees it.
+            drop(answer.send(verdict));
+        }
+    }
+}
+
+/// Commits a batch, however many sendings that takes: transient errors are sent again, refused and poisonous items are
+/// set apart by halving.
+fn commit_batch<'a>(
+    pool: &'a PgPool,
+    hook: &'a dyn TransitionHook,
+    items: Vec<Item>,
+) -> Pin<Box<dyn Future<Output = Vec<Answer>> + Send + 'a>> {
+    Box::pin(async move {
+        let mut tries = 0;
+        let error = loop {
+            match send(pool, hook, &items).await {
+                Ok(Sent::Done(verdicts)) => return verdicts.into_iter().map(Ok).collect(),
+                Ok(Sent::Refused(refused)) => return without_refused(pool, hook, items, refused).await,
+                Err(HookError::Sql(error)) if is_transient(&error) => match retry_pause(tries) {
+                    Some(pause) => {
+                        tries += 1;
+                        tokio::time::sleep(pause).await;
+                    }
+                    None => {
+                        return items
+                            .iter()
+                            .map(|_| Err(Broken::Unreachable(Error::Invariant(error.to_string()))))
+                            .collect();
+                    }
+                },
+                Err(error) => break error,
+            }
+        };
+        if items.len() == 1 {
+            return vec![Err(Broken::Poison(error.to_string()))];
+        }
+        let mut left = items;
+        let right = left.split_off(left.len() / 2);
+        let mut answers = commit_batch(pool, hook, left).await;
+        answers.extend(commit_batch(pool, hook, right).await);
+        answers
+    })
+}
+
+enum Sent {
+    Done(Vec<Verdict>),
+    /// (position, reason, message); everything was rolled back.
+    Refused(Vec<(usize, String, String)>),
+}
+
+async fn without_refused(
+    pool: &PgPool,
+    hook: &dyn TransitionHook,
+    items: Vec<Item>,
+    refused: Vec<(usize, String, String)>,
+) -> Vec<Answer> {
+    let mut answers: Vec<Option<Answer>> = items.iter().map(|_| None).collect();
+    for (ord, reason, message) in refused {
+        if let Some(slot) = answers.get_mut(ord) {
+            *slot = Some(Ok(Verdict::Refused { reason, message }));
+        }
+    }
+    let rest: Vec<Item> =
+        items.into_iter().zip(&answers).filter(|(_, answer)| answer.is_none()).map(|(item, _)| item).collect();
+    let mut others = if rest.is_empty() { Vec::new() } else { commit_batch(pool, hook, rest).await }.into_iter();
+    answers
+        .into_iter()
+        .map(|slot| {
+            slot.or_else(|| others.next())
+                .unwrap_or_else(|| Err(Broken::Unreachable(Error::Invariant("a transition without an answer".into()))))
+        })
+        .collect()
+}
+
+async fn send(pool: &PgPool, hook: &dyn TransitionHook, items: &[Item]) -> std::result::Result<Sent, HookError> {
+    let mut conn = pool.acquire().await?;
+    if items.iter().all(|i| i.effects.is_empty()) {
+        return Ok(Sent::Done(transitions::send(&mut conn, items).await.map_err(hook_error)?));
+    }
+    let mut tx = conn.begin().await?;
+    let verdicts = transitions::send(&mut tx, items).await.map_err(hook_error)?;
+    crash_point("commit.after_transitions");
+    let refused = transitions::apply_effects(&mut tx, items, &verdicts, hook).await?;
+    if !refused.is_empty() {
+        tx.rollback().await?;
+        return Ok(Sent::Refused(refused.into_iter().map(|r| (r.ord, r.reason, r.message)).collect()));
+    }
+    crash_point("commit.before_commit");
+    tx.commit().await?;
+    crash_point("commit.after_commit");
+    Ok(Sent::Done(verdicts))
+}
+
+fn hook_error(error: Error) -> HookError {
+    match error {
+        Error::Sql(e) => HookError::Sql(e),
+        other => HookError::Invariant(other.to_string()),
+    }
+}
+
+/// A named place at which tests let the process die.
+fn crash_point(name: &'static str) {
+    #[cfg(feature = "test-util")]
+    crate::testing::crash_point(name);
+    #[cfg(not(feature = "test-util"))]
+    let _ = name;
+}
+
+/// Runs a closure in a transaction, again when Postgres asks for it.
+pub(crate) async fn in_transaction<T, F>(pool: &PgPool, work: F) -> Result<T>
+where
+    F: for<'c> Fn(&'c mut PgConnection) -> Pin<Box<dyn Future<Output = Result<T>> + Send + 'c>> + Send + Sync,
+    T: Send,
+{
+    let mut tries = 0;
+    loop {
+        let attempt = async {
+            let mut conn = pool.acquire().await?;
+            let mut tx = conn.begin().await?;
+            let value = work(&mut tx).await?;
+            tx.commit().await?;
+            Ok(value)
+        };
+        match attempt.await {
+            Err(Error::Sql(error)) if is_transient(&error) => match retry_pause(tries) {
+                Some(pause) => {
+                    tries += 1;
+                    tokio::time::sleep(pause).await;
+                }
+                None => return Err(Error::Sql(error)),
+            },
+            other => return other,
+        }
+    }
+}

@@ -1,0 +1,58 @@
+//! Inputs of a run: defaults filled in, every declared one checked.
+
+use super::Definition;
+use serde_json::{Map, Value};
+
+/// Largest inputs of a run, in bytes of JSON.
+pub const INPUTS_BYTES_MAX: usize = 1 << 20;
+
+/// Fills in defaults and checks every input against its schema.
+///
+/// # Errors
+/// All violations, one sentence each; unknown names are violations.
+pub fn prepare(definition: &Definition, inputs: &Value) -> Result<Value, Vec<String>> {
+    let empty = Map::new();
+    let given = match inputs {
+        Value::Object(map) => map,
+        Value::Null => &empty,
+        _ => return Err(vec!["inputs must be an object".into()]),
+    };
+    let mut problems = Vec::new();
+    let mut out = Map::new();
+    for (name, input) in &definition.inputs {
+        match given.get(name).or(input.default.as_ref()) {
+            Some(value) => {
+                out.insert(name.clone(), value.clone());
+                problems.extend(violations(&input.schema, value).into_iter().map(|v| format!("`{name}` {v}")));
+            }
+            None if input.required => problems.push(format!("`{name}` is required")),
+            None => {}
+        }
+    }
+    for name in given.keys().filter(|name| !definition.inputs.contains_key(*name)) {
+        problems.push(format!("there is no input `{name}`"));
+    }
+    let out = Value::Object(out);
+    let bytes = serde_json::to_string(&out).map_or(usize::MAX, |t| t.len());
+    if bytes > INPUTS_BYTES_MAX {
+        problems.push(format!("inputs are {bytes} bytes; the limit is {INPUTS_BYTES_MAX}"));
+    }
+    if problems.is_empty() { Ok(out) } else { Err(problems) }
+}
+
+/// How a value violates a JSON Schema, one sentence each, at most ten.
+#[must_use]
+pub fn violations(schema: &Value, value: &Value) -> Vec<String> {
+    match jsonschema::validator_for(schema) {
+        Ok(validator) => validator
+            .iter_errors(value)
+            .take(10)
+            .map(|error| {
+                let at = error.instance_path().to_string();
+                let text: String = error.to_string().chars().take(300).collect();
+                if at.is_empty() { text } else { format!("at {at}: {text}") }
+            })
+            .collect(),
+        Err(error) => vec![format!("cannot be checked, its schema is broken: {error}")],
+    }
+}

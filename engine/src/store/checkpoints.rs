@@ -1,0 +1,83 @@
+//! Tables `checkpoints` and `attempt_progress`: what a running attempt leaves behind.
+
+use crate::{Result, ids::RunId};
+use serde_json::Value;
+use sqlx::{PgConnection, PgPool};
+
+pub(crate) async fn get(pool: &PgPool, run: RunId, path: &str, key: &str) -> Result<Option<Value>> {
+    Ok(sqlx::query_scalar("select value from checkpoints where shard = $1 and run_id = $2 and path = $3 and key = $4")
+        .bind(run.shard())
+        .bind(run.0)
+        .bind(path)
+        .bind(key)
+        .fetch_optional(pool)
+        .await?)
+}
+
+/// Whether `epoch` still owns the run. Holds the row for share: a takeover waits until the caller commits, so everything
+/// that a fenced writer stored is there before the next owner looks.
+pub(crate) async fn fence(conn: &mut PgConnection, run: RunId, epoch: i64) -> Result<bool> {
+    let held: Option<i32> = sqlx::query_scalar(
+        "select 1 from runs where shard = $1 and run_id = $2 and epoch = $3 and closed_at is null for share",
+    )
+    .bind(run.shard())
+    .bind(run.0)
+    .bind(epoch)
+    .fetch_optional(conn)
+    .await?;
+    Ok(held.is_some())
+}
+
+/// Stores a value; the first one stays.
+pub(crate) async fn put(conn: &mut PgConnection, run: RunId, path: &str, key: &str, value: &Value) -> Result<()> {
+    sqlx::query(
+        "insert into checkpoints (shard, run_id, path, key, value) values ($1, $2, $3, $4, $5) on conflict do nothing",
+    )
+    .bind(run.shard())
+    .bind(run.0)
+    .bind(path)
+    .bind(key)
+    .bind(value)
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Progress of one attempt.
+pub(crate) struct Progress {
+    pub(crate) run: RunId,
+    pub(crate) path: String,
+    pub(crate) attempt: i32,
+    pub(crate) value: Value,
+}
+
+/// Stores the newest progress of many attempts in one statement.
+pub(crate) async fn put_progress(conn: &mut PgConnection, progress: &[Progress]) -> Result<()> {
+    let shards: Vec<i16> = progress.iter().map(|p| p.run.shard()).collect();
+    let runs: Vec<uuid::Uuid> = progress.iter().map(|p| p.run.0).collect();
+    let paths: Vec<&str> = progress.iter().map(|p| p.path.as_str()).collect();
+    let attempts: Vec<i32> = progress.iter().map(|p| p.attempt).collect();
+    let values: Vec<&Value> = progress.iter().map(|p| &p.value).collect();
+    sqlx::query(
+        "insert into attempt_progress (shard, run_id, path, attempt, progress)
+         select * from unnest($1::smallint[], $2::uuid[], $3::text[], $4::int[], $5::jsonb[])
+         on conflict (shard, run_id, path) do update set attempt = excluded.attempt, progress = excluded.progress, at = engine_now()",
+    )
+    .bind(shards)
+    .bind(runs)
+    .bind(paths)
+    .bind(attempts)
+    .bind(values.into_iter().cloned().collect::<Vec<Value>>())
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Newest progress of a run's attempts: path, attempt, value.
+pub(crate) async fn progress_of(pool: &PgPool, run: RunId) -> Result<Vec<(String, i32, Value)>> {
+    Ok(sqlx::query_as("select path, attempt, progress from attempt_progress where shard = $1 and run_id = $2")
+        .bind(run.shard())
+        .bind(run.0)
+        .fetch_all(pool)
+        .await?)
+}

@@ -1,0 +1,165 @@
+//! Table `definitions` and its pointers.
+
+use crate::{
+    Error, Result,
+    client::{Deploy, Deployed, Version},
+    definition::{Bundle, Definition},
+    ids::DefinitionHash,
+};
+use serde_json::Value;
+use sqlx::{Connection, PgConnection, PgPool, Row, types::Json};
+use std::collections::BTreeMap;
+
+/// A definition with its bundle, as runs are pinned to it.
+#[derive(Debug)]
+pub(crate) struct Pinned {
+    pub(crate) definition: Definition,
+    pub(crate) bundle: Bundle,
+}
+
+pub(crate) async fn deploy(pool: &PgPool, deploy: Deploy) -> Result<Deployed> {
+    let hash = deploy.definition.hash(&deploy.bundle);
+    let name = deploy.definition.name.clone();
+    let ir = serde_json::to_value(&deploy.definition).map_err(|e| Error::DefinitionInvalid(e.to_string()))?;
+    let mut conn = pool.acquire().await?;
+    let mut tx = conn.begin().await?;
+    // Version numbers of one name are given one after the other.
+    sqlx::query("select pg_advisory_xact_lock(hashtext($1))").bind(&name).execute(&mut *tx).await?;
+    let known: Option<i32> = sqlx::query_scalar("select version from definitions where hash = $1")
+        .bind(&hash.0[..])
+        .fetch_optional(&mut *tx)
+        .await?;
+    let (version, created) = match known {
+        Some(version) => (version, false),
+        None => {
+            let version: i32 = sqlx::query_scalar(
+                "insert into definitions (hash, name, version, format, source, bundle, ir, author, message)
+                 select $1, $2, coalesce(max(version), 0) + 1, $3, $4, $5, $6, $7, $8 from definitions where name = $2
+                 returning version",
+            )
+            .bind(&hash.0[..])
+            .bind(&name)
+            .bind(i32::try_from(deploy.definition.format).unwrap_or(i32::MAX))
+            .bind(&deploy.source)
+            .bind(Json(&deploy.bundle))
+            .bind(&ir)
+            .bind(&deploy.author)
+            .bind(&deploy.message)
+            .fetch_one(&mut *tx)
+            .await?;
+            (version, true)
+        }
+    };
+    sqlx::query(
+        "insert into definition_pointers (name, pointer, hash) values ($1, 'current', $2)
+         on conflict (name, pointer) do update set hash = excluded.hash, moved_at = engine_now()
+         where definition_pointers.hash <> excluded.hash",
+    )
+    .bind(&name)
+    .bind(&hash.0[..])
+    .execute(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    Ok(Deployed { hash, version: u32::try_from(version).unwrap_or(0), created })
+}
+
+pub(crate) async fn load(conn: &mut PgConnection, hash: DefinitionHash) -> Result<Pinned> {
+    let row = sqlx::query("select ir, bundle from definitions where hash = $1")
+        .bind(&hash.0[..])
+        .fetch_optional(conn)
+        .await?
+        .ok_or_else(|| Error::DefinitionNotFound(hash.to_string()))?;
+    let definition: Definition = serde_json::from_value(row.try_get::<Value, _>("ir")?)
+        .map_err(|e| Error::DefinitionInvalid(format!("stored definition {hash}: {e}")))?;
+    if definition.format > crate::definition::FORMAT {
+        return Err(Error::DefinitionInvalid(format!(
+            "definition {hash} has format {}, this program knows up to {}: use a newer release",
+            definition.format,
+            crate::definition::FORMAT
+        )));
+    }
+    let Json(bundle) = row.try_get::<Json<Bundle>, _>("bundle")?;
+    Ok(Pinned { definition, bundle })
+}
+
+pub(crate) async fn pointer(pool: &PgPool, name: &str, pointer: &str) -> Result<DefinitionHash> {
+    let bytes: Option<Vec<u8>> =
+        sqlx::query_scalar("select hash from definition_pointers where name = $1 and pointer = $2")
+            .bind(name)
+            .bind(pointer)
+            .fetch_optional(pool)
+            .await?;
+    bytes.and_then(hash_of).ok_or_else(|| Error::DefinitionNotFound(format!("{name}@{pointer}")))
+}
+
+pub(crate) async fn versions(pool: &PgPool, name: &str) -> Result<Vec<Version>> {
+    let rows = sqlx::query(
+        "select d.name, d.version, d.hash, d.author, d.message, d.created_at, p.hash is not null as current
+         from definitions d left join definition_pointers p on p.name = d.name and p.pointer = 'current' and p.hash = d.hash
+         where d.name = $1 order by d.version desc limit 1000",
+    )
+    .bind(name)
+    .fetch_all(pool)
+    .await?;
+    rows.into_iter()
+        .map(|row| {
+            Ok(Version {
+                name: row.try_get("name")?,
+                version: u32::try_from(row.try_get::<i32, _>("version")?).unwrap_or(0),
+                hash: hash_of(row.try_get("hash")?).ok_or_else(|| Error::Invariant("a definition's hash".into()))?,
+                author: row.try_get("author")?,
+                message: row.try_get("message")?,
+                created_at: row.try_get("created_at")?,
+                current: row.try_get("current")?,
+            })
+        })
+        .collect()
+}
+
+/// Where the `call`s of a definition lead, as of now. A call without a deployed workflow is absent.
+pub(crate) async fn resolve_calls(
+    conn: &mut PgConnection,
+    definition: &Definition,
+) -> Result<BTreeMap<String, DefinitionHash>> {
+    use crate::definition::{CallVersion as V, Kind};
+    let mut calls = Vec::new();
+    definition.walk(&mut |step| {
+        if let Kind::Call { workflow, version, .. } = &step.kind {
+            calls.push((workflow.clone(), version.clone()));
+        }
+    });
+    let mut found = BTreeMap::new();
+    for (workflow, version) in calls {
+        let bytes: Option<Vec<u8>> = match &version {
+            V::Latest => {
+                sqlx::query_scalar("select hash from definition_pointers where name = $1 and pointer = 'current'")
+                    .bind(&workflow)
+                    .fetch_optional(&mut *conn)
+                    .await?
+            }
+            V::Number(n) => {
+                sqlx::query_scalar("select hash from definitions where name = $1 and version = $2")
+                    .bind(&workflow)
+                    .bind(i32::try_from(*n).unwrap_or(i32::MAX))
+                    .fetch_optional(&mut *conn)
+                    .await?
+            }
+            V::Hash(h) => {
+                sqlx::query_scalar("select hash from definitions where name = $1 and hash = $2")
+                    .bind(&workflow)
+                    .bind(&h.0[..])
+                    .fetch_optional(&mut *conn)
+                    .await?
+            }
+        };
+        if let Some(hash) = bytes.and_then(hash_of) {
+            found.insert(crate::machine::call_key(&workflow, &version), hash);
+        }
+    }
+    Ok(found)
+}
+
+/// A stored hash; `None` if it does not have 32 bytes.
+pub(crate) fn hash_of(bytes: Vec<u8>) -> Option<DefinitionHash> {
+    bytes.try_into().ok().map(DefinitionHash)
+}

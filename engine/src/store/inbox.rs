@@ -1,0 +1,154 @@
+//! Table `inbox`: messages into runs.
+
+use crate::{Result, failure::Failure, ids::RunId, machine::Inbound};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use sqlx::{PgConnection, Row};
+
+/// What a message is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Signal,
+    Cancel,
+    Unblock,
+    Child,
+}
+
+impl Kind {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Signal => "signal",
+            Self::Cancel => "cancel",
+            Self::Unblock => "unblock",
+            Self::Child => "child",
+        }
+    }
+}
+
+/// A message to put into a run's inbox.
+pub(crate) struct Outgoing<'a> {
+    pub(crate) run: RunId,
+    pub(crate) kind: Kind,
+    pub(crate) name: &'a str,
+    pub(crate) payload: &'a Value,
+    pub(crate) dedupe_id: Option<&'a str>,
+    pub(crate) sender: Option<&'a str>,
+}
+
+/// What became of a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sent {
+    Stored,
+    Duplicate,
+    /// There is no such run, or it is closed.
+    NoOpenRun,
+}
+
+/// How a child run ended, as its parent hears it.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct ChildResult {
+    pub(crate) run_id: RunId,
+    pub(crate) completed: bool,
+    pub(crate) cancelled: bool,
+    pub(crate) output: Option<Value>,
+    pub(crate) failure: Option<Failure>,
+}
+
+/// Stores a message and makes its run claimable if it is parked. One statement; takes the run's row lock.
+pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Result<Sent> {
+    // The run's row serializes its senders. A second message with one id that raced the first is dropped by the
+    // constraint; its number stays unused.
+    let row = sqlx::query(
+        "with target as (select shard, run_id from runs where shard = $1 and run_id = $2 and closed_at is null for no key update),
+              seen as (select 1 from inbox i join target t using (shard, run_id) where $6::text is not null and i.dedupe_id = $6),
+              u as (update runs r set inbox_n = r.inbox_n + 1 from target t
+                    where r.shard = t.shard and r.run_id = t.run_id and not exists (select from seen)
+                    returning r.shard, r.run_id, r.inbox_n, r.queue, r.parked),
+              m as (insert into inbox (shard, run_id, n, kind, name, payload, dedupe_id, sender)
+                    select shard, run_id, inbox_n, $3, $4, $5, $6, $7 from u
+                    on conflict on constraint inbox_dedupe_key do nothing returning 1),
+              w as (insert into ready (shard, run_id, queue, due_at) select shard, run_id, queue, engine_now() from u where parked
+                    on conflict (shard, run_id) do update set due_at = least(ready.due_at, excluded.due_at))
+         select exists (select from target) as open, exists (select from m) as stored",
+    )
+    .bind(message.run.shard())
+    .bind(message.run.0)
+    .bind(message.kind.as_str())
+    .bind(message.name)
+    .bind(message.payload)
+    .bind(message.dedupe_id)
+    .bind(message.sender)
+    .fetch_one(&mut *conn)
+    .await?;
+    Ok(match (row.try_get("open")?, row.try_get("stored")?) {
+        (false, _) => Sent::NoOpenRun,
+        (true, true) => Sent::Stored,
+        (true, false) => Sent::Duplicate,
+    })
+}
+
+/// Messages `after < n <= up_to`, in order.
+pub(crate) async fn read(conn: &mut PgConnection, run: RunId, after: i64, up_to: i64) -> Result<Vec<Inbound>> {
+    let rows = sqlx::query(
+        "select n, kind, name, payload, sender, sent_at from inbox where shard = $1 and run_id = $2 and n > $3 and n <= $4 order by n",
+    )
+    .bind(run.shard())
+    .bind(run.0)
+    .bind(after)
+    .bind(up_to)
+    .fetch_all(conn)
+    .await?;
+    rows.into_iter()
+        .map(|row| {
+            let payload: Value = row.try_get("payload")?;
+            let kind: String = row.try_get("kind")?;
+            Ok(match kind.as_str() {
+                "cancel" => Inbound::Cancel { reason: payload.as_str().unwrap_or("cancelled on request").to_owned() },
+                "unblock" => Inbound::Unblock,
+                "child" => {
+                    let child: ChildResult = serde_json::from_value(payload)
+                        .map_err(|e| crate::Error::Invariant(format!("child message of run {run}: {e}")))?;
+                    Inbound::Child {
+                        run_id: child.run_id,
+                        completed: child.completed,
+                        cancelled: child.cancelled,
+                        output: child.output,
+                        failure: child.failure,
+                    }
+                }
+                _ => Inbound::Signal {
+                    n: u64::try_from(row.try_get::<i64, _>("n")?).unwrap_or(0),
+                    name: row.try_get("name")?,
+                    payload,
+                    sender: row.try_get("sender")?,
+                    at: row.try_get("sent_at")?,
+                },
+            })
+        })
+        .collect()
+}
+
+/// Wakes the parked runs that wait as blocked and whose attributes match. Returns how many.
+pub(crate) async fn unblock(conn: &mut PgConnection, attributes: &Value) -> Result<u64> {
+    let runs: Vec<uuid::Uuid> = sqlx::query_scalar(
+        "select run_id from runs where attributes @> $1 and closed_at is null and status <> 'quarantined' order by run_id limit 10000",
+    )
+    .bind(attributes)
+    .fetch_all(&mut *conn)
+    .await?;
+    let mut woken = 0;
+    for run in runs {
+        let message = Outgoing {
+            run: RunId(run),
+            kind: Kind::Unblock,
+            name: "",
+            payload: &json!(null),
+            dedupe_id: None,
+            sender: None,
+        };
+        if send(conn, &message).await? == Sent::Stored {
+            woken += 1;
+        }
+    }
+    Ok(woken)
+}

@@ -1,0 +1,46 @@
+//! Table `ready`: claiming.
+
+use crate::{
+    Error, Result,
+    ids::{RunId, WorkerId},
+};
+use sqlx::{Connection, PgConnection};
+
+/// Claims up to `limit` due runs of the given queues. Their epochs rise; what older owners send is refused from now on.
+///
+/// # Errors
+/// `lease_lost` if this worker was declared dead.
+/// # Transaction
+/// One. Holds the worker's own row for key share, so that a takeover of this worker waits and then sees these claims.
+pub(crate) async fn claim(
+    conn: &mut PgConnection,
+    worker: WorkerId,
+    queues: &[String],
+    limit: i64,
+) -> Result<Vec<RunId>> {
+    let mut tx = conn.begin().await?;
+    let alive: Option<i32> = sqlx::query_scalar("select 1 from workers where id = $1 for key share")
+        .bind(worker.0)
+        .fetch_optional(&mut *tx)
+        .await?;
+    if alive.is_none() {
+        return Err(Error::LeaseLost);
+    }
+    // Both rows are locked with skip locked: a sender holds the run and wants the queue row, so waiting here could deadlock.
+    let claimed: Vec<uuid::Uuid> = sqlx::query_scalar(
+        "with c as (select q.shard, q.run_id from ready q join runs r on r.shard = q.shard and r.run_id = q.run_id
+                    where q.queue = any($2) and q.due_at <= engine_now() and r.owner is null and r.closed_at is null
+                      and r.status <> 'quarantined'
+                    order by q.due_at limit $3 for update of q, r skip locked),
+              d as (delete from ready q using c where q.shard = c.shard and q.run_id = c.run_id)
+         update runs r set owner = $1, epoch = r.epoch + 1, parked = false, waiting = null
+         from c where r.shard = c.shard and r.run_id = c.run_id returning r.run_id",
+    )
+    .bind(worker.0)
+    .bind(queues)
+    .bind(limit)
+    .fetch_all(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    Ok(claimed.into_iter().map(RunId).collect())
+}

@@ -1,0 +1,241 @@
+//! Table `runs`: starting, reading, listing, quarantining.
+
+use super::definitions::hash_of;
+use crate::{
+    Error, Result,
+    client::{Filter, Start, Started},
+    definition::Definition,
+    event::Event,
+    ids::{DefinitionHash, RunId, WorkerId},
+    machine::{RunState, fold},
+    view::{RunStatus, RunSummary},
+};
+use chrono::{DateTime, Utc};
+use serde_json::Value;
+use sqlx::{PgConnection, PgPool, Row, postgres::PgRow};
+
+/// A run's row with its state, folded up to `seq`.
+pub(crate) struct Loaded {
+    pub(crate) run_id: RunId,
+    pub(crate) workflow: String,
+    pub(crate) workflow_id: Option<String>,
+    pub(crate) definition: DefinitionHash,
+    pub(crate) status: RunStatus,
+    pub(crate) owner: Option<WorkerId>,
+    pub(crate) epoch: i64,
+    pub(crate) seq: i64,
+    pub(crate) cursor_seq: i64,
+    pub(crate) inbox_n: i64,
+    pub(crate) inbox_seen: i64,
+    pub(crate) queue: String,
+    pub(crate) attributes: Value,
+    pub(crate) topic: Option<String>,
+    pub(crate) parent: Option<(RunId, String)>,
+    pub(crate) inputs: Value,
+    pub(crate) output: Option<Value>,
+    pub(crate) failure: Option<Value>,
+    pub(crate) started_at: DateTime<Utc>,
+    pub(crate) closed_at: Option<DateTime<Utc>>,
+    pub(crate) state: RunState,
+}
+
+/// Inserts the business key, the run and its place in the queue; or finds the run that is there already.
+pub(crate) async fn start(
+    conn: &mut PgConnection,
+    start: &Start,
+    definition: &Definition,
+    inputs: &Value,
+) -> Result<Started> {
+    let run_id = start.run_id.unwrap_or_default();
+    if let Some(key) = &start.workflow_id {
+        let taken: Option<uuid::Uuid> = sqlx::query_scalar(
+            "with taken as (insert into workflow_ids (workflow_id, shard, run_id) values ($1, $2, $3)
+               on conflict (workflow_id) do update set workflow_id = excluded.workflow_id returning run_id)
+             select run_id from taken where run_id <> $3",
+        )
+        .bind(key)
+        .bind(run_id.shard())
+        .bind(run_id.0)
+        .fetch_optional(&mut *conn)
+        .await?;
+        if let Some(open) = taken {
+            return Ok(Started { run_id: RunId(open), created: false });
+        }
+    }
+    let queue = if start.queue.is_empty() { "default" } else { &start.queue };
+    let inserted = sqlx::query(
+        "with r as (insert into runs (shard, run_id, workflow, definition, workflow_id, status, parked, queue, attributes, topic, inputs)
+           values ($1, $2, $3, $4, $5, 'pending', true, $6, $7, $8, $9) on conflict do nothing returning shard, run_id, queue)
+         insert into ready (shard, run_id, queue) select shard, run_id, queue from r",
+    )
+    .bind(run_id.shard())
+    .bind(run_id.0)
+    .bind(&definition.name)
+    .bind(&start.definition.0[..])
+    .bind(&start.workflow_id)
+    .bind(queue)
+    .bind(&start.attributes)
+    .bind(&start.topic)
+    .bind(inputs)
+    .execute(conn)
+    .await?
+    .rows_affected();
+    Ok(Started { run_id, created: inserted == 1 })
+}
+
+/// Loads a run and folds what its cursor does not hold yet.
+pub(crate) async fn load(conn: &mut PgConnection, run: RunId) -> Result<Loaded> {
+    let row = sqlx::query(
+        "select workflow, workflow_id, definition, status, owner, epoch, seq, inbox_n, inbox_seen, queue, attributes, topic,
+                parent_run_id, parent_path, inputs, cursor, cursor_seq, output, failure, started_at, closed_at
+         from runs where shard = $1 and run_id = $2",
+    )
+    .bind(run.shard())
+    .bind(run.0)
+    .fetch_optional(&mut *conn)
+    .await?
+    .ok_or_else(|| Error::RunNotFound(run.to_string()))?;
+    let seq: i64 = row.try_get("seq")?;
+    let cursor_seq: i64 = row.try_get("cursor_seq")?;
+    let mut state = match row.try_get::<Option<Value>, _>("cursor")? {
+        Some(cursor) => {
+            serde_json::from_value(cursor).map_err(|e| Error::Invariant(format!("cursor of run {run}: {e}")))?
+        }
+        None => RunState::new(run),
+    };
+    let tail: Vec<(i64, i16, Value)> = sqlx::query_as(
+        "select seq, format, events from history where shard = $1 and run_id = $2 and seq > $3 and seq <= $4 order by seq",
+    )
+    .bind(run.shard())
+    .bind(run.0)
+    .bind(cursor_seq)
+    .bind(seq)
+    .fetch_all(&mut *conn)
+    .await?;
+    if i64::try_from(tail.len()).ok() != Some(seq - cursor_seq) {
+        return Err(Error::Invariant(format!("the history of run {run} has a gap after {cursor_seq}")));
+    }
+    for (at, format, events) in tail {
+        if u16::try_from(format).map_or(true, |f| f > crate::event::FORMAT) {
+            return Err(Error::Invariant(format!(
+                "history row {at} of run {run} was written by a newer release (format {format})"
+            )));
+        }
+        let events: Vec<Event> = serde_json::from_value(events)
+            .map_err(|e| Error::Invariant(format!("history row {at} of run {run}: {e}")))?;
+        for event in &events {
+            fold(&mut state, event).map_err(|e| Error::Invariant(format!("history row {at} of run {run}: {e}")))?;
+        }
+    }
+    Ok(Loaded {
+        run_id: run,
+        workflow: row.try_get("workflow")?,
+        workflow_id: row.try_get("workflow_id")?,
+        definition: hash_of(row.try_get("definition")?)
+            .ok_or_else(|| Error::Invariant("a definition's hash".into()))?,
+        status: status(&row)?,
+        owner: row.try_get::<Option<uuid::Uuid>, _>("owner")?.map(WorkerId),
+        epoch: row.try_get("epoch")?,
+        seq,
+        cursor_seq,
+        inbox_n: row.try_get("inbox_n")?,
+        inbox_seen: row.try_get("inbox_seen")?,
+        queue: row.try_get("queue")?,
+        attributes: row.try_get("attributes")?,
+        topic: row.try_get("topic")?,
+        parent: match (
+            row.try_get::<Option<uuid::Uuid>, _>("parent_run_id")?,
+            row.try_get::<Option<String>, _>("parent_path")?,
+        ) {
+            (Some(id), Some(path)) => Some((RunId(id), path)),
+            _ => None,
+        },
+        inputs: row.try_get("inputs")?,
+        output: row.try_get("output")?,
+        failure: row.try_get("failure")?,
+        started_at: row.try_get("started_at")?,
+        closed_at: row.try_get("closed_at")?,
+        state,
+    })
+}
+
+fn status(row: &PgRow) -> Result<RunStatus> {
+    let text: String = row.try_get("status")?;
+    RunStatus::parse(&text).ok_or_else(|| Error::Invariant(format!("unknown run status `{text}`")))
+}
+
+/// Newest first.
+pub(crate) async fn list(pool: &PgPool, filter: &Filter) -> Result<Vec<RunSummary>> {
+    let rows = sqlx::query(
+        "select run_id, workflow, workflow_id, status, waiting, attributes, seq, started_at, closed_at from runs
+         where ($1::jsonb is null or attributes @> $1) and ($2::text is null or workflow = $2)
+           and (not $3 or closed_at is null) and ($4::uuid is null or run_id < $4)
+         order by run_id desc limit $5",
+    )
+    .bind(&filter.attributes)
+    .bind(&filter.workflow)
+    .bind(filter.open_only)
+    .bind(filter.after.map(|id| id.0))
+    .bind(i64::from(filter.limit.clamp(1, 200)))
+    .fetch_all(pool)
+    .await?;
+    rows.into_iter()
+        .map(|row| {
+            Ok(RunSummary {
+                run_id: RunId(row.try_get("run_id")?),
+                workflow: row.try_get("workflow")?,
+                workflow_id: row.try_get("workflow_id")?,
+                status: status(&row)?,
+                waiting: row.try_get("waiting")?,
+                attributes: row.try_get("attributes")?,
+                seq: u64::try_from(row.try_get::<i64, _>("seq")?).unwrap_or(0),
+                started_at: row.try_get("started_at")?,
+                closed_at: row.try_get("closed_at")?,
+            })
+        })
+        .collect()
+}
+
+/// Sets a run aside because an invariant broke. An operator decides; other runs go on.
+pub(crate) async fn quarantine(pool: &PgPool, run: RunId, why: &str) -> Result<()> {
+    tracing::error!(run_id = %run, why, "run quarantined");
+    metrics::counter!("loopwright_runs_quarantined_total").increment(1);
+    sqlx::query(
+        "with q as (update runs set status = 'quarantined', owner = null, parked = true, epoch = epoch + 1, waiting = left($3, 500)
+           where shard = $1 and run_id = $2 and closed_at is null returning shard, run_id)
+         delete from ready r using q where r.shard = q.shard and r.run_id = q.run_id",
+    )
+    .bind(run.shard())
+    .bind(run.0)
+    .bind(why)
+    .execute(pool)
+    .await?;
+    Ok(())
+}
+
+/// Gives up ownership without a transition: nothing happened, the run waits until `due` or for a message.
+/// False if the epoch moved or a message came in meanwhile.
+pub(crate) async fn release(
+    pool: &PgPool,
+    run: RunId,
+    epoch: i64,
+    inbox_seen: i64,
+    due: DateTime<Utc>,
+    waiting: Option<&str>,
+) -> Result<bool> {
+    let released = sqlx::query(
+        "with u as (update runs set owner = null, parked = true, waiting = $6
+           where shard = $1 and run_id = $2 and epoch = $3 and inbox_n = $4 and closed_at is null returning shard, run_id, queue)
+         insert into ready (shard, run_id, queue, due_at) select shard, run_id, queue, $5 from u
+         on conflict (shard, run_id) do update set due_at = least(ready.due_at, excluded.due_at)",
+    )
+    .bind(run.shard())
+    .bind(run.0)
+    .bind(epoch)
+    .bind(inbox_seen)
+    .bind(due)
+    .bind(waiting)
+    .execute(pool)
+    .await?;
+    Ok(released.rows_affected() == 1)
+}

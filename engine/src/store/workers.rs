@@ -1,0 +1,99 @@
+//! Tables `workers` and `dead_workers`: one lease per process.
+
+use crate::{
+    Result,
+    ids::{RunId, WorkerId},
+};
+use chrono::{DateTime, Utc};
+use sqlx::{Connection, PgConnection, PgPool};
+
+pub(crate) async fn register(
+    pool: &PgPool,
+    worker: WorkerId,
+    queues: &[String],
+    lease_ms: i32,
+) -> Result<DateTime<Utc>> {
+    let host = std::env::var("HOSTNAME").unwrap_or_default();
+    Ok(sqlx::query_scalar(
+        "insert into workers (id, host, pid, version, queues, lease_ms) values ($1, $2, $3, $4, $5, $6) returning engine_now()",
+    )
+    .bind(worker.0)
+    .bind(host)
+    .bind(i32::try_from(std::process::id()).unwrap_or(0))
+    .bind(env!("CARGO_PKG_VERSION"))
+    .bind(queues)
+    .bind(lease_ms)
+    .fetch_one(pool)
+    .await?)
+}
+
+/// Renews the lease. `None` if this worker was declared dead. The database's time comes back with it.
+pub(crate) async fn heartbeat(conn: &mut PgConnection, worker: WorkerId) -> Result<Option<DateTime<Utc>>> {
+    let mut tx = conn.begin().await?;
+    // A lost heartbeat costs a takeover, never a transition: no reason to wait for the disk.
+    sqlx::query("set local synchronous_commit = off").execute(&mut *tx).await?;
+    let now = sqlx::query_scalar("update workers set heartbeat_at = engine_now() where id = $1 returning engine_now()")
+        .bind(worker.0)
+        .fetch_optional(&mut *tx)
+        .await?;
+    tx.commit().await?;
+    Ok(now)
+}
+
+/// Declares workers dead whose lease is over. First of the two statements of a takeover: it waits for claims in flight.
+pub(crate) async fn bury(conn: &mut PgConnection) -> Result<u64> {
+    let buried = sqlx::query(
+        "with late as (select id from workers where heartbeat_at + lease_ms * interval '1 millisecond' < engine_now()
+                       limit 100 for update skip locked),
+              gone as (delete from workers w using late where w.id = late.id returning w.id)
+         insert into dead_workers (id) select id from gone on conflict do nothing",
+    )
+    .execute(conn)
+    .await?;
+    Ok(buried.rows_affected())
+}
+
+/// Declares one worker dead at its own wish, at the end of a drain.
+pub(crate) async fn leave(pool: &PgPool, worker: WorkerId) -> Result<()> {
+    sqlx::query(
+        "with gone as (delete from workers where id = $1 returning id) insert into dead_workers (id) select id from gone on conflict do nothing",
+    )
+    .bind(worker.0)
+    .execute(pool)
+    .await?;
+    Ok(())
+}
+
+/// Frees up to `limit` runs of dead workers for others: owner cleared, epoch raised, queued. Second statement of a takeover.
+pub(crate) async fn take_over(conn: &mut PgConnection, limit: i64) -> Result<Vec<RunId>> {
+    let freed: Vec<uuid::Uuid> = sqlx::query_scalar(
+        "with orphans as (select r.shard, r.run_id from runs r join dead_workers d on d.id = r.owner
+                          where not d.runs_taken limit $1 for update of r skip locked),
+              u as (update runs r set owner = null, epoch = r.epoch + 1, parked = true, waiting = 'worker'
+                    from orphans o where r.shard = o.shard and r.run_id = o.run_id returning r.shard, r.run_id, r.queue),
+              q as (insert into ready (shard, run_id, queue) select shard, run_id, queue from u
+                    on conflict (shard, run_id) do update set due_at = least(ready.due_at, excluded.due_at))
+         select run_id from u",
+    )
+    .bind(limit)
+    .fetch_all(&mut *conn)
+    .await?;
+    if freed.is_empty() {
+        sqlx::query(
+            "update dead_workers d set runs_taken = true where not d.runs_taken and not exists (select from runs r where r.owner = d.id)",
+        )
+        .execute(&mut *conn)
+        .await?;
+    }
+    Ok(freed.into_iter().map(RunId).collect())
+}
+
+/// Owned runs that have messages they have not read, with the number of messages.
+pub(crate) async fn unread(conn: &mut PgConnection, worker: WorkerId) -> Result<Vec<(RunId, i64)>> {
+    let rows: Vec<(uuid::Uuid, i64)> =
+        sqlx::query_as("select run_id, inbox_n from runs where owner = $1 and inbox_n > inbox_seen")
+            .bind(worker.0)
+            .fetch_all(conn)
+            .await?;
+    Ok(rows.into_iter().map(|(id, n)| (RunId(id), n)).collect())
+}

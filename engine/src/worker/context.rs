@@ -1,0 +1,173 @@
+//! The store behind an attempt's context.
+
+use super::Shared;
+use crate::{
+    Error,
+    activity::ContextBackend,
+    failure::{Failure, FailureKind},
+    hook::{AttemptRef, HookError, Phase, Reading, Verdict},
+    store::{self, checkpoints::Progress},
+};
+use futures_util::future::BoxFuture;
+use serde_json::Value;
+use sqlx::Connection;
+use std::{
+    sync::{Arc, Mutex},
+    time::Instant,
+};
+
+/// Largest value of one checkpoint, in bytes of JSON.
+const CHECKPOINT_BYTES_MAX: usize = 8 << 20;
+
+pub(super) struct Backend {
+    pub(super) shared: Arc<Shared>,
+    pub(super) attempt: AttemptRef,
+    pub(super) epoch: i64,
+    pub(super) beat: Arc<Mutex<Instant>>,
+}
+
+/// A failed store call, as an activity sees it.
+fn store_failure(error: &Error) -> Failure {
+    match error {
+        Error::LeaseLost => Failure::new(FailureKind::Lost, "transient.lease_lost", "another worker owns the run now"),
+        Error::TooLarge { .. } => Failure::permanent("limit.size", error.to_string()),
+        Error::Refused { reason, message } => Failure::blocked(reason.clone(), message.clone()),
+        Error::Invariant(text) => Failure::permanent("internal.invariant", text.clone()),
+        other => Failure::retryable("transient.store", other.to_string()),
+    }
+}
+
+fn of_hook(error: HookError) -> Error {
+    match error {
+        HookError::Sql(e) => Error::Sql(e),
+        HookError::Invariant(text) => Error::Invariant(text),
+    }
+}
+
+impl Backend {
+    fn limit(value: &Value) -> Result<(), Error> {
+        let actual = serde_json::to_string(value).map_or(usize::MAX, |t| t.len());
+        if actual > CHECKPOINT_BYTES_MAX {
+            return Err(Error::TooLarge { what: "a checkpoint", actual, limit: CHECKPOINT_BYTES_MAX });
+        }
+        Ok(())
+    }
+
+    async fn save_once(&self, key: &str, value: &Value) -> Result<(), Error> {
+        Self::limit(value)?;
+        let mut conn = self.shared.pool.acquire().await?;
+        let mut tx = conn.begin().await?;
+        if !store::checkpoints::fence(&mut tx, self.attempt.run_id, self.epoch).await? {
+            return Err(Error::LeaseLost);
+        }
+        store::checkpoints::put(&mut tx, self.attempt.run_id, &self.attempt.path, key, value).await?;
+        tx.commit().await?;
+        Ok(())
+    }
+
+    async fn open_once(&self, key: &str, reading: &Value) -> Result<(), Error> {
+        let mut conn = self.shared.pool.acquire().await?;
+        let mut tx = conn.begin().await?;
+        if !store::checkpoints::fence(&mut tx, self.attempt.run_id, self.epoch).await? {
+            return Err(Error::LeaseLost);
+        }
+        let reading = Reading { key, phase: Phase::Open, body: reading };
+        match self.shared.hook.meter(&mut tx, &self.attempt, reading).await.map_err(of_hook)? {
+            Verdict::Accepted => {
+                tx.commit().await?;
+                Ok(())
+            }
+            Verdict::Refused { reason, message } => Err(Error::Refused { reason, message }),
+        }
+    }
+
+    async fn close_once(&self, key: &str, reading: &Value, checkpoint: Option<(&str, &Value)>) -> Result<(), Error> {
+        if let Some((_, value)) = checkpoint {
+            Self::limit(value)?;
+        }
+        let mut conn = self.shared.pool.acquire().await?;
+        let mut tx = conn.begin().await?;
+        let owned = store::checkpoints::fence(&mut tx, self.attempt.run_id, self.epoch).await?;
+        // The reading is a fact about the outside: it is stored even when the attempt is stale. Its result is not.
+        let reading = Reading { key, phase: Phase::Close, body: reading };
+        self.shared.hook.meter(&mut tx, &self.attempt, reading).await.map_err(of_hook)?;
+        if let (true, Some((key, value))) = (owned, checkpoint) {
+            store::checkpoints::put(&mut tx, self.attempt.run_id, &self.attempt.path, key, value).await?;
+        }
+        tx.commit().await?;
+        if owned { Ok(()) } else { Err(Error::LeaseLost) }
+    }
+}
+
+/// Pauses if the transaction may be sent again: everything in here is idempotent by its keys. Otherwise the failure.
+async fn pause(error: Error, tries: &mut u32) -> Result<(), Failure> {
+    if let Error::Sql(sql) = &error
+        && store::is_transient(sql)
+        && let Some(pause) = store::retry_pause(*tries)
+    {
+        *tries += 1;
+        tokio::time::sleep(pause * 8).await;
+        return Ok(());
+    }
+    Err(store_failure(&error))
+}
+
+impl ContextBackend for Backend {
+    fn checkpoint<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Value>, Failure>> {
+        Box::pin(async move {
+            store::checkpoints::get(&self.shared.pool, self.attempt.run_id, &self.attempt.path, key)
+                .await
+                .map_err(|e| store_failure(&e))
+        })
+    }
+    fn save<'a>(&'a self, key: &'a str, value: &'a Value) -> BoxFuture<'a, Result<(), Failure>> {
+        Box::pin(async move {
+            let mut tries = 0;
+            loop {
+                match self.save_once(key, value).await {
+                    Ok(()) => return Ok(()),
+                    Err(error) => pause(error, &mut tries).await?,
+                }
+            }
+        })
+    }
+    fn meter_open<'a>(&'a self, key: &'a str, reading: &'a Value) -> BoxFuture<'a, Result<(), Failure>> {
+        Box::pin(async move {
+            let mut tries = 0;
+            loop {
+                match self.open_once(key, reading).await {
+                    Ok(()) => return Ok(()),
+                    Err(error) => pause(error, &mut tries).await?,
+                }
+            }
+        })
+    }
+    fn meter_close<'a>(
+        &'a self,
+        key: &'a str,
+        reading: &'a Value,
+        checkpoint: Option<(&'a str, &'a Value)>,
+    ) -> BoxFuture<'a, Result<(), Failure>> {
+        Box::pin(async move {
+            let mut tries = 0;
+            loop {
+                match self.close_once(key, reading, checkpoint).await {
+                    Ok(()) => return Ok(()),
+                    Err(error) => pause(error, &mut tries).await?,
+                }
+            }
+        })
+    }
+    fn heartbeat(&self, progress: Value) {
+        *self.beat.lock().expect("no panic while held") = Instant::now();
+        if !progress.is_null() {
+            let (run, path) = (self.attempt.run_id, self.attempt.path.clone());
+            let attempt = i32::try_from(self.attempt.attempt).unwrap_or(i32::MAX);
+            self.shared
+                .progress
+                .lock()
+                .expect("no panic while held")
+                .insert((run, path.clone()), Progress { run, path, attempt, value: progress });
+        }
+    }
+}

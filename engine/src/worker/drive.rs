@@ -1,0 +1,659 @@
+//! Drives one owned run: waits for an input, decides, commits, acts. Ends when the run closes, parks or is lost.
+
+use super::{
+    Shared,
+    context::Backend,
+    executor::{self, Attempt},
+};
+use crate::{
+    Error, Result,
+    activity::{AttemptInfo, Context},
+    committer::Broken,
+    definition::{Kind, Step},
+    event::{Event, Outcome},
+    failure::Failure,
+    hook::{AttemptEnd, AttemptRef, AttemptStart},
+    ids::{AttemptId, DefinitionHash, RunId},
+    machine::{self, Command, Decision, Input, Live, Moment, Phase, RunState},
+    store::{
+        self,
+        definitions::Pinned,
+        transitions::{Child, Effects, Item, Verdict, child_result},
+    },
+    view::RunStatus,
+};
+use chrono::{DateTime, Utc};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use std::{
+    cell::Cell,
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc};
+use tokio_util::sync::CancellationToken;
+
+/// Transitions between two writings of the folded state: loading a run folds at most that many rows.
+const CURSOR_EVERY: i64 = 32;
+/// When a run that waits for an activity which no worker here offers is looked at again.
+const UNOFFERED_RETRY: chrono::Duration = chrono::Duration::seconds(30);
+/// Attempts that one decision may start.
+const STARTS_MAX: usize = 64;
+/// Longest pause while Postgres cannot be reached.
+const UNREACHABLE_PAUSE_MAX: Duration = Duration::from_secs(5);
+
+/// Drives a claimed run to its end, to its next park or to the loss of its lease.
+pub(super) async fn drive(shared: &Arc<Shared>, run: RunId, messages: Arc<Notify>) {
+    let outcome = match Driver::load(shared.clone(), run, messages).await {
+        Ok(Some(driver)) => driver.run().await,
+        Ok(None) => Ok(()),
+        Err(error) => Err(error),
+    };
+    match outcome {
+        Ok(()) => {}
+        Err(Error::LeaseLost) => tracing::info!(run_id = %run, "run is owned by another worker now"),
+        Err(Error::Sql(error)) if store::is_transient(&error) => {
+            // Nothing was decided. The run stays ours until the lease ends; then somebody takes it over.
+            tracing::warn!(run_id = %run, %error, "run cannot be driven; giving it back");
+            give_back(shared, run).await;
+        }
+        Err(error) => {
+            if let Err(error) = store::runs::quarantine(&shared.pool, run, &error.to_string()).await {
+                tracing::error!(run_id = %run, %error, "run cannot be quarantined");
+            }
+        }
+    }
+}
+
+async fn give_back(shared: &Shared, run: RunId) {
+    while !shared.fenced.is_cancelled() {
+        let released = async {
+            let mut conn = shared.pool.acquire().await?;
+            let loaded = store::runs::load(&mut conn, run).await?;
+            drop(conn);
+            if loaded.owner != Some(shared.id) {
+                return Ok(true);
+            }
+            store::runs::release(&shared.pool, run, loaded.epoch, loaded.inbox_n, shared.clock.now(), None).await
+        };
+        match released.await {
+            Ok(_) | Err(Error::Invariant(_)) => return,
+            Err(_) => tokio::time::sleep(Duration::from_secs(1)).await,
+        }
+    }
+}
+
+struct Running {
+    attempt: u32,
+    token: CancellationToken,
+}
+
+struct Finished {
+    path: String,
+    attempt: u32,
+    result: std::result::Result<Value, Failure>,
+}
+
+struct Driver {
+    shared: Arc<Shared>,
+    run: store::runs::Loaded,
+    pinned: Arc<Pinned>,
+    calls: BTreeMap<String, DefinitionHash>,
+    attributes: Arc<Value>,
+    budget: Arc<Value>,
+    extras: Arc<Value>,
+    bundle: Arc<crate::definition::Bundle>,
+    messages: Arc<Notify>,
+    running: HashMap<String, Running>,
+    finished: mpsc::UnboundedReceiver<Finished>,
+    finish: mpsc::UnboundedSender<Finished>,
+    /// Most attempts that the definition can start at one instant.
+    width: usize,
+    draining: bool,
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        // Whatever still runs belongs to nobody any more.
+        self.running.values().for_each(|r| r.token.cancel());
+    }
+}
+
+/// Whether the driver goes on.
+enum Next {
+    Goes,
+    Ends,
+}
+
+impl Driver {
+    async fn load(shared: Arc<Shared>, run: RunId, messages: Arc<Notify>) -> Result<Option<Self>> {
+        let mut conn = shared.pool.acquire().await?;
+        let loaded = store::runs::load(&mut conn, run).await?;
+        if loaded.owner != Some(shared.id) || loaded.status.is_closed() {
+            return Ok(None);
+        }
+        drop(conn);
+        let pinned = shared.pinned(loaded.definition).await?;
+        let mut conn = shared.pool.acquire().await?;
+        let calls = store::definitions::resolve_calls(&mut conn, &pinned.definition).await?;
+        drop(conn);
+        let (finish, finished) = mpsc::unbounded_channel();
+        Ok(Some(Self {
+            attributes: Arc::new(loaded.attributes.clone()),
+            budget: Arc::new(pinned.definition.budget.clone()),
+            extras: Arc::new(pinned.definition.extras.clone()),
+            bundle: Arc::new(pinned.bundle.clone()),
+            run: loaded,
+            shared,
+            width: width(&pinned.definition.steps).max(width(&pinned.definition.finally)).clamp(1, STARTS_MAX),
+            pinned,
+            calls,
+            messages,
+            running: HashMap::new(),
+            finished,
+            finish,
+            draining: false,
+        }))
+    }
+
+    async fn run(mut self) -> Result<()> {
+        let first = if self.run.status == RunStatus::Pending {
+            Input::Started { inputs: self.run.inputs.clone() }
+        } else {
+            Input::TakenOver
+        };
+        if self.run.inbox_n > self.run.inbox_seen {
+            self.messages.notify_one();
+        }
+        let mut next = self.step(first).await?;
+        while matches!(next, Next::Goes) {
+            next = self.wait().await?;
+        }
+        Ok(())
+    }
+
+    /// Waits for the next input and handles it.
+    async fn wait(&mut self) -> Result<Next> {
+        let due = self.shared.clock.until(machine::next_due(&self.pinned.definition, &self.run.state));
+        let wants_room = !self.draining && self.waits_for_room();
+        let (shared, draining) = (self.shared.clone(), self.draining);
+        tokio::select! {
+            biased;
+            () = shared.fenced.cancelled() => Err(Error::LeaseLost),
+            Some(done) = self.finished.recv() => self.ended(done).await,
+            () = shared.draining.cancelled(), if !draining => {
+                self.draining = true;
+                self.running.values().for_each(|r| r.token.cancel());
+                self.step(Input::Tick).await
+            }
+            () = self.messages.notified() => self.read_messages().await,
+            permit = shared.slots.acquire(), if wants_room => {
+                drop(permit);
+                self.step(Input::Tick).await
+            }
+            () = tokio::time::sleep(due) => self.step(Input::Tick).await,
+        }
+    }
+
+    async fn ended(&mut self, done: Finished) -> Result<Next> {
+        if self.running.get(&done.path).is_some_and(|r| r.attempt == done.attempt) {
+            self.running.remove(&done.path);
+        }
+        self.step(Input::AttemptEnded { path: done.path, attempt: done.attempt, result: done.result }).await
+    }
+
+    async fn read_messages(&mut self) -> Result<Next> {
+        let mut conn = self.shared.pool.acquire().await?;
+        let up_to: i64 = sqlx::query_scalar("select inbox_n from runs where shard = $1 and run_id = $2")
+            .bind(self.run.run_id.shard())
+            .bind(self.run.run_id.0)
+            .fetch_one(&mut *conn)
+            .await?;
+        let unread = store::inbox::read(&mut conn, self.run.run_id, self.run.inbox_seen, up_to).await?;
+        drop(conn);
+        if up_to == self.run.inbox_seen {
+            return self.step(Input::Tick).await;
+        }
+        self.run.inbox_seen = up_to;
+        self.step(Input::Messages(unread)).await
+    }
+
+    /// Decides, commits, acts.
+    async fn step(&mut self, input: Input) -> Result<Next> {
+        let mut refused = None;
+        loop {
+            let mut permits = Vec::new();
+            while !self.draining && permits.len() < self.width {
+                let Ok(permit) = self.shared.slots.clone().try_acquire_owned() else { break };
+                permits.push(permit);
+            }
+            let inbox_moved = matches!(input, Input::Messages(_));
+            let decision = self.decide(input.clone(), permits.len(), refused.clone())?;
+            if decision.events.is_empty() && !inbox_moved {
+                return self.nothing_happened().await;
+            }
+            let mut item = self.item(&decision);
+            match self.commit(&mut item).await? {
+                Committed::Accepted { inbox_n } => {
+                    self.run.seq += 1;
+                    if item.cursor.is_some() {
+                        self.run.cursor_seq = self.run.seq;
+                    }
+                    if inbox_n > self.run.inbox_seen {
+                        self.messages.notify_one();
+                    }
+                    self.act(decision.commands, permits);
+                    if !item.effects.children.is_empty()
+                        || !item.effects.cancelled_children.is_empty()
+                        || item.effects.parent.is_some()
+                    {
+                        self.shared.wake.notify_one();
+                    }
+                    return Ok(if item.parked || item.is_closed() { Next::Ends } else { Next::Goes });
+                }
+                Committed::Refused { reason, message } => {
+                    // The same input again, on the state as it was, with the hook's answer known.
+                    tracing::info!(run_id = %self.run.run_id, reason, "starts refused");
+                    let mut conn = self.shared.pool.acquire().await?;
+                    let fresh = store::runs::load(&mut conn, self.run.run_id).await?;
+                    if fresh.owner != Some(self.shared.id) || fresh.epoch != self.run.epoch {
+                        return Err(Error::LeaseLost);
+                    }
+                    self.run.state = fresh.state;
+                    refused = Some((reason, message));
+                }
+            }
+        }
+    }
+
+    fn decide(&mut self, input: Input, permits: usize, refused: Option<(String, String)>) -> Result<Decision> {
+        let moment = Moment {
+            now: self.shared.clock.now(),
+            draw: fastrand::u64(..),
+            permits: Cell::new(u32::try_from(permits).unwrap_or(u32::MAX)),
+            refused,
+            catalog: &self.shared.catalog,
+            calls: &self.calls,
+            workflow: &self.pinned.definition.name,
+        };
+        machine::decide(&self.pinned.definition, &mut self.run.state, input, &moment)
+            .map_err(|illegal| Error::Invariant(illegal.to_string()))
+    }
+
+    /// No event: the run is given up if nothing keeps it here.
+    async fn nothing_happened(&mut self) -> Result<Next> {
+        let Some(due) = self.park_until() else { return Ok(Next::Goes) };
+        let reason = machine::waiting_reason(&machine::waiting(&self.pinned.definition, &self.run.state));
+        let (run, epoch) = (self.run.run_id, self.run.epoch);
+        let released =
+            store::runs::release(&self.shared.pool, run, epoch, self.run.inbox_seen, due, reason.as_deref()).await?;
+        if released {
+            return Ok(Next::Ends);
+        }
+        // A message came in, or the run was taken.
+        let mut conn = self.shared.pool.acquire().await?;
+        let fresh = store::runs::load(&mut conn, run).await?;
+        if fresh.owner != Some(self.shared.id) || fresh.epoch != epoch {
+            return Err(Error::LeaseLost);
+        }
+        self.messages.notify_one();
+        Ok(Next::Goes)
+    }
+
+    /// When the run may leave memory: until when. `None` while something here moves it.
+    fn park_until(&self) -> Option<DateTime<Utc>> {
+        let now = self.shared.clock.now();
+        let (mut live, mut queued, mut unoffered) = (false, false, false);
+        each_activity(&self.run.state, &mut |activity, phase| match phase {
+            Phase::Running { .. } => live = true,
+            Phase::Queued if self.shared.catalog.get(activity).is_none() => unoffered = true,
+            Phase::Queued => queued = true,
+            Phase::Backoff { .. } | Phase::Blocked { .. } => {}
+        });
+        if live || (queued && !self.draining) {
+            return None;
+        }
+        if queued {
+            return Some(now);
+        }
+        let due = machine::next_due(&self.pinned.definition, &self.run.state);
+        Some(if unoffered { due.min(now + UNOFFERED_RETRY) } else { due })
+    }
+
+    fn waits_for_room(&self) -> bool {
+        let mut found = false;
+        each_activity(&self.run.state, &mut |activity, phase| {
+            found |= *phase == Phase::Queued && self.shared.catalog.get(activity).is_some();
+        });
+        found
+    }
+
+    fn item(&self, decision: &Decision) -> Item {
+        let state = &self.run.state;
+        let closed = state.status.is_closed();
+        let due = if closed { None } else { self.park_until() };
+        let waiting = due.and_then(|_| machine::waiting_reason(&machine::waiting(&self.pinned.definition, state)));
+        let write_cursor = closed || due.is_some() || self.run.seq + 1 - self.run.cursor_seq >= CURSOR_EVERY;
+        Item {
+            run_id: self.run.run_id,
+            epoch: self.run.epoch,
+            seq: self.run.seq,
+            status: state.status.as_str(),
+            parked: due.is_some(),
+            due,
+            waiting,
+            inbox_seen: self.run.inbox_seen,
+            queue: self.run.queue.clone(),
+            topic: self.run.topic.clone(),
+            cursor: write_cursor.then(|| serde_json::to_value(state).unwrap_or(Value::Null)),
+            events: serde_json::to_value(&decision.events).unwrap_or(Value::Null),
+            output: state.output.clone(),
+            failure: state.failure.as_ref().and_then(|f| serde_json::to_value(f).ok()),
+            effects: self.effects(decision),
+        }
+    }
+
+    fn effects(&self, decision: &Decision) -> Effects {
+        let mut effects = Effects::default();
+        let metered = |activity: &str| self.shared.registry.signature(activity).is_some_and(|s| s.metered);
+        for event in &decision.events {
+            match event {
+                Event::AttemptStarted { path, attempt, attempt_id, activity, deadline, .. } if metered(activity) => {
+                    let input = decision.commands.iter().find_map(|c| match c {
+                        Command::StartAttempt { path: p, input, .. } if p == path => Some(input),
+                        _ => None,
+                    });
+                    let reserve = match (input, self.shared.registry.get(activity)) {
+                        (Some(input), Some(code)) => code.reserve(input),
+                        _ => Value::Null,
+                    };
+                    let attempt = self.attempt_ref(path, *attempt, *attempt_id, activity, *deadline);
+                    effects.started.push(AttemptStart { attempt, reserve });
+                }
+                Event::AttemptEnded { path, attempt, attempt_id, activity, outcome, at, .. } if metered(activity) => {
+                    let attempt = self.attempt_ref(path, *attempt, *attempt_id, activity, *at);
+                    effects.ended.push(AttemptEnd { attempt, outcome: *outcome });
+                }
+                Event::RunClosed { status, output, failure, .. } => {
+                    effects.parent = self.run.parent.as_ref().map(|(parent, _)| {
+                        (*parent, child_result(self.run.run_id, status.as_str(), output.clone(), failure.clone()))
+                    });
+                }
+                _ => {}
+            }
+        }
+        for command in &decision.commands {
+            match command {
+                Command::StartChild { path, run_id, workflow, definition, inputs } => effects.children.push(Child {
+                    run_id: *run_id,
+                    workflow: workflow.clone(),
+                    definition: *definition,
+                    path: path.clone(),
+                    queue: self.run.queue.clone(),
+                    attributes: self.run.attributes.clone(),
+                    inputs: inputs.clone(),
+                }),
+                Command::CancelChild { run_id } => effects.cancelled_children.push(*run_id),
+                Command::StartAttempt { .. } | Command::CancelAttempt { .. } => {}
+            }
+        }
+        effects
+    }
+
+    fn attempt_ref(
+        &self,
+        path: &str,
+        attempt: u32,
+        attempt_id: AttemptId,
+        activity: &str,
+        deadline: DateTime<Utc>,
+    ) -> AttemptRef {
+        AttemptRef {
+            run_id: self.run.run_id,
+            attempt_id,
+            activity: activity.to_owned(),
+            path: path.to_owned(),
+            attempt,
+            attributes: self.attributes.clone(),
+            budget: self.budget.clone(),
+            deadline,
+        }
+    }
+
+    /// Commits, however long Postgres is away: what was decided is decided, and sending it twice is harmless.
+    async fn commit(&self, item: &mut Item) -> Result<Committed> {
+        let mut pause = Duration::from_millis(50);
+        loop {
+            match self.shared.committer.commit(item.clone()).await {
+                Ok(Verdict::Accepted { inbox_n }) => return Ok(Committed::Accepted { inbox_n }),
+                Ok(Verdict::Unread { .. }) => {
+                    item.parked = false;
+                    item.due = None;
+                    item.waiting = None;
+                    self.messages.notify_one();
+                }
+                // An earlier sending had succeeded and its answer was lost.
+                Ok(Verdict::Stale { epoch, seq }) if epoch == item.epoch && seq == item.seq + 1 => {
+                    self.messages.notify_one();
+                    return Ok(Committed::Accepted { inbox_n: self.run.inbox_seen });
+                }
+                Ok(Verdict::Stale { .. }) => return Err(Error::LeaseLost),
+                Ok(Verdict::Refused { reason, message }) => return Ok(Committed::Refused { reason, message }),
+                Err(Broken::Poison(text)) => return Err(Error::Invariant(text)),
+                Err(Broken::Unreachable(error)) => {
+                    tracing::warn!(run_id = %item.run_id, %error, "transition cannot be committed yet");
+                    tokio::select! {
+                        () = self.shared.fenced.cancelled() => return Err(Error::LeaseLost),
+                        () = tokio::time::sleep(pause) => pause = (pause * 2).min(UNREACHABLE_PAUSE_MAX),
+                    }
+                }
+            }
+        }
+    }
+
+    /// Carries out what a committed decision asks for.
+    fn act(&mut self, commands: Vec<Command>, mut permits: Vec<OwnedSemaphorePermit>) {
+        for command in commands {
+            match command {
+                Command::StartAttempt { path, attempt, attempt_id, activity, input, deadline, heartbeat_ms } => {
+                    let permit = permits.pop();
+                    let (Some(code), Some(signature)) = (
+                        self.shared.registry.get(&activity).cloned(),
+                        self.shared.registry.signature(&activity).cloned(),
+                    ) else {
+                        continue;
+                    };
+                    let token = CancellationToken::new();
+                    let beat = Arc::new(Mutex::new(Instant::now()));
+                    let info = AttemptInfo {
+                        run_id: self.run.run_id,
+                        attempt_id,
+                        activity: activity.clone(),
+                        path: path.clone(),
+                        attempt,
+                        idempotency_key: idempotency_key(self.run.run_id, &path),
+                        attributes: self.attributes.clone(),
+                        started_at: self.shared.clock.now(),
+                        run_started_at: self.run.state.started_at,
+                        deadline,
+                        extras: self.extras.clone(),
+                        budget: self.budget.clone(),
+                    };
+                    let backend = Backend {
+                        shared: self.shared.clone(),
+                        attempt: self.attempt_ref(&path, attempt, attempt_id, &activity, deadline),
+                        epoch: self.run.epoch,
+                        beat: beat.clone(),
+                    };
+                    let context = Context {
+                        info: Arc::new(info),
+                        bundle: self.bundle.clone(),
+                        cancellation: token.clone(),
+                        backend: Arc::new(backend),
+                    };
+                    self.running.insert(path.clone(), Running { attempt, token: token.clone() });
+                    let work = Attempt {
+                        activity: code,
+                        signature,
+                        context,
+                        input,
+                        timeout: self.shared.clock.until(deadline),
+                        heartbeat: heartbeat_ms.map(Duration::from_millis),
+                        beat,
+                    };
+                    let finish = self.finish.clone();
+                    let fenced = self.shared.fenced.clone();
+                    tokio::spawn(async move {
+                        let _permit = permit;
+                        let result = tokio::select! {
+                            result = executor::execute(work) => result,
+                            // The driver is gone: dropping the work stops it.
+                            () = finish.closed() => return,
+                            () = fenced.cancelled() => return,
+                        };
+                        // A driver that went away does not want it: the result is stale.
+                        drop(finish.send(Finished { path, attempt, result }));
+                    });
+                }
+                Command::CancelAttempt { path } => {
+                    if let Some(running) = self.running.get(&path) {
+                        running.token.cancel();
+                    }
+                }
+                Command::StartChild { .. } | Command::CancelChild { .. } => {}
+            }
+        }
+    }
+}
+
+enum Committed {
+    Accepted { inbox_n: i64 },
+    Refused { reason: String, message: String },
+}
+
+/// How many attempts of these steps may run side by side.
+fn width(steps: &[Step]) -> usize {
+    let own = |step: &Step| match &step.kind {
+        Kind::Group { steps, .. } | Kind::Repeat { steps, .. } => width(steps),
+        Kind::Foreach { steps, concurrency, .. } => width(steps).saturating_mul(*concurrency as usize),
+        Kind::Parallel { branches, .. } => branches.iter().map(|b| width(&b.steps)).sum(),
+        Kind::Switch { cases } => cases.iter().map(|c| width(&c.steps)).max().unwrap_or(1),
+        Kind::Activity { .. }
+        | Kind::Set { .. }
+        | Kind::Wait { .. }
+        | Kind::Await(_)
+        | Kind::Call { .. }
+        | Kind::Fail { .. }
+        | Kind::Finish { .. } => 1,
+    };
+    steps.iter().map(|s| own(s).max(s.catch.iter().map(|c| width(&c.steps)).max().unwrap_or(1))).max().unwrap_or(1)
+}
+
+/// Visits the live activities of a state.
+fn each_activity(state: &RunState, visit: &mut dyn FnMut(&str, &Phase)) {
+    state.visit_live(&mut |_, node| {
+        if let Some(Live::Activity { activity, phase, .. }) = &node.live {
+            visit(activity, phase);
+        }
+    });
+}
+
+/// The key that an activity hands to the outside: the same for all attempts of a step.
+fn idempotency_key(run: RunId, path: &str) -> String {
+    let digest = Sha256::digest(format!("{run}/{path}").as_bytes());
+    digest.iter().take(16).map(|b| format!("{b:02x}")).collect()
+}
+
+/// Closes a run at an operator's wish: takes it over, closes its attempts, settles them, ends it.
+pub(crate) async fn terminate(
+    pool: &sqlx::PgPool,
+    hook: Arc<dyn crate::hook::TransitionHook>,
+    run: RunId,
+    reason: &str,
+) -> Result<()> {
+    let mut conn = pool.acquire().await?;
+    // Whoever owns it is fenced off from here on.
+    let taken = sqlx::query("update runs set epoch = epoch + 1, owner = null, parked = true where shard = $1 and run_id = $2 and closed_at is null")
+        .bind(run.shard())
+        .bind(run.0)
+        .execute(&mut *conn)
+        .await?;
+    let loaded = store::runs::load(&mut conn, run).await?;
+    if taken.rows_affected() == 0 {
+        return Err(Error::RunClosed(run.to_string()));
+    }
+    let pinned = store::definitions::load(&mut conn, loaded.definition).await?;
+    let now: DateTime<Utc> = sqlx::query_scalar("select engine_now()").fetch_one(&mut *conn).await?;
+    drop(conn);
+    let mut state = loaded.state;
+    let (catalog, calls) = (crate::signature::Catalog::default(), BTreeMap::new());
+    let moment = Moment {
+        now,
+        draw: 0,
+        permits: Cell::new(0),
+        refused: None,
+        catalog: &catalog,
+        calls: &calls,
+        workflow: &pinned.definition.name,
+    };
+    let decision =
+        machine::decide(&pinned.definition, &mut state, Input::Terminated { reason: reason.to_owned() }, &moment)
+            .map_err(|e| Error::Invariant(e.to_string()))?;
+    let attributes = Arc::new(loaded.attributes.clone());
+    let budget = Arc::new(pinned.definition.budget.clone());
+    let mut effects = Effects::default();
+    for event in &decision.events {
+        match event {
+            // Without a registry every activity may be a metered one; the hook ignores those it never saw.
+            Event::AttemptEnded { path, attempt, attempt_id, activity, at, .. } => effects.ended.push(AttemptEnd {
+                attempt: AttemptRef {
+                    run_id: run,
+                    attempt_id: *attempt_id,
+                    activity: activity.clone(),
+                    path: path.clone(),
+                    attempt: *attempt,
+                    attributes: attributes.clone(),
+                    budget: budget.clone(),
+                    deadline: *at,
+                },
+                outcome: Outcome::Cancelled,
+            }),
+            Event::RunClosed { status, output, failure, .. } => {
+                effects.parent = loaded
+                    .parent
+                    .as_ref()
+                    .map(|(parent, _)| (*parent, child_result(run, status.as_str(), output.clone(), failure.clone())));
+            }
+            _ => {}
+        }
+    }
+    for command in &decision.commands {
+        if let Command::CancelChild { run_id } = command {
+            effects.cancelled_children.push(*run_id);
+        }
+    }
+    let item = Item {
+        run_id: run,
+        epoch: loaded.epoch,
+        seq: loaded.seq,
+        status: state.status.as_str(),
+        parked: false,
+        due: None,
+        waiting: None,
+        inbox_seen: loaded.inbox_seen,
+        queue: loaded.queue,
+        topic: loaded.topic,
+        cursor: serde_json::to_value(&state).ok(),
+        events: serde_json::to_value(&decision.events).unwrap_or(Value::Null),
+        output: None,
+        failure: state.failure.as_ref().and_then(|f| serde_json::to_value(f).ok()),
+        effects,
+    };
+    match crate::committer::Committer::start(pool.clone(), hook).commit(item).await {
+        Ok(Verdict::Accepted { .. }) => Ok(()),
+        Ok(_) => Err(Error::LeaseLost),
+        Err(Broken::Unreachable(error)) => Err(error),
+        Err(Broken::Poison(text)) => Err(Error::Invariant(text)),
+    }
+}

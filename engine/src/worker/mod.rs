@@ -1,0 +1,339 @@
+//! A worker: claims runs, drives them, renews its lease, takes over from the dead. Stateless: everything it holds in
+//! memory can be dropped at any instruction, another worker goes on from the last committed transition.
+//!
+//! ```text
+//! poll ──claim──▶ drive (one task per owned run) ──▶ committer
+//!   ▲                │  ▲                               │
+//!   │ wake           ▼  │ result                        ▼
+//! listener        executor (one task per attempt)    verdicts
+//! lease thread: heartbeat · sweep: dead workers
+//! ```
+
+mod context;
+mod drive;
+mod executor;
+mod lease;
+
+pub(crate) use drive::terminate;
+
+use crate::{
+    Error, Result,
+    activity::Registry,
+    clock::Clock,
+    committer::Committer,
+    hook::{NoHook, TransitionHook},
+    ids::{DefinitionHash, RunId, WorkerId},
+    signature::Catalog,
+    store::{self, checkpoints::Progress, definitions::Pinned},
+};
+use sqlx::PgPool;
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+use tokio::sync::{Notify, Semaphore};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+/// How often a worker looks for due runs and messages when nothing wakes it.
+const POLL: Duration = Duration::from_millis(250);
+/// How often progress is written.
+const PROGRESS: Duration = Duration::from_millis(400);
+/// Most runs in memory. A parked run is in nobody's memory.
+const RUNS_MAX: usize = 4096;
+/// Definitions kept in memory.
+const DEFINITIONS_MAX: usize = 256;
+/// Runs freed by one takeover statement.
+const TAKE_OVER_BATCH: i64 = 500;
+
+/// How a worker is set up.
+#[derive(Clone)]
+pub struct WorkerConfig {
+    pub pool: PgPool,
+    pub registry: Registry,
+    pub hook: Arc<dyn TransitionHook>,
+    /// Task queues it serves.
+    pub queues: Vec<String>,
+    /// Attempts that run at the same time.
+    pub slots: u32,
+    /// A worker that is silent for that long is dead to the others.
+    pub lease: Duration,
+}
+
+impl WorkerConfig {
+    /// A worker of the queue `default` with 32 slots, a lease of 15 s and no hook.
+    #[must_use]
+    pub fn new(pool: PgPool, registry: Registry) -> Self {
+        Self {
+            pool,
+            registry,
+            hook: Arc::new(NoHook),
+            queues: vec!["default".into()],
+            slots: 32,
+            lease: Duration::from_secs(15),
+        }
+    }
+}
+
+/// What the tasks of one worker share.
+pub(crate) struct Shared {
+    id: WorkerId,
+    pool: PgPool,
+    registry: Registry,
+    catalog: Catalog,
+    hook: Arc<dyn TransitionHook>,
+    committer: Committer,
+    clock: Arc<Clock>,
+    slots: Arc<Semaphore>,
+    definitions: Mutex<HashMap<DefinitionHash, Arc<Pinned>>>,
+    /// Owned runs; the notification says that messages came in.
+    drivers: Mutex<HashMap<RunId, Arc<Notify>>>,
+    progress: Mutex<HashMap<(RunId, String), Progress>>,
+    /// Look for due runs now.
+    wake: Notify,
+    /// No new claims, no new attempts; running ones are asked to stop.
+    draining: CancellationToken,
+    /// The lease is gone: nothing that this worker does counts any more.
+    fenced: CancellationToken,
+}
+
+/// A running worker.
+pub struct WorkerHandle {
+    shared: Arc<Shared>,
+    tasks: TaskTracker,
+    stopped: CancellationToken,
+}
+
+/// Starts a worker on the current tokio runtime.
+///
+/// # Errors
+/// `database` if it cannot register.
+pub async fn start(config: WorkerConfig) -> Result<WorkerHandle> {
+    let id = WorkerId(uuid::Uuid::now_v7());
+    let lease_ms = i32::try_from(config.lease.as_millis()).unwrap_or(i32::MAX).max(100);
+    let clock = Arc::new(Clock::default());
+    clock.set(store::workers::register(&config.pool, id, &config.queues, lease_ms).await?);
+    let shared = Arc::new(Shared {
+        id,
+        catalog: config.registry.catalog(),
+        registry: config.registry,
+        committer: Committer::start(config.pool.clone(), config.hook.clone()),
+        hook: config.hook,
+        pool: config.pool,
+        clock,
+        slots: Arc::new(Semaphore::new(config.slots.max(1) as usize)),
+        definitions: Mutex::default(),
+        drivers: Mutex::default(),
+        progress: Mutex::default(),
+        wake: Notify::new(),
+        draining: CancellationToken::new(),
+        fenced: CancellationToken::new(),
+    });
+    let stopped = CancellationToken::new();
+    lease::keep(shared.clone(), config.lease, stopped.clone())?;
+    let tasks = TaskTracker::new();
+    let until = |task: std::pin::Pin<Box<dyn Future<Output = ()> + Send>>| {
+        let stopped = stopped.clone();
+        async move {
+            tokio::select! { () = stopped.cancelled() => {}, () = task => {} }
+        }
+    };
+    tasks.spawn(until(Box::pin(poll(shared.clone(), config.queues, tasks.clone()))));
+    tasks.spawn(until(Box::pin(listen(shared.clone()))));
+    tasks.spawn(until(Box::pin(sweep(shared.clone(), config.lease / 2))));
+    tasks.spawn(until(Box::pin(write_progress(shared.clone()))));
+    tracing::info!(worker_id = %id, "worker started");
+    Ok(WorkerHandle { shared, tasks, stopped })
+}
+
+impl WorkerHandle {
+    /// This worker's id, as in table `workers`.
+    #[must_use]
+    pub fn id(&self) -> WorkerId {
+        self.shared.id
+    }
+
+    /// Resolves when the worker lost its lease: the process should end and start anew.
+    pub async fn fenced(&self) {
+        self.shared.fenced.cancelled().await;
+    }
+
+    /// Number of runs in memory.
+    #[must_use]
+    pub fn runs(&self) -> usize {
+        self.shared.drivers.lock().expect("no panic while held").len()
+    }
+
+    /// Dies as `kill -9` does: no goodbye, rows stay as they are, attempts stop in the middle.
+    #[cfg(feature = "test-util")]
+    pub fn crash(self) {
+        self.stopped.cancel();
+        self.shared.fenced.cancel();
+    }
+
+    /// Stops claiming, asks running attempts to stop, hands their runs back, leaves. What has not ended after `grace` is
+    /// abandoned: its runs are free for others at once, its attempts count as lost.
+    pub async fn drain(self, grace: Duration) {
+        self.shared.draining.cancel();
+        let empty = async {
+            while self.runs() > 0 && !self.shared.fenced.is_cancelled() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        if tokio::time::timeout(grace, empty).await.is_err() {
+            tracing::warn!(worker_id = %self.shared.id, runs = self.runs(), "drain timed out; the runs are handed over as they are");
+        }
+        self.shared.fenced.cancel();
+        self.stopped.cancel();
+        if let Err(error) = leave(&self.shared).await {
+            tracing::warn!(%error, "could not say goodbye; others take over when the lease ends");
+        }
+        self.tasks.close();
+        self.tasks.wait().await;
+        tracing::info!(worker_id = %self.shared.id, "worker stopped");
+    }
+}
+
+async fn leave(shared: &Shared) -> Result<()> {
+    store::workers::leave(&shared.pool, shared.id).await?;
+    let mut conn = shared.pool.acquire().await?;
+    while !store::workers::take_over(&mut conn, TAKE_OVER_BATCH).await?.is_empty() {}
+    drop(conn);
+    store::wake(&shared.pool).await;
+    Ok(())
+}
+
+/// Claims due runs and passes messages on, at every wake-up and at the latest every [`POLL`].
+async fn poll(shared: Arc<Shared>, queues: Vec<String>, tasks: TaskTracker) {
+    loop {
+        let woken = shared.wake.notified();
+        match poll_once(&shared, &queues, &tasks).await {
+            Ok(true) => continue,
+            Ok(false) => {}
+            Err(Error::LeaseLost) => {
+                tracing::warn!(worker_id = %shared.id, "declared dead by others; this worker stops");
+                shared.fenced.cancel();
+                return;
+            }
+            Err(error) => tracing::warn!(%error, "cannot poll"),
+        }
+        tokio::select! {
+            () = woken => {}
+            () = tokio::time::sleep(POLL) => {}
+        }
+    }
+}
+
+/// True if there may be more to claim at once.
+async fn poll_once(shared: &Arc<Shared>, queues: &[String], tasks: &TaskTracker) -> Result<bool> {
+    let mut conn = shared.pool.acquire().await?;
+    for (run, _) in store::workers::unread(&mut conn, shared.id).await? {
+        if let Some(notify) = shared.drivers.lock().expect("no panic while held").get(&run) {
+            notify.notify_one();
+        }
+    }
+    let room = RUNS_MAX.saturating_sub(shared.drivers.lock().expect("no panic while held").len());
+    if shared.draining.is_cancelled() || shared.fenced.is_cancelled() || room == 0 {
+        return Ok(false);
+    }
+    let limit = room.min(256);
+    let claimed = store::ready::claim(&mut conn, shared.id, queues, i64::try_from(limit).unwrap_or(1)).await?;
+    drop(conn);
+    let more = claimed.len() == limit;
+    for run in claimed {
+        let messages = Arc::new(Notify::new());
+        shared.drivers.lock().expect("no panic while held").insert(run, messages.clone());
+        let shared = shared.clone();
+        tasks.spawn(async move {
+            drive::drive(&shared, run, messages.clone()).await;
+            // The run may have been claimed again already: that entry is another driver's.
+            let mut drivers = shared.drivers.lock().expect("no panic while held");
+            if drivers.get(&run).is_some_and(|current| Arc::ptr_eq(current, &messages)) {
+                drivers.remove(&run);
+            }
+        });
+    }
+    Ok(more)
+}
+
+/// Turns wake-ups of other processes into local ones. The poll is right without it.
+async fn listen(shared: Arc<Shared>) {
+    loop {
+        let listener = async {
+            let mut listener = sqlx::postgres::PgListener::connect_with(&shared.pool).await?;
+            listener.listen(store::WAKE_CHANNEL).await?;
+            loop {
+                listener.recv().await?;
+                shared.wake.notify_one();
+            }
+            #[expect(unreachable_code, reason = "gives the block its type")]
+            Ok::<(), sqlx::Error>(())
+        };
+        if let Err(error) = listener.await {
+            tracing::debug!(%error, "cannot listen; polling goes on");
+        }
+        tokio::time::sleep(Duration::from_secs(2)).await;
+    }
+}
+
+/// Declares silent workers dead and frees their runs. Every worker may do it; there is no leader.
+async fn sweep(shared: Arc<Shared>, every: Duration) {
+    loop {
+        tokio::time::sleep(every.mul_f64(0.75 + fastrand::f64() / 2.0)).await;
+        let swept = async {
+            let mut conn = shared.pool.acquire().await?;
+            let buried = store::workers::bury(&mut conn).await?;
+            let mut freed = 0;
+            loop {
+                let runs = store::workers::take_over(&mut conn, TAKE_OVER_BATCH).await?;
+                freed += runs.len();
+                if runs.is_empty() {
+                    break;
+                }
+            }
+            if buried > 0 || freed > 0 {
+                tracing::warn!(buried, freed, "took over from dead workers");
+                shared.wake.notify_one();
+            }
+            Ok::<(), Error>(())
+        };
+        if let Err(error) = swept.await {
+            tracing::warn!(%error, "cannot sweep");
+        }
+    }
+}
+
+async fn write_progress(shared: Arc<Shared>) {
+    loop {
+        tokio::time::sleep(PROGRESS).await;
+        let batch: Vec<Progress> =
+            shared.progress.lock().expect("no panic while held").drain().map(|(_, p)| p).collect();
+        if batch.is_empty() {
+            continue;
+        }
+        let written = async {
+            let mut conn = shared.pool.acquire().await?;
+            store::checkpoints::put_progress(&mut conn, &batch).await
+        };
+        if let Err(error) = written.await {
+            tracing::debug!(%error, "progress was not written");
+        }
+    }
+}
+
+impl Shared {
+    /// A definition, from memory or from the store.
+    async fn pinned(&self, hash: DefinitionHash) -> Result<Arc<Pinned>> {
+        if let Some(found) = self.definitions.lock().expect("no panic while held").get(&hash) {
+            return Ok(found.clone());
+        }
+        let mut conn = self.pool.acquire().await?;
+        let pinned = Arc::new(store::definitions::load(&mut conn, hash).await?);
+        let mut cache = self.definitions.lock().expect("no panic while held");
+        if cache.len() >= DEFINITIONS_MAX {
+            cache.clear();
+        }
+        cache.insert(hash, pinned.clone());
+        Ok(pinned)
+    }
+}

@@ -1,0 +1,294 @@
+//! What the tests share: an activity whose behavior a test scripts, a hook that keeps accounts, a started worker.
+
+use futures_util::future::BoxFuture;
+use loopwright_engine::{
+    Failure, MIGRATIONS,
+    activity::{Activity, Context, Registry},
+    client::{Client, Deploy, Start, Started},
+    definition::{Bundle, Data, Definition, Expr, FORMAT, Kind, RetryPolicy, Step, Timeouts},
+    embedded::testing::database,
+    hook::{HookError, Reading, Refusal, Transition, TransitionHook, Verdict},
+    ids::RunId,
+    signature::Signature,
+    view::RunView,
+    worker::{self, WorkerConfig, WorkerHandle},
+};
+use serde_json::{Value, json};
+use sqlx::{PgConnection, PgPool};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+use tokio::sync::Semaphore;
+
+/// Nothing in these tests takes that long; a test that waits longer has found a bug.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+type Script = Arc<dyn Fn(Context, Value) -> BoxFuture<'static, Result<Value, Failure>> + Send + Sync>;
+
+/// An activity `work@1` that does what the test says.
+pub struct Work(pub Script);
+
+impl Activity for Work {
+    fn signature(&self) -> Signature {
+        Signature {
+            name: "work@1".into(),
+            summary: "what the test says".into(),
+            input_schema: json!({"type": "object"}),
+            output_schema: json!({}),
+            run_timeout_ms: 60_000,
+            heartbeat_timeout_ms: None,
+            metered: true,
+            idempotent: true,
+            failure_codes: vec![],
+        }
+    }
+    fn run(&self, ctx: Context, input: Value) -> BoxFuture<'static, Result<Value, Failure>> {
+        (self.0)(ctx, input)
+    }
+    fn reserve(&self, input: &Value) -> Value {
+        input.clone()
+    }
+}
+
+/// A hook that writes what it sees into a table, in the engine's transaction.
+#[derive(Default)]
+pub struct Accounts {
+    pub refuse: AtomicBool,
+}
+
+impl TransitionHook for Accounts {
+    fn apply<'a>(
+        &'a self,
+        conn: &'a mut PgConnection,
+        transitions: &'a [Transition],
+    ) -> BoxFuture<'a, Result<Vec<Refusal>, HookError>> {
+        Box::pin(async move {
+            let mut refusals = Vec::new();
+            for t in transitions {
+                for end in &t.ended {
+                    sqlx::query("insert into test_ends (attempt_id, outcome) values ($1, $2)")
+                        .bind(end.attempt.attempt_id.0)
+                        .bind(format!("{:?}", end.outcome))
+                        .execute(&mut *conn)
+                        .await?;
+                }
+                if !t.started.is_empty() && self.refuse.load(Ordering::SeqCst) {
+                    refusals.push(Refusal { ord: t.ord, reason: "credits".into(), message: "none left".into() });
+                    continue;
+                }
+                for start in &t.started {
+                    sqlx::query("insert into test_starts (attempt_id) values ($1)")
+                        .bind(start.attempt.attempt_id.0)
+                        .execute(&mut *conn)
+                        .await?;
+                }
+            }
+            Ok(refusals)
+        })
+    }
+    fn meter<'a>(
+        &'a self,
+        conn: &'a mut PgConnection,
+        attempt: &'a loopwright_engine::hook::AttemptRef,
+        reading: Reading<'a>,
+    ) -> BoxFuture<'a, Result<Verdict, HookError>> {
+        Box::pin(async move {
+            sqlx::query("insert into test_readings (attempt_id, key, phase) values ($1, $2, $3)")
+                .bind(attempt.attempt_id.0)
+                .bind(reading.key)
+                .bind(format!("{:?}", reading.phase))
+                .execute(&mut *conn)
+                .await?;
+            Ok(Verdict::Accepted)
+        })
+    }
+}
+
+/// A database, a client, a hook and a scripted activity.
+pub struct Bench {
+    pub pool: PgPool,
+    pub client: Client,
+    pub hook: Arc<Accounts>,
+    script: Mutex<Script>,
+}
+
+impl Bench {
+    pub async fn new() -> Self {
+        let pool = database(MIGRATIONS).await;
+        for table in [
+            "create table test_starts (attempt_id uuid primary key)",
+            "create table test_ends (attempt_id uuid primary key, outcome text)",
+            "create table test_readings (attempt_id uuid, key text, phase text)",
+        ] {
+            sqlx::query(table).execute(&pool).await.expect("table");
+        }
+        let hook = Arc::new(Accounts::default());
+        let client = Client::new(pool.clone(), hook.clone());
+        Self { pool, client, hook, script: Mutex::new(Arc::new(|_, input| Box::pin(async move { Ok(input) }))) }
+    }
+
+    /// What `work@1` does in workers started from now on.
+    pub fn script<F, Fut>(&self, f: F)
+    where
+        F: Fn(Context, Value) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<Value, Failure>> + Send + 'static,
+    {
+        *self.script.lock().expect("lock") = Arc::new(move |ctx, input| Box::pin(f(ctx, input)));
+    }
+
+    pub async fn worker(&self) -> WorkerHandle {
+        let script = self.script.lock().expect("lock").clone();
+        let mut config = WorkerConfig::new(self.pool.clone(), Registry::new().with(Work(script)));
+        config.hook = self.hook.clone();
+        config.lease = Duration::from_millis(600);
+        worker::start(config).await.expect("worker")
+    }
+
+    pub async fn deploy(&self, definition: Definition) -> loopwright_engine::ids::DefinitionHash {
+        let deploy = Deploy { definition, bundle: Bundle::new(), source: String::new(), author: None, message: None };
+        self.client.deploy(deploy).await.expect("deploy").hash
+    }
+
+    pub async fn start(&self, definition: Definition, inputs: Value) -> RunId {
+        let definition = self.deploy(definition).await;
+        self.start_as(definition, inputs, None).await.run_id
+    }
+
+    pub async fn start_as(
+        &self,
+        definition: loopwright_engine::ids::DefinitionHash,
+        inputs: Value,
+        key: Option<&str>,
+    ) -> Started {
+        let start = Start {
+            run_id: None,
+            definition,
+            inputs,
+            workflow_id: key.map(str::to_owned),
+            attributes: json!({"user_id": "u1"}),
+            queue: String::new(),
+            topic: None,
+        };
+        self.client.start(start).await.expect("start")
+    }
+
+    /// Waits until the run looks as wanted.
+    pub async fn until(&self, run: RunId, what: &str, wanted: impl Fn(&RunView) -> bool) -> RunView {
+        let deadline = tokio::time::Instant::now() + PATIENCE;
+        let mut seq = 0;
+        loop {
+            let view = self.client.describe(run).await.expect("run");
+            if wanted(&view) {
+                return view;
+            }
+            assert!(tokio::time::Instant::now() < deadline, "{what}: still {view:#?}");
+            seq = seq.max(view.seq);
+            self.client.wait_change(run, seq, Duration::from_millis(200)).await.expect("run");
+        }
+    }
+
+    pub async fn closed(&self, run: RunId) -> RunView {
+        self.until(run, "closed", |v| v.status.is_closed()).await
+    }
+
+    /// What must hold when everything is quiet: histories without gaps, every started attempt ended once, no owner left.
+    pub async fn audit(&self) {
+        for (what, sql) in [
+            (
+                "gap in a history",
+                "select count(*) from runs r where r.seq <> (select count(*) from history h where h.run_id = r.run_id)
+                    or r.seq <> (select coalesce(max(seq), 0) from history h where h.run_id = r.run_id)",
+            ),
+            (
+                "attempt started and not ended, or the reverse",
+                "select count(*) from test_starts s full join test_ends e using (attempt_id) where s.attempt_id is null or e.attempt_id is null",
+            ),
+            (
+                "closed run with an owner or a place in the queue",
+                "select count(*) from runs r where closed_at is not null
+                    and (owner is not null or exists (select from ready q where q.run_id = r.run_id))",
+            ),
+            (
+                "open run that nobody owns and nobody may claim",
+                "select count(*) from runs r where closed_at is null and owner is null
+                    and not exists (select from ready q where q.run_id = r.run_id)",
+            ),
+        ] {
+            let n: i64 = sqlx::query_scalar(sql).fetch_one(&self.pool).await.expect("audit");
+            assert_eq!(n, 0, "{what}");
+        }
+    }
+
+    pub async fn outcomes(&self) -> BTreeMap<String, i64> {
+        sqlx::query_as::<_, (String, i64)>("select outcome, count(*) from test_ends group by 1")
+            .fetch_all(&self.pool)
+            .await
+            .expect("outcomes")
+            .into_iter()
+            .collect()
+    }
+}
+
+pub fn e(text: &str) -> Expr {
+    Expr(text.to_owned())
+}
+
+pub fn step(id: &str, kind: Kind) -> Step {
+    Step {
+        id: id.into(),
+        condition: None,
+        kind,
+        retry: RetryPolicy { attempts: 3, delay_ms: 10, jitter: 0.0, ..RetryPolicy::default() },
+        timeouts: Timeouts::default(),
+        catch: vec![],
+        continue_on_error: false,
+    }
+}
+
+pub fn work(id: &str, with: &[(&str, Data)]) -> Step {
+    let with = with.iter().map(|(k, d)| ((*k).to_owned(), d.clone())).collect();
+    step(id, Kind::Activity { name: "work@1".into(), with })
+}
+
+pub fn definition(name: &str, steps: Vec<Step>) -> Definition {
+    Definition {
+        format: FORMAT,
+        name: name.into(),
+        inputs: BTreeMap::new(),
+        env: BTreeMap::new(),
+        timeout_ms: 3_600_000,
+        budget: Value::Null,
+        executions_max: 10_000,
+        steps,
+        finally: vec![],
+        outputs: BTreeMap::new(),
+        extras: Value::Null,
+    }
+}
+
+/// A gate that attempts wait at until the test opens it.
+#[derive(Clone)]
+pub struct Gate(Arc<Semaphore>, Arc<Semaphore>);
+
+impl Gate {
+    pub fn new() -> Self {
+        Self(Arc::new(Semaphore::new(0)), Arc::new(Semaphore::new(0)))
+    }
+    /// Called by the attempt: says that it is there, waits to be let through.
+    pub async fn pass(&self) {
+        self.0.add_permits(1);
+        self.1.acquire().await.expect("open").forget();
+    }
+    /// Waits until `n` attempts have arrived.
+    pub async fn arrived(&self, n: u32) {
+        tokio::time::timeout(PATIENCE, self.0.acquire_many(n)).await.expect("attempts arrive").expect("open").forget();
+    }
+    pub fn open(&self, n: usize) {
+        self.1.add_permits(n);
+    }
+}

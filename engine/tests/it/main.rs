@@ -1,0 +1,4 @@
+//! The engine on a real Postgres: every test has a database of its own.
+
+mod bench;
+mod runs;
