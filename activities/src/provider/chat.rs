@@ -1,0 +1,662 @@
+//! The chat-completions dialect that OpenRouter and OpenAI-compatible servers share: how a request is written, and how
+//! an answer is put together from whatever pieces it comes in.
+
+use super::{
+    Call, Completion, StructuredOutput, estimate,
+    http::Answer,
+    money::pusd_from_decimal,
+    retry::{Hints, Names, ProviderError, Report, classify},
+    sse::Event,
+};
+use crate::{
+    orchestrator::{Message, Request, ToolCall},
+    usage::{CallState, Usage, UsageSource},
+};
+use serde::Deserialize;
+use serde_json::{Map, Value, json, value::RawValue};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::ControlFlow,
+    sync::{Mutex, PoisonError},
+};
+
+/// Most calls of tools in one answer: more is a model gone wild.
+pub(super) const TOOL_CALLS_MAX: usize = 128;
+
+/// The turns of a request. `provider` decides whose own content is replayed verbatim.
+pub(super) fn messages(request: &Request, provider: &str, structured: StructuredOutput) -> Vec<Value> {
+    let mut out: Vec<Value> = request
+        .messages
+        .iter()
+        .map(|message| match message {
+            Message::System { text } => json!({ "role": "system", "content": text }),
+            Message::User { text } => json!({ "role": "user", "content": text }),
+            Message::Model { parts, provider: origin, .. } if origin == provider && parts.is_object() => parts.clone(),
+            Message::Model { text, tool_calls, .. } => assistant(text, tool_calls),
+            Message::Tool { call_id, output, .. } => {
+                json!({ "role": "tool", "tool_call_id": call_id, "content": output })
+            }
+        })
+        .collect();
+    if let (Some(schema), true) = (&request.output_schema, structured != StructuredOutput::JsonSchema) {
+        let instruction = schema_instruction(schema);
+        match out.first_mut() {
+            Some(first) if first["role"] == "system" => {
+                let text = format!("{}\n\n{instruction}", first["content"].as_str().unwrap_or_default());
+                first["content"] = Value::String(text);
+            }
+            _ => out.insert(0, json!({ "role": "system", "content": instruction })),
+        }
+    }
+    out
+}
+
+/// What a model is told when the server cannot be told the schema.
+pub(super) fn schema_instruction(schema: &Value) -> String {
+    format!(
+        "Answer with exactly one JSON value and nothing else: no prose, no code fence. It must satisfy this JSON \
+         Schema:\n{schema}"
+    )
+}
+
+fn assistant(text: &str, tool_calls: &[ToolCall]) -> Value {
+    let mut message = json!({ "role": "assistant", "content": text });
+    if !tool_calls.is_empty() {
+        let calls: Vec<Value> = tool_calls
+            .iter()
+            .map(|call| {
+                json!({ "id": call.id, "type": "function",
+                    "function": { "name": call.name, "arguments": call.arguments.to_string() } })
+            })
+            .collect();
+        message["tool_calls"] = Value::Array(calls);
+        if text.is_empty() {
+            message["content"] = Value::Null;
+        }
+    }
+    message
+}
+
+/// The tools of a request in this dialect; `None` when there are none.
+pub(super) fn tools(request: &Request) -> Option<Value> {
+    if request.tools.is_empty() {
+        return None;
+    }
+    let list = request
+        .tools
+        .iter()
+        .map(|tool| {
+            json!({ "type": "function", "function": {
+                "name": tool.name, "description": tool.description, "parameters": tool.parameters } })
+        })
+        .collect();
+    Some(Value::Array(list))
+}
+
+/// `response_format` for a level; `None` when the prompt alone has to do.
+pub(super) fn response_format(schema: &Value, structured: StructuredOutput) -> Option<Value> {
+    match structured {
+        StructuredOutput::JsonSchema => Some(json!({ "type": "json_schema",
+            "json_schema": { "name": "answer", "strict": is_strict(schema), "schema": schema } })),
+        StructuredOutput::JsonObject => Some(json!({ "type": "json_object" })),
+        StructuredOutput::Prompt => None,
+    }
+}
+
+/// Whether strict mode accepts a schema: every object closed and every property required.
+fn is_strict(schema: &Value) -> bool {
+    match schema {
+        Value::Object(map) => {
+            let closed = match map.get("properties").and_then(Value::as_object) {
+                Some(properties) => {
+                    let required: BTreeSet<&str> =
+                        map.get("required").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect();
+                    map.get("additionalProperties") == Some(&Value::Bool(false))
+                        && properties.keys().all(|key| required.contains(key.as_str()))
+                }
+                None => map.get("type") != Some(&json!("object")),
+            };
+            closed && map.values().all(is_strict)
+        }
+        Value::Array(list) => list.iter().all(is_strict),
+        _ => true,
+    }
+}
+
+/// Reads an answer with a good status to its end.
+///
+/// # Errors
+/// Everything that is not a complete, usable answer.
+pub(super) async fn read(
+    mut answer: Answer<'_>,
+    call: &Call<'_>,
+    names: &Names,
+    model_served: ServedModel,
+) -> Result<Completion, ProviderError> {
+    let status = answer.status.as_u16();
+    let mut gathered = Gathered::default();
+    let outcome = if answer.is_json() {
+        match answer.text().await {
+            Ok(text) => gathered.document(&text, call, names),
+            Err(error) => Err(error),
+        }
+    } else {
+        answer.events(|event| gathered.event(&event, call, names)).await
+    };
+    let complete = match outcome {
+        Ok(()) => gathered.complete(call, names, model_served),
+        // The finish reason was seen: what got lost after it is at most the usage.
+        Err(error) if error.state == CallState::Unknown && gathered.finish_reason.is_some() && !call.cancellation.is_cancelled() => {
+            gathered.complete(call, names, model_served)
+        }
+        Err(error) => Err(error),
+    };
+    complete
+        .map(|mut completion| {
+            completion.http_status = Some(status);
+            completion
+        })
+        .map_err(|mut error| {
+            error.http_status.get_or_insert(status);
+            error
+        })
+}
+
+/// Whether the `model` of an answer says something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ServedModel {
+    /// It names the model that is billed.
+    Reported,
+    /// It may be a file path or an alias: what was asked for counts.
+    Requested,
+}
+
+#[derive(Default)]
+struct Gathered {
+    text: String,
+    refusal: String,
+    tool_calls: Vec<Partial>,
+    reasoning_details: Vec<Value>,
+    finish_reason: Option<String>,
+    usage: Option<Usage>,
+    model: Option<String>,
+}
+
+#[derive(Default)]
+struct Partial {
+    index: Option<u64>,
+    id: String,
+    name: String,
+    arguments: String,
+}
+
+impl Partial {
+    fn is_whole(&self) -> bool {
+        serde_json::from_str::<Map<String, Value>>(&self.arguments).is_ok()
+    }
+}
+
+impl Gathered {
+    fn event(&mut self, event: &Event, call: &Call<'_>, names: &Names) -> Result<ControlFlow<()>, ProviderError> {
+        let (Event::Data(text) | Event::Bare(text)) = event;
+        if text.trim() == "[DONE]" {
+            return Ok(ControlFlow::Break(()));
+        }
+        if text.trim().is_empty() {
+            return Ok(ControlFlow::Continue(()));
+        }
+        let Ok(chunk) = serde_json::from_str::<Value>(text) else {
+            let what = "the stream holds something that is not JSON";
+            return Err(ProviderError::broken(names, what, CallState::Unknown));
+        };
+        self.chunk(&chunk, text, call, names)?;
+        Ok(ControlFlow::Continue(()))
+    }
+
+    fn document(&mut self, text: &str, call: &Call<'_>, names: &Names) -> Result<(), ProviderError> {
+        let Ok(document) = serde_json::from_str::<Value>(text) else {
+            return Err(ProviderError::broken(names, "the answer is not JSON", CallState::Unknown));
+        };
+        self.chunk(&document, text, call, names)?;
+        // A document is whole because it parsed: some servers leave the reason out.
+        if self.finish_reason.is_none() && document.pointer("/choices/0/message").is_some() {
+            self.finish_reason = Some("stop".to_owned());
+        }
+        Ok(())
+    }
+
+    fn chunk(&mut self, chunk: &Value, text: &str, call: &Call<'_>, names: &Names) -> Result<(), ProviderError> {
+        if let Some(id) = chunk.get("id").and_then(Value::as_str) {
+            call.request_id.offer(id);
+        }
+        if let Some(model) = chunk.get("model").and_then(Value::as_str).filter(|m| !m.is_empty()) {
+            self.model = Some(model.to_owned());
+        }
+        if let Some(usage) = usage(chunk, text) {
+            self.usage = Some(usage);
+        }
+        let choice = chunk.pointer("/choices/0");
+        if let Some(choice) = choice {
+            // A stream says `delta`, a document `message`.
+            if let Some(delta) = choice.get("delta").or_else(|| choice.get("message")) {
+                self.delta(delta, names)?;
+            }
+            if let Some(reason) = choice.get("finish_reason").and_then(Value::as_str).filter(|r| !r.is_empty()) {
+                self.finish_reason = Some(reason.to_owned());
+            }
+        }
+        let error = [Some(chunk), choice].into_iter().flatten().find(|v| v.get("error").is_some_and(|e| !e.is_null()));
+        if let Some(error) = error.or_else(|| (chunk.get("object") == Some(&json!("error"))).then_some(chunk)) {
+            let report = Report::from_value(error);
+            let status = report.code.filter(|code| (400..600).contains(code)).unwrap_or(500);
+            let error = classify(names, status, Hints::default(), &report);
+            return Err(error.with_usage(self.usage_so_far(call)).with_finish_reason(self.finish_reason.clone()));
+        }
+        Ok(())
+    }
+
+    fn delta(&mut self, delta: &Value, names: &Names) -> Result<(), ProviderError> {
+        match delta.get("content") {
+            Some(Value::String(text)) => self.text.push_str(text),
+            Some(Value::Array(parts)) => {
+                for text in parts.iter().filter_map(|part| part.get("text").and_then(Value::as_str)) {
+                    self.text.push_str(text);
+                }
+            }
+            _ => {}
+        }
+        if let Some(text) = delta.get("refusal").and_then(Value::as_str) {
+            self.refusal.push_str(text);
+        }
+        for piece in delta.get("tool_calls").and_then(Value::as_array).into_iter().flatten() {
+            self.tool_call(piece);
+            if self.tool_calls.len() > TOOL_CALLS_MAX {
+                return Err(ProviderError::unusable(names, "too_many_tool_calls"));
+            }
+        }
+        for detail in delta.get("reasoning_details").and_then(Value::as_array).into_iter().flatten() {
+            self.reasoning_detail(detail);
+        }
+        Ok(())
+    }
+
+    /// Joins the pieces of a call. Servers number them, or do not, or number all of them 0; they repeat the id, leave
+    /// it empty, or send the whole call at once.
+    fn tool_call(&mut self, piece: &Value) {
+        let index = piece.get("index").and_then(Value::as_u64);
+        let id = piece.get("id").and_then(Value::as_str).unwrap_or_default();
+        let name = piece.pointer("/function/name").and_then(Value::as_str).unwrap_or_default();
+        let arguments = match piece.pointer("/function/arguments") {
+            Some(Value::String(text)) => text.clone(),
+            Some(Value::Null) | None => String::new(),
+            Some(object) => object.to_string(),
+        };
+        let found = match index {
+            Some(_) => self.tool_calls.iter().rposition(|call| call.index == index),
+            None if id.is_empty() && name.is_empty() => self.tool_calls.len().checked_sub(1),
+            None if id.is_empty() => None,
+            None => self.tool_calls.iter().rposition(|call| call.id == id),
+        };
+        let continues = found.filter(|&at| {
+            let call = &self.tool_calls[at];
+            let other_id = !id.is_empty() && !call.id.is_empty() && id != call.id;
+            let other_name = id.is_empty() && !name.is_empty() && !call.name.is_empty() && name != call.name;
+            // A name where a whole call stands already begins the next one.
+            let next_call = !name.is_empty()
+                && !arguments.is_empty()
+                && call.is_whole()
+                && (id.is_empty() || id != call.id);
+            !(other_id || other_name || next_call)
+        });
+        let at = continues.unwrap_or_else(|| {
+            self.tool_calls.push(Partial { index, ..Partial::default() });
+            self.tool_calls.len() - 1
+        });
+        let call = &mut self.tool_calls[at];
+        if call.id.is_empty() {
+            id.clone_into(&mut call.id);
+        }
+        if call.name.is_empty() {
+            name.clone_into(&mut call.name);
+        }
+        call.arguments.push_str(&arguments);
+    }
+
+    /// Joins pieces of one reasoning block (same index and type): the provider wants them back as it made them.
+    fn reasoning_detail(&mut self, detail: &Value) {
+        let same = |other: &&mut Value| {
+            detail.get("index").is_some() && other["index"] == detail["index"] && other["type"] == detail["type"]
+        };
+        let Some(known) = self.reasoning_details.iter_mut().rev().take(1).find(same) else {
+            self.reasoning_details.push(detail.clone());
+            return;
+        };
+        for (key, value) in detail.as_object().into_iter().flatten() {
+            match (known[key.as_str()].as_str(), value) {
+                (Some(before), Value::String(text)) if matches!(key.as_str(), "text" | "summary" | "data") => {
+                    known[key.as_str()] = Value::String(format!("{before}{text}"));
+                }
+                (_, Value::Null) => {}
+                _ => known[key.as_str()] = value.clone(),
+            }
+        }
+    }
+
+    fn output_bytes(&self) -> usize {
+        self.text.len()
+            + self.refusal.len()
+            + self.tool_calls.iter().map(|call| call.name.len() + call.arguments.len()).sum::<usize>()
+    }
+
+    /// Reported, or estimated if anything was generated at all.
+    fn usage_so_far(&self, call: &Call<'_>) -> Option<Usage> {
+        let bytes = self.output_bytes();
+        self.usage.clone().or_else(|| (bytes > 0).then(|| estimate::usage(call.request, bytes, call.max_output_tokens)))
+    }
+
+    fn complete(mut self, call: &Call<'_>, names: &Names, served: ServedModel) -> Result<Completion, ProviderError> {
+        let model_served = match (served, self.model.take()) {
+            (ServedModel::Reported, Some(model)) => model,
+            _ => call.model.to_owned(),
+        };
+        let usage = self.usage_so_far(call);
+        let failed = |error: ProviderError, completed: bool| {
+            let mut error = error.with_usage(usage.clone()).with_finish_reason(self.finish_reason.clone());
+            error.stream_completed = completed;
+            error.model_served = Some(model_served.clone());
+            Err(error)
+        };
+        let Some(reason) = self.finish_reason.clone() else {
+            return failed(ProviderError::truncated(names, "the answer ended without a finish reason"), false);
+        };
+        if !self.refusal.is_empty() && self.text.is_empty() {
+            return failed(ProviderError::refused(names, "refusal"), true);
+        }
+        match reason.as_str() {
+            "stop" | "tool_calls" | "tool_use" | "function_call" | "eos" | "end_turn" | "stop_sequence" => {}
+            "length" | "max_tokens" | "MAX_TOKENS" => {
+                let what = format!("the answer reached its limit of {} tokens", call.max_output_tokens);
+                return failed(ProviderError::truncated(names, &what), true);
+            }
+            "content_filter" => return failed(ProviderError::refused(names, "content_filter"), true),
+            // `error` and whatever is invented next.
+            other => return failed(ProviderError::unusable(names, other), true),
+        }
+        let usage =
+            usage.unwrap_or_else(|| estimate::usage(call.request, self.output_bytes(), call.max_output_tokens));
+        let tool_calls = finish_tool_calls(std::mem::take(&mut self.tool_calls));
+        let mut parts = assistant(&self.text, &tool_calls);
+        if !self.reasoning_details.is_empty() {
+            parts["reasoning_details"] = Value::Array(self.reasoning_details);
+        }
+        Ok(Completion {
+            text: self.text,
+            tool_calls,
+            parts,
+            model_served,
+            finish_reason: reason,
+            usage,
+            http_status: None,
+            provider_request_id: call.request_id.get(),
+        })
+    }
+}
+
+/// Calls with unique ids and parsed arguments. A call without a name is dropped: nothing can be done with it.
+fn finish_tool_calls(partials: Vec<Partial>) -> Vec<ToolCall> {
+    let mut seen = BTreeSet::new();
+    let mut calls = Vec::new();
+    for partial in partials.into_iter().filter(|partial| !partial.name.is_empty()) {
+        let mut id = partial.id;
+        if id.is_empty() || !seen.insert(id.clone()) {
+            id = format!("call_{}", calls.len() + 1);
+            seen.insert(id.clone());
+        }
+        calls.push(ToolCall { id, name: partial.name, arguments: parse_arguments(&partial.arguments) });
+    }
+    calls
+}
+
+/// Arguments as an object; text that is none arrives as `{"_invalid": "<text>"}`.
+pub(super) fn parse_arguments(text: &str) -> Value {
+    if text.trim().is_empty() {
+        return json!({});
+    }
+    match serde_json::from_str::<Value>(text) {
+        Ok(object @ Value::Object(_)) => object,
+        // Encoded twice, as some proxies do.
+        Ok(Value::String(inner)) => match serde_json::from_str::<Map<String, Value>>(&inner) {
+            Ok(object) => Value::Object(object),
+            Err(_) => json!({ "_invalid": text }),
+        },
+        _ => json!({ "_invalid": text }),
+    }
+}
+
+/// The usage of a chunk, if it has one.
+fn usage(chunk: &Value, text: &str) -> Option<Usage> {
+    let raw = chunk.get("usage").filter(|usage| usage.is_object())?;
+    let count = |pointer: &str| raw.pointer(pointer).and_then(Value::as_u64).unwrap_or(0);
+    if raw.get("prompt_tokens").is_none() && raw.get("completion_tokens").is_none() {
+        return None;
+    }
+    let tokens_prompt = count("/prompt_tokens");
+    let tokens_output = count("/completion_tokens");
+    let tokens_cached = count("/prompt_tokens_details/cached_tokens").min(tokens_prompt);
+    Some(Usage {
+        tokens_prompt,
+        tokens_cached,
+        tokens_cache_write: count("/prompt_tokens_details/cache_write_tokens").min(tokens_prompt - tokens_cached),
+        tokens_output,
+        tokens_reasoning: count("/completion_tokens_details/reasoning_tokens").min(tokens_output),
+        source: UsageSource::Provider,
+        provider_cost_pusd: cost_pusd(text),
+        raw: raw.clone(),
+    })
+}
+
+/// `usage.cost` by its own spelling: as a float it would lose digits.
+fn cost_pusd(text: &str) -> Option<i64> {
+    #[derive(Deserialize)]
+    struct Chunk<'a> {
+        #[serde(borrow)]
+        usage: Option<Cost<'a>>,
+    }
+    #[derive(Deserialize)]
+    struct Cost<'a> {
+        #[serde(borrow)]
+        cost: Option<&'a RawValue>,
+    }
+    let chunk: Chunk<'_> = serde_json::from_str(text).ok()?;
+    pusd_from_decimal(chunk.usage?.cost?.get())
+}
+
+/// What a server is known to understand, learned from its refusals; kept per model for the life of the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Shape {
+    pub structured_output: StructuredOutput,
+    pub token_limit: TokenLimit,
+    /// The other name of the output limit was tried as well.
+    pub token_limit_changed: bool,
+    /// `stream_options.include_usage` is sent.
+    pub include_usage: bool,
+}
+
+/// The name of the output limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum TokenLimit {
+    MaxTokens,
+    MaxCompletionTokens,
+}
+
+impl TokenLimit {
+    pub(super) fn field(self) -> &'static str {
+        match self {
+            Self::MaxTokens => "max_tokens",
+            Self::MaxCompletionTokens => "max_completion_tokens",
+        }
+    }
+    fn other(self) -> Self {
+        match self {
+            Self::MaxTokens => Self::MaxCompletionTokens,
+            Self::MaxCompletionTokens => Self::MaxTokens,
+        }
+    }
+}
+
+/// Most requests of one call that a server may refuse for their form: two levels of output, the limit's name, the
+/// usage option, and one to be safe.
+pub(super) const STEP_DOWNS_MAX: usize = 5;
+
+impl Shape {
+    /// The next simpler form after a refusal: what the server named, otherwise whatever is left to drop.
+    pub(super) fn step_down(self, report: &Report, with_schema: bool) -> Option<Self> {
+        let simpler = || {
+            let structured_output = self.structured_output.step_down().filter(|_| with_schema)?;
+            Some(Self { structured_output, ..self })
+        };
+        let renamed = || {
+            (!self.token_limit_changed).then(|| Self {
+                token_limit: self.token_limit.other(),
+                token_limit_changed: true,
+                ..self
+            })
+        };
+        let without_usage = || self.include_usage.then_some(Self { include_usage: false, ..self });
+        if report.mentions("max_tokens") || report.mentions("max_completion_tokens") {
+            return renamed().or_else(simpler).or_else(without_usage);
+        }
+        if report.mentions("stream_options") || report.mentions("include_usage") {
+            return without_usage().or_else(simpler).or_else(renamed);
+        }
+        simpler().or_else(renamed).or_else(without_usage)
+    }
+}
+
+/// Remembered shapes by model.
+#[derive(Debug, Default)]
+pub(super) struct Shapes(Mutex<BTreeMap<String, Shape>>);
+
+impl Shapes {
+    pub(super) fn get(&self, model: &str) -> Option<Shape> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(model).copied()
+    }
+    pub(super) fn remember(&self, model: &str, shape: Shape) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(model.to_owned(), shape);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn joined(pieces: &[Value]) -> Vec<ToolCall> {
+        let mut gathered = Gathered::default();
+        for piece in pieces {
+            gathered.tool_call(piece);
+        }
+        finish_tool_calls(gathered.tool_calls)
+    }
+
+    fn call(id: &str, name: &str, arguments: Value) -> ToolCall {
+        ToolCall { id: id.to_owned(), name: name.to_owned(), arguments }
+    }
+
+    #[test]
+    fn pieces_of_tool_calls_are_joined_however_they_are_numbered() {
+        let f = |arguments: Value| json!({ "name": "f", "arguments": arguments });
+        // As the original does it.
+        assert_eq!(
+            joined(&[
+                json!({"index": 0, "id": "a", "type": "function", "function": {"name": "f", "arguments": ""}}),
+                json!({"index": 0, "function": {"arguments": "{\"x\""}}),
+                json!({"index": 1, "id": "b", "function": {"name": "g", "arguments": "{}"}}),
+                json!({"index": 0, "id": "", "function": {"name": null, "arguments": ":1}"}}),
+            ]),
+            [call("a", "f", json!({"x": 1})), call("b", "g", json!({}))]
+        );
+        // Index 0 for all, with ids.
+        assert_eq!(
+            joined(&[
+                json!({"index": 0, "id": "a", "function": f(json!("{\"x\":1}"))}),
+                json!({"index": 0, "id": "b", "function": f(json!("{\"x\":2}"))}),
+            ]),
+            [call("a", "f", json!({"x": 1})), call("b", "f", json!({"x": 2}))]
+        );
+        // Index 0 for all, without ids, arguments as objects.
+        assert_eq!(
+            joined(&[
+                json!({"index": 0, "function": f(json!({"x": 1}))}),
+                json!({"index": 0, "function": f(json!({"x": 2}))}),
+            ]),
+            [call("call_1", "f", json!({"x": 1})), call("call_2", "f", json!({"x": 2}))]
+        );
+        // No index at all: whole calls, then one in pieces.
+        assert_eq!(
+            joined(&[
+                json!({"id": "a", "function": f(json!("{}"))}),
+                json!({"id": "b", "function": f(json!(""))}),
+                json!({"function": {"arguments": "{\"x\":"}}),
+                json!({"function": {"arguments": "3}"}}),
+            ]),
+            [call("a", "f", json!({})), call("b", "f", json!({"x": 3}))]
+        );
+        // Id and name repeated with every piece; two calls with one id.
+        assert_eq!(
+            joined(&[
+                json!({"index": 0, "id": "a", "function": f(json!("{\"x\":"))}),
+                json!({"index": 0, "id": "a", "function": f(json!("1}"))}),
+                json!({"index": 1, "id": "a", "function": f(json!("{}"))}),
+            ]),
+            [call("a", "f", json!({"x": 1})), call("call_2", "f", json!({}))]
+        );
+        assert_eq!(joined(&[json!({"index": 0, "id": "a", "function": {"arguments": "{}"}})]), []);
+    }
+
+    #[test]
+    fn arguments_are_an_object_or_marked_invalid() {
+        assert_eq!(parse_arguments(""), json!({}));
+        assert_eq!(parse_arguments("{\"a\":1}"), json!({"a": 1}));
+        assert_eq!(parse_arguments("\"{\\\"a\\\":1}\""), json!({"a": 1}));
+        for bad in ["[1]", "{", "null", "7"] {
+            assert_eq!(parse_arguments(bad), json!({"_invalid": bad}));
+        }
+    }
+
+    #[test]
+    fn usage_is_normalized_and_cost_stays_decimal() {
+        let text = r#"{"usage":{"prompt_tokens":194,"completion_tokens":12,"cost":0.000310000001,
+            "prompt_tokens_details":{"cached_tokens":1000},"completion_tokens_details":{"reasoning_tokens":5}}}"#;
+        let usage = usage(&serde_json::from_str(text).unwrap(), text).unwrap();
+        assert_eq!((usage.tokens_prompt, usage.tokens_cached, usage.tokens_output), (194, 194, 12));
+        assert_eq!((usage.tokens_reasoning, usage.provider_cost_pusd), (5, Some(310_000_001)));
+    }
+
+    #[test]
+    fn strict_mode_is_asked_for_only_where_it_is_accepted() {
+        let closed = json!({"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"],
+            "additionalProperties": false});
+        assert!(is_strict(&closed));
+        assert!(!is_strict(&json!({"type": "object", "properties": {"a": {}}, "required": ["a"]})));
+        assert!(!is_strict(&json!({"type": "array", "items": {"type": "object"}})));
+    }
+
+    #[test]
+    fn a_refused_form_is_simplified_until_nothing_is_left() {
+        let mut shape = Shape {
+            structured_output: StructuredOutput::JsonSchema,
+            token_limit: TokenLimit::MaxTokens,
+            token_limit_changed: false,
+            include_usage: true,
+        };
+        let named = Report::from_value(&json!({"error": {"message": "Unsupported parameter: 'max_tokens'"}}));
+        assert_eq!(shape.step_down(&named, true).unwrap().token_limit, TokenLimit::MaxCompletionTokens);
+        let mut steps = 0;
+        while let Some(next) = shape.step_down(&Report::default(), true) {
+            shape = next;
+            steps += 1;
+        }
+        assert!(steps <= STEP_DOWNS_MAX);
+        assert_eq!(shape.structured_output, StructuredOutput::Prompt);
+    }
+}

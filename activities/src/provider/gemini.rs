@@ -1,0 +1,595 @@
+//! The Gemini Developer API: `streamGenerateContent` over server-sent events.
+
+use super::{
+    Call, Completion, KeyIdentity, Provider, ProviderError, StructuredOutput, Timeouts,
+    address::{Trust, join},
+    chat::{TOOL_CALLS_MAX, schema_instruction},
+    estimate,
+    http::{Answer, Http, header, secret_header},
+    retry::{Hints, Names, Report, classify},
+    sse::Event,
+};
+use crate::{
+    orchestrator::{Message, Request, ToolCall},
+    usage::{CallState, Usage, UsageSource},
+};
+use futures_util::future::BoxFuture;
+use loopwright_engine::Failure;
+use reqwest::{Url, header::HeaderMap};
+use secrecy::SecretString;
+use serde_json::{Map, Value, json};
+use std::{
+    collections::BTreeMap,
+    ops::ControlFlow,
+    sync::{Mutex, PoisonError},
+};
+
+/// Where the API lives.
+pub const BASE_URL: &str = "https://generativelanguage.googleapis.com";
+/// The version that knows every model; `v1` lacks aliases and previews.
+pub const VERSION_DEFAULT: &str = "v1beta";
+
+/// Begins the id of a call that Gemini gave none: such an id is ours and is not sent back.
+const OWN_ID_PREFIX: &str = "own-";
+/// Stands in for the signature of a call that another provider's model made; the API documents it for this purpose.
+const FOREIGN_SIGNATURE: &str = "skip_thought_signature_validator";
+/// Keywords of JSON Schema that `responseJsonSchema` and `parametersJsonSchema` know.
+const SCHEMA_KEYWORDS: [&str; 22] = [
+    "$id",
+    "$defs",
+    "$ref",
+    "$anchor",
+    "type",
+    "format",
+    "title",
+    "description",
+    "enum",
+    "items",
+    "prefixItems",
+    "minItems",
+    "maxItems",
+    "minimum",
+    "maximum",
+    "anyOf",
+    "oneOf",
+    "properties",
+    "additionalProperties",
+    "required",
+    "propertyOrdering",
+    "const",
+];
+
+/// The Gemini API.
+#[derive(Debug)]
+pub struct Gemini {
+    http: Http,
+    base: Url,
+    headers: HeaderMap,
+    names: Names,
+    key: KeyIdentity,
+    /// Levels of structured output that models turned out to accept.
+    levels: Mutex<BTreeMap<String, StructuredOutput>>,
+}
+
+impl Gemini {
+    /// A client for the API at `base`; `version` (`v1beta`, `v1`) is appended unless the path ends with one.
+    ///
+    /// # Errors
+    /// A sentence that names what cannot be used.
+    pub fn new(
+        base: Url,
+        version: &str,
+        key: &SecretString,
+        timeouts: Timeouts,
+        trust: Trust,
+    ) -> Result<Self, String> {
+        let versioned = base.path_segments().and_then(|mut s| s.next_back()).is_some_and(|last| last.starts_with("v1"));
+        let base = if versioned { base } else { join(&base, &[version]) };
+        let mut headers = HeaderMap::new();
+        header(&mut headers, "x-goog-api-key", secret_header("", key)?);
+        Ok(Self {
+            http: Http::new(timeouts, trust)?,
+            base,
+            headers,
+            names: Names { title: "Gemini", key_setting: "GEMINI_API_KEY", key_is_set: true },
+            key: KeyIdentity::of("gemini", Some(key)),
+            levels: Mutex::default(),
+        })
+    }
+
+    async fn complete(&self, call: Call<'_>) -> Result<Completion, ProviderError> {
+        let known = self.levels.lock().unwrap_or_else(PoisonError::into_inner).get(call.model).copied();
+        let mut level = call.structured_output.max(known.unwrap_or_default());
+        if !call.request.tools.is_empty() {
+            // Several generations refuse functions together with a JSON answer.
+            level = StructuredOutput::Prompt;
+        }
+        let model = call.model.strip_prefix("models/").unwrap_or(call.model);
+        let mut url = join(&self.base, &["models", &format!("{model}:streamGenerateContent")]);
+        url.set_query(Some("alt=sse"));
+        loop {
+            let body = body(&call, level).to_string().into_bytes();
+            let answer = self.http.post(&self.names, &call, url.clone(), self.headers.clone(), body).await?;
+            if answer.status.is_success() {
+                if level != call.structured_output && call.request.tools.is_empty() {
+                    let mut levels = self.levels.lock().unwrap_or_else(PoisonError::into_inner);
+                    levels.insert(call.model.to_owned(), level);
+                }
+                return read(answer, &call, &self.names).await;
+            }
+            let (error, report) = answer.into_error().await;
+            let schema_refused = error.failure.code == "provider.bad_request"
+                && call.request.output_schema.is_some()
+                && ["schema", "response_mime_type", "responsemimetype", "mime type"].iter().any(|w| report.mentions(w));
+            match level.step_down().filter(|_| schema_refused) {
+                Some(simpler) => level = simpler,
+                None => return Err(error),
+            }
+        }
+    }
+}
+
+impl Provider for Gemini {
+    fn name(&self) -> &'static str {
+        "gemini"
+    }
+    fn key(&self) -> KeyIdentity {
+        self.key.clone()
+    }
+    fn complete<'a>(&'a self, call: Call<'a>) -> BoxFuture<'a, Result<Completion, ProviderError>> {
+        Box::pin(self.complete(call))
+    }
+}
+
+fn body(call: &Call<'_>, level: StructuredOutput) -> Value {
+    let mut config = json!({ "maxOutputTokens": call.max_output_tokens, "candidateCount": 1 });
+    let schema = call.request.output_schema.as_ref();
+    if let Some(schema) = schema {
+        if level != StructuredOutput::Prompt {
+            config["responseMimeType"] = json!("application/json");
+        }
+        if level == StructuredOutput::JsonSchema {
+            config["responseJsonSchema"] = subset(schema);
+        }
+    }
+    if let Some(thinking) = call.thinking {
+        config["thinkingConfig"] = json!({ "thinkingLevel": thinking });
+    }
+    let mut body = json!({ "contents": contents(call.request), "generationConfig": config });
+    let mut system: Vec<Value> = call
+        .request
+        .messages
+        .iter()
+        .filter_map(|message| match message {
+            Message::System { text } => Some(json!({ "text": text })),
+            Message::User { .. } | Message::Model { .. } | Message::Tool { .. } => None,
+        })
+        .collect();
+    if let Some(schema) = schema.filter(|_| level != StructuredOutput::JsonSchema) {
+        system.push(json!({ "text": schema_instruction(schema) }));
+    }
+    if !system.is_empty() {
+        body["systemInstruction"] = json!({ "parts": system });
+    }
+    if !call.request.tools.is_empty() {
+        let declarations: Vec<Value> = call
+            .request
+            .tools
+            .iter()
+            .map(|tool| {
+                json!({ "name": tool.name, "description": tool.description,
+                    "parametersJsonSchema": subset(&tool.parameters) })
+            })
+            .collect();
+        body["tools"] = json!([{ "functionDeclarations": declarations }]);
+        body["toolConfig"] = json!({ "functionCallingConfig": { "mode": "AUTO" } });
+    }
+    body
+}
+
+/// The turns: two roles only; results of functions in one user turn right after the model's.
+fn contents(request: &Request) -> Vec<Value> {
+    let mut turns: Vec<(&'static str, Vec<Value>)> = Vec::new();
+    let mut push = |role: &'static str, parts: Vec<Value>| {
+        if parts.is_empty() {
+            return;
+        }
+        match turns.last_mut() {
+            // Neighbours of one role are one turn; parallel results have to be.
+            Some((last, known)) if *last == role => known.extend(parts),
+            _ => turns.push((role, parts)),
+        }
+    };
+    for message in &request.messages {
+        match message {
+            Message::System { .. } => {}
+            Message::User { text } => push("user", vec![json!({ "text": text })]),
+            Message::Model { parts: Value::Array(parts), provider, .. } if provider == "gemini" => {
+                push("model", parts.clone());
+            }
+            Message::Model { text, tool_calls, .. } => push("model", foreign_parts(text, tool_calls)),
+            Message::Tool { call_id, name, output } => {
+                let mut response = json!({ "name": name, "response": { "output": output } });
+                if !call_id.starts_with(OWN_ID_PREFIX) {
+                    response["id"] = json!(call_id);
+                }
+                push("user", vec![json!({ "functionResponse": response })]);
+            }
+        }
+    }
+    turns.into_iter().map(|(role, parts)| json!({ "role": role, "parts": parts })).collect()
+}
+
+/// A turn of another provider's model, as Gemini accepts it.
+fn foreign_parts(text: &str, tool_calls: &[ToolCall]) -> Vec<Value> {
+    let mut parts = Vec::new();
+    if !text.is_empty() {
+        parts.push(json!({ "text": text }));
+    }
+    for (position, call) in tool_calls.iter().enumerate() {
+        let mut part = json!({ "functionCall": { "id": call.id, "name": call.name, "args": call.arguments } });
+        if call.id.starts_with(OWN_ID_PREFIX) {
+            part["functionCall"] = json!({ "name": call.name, "args": call.arguments });
+        }
+        if position == 0 {
+            part["thoughtSignature"] = json!(FOREIGN_SIGNATURE);
+        }
+        parts.push(part);
+    }
+    parts
+}
+
+/// A schema without the keywords that the API does not know; `const` becomes an `enum` of one.
+fn subset(schema: &Value) -> Value {
+    let Value::Object(map) = schema else { return schema.clone() };
+    let mut out = Map::new();
+    for (key, value) in map.iter().filter(|(key, _)| SCHEMA_KEYWORDS.contains(&key.as_str())) {
+        match key.as_str() {
+            "const" => {
+                out.insert("enum".to_owned(), json!([value]));
+            }
+            "properties" | "$defs" => {
+                let named: Map<String, Value> = value
+                    .as_object()
+                    .into_iter()
+                    .flatten()
+                    .map(|(name, schema)| (name.clone(), subset(schema)))
+                    .collect();
+                out.insert(key.clone(), Value::Object(named));
+            }
+            "items" | "additionalProperties" => {
+                out.insert(key.clone(), subset(value));
+            }
+            "anyOf" | "oneOf" | "prefixItems" => {
+                let list = value.as_array().into_iter().flatten().map(subset).collect();
+                out.insert(key.clone(), Value::Array(list));
+            }
+            _ => {
+                out.insert(key.clone(), value.clone());
+            }
+        }
+    }
+    Value::Object(out)
+}
+
+async fn read(mut answer: Answer<'_>, call: &Call<'_>, names: &Names) -> Result<Completion, ProviderError> {
+    let status = answer.status.as_u16();
+    let mut gathered = Gathered::default();
+    let outcome = if answer.is_json() {
+        match answer.text().await {
+            Ok(text) => gathered.text_event(&text, call, names),
+            Err(error) => Err(error),
+        }
+    } else {
+        answer
+            .events(|event| {
+                let (Event::Data(text) | Event::Bare(text)) = &event;
+                gathered.text_event(text, call, names).map(|()| ControlFlow::Continue(()))
+            })
+            .await
+    };
+    let complete = match outcome {
+        Ok(()) => gathered.complete(call, names),
+        // The finish reason was seen: what got lost after it is nothing.
+        Err(error) if error.state == CallState::Unknown && gathered.ended() && !call.cancellation.is_cancelled() => {
+            gathered.complete(call, names)
+        }
+        Err(error) => Err(error),
+    };
+    complete
+        .map(|mut completion| {
+            completion.http_status = Some(status);
+            completion
+        })
+        .map_err(|mut error| {
+            error.http_status.get_or_insert(status);
+            error
+        })
+}
+
+#[derive(Default)]
+struct Gathered {
+    parts: Vec<Value>,
+    text_bytes: usize,
+    finish_reason: Option<String>,
+    block_reason: Option<String>,
+    usage: Option<Value>,
+    model: Option<String>,
+}
+
+impl Gathered {
+    fn ended(&self) -> bool {
+        self.finish_reason.is_some() || self.block_reason.is_some()
+    }
+
+    fn text_event(&mut self, text: &str, call: &Call<'_>, names: &Names) -> Result<(), ProviderError> {
+        if text.trim().is_empty() || text.trim() == "[DONE]" {
+            return Ok(());
+        }
+        let Ok(value) = serde_json::from_str::<Value>(text) else {
+            let what = "the stream holds something that is not JSON";
+            return Err(ProviderError::broken(names, what, CallState::Unknown));
+        };
+        match &value {
+            // Without `alt=sse` the stream is one list.
+            Value::Array(list) if !list.iter().any(|v| v.get("error").is_some()) => {
+                list.iter().try_for_each(|response| self.response(response, call, names))
+            }
+            response => self.response(response, call, names),
+        }
+    }
+
+    fn response(&mut self, response: &Value, call: &Call<'_>, names: &Names) -> Result<(), ProviderError> {
+        let error = response.as_array().and_then(|list| list.iter().find(|v| v.get("error").is_some()));
+        if let Some(error) = error.or_else(|| response.get("error").is_some().then_some(response)) {
+            let report = Report::from_value(error);
+            let status = report.code.filter(|code| (400..600).contains(code)).unwrap_or(500);
+            let error = classify(names, status, Hints::default(), &report);
+            return Err(error.with_usage(self.usage_so_far(call)));
+        }
+        if let Some(id) = response.get("responseId").and_then(Value::as_str) {
+            call.request_id.offer(id);
+        }
+        if let Some(model) = response.get("modelVersion").and_then(Value::as_str).filter(|m| !m.is_empty()) {
+            self.model = Some(model.strip_prefix("models/").unwrap_or(model).to_owned());
+        }
+        if let Some(usage) = response.get("usageMetadata").filter(|usage| usage.is_object()) {
+            self.usage = Some(usage.clone());
+        }
+        if let Some(reason) = response.pointer("/promptFeedback/blockReason").and_then(Value::as_str) {
+            self.block_reason = Some(reason.to_owned());
+        }
+        let Some(candidate) = response.pointer("/candidates/0") else { return Ok(()) };
+        for part in candidate.pointer("/content/parts").and_then(Value::as_array).into_iter().flatten() {
+            self.part(part);
+            if self.parts.len() > TOOL_CALLS_MAX * 8 {
+                return Err(ProviderError::unusable(names, "too_many_parts").with_usage(self.usage_so_far(call)));
+            }
+        }
+        if let Some(reason) = candidate.get("finishReason").and_then(Value::as_str) {
+            if reason != "FINISH_REASON_UNSPECIFIED" {
+                self.finish_reason = Some(reason.to_owned());
+            }
+        }
+        Ok(())
+    }
+
+    /// Keeps a part as it came; pieces of plain text that follow each other become one.
+    fn part(&mut self, part: &Value) {
+        let Some(fields) = part.as_object() else { return };
+        self.text_bytes += fields.get("text").and_then(Value::as_str).map_or(0, str::len);
+        let plain = |fields: &Map<String, Value>| {
+            fields.get("text").is_some_and(Value::is_string) && fields.keys().all(|key| key == "text" || key == "thought")
+        };
+        if plain(fields) {
+            let piece = fields["text"].as_str().unwrap_or_default();
+            if let Some(last) = self.parts.last_mut().and_then(Value::as_object_mut) {
+                if plain(last) && last.get("thought") == fields.get("thought") {
+                    if let Some(Value::String(text)) = last.get_mut("text") {
+                        text.push_str(piece);
+                        return;
+                    }
+                }
+            }
+            if piece.is_empty() {
+                return;
+            }
+        }
+        self.parts.push(part.clone());
+    }
+
+    /// Reported, or estimated if anything was generated at all.
+    fn usage_so_far(&self, call: &Call<'_>) -> Option<Usage> {
+        let bytes = self.text_bytes + self.calls().iter().map(|call| call.arguments.to_string().len()).sum::<usize>();
+        self.usage
+            .as_ref()
+            .map(usage)
+            .or_else(|| (bytes > 0).then(|| estimate::usage(call.request, bytes, call.max_output_tokens)))
+    }
+
+    fn calls(&self) -> Vec<ToolCall> {
+        let functions = self.parts.iter().filter_map(|part| part.get("functionCall"));
+        functions
+            .enumerate()
+            .filter_map(|(position, function)| {
+                let name = function.get("name").and_then(Value::as_str).filter(|name| !name.is_empty())?;
+                let id = function.get("id").and_then(Value::as_str).filter(|id| !id.is_empty());
+                let arguments = match function.get("args") {
+                    Some(object @ Value::Object(_)) => object.clone(),
+                    Some(Value::Null) | None => json!({}),
+                    Some(other) => json!({ "_invalid": other.to_string() }),
+                };
+                Some(ToolCall {
+                    id: id.map_or_else(|| format!("{OWN_ID_PREFIX}{}", position + 1), str::to_owned),
+                    name: name.to_owned(),
+                    arguments,
+                })
+            })
+            .collect()
+    }
+
+    fn complete(self, call: &Call<'_>, names: &Names) -> Result<Completion, ProviderError> {
+        let model_served = self.model.clone().unwrap_or_else(|| call.model.to_owned());
+        let usage = self.usage_so_far(call);
+        let reason = self.finish_reason.clone();
+        let failed = |error: ProviderError, completed: bool| {
+            let mut error = error.with_usage(usage.clone()).with_finish_reason(reason.clone());
+            error.stream_completed = completed;
+            error.model_served = Some(model_served.clone());
+            Err(error)
+        };
+        if let (Some(block), None) = (&self.block_reason, &reason) {
+            return failed(ProviderError::refused(names, block).with_finish_reason(Some(block.clone())), true);
+        }
+        let Some(reason) = reason.clone() else {
+            return failed(ProviderError::truncated(names, "the answer ended without a finish reason"), false);
+        };
+        match reason.as_str() {
+            "STOP" => {}
+            "MAX_TOKENS" => {
+                let what = format!("the answer reached its limit of {} tokens", call.max_output_tokens);
+                return failed(ProviderError::truncated(names, &what), true);
+            }
+            // A client bug: asking again cannot help, another provider's dialect may.
+            "MISSING_THOUGHT_SIGNATURE" => {
+                let failure = Failure::permanent("provider.bad_request", "Gemini: a thought signature is missing");
+                return failed(ProviderError::new(failure, super::Advice::OtherProvider), true);
+            }
+            refused if is_refusal(refused) => return failed(ProviderError::refused(names, refused), true),
+            other => return failed(ProviderError::unusable(names, other), true),
+        }
+        let text: String = self
+            .parts
+            .iter()
+            .filter(|part| part.get("thought") != Some(&Value::Bool(true)))
+            .filter_map(|part| part.get("text").and_then(Value::as_str))
+            .collect();
+        Ok(Completion {
+            tool_calls: self.calls(),
+            model_served,
+            finish_reason: reason,
+            usage: usage.unwrap_or_else(|| estimate::usage(call.request, text.len(), call.max_output_tokens)),
+            text,
+            parts: Value::Array(self.parts),
+            http_status: None,
+            provider_request_id: call.request_id.get(),
+        })
+    }
+}
+
+fn is_refusal(reason: &str) -> bool {
+    matches!(reason, "SAFETY" | "RECITATION" | "LANGUAGE" | "BLOCKLIST" | "PROHIBITED_CONTENT" | "SPII")
+        || reason.starts_with("IMAGE_")
+}
+
+/// Usage by the provider's arithmetic. Some models count thoughts within candidates, so the total decides.
+fn usage(raw: &Value) -> Usage {
+    let count = |name: &str| raw.get(name).and_then(Value::as_u64).unwrap_or(0);
+    let tokens_prompt = count("promptTokenCount").saturating_add(count("toolUsePromptTokenCount"));
+    let thoughts = count("thoughtsTokenCount");
+    let parts = count("candidatesTokenCount").saturating_add(thoughts);
+    let tokens_output = match raw.get("totalTokenCount").and_then(Value::as_u64) {
+        Some(total) => total.checked_sub(tokens_prompt).unwrap_or(parts),
+        None => parts,
+    };
+    Usage {
+        tokens_prompt,
+        tokens_cached: count("cachedContentTokenCount").min(tokens_prompt),
+        tokens_cache_write: 0,
+        tokens_output,
+        tokens_reasoning: thoughts.min(tokens_output),
+        source: UsageSource::Provider,
+        provider_cost_pusd: None,
+        raw: raw.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::orchestrator::{Role, ToolSpec};
+
+    fn request(messages: Vec<Message>) -> Request {
+        Request {
+            role: Role::Architect,
+            purpose: "test".into(),
+            messages,
+            tools: Vec::new(),
+            output_schema: None,
+            max_output_tokens: 100,
+        }
+    }
+
+    #[test]
+    fn usage_follows_the_total_whether_thoughts_are_inside_or_not() {
+        let outside = usage(&json!({"promptTokenCount": 220, "cachedContentTokenCount": 128, "candidatesTokenCount": 5,
+            "thoughtsTokenCount": 185, "totalTokenCount": 410}));
+        assert_eq!((outside.tokens_prompt, outside.tokens_cached), (220, 128));
+        assert_eq!((outside.tokens_output, outside.tokens_reasoning), (190, 185));
+        let inside = usage(&json!({"promptTokenCount": 220, "candidatesTokenCount": 190, "thoughtsTokenCount": 185,
+            "totalTokenCount": 410}));
+        assert_eq!((inside.tokens_output, inside.tokens_reasoning), (190, 185));
+        let with_tools = usage(&json!({"promptTokenCount": 100, "toolUsePromptTokenCount": 20,
+            "candidatesTokenCount": 30, "totalTokenCount": 150}));
+        assert_eq!((with_tools.tokens_prompt, with_tools.tokens_output), (120, 30));
+        let no_total = usage(&json!({"promptTokenCount": 1, "candidatesTokenCount": 2, "thoughtsTokenCount": 3}));
+        assert_eq!(no_total.tokens_output, 5);
+        let absurd = usage(&json!({"promptTokenCount": 9, "candidatesTokenCount": 2, "totalTokenCount": 1}));
+        assert_eq!(absurd.tokens_output, 2);
+    }
+
+    #[test]
+    fn turns_keep_parts_verbatim_and_results_together() {
+        let signed = json!([{"functionCall": {"name": "f", "args": {}}, "thoughtSignature": "b64"},
+            {"functionCall": {"id": "c2", "name": "g", "args": {}}}]);
+        let tool = |id: &str, name: &str| Message::Tool { call_id: id.into(), name: name.into(), output: "o".into() };
+        let contents = contents(&request(vec![
+            Message::System { text: "s".into() },
+            Message::User { text: "a".into() },
+            Message::User { text: "b".into() },
+            Message::Model { text: String::new(), tool_calls: vec![], parts: signed.clone(), provider: "gemini".into() },
+            tool("own-1", "f"),
+            tool("c2", "g"),
+        ]));
+        assert_eq!(contents[0], json!({"role": "user", "parts": [{"text": "a"}, {"text": "b"}]}));
+        assert_eq!(contents[1], json!({"role": "model", "parts": signed}));
+        let response = |mut value: Value| {
+            value["response"] = json!({"output": "o"});
+            json!({"functionResponse": value})
+        };
+        assert_eq!(
+            contents[2],
+            json!({"role": "user", "parts": [response(json!({"name": "f"})), response(json!({"id": "c2", "name": "g"}))]})
+        );
+    }
+
+    #[test]
+    fn a_turn_of_another_provider_is_translated() {
+        let call = ToolCall { id: "call_1".into(), name: "f".into(), arguments: json!({"a": 1}) };
+        let turn = Message::Model {
+            text: "t".into(),
+            tool_calls: vec![call],
+            parts: json!({"role": "assistant"}),
+            provider: "openrouter".into(),
+        };
+        let contents = contents(&request(vec![turn]));
+        assert_eq!(contents[0]["parts"][0]["text"], "t");
+        assert_eq!(contents[0]["parts"][1]["functionCall"], json!({"id": "call_1", "name": "f", "args": {"a": 1}}));
+        assert_eq!(contents[0]["parts"][1]["thoughtSignature"], FOREIGN_SIGNATURE);
+    }
+
+    #[test]
+    fn schemas_keep_only_what_the_api_knows() {
+        let schema = json!({"$schema": "x", "type": "object", "additionalProperties": false, "properties": {
+            "default": {"type": "string", "minLength": 1, "pattern": "x"},
+            "kind": {"const": "a"}, "list": {"type": "array", "items": {"type": "integer", "default": 1}}}});
+        assert_eq!(
+            subset(&schema),
+            json!({"type": "object", "additionalProperties": false, "properties": {
+                "default": {"type": "string"}, "kind": {"enum": ["a"]},
+                "list": {"type": "array", "items": {"type": "integer"}}}})
+        );
+        let tool = ToolSpec { name: "f".into(), description: String::new(), parameters: schema };
+        assert_eq!(subset(&tool.parameters)["type"], "object");
+    }
+}

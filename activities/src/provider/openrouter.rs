@@ -1,0 +1,125 @@
+//! OpenRouter: the chat-completions dialect with prices in the answer, an id in the headers, and its own errors.
+
+use super::{
+    Call, Completion, KeyIdentity, Provider, ProviderError, StructuredOutput, Timeouts,
+    address::{Trust, join},
+    chat::{self, STEP_DOWNS_MAX, ServedModel, Shape, Shapes, TokenLimit},
+    http::{Http, header, secret_header},
+    retry::Names,
+};
+use futures_util::future::BoxFuture;
+use reqwest::{
+    Url,
+    header::{AUTHORIZATION, HeaderMap, HeaderValue},
+};
+use secrecy::SecretString;
+use serde_json::json;
+
+/// Where OpenRouter lives.
+pub const BASE_URL: &str = "https://openrouter.ai/api/v1";
+
+/// The OpenRouter API.
+#[derive(Debug)]
+pub struct OpenRouter {
+    http: Http,
+    base: Url,
+    headers: HeaderMap,
+    names: Names,
+    key: KeyIdentity,
+    shapes: Shapes,
+}
+
+impl OpenRouter {
+    /// A client for the API at `base` (an empty path becomes `/api/v1`).
+    ///
+    /// # Errors
+    /// A sentence that names what cannot be used.
+    pub fn new(mut base: Url, key: &SecretString, timeouts: Timeouts, trust: Trust) -> Result<Self, String> {
+        if base.path() == "/" || base.path().is_empty() {
+            base.set_path("/api/v1");
+        }
+        let mut headers = HeaderMap::new();
+        headers.insert(AUTHORIZATION, secret_header("Bearer ", key)?);
+        header(&mut headers, "x-openrouter-title", HeaderValue::from_static("Loopwright"));
+        Ok(Self {
+            http: Http::new(timeouts, trust)?,
+            base,
+            headers,
+            names: Names { title: "OpenRouter", key_setting: "OPENROUTER_API_KEY", key_is_set: true },
+            key: KeyIdentity::of("openrouter", Some(key)),
+            shapes: Shapes::default(),
+        })
+    }
+
+    async fn complete(&self, call: Call<'_>) -> Result<Completion, ProviderError> {
+        let with_schema = call.request.output_schema.is_some();
+        let known = self.shapes.get(call.model).map_or(call.structured_output, |known| known.structured_output);
+        let mut shape = Shape {
+            structured_output: known.max(call.structured_output),
+            token_limit: TokenLimit::MaxCompletionTokens,
+            token_limit_changed: true,
+            // Usage always comes; the option has no effect there.
+            include_usage: false,
+        };
+        for step in 0..=STEP_DOWNS_MAX {
+            let url = join(&self.base, &["chat", "completions"]);
+            let body = body(&call, shape.structured_output);
+            let answer = self.http.post(&self.names, &call, url, self.headers.clone(), body).await?;
+            if answer.status.is_success() {
+                if let Some(id) = answer.headers.get("x-generation-id").and_then(|id| id.to_str().ok()) {
+                    call.request_id.offer(id);
+                }
+                if step > 0 {
+                    self.shapes.remember(call.model, shape);
+                }
+                return chat::read(answer, &call, &self.names, ServedModel::Reported).await;
+            }
+            let (error, report) = answer.into_error().await;
+            // With `require_parameters`, "no endpoint" may only mean: none that takes a schema.
+            let form_refused = match error.http_status {
+                Some(400 | 422) => error.failure.code == "provider.bad_request",
+                Some(404) => true,
+                _ => false,
+            };
+            match shape.step_down(&report, with_schema).filter(|_| form_refused) {
+                Some(simpler) if step < STEP_DOWNS_MAX => shape = simpler,
+                _ => return Err(error),
+            }
+        }
+        Err(ProviderError::unusable(&self.names, "request_form"))
+    }
+}
+
+fn body(call: &Call<'_>, structured: StructuredOutput) -> Vec<u8> {
+    let mut body = json!({
+        "model": call.model,
+        "messages": chat::messages(call.request, "openrouter", structured),
+        "max_completion_tokens": call.max_output_tokens,
+        "stream": true,
+    });
+    if let Some(tools) = chat::tools(call.request) {
+        body["tools"] = tools;
+    }
+    if let Some(effort) = call.thinking {
+        body["reasoning"] = json!({ "effort": effort });
+    }
+    let format = call.request.output_schema.as_ref().and_then(|schema| chat::response_format(schema, structured));
+    if let Some(format) = format {
+        body["response_format"] = format;
+        // Without this, endpoints that do not know the parameter ignore it silently.
+        body["provider"] = json!({ "require_parameters": true });
+    }
+    body.to_string().into_bytes()
+}
+
+impl Provider for OpenRouter {
+    fn name(&self) -> &'static str {
+        "openrouter"
+    }
+    fn key(&self) -> KeyIdentity {
+        self.key.clone()
+    }
+    fn complete<'a>(&'a self, call: Call<'a>) -> BoxFuture<'a, Result<Completion, ProviderError>> {
+        Box::pin(self.complete(call))
+    }
+}

@@ -1,0 +1,189 @@
+//! Which providers are configured, from names and values (environment and configuration file, merged by the caller).
+
+use super::{
+    Gemini, OpenAiCompatible, OpenRouter, Provider, Timeouts,
+    address::{Trust, parse_base_url},
+    gemini, openrouter,
+};
+use crate::orchestrator::Role;
+use reqwest::Url;
+use secrecy::SecretString;
+use std::{collections::BTreeMap, sync::Arc};
+
+/// Where the original of the OpenAI dialect lives.
+pub const OPENAI_BASE_URL: &str = "https://api.openai.com/v1";
+
+/// A setting that cannot be used; the text names it and never holds its value.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{setting}: {problem}")]
+pub struct SettingsError {
+    pub setting: String,
+    pub problem: String,
+}
+
+/// A provider with a key and an address.
+#[derive(Clone, Debug)]
+pub struct Endpoint {
+    pub base: Url,
+    pub key: Option<SecretString>,
+}
+
+/// What is configured.
+///
+/// # Shape
+/// Gemini and OpenRouter are there when their key is; an OpenAI-compatible server when its key or its base URL is.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    pub gemini: Option<Endpoint>,
+    /// `v1beta` unless set.
+    pub gemini_version: String,
+    pub openrouter: Option<Endpoint>,
+    pub openai_compatible: Option<Endpoint>,
+    /// `OPENAI_MODEL`: for every role, on the OpenAI-compatible server.
+    pub openai_model: Option<String>,
+    /// `OPENAI_CONTEXT_TOKENS`: its context window.
+    pub openai_context_tokens: Option<u64>,
+    /// `LOOPWRIGHT_MODEL_<ROLE>`: `<provider>/<model>`, or a model of the OpenAI-compatible server.
+    pub role_models: BTreeMap<Role, String>,
+    pub timeouts: Timeouts,
+}
+
+impl Settings {
+    /// Reads the settings through `lookup`; an empty value counts as unset.
+    ///
+    /// # Errors
+    /// Names the setting and what is wrong with it.
+    pub fn from_lookup(lookup: &dyn Fn(&str) -> Option<String>) -> Result<Self, SettingsError> {
+        let get = |name: &str| lookup(name).map(|v| v.trim().to_owned()).filter(|v| !v.is_empty());
+        let base = |name: &str, default: &str| {
+            let text = get(name).unwrap_or_else(|| default.to_owned());
+            parse_base_url(&text, Trust::Operator).map_err(|e| problem(name, &e.to_string()))
+        };
+        let keyed = |key: &str, url: &str, default: &str| -> Result<Option<Endpoint>, SettingsError> {
+            let Some(key) = get(key) else { return Ok(None) };
+            Ok(Some(Endpoint { base: base(url, default)?, key: Some(SecretString::from(key)) }))
+        };
+        let openai_key = get("OPENAI_API_KEY");
+        let openai_compatible = if openai_key.is_some() || get("OPENAI_BASE_URL").is_some() {
+            Some(Endpoint { base: base("OPENAI_BASE_URL", OPENAI_BASE_URL)?, key: openai_key.map(SecretString::from) })
+        } else {
+            None
+        };
+        let openai_context_tokens = match get("OPENAI_CONTEXT_TOKENS") {
+            Some(text) => {
+                let number = text.parse().ok().filter(|n| *n > 0);
+                Some(number.ok_or_else(|| problem("OPENAI_CONTEXT_TOKENS", "it is not a number above 0"))?)
+            }
+            None => None,
+        };
+        let roles = [Role::Architect, Role::Implementer, Role::Utility];
+        Ok(Self {
+            gemini: keyed("GEMINI_API_KEY", "GEMINI_BASE_URL", gemini::BASE_URL)?,
+            gemini_version: get("GEMINI_API_VERSION").unwrap_or_else(|| gemini::VERSION_DEFAULT.to_owned()),
+            openrouter: keyed("OPENROUTER_API_KEY", "OPENROUTER_BASE_URL", openrouter::BASE_URL)?,
+            openai_compatible,
+            openai_model: get("OPENAI_MODEL"),
+            openai_context_tokens,
+            role_models: roles.into_iter().filter_map(|role| Some((role, get(role_setting(role))?))).collect(),
+            timeouts: Timeouts::default(),
+        })
+    }
+
+    /// Whether no provider at all is configured.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.gemini.is_none() && self.openrouter.is_none() && self.openai_compatible.is_none()
+    }
+
+    /// Names of the configured providers.
+    #[must_use]
+    pub fn names(&self) -> Vec<&'static str> {
+        [
+            ("gemini", self.gemini.is_some()),
+            ("openrouter", self.openrouter.is_some()),
+            ("openai_compatible", self.openai_compatible.is_some()),
+        ]
+        .into_iter()
+        .filter_map(|(name, configured)| configured.then_some(name))
+        .collect()
+    }
+
+    /// The client of the OpenAI-compatible server, if one is configured.
+    ///
+    /// # Errors
+    /// Its key cannot be sent.
+    pub fn openai_client(&self) -> Result<Option<OpenAiCompatible>, SettingsError> {
+        let Some(endpoint) = &self.openai_compatible else { return Ok(None) };
+        OpenAiCompatible::new(endpoint.base.clone(), endpoint.key.as_ref(), self.timeouts, Trust::Operator)
+            .map(Some)
+            .map_err(|e| problem("OPENAI_API_KEY", &e))
+    }
+
+    /// A client for every configured provider.
+    ///
+    /// # Errors
+    /// A key cannot be sent.
+    pub fn providers(&self) -> Result<Vec<Arc<dyn Provider>>, SettingsError> {
+        let mut providers: Vec<Arc<dyn Provider>> = Vec::new();
+        if let Some(Endpoint { base, key: Some(key) }) = &self.gemini {
+            let client = Gemini::new(base.clone(), &self.gemini_version, key, self.timeouts, Trust::Operator);
+            providers.push(Arc::new(client.map_err(|e| problem("GEMINI_API_KEY", &e))?));
+        }
+        if let Some(Endpoint { base, key: Some(key) }) = &self.openrouter {
+            let client = OpenRouter::new(base.clone(), key, self.timeouts, Trust::Operator);
+            providers.push(Arc::new(client.map_err(|e| problem("OPENROUTER_API_KEY", &e))?));
+        }
+        if let Some(client) = self.openai_client()? {
+            providers.push(Arc::new(client));
+        }
+        Ok(providers)
+    }
+}
+
+/// The setting that overrides the model of a role.
+#[must_use]
+pub fn role_setting(role: Role) -> &'static str {
+    match role {
+        Role::Architect => "LOOPWRIGHT_MODEL_ARCHITECT",
+        Role::Implementer => "LOOPWRIGHT_MODEL_IMPLEMENTER",
+        Role::Utility => "LOOPWRIGHT_MODEL_UTILITY",
+    }
+}
+
+fn problem(setting: &str, problem: &str) -> SettingsError {
+    SettingsError { setting: setting.to_owned(), problem: problem.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings(pairs: &[(&str, &str)]) -> Result<Settings, SettingsError> {
+        Settings::from_lookup(&|name| pairs.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_owned()))
+    }
+
+    #[test]
+    fn a_provider_is_configured_by_its_key_and_a_local_server_by_its_address() {
+        assert!(settings(&[("GEMINI_API_KEY", " ")]).unwrap().is_empty());
+        let all = settings(&[
+            ("GEMINI_API_KEY", "k"),
+            ("OPENROUTER_API_KEY", "k"),
+            ("OPENAI_BASE_URL", "http://127.0.0.1:8080"),
+            ("LOOPWRIGHT_MODEL_UTILITY", "gemini/x"),
+        ])
+        .unwrap();
+        assert_eq!(all.names(), ["gemini", "openrouter", "openai_compatible"]);
+        assert_eq!(all.role_models[&Role::Utility], "gemini/x");
+        assert_eq!(all.providers().unwrap().len(), 3);
+        assert_eq!(settings(&[("OPENAI_API_KEY", "k")]).unwrap().names(), ["openai_compatible"]);
+    }
+
+    #[test]
+    fn a_bad_setting_is_named_without_its_value() {
+        let error = settings(&[("OPENAI_BASE_URL", "http://me:hunter2@host")]).unwrap_err().to_string();
+        assert!(error.starts_with("OPENAI_BASE_URL: ") && !error.contains("hunter2"), "{error}");
+        let error = settings(&[("GEMINI_API_KEY", "a\nb")]).unwrap().providers().err().unwrap().to_string();
+        assert_eq!(error, "GEMINI_API_KEY: the key holds characters that cannot be sent");
+        assert!(settings(&[("OPENAI_BASE_URL", "localhost:1"), ("OPENAI_CONTEXT_TOKENS", "0")]).is_err());
+    }
+}
