@@ -1,6 +1,24 @@
 //! Chooses a model for a role, keeps within budget and limits, and makes sure that no finished call is bought twice.
 //!
-//! This file holds the types that activities see.
+//! ```text
+//! call(key, request)
+//!   checkpoint `call:<key>`? ── yes ─▶ the recorded Reply
+//!   for each candidate of the role (route), at most two tries, unless its provider is out of service (breaker)
+//!     fit the prompt into its window (budget) ─▶ meter_open ─▶ Provider::complete ─▶ judge the answer (structured)
+//!     ─▶ meter_close with the Reply as checkpoint, one transaction ─▶ Reply
+//! ```
+//!
+//! It does not know prices, credits or Postgres: readings carry what billing needs. This file holds the types that
+//! activities see; start reading at [`Orchestrator::call`].
+
+pub mod breaker;
+pub mod budget;
+mod call;
+pub mod route;
+pub mod structured;
+
+pub use call::{Orchestrator, Pace};
+pub use route::{Candidate, Routing, RoutingError};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;

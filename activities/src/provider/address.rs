@@ -194,10 +194,7 @@ mod tests {
     fn the_operator_may_name_a_local_server() {
         let url = parse_base_url(" http://127.0.0.1:8080/v1/ ", Trust::Operator).unwrap();
         assert_eq!(join(&url, &["chat", "completions"]).as_str(), "http://127.0.0.1:8080/v1/chat/completions");
-        assert_eq!(
-            parse_base_url("http://me:x@127.0.0.1", Trust::Operator).err(),
-            Some(AddressError::UserInfo)
-        );
+        assert_eq!(parse_base_url("http://me:x@127.0.0.1", Trust::Operator).err(), Some(AddressError::UserInfo));
         let root = parse_base_url("http://127.0.0.1:8080", Trust::Operator).unwrap();
         assert_eq!(join(&root, &["v1", "a/../b:c"]).path(), "/v1/a%2F..%2Fb:c");
     }

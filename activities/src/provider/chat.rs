@@ -109,8 +109,13 @@ fn is_strict(schema: &Value) -> bool {
         Value::Object(map) => {
             let closed = match map.get("properties").and_then(Value::as_object) {
                 Some(properties) => {
-                    let required: BTreeSet<&str> =
-                        map.get("required").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect();
+                    let required: BTreeSet<&str> = map
+                        .get("required")
+                        .and_then(Value::as_array)
+                        .into_iter()
+                        .flatten()
+                        .filter_map(Value::as_str)
+                        .collect();
                     map.get("additionalProperties") == Some(&Value::Bool(false))
                         && properties.keys().all(|key| required.contains(key.as_str()))
                 }
@@ -146,7 +151,11 @@ pub(super) async fn read(
     let complete = match outcome {
         Ok(()) => gathered.complete(call, names, model_served),
         // The finish reason was seen: what got lost after it is at most the usage.
-        Err(error) if error.state == CallState::Unknown && gathered.finish_reason.is_some() && !call.cancellation.is_cancelled() => {
+        Err(error)
+            if error.state == CallState::Unknown
+                && gathered.finish_reason.is_some()
+                && !call.cancellation.is_cancelled() =>
+        {
             gathered.complete(call, names, model_served)
         }
         Err(error) => Err(error),
@@ -302,10 +311,8 @@ impl Gathered {
             let other_id = !id.is_empty() && !call.id.is_empty() && id != call.id;
             let other_name = id.is_empty() && !name.is_empty() && !call.name.is_empty() && name != call.name;
             // A name where a whole call stands already begins the next one.
-            let next_call = !name.is_empty()
-                && !arguments.is_empty()
-                && call.is_whole()
-                && (id.is_empty() || id != call.id);
+            let next_call =
+                !name.is_empty() && !arguments.is_empty() && call.is_whole() && (id.is_empty() || id != call.id);
             !(other_id || other_name || next_call)
         });
         let at = continues.unwrap_or_else(|| {
@@ -382,8 +389,7 @@ impl Gathered {
             // `error` and whatever is invented next.
             other => return failed(ProviderError::unusable(names, other), true),
         }
-        let usage =
-            usage.unwrap_or_else(|| estimate::usage(call.request, self.output_bytes(), call.max_output_tokens));
+        let usage = usage.unwrap_or_else(|| estimate::usage(call.request, self.output_bytes(), call.max_output_tokens));
         let tool_calls = finish_tool_calls(std::mem::take(&mut self.tool_calls));
         let mut parts = assistant(&self.text, &tool_calls);
         if !self.reasoning_details.is_empty() {

@@ -76,19 +76,13 @@ impl Gemini {
     ///
     /// # Errors
     /// A sentence that names what cannot be used.
-    pub fn new(
-        base: Url,
-        version: &str,
-        key: &SecretString,
-        timeouts: Timeouts,
-        trust: Trust,
-    ) -> Result<Self, String> {
+    pub fn new(base: Url, version: &str, key: &SecretString, timeouts: Timeouts, trust: Trust) -> Result<Self, String> {
         let versioned = base.path_segments().and_then(|mut s| s.next_back()).is_some_and(|last| last.starts_with("v1"));
         let base = if versioned { base } else { join(&base, &[version]) };
         let mut headers = HeaderMap::new();
         header(&mut headers, "x-goog-api-key", secret_header("", key)?);
         Ok(Self {
-            http: Http::new(timeouts, trust)?,
+            http: Http::new(&base, timeouts, trust)?,
             base,
             headers,
             names: Names { title: "Gemini", key_setting: "GEMINI_API_KEY", key_is_set: true },
@@ -379,7 +373,8 @@ impl Gathered {
         let Some(fields) = part.as_object() else { return };
         self.text_bytes += fields.get("text").and_then(Value::as_str).map_or(0, str::len);
         let plain = |fields: &Map<String, Value>| {
-            fields.get("text").is_some_and(Value::is_string) && fields.keys().all(|key| key == "text" || key == "thought")
+            fields.get("text").is_some_and(Value::is_string)
+                && fields.keys().all(|key| key == "text" || key == "thought")
         };
         if plain(fields) {
             let piece = fields["text"].as_str().unwrap_or_default();
@@ -522,7 +517,8 @@ mod tests {
 
     #[test]
     fn usage_follows_the_total_whether_thoughts_are_inside_or_not() {
-        let outside = usage(&json!({"promptTokenCount": 220, "cachedContentTokenCount": 128, "candidatesTokenCount": 5,
+        let outside =
+            usage(&json!({"promptTokenCount": 220, "cachedContentTokenCount": 128, "candidatesTokenCount": 5,
             "thoughtsTokenCount": 185, "totalTokenCount": 410}));
         assert_eq!((outside.tokens_prompt, outside.tokens_cached), (220, 128));
         assert_eq!((outside.tokens_output, outside.tokens_reasoning), (190, 185));
@@ -547,7 +543,12 @@ mod tests {
             Message::System { text: "s".into() },
             Message::User { text: "a".into() },
             Message::User { text: "b".into() },
-            Message::Model { text: String::new(), tool_calls: vec![], parts: signed.clone(), provider: "gemini".into() },
+            Message::Model {
+                text: String::new(),
+                tool_calls: vec![],
+                parts: signed.clone(),
+                provider: "gemini".into(),
+            },
             tool("own-1", "f"),
             tool("c2", "g"),
         ]));

@@ -57,7 +57,7 @@ impl OpenAiCompatible {
             headers.insert(AUTHORIZATION, secret_header("Bearer ", key)?);
         }
         Ok(Self {
-            http: Http::new(timeouts, trust)?,
+            http: Http::new(&base, timeouts, trust)?,
             base,
             headers,
             names: Names {

@@ -42,7 +42,7 @@ impl OpenRouter {
         headers.insert(AUTHORIZATION, secret_header("Bearer ", key)?);
         header(&mut headers, "x-openrouter-title", HeaderValue::from_static("Loopwright"));
         Ok(Self {
-            http: Http::new(timeouts, trust)?,
+            http: Http::new(&base, timeouts, trust)?,
             base,
             headers,
             names: Names { title: "OpenRouter", key_setting: "OPENROUTER_API_KEY", key_is_set: true },

@@ -361,9 +361,7 @@ pub fn classify(names: &Names, status: u16, hints: Hints, report: &Report) -> Pr
         408 | 409 | 499 | 504 | 522 | 524 => {
             unwell("transient.http", format!("{title}: the request timed out at the server"))
         }
-        429 if report.per_day => {
-            limited(format!("{title}: the quota of the day is used up"), Advice::OtherModel)
-        }
+        429 if report.per_day => limited(format!("{title}: the quota of the day is used up"), Advice::OtherModel),
         429 if report.has("insufficient_quota") => ProviderError::new(
             Failure::permanent(
                 "provider.no_balance",
@@ -379,7 +377,10 @@ pub fn classify(names: &Names, status: u16, hints: Hints, report: &Report) -> Pr
             Advice::OtherProvider,
         ),
         400..=499 => ProviderError::new(
-            Failure::permanent("provider.bad_request", format!("{title}: the request was not accepted (HTTP {status})")),
+            Failure::permanent(
+                "provider.bad_request",
+                format!("{title}: the request was not accepted (HTTP {status})"),
+            ),
             Advice::OtherModel,
         ),
         _ => unwell("transient.http", format!("{title}: unexpected status {status}")),
@@ -431,7 +432,8 @@ mod tests {
         let in_flight = json!({"error": {"code": 402, "metadata": {"limit_source": "openrouter_in_flight_budget"}}});
         let credits = json!({"error": {"code": 402, "metadata": {"limit_source": "openrouter_credits"}}});
         let spent = json!({"error": {"code": 403, "metadata": {"limit_source": "key", "resets_at": "x"}}});
-        let moderation = json!({"error": {"code": 403, "message": "flagged", "metadata": {"error_type": "moderation"}}});
+        let moderation =
+            json!({"error": {"code": 403, "message": "flagged", "metadata": {"error_type": "moderation"}}});
         let ctx = json!({"error": {"code": 400, "type": "exceed_context_size_error", "message": "m", "n_ctx": 4096}});
         let old_vllm = json!({"object": "error", "code": 400,
             "message": "This model's maximum context length is 4096 tokens"});

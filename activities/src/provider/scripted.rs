@@ -109,7 +109,8 @@ impl Scripted {
             budget: serde_yaml::budget! { max_depth: 64, max_nodes: 100_000, max_documents: 1,
                 max_total_scalar_bytes: SCRIPT_BYTES_MAX },
         };
-        let entries = serde_yaml::from_str_with_options(text, options).map_err(|e| ScriptError::Invalid(e.to_string()))?;
+        let entries =
+            serde_yaml::from_str_with_options(text, options).map_err(|e| ScriptError::Invalid(e.to_string()))?;
         Ok(Self { entries })
     }
 
@@ -124,7 +125,8 @@ impl Scripted {
     async fn complete(&self, call: Call<'_>) -> Result<Completion, ProviderError> {
         let identity = format!("{}:{}", call.path, call.key);
         let Some(entry) = self.entries.iter().find(|entry| glob_matches(&entry.at, &identity)) else {
-            let failure = Failure::permanent("rehearsal.no_answer", format!("the rehearsal has no answer for {identity}"));
+            let failure =
+                Failure::permanent("rehearsal.no_answer", format!("the rehearsal has no answer for {identity}"));
             return Err(ProviderError::new(failure, Advice::Stop));
         };
         let delay = Duration::from_millis(entry.delay_ms).min(DELAY_MAX);
@@ -234,7 +236,11 @@ mod tests {
     fn globs_take_brackets_and_tildes_literally() {
         for (pattern, text, expected) in [
             ("gather~1/ask:*", "gather~1/ask:turn", true),
-            ("*implement[greeting]/code*:turn-?", "implement..verify~1/implement[greeting]/code..check~2/code:turn-3", true),
+            (
+                "*implement[greeting]/code*:turn-?",
+                "implement..verify~1/implement[greeting]/code..check~2/code:turn-3",
+                true,
+            ),
             ("*[greeting]*:turn-1", "implement[parting]/code:turn-1", false),
             ("*", "", true),
             ("a*b*c", "a-b-b-c", true),

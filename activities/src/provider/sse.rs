@@ -156,12 +156,10 @@ mod tests {
 
     #[test]
     fn line_ends_comments_and_missing_space_do_not_matter() {
-        check("data: a\n\ndata:b\r\n\r\n: comment\r\rdata: c\r\rdata: d".as_bytes(), &[
-            data("a"),
-            data("b"),
-            data("c"),
-            data("d"),
-        ]);
+        check(
+            "data: a\n\ndata:b\r\n\r\n: comment\r\rdata: c\r\rdata: d".as_bytes(),
+            &[data("a"), data("b"), data("c"), data("d")],
+        );
     }
 
     #[test]
