@@ -1,0 +1,3 @@
+mod fake_provider;
+mod orchestrator;
+mod provider;
