@@ -15,11 +15,11 @@ use crate::{
     },
     usage::{CallClosed, CallOpened, CallState, PlannedCall},
 };
-use loopwright_engine::{Failure, FailureKind, activity::Context};
+use loopwright_engine::{Failure, FailureKind, activity::Context, ids::AttemptId};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -28,6 +28,8 @@ use std::{
 pub const TRIES_PER_CANDIDATE: u32 = 2;
 /// Tries to store a reading whose call has been paid for.
 const CLOSE_TRIES_MAX: u32 = 3;
+/// Most calls that failed whose request counts are remembered: many times what a worker runs at once.
+const COUNTS_MAX: usize = 4_096;
 
 /// How long the orchestrator waits; [`Default`] is what production uses, tests make it short.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +56,9 @@ struct Inner {
     pace: Pace,
     /// Windows that servers named when they refused a prompt, by provider and model: smaller than we were told.
     windows: Mutex<BTreeMap<(String, String), u64>>,
+    /// Requests that failed calls have made, by attempt and key: an activity that asks again under the same key in the
+    /// same attempt must not meter a new request under an old name.
+    counts: Mutex<VecDeque<((AttemptId, String), u32)>>,
 }
 
 struct Service {
@@ -100,7 +105,13 @@ impl Orchestrator {
             .map(|provider| (provider.name(), Service { provider, breaker: Breaker::default() }))
             .collect();
         let names: Vec<&str> = services.keys().copied().collect();
-        let inner = Inner { routing: routing.only(&names), services, pace, windows: Mutex::default() };
+        let inner = Inner {
+            routing: routing.only(&names),
+            services,
+            pace,
+            windows: Mutex::default(),
+            counts: Mutex::default(),
+        };
         Self(Arc::new(inner))
     }
 
@@ -158,10 +169,23 @@ impl Orchestrator {
             return Err(self.no_candidate(request.role));
         }
         let task = Task { ctx, key, saved, request, shape };
-        let mut progress = Progress::default();
+        let mut progress = Progress { requests: self.requests_so_far(ctx, key), ..Progress::default() };
+        let outcome = self.ask_all(&task, &candidates, &mut progress).await;
+        if outcome.is_err() {
+            self.count(ctx, key, progress.requests);
+        }
+        outcome
+    }
+
+    async fn ask_all(
+        &self,
+        task: &Task<'_>,
+        candidates: &[Candidate],
+        progress: &mut Progress,
+    ) -> Result<Reply, Failure> {
         let mut failures = Vec::new();
-        for candidate in &candidates {
-            match self.ask(&task, candidate, &mut progress).await {
+        for candidate in candidates {
+            match self.ask(task, candidate, progress).await {
                 Verdict::Answered(reply) => return Ok(reply),
                 Verdict::Stop(failure) => return Err(failure),
                 Verdict::Next(failure) => {
@@ -377,6 +401,21 @@ impl Orchestrator {
                 Err(failure) => return Err(Interrupted::Engine(failure)),
             }
         }
+    }
+
+    fn requests_so_far(&self, ctx: &Context, key: &str) -> u32 {
+        let counts = self.0.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mine =
+            |((attempt, name), _): &&((AttemptId, String), u32)| *attempt == ctx.info().attempt_id && name == key;
+        counts.iter().rev().find(mine).map_or(0, |(_, requests)| *requests)
+    }
+
+    fn count(&self, ctx: &Context, key: &str, requests: u32) {
+        let mut counts = self.0.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        if counts.len() >= COUNTS_MAX {
+            counts.pop_front();
+        }
+        counts.push_back(((ctx.info().attempt_id, key.to_owned()), requests));
     }
 
     fn window(&self, candidate: &Candidate) -> u64 {

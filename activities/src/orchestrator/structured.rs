@@ -77,10 +77,10 @@ fn candidates(text: &str) -> Vec<Value> {
 fn without_thoughts(text: &str) -> &str {
     for (open, close) in [("<think>", "</think>"), ("<thinking>", "</thinking>")] {
         let trimmed = text.trim_start();
-        if trimmed.starts_with(open) || (text.contains(close) && !text.contains(open)) {
-            if let Some(end) = text.find(close) {
-                return &text[end + close.len()..];
-            }
+        if (trimmed.starts_with(open) || (text.contains(close) && !text.contains(open)))
+            && let Some(end) = text.find(close)
+        {
+            return &text[end + close.len()..];
         }
     }
     text

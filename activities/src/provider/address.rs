@@ -59,22 +59,27 @@ pub fn parse_base_url(text: &str, trust: Trust) -> Result<Url, AddressError> {
             return Err(AddressError::Port);
         }
         // The client asks no resolver about literal addresses, so they are judged here.
-        let public = match url.host() {
-            Some(Host::Ipv4(ip)) => is_public(IpAddr::V4(ip)),
-            Some(Host::Ipv6(ip)) => is_public(IpAddr::V6(ip)),
-            Some(Host::Domain(name)) => {
-                let name = name.trim_end_matches('.');
-                name != "localhost" && !name.ends_with(".localhost") && name.contains('.')
-            }
-            None => false,
-        };
-        if !public {
+        if is_local(&url) {
             return Err(AddressError::NotPublic);
         }
     }
     let path = url.path().trim_end_matches('/').to_owned();
     url.set_path(&path);
     Ok(url)
+}
+
+/// Whether a URL names this machine or its network by itself, without asking a resolver.
+#[must_use]
+pub fn is_local(url: &Url) -> bool {
+    match url.host() {
+        Some(Host::Ipv4(ip)) => !is_public(IpAddr::V4(ip)),
+        Some(Host::Ipv6(ip)) => !is_public(IpAddr::V6(ip)),
+        Some(Host::Domain(name)) => {
+            let name = name.trim_end_matches('.');
+            name == "localhost" || name.ends_with(".localhost") || !name.contains('.')
+        }
+        None => true,
+    }
 }
 
 /// `base` with `segments` appended to its path, each percent-encoded.

@@ -360,10 +360,10 @@ impl Gathered {
                 return Err(ProviderError::unusable(names, "too_many_parts").with_usage(self.usage_so_far(call)));
             }
         }
-        if let Some(reason) = candidate.get("finishReason").and_then(Value::as_str) {
-            if reason != "FINISH_REASON_UNSPECIFIED" {
-                self.finish_reason = Some(reason.to_owned());
-            }
+        if let Some(reason) = candidate.get("finishReason").and_then(Value::as_str)
+            && reason != "FINISH_REASON_UNSPECIFIED"
+        {
+            self.finish_reason = Some(reason.to_owned());
         }
         Ok(())
     }
@@ -378,13 +378,13 @@ impl Gathered {
         };
         if plain(fields) {
             let piece = fields["text"].as_str().unwrap_or_default();
-            if let Some(last) = self.parts.last_mut().and_then(Value::as_object_mut) {
-                if plain(last) && last.get("thought") == fields.get("thought") {
-                    if let Some(Value::String(text)) = last.get_mut("text") {
-                        text.push_str(piece);
-                        return;
-                    }
-                }
+            if let Some(last) = self.parts.last_mut().and_then(Value::as_object_mut)
+                && plain(last)
+                && last.get("thought") == fields.get("thought")
+                && let Some(Value::String(text)) = last.get_mut("text")
+            {
+                text.push_str(piece);
+                return;
             }
             if piece.is_empty() {
                 return;

@@ -21,6 +21,7 @@ pub mod openrouter;
 pub mod retry;
 pub mod scripted;
 pub mod settings;
+mod shape;
 pub mod sse;
 
 pub use gemini::Gemini;
@@ -56,6 +57,8 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time from the sent request to headers, and from headers to the first byte of the body: a long prompt on a small
 /// server takes minutes, a dead one should not take longer.
 pub const FIRST_BYTE_TIMEOUT: Duration = Duration::from_secs(120);
+/// The same for a server on this machine or network: it may compute the prompt on a processor.
+pub const FIRST_BYTE_TIMEOUT_LOCAL: Duration = Duration::from_secs(600);
 /// Longest silence in a running stream.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest call from start to end, however lively its stream.

@@ -7,9 +7,10 @@
 use super::{
     Call, Completion, KeyIdentity, Provider, ProviderError, Timeouts,
     address::{Trust, join},
-    chat::{self, STEP_DOWNS_MAX, ServedModel, Shape, Shapes, TokenLimit},
+    chat::{self, ServedModel},
     http::{Http, secret_header},
     retry::{Names, Report},
+    shape::{STEP_DOWNS_MAX, Shape, Shapes, TokenLimit},
 };
 use futures_util::future::BoxFuture;
 use reqwest::{

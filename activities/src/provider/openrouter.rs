@@ -3,9 +3,10 @@
 use super::{
     Call, Completion, KeyIdentity, Provider, ProviderError, StructuredOutput, Timeouts,
     address::{Trust, join},
-    chat::{self, STEP_DOWNS_MAX, ServedModel, Shape, Shapes, TokenLimit},
+    chat::{self, ServedModel},
     http::{Http, header, secret_header},
     retry::Names,
+    shape::{STEP_DOWNS_MAX, Shape, Shapes, TokenLimit},
 };
 use futures_util::future::BoxFuture;
 use reqwest::{

@@ -1,8 +1,8 @@
 //! Which providers are configured, from names and values (environment and configuration file, merged by the caller).
 
 use super::{
-    Gemini, OpenAiCompatible, OpenRouter, Provider, Timeouts,
-    address::{Trust, parse_base_url},
+    FIRST_BYTE_TIMEOUT_LOCAL, Gemini, OpenAiCompatible, OpenRouter, Provider, Timeouts,
+    address::{Trust, is_local, parse_base_url},
     gemini, openrouter,
 };
 use crate::orchestrator::Role;
@@ -114,7 +114,11 @@ impl Settings {
     /// Its key cannot be sent.
     pub fn openai_client(&self) -> Result<Option<OpenAiCompatible>, SettingsError> {
         let Some(endpoint) = &self.openai_compatible else { return Ok(None) };
-        OpenAiCompatible::new(endpoint.base.clone(), endpoint.key.as_ref(), self.timeouts, Trust::Operator)
+        let mut timeouts = self.timeouts;
+        if is_local(&endpoint.base) {
+            timeouts.first_byte = timeouts.first_byte.max(FIRST_BYTE_TIMEOUT_LOCAL);
+        }
+        OpenAiCompatible::new(endpoint.base.clone(), endpoint.key.as_ref(), timeouts, Trust::Operator)
             .map(Some)
             .map_err(|e| problem("OPENAI_API_KEY", &e))
     }

@@ -324,6 +324,19 @@ async fn a_second_invalid_answer_ends_the_call() {
 }
 
 #[tokio::test]
+async fn asking_again_under_the_same_key_makes_new_calls_with_new_names() {
+    let stub = Stub::new("gemini", |_, n| match n {
+        0 | 1 => Err(failed("transient.http", Advice::SameModel)),
+        _ => Ok(said("x")),
+    });
+    let orchestrator = orchestrator(&[candidate("gemini", "m")], &[stub]);
+    let bench = Bench::new();
+    orchestrator.call(&bench.ctx, "plan", request()).await.unwrap_err();
+    orchestrator.call(&bench.ctx, "plan", request()).await.unwrap();
+    assert_eq!(bench.keys(), ["plan.a1.0", "plan.a1.1", "plan.a1.2"]);
+}
+
+#[tokio::test]
 async fn an_answer_that_hit_its_limit_is_asked_for_again_with_more_room() {
     let stub = Stub::new("gemini", |call, _| {
         if call.max_output_tokens < 2_000 {
