@@ -444,6 +444,11 @@ fn usage(chunk: &Value, text: &str) -> Option<Usage> {
     }
     let tokens_prompt = count("/prompt_tokens");
     let tokens_output = count("/completion_tokens");
+    let provider_cost_pusd = cost_pusd(text);
+    // Proxies that do not count send zeros; a price beside them (a cache hit of OpenRouter) says they are meant.
+    if tokens_prompt == 0 && tokens_output == 0 && provider_cost_pusd.is_none() {
+        return None;
+    }
     let tokens_cached = count("/prompt_tokens_details/cached_tokens").min(tokens_prompt);
     Some(Usage {
         tokens_prompt,
@@ -452,7 +457,7 @@ fn usage(chunk: &Value, text: &str) -> Option<Usage> {
         tokens_output,
         tokens_reasoning: count("/completion_tokens_details/reasoning_tokens").min(tokens_output),
         source: UsageSource::Provider,
-        provider_cost_pusd: cost_pusd(text),
+        provider_cost_pusd,
         raw: raw.clone(),
     })
 }

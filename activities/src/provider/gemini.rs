@@ -67,8 +67,16 @@ pub struct Gemini {
     headers: HeaderMap,
     names: Names,
     key: KeyIdentity,
-    /// Levels of structured output that models turned out to accept.
-    levels: Mutex<BTreeMap<String, StructuredOutput>>,
+    /// What models turned out to accept.
+    learned: Mutex<BTreeMap<String, Learned>>,
+}
+
+/// What a model accepts, learned from its refusals; kept for the life of the process.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Learned {
+    level: StructuredOutput,
+    /// It knows no `thinkingLevel`.
+    no_thinking: bool,
 }
 
 impl Gemini {
@@ -87,36 +95,46 @@ impl Gemini {
             headers,
             names: Names { title: "Gemini", key_setting: "GEMINI_API_KEY", key_is_set: true },
             key: KeyIdentity::of("gemini", Some(key)),
-            levels: Mutex::default(),
+            learned: Mutex::default(),
         })
     }
 
-    async fn complete(&self, call: Call<'_>) -> Result<Completion, ProviderError> {
-        let known = self.levels.lock().unwrap_or_else(PoisonError::into_inner).get(call.model).copied();
-        let mut level = call.structured_output.max(known.unwrap_or_default());
-        if !call.request.tools.is_empty() {
-            // Several generations refuse functions together with a JSON answer.
-            level = StructuredOutput::Prompt;
-        }
+    async fn complete(&self, mut call: Call<'_>) -> Result<Completion, ProviderError> {
+        let known = self.learned.lock().unwrap_or_else(PoisonError::into_inner).get(call.model).copied();
+        let mut learned = known.unwrap_or_default();
+        learned.level = learned.level.max(call.structured_output);
         let model = call.model.strip_prefix("models/").unwrap_or(call.model);
         let mut url = join(&self.base, &["models", &format!("{model}:streamGenerateContent")]);
         url.set_query(Some("alt=sse"));
+        // Two levels of output and the thinking: each is given up at most once, so this ends.
         loop {
+            if learned.no_thinking {
+                call.thinking = None;
+            }
+            // Several generations refuse functions together with a JSON answer.
+            let level = if call.request.tools.is_empty() { learned.level } else { StructuredOutput::Prompt };
             let body = body(&call, level).to_string().into_bytes();
             let answer = self.http.post(&self.names, &call, url.clone(), self.headers.clone(), body).await?;
             if answer.status.is_success() {
-                if level != call.structured_output && call.request.tools.is_empty() {
-                    let mut levels = self.levels.lock().unwrap_or_else(PoisonError::into_inner);
-                    levels.insert(call.model.to_owned(), level);
+                if known != Some(learned) && learned != (Learned { level: call.structured_output, no_thinking: false })
+                {
+                    let mut all = self.learned.lock().unwrap_or_else(PoisonError::into_inner);
+                    all.insert(call.model.to_owned(), learned);
                 }
                 return read(answer, &call, &self.names).await;
             }
             let (error, report) = answer.into_error().await;
-            let schema_refused = error.failure.code == "provider.bad_request"
-                && call.request.output_schema.is_some()
+            if error.failure.code != "provider.bad_request" || error.http_status != Some(400) {
+                return Err(error);
+            }
+            if call.thinking.is_some() && report.mentions("thinking") {
+                learned.no_thinking = true;
+                continue;
+            }
+            let schema_refused = call.request.output_schema.is_some()
                 && ["schema", "response_mime_type", "responsemimetype", "mime type"].iter().any(|w| report.mentions(w));
             match level.step_down().filter(|_| schema_refused) {
-                Some(simpler) => level = simpler,
+                Some(simpler) => learned.level = simpler,
                 None => return Err(error),
             }
         }

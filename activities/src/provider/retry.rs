@@ -370,6 +370,14 @@ pub fn classify(names: &Names, status: u16, hints: Hints, report: &Report) -> Pr
             Advice::OtherProvider,
         ),
         429 => limited(format!("{title}: too many requests"), Advice::SameModel),
+        // A small server says so of a template without tools; asking again cannot help.
+        500 | 501 if report.mentions("tools param requires") => ProviderError::new(
+            Failure::permanent(
+                "provider.bad_request",
+                format!("{title}: it was started without support for tools (llama.cpp: --jinja)"),
+            ),
+            Advice::OtherModel,
+        ),
         // Overloaded, by whatever number it is called.
         500..=599 => unwell("transient.http", format!("{title}: the server failed (HTTP {status})")),
         300..=399 => ProviderError::new(
@@ -462,6 +470,12 @@ mod tests {
             (499, rpc("CANCELLED"), "transient.http", SameModel),
             (500, rpc("INTERNAL"), "transient.http", SameModel),
             (503, rpc("UNAVAILABLE"), "transient.http", SameModel),
+            (
+                500,
+                json!({"error": {"message": "tools param requires --jinja flag"}}),
+                "provider.bad_request",
+                OtherModel,
+            ),
             (504, rpc("DEADLINE_EXCEEDED"), "transient.http", SameModel),
             (524, json!({}), "transient.http", SameModel),
             (529, json!({"error": {"code": "server_error"}}), "transient.http", SameModel),

@@ -229,21 +229,26 @@ async fn a_clean_end_without_a_finish_reason_is_truncated() {
 
 #[tokio::test]
 async fn silence_and_endlessness_have_limits() {
-    let short = Duration::from_millis(150);
+    // Long enough for a busy machine to get as far as it should, short enough to wait for.
+    let short = Duration::from_millis(700);
+    let mut cases = Vec::new();
     for dialect in Dialect::ALL {
         let begun = [stream_head(""), chunk(&frames(&[dialect.text("a")]))].concat();
         for (acts, timeouts) in [
             (vec![Act::Stall], Timeouts { connect: short, first_byte: short, ..PATIENT }),
-            (vec![Act::Bytes(stream_head("")), Act::Stall], Timeouts { first_byte: short, connect: short, ..PATIENT }),
+            (vec![Act::Bytes(stream_head("")), Act::Stall], Timeouts { connect: short, first_byte: short, ..PATIENT }),
             (vec![Act::Bytes(begun), Act::Stall], Timeouts { idle: short, ..PATIENT }),
-            (vec![Act::Bytes(stream_head("")), Act::CommentsForever], Timeouts { total: 4 * short, ..PATIENT }),
+            (vec![Act::Bytes(stream_head("")), Act::CommentsForever], Timeouts { total: 2 * short, ..PATIENT }),
         ] {
-            let server = FakeProvider::always(acts).await;
-            let error = ask(dialect, &server, timeouts).await.error();
-            assert_eq!(verdict(&error), LOST, "{dialect:?}");
-            server.left().await;
+            cases.push(async move {
+                let server = FakeProvider::always(acts).await;
+                let error = ask(dialect, &server, timeouts).await.error();
+                assert_eq!(verdict(&error), LOST, "{dialect:?} {timeouts:?}");
+                server.left().await;
+            });
         }
     }
+    futures_util::future::join_all(cases).await;
 }
 
 #[tokio::test]
@@ -628,6 +633,36 @@ async fn openrouter_and_gemini_step_down_where_a_schema_is_not_taken() {
         ask_with(provider.as_ref(), &request, &CancellationToken::new()).await.completion();
         assert_eq!(server.seen().len(), requests);
     }
+}
+
+#[tokio::test]
+async fn a_model_that_knows_no_thinking_level_is_asked_without_it() {
+    let server = FakeProvider::start(|seen, _| match seen.body["generationConfig"].get("thinkingConfig") {
+        Some(_) => {
+            let body = json!({"error": {"status": "INVALID_ARGUMENT", "message": "Thinking level is not supported"}});
+            answer_json(400, "", &body)
+        }
+        None => stream(&Dialect::Gemini.good("ok")),
+    })
+    .await;
+    let provider = client(Dialect::Gemini, &server.base(), PATIENT);
+    for requests in [2, 3] {
+        let (request, cancellation, request_id) = (request(), CancellationToken::new(), RequestIdSlot::default());
+        let call = Call {
+            request: &request,
+            model: "m",
+            path: "step",
+            key: "turn-1",
+            max_output_tokens: 500,
+            structured_output: StructuredOutput::JsonSchema,
+            thinking: Some("low"),
+            cancellation: &cancellation,
+            request_id: &request_id,
+        };
+        assert_eq!(provider.complete(call).await.unwrap().text, "ok");
+        assert_eq!(server.seen().len(), requests);
+    }
+    assert_eq!(server.seen()[0].body["generationConfig"]["thinkingConfig"], json!({"thinkingLevel": "low"}));
 }
 
 #[tokio::test]
