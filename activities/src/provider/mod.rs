@@ -156,6 +156,7 @@ impl RequestIdSlot {
         let mut slot = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         slot.get_or_insert_with(|| id.to_owned());
     }
+    /// The id, once one is known.
     #[must_use]
     pub fn get(&self) -> Option<String> {
         self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()

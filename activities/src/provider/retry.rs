@@ -114,19 +114,16 @@ impl ProviderError {
     pub fn cancelled(state: CallState) -> Self {
         Self { state, ..Self::new(Failure::cancelled(), Advice::Stop) }
     }
+    /// With what was consumed all the same.
     #[must_use]
     pub fn with_usage(mut self, usage: Option<Usage>) -> Self {
         self.usage = usage;
         self
     }
+    /// With the finish reason in the provider's words, cut to what is safe to store.
     #[must_use]
     pub fn with_finish_reason(mut self, reason: Option<String>) -> Self {
         self.finish_reason = reason.map(|r| short_code(&r));
-        self
-    }
-    #[must_use]
-    pub fn with_http_status(mut self, status: u16) -> Self {
-        self.http_status = Some(status);
         self
     }
     /// The wait that the provider asked for.

@@ -90,6 +90,7 @@ pub struct Scripted {
 }
 
 impl Scripted {
+    /// A provider that answers with these entries.
     #[must_use]
     pub fn new(entries: Vec<Entry>) -> Self {
         Self { entries }

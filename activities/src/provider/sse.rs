@@ -37,6 +37,7 @@ pub struct Decoder {
 }
 
 impl Decoder {
+    /// A decoder at the beginning of a stream.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
