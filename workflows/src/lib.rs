@@ -1,1 +1,53 @@
+#![doc = include_str!("../README.md")]
 
+mod bound;
+mod diagnostic;
+mod document;
+mod graph;
+mod lower;
+mod read;
+mod scope;
+mod steps;
+
+pub use diagnostic::{Diagnostic, Severity, Span};
+pub use document::BYTES_MAX;
+pub use graph::mermaid;
+
+use loopwright_engine::{
+    definition::{Bundle, Definition},
+    signature::Catalog,
+};
+
+/// A workflow that may be deployed.
+#[derive(Clone, Debug)]
+pub struct Compiled {
+    pub definition: Definition,
+    /// The prompt files that go with it; part of its hash.
+    pub bundle: Bundle,
+}
+
+/// Compiles a document.
+///
+/// `file` is the name for messages, `files` the prompt files beside the document by relative path, `catalog` the
+/// activities that exist. Pure: reads no file, knows no clock.
+/// # Shape
+/// All findings at once, in order of their places. `Some` iff none of them is an error.
+#[must_use]
+pub fn compile(source: &str, file: &str, files: &Bundle, catalog: &Catalog) -> (Option<Compiled>, Vec<Diagnostic>) {
+    let mut sink = diagnostic::Sink { file: file.to_owned(), ..Default::default() };
+    let definition = document::parse(source, &mut sink).and_then(|root| lower::document(&root, catalog, &mut sink));
+    let blocked = sink.has_errors();
+    let mut found = sink.found;
+    found.sort_by(|a, b| (a.span, a.code).cmp(&(b.span, b.code)));
+    let compiled = definition.filter(|_| !blocked).map(|definition| {
+        let bundle = files.iter().filter(|(path, _)| path.starts_with("prompts/")).map(|(p, t)| (p.clone(), t.clone()));
+        Compiled { definition, bundle: bundle.collect() }
+    });
+    (compiled, found)
+}
+
+/// All findings as text, one after the other.
+#[must_use]
+pub fn render(diagnostics: &[Diagnostic], source: &str) -> String {
+    diagnostics.iter().map(|d| d.render(source)).collect()
+}

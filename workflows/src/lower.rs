@@ -1,0 +1,354 @@
+//! The document's top level, and the retry, timeout and trigger fields that steps share.
+
+use crate::{
+    bound,
+    diagnostic::{Severity, Sink, Span, suggestion},
+    document::{Content, Node},
+    read::{Fields, data},
+    scope::Scope,
+    steps::Steps,
+};
+use loopwright_engine::{
+    definition::{Data, Definition, Escalate, FORMAT, Input, RetryPolicy, Timeouts},
+    signature::{Catalog, Signature},
+};
+use serde_json::{Map, Value, json};
+use std::collections::{BTreeMap, BTreeSet};
+
+const TOP: &[&str] = &[
+    "dsl",
+    "name",
+    "title",
+    "description",
+    "labels",
+    "on",
+    "inputs",
+    "env",
+    "secrets",
+    "models",
+    "defaults",
+    "concurrency",
+    "timeout",
+    "budget",
+    "limits",
+    "steps",
+    "finally",
+    "outputs",
+];
+/// Defaults and limits of the language, in milliseconds.
+const RUN_TIMEOUT_MS: u64 = 7 * 86_400_000;
+const RUN_TIMEOUT_MAX_MS: u64 = 90 * 86_400_000;
+const EXECUTIONS: u32 = 10_000;
+const EXECUTIONS_MAX: u32 = 100_000;
+/// Attempts of a `uses` step whose retry policy says nothing.
+const USES_ATTEMPTS: u32 = 3;
+
+/// Patterns that error patterns may name; a contract's own codes are added.
+const KNOWN_ERRORS: &[&str] = &[
+    "transient.",
+    "timeout.",
+    "activity.",
+    "run.",
+    "model.",
+    "budget.",
+    "input.",
+    "output.",
+    "expr.",
+    "template.",
+    "limit.",
+    "signal.",
+    "approval.",
+    "join.",
+    "call.",
+    "user.",
+    "provider.",
+    "workspace.",
+    "sandbox.",
+    "readme.",
+    "rehearsal.",
+    "internal.",
+];
+
+pub(crate) fn document(root: &Node, catalog: &Catalog, sink: &mut Sink) -> Option<Definition> {
+    let top = Fields::new(root, "the document", TOP, sink)?;
+    for (key, hint) in [("dsl", "add `dsl: 1`"), ("name", "add `name: my-workflow`"), ("steps", "add `steps:`")] {
+        if !top.has(key) {
+            sink.error_help("WF106", root.span, "", format!("`{key}` is required"), hint);
+        }
+    }
+    if top.get("dsl").is_some_and(|n| n.value() != json!(1)) {
+        sink.error("WF106", top.key_span("dsl"), "/dsl", "`dsl` must be 1");
+    }
+    let name = top.text("name", sink).unwrap_or_default();
+    if top.has("name") && !is_name(&name) {
+        sink.error_help(
+            "WF106",
+            top.get("name")?.span,
+            "/name",
+            format!("`{name}` is no workflow name"),
+            "lower-case letters, digits and hyphens, at most 63, starting with a letter",
+        );
+    }
+    for later in ["secrets", "concurrency"] {
+        if top.has(later) {
+            sink.error(
+                "WF224",
+                top.key_span(later),
+                &format!("/{later}"),
+                format!("`{later}` is planned for a later version and not accepted yet"),
+            );
+        }
+    }
+    let inputs = inputs(&top, sink);
+    let mut scope = Scope { inputs: inputs.keys().cloned().collect(), all_steps: all_ids(&top), ..Scope::default() };
+    let env = map_of_data(top.get("env"), &scope, sink);
+    let timeout_ms = timeout(&top, sink);
+    let extras = extras(&top, sink);
+    let budget = top.get("budget").map_or(Value::Null, Node::value);
+    if let Some(node) = top.get("budget") {
+        Fields::new(node, "`budget`", &["credits", "tokens"], sink);
+    }
+    let limit = top
+        .get("limits")
+        .and_then(|n| Fields::new(n, "`limits`", &["executions"], sink))
+        .and_then(|f| f.integer("executions", 1..=EXECUTIONS_MAX, sink))
+        .unwrap_or(EXECUTIONS);
+    let defaults = top.get("defaults").and_then(|n| {
+        let known: Vec<&str> = ["uses", "run"].into_iter().chain(catalog.iter().map(|s| s.name.as_str())).collect();
+        Fields::new(n, "`defaults`", &known, sink)
+    });
+    let mut steps = Steps { catalog, defaults, seen: BTreeMap::new(), count: 0, timeout_ms, sink };
+    let body = top.get("steps").map(|n| steps.sequence(n, &mut scope, 1)).unwrap_or_default();
+    let after = scope.clone();
+    let finally = top.get("finally").map(|n| {
+        let mut scope = scope.clone();
+        let lowered = steps.sequence(n, &mut scope, 1);
+        steps.check_finally(n, &lowered);
+        lowered
+    });
+    let sink = steps.sink;
+    let outputs = map_of_data(top.get("outputs"), &after, sink);
+    let definition = Definition {
+        format: FORMAT,
+        name,
+        inputs,
+        env,
+        timeout_ms,
+        budget,
+        executions_max: limit,
+        steps: body,
+        finally: finally.unwrap_or_default(),
+        outputs,
+        extras,
+    };
+    bound::check(&definition, limit, top.key_span("steps"), sink);
+    Some(definition)
+}
+
+fn is_name(text: &str) -> bool {
+    text.len() <= 63
+        && text.starts_with(|c: char| c.is_ascii_lowercase())
+        && text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
+}
+
+fn timeout(top: &Fields<'_>, sink: &mut Sink) -> u64 {
+    let Some(ms) = top.duration("timeout", sink) else { return RUN_TIMEOUT_MS };
+    if ms == 0 || ms > RUN_TIMEOUT_MAX_MS {
+        let span = top.get("timeout").map_or_else(Span::default, |n| n.span);
+        sink.error("WF422", span, "/timeout", "the run's `timeout` must be a literal in 1ms..90d");
+    }
+    ms
+}
+
+/// Every step id of the document, wherever it stands.
+fn all_ids(top: &Fields<'_>) -> BTreeSet<String> {
+    fn visit(node: &Node, found: &mut BTreeSet<String>) {
+        match &node.kind {
+            Content::Map(entries) => {
+                for (key, value) in entries {
+                    if let ("id", Value::String(id)) = (key.name.as_str(), value.value()) {
+                        found.insert(id);
+                    }
+                    visit(value, found);
+                }
+            }
+            Content::List(items) => items.iter().for_each(|item| visit(item, found)),
+            Content::Scalar { .. } => {}
+        }
+    }
+    let mut found = BTreeSet::new();
+    for part in ["steps", "finally"] {
+        if let Some(node) = top.get(part) {
+            visit(node, &mut found);
+        }
+    }
+    found
+}
+
+fn inputs(top: &Fields<'_>, sink: &mut Sink) -> BTreeMap<String, Input> {
+    let Some(node) = top.get("inputs") else { return BTreeMap::new() };
+    let Content::Map(entries) = &node.kind else {
+        sink.error("WF106", node.span, &node.path, format!("expected a map for `inputs`, found {}", node.type_name()));
+        return BTreeMap::new();
+    };
+    let mut out = BTreeMap::new();
+    for (key, node) in entries {
+        let Value::Object(mut schema) = node.value() else {
+            sink.error("WF106", node.span, &node.path, format!("expected a map for the input `{}`", key.name));
+            continue;
+        };
+        let required = schema.remove("required").is_some_and(|r| r == json!(true));
+        let default = schema.remove("default");
+        let schema = schema.remove("schema").unwrap_or(Value::Object(schema));
+        if let Some(default) = &default {
+            let problems = loopwright_engine::definition::inputs::violations(&schema, default);
+            if !problems.is_empty() {
+                sink.error(
+                    "WF621",
+                    node.span,
+                    &node.path,
+                    format!("the default of `{}` {}", key.name, problems.join("; ")),
+                );
+            }
+        }
+        out.insert(key.name.clone(), Input { schema, required, default });
+    }
+    out
+}
+
+/// Triggers, models and presentation: kept for those who read them, outside of what the engine interprets.
+fn extras(top: &Fields<'_>, sink: &mut Sink) -> Value {
+    let mut extras = Map::new();
+    if let Some(node) = top.get("on")
+        && let Some(on) = Fields::new(node, "`on`", &["manual", "cron", "event"], sink)
+        && (on.has("cron") || on.has("event"))
+    {
+        extras.insert("on".into(), node.value());
+    }
+    if let Some(node) = top.get("models") {
+        Fields::new(node, "`models`", &["architect", "implementer", "utility"], sink);
+        extras.insert("models".into(), node.value());
+    }
+    if extras.is_empty() { Value::Null } else { Value::Object(extras) }
+}
+
+/// A map of data fields, checked in `scope`.
+pub(crate) fn map_of_data(node: Option<&Node>, scope: &Scope, sink: &mut Sink) -> BTreeMap<String, Data> {
+    let Some(node) = node else { return BTreeMap::new() };
+    let Content::Map(entries) = &node.kind else {
+        sink.error("WF106", node.span, &node.path, format!("expected a map, found {}", node.type_name()));
+        return BTreeMap::new();
+    };
+    let mut sites = Vec::new();
+    let map = entries.iter().map(|(key, value)| (key.name.clone(), data(value, &mut sites, sink))).collect();
+    sites.iter().for_each(|site| scope.check(site, sink));
+    map
+}
+
+/// The retry policy of a step: its own, else the document's default for its activity or kind, else the language's.
+pub(crate) fn retry(
+    step: &Fields<'_>,
+    defaults: &[&Fields<'_>],
+    activity: bool,
+    scope: &Scope,
+    signature: Option<&Signature>,
+    sink: &mut Sink,
+) -> RetryPolicy {
+    let node = step.get("retry").or_else(|| defaults.iter().find_map(|d| d.get("retry")));
+    let base = RetryPolicy { attempts: if activity { USES_ATTEMPTS } else { 1 }, ..RetryPolicy::default() };
+    let Some(node) = node else { return base };
+    let known = ["attempts", "delay", "backoff", "max-delay", "jitter", "on", "not-on", "escalate"];
+    let Some(fields) = Fields::new(node, "`retry`", &known, sink) else { return base };
+    if !fields.has("attempts") {
+        sink.error_help("WF421", node.span, &node.path, "`retry` needs `attempts`", "add `attempts: 3`");
+    }
+    let attempts = fields.integer("attempts", 1..=20, sink).unwrap_or(base.attempts);
+    // A step's own `retry` replaces the default as a whole; what it leaves out is the language's default.
+    let patterns = |name: &str, sink: &mut Sink| -> Vec<String> {
+        let list = fields.texts(name, sink);
+        for (pattern, span) in &list {
+            let known = KNOWN_ERRORS.iter().any(|k| pattern.starts_with(k)) || pattern == "*";
+            let declared = signature.is_some_and(|s| s.failure_codes.iter().any(|c| c == pattern));
+            if !known && !declared {
+                sink.error("WF505", *span, &node.path, format!("error pattern `{pattern}` matches no known type"));
+            }
+        }
+        list.into_iter().map(|(p, _)| p).collect()
+    };
+    let on = if fields.has("on") { patterns("on", sink) } else { base.on.clone() };
+    let not_on = patterns("not-on", sink);
+    let mut escalate = Vec::new();
+    if let Some(list) = fields.get("escalate") {
+        let Content::List(items) = &list.kind else {
+            sink.error("WF106", list.span, &list.path, "expected a list for `escalate`");
+            return base;
+        };
+        for item in items {
+            let Some(entry) = Fields::new(item, "`escalate`", &["from-attempt", "with"], sink) else { continue };
+            let from_attempt = entry.integer("from-attempt", 2..=20, sink).unwrap_or(2);
+            if from_attempt > attempts {
+                sink.error(
+                    "WF506",
+                    item.span,
+                    &item.path,
+                    format!("`from-attempt: {from_attempt}` is above `attempts: {attempts}`"),
+                );
+            }
+            escalate.push(Escalate { from_attempt, with: map_of_data(entry.get("with"), scope, sink) });
+        }
+    }
+    RetryPolicy {
+        attempts,
+        delay_ms: fields.duration("delay", sink).unwrap_or(base.delay_ms),
+        backoff: fields.float("backoff", 1.0..=10.0, sink).unwrap_or(base.backoff),
+        max_delay_ms: fields.duration("max-delay", sink).unwrap_or(base.max_delay_ms),
+        jitter: fields.float("jitter", 0.0..=1.0, sink).unwrap_or(base.jitter),
+        on,
+        not_on,
+        escalate,
+    }
+}
+
+/// The four timeouts of a step.
+pub(crate) fn timeouts(
+    step: &Fields<'_>,
+    defaults: &[&Fields<'_>],
+    signature: Option<&Signature>,
+    block: bool,
+    sink: &mut Sink,
+) -> Timeouts {
+    let mut out = Timeouts::default();
+    if let Some(signature) = signature {
+        out.run_ms = signature.run_timeout_ms;
+        out.heartbeat_ms = signature.heartbeat_timeout_ms;
+    }
+    let Some(node) = step.get("timeout").or_else(|| defaults.iter().find_map(|d| d.get("timeout"))) else { return out };
+    if matches!(node.kind, Content::Scalar { .. }) {
+        let ms = crate::read::duration(node, sink);
+        if block {
+            out.total_ms = ms;
+        } else if let Some(ms) = ms {
+            out.run_ms = ms;
+        }
+        return out;
+    }
+    let Some(fields) = Fields::new(node, "`timeout`", &["run", "queue", "heartbeat", "total"], sink) else {
+        return out;
+    };
+    out.run_ms = fields.duration("run", sink).unwrap_or(out.run_ms);
+    out.queue_ms = fields.duration("queue", sink).unwrap_or(out.queue_ms);
+    // Only activities that report can be silent.
+    if signature.is_none_or(|s| s.heartbeat_timeout_ms.is_some()) || step.has("timeout") {
+        out.heartbeat_ms = fields.duration("heartbeat", sink).or(out.heartbeat_ms);
+    }
+    out.total_ms = fields.duration("total", sink);
+    out
+}
+
+/// An unknown activity, with what is like it.
+pub(crate) fn unknown_activity(name: &str, node: &Node, catalog: &Catalog, sink: &mut Sink) {
+    let names: Vec<&str> = catalog.iter().map(|s| s.name.as_str()).collect();
+    let help = suggestion(name, names.iter().copied())
+        .map_or_else(|| format!("there are {}", names.join(", ")), |s| format!("did you mean `{s}`?"));
+    sink.add("WF801", Severity::Error, node.span, &node.path, format!("unknown activity `{name}`"), Some(help));
+}

@@ -1,0 +1,199 @@
+//! Every fixture compiles, or gives exactly the findings that its trailing comments name.
+//!
+//! A file in `fixtures/err` says what it expects in lines `# expect: WF421@7:5` (code, line, column).
+
+use loopwright_engine::{
+    definition::{Bundle, Kind, Step},
+    signature::{Catalog, Signature},
+};
+use loopwright_workflows::{Severity, compile, mermaid, render};
+use serde_json::{Value, json};
+use std::{fs, path::Path};
+
+fn catalog() -> Catalog {
+    let text = json!({"type": "string"});
+    let signature = |name: &str, inputs: &[&str], required: &[&str], outputs: &[&str]| {
+        let properties =
+            |names: &[&str]| names.iter().map(|n| ((*n).to_owned(), json!({}))).collect::<serde_json::Map<_, _>>();
+        let mut input = properties(inputs);
+        input.insert("project_id".into(), text.clone());
+        Signature {
+            name: name.into(),
+            summary: String::new(),
+            input_schema: json!({"type": "object", "properties": input, "required": required}),
+            output_schema: json!({"type": "object", "properties": properties(outputs)}),
+            run_timeout_ms: 1_200_000,
+            heartbeat_timeout_ms: Some(120_000),
+            metered: true,
+            idempotent: true,
+            failure_codes: vec![],
+        }
+    };
+    Catalog::new([
+        signature(
+            "gather@1",
+            &["idea", "answer"],
+            &["project_id", "idea"],
+            &["complete", "question", "suggestions", "requirements", "assumptions", "summary"],
+        ),
+        signature("plan@1", &["changes"], &["project_id"], &["summary_markdown", "todo", "forecast"]),
+        signature(
+            "implement@1",
+            &["todo", "role", "evidence"],
+            &["project_id", "todo"],
+            &["work", "changed_files", "summary"],
+        ),
+        signature("check@1", &["todo", "work"], &["project_id", "todo"], &["passed", "results", "work"]),
+        signature(
+            "commit@1",
+            &["todo", "checks", "work"],
+            &["project_id", "todo", "checks"],
+            &["oid", "subject", "ticked"],
+        ),
+        signature("verify@1", &[], &["project_id"], &["verdict", "report_markdown", "criteria", "todo"]),
+        signature("readme@1", &[], &["project_id"], &["path", "commands"]),
+        signature("deliver@1", &["verdict"], &["project_id", "verdict"], &["commit", "verdict", "todo"]),
+        signature("agent@1", &["prompt", "role"], &["prompt"], &["value"]),
+    ])
+}
+
+fn files(folder: &str) -> Vec<(String, String)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
+    let mut found: Vec<(String, String)> = fs::read_dir(&root)
+        .expect("folder")
+        .map(|entry| entry.expect("entry").path())
+        .filter(|path| path.extension().is_some_and(|e| e == "yaml"))
+        .map(|path| {
+            let name = path.file_name().expect("name").to_string_lossy().into_owned();
+            (name, fs::read_to_string(&path).expect("text"))
+        })
+        .collect();
+    found.sort();
+    assert!(!found.is_empty(), "no fixture in {folder}");
+    found
+}
+
+#[test]
+fn good_documents_compile_without_a_finding() {
+    for folder in ["tests/fixtures/ok", "../workflow-defs"] {
+        for (name, source) in files(folder) {
+            if name == "models.yaml" || name == "rehearsal.yaml" {
+                continue;
+            }
+            let (compiled, found) = compile(&source, &name, &Bundle::new(), &catalog());
+            let serious: Vec<_> = found.into_iter().filter(|d| d.severity != Severity::Info).collect();
+            assert!(serious.is_empty(), "{}", render(&serious, &source));
+            let compiled = compiled.expect("compiles");
+            assert!(mermaid(&compiled.definition).starts_with("flowchart TD"));
+            let stored: Value = serde_json::to_value(&compiled.definition).expect("json");
+            let back = serde_json::from_value(stored).expect("definition");
+            assert_eq!(compiled.definition, back, "{name}");
+        }
+    }
+}
+
+#[test]
+fn bad_documents_give_the_findings_that_they_name() {
+    let mut problems = Vec::new();
+    for (name, source) in files("tests/fixtures/err") {
+        let mut expected: Vec<String> =
+            source.lines().filter_map(|l| l.trim().strip_prefix("# expect: ")).map(str::to_owned).collect();
+        let (compiled, found) = compile(&source, &name, &Bundle::new(), &catalog());
+        let mut got: Vec<String> =
+            found.iter().map(|d| format!("{}@{}:{}", d.code, d.span.line, d.span.column)).collect();
+        expected.sort();
+        got.sort();
+        if expected != got {
+            problems.push(format!("{name}: expected {expected:?}, got {got:?}\n{}", render(&found, &source)));
+        }
+        let blocked = found.iter().any(|d| d.severity == Severity::Error);
+        assert_eq!(compiled.is_none(), blocked, "{name}");
+    }
+    assert!(problems.is_empty(), "{}", problems.join("\n"));
+}
+
+fn dev_loop() -> String {
+    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../workflow-defs/dev-loop.yaml")).expect("text")
+}
+
+#[test]
+fn redo_ranges_become_repeats_around_their_steps() {
+    let (compiled, _) = compile(&dev_loop(), "dev-loop.yaml", &Bundle::new(), &catalog());
+    let steps = compiled.expect("compiles").definition.steps;
+    let ids: Vec<&str> = steps.iter().map(|s| s.id.as_str()).collect();
+    assert_eq!(ids, ["gather", "plan..approve", "implement..verify", "decide", "readme", "deliver"]);
+    let inner = |step: &Step| match &step.kind {
+        Kind::Repeat { steps, .. } | Kind::Foreach { steps, .. } => steps.clone(),
+        other => panic!("{other:?}"),
+    };
+    let implement = inner(&steps[2])[0].clone();
+    let ids: Vec<String> = inner(&implement).iter().map(|s| s.id.clone()).collect();
+    assert_eq!(ids, ["code..check", "commit"]);
+}
+
+#[test]
+fn the_hash_ignores_presentation_and_sees_meaning() {
+    let hash = |source: &str, prompt: &str| {
+        let files = Bundle::from([("prompts/plan.hbs".to_owned(), prompt.to_owned())]);
+        let (compiled, _) = compile(source, "x.yaml", &files, &catalog());
+        let compiled = compiled.expect("compiles");
+        compiled.definition.hash(&compiled.bundle)
+    };
+    let source = dev_loop();
+    let first = hash(&source, "a");
+    assert_eq!(first, hash(&source.replace("title: From", "title: Out of"), "a"));
+    assert_eq!(first, hash(&format!("# a comment\n{source}"), "a"));
+    assert_eq!(first, hash(&source.replace("timeout: 30d", "timeout: 720h"), "a"));
+    assert_ne!(first, hash(&source, "b"), "one character of a prompt is another version");
+    assert_ne!(first, hash(&source.replace("max-rounds: 8", "max-rounds: 7"), "a"));
+}
+
+#[test]
+fn hostile_documents_are_refused_and_not_executed() {
+    let mut bomb = String::from("a: &a [x, x, x, x, x, x, x, x, x]\n");
+    for n in 0..8 {
+        let (from, to) = ((b'a' + n) as char, (b'b' + n) as char);
+        bomb.push_str(&format!(
+            "{to}: &{to} [*{from}, *{from}, *{from}, *{from}, *{from}, *{from}, *{from}, *{from}, *{from}]\n"
+        ));
+    }
+    for source in [
+        bomb,
+        "[".repeat(100_000),
+        "a: ".repeat(5_000),
+        "x".repeat(600_000),
+        String::new(),
+        "\u{0}\u{feff}:\t- !!".into(),
+    ] {
+        let (compiled, found) = compile(&source, "x.yaml", &Bundle::new(), &catalog());
+        assert!(compiled.is_none() && !found.is_empty());
+    }
+}
+
+#[test]
+fn cutting_and_garbling_the_shipped_document_never_panics() {
+    let source = dev_loop();
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut random = move |n: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        usize::try_from(state % (n as u64)).expect("small")
+    };
+    let chars: Vec<char> = source.chars().collect();
+    for _ in 0..300 {
+        let mut text = chars.clone();
+        for _ in 0..=random(4) {
+            let at = random(text.len());
+            match random(4) {
+                0 => text.truncate(at.max(1)),
+                1 => text[at] = ['{', '}', ':', '"', '\t', '-', '\n', '*', '&', '#'][random(10)],
+                2 => drop(text.remove(at)),
+                _ => text.insert(at, ['[', ']', '\'', '$', ' ', '!', '|', 'é'][random(8)]),
+            }
+        }
+        let text: String = text.into_iter().collect();
+        let (_, found) = compile(&text, "x.yaml", &Bundle::new(), &catalog());
+        let _rendered = render(&found, &text);
+    }
+}
