@@ -23,4 +23,7 @@ pub mod workspace;
 use loopwright_engine::Migration;
 
 /// Every migration of the product, in order.
-pub const MIGRATIONS: &[Migration] = &[loopwright_engine::MIGRATIONS[0]];
+pub const MIGRATIONS: &[Migration] = &[
+    loopwright_engine::MIGRATIONS[0],
+    Migration { version: 2, name: "money", sql: include_str!("../../migrations/0002_money.sql") },
+];

@@ -1,6 +1,7 @@
 // The helpers of tests may unwrap as tests do; clippy's own exception covers test functions only.
 #![allow(clippy::unwrap_used)]
 
+mod billing;
 mod fake_provider;
 mod orchestrator;
 mod provider;

@@ -1,0 +1,400 @@
+//! The ledger's part in the engine's transactions: a hold when an attempt starts, a row for each call, one settlement
+//! when the attempt ends.
+
+use super::{
+    hold,
+    ledger::{self, LedgerError},
+    money::{MicroCredits, Rate},
+    price,
+};
+use crate::usage::{CallClosed, CallOpened, CallState, PlannedCall, Reserve};
+use chrono::{DateTime, Utc};
+use futures_util::future::BoxFuture;
+use loopwright_engine::hook::{
+    AttemptRef, AttemptStart, HookError, Outcome, Phase, Reading, Refusal, Transition, TransitionHook, Verdict,
+};
+use sqlx::PgConnection;
+use std::collections::BTreeMap;
+use uuid::Uuid;
+
+/// Smallest hold, in micro-credits: an attempt that expects no call still may make a cheap one.
+const HOLD_MIN_UCR: i64 = 10_000;
+
+/// How credits are counted.
+#[derive(Clone, Copy, Debug)]
+pub struct BillingSettings {
+    pub rate: Rate,
+    /// Given once to a new user.
+    pub welcome: MicroCredits,
+}
+
+impl Default for BillingSettings {
+    fn default() -> Self {
+        Self { rate: Rate { credits_per_usd: 100, markup_bps: 2_000 }, welcome: MicroCredits::from_credits(100) }
+    }
+}
+
+/// Implements the engine's hook over the ledger.
+pub struct LedgerHook {
+    settings: BillingSettings,
+}
+
+/// Whose credits an attempt uses.
+struct Owner {
+    user: Uuid,
+    project: Option<Uuid>,
+}
+
+impl LedgerHook {
+    #[must_use]
+    pub fn new(settings: BillingSettings) -> Self {
+        Self { settings }
+    }
+
+    async fn start(
+        &self,
+        conn: &mut PgConnection,
+        start: &AttemptStart,
+    ) -> Result<Option<(String, String)>, LedgerError> {
+        let Some(owner) = owner(&start.attempt) else { return Ok(None) };
+        let attempt = &start.attempt;
+        let inserted = sqlx::query(
+            "insert into activity_attempts (id, run_id, path, activity, attempt_no, user_id, project_id, state, lease_expires_at)
+             values ($1, $2, $3, $4, $5, $6, $7, 'running', $8) on conflict (id) do nothing",
+        )
+        .bind(attempt.attempt_id.0)
+        .bind(attempt.run_id.0)
+        .bind(&attempt.path)
+        .bind(&attempt.activity)
+        .bind(i32::try_from(attempt.attempt).unwrap_or(i32::MAX))
+        .bind(owner.user)
+        .bind(owner.project)
+        .bind(attempt.deadline)
+        .execute(&mut *conn)
+        .await?;
+        if inserted.rows_affected() == 0 {
+            return Ok(None);
+        }
+        let reserve: Reserve = serde_json::from_value(start.reserve.clone()).unwrap_or_default();
+        let (mut all, mut dearest) = (0i128, 0i128);
+        for planned in &reserve.calls {
+            let one = worst(conn, planned).await?;
+            all += one * i128::from(planned.count);
+            dearest = dearest.max(one);
+        }
+        let wanted = self.settings.rate.credits(all).0.max(HOLD_MIN_UCR);
+        let needed = self.settings.rate.credits(dearest).0.max(HOLD_MIN_UCR);
+        let balance = ledger::lock(conn, owner.user).await?;
+        let available = hold::reservable(conn, owner.user, balance).await?;
+        if available.0 < needed {
+            let message = format!(
+                "needs {} credits, {available} are available; add credits and it goes on by itself",
+                MicroCredits(needed)
+            );
+            return Ok(Some(("credits".into(), message)));
+        }
+        let budget = budget_left(conn, attempt).await?;
+        if budget.is_some_and(|left| left.0 < needed) {
+            let message = format!(
+                "the run's budget is used up: {} credits are left of it, the next step needs {}",
+                budget.unwrap_or_default(),
+                MicroCredits(needed)
+            );
+            return Ok(Some(("budget".into(), message)));
+        }
+        // What is available bounds the hold: a call that does not fit any more extends it or stops the attempt.
+        let amount = wanted.min(available.0).min(budget.map_or(i64::MAX, |b| b.0));
+        hold::place(conn, owner.user, attempt.attempt_id.0, 1, MicroCredits(amount), self.settings.rate).await?;
+        Ok(None)
+    }
+
+    async fn open(
+        &self,
+        conn: &mut PgConnection,
+        attempt: &AttemptRef,
+        key: &str,
+        call: &CallOpened,
+    ) -> Result<Verdict, LedgerError> {
+        let refused = |reason: &str, message: String| Ok(Verdict::Refused { reason: reason.to_owned(), message });
+        let Some(owner) = owner(attempt) else {
+            return refused("no_user", "the run has no user who could pay for a model call".into());
+        };
+        let id = attempt.attempt_id.0;
+        let balance = ledger::lock(conn, owner.user).await?;
+        let known: Option<String> =
+            sqlx::query_scalar("select state from api_key_usage where attempt_id = $1 and call_key = $2")
+                .bind(id)
+                .bind(key)
+                .fetch_optional(&mut *conn)
+                .await?;
+        if known.is_some() {
+            return Ok(Verdict::Accepted);
+        }
+        let running: Option<i32> =
+            sqlx::query_scalar("select 1 from activity_attempts where id = $1 and state = 'running'")
+                .bind(id)
+                .fetch_optional(&mut *conn)
+                .await?;
+        if running.is_none() {
+            return refused("attempt_closed", "the attempt has ended".into());
+        }
+        let Some(price) = price::find(conn, &call.provider, &call.model, call.input_tokens_max, None).await? else {
+            return refused(
+                "price_missing",
+                format!("{} {} has no price; add one before it is used", call.provider, call.model),
+            );
+        };
+        let worst = price.worst(call.input_tokens_max, call.output_tokens_max);
+        let (used, held, hold_no): (String, i64, i32) = sqlx::query_as(
+            "select (select coalesce(sum(case state when 'started' then worst_pusd else cost_pusd end), 0)::text from api_key_usage where attempt_id = $1),
+                    coalesce(sum(held_delta_ucr), 0)::bigint, coalesce(max(hold_no), 0)
+             from credit_transactions where attempt_id = $1 and kind = 'hold'",
+        )
+        .bind(id)
+        .fetch_one(&mut *conn)
+        .await?;
+        let total =
+            self.settings.rate.credits(used.parse::<i128>().unwrap_or(i128::MAX).saturating_add(i128::from(worst.0))).0;
+        if total > held {
+            let more = MicroCredits(total - held);
+            let available = hold::reservable(conn, owner.user, balance).await?;
+            if available < more {
+                return refused(
+                    "credits",
+                    format!(
+                        "the next call needs {more} credits more, {available} are available; add credits and it goes on by itself"
+                    ),
+                );
+            }
+            if let Some(left) = budget_left(conn, attempt).await?
+                && left < more
+            {
+                return refused(
+                    "budget",
+                    format!("the run's budget is used up: {left} credits are left of it, the next call needs {more}"),
+                );
+            }
+            hold::place(conn, owner.user, id, hold_no + 1, more, self.settings.rate).await?;
+        }
+        let api_key = api_key(conn, call).await?;
+        sqlx::query(
+            "insert into api_key_usage (attempt_id, call_no, call_key, api_key_id, user_id, project_id, provider, model_requested, purpose,
+                                        request_sha256, state, pricing_id, worst_pusd)
+             select $1, coalesce(max(call_no), 0) + 1, $2, $3, $4, $5, $6, $7, $8, decode($9, 'hex'), 'started', $10, $11
+             from api_key_usage where attempt_id = $1",
+        )
+        .bind(id)
+        .bind(key)
+        .bind(api_key)
+        .bind(owner.user)
+        .bind(owner.project)
+        .bind(&call.provider)
+        .bind(&call.model)
+        .bind(&call.purpose)
+        .bind(&call.request_sha256)
+        .bind(price.id)
+        .bind(worst.0)
+        .execute(conn)
+        .await?;
+        Ok(Verdict::Accepted)
+    }
+}
+
+/// Who pays for an attempt, from the run's attributes.
+fn owner(attempt: &AttemptRef) -> Option<Owner> {
+    let id = |name: &str| attempt.attributes.get(name)?.as_str().and_then(|t| Uuid::parse_str(t).ok());
+    Some(Owner { user: id("user_id")?, project: id("project_id") })
+}
+
+/// The dearest candidate's worst case of one planned call, pico-USD.
+async fn worst(conn: &mut PgConnection, planned: &PlannedCall) -> Result<i128, LedgerError> {
+    let mut worst = 0i128;
+    for (provider, model) in &planned.candidates {
+        if let Some(price) = price::find(conn, provider, model, planned.input_tokens, None).await? {
+            worst = worst.max(i128::from(price.worst(planned.input_tokens, planned.output_tokens).0));
+        }
+    }
+    Ok(worst)
+}
+
+/// What the run may still spend: its definition's budget and its project's cap, whichever is smaller.
+async fn budget_left(conn: &mut PgConnection, attempt: &AttemptRef) -> Result<Option<MicroCredits>, LedgerError> {
+    let spent = hold::spent_by_run(conn, attempt.run_id.0).await?;
+    let budget = attempt
+        .budget
+        .get("credits")
+        .and_then(serde_json::Value::as_i64)
+        .map(|c| MicroCredits::from_credits(c).0 - spent.0);
+    let project = attempt.attributes.get("project_id").and_then(|v| v.as_str()).and_then(|t| Uuid::parse_str(t).ok());
+    let cap: Option<i64> = sqlx::query_scalar(
+        "select p.budget_cap_ucr - coalesce((select sum(case t.kind when 'capture' then -t.amount_ucr + t.held_delta_ucr else t.held_delta_ucr end)
+                from activity_attempts a join credit_transactions t on t.attempt_id = a.id where a.project_id = p.id), 0)::bigint
+         from projects p where p.id = $1 and p.budget_cap_ucr is not null",
+    )
+    .bind(project)
+    .fetch_optional(conn)
+    .await?;
+    Ok(match (budget, cap) {
+        (Some(a), Some(b)) => Some(MicroCredits(a.min(b).max(0))),
+        (Some(one), None) | (None, Some(one)) => Some(MicroCredits(one.max(0))),
+        (None, None) => None,
+    })
+}
+
+async fn api_key(conn: &mut PgConnection, call: &CallOpened) -> Result<Uuid, sqlx::Error> {
+    sqlx::query_scalar(
+        "with new as (insert into api_keys (provider, source, label, last4, fingerprint) values ($1, 'environment', 'platform', $2, decode($3, 'hex'))
+                      on conflict (provider, fingerprint, coalesce(user_id, '00000000-0000-0000-0000-000000000000')) do nothing returning id)
+         select id from new union all
+         select id from api_keys where provider = $1 and fingerprint = decode($3, 'hex') and user_id is null limit 1",
+    )
+    .bind(&call.provider)
+    .bind(call.key_last4.chars().take(4).collect::<String>())
+    .bind(&call.key_fingerprint)
+    .fetch_one(conn)
+    .await
+}
+
+async fn close(conn: &mut PgConnection, attempt: &AttemptRef, key: &str, call: &CallClosed) -> Result<(), LedgerError> {
+    let id = attempt.attempt_id.0;
+    let Some(owner) = owner(attempt) else { return Ok(()) };
+    ledger::lock(conn, owner.user).await?;
+    let row: Option<(i64, String, String, String, String, bool, DateTime<Utc>)> = sqlx::query_as(
+        "select k.id, k.state, k.provider, k.model_requested, a.state, k.late, k.started_at from api_key_usage k join activity_attempts a on a.id = k.attempt_id
+         where k.attempt_id = $1 and k.call_key = $2",
+    )
+    .bind(id)
+    .bind(key)
+    .fetch_optional(&mut *conn)
+    .await?;
+    let Some((usage_id, state, provider, model, attempt_state, late, started_at)) = row else { return Ok(()) };
+    // A fact that comes after the end of its attempt is kept and never charged.
+    let after_the_end = attempt_state != "running";
+    if state != "started" && (!after_the_end || late || state != "unknown") {
+        return Ok(());
+    }
+    let usage = call.usage.clone().unwrap_or_default();
+    let succeeded = call.state == CallState::Succeeded && call.usage.is_some();
+    let new_state = match call.state {
+        CallState::Succeeded if succeeded => "succeeded",
+        CallState::Succeeded | CallState::Unknown => "unknown",
+        CallState::Failed => "failed",
+    };
+    let priced = price::find(conn, &provider, &model, usage.tokens_prompt, Some(started_at)).await?;
+    let cost = match (succeeded && !after_the_end, usage.provider_cost_pusd, &priced) {
+        (false, ..) => 0,
+        (true, Some(cost), _) => cost.max(0),
+        (true, None, Some(price)) => price.cost(&usage).0,
+        (true, None, None) => 0,
+    };
+    let source = match usage.source {
+        crate::usage::UsageSource::Provider => "provider",
+        crate::usage::UsageSource::Lookup => "lookup",
+        crate::usage::UsageSource::Estimated => "estimated",
+        crate::usage::UsageSource::None if succeeded => "estimated",
+        crate::usage::UsageSource::None => "none",
+    };
+    let tokens = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+    let reported = call.usage.is_some();
+    sqlx::query(
+        "update api_key_usage set state = $2, late = $3, finished_at = engine_now(), model_served = $4, provider_request_id = $5,
+           http_status = $6, error_class = $7, finish_reason = $8, stream_completed = $9,
+           tokens_prompt = case when $10 then $11 end, tokens_cached = case when $10 then least($12, $11) end,
+           tokens_cache_write = case when $10 then $13 end, tokens_output = case when $10 then $14 end,
+           tokens_reasoning = case when $10 then least($15, $14) end,
+           usage_source = $16, pricing_id = coalesce($17, pricing_id), cost_pusd = $18, provider_cost_pusd = $19, raw_usage = $20
+         where id = $1",
+    )
+    .bind(usage_id)
+    .bind(new_state)
+    .bind(after_the_end)
+    .bind(&call.model_served)
+    .bind(&call.provider_request_id)
+    .bind(call.http_status.map(i32::from))
+    .bind(&call.error_class)
+    .bind(&call.finish_reason)
+    .bind(call.stream_completed)
+    .bind(reported)
+    .bind(tokens(usage.tokens_prompt))
+    .bind(tokens(usage.tokens_cached))
+    .bind(tokens(usage.tokens_cache_write))
+    .bind(tokens(usage.tokens_output))
+    .bind(tokens(usage.tokens_reasoning))
+    .bind(source)
+    .bind(priced.map(|p| p.id))
+    .bind(cost)
+    .bind(usage.provider_cost_pusd.map(|c| c.max(0)))
+    .bind(&usage.raw)
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+fn hook_error(error: LedgerError) -> HookError {
+    match error {
+        LedgerError::Sql(e) => HookError::Sql(e),
+        other => HookError::Invariant(other.to_string()),
+    }
+}
+
+impl TransitionHook for LedgerHook {
+    fn apply<'a>(
+        &'a self,
+        conn: &'a mut PgConnection,
+        transitions: &'a [Transition],
+    ) -> BoxFuture<'a, Result<Vec<Refusal>, HookError>> {
+        Box::pin(async move {
+            // All user rows first, in one order: two batches cannot wait for each other.
+            let mut users: BTreeMap<Uuid, ()> = BTreeMap::new();
+            for attempt in transitions
+                .iter()
+                .flat_map(|t| t.ended.iter().map(|e| &e.attempt).chain(t.started.iter().map(|s| &s.attempt)))
+            {
+                users.extend(owner(attempt).map(|o| (o.user, ())));
+            }
+            for user in users.keys() {
+                ledger::lock(conn, *user).await.map_err(hook_error)?;
+            }
+            for end in transitions.iter().flat_map(|t| &t.ended) {
+                let state = match end.outcome {
+                    Outcome::Succeeded => "completed",
+                    Outcome::Lost => "lost",
+                    Outcome::Failed | Outcome::TimedOut | Outcome::Cancelled | Outcome::Blocked => "failed",
+                };
+                hold::settle(conn, end.attempt.attempt_id.0, state).await.map_err(hook_error)?;
+            }
+            let mut refusals = Vec::new();
+            for transition in transitions {
+                for start in &transition.started {
+                    if let Some((reason, message)) = self.start(conn, start).await.map_err(hook_error)? {
+                        refusals.push(Refusal { ord: transition.ord, reason, message });
+                        break;
+                    }
+                }
+            }
+            Ok(refusals)
+        })
+    }
+
+    fn meter<'a>(
+        &'a self,
+        conn: &'a mut PgConnection,
+        attempt: &'a AttemptRef,
+        reading: Reading<'a>,
+    ) -> BoxFuture<'a, Result<Verdict, HookError>> {
+        Box::pin(async move {
+            let broken = |e: serde_json::Error| HookError::Invariant(format!("a reading that is no call: {e}"));
+            match reading.phase {
+                Phase::Open => {
+                    let call: CallOpened = serde_json::from_value(reading.body.clone()).map_err(broken)?;
+                    self.open(conn, attempt, reading.key, &call).await.map_err(hook_error)
+                }
+                Phase::Close => {
+                    let call: CallClosed = serde_json::from_value(reading.body.clone()).map_err(broken)?;
+                    close(conn, attempt, reading.key, &call).await.map_err(hook_error)?;
+                    Ok(Verdict::Accepted)
+                }
+            }
+        })
+    }
+}

@@ -1,0 +1,111 @@
+//! Dated prices: which row a call is priced by, and the arithmetic.
+
+use super::money::PicoUsd;
+use crate::usage::Usage;
+use chrono::{DateTime, Utc};
+use sqlx::{PgConnection, Row};
+
+/// A row of `model_pricing`. Micro-USD per million tokens, which is pico-USD per token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Price {
+    pub id: i64,
+    pub input: i64,
+    pub cached_input: i64,
+    pub cache_write: i64,
+    pub output: i64,
+    pub reasoning: i64,
+    pub per_request: i64,
+}
+
+impl Price {
+    /// The exact cost of what a call used. What does not fit an i64 (9.2 million USD) is the largest amount.
+    #[must_use]
+    pub fn cost(&self, usage: &Usage) -> PicoUsd {
+        let cached = usage.tokens_cached.min(usage.tokens_prompt);
+        let written = usage.tokens_cache_write.min(usage.tokens_prompt - cached);
+        let reasoning = usage.tokens_reasoning.min(usage.tokens_output);
+        let part = |tokens: u64, price: i64| i128::from(tokens) * i128::from(price);
+        let total = i128::from(self.per_request)
+            + part(usage.tokens_prompt - cached - written, self.input)
+            + part(cached, self.cached_input)
+            + part(written, self.cache_write)
+            + part(usage.tokens_output - reasoning, self.output)
+            + part(reasoning, self.reasoning);
+        PicoUsd(i64::try_from(total).unwrap_or(i64::MAX))
+    }
+
+    /// The most that a call of that size can cost.
+    #[must_use]
+    pub fn worst(&self, input_tokens: u64, output_tokens: u64) -> PicoUsd {
+        let input = self.input.max(self.cached_input).max(self.cache_write);
+        let output = self.output.max(self.reasoning);
+        let total = i128::from(self.per_request)
+            + i128::from(input_tokens) * i128::from(input)
+            + i128::from(output_tokens) * i128::from(output);
+        PicoUsd(i64::try_from(total).unwrap_or(i64::MAX))
+    }
+}
+
+/// The price in force at `at` (now if `None`) for a prompt of that size: newest date, then the highest floor below the prompt; a model's own rows
+/// before the provider's `*`. `None` when the model has no price or is withdrawn: it may not be used.
+///
+/// # Transaction
+/// Reads only.
+pub async fn find(
+    conn: &mut PgConnection,
+    provider: &str,
+    model: &str,
+    prompt_tokens: u64,
+    at: Option<DateTime<Utc>>,
+) -> Result<Option<Price>, sqlx::Error> {
+    let row = sqlx::query(
+        "select id, input_umtok, cached_input_umtok, cache_write_umtok, output_umtok, reasoning_umtok, per_request_pusd, billable
+         from model_pricing
+         where provider = $1 and model_id in ($2, '*') and service_tier = 'standard' and effective_from <= coalesce($4, engine_now())
+           and (min_prompt_tokens = 0 or min_prompt_tokens < $3)
+         order by (model_id = $2) desc, effective_from desc, min_prompt_tokens desc limit 1",
+    )
+    .bind(provider)
+    .bind(model)
+    .bind(i64::try_from(prompt_tokens).unwrap_or(i64::MAX))
+    .bind(at)
+    .fetch_optional(conn)
+    .await?;
+    let Some(row) = row else { return Ok(None) };
+    if !row.try_get::<bool, _>("billable")? {
+        return Ok(None);
+    }
+    let (input, output): (i64, i64) = (row.try_get("input_umtok")?, row.try_get("output_umtok")?);
+    Ok(Some(Price {
+        id: row.try_get("id")?,
+        input,
+        cached_input: row.try_get::<Option<i64>, _>("cached_input_umtok")?.unwrap_or(input),
+        cache_write: row.try_get::<Option<i64>, _>("cache_write_umtok")?.unwrap_or(input),
+        output,
+        reasoning: row.try_get::<Option<i64>, _>("reasoning_umtok")?.unwrap_or(output),
+        per_request: row.try_get("per_request_pusd")?,
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_kind_of_token_has_its_price() {
+        let price =
+            Price { id: 1, input: 10, cached_input: 1, cache_write: 20, output: 100, reasoning: 50, per_request: 7 };
+        let usage = Usage {
+            tokens_prompt: 100,
+            tokens_cached: 40,
+            tokens_cache_write: 10,
+            tokens_output: 30,
+            tokens_reasoning: 20,
+            ..Usage::default()
+        };
+        assert_eq!(price.cost(&usage), PicoUsd(7 + 50 * 10 + 40 + 10 * 20 + 10 * 100 + 20 * 50));
+        assert_eq!(price.worst(100, 30), PicoUsd(7 + 100 * 20 + 30 * 100));
+        let absurd = Usage { tokens_prompt: u64::MAX, tokens_output: u64::MAX, ..Usage::default() };
+        assert_eq!(price.cost(&absurd), PicoUsd(i64::MAX));
+    }
+}

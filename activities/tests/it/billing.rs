@@ -1,0 +1,430 @@
+//! Money on a real Postgres: random interleavings, deliberate corruptions, the bugs that others shipped.
+
+use loopwright_activities::{
+    MIGRATIONS,
+    billing::{
+        BillingSettings, LedgerHook, MicroCredits, audit,
+        ledger::{self, GrantSource, Identity, LedgerError, Payment},
+    },
+    usage::{CallClosed, CallOpened, CallState, PlannedCall, Reserve, Usage, UsageSource},
+};
+use loopwright_engine::{
+    embedded::testing::database,
+    hook::{AttemptEnd, AttemptRef, AttemptStart, Outcome, Phase, Reading, Transition, TransitionHook, Verdict},
+    ids::{AttemptId, RunId},
+};
+use serde_json::{Value, json};
+use sqlx::PgPool;
+use std::sync::Arc;
+use uuid::Uuid;
+
+struct Bench {
+    pool: PgPool,
+    hook: LedgerHook,
+    user: Uuid,
+    project: Uuid,
+}
+
+impl Bench {
+    async fn new(credits: i64) -> Self {
+        let pool = database(MIGRATIONS).await;
+        let settings = BillingSettings { welcome: MicroCredits::from_credits(credits), ..BillingSettings::default() };
+        let mut tx = pool.begin().await.expect("tx");
+        let (user, created) =
+            ledger::ensure_user(&mut tx, &Identity::Telegram(42), settings.welcome).await.expect("user");
+        assert!(created);
+        let project: Uuid = sqlx::query_scalar("insert into projects (user_id, name) values ($1, 'p') returning id")
+            .bind(user)
+            .fetch_one(&mut *tx)
+            .await
+            .expect("project");
+        tx.commit().await.expect("commit");
+        Self { pool, hook: LedgerHook::new(settings), user, project }
+    }
+
+    fn attempt(&self, run: RunId, number: u32) -> AttemptRef {
+        AttemptRef {
+            run_id: run,
+            attempt_id: AttemptId::derive(run, "step", number),
+            activity: "work@1".into(),
+            path: "step".into(),
+            attempt: number,
+            attributes: Arc::new(json!({"user_id": self.user.to_string(), "project_id": self.project.to_string()})),
+            budget: Arc::new(json!({"credits": 50})),
+            deadline: chrono::Utc::now() + chrono::Duration::minutes(20),
+        }
+    }
+
+    /// Starts an attempt that plans one call. The reason of a refusal, if there was one.
+    async fn start(&self, attempt: &AttemptRef) -> Option<String> {
+        let reserve = Reserve {
+            calls: vec![PlannedCall { candidates: vec![model()], count: 1, input_tokens: 1_000, output_tokens: 1_000 }],
+        };
+        let start = AttemptStart { attempt: attempt.clone(), reserve: serde_json::to_value(reserve).expect("json") };
+        self.transition(attempt.run_id, vec![], vec![start]).await
+    }
+
+    async fn end(&self, attempt: &AttemptRef, outcome: Outcome) {
+        let refused =
+            self.transition(attempt.run_id, vec![AttemptEnd { attempt: attempt.clone(), outcome }], vec![]).await;
+        assert_eq!(refused, None);
+    }
+
+    /// As the engine does it: refused transitions are rolled back.
+    async fn transition(&self, run_id: RunId, ended: Vec<AttemptEnd>, started: Vec<AttemptStart>) -> Option<String> {
+        loop {
+            let mut tx = self.pool.begin().await.expect("tx");
+            let transition = Transition { ord: 0, run_id, ended: ended.clone(), started: started.clone() };
+            let refused = match self.hook.apply(&mut tx, std::slice::from_ref(&transition)).await {
+                Ok(refused) => refused,
+                Err(error) => panic!("{error}"),
+            };
+            match refused.into_iter().next() {
+                Some(refusal) => {
+                    tx.rollback().await.expect("rollback");
+                    return Some(refusal.reason);
+                }
+                None => {
+                    tx.commit().await.expect("commit");
+                    return None;
+                }
+            }
+        }
+    }
+
+    async fn open(&self, attempt: &AttemptRef, key: &str, output_tokens: u64) -> Verdict {
+        let (provider, model) = model();
+        let call = CallOpened {
+            provider,
+            model,
+            purpose: "test".into(),
+            request_sha256: "00".repeat(32),
+            key_fingerprint: "11".repeat(32),
+            key_last4: "abcd".into(),
+            input_tokens_max: 1_000,
+            output_tokens_max: output_tokens,
+        };
+        self.meter(attempt, key, Phase::Open, serde_json::to_value(call).expect("json")).await
+    }
+
+    async fn close(&self, attempt: &AttemptRef, key: &str, state: CallState, prompt: u64, output: u64) {
+        let usage =
+            Usage { tokens_prompt: prompt, tokens_output: output, source: UsageSource::Provider, ..Usage::default() };
+        let call = CallClosed {
+            state,
+            model_served: None,
+            provider_request_id: Some("req-1".into()),
+            http_status: Some(200),
+            error_class: None,
+            finish_reason: Some("stop".into()),
+            stream_completed: true,
+            usage: (state == CallState::Succeeded).then_some(usage),
+        };
+        self.meter(attempt, key, Phase::Close, serde_json::to_value(call).expect("json")).await;
+    }
+
+    async fn meter(&self, attempt: &AttemptRef, key: &str, phase: Phase, body: Value) -> Verdict {
+        let mut tx = self.pool.begin().await.expect("tx");
+        let verdict = self.hook.meter(&mut tx, attempt, Reading { key, phase, body: &body }).await.expect("meter");
+        match verdict {
+            Verdict::Accepted => tx.commit().await.expect("commit"),
+            Verdict::Refused { .. } => tx.rollback().await.expect("rollback"),
+        }
+        verdict
+    }
+
+    async fn grant(&self, reference: &str, credits: i64) -> bool {
+        let mut tx = self.pool.begin().await.expect("tx");
+        let done =
+            ledger::grant(&mut tx, self.user, GrantSource::Promo, reference, MicroCredits::from_credits(credits), None)
+                .await;
+        tx.commit().await.expect("commit");
+        done.expect("grant")
+    }
+
+    async fn balance(&self) -> (i64, i64) {
+        let mut conn = self.pool.acquire().await.expect("conn");
+        let balance = ledger::balance(&mut conn, self.user).await.expect("balance");
+        (balance.balance.0, balance.held.0)
+    }
+
+    async fn violations(&self) -> Vec<&'static str> {
+        let mut conn = self.pool.acquire().await.expect("conn");
+        let mut names: Vec<_> = audit::run(&mut conn).await.expect("audit").into_iter().map(|v| v.invariant).collect();
+        names.dedup();
+        names
+    }
+}
+
+fn model() -> (String, String) {
+    ("rehearsed".into(), "rehearsed/architect".into())
+}
+
+/// 1,000 prompt and 100 output tokens at 2 and 10 USD per million, 120 credits per USD.
+const CALL_UCR: i64 = (1_000 * 2 + 100 * 10) * 120;
+
+#[tokio::test]
+async fn an_attempt_is_held_priced_and_captured_once() {
+    let bench = Bench::new(100).await;
+    let attempt = bench.attempt(RunId::new(), 1);
+    assert_eq!(bench.start(&attempt).await, None);
+    let (balance, held) = bench.balance().await;
+    assert_eq!((balance, held), (100_000_000, (1_000 * 2 + 1_000 * 10) * 120));
+    assert!(matches!(bench.open(&attempt, "a.0", 1_000).await, Verdict::Accepted));
+    assert!(
+        matches!(bench.open(&attempt, "a.0", 1_000).await, Verdict::Accepted),
+        "the same call announced twice is one call"
+    );
+    bench.close(&attempt, "a.0", CallState::Succeeded, 1_000, 100).await;
+    bench.close(&attempt, "a.0", CallState::Succeeded, 9_000, 900).await;
+    bench.end(&attempt, Outcome::Succeeded).await;
+    bench.end(&attempt, Outcome::Failed).await;
+    assert_eq!(bench.balance().await, (100_000_000 - CALL_UCR, 0));
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn what_was_under_way_when_the_worker_died_is_unknown_and_free_even_when_it_is_reported_later() {
+    let bench = Bench::new(100).await;
+    let attempt = bench.attempt(RunId::new(), 1);
+    bench.start(&attempt).await;
+    bench.open(&attempt, "a.0", 100).await;
+    bench.close(&attempt, "a.0", CallState::Succeeded, 1_000, 100).await;
+    bench.open(&attempt, "a.1", 100).await;
+    bench.end(&attempt, Outcome::Lost).await;
+    assert_eq!(bench.balance().await, (100_000_000 - CALL_UCR, 0));
+    bench.close(&attempt, "a.1", CallState::Succeeded, 5_000, 500).await;
+    let row: (String, bool, i64, Option<i64>) =
+        sqlx::query_as("select state, late, cost_pusd, tokens_prompt from api_key_usage where call_key = 'a.1'")
+            .fetch_one(&bench.pool)
+            .await
+            .expect("row");
+    assert_eq!(row, ("succeeded".into(), true, 0, Some(5_000)));
+    assert_eq!(bench.balance().await, (100_000_000 - CALL_UCR, 0));
+    assert!(
+        matches!(bench.open(&attempt, "a.2", 100).await, Verdict::Refused { .. }),
+        "an ended attempt makes no call"
+    );
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn a_hold_grows_with_its_calls_until_credits_or_budget_end() {
+    let bench = Bench::new(100).await;
+    let attempt = bench.attempt(RunId::new(), 1);
+    bench.start(&attempt).await;
+    assert!(matches!(bench.open(&attempt, "a.0", 10_000).await, Verdict::Accepted));
+    assert_eq!(bench.balance().await.1, (1_000 * 2 + 10_000 * 10) * 120);
+    bench.close(&attempt, "a.0", CallState::Succeeded, 1_000, 10_000).await;
+    let Verdict::Refused { reason, .. } = bench.open(&attempt, "a.1", 40_000).await else {
+        panic!("beyond the run's budget of 50")
+    };
+    assert_eq!(reason, "budget");
+    let Verdict::Refused { reason, .. } = bench.open(&attempt, "a.2", 4_000_000).await else {
+        panic!("beyond all credits")
+    };
+    assert_eq!(reason, "credits");
+    bench.end(&attempt, Outcome::Blocked).await;
+    assert_eq!(bench.balance().await, (100_000_000 - (1_000 * 2 + 10_000 * 10) * 120, 0));
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn without_credits_nothing_starts_and_nothing_is_left_behind() {
+    let bench = Bench::new(1).await;
+    let attempt = bench.attempt(RunId::new(), 1);
+    assert_eq!(bench.start(&attempt).await.as_deref(), Some("credits"));
+    let rows: i64 =
+        sqlx::query_scalar("select count(*) from activity_attempts").fetch_one(&bench.pool).await.expect("count");
+    assert_eq!(rows, 0);
+    assert!(bench.grant("t1", 10).await);
+    assert!(!bench.grant("t1", 10).await, "a ticket is honored once");
+    assert_eq!(bench.start(&attempt).await, None);
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn a_model_without_a_price_is_not_used() {
+    let bench = Bench::new(100).await;
+    let attempt = bench.attempt(RunId::new(), 1);
+    bench.start(&attempt).await;
+    let call = CallOpened {
+        provider: "gemini".into(),
+        model: "gemini-unheard-of".into(),
+        purpose: "test".into(),
+        request_sha256: "00".repeat(32),
+        key_fingerprint: "11".repeat(32),
+        key_last4: String::new(),
+        input_tokens_max: 1,
+        output_tokens_max: 1,
+    };
+    let verdict = bench.meter(&attempt, "a.0", Phase::Open, serde_json::to_value(call).expect("json")).await;
+    assert!(matches!(verdict, Verdict::Refused { reason, .. } if reason == "price_missing"));
+}
+
+#[tokio::test]
+async fn the_welcome_is_given_once_however_many_ask_at_once() {
+    let pool = database(MIGRATIONS).await;
+    let welcome = MicroCredits::from_credits(5);
+    let asks = (0..10).map(|_| {
+        let pool = pool.clone();
+        async move {
+            let mut tx = pool.begin().await.expect("tx");
+            let (user, _) = ledger::ensure_user(&mut tx, &Identity::Telegram(7), welcome).await.expect("user");
+            tx.commit().await.expect("commit");
+            user
+        }
+    });
+    let users = futures_util::future::join_all(asks).await;
+    assert!(users.iter().all(|u| *u == users[0]));
+    let mut conn = pool.acquire().await.expect("conn");
+    assert_eq!(ledger::balance(&mut conn, users[0]).await.expect("balance").balance, welcome);
+}
+
+#[tokio::test]
+async fn a_purchase_counts_once_per_charge_and_is_refunded_while_it_is_untouched() {
+    let bench = Bench::new(1).await;
+    sqlx::query("insert into orders (payload, user_id, stars, credits_ucr, state, expires_at) values ('ord', $1, 250, 50000000, 'open', engine_now() + interval '1 hour')")
+        .bind(bench.user)
+        .execute(&bench.pool)
+        .await
+        .expect("order");
+    let pay = async |charge_id: &str, currency: &str, stars: i32| {
+        let mut tx = bench.pool.begin().await.expect("tx");
+        let payment = Payment { charge_id, payload: "ord", currency, stars, recurring: false };
+        let result = ledger::purchase(&mut tx, bench.user, &payment).await;
+        tx.commit().await.expect("commit");
+        result
+    };
+    assert!(matches!(pay("c1", "USD", 250).await, Err(LedgerError::Mismatch(_))));
+    assert!(matches!(pay("c1", "XTR", 1).await, Err(LedgerError::Mismatch(_))));
+    assert_eq!(pay("c1", "XTR", 250).await.expect("paid"), Some(MicroCredits(50_000_000)));
+    assert_eq!(pay("c1", "XTR", 250).await.expect("replayed"), None);
+    assert_eq!(pay("c2", "XTR", 250).await.expect("a forwarded invoice"), Some(MicroCredits(50_000_000)));
+    assert_eq!(bench.balance().await.0, 101_000_000);
+    let refund = async |charge: &str| {
+        let mut tx = bench.pool.begin().await.expect("tx");
+        let result = ledger::refund(&mut tx, bench.user, charge).await;
+        match result {
+            Ok(_) => tx.commit().await.expect("commit"),
+            Err(_) => tx.rollback().await.expect("rollback"),
+        }
+        result
+    };
+    assert!(refund("c1").await.expect("untouched"));
+    assert!(!refund("c1").await.expect("done before"));
+    let attempt = bench.attempt(RunId::new(), 1);
+    bench.start(&attempt).await;
+    bench.open(&attempt, "a.0", 1_000).await;
+    bench.close(&attempt, "a.0", CallState::Succeeded, 1_000, 1_000).await;
+    assert!(matches!(refund("c2").await, Err(LedgerError::Used(_))), "part of it is held");
+    bench.end(&attempt, Outcome::Succeeded).await;
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn the_ledger_cannot_be_rewritten() {
+    let bench = Bench::new(1).await;
+    for sql in [
+        "update credit_transactions set amount_ucr = 1",
+        "delete from credit_transactions",
+        "update model_pricing set input_umtok = 0",
+    ] {
+        let error = sqlx::query(sql).execute(&bench.pool).await.expect_err("refused").to_string();
+        assert!(error.contains("append-only"), "{error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn any_interleaving_leaves_money_in_order() {
+    let bench = Arc::new(Bench::new(3).await);
+    let mut tasks = Vec::new();
+    for worker in 0..6u64 {
+        let bench = bench.clone();
+        tasks.push(tokio::spawn(async move {
+            let mut state = 0x9e37_79b9 ^ (worker + 1).wrapping_mul(0xdead_beef);
+            let mut random = move |n: u64| {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                state % n
+            };
+            for n in 0..25 {
+                if random(4) == 0 {
+                    bench.grant(&format!("g{worker}-{n}"), 1 + i64::try_from(random(3)).expect("small")).await;
+                }
+                let attempt = bench.attempt(RunId::new(), 1);
+                if bench.start(&attempt).await.is_some() {
+                    continue;
+                }
+                for call in 0..random(4) {
+                    let key = format!("c{call}");
+                    if !matches!(bench.open(&attempt, &key, 100 + random(3_000)).await, Verdict::Accepted) {
+                        break;
+                    }
+                    match random(5) {
+                        0 => bench.close(&attempt, &key, CallState::Failed, 0, 0).await,
+                        1 => bench.close(&attempt, &key, CallState::Unknown, 0, 0).await,
+                        2 => {}
+                        // Sometimes more than was announced.
+                        _ => bench.close(&attempt, &key, CallState::Succeeded, random(2_000), random(4_000)).await,
+                    }
+                }
+                let outcome = [Outcome::Succeeded, Outcome::Failed, Outcome::Lost, Outcome::Blocked]
+                    [usize::try_from(random(4)).expect("small")];
+                bench.end(&attempt, outcome).await;
+                if random(2) == 0 {
+                    bench.end(&attempt, Outcome::Lost).await;
+                    bench.close(&attempt, "c0", CallState::Succeeded, 500, 500).await;
+                }
+            }
+        }));
+    }
+    for task in tasks {
+        task.await.expect("no panic");
+    }
+    assert_eq!(bench.violations().await, [""; 0]);
+    assert_eq!(bench.balance().await.1, 0, "nothing stays held");
+}
+
+#[tokio::test]
+async fn every_invariant_catches_its_corruption() {
+    for (invariant, sql) in [
+        ("I1", "update users set credit_balance_ucr = credit_balance_ucr + 1"),
+        ("I2", "update credit_transactions set balance_after_ucr = balance_after_ucr + 1 where seq = 1"),
+        ("I3", "update credit_transactions set hold_txn_id = (select min(id) from credit_transactions where kind = 'grant') where kind = 'capture'"),
+        ("I4", "update activity_attempts set state = 'running', ended_at = null"),
+        ("I5", "update credit_grants set remaining_ucr = remaining_ucr - 1"),
+        ("I6", "update credit_grants set remaining_ucr = remaining_ucr - 1"),
+        ("I7", "update credit_allocations set captured_ucr = captured_ucr - 1"),
+        ("I8", "update api_key_usage set started_at = started_at - interval '1 hour'"),
+        ("I9", "update api_key_usage set cost_pusd = cost_pusd + 1000000000"),
+        ("I10", "update api_key_usage set state = 'started', finished_at = null"),
+        ("I11", "insert into credit_grants (user_id, source, source_ref, amount_ucr, remaining_ucr) select id, 'purchase', 'none', 1, 1 from users"),
+        ("I12", "insert into orders (payload, user_id, stars, credits_ucr, state, expires_at) select 'o', id, 1, 1, 'paid', now() from users;
+                 insert into payments (charge_id, order_id, user_id, stars, refund_state) select 'c', o.id, o.user_id, 1, 'done' from orders o"),
+        ("I13", "update api_key_usage set pricing_id = (select min(id) from model_pricing where provider = 'gemini')"),
+        ("I14", "update api_key_usage set tokens_output = tokens_output + 1"),
+        ("I15", "update activity_attempts set state = 'running', ended_at = null, lease_expires_at = now() - interval '1 hour'"),
+        ("I16", "update activity_attempts set state = 'running', ended_at = null;
+                 insert into definitions (hash, name, version, format, source, bundle, ir) values (decode(repeat('00', 32), 'hex'), 'n', 1, 1, '', '{}', '{}');
+                 insert into runs (shard, run_id, workflow, definition, status, inputs, closed_at)
+                   select 0, run_id, 'n', decode(repeat('00', 32), 'hex'), 'failed', '{}', now() from activity_attempts"),
+        ("I17", "update api_key_usage set state = 'failed'"),
+    ] {
+        let bench = Bench::new(100).await;
+        let attempt = bench.attempt(RunId::new(), 1);
+        bench.start(&attempt).await;
+        bench.open(&attempt, "a.0", 1_000).await;
+        bench.close(&attempt, "a.0", CallState::Succeeded, 1_000, 100).await;
+        bench.end(&attempt, Outcome::Succeeded).await;
+        assert_eq!(bench.violations().await, [""; 0]);
+        let mut conn = bench.pool.acquire().await.expect("conn");
+        // Triggers and foreign keys stand in the way of a corruption.
+        sqlx::query("set session_replication_role = replica").execute(&mut *conn).await.expect("role");
+        sqlx::raw_sql(sql).execute(&mut *conn).await.unwrap_or_else(|e| panic!("{invariant}: {e}"));
+        sqlx::query("reset session_replication_role").execute(&mut *conn).await.expect("role");
+        drop(conn);
+        assert!(bench.violations().await.contains(&invariant), "{invariant} did not see it");
+    }
+}
