@@ -255,11 +255,14 @@ async fn api_key(conn: &mut PgConnection, call: &CallOpened) -> Result<Uuid, sql
     .await
 }
 
+/// Row id, state, provider, requested model, state of the attempt, late, start.
+type OpenedCall = (i64, String, String, String, String, bool, DateTime<Utc>);
+
 async fn close(conn: &mut PgConnection, attempt: &AttemptRef, key: &str, call: &CallClosed) -> Result<(), LedgerError> {
     let id = attempt.attempt_id.0;
     let Some(owner) = owner(attempt) else { return Ok(()) };
     ledger::lock(conn, owner.user).await?;
-    let row: Option<(i64, String, String, String, String, bool, DateTime<Utc>)> = sqlx::query_as(
+    let row: Option<OpenedCall> = sqlx::query_as(
         "select k.id, k.state, k.provider, k.model_requested, a.state, k.late, k.started_at from api_key_usage k join activity_attempts a on a.id = k.attempt_id
          where k.attempt_id = $1 and k.call_key = $2",
     )
