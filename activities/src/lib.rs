@@ -4,6 +4,7 @@ pub mod agent;
 pub mod billing;
 pub mod check;
 pub mod commit;
+pub mod contract;
 pub mod deliver;
 pub mod edit;
 pub mod gather;
