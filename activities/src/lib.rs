@@ -16,6 +16,7 @@ pub mod plan;
 pub mod provider;
 pub mod readme;
 pub mod sandbox;
+pub mod toolbox;
 pub mod tools;
 pub mod usage;
 pub mod verify;
