@@ -132,6 +132,10 @@ impl Bench for Worktree {
         Box::pin(self.workspace.changes())
     }
 
+    fn committed<'a>(&'a self, _path: &'a str) -> BoxFuture<'a, Result<Option<String>, Failure>> {
+        Box::pin(async move { Ok(None) })
+    }
+
     fn search(&self, query: String) -> BoxFuture<'_, Result<String, Failure>> {
         Box::pin(async move {
             let hits = self.ask(move |index| index.search(&query, HITS_MAX)).await?;

@@ -58,7 +58,9 @@ pub(super) fn parse(call: &ToolCall, tools: &[Tool]) -> Result<Call, String> {
         Tool::Run => {
             let command = filled(arguments, "command")?;
             if command.len() > COMMAND_BYTES_MAX {
-                return Err(format!("the command is longer than {COMMAND_BYTES_MAX} bytes; write a script file instead."));
+                return Err(format!(
+                    "the command is longer than {COMMAND_BYTES_MAX} bytes; write a script file instead."
+                ));
             }
             if command.contains('\0') {
                 return Err("the command contains NUL.".to_owned());

@@ -170,8 +170,7 @@ impl<'b> Hands<'b> {
 
         let touched: BTreeSet<&String> =
             before.keys().chain(after.keys()).filter(|path| before.get(*path) != after.get(*path)).collect();
-        let bytes: usize =
-            touched.iter().filter_map(|path| after.get(*path)?.as_ref()).map(String::len).sum();
+        let bytes: usize = touched.iter().filter_map(|path| after.get(*path)?.as_ref()).map(String::len).sum();
         let too_much = touched.len() > RUN_FILES_MAX || bytes > RUN_BYTES_MAX;
         let mut undone = Vec::new();
         let mut kept = Vec::new();
@@ -301,8 +300,8 @@ mod tests {
     fn reads_are_cut_at_lines_and_say_how_to_go_on() {
         let text: String = (1..=3000).map(|n| format!("line number {n:04}\n")).collect();
         let all = slice("a", &text, None, None);
-        assert!(all.text.starts_with("a, lines 1-1820 of 3000:\nline number 0001\n"), "{}", &all.text[..60]);
-        assert!(all.text.ends_with("go on with start_line 1821]\n"));
+        assert!(all.text.starts_with("a, lines 1-1927 of 3000:\nline number 0001\n"), "{}", &all.text[..60]);
+        assert!(all.text.ends_with("go on with start_line 1928]\n"));
         assert_eq!(slice("a", &text, Some(3), Some(3)).text, "a, lines 3-3 of 3000:\nline number 0003\n");
         assert!(!slice("a", &text, Some(3001), None).ok && !slice("a", &text, Some(5), Some(4)).ok);
         assert_eq!(slice("a", "x", None, Some(9)).text, "a, lines 1-1 of 1:\nx\n");

@@ -16,6 +16,8 @@ mod bench;
 mod call;
 mod execute;
 mod record;
+#[cfg(test)]
+mod tests;
 mod turn;
 mod watch;
 
@@ -141,7 +143,10 @@ impl Tool {
                 ),
                 None => (
                     "Say that the work is finished. The checks decide whether it is.",
-                    object(&["summary"], json!({"summary": {"type": "string", "description": "what was done, in one or two sentences"}})),
+                    object(
+                        &["summary"],
+                        json!({"summary": {"type": "string", "description": "what was done, in one or two sentences"}}),
+                    ),
                 ),
             },
         };

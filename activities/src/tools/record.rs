@@ -78,10 +78,17 @@ impl Delta {
 #[serde(tag = "end", rename_all = "snake_case")]
 pub(super) enum End {
     /// The model said so.
-    Done { summary: String, result: Option<Value> },
+    Done {
+        summary: String,
+        result: Option<Value>,
+    },
     /// It answered in words instead of calling a tool.
-    Text { text: String },
-    Stopped { rule: Rule },
+    Text {
+        text: String,
+    },
+    Stopped {
+        rule: Rule,
+    },
 }
 
 type Hash = [u8; 32];

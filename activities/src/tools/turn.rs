@@ -12,7 +12,7 @@ use crate::{
     edit::Frozen,
     orchestrator::{Message, Orchestrator, Reply, Request, Role, ToolCall},
 };
-use loopwright_engine::{Failure, activity::Context};
+use loopwright_engine::{Failure, FailureKind, activity::Context};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::{future::Future, time::Duration};
@@ -107,16 +107,15 @@ impl AgentLoop {
         }
         let first = stops.last().map_or(1, |stop| stop.turn + 1);
         let mut messages = self.opening(ctx, &stops, opening).await?;
-        let mut state = State { hands: Hands::new(bench, &self.frozen), watch: Watch::default(), nudged: false, doubted: false };
+        let mut state =
+            State { hands: Hands::new(bench, &self.frozen), watch: Watch::default(), nudged: false, doubted: false };
 
         let mut served = (String::new(), String::new());
         for turn in 1..=self.turns_max {
             let number = first + turn - 1;
             ctx.check_cancelled()?;
             let progress = self.progress(turn, "model", "", &state);
-            let request = self.request(&messages);
-            let reply =
-                alive(ctx, progress, self.orchestrator.call(ctx, &format!("turn-{number}"), request)).await?;
+            let reply = alive(ctx, progress, self.ask(ctx, &format!("turn-{number}"), &messages)).await?;
             served = (reply.provider.clone(), reply.model.clone());
 
             let key = format!("turn:{number}");
@@ -228,6 +227,21 @@ impl AgentLoop {
         Ok(messages)
     }
 
+    /// One model call; without tools where no candidate takes part with them.
+    async fn ask(&self, ctx: &Context, key: &str, messages: &[Message]) -> Result<Reply, Failure> {
+        let request = self.request(messages);
+        match self.orchestrator.call(ctx, key, request.clone()).await {
+            Err(failure)
+                if failure.code == "model.unavailable"
+                    && failure.kind == FailureKind::Permanent
+                    && !request.tools.is_empty() =>
+            {
+                self.orchestrator.call(ctx, key, Request { tools: Vec::new(), ..request }).await
+            }
+            result => result,
+        }
+    }
+
     fn request(&self, messages: &[Message]) -> Request {
         let schema = match &self.goal {
             Goal::Answer { schema } => schema.as_ref(),
@@ -278,9 +292,7 @@ impl AgentLoop {
                         refused_edit |= tool_call.name == Tool::Edit.name();
                         Answer::refused(why).text
                     }
-                    Ok(Call::Done { summary, result }) => {
-                        self.done(state, refused_edit, summary, result, &mut record)
-                    }
+                    Ok(Call::Done { summary, result }) => self.done(state, refused_edit, summary, result, &mut record),
                     Ok(call) => {
                         let progress = self.progress(turn, &tool_call.name, call.subject(), state);
                         let answer = alive(ctx, progress, state.hands.execute(ctx, &call)).await?;
@@ -333,7 +345,8 @@ impl AgentLoop {
             && let Some(answer) = call::text_answer(&reply.text)
         {
             let tree = state.hands.tree.state();
-            let as_call = ToolCall { id: String::new(), name: Tool::Edit.name().to_owned(), arguments: answer.value.clone() };
+            let as_call =
+                ToolCall { id: String::new(), name: Tool::Edit.name().to_owned(), arguments: answer.value.clone() };
             let verdict = state.watch.call(&as_call.name, &signature(&as_call), &tree);
             if let Verdict::Stop(rule) = verdict {
                 record.end = Some(End::Stopped { rule });
@@ -510,9 +523,8 @@ fn printable(text: &str) -> String {
 }
 
 fn read<T: serde::de::DeserializeOwned>(saved: Value, key: &str) -> Result<T, Failure> {
-    serde_json::from_value(saved).map_err(|error| {
-        Failure::permanent("internal.checkpoint", format!("checkpoint {key} cannot be read: {error}"))
-    })
+    serde_json::from_value(saved)
+        .map_err(|error| Failure::permanent("internal.checkpoint", format!("checkpoint {key} cannot be read: {error}")))
 }
 
 fn valid(schema: &Value, value: &Value) -> Result<(), String> {
