@@ -15,6 +15,7 @@
 mod bench;
 mod call;
 mod execute;
+pub mod prompt;
 mod record;
 #[cfg(test)]
 mod tests;
