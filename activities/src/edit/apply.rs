@@ -84,7 +84,7 @@ struct View<'r> {
 impl View<'_> {
     fn load(&mut self, path: &str) -> Result<&mut File, Reason> {
         if !self.files.contains_key(path) {
-            let before = (self.read)(path).map_err(Reason::Read)?;
+            let before = (self.read)(path).map_err(|failure| Reason::Read(Box::new(failure)))?;
             if let Some(bytes) = before.as_ref().map(String::len).filter(|bytes| *bytes > FILE_BYTES_MAX) {
                 return Err(Reason::TooLarge(bytes));
             }
@@ -123,6 +123,9 @@ impl View<'_> {
         };
         if let Some(bytes) = next.as_ref().map(String::len).filter(|bytes| *bytes > FILE_BYTES_MAX) {
             return Err(Reason::TooLarge(bytes));
+        }
+        if next.as_ref().is_some_and(|text| text.contains('\0')) {
+            return Err(Reason::Binary);
         }
         let file = self.load(path)?;
         file.now = next;
@@ -252,6 +255,7 @@ mod tests {
         assert_eq!(reason(&tree, &vec![delete("z"); EDITS_MAX + 1]), (None, Reason::TooMany(EDITS_MAX + 1)));
         assert_eq!(reason(&tree, &[write("b", ""), write("../b", "")]), (Some(1), Reason::Path(PathError::Parent)));
         assert_eq!(reason(&tree, &[write("b", &big)]), (Some(0), Reason::TooLarge(FILE_BYTES_MAX + 1)));
+        assert_eq!(reason(&tree, &[write("b", "\0")]), (Some(0), Reason::Binary));
         assert_eq!(reason(&tree, &[block("b", "x", "y")]), (Some(0), Reason::Missing));
         assert_eq!(reason(&tree, &[block("a.py", "", "y")]), (Some(0), Reason::EmptySearch));
         assert_eq!(reason(&tree, &[write("dir/b", "")]), (Some(0), Reason::Occupied("dir".into())));

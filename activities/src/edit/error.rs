@@ -23,6 +23,8 @@ pub enum Reason {
     TooMany(usize),
     NoEdits,
     TooLarge(usize),
+    /// A NUL in a text.
+    Binary,
     /// A block of a file that does not exist.
     Missing,
     /// A file where a folder is needed, or the reverse.
@@ -49,7 +51,7 @@ pub enum Reason {
         around: String,
     },
     /// The file could not be read.
-    Read(Failure),
+    Read(Box<Failure>),
 }
 
 impl EditError {
@@ -75,6 +77,7 @@ impl fmt::Display for EditError {
             Reason::TooMany(count) => write!(f, "{count} edits in one call; at most {EDITS_MAX}."),
             Reason::NoEdits => f.write_str("the list of edits is empty."),
             Reason::TooLarge(bytes) => write!(f, "the file would have {bytes} bytes; at most {FILE_BYTES_MAX}."),
+            Reason::Binary => f.write_str("the text contains NUL; only text files can be edited."),
             Reason::Missing => f.write_str("the file does not exist. Use op \"write\" with its whole content."),
             Reason::Occupied(other) => write!(f, "{other:?} is already there as something else (file or folder)."),
             Reason::EmptySearch => {

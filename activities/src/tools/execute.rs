@@ -4,7 +4,7 @@ use super::{
     Bench, FIND_BYTES_MAX, READ_BYTES_MAX, RUN_BYTES_MAX, RUN_FILES_MAX, Ran,
     bench::head,
     call::Call,
-    record::{Delta, Tree},
+    record::{Delta, Refused, Tree},
 };
 use crate::{
     edit::{self, Edit, Frozen, path},
@@ -14,7 +14,9 @@ use loopwright_engine::{Failure, FailureKind, activity::Context};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Refusals by a grammar that is only rough, after which a file is let pass: the checks decide then.
-const ROUGH_REFUSALS_MAX: u32 = 3;
+const ROUGH_REFUSALS_MAX: usize = 3;
+/// Blocks that missed in a file, after which the model is asked for the whole file.
+const MISSES_MAX: usize = 2;
 
 /// The answer to a call.
 pub(super) struct Answer {
@@ -39,9 +41,9 @@ pub(super) struct Hands<'b> {
     pub(super) tree: Tree,
     /// Files as the current turn left them.
     turn: BTreeMap<String, Option<String>>,
-    /// Refusals by rough grammars, per path; those of the current turn apart.
-    rough: BTreeMap<String, u32>,
-    rough_turn: Vec<String>,
+    /// Refusals since the start; those of the current turn apart.
+    refused: Refused,
+    refused_now: Refused,
 }
 
 impl<'b> Hands<'b> {
@@ -51,8 +53,8 @@ impl<'b> Hands<'b> {
             frozen,
             tree: Tree::default(),
             turn: BTreeMap::new(),
-            rough: BTreeMap::new(),
-            rough_turn: Vec::new(),
+            refused: Refused::default(),
+            refused_now: Refused::default(),
         }
     }
 
@@ -60,23 +62,23 @@ impl<'b> Hands<'b> {
     ///
     /// # Errors
     /// The bench's, when it cannot be written.
-    pub(super) fn replay(&mut self, delta: &[Delta], rough: &[String]) -> Result<(), Failure> {
+    pub(super) fn replay(&mut self, delta: &[Delta], refused: &Refused) -> Result<(), Failure> {
         let changes: Vec<_> = delta.iter().map(Delta::to_change).collect();
         for change in &changes {
             let before = self.bench.read(&change.path)?;
             self.tree.set(&change.path, before.as_deref(), change.content.as_deref());
         }
-        for path in rough {
-            *self.rough.entry(path.clone()).or_default() += 1;
-        }
+        self.refused.add(refused);
         if changes.is_empty() { Ok(()) } else { self.bench.write(&changes) }
     }
 
-    /// What the turn did to the tree, and which files a rough grammar refused; the next turn begins.
-    pub(super) fn end_turn(&mut self) -> (Vec<Delta>, Vec<String>) {
+    /// What the turn did to the tree, and which edits were refused; the next turn begins.
+    pub(super) fn end_turn(&mut self) -> (Vec<Delta>, Refused) {
         let turn = std::mem::take(&mut self.turn);
         let delta = turn.into_iter().map(|(path, content)| Delta::new(path, content)).collect();
-        (delta, std::mem::take(&mut self.rough_turn))
+        let refused = std::mem::take(&mut self.refused_now);
+        self.refused.add(&refused);
+        (delta, refused)
     }
 
     /// Answers one call; `done` is not among them.
@@ -110,19 +112,25 @@ impl<'b> Hands<'b> {
     fn edit(&mut self, edits: &[Edit]) -> Result<Answer, Failure> {
         let bench = self.bench;
         let read = |path: &str| bench.read(path);
-        let rough = &self.rough;
-        let lenient = |path: &str| rough.get(path).copied().unwrap_or_default() >= ROUGH_REFUSALS_MAX;
+        let lenient = |path: &str| self.times(path, |refused| &refused.syntax) >= ROUGH_REFUSALS_MAX;
         let plan = match edit::plan(&read, edits, self.frozen, &lenient) {
             Ok(plan) => plan,
             Err(error) => {
                 if let Some(failure) = error.failure() {
                     return Err(failure.clone());
                 }
-                if let (edit::Reason::Syntax { .. }, Ok(path)) = (&error.reason, path::normal(&error.path)) {
-                    *self.rough.entry(path.clone()).or_default() += 1;
-                    self.rough_turn.push(path);
+                let mut text = error.to_string();
+                match (&error.reason, path::normal(&error.path)) {
+                    (edit::Reason::Syntax { .. }, Ok(path)) => self.refused_now.syntax.push(path),
+                    (edit::Reason::NotFound { .. } | edit::Reason::Ambiguous { .. }, Ok(path)) => {
+                        self.refused_now.missed.push(path.clone());
+                        if self.times(&path, |refused| &refused.missed) >= MISSES_MAX {
+                            text.push_str(" Blocks miss in this file: send it whole, with op \"write\".");
+                        }
+                    }
+                    _ => {}
                 }
-                return Ok(Answer::refused(error.to_string()));
+                return Ok(Answer::refused(text));
             }
         };
         let mut text = String::new();
@@ -153,6 +161,11 @@ impl<'b> Hands<'b> {
             text.push_str(&format!("\nA grammar doubts {doubt}; the checks decide."));
         }
         Ok(Answer::ok(text.trim_start()))
+    }
+
+    /// How often edits of `path` were refused for a cause.
+    fn times(&self, path: &str, cause: fn(&Refused) -> &Vec<String>) -> usize {
+        cause(&self.refused).iter().chain(cause(&self.refused_now)).filter(|refused| *refused == path).count()
     }
 
     fn note(&mut self, change: &FileChange, before: Option<&str>) {

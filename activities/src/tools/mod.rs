@@ -94,9 +94,9 @@ impl Tool {
         Self::ALL.into_iter().find(|tool| tool.name() == name)
     }
 
-    /// What a model is told of it. `result` is the schema of the object that `done` has to hand over, if any.
+    /// What a model is told of it; `done` takes what the goal asks for.
     #[must_use]
-    pub fn spec(self, result: Option<&Value>) -> ToolSpec {
+    pub fn spec(self, goal: &Goal) -> ToolSpec {
         let (description, parameters) = match self {
             Self::Read => (
                 "Read a file of the project. Lines are 1-based and inclusive; without them the file from its start.",
@@ -137,19 +137,23 @@ impl Tool {
                  and the end of the output.",
                 object(&["command"], json!({"command": {"type": "string"}})),
             ),
-            Self::Done => match result {
-                Some(schema) => (
-                    "Hand over the result. The work ends with it.",
-                    object(&["result"], json!({"result": schema, "summary": {"type": "string"}})),
-                ),
-                None => (
-                    "Say that the work is finished. The checks decide whether it is.",
-                    object(
-                        &["summary"],
-                        json!({"summary": {"type": "string", "description": "what was done, in one or two sentences"}}),
+            Self::Done => {
+                let text = |description| json!({"type": "string", "description": description});
+                match goal {
+                    Goal::Change => (
+                        "Say that the work is finished. The checks decide whether it is.",
+                        object(&["summary"], json!({"summary": text("what was done, in one or two sentences")})),
                     ),
-                ),
-            },
+                    Goal::Answer { schema: None } => (
+                        "Hand over the answer. The work ends with it.",
+                        object(&["summary"], json!({"summary": text("the whole answer")})),
+                    ),
+                    Goal::Answer { schema: Some(schema) } => (
+                        "Hand over the result. The work ends with it.",
+                        object(&["result"], json!({"result": schema, "summary": text("a remark, if one is needed")})),
+                    ),
+                }
+            }
         };
         ToolSpec { name: self.name().to_owned(), description: description.to_owned(), parameters }
     }

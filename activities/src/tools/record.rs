@@ -18,9 +18,9 @@ pub(super) struct TurnRecord {
     /// Files that the turn changed, with their content after it (null: deleted).
     #[serde(default)]
     pub(super) delta: Vec<Delta>,
-    /// Files that a rough grammar refused.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub(super) rough: Vec<String>,
+    /// Files whose edits were refused, by cause.
+    #[serde(default)]
+    pub(super) refused: Refused,
     /// The model was reminded to use its tools.
     #[serde(default)]
     pub(super) reminded: bool,
@@ -30,6 +30,24 @@ pub(super) struct TurnRecord {
     /// Set by the last turn.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) end: Option<End>,
+}
+
+/// Files whose edits were refused, once for each refusal.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Refused {
+    /// By the syntax gate.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) syntax: Vec<String>,
+    /// Because a search block was not found or not unique.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) missed: Vec<String>,
+}
+
+impl Refused {
+    pub(super) fn add(&mut self, other: &Self) {
+        self.syntax.extend_from_slice(&other.syntax);
+        self.missed.extend_from_slice(&other.missed);
+    }
 }
 
 /// The answer to one tool call.

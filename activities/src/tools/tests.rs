@@ -283,6 +283,22 @@ async fn wrong_calls_are_answered_and_change_nothing() {
 }
 
 #[tokio::test]
+async fn after_two_missed_blocks_the_whole_file_is_asked_for() {
+    let miss = |search: &str| {
+        tool("edit", &format!("{{ edits: [{{ op: replace, path: a.txt, search: {search}, replace: z }}] }}"))
+    };
+    let stage = Stage::new(&[
+        ("turn-1", &miss("first")),
+        ("turn-2", &miss("second")),
+        ("turn-3", &write("a.txt", "x")),
+        ("turn-*", &done()),
+    ]);
+    stage.run(&Memory::of(&[("a.txt", "old")])).await.expect("done");
+    assert!(!stage.output(1).contains("send it whole"));
+    assert!(stage.output(2).contains("send it whole"));
+}
+
+#[tokio::test]
 async fn done_with_nothing_done_is_doubted_once_and_after_a_refused_edit_refused() {
     let stage = Stage::new(&[("turn-*", &done())]);
     let outcome = stage.run(&Memory::default()).await.expect("satisfied as it is");

@@ -243,15 +243,11 @@ impl AgentLoop {
     }
 
     fn request(&self, messages: &[Message]) -> Request {
-        let schema = match &self.goal {
-            Goal::Answer { schema } => schema.as_ref(),
-            Goal::Change => None,
-        };
         Request {
             role: self.role,
             purpose: self.purpose.clone(),
             messages: messages.to_vec(),
-            tools: self.tools.iter().map(|tool| tool.spec(schema)).collect(),
+            tools: self.tools.iter().map(|tool| tool.spec(&self.goal)).collect(),
             output_schema: None,
             max_output_tokens: self.max_output_tokens,
         }
@@ -315,7 +311,7 @@ impl AgentLoop {
                 break;
             }
         }
-        (record.delta, record.rough) = state.hands.end_turn();
+        (record.delta, record.refused) = state.hands.end_turn();
         let verdict = state.watch.turn(!record.delta.is_empty());
         if self.goal == Goal::Change && record.end.is_none() {
             match verdict {
@@ -435,6 +431,9 @@ impl AgentLoop {
                     return Answer::refused(format!("`result` does not fit its schema:\n{why}")).text;
                 }
             }
+            Goal::Answer { schema: None } if summary.trim().is_empty() => {
+                return Answer::refused("`summary` is missing: it is the answer.").text;
+            }
             Goal::Change | Goal::Answer { schema: None } => {}
         }
         record.end = Some(End::Done { summary: printable(&summary), result });
@@ -462,7 +461,7 @@ impl State<'_> {
             let call = ToolCall { id: String::new(), name: Tool::Edit.name().to_owned(), arguments: answer.value };
             self.watch.call(&call.name, &signature(&call), &self.hands.tree.state());
         }
-        self.hands.replay(&record.delta, &record.rough)?;
+        self.hands.replay(&record.delta, &record.refused)?;
         self.watch.turn(!record.delta.is_empty());
         self.nudged |= record.reminded;
         self.doubted |= record.doubted;
