@@ -39,6 +39,16 @@ pub enum Edit {
 }
 
 impl Edit {
+    /// The name of its operation.
+    #[must_use]
+    pub fn op(&self) -> &'static str {
+        match self {
+            Self::Write { .. } => "write",
+            Self::Replace { .. } => "replace",
+            Self::Delete { .. } => "delete",
+        }
+    }
+
     /// The path as the model wrote it.
     #[must_use]
     pub fn path(&self) -> &str {

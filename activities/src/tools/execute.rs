@@ -1,7 +1,7 @@
 //! Executing tool calls on a bench. Every answer is capped text; a call that cannot be done is an answer too.
 
 use super::{
-    Bench, FIND_BYTES_MAX, READ_BYTES_MAX, RUN_BYTES_MAX, RUN_FILES_MAX, Ran,
+    Bench, FIND_BYTES_MAX, READ_BYTES_MAX, RUN_BYTES_MAX, RUN_FILES_MAX, Ran, TURN_BYTES_MAX,
     bench::head,
     call::Call,
     record::{Delta, Refused, Tree},
@@ -38,6 +38,8 @@ impl Answer {
 pub(super) struct Hands<'b> {
     bench: &'b dyn Bench,
     frozen: &'b Frozen,
+    /// The model whose calls are executed, for the metric.
+    pub(super) model: String,
     pub(super) tree: Tree,
     /// Files as the current turn left them.
     turn: BTreeMap<String, Option<String>>,
@@ -51,6 +53,7 @@ impl<'b> Hands<'b> {
         Self {
             bench,
             frozen,
+            model: String::new(),
             tree: Tree::default(),
             turn: BTreeMap::new(),
             refused: Refused::default(),
@@ -119,6 +122,7 @@ impl<'b> Hands<'b> {
                 if let Some(failure) = error.failure() {
                     return Err(failure.clone());
                 }
+                self.count(error.index.and_then(|index| edits.get(index)).into_iter(), "refused");
                 let mut text = error.to_string();
                 match (&error.reason, path::normal(&error.path)) {
                     (edit::Reason::Syntax { .. }, Ok(path)) => self.refused_now.syntax.push(path),
@@ -133,6 +137,10 @@ impl<'b> Hands<'b> {
                 return Ok(Answer::refused(text));
             }
         };
+        if !self.has_room(&plan.changes) {
+            let why = format!("the files changed in this turn would have more than {TURN_BYTES_MAX} bytes.");
+            return Ok(Answer::refused(format!("{why} Nothing was changed; go on in the next turn.")));
+        }
         let mut text = String::new();
         if !plan.changes.is_empty() {
             let mut before = Vec::with_capacity(plan.changes.len());
@@ -153,6 +161,7 @@ impl<'b> Hands<'b> {
                 self.note(change, before.as_deref());
             }
         }
+        self.count(edits.iter(), "taken");
         if !plan.already.is_empty() {
             let list: Vec<_> = plan.already.iter().map(|i| (i + 1).to_string()).collect();
             text.push_str(&format!("\nAlready in place, nothing to do: edit {}.", list.join(", ")));
@@ -161,6 +170,28 @@ impl<'b> Hands<'b> {
             text.push_str(&format!("\nA grammar doubts {doubt}; the checks decide."));
         }
         Ok(Answer::ok(text.trim_start()))
+    }
+
+    /// Which form of edit succeeds with which model.
+    fn count<'e>(&self, edits: impl Iterator<Item = &'e Edit>, outcome: &'static str) {
+        for edit in edits {
+            metrics::counter!("loopwright_edits_total", "model" => self.model.clone(), "op" => edit.op(), "outcome" => outcome)
+                .increment(1);
+        }
+    }
+
+    /// Whether the turn's checkpoint can hold these changes too.
+    fn has_room(&self, changes: &[FileChange]) -> bool {
+        let weight = |content: &Option<String>| match content {
+            // The exact size, escapes included, only where it matters.
+            Some(text) if text.len() > 4096 => serde_json::to_string(text).map_or(usize::MAX, |json| json.len()),
+            Some(text) => text.len() * 6,
+            None => 0,
+        };
+        let earlier = self.turn.iter().filter(|(path, _)| changes.iter().all(|change| change.path != **path));
+        let total = earlier.map(|(_, content)| weight(content)).sum::<usize>()
+            + changes.iter().map(|change| weight(&change.content)).sum::<usize>();
+        total <= TURN_BYTES_MAX
     }
 
     /// How often edits of `path` were refused for a cause.
@@ -184,7 +215,12 @@ impl<'b> Hands<'b> {
         let touched: BTreeSet<&String> =
             before.keys().chain(after.keys()).filter(|path| before.get(*path) != after.get(*path)).collect();
         let bytes: usize = touched.iter().filter_map(|path| after.get(*path)?.as_ref()).map(String::len).sum();
-        let too_much = touched.len() > RUN_FILES_MAX || bytes > RUN_BYTES_MAX;
+        let now = touched.iter().filter_map(|path| {
+            let content = after.get(*path)?.clone();
+            Some(FileChange { path: (*path).clone(), content })
+        });
+        let too_much =
+            touched.len() > RUN_FILES_MAX || bytes > RUN_BYTES_MAX || !self.has_room(&now.collect::<Vec<_>>());
         let mut undone = Vec::new();
         let mut kept = Vec::new();
         for path in &touched {

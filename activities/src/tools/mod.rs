@@ -50,6 +50,8 @@ pub const TURNS_MAX: u32 = 24;
 pub const RUN_FILES_MAX: usize = 200;
 /// See [`RUN_FILES_MAX`]; 4 MiB.
 pub const RUN_BYTES_MAX: usize = 4 << 20;
+/// Most bytes that the files changed in one turn may have as JSON: they are one checkpoint, which holds 8 MiB.
+pub const TURN_BYTES_MAX: usize = 6 << 20;
 /// Tool outputs and texts kept in the conversation, in bytes; beyond it the oldest outputs are left out.
 pub const HISTORY_BYTES_MAX: usize = 192 << 10;
 

@@ -299,6 +299,102 @@ async fn after_two_missed_blocks_the_whole_file_is_asked_for() {
 }
 
 #[tokio::test]
+async fn a_turn_changes_no_more_than_its_checkpoint_holds() {
+    let files: Vec<(String, String)> = (0..8).map(|n| (format!("f{n}"), "\u{1}".repeat(200_000) + "end")).collect();
+    let files: Vec<(&str, &str)> = files.iter().map(|(p, c)| (p.as_str(), c.as_str())).collect();
+    let all: Vec<_> = (0..8).map(|n| format!("{{ op: replace, path: f{n}, search: end, replace: fin }}")).collect();
+    let stage = Stage::new(&[
+        ("turn-1", &tool("edit", &format!("{{ edits: [{}] }}", all.join(", ")))),
+        ("turn-2", &tool("edit", &format!("{{ edits: [{}] }}", all[..4].join(", ")))),
+        ("turn-*", &done()),
+    ]);
+    let bench = Memory::of(&files);
+    stage.run(&bench).await.expect("done");
+    assert!(stage.output(1).contains("go on in the next turn"), "{}", stage.output(1));
+    assert_eq!(bench.files().values().filter(|text| text.ends_with("fin")).count(), 4);
+    let size = stage.checkpoint("turn:2").to_string().len();
+    assert!(size > TURN_BYTES_MAX / 2 && size < 8 << 20, "{size}");
+}
+
+proptest::proptest! {
+    #[test]
+    fn no_tool_call_panics_or_leaves_the_tree(
+        calls in proptest::collection::vec(any_call(), 1..6),
+    ) {
+        let bench = Memory::of(&[("a.txt", "one\ntwo\n"), ("TODO.md", "- [ ] a")]);
+        let frozen = Frozen::new(["TODO.md"]);
+        let stage = Stage::new(&[]);
+        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+        runtime.block_on(async {
+            let mut hands = execute::Hands::new(&bench, &frozen);
+            for call in &calls {
+                let before = bench.files();
+                match call::parse(call, &Tool::ALL) {
+                    Ok(call) => {
+                        let answer = hands.execute(&stage.context(1), &call).await.expect("no infrastructure");
+                        assert!(answer.ok || bench.files() == before, "a refused call changed something");
+                    }
+                    Err(why) => assert!(!why.is_empty()),
+                }
+            }
+        });
+        let files = bench.files();
+        proptest::prop_assert_eq!(files.get("TODO.md").map(String::as_str), Some("- [ ] a"));
+        for path in files.keys() {
+            proptest::prop_assert_eq!(crate::edit::path::normal(path), Ok(path.clone()));
+        }
+    }
+}
+
+fn any_call() -> impl proptest::strategy::Strategy<Value = crate::orchestrator::ToolCall> {
+    use proptest::prelude::*;
+    let text = prop_oneof![
+        prop::sample::select(vec![
+            "a.txt",
+            "TODO.md",
+            "../a",
+            "/a",
+            ".git/config",
+            "b.json",
+            "one\n",
+            "write",
+            "replace",
+            ""
+        ])
+        .prop_map(Value::from),
+        any::<String>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        Just(Value::Null),
+    ];
+    let field = prop::sample::select(vec![
+        "path",
+        "op",
+        "content",
+        "search",
+        "replace",
+        "query",
+        "name",
+        "start_line",
+        "end_line",
+        "summary",
+    ]);
+    let object = prop::collection::btree_map(field.prop_map(str::to_owned), text, 0..6)
+        .prop_map(|fields| Value::Object(fields.into_iter().collect()));
+    let arguments = prop_oneof![
+        object.clone(),
+        prop::collection::vec(object, 0..4).prop_map(|edits| json!({ "edits": edits })),
+        Just(json!(7)),
+        Just(json!({"_invalid": "{"})),
+    ];
+    let name = prop::sample::select(vec!["read", "search", "symbols", "edit", "done", "other"]);
+    (name, arguments).prop_map(|(name, arguments)| crate::orchestrator::ToolCall {
+        id: String::new(),
+        name: name.to_owned(),
+        arguments,
+    })
+}
+
+#[tokio::test]
 async fn done_with_nothing_done_is_doubted_once_and_after_a_refused_edit_refused() {
     let stage = Stage::new(&[("turn-*", &done())]);
     let outcome = stage.run(&Memory::default()).await.expect("satisfied as it is");
