@@ -106,7 +106,7 @@ pub async fn serve(listener: TcpListener, http: &Http, state: State, mut stop: w
         // No permit, no accept: more connections wait in the kernel's queue.
         let permit = tokio::select! {
             permit = permits.clone().acquire_owned() => permit,
-            _ = stop.wait_for(|stop| *stop) => break,
+            () = stopped(&mut stop) => break,
         };
         let Ok(permit) = permit else { break };
         let (socket, peer) = tokio::select! {
@@ -118,7 +118,7 @@ pub async fn serve(listener: TcpListener, http: &Http, state: State, mut stop: w
                     continue;
                 }
             },
-            _ = stop.wait_for(|stop| *stop) => break,
+            () = stopped(&mut stop) => break,
         };
         // Small answers should not wait for more; a socket that refuses works all the same.
         let _ = socket.set_nodelay(true);
@@ -142,6 +142,12 @@ pub async fn serve(listener: TcpListener, http: &Http, state: State, mut stop: w
     if tokio::time::timeout(drain, graceful.shutdown()).await.is_err() {
         tracing::warn!(after_ms = http.drain_ms, "open connections were cut");
     }
+}
+
+/// Returns once the process is to stop, or nobody is left who could say so.
+async fn stopped(stop: &mut watch::Receiver<bool>) {
+    // Both outcomes mean the same here.
+    let _ = stop.wait_for(|stop| *stop).await;
 }
 
 /// The reply after a panic in a handler; the panic itself is in the log.
