@@ -14,14 +14,21 @@ use crate::{
     telemetry,
 };
 use anyhow::Context;
-use loopwright_engine::client::Client;
+use loopwright_engine::{
+    activity::Registry,
+    client::Client,
+    hook::{NoHook, TransitionHook},
+    worker::{self, WorkerConfig, WorkerHandle},
+};
 use secrecy::SecretString;
 use sqlx::PgPool;
-use std::{io::Write, os::unix::fs::OpenOptionsExt, path::Path, sync::Arc};
+use std::{io::Write, os::unix::fs::OpenOptionsExt, path::Path, sync::Arc, time::Duration};
 use tokio::{net::TcpListener, sync::watch};
 
 /// Key id of the development secret.
 const DEVELOPMENT_KID: &str = "development";
+/// Before a worker that lost its lease is replaced.
+const RESTART_PAUSE: Duration = Duration::from_secs(1);
 /// Its file in the data folder.
 const DEVELOPMENT_SECRET: &str = "jwt.secret";
 
@@ -31,6 +38,8 @@ pub struct App {
     pub pool: PgPool,
     pub client: Client,
     pub store: Store,
+    /// The ledger; the same for workers and client.
+    pub hook: Arc<dyn TransitionHook>,
     /// Address of the database, for child processes.
     pub database_url: String,
     server: Option<loopwright_engine::embedded::Server>,
@@ -44,9 +53,10 @@ impl App {
     pub async fn open(config: Config, fallback: Fallback) -> Result<Self, postgres::Error> {
         rest::install_crypto();
         let Database { pool, url, server } = postgres::open(&config, fallback).await?;
-        let client = Client::new(pool.clone());
+        let hook = hook(&config);
+        let client = Client::new(pool.clone(), hook.clone());
         let store = Store::new(pool.clone());
-        Ok(Self { config, pool, client, store, database_url: url, server })
+        Ok(Self { config, pool, client, store, hook, database_url: url, server })
     }
 
     /// [`Self::open`], then migrates: for commands of one machine, where nobody else does.
@@ -162,30 +172,54 @@ pub fn stop_on_signal() -> anyhow::Result<watch::Receiver<bool>> {
     Ok(receiver)
 }
 
-/// A worker under way.
-pub struct WorkerUnderWay;
-
-impl WorkerUnderWay {
-    /// Finishes or hands back what is under way, for at most `timeout_ms`.
-    pub async fn drain(self, timeout_ms: u64) {
-        let _ = timeout_ms;
-    }
-}
-
 /// Starts the engine's worker over the activities.
 ///
 /// # Errors
-/// What the activities need is missing, such as a sandbox.
-pub async fn start_worker(app: &App) -> anyhow::Result<WorkerUnderWay> {
-    let _ = app;
-    Ok(WorkerUnderWay)
+/// What the activities need is missing, such as a sandbox; the worker cannot register.
+pub async fn start_worker(app: &App) -> anyhow::Result<WorkerHandle> {
+    let worker = &app.config.worker;
+    let config = WorkerConfig {
+        pool: app.pool.clone(),
+        registry: registry(app)?,
+        hook: app.hook.clone(),
+        queues: worker.queues.clone(),
+        slots: u32::try_from(worker.slots).unwrap_or(u32::MAX),
+        lease: Duration::from_millis(worker.lease_ms.into()),
+    };
+    Ok(worker::start(config).await?)
 }
 
-impl Archives for Store {
-    fn zip(
-        &self,
-        project: uuid::Uuid,
-    ) -> futures_util::future::BoxFuture<'_, Result<Vec<u8>, loopwright_engine::Failure>> {
-        Box::pin(async move { Err(loopwright_engine::Failure::permanent("x", project.to_string())) })
+/// Works until `stop` turns true, then drains. A worker that lost its lease (the process slept, the database was away)
+/// counts as dead, so another one takes its place.
+///
+/// # Errors
+/// Those of [`start_worker`].
+pub async fn run_worker(app: &App, mut stop: watch::Receiver<bool>) -> anyhow::Result<()> {
+    let grace = Duration::from_millis(app.config.worker.drain_ms);
+    loop {
+        let worker = start_worker(app).await?;
+        let fenced = tokio::select! {
+            () = worker.fenced() => true,
+            // Nobody left to say so means stop as well.
+            _ = async { stop.wait_for(|stop| *stop).await.is_ok() } => false,
+        };
+        worker.drain(if fenced { Duration::ZERO } else { grace }).await;
+        if !fenced {
+            return Ok(());
+        }
+        tracing::warn!("the worker lost its lease; a new one starts");
+        tokio::time::sleep(RESTART_PAUSE).await;
     }
+}
+
+/// The activities of this program.
+fn registry(app: &App) -> anyhow::Result<Registry> {
+    let _ = app;
+    Ok(Registry::new())
+}
+
+/// The ledger's part in the engine's transactions.
+fn hook(config: &Config) -> Arc<dyn TransitionHook> {
+    let _ = config;
+    Arc::new(NoHook)
 }

@@ -23,10 +23,8 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<()> {
     let listener = bind(config.http.listen).await?;
     let address = listener.local_addr()?;
     let app = App::open_migrated(config, Fallback::Embedded).await?;
-    let worker = app::start_worker(&app).await?;
     eprintln!("loopwright serves at http://{address} — a token: loopwright token — Ctrl-C stops");
-    let served = app::serve_http(&app, listener, stop).await;
-    worker.drain(app.config.worker.drain_ms).await;
+    let done = tokio::try_join!(app::serve_http(&app, listener, stop.clone()), app::run_worker(&app, stop));
     app.close().await;
-    served
+    done.map(|((), ())| ())
 }

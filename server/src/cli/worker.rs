@@ -25,14 +25,11 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<()> {
     if let Some(queues) = args.queues {
         config.worker.queues = queues;
     }
-    let mut stop = app::stop_on_signal()?;
+    let stop = app::stop_on_signal()?;
     let app = App::open(config, Fallback::None).await?;
     let missing = app.store.missing_migrations().await?;
     anyhow::ensure!(missing.is_empty(), "the database is behind this program; run `loopwright migrate`");
-    let worker = app::start_worker(&app).await?;
-    // The sender lives as long as the process.
-    let _ = stop.wait_for(|stop| *stop).await;
-    worker.drain(app.config.worker.drain_ms).await;
+    let done = app::run_worker(&app, stop).await;
     app.close().await;
-    Ok(())
+    done
 }

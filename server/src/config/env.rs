@@ -118,6 +118,8 @@ pub(super) fn apply(file: &mut File, variables: &[(String, String)]) -> Result<(
                     other => return Err(Error::value(name, format!("`{other}` is not plain or json"))),
                 });
             }
+            // Read by the engine in programs that are built for tests, and only there.
+            "LOOPWRIGHT_CRASH_POINT" => {}
             unknown if unknown.starts_with("LOOPWRIGHT_") => {
                 return Err(Error::UnknownVariable { name: unknown.to_owned(), near: nearest(unknown) });
             }

@@ -9,8 +9,8 @@ use super::{
 use futures_util::stream;
 use loopwright_engine::{client::Client, ids::RunId, view::HistoryRow};
 use serde::Deserialize;
-use std::{collections::VecDeque, convert::Infallible, time::Duration};
-use tokio::sync::{OwnedSemaphorePermit, watch};
+use std::{convert::Infallible, time::Duration};
+use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
 use warp::{
     reply::{Reply, Response},
@@ -30,17 +30,6 @@ struct Query {
     after: Option<String>,
 }
 
-struct Cursor {
-    client: Client,
-    run: RunId,
-    after: u64,
-    rows: VecDeque<HistoryRow>,
-    stop: watch::Receiver<bool>,
-    ended: bool,
-    /// Held as long as the stream lives.
-    _permit: OwnedSemaphorePermit,
-}
-
 /// `GET /v1/runs/{id}/events?after=` with `Last-Event-ID`.
 ///
 /// # Shape
@@ -58,16 +47,17 @@ pub(super) async fn stream(id: Uuid, call: Call) -> Result<Response, Error> {
     let permit = call.state.streams.clone().try_acquire_owned().map_err(|_| {
         Error::new(Code::StreamsExhausted, "Too many event streams are open; try again soon.").retry_after(5)
     })?;
-    let cursor = Cursor {
-        client: call.state.client.clone(),
-        run: RunId(id),
-        after,
-        rows: VecDeque::new(),
-        stop: call.state.stop.clone(),
-        ended: false,
-        _permit: permit,
-    };
-    let events = stream::unfold(cursor, |cursor| async move { next(cursor).await });
+    // The framework wants a stream that threads may share, which a query under way is not: a task reads, the stream
+    // passes on.
+    let (sender, receiver) = mpsc::channel(1);
+    let (client, stop) = (call.state.client.clone(), call.state.stop.clone());
+    tokio::spawn(async move {
+        follow(&client, RunId(id), after, &sender, stop).await;
+        drop(permit);
+    });
+    let events = stream::unfold(receiver, |mut receiver| async {
+        receiver.recv().await.map(|event| (Ok::<Event, Infallible>(event), receiver))
+    });
     let stream = warp::sse::keep_alive().interval(KEEP_ALIVE).stream(events);
     let mut response = warp::sse::reply(stream).into_response();
     // Proxies that buffer would turn live into late.
@@ -75,50 +65,50 @@ pub(super) async fn stream(id: Uuid, call: Call) -> Result<Response, Error> {
     Ok(response)
 }
 
-async fn next(mut cursor: Cursor) -> Option<(Result<Event, Infallible>, Cursor)> {
+/// Sends transitions until the run has closed, nobody listens, or the server stops.
+async fn follow(
+    client: &Client,
+    run: RunId,
+    mut after: u64,
+    listener: &mpsc::Sender<Event>,
+    mut stop: watch::Receiver<bool>,
+) {
     loop {
-        if let Some(row) = cursor.rows.pop_front() {
-            cursor.after = row.seq;
-            cursor.ended = closes(&row);
-            let data = serde_json::to_string(&row).unwrap_or_default();
-            return Some((Ok(Event::default().id(row.seq.to_string()).event("transition").data(data)), cursor));
-        }
-        if cursor.ended {
-            cursor.ended = false;
-            cursor.run = RunId(Uuid::nil());
-            return Some((Ok(Event::default().event("end").data("{}")), cursor));
-        }
-        if cursor.run.0.is_nil() || *cursor.stop.borrow() {
-            return None;
-        }
-        let (client, run, after) = (cursor.client.clone(), cursor.run, cursor.after);
-        let read = async move {
+        let read = async {
             let rows = client.history(run, after, BATCH).await?;
-            if rows.is_empty() {
-                // A closed run has nothing more: a stream that resumed behind its end is told so.
-                let closed = client.describe(run).await?.status.is_closed();
-                if !closed {
-                    client.wait_change(run, after, WAIT).await?;
-                }
-                return Ok::<_, loopwright_engine::Error>((rows, closed));
+            // A closed run has nothing more: a stream that resumed behind its end is told so.
+            let closed = rows.is_empty() && client.describe(run).await?.status.is_closed();
+            if rows.is_empty() && !closed {
+                client.wait_change(run, after, WAIT).await?;
             }
-            Ok((rows, false))
+            Ok::<_, loopwright_engine::Error>((rows, closed))
         };
-        let mut stop = cursor.stop.clone();
         let result = tokio::select! {
             result = read => result,
-            _ = stop.wait_for(|stop| *stop) => return None,
+            () = listener.closed() => return,
+            _ = async { stop.wait_for(|stop| *stop).await.is_ok() } => return,
         };
-        match result {
-            Ok((rows, closed)) => {
-                cursor.rows = rows.into();
-                cursor.ended = closed;
-            }
+        let (rows, mut closed) = match result {
+            Ok(found) => found,
             Err(error) => {
                 // The client reconnects with the last id it saw.
-                tracing::warn!(%error, run = %cursor.run, "an event stream ended");
-                return None;
+                tracing::warn!(%error, %run, "an event stream ended");
+                return;
             }
+        };
+        for row in rows {
+            after = row.seq;
+            closed = closes(&row);
+            let data = serde_json::to_string(&row).unwrap_or_default();
+            let event = Event::default().id(row.seq.to_string()).event("transition").data(data);
+            if listener.send(event).await.is_err() {
+                return;
+            }
+        }
+        if closed {
+            // Nobody there any more is as good an end.
+            let _ = listener.send(Event::default().event("end").data("{}")).await;
+            return;
         }
     }
 }

@@ -15,7 +15,7 @@ use crate::{
         projects::Project,
     },
 };
-use loopwright_engine::{client::Start, ids::RunId};
+use loopwright_engine::{client::Start, ids::RunId, view::Waiting};
 use serde_json::json;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -114,7 +114,8 @@ impl Answer {
 }
 
 async fn answer(state: &State, user: Uuid, project: &Project, prefer: Prefer) -> Result<Answer, Error> {
-    let (run, seq) = start(state, user, project).await?;
+    let begun = start(state, user, project).await?;
+    let run = begun.run;
     let location = format!("/v1/runs/{run}");
     let wait = match prefer {
         Prefer::Async => {
@@ -123,14 +124,23 @@ async fn answer(state: &State, user: Uuid, project: &Project, prefer: Prefer) ->
         }
         Prefer::Wait(wait) => wait,
     };
-    let Task { task, message } = watch(state, run, seq, wait).await?;
+    let Task { task, message } = watch(state, &begun, wait).await?;
     let body = json!({"status": "success", "project_id": project.id, "result": {"task": task, "message": message}})
         .to_string();
     Ok(Answer { status: 200, body, location })
 }
 
-/// Starts the loop or wakes the open one; gives the run and the transitions it has already made.
-async fn start(state: &State, user: Uuid, project: &Project) -> Result<(RunId, u64), Error> {
+/// A loop under way.
+struct Begun {
+    run: RunId,
+    /// Transitions it had made before.
+    seq: u64,
+    /// It was asked to try again what was blocked, and has not said anything since.
+    woken: bool,
+}
+
+/// Starts the loop or wakes the open one.
+async fn start(state: &State, user: Uuid, project: &Project) -> Result<Begun, Error> {
     let client = &state.client;
     let definition = client.pointer(&project.workflow_name, "current").await?;
     let started = client
@@ -145,16 +155,18 @@ async fn start(state: &State, user: Uuid, project: &Project) -> Result<(RunId, u
         })
         .await?;
     if started.created {
-        return Ok((started.run_id, 0));
+        return Ok(Begun { run: started.run_id, seq: 0, woken: false });
     }
-    let seq = client.describe(started.run_id).await?.seq;
-    state.store.wake(client, project.id).await?;
-    Ok((started.run_id, seq))
+    let view = client.describe(started.run_id).await?;
+    let blocked = view.waiting.iter().any(|w| matches!(w, Waiting::Blocked { .. }));
+    let woken = blocked && state.store.wake(client, project.id).await? > 0;
+    Ok(Begun { run: started.run_id, seq: view.seq, woken })
 }
 
-/// Waits for the first task that ends after transition `after`, for the run to park, or for the time to be over.
-async fn watch(state: &State, run: RunId, after: u64, wait: Duration) -> Result<Task, Error> {
+/// Waits for the first task that ends from now on, for the run to park, or for the time to be over.
+async fn watch(state: &State, begun: &Begun, wait: Duration) -> Result<Task, Error> {
     let client = &state.client;
+    let (run, after) = (begun.run, begun.seq);
     let deadline = Instant::now() + wait;
     let from = after.saturating_sub(TITLES);
     let mut rows = Vec::new();
@@ -175,7 +187,9 @@ async fn watch(state: &State, run: RunId, after: u64, wait: Duration) -> Result<
             continue;
         }
         let left = deadline.saturating_duration_since(Instant::now());
-        if task::is_parked(&view) || left.is_zero() || *stop.borrow() {
+        // A run that was woken is still parked until it has read that it was.
+        let parked = task::is_parked(&view) && !(begun.woken && view.seq == after && !view.status.is_closed());
+        if parked || left.is_zero() || *stop.borrow() {
             return Ok(task::standing(&view));
         }
         tokio::select! {

@@ -1,6 +1,7 @@
 //! The server's own rows: users by token, projects, idempotency keys, credits as shown. The only place of the REST
 //! side that speaks SQL.
 
+mod archive;
 pub mod credits;
 pub mod health;
 pub mod idempotency;

@@ -148,6 +148,7 @@ impl Store {
         let mut tx = self.pool.begin().await?;
         let woken = client.unblock_in(&mut tx, &serde_json::json!({ "project_id": project.to_string() })).await?;
         tx.commit().await?;
+        client.wake().await;
         Ok(woken)
     }
 }

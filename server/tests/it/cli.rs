@@ -14,6 +14,9 @@ fn loopwright(dir: &Path) -> Command {
     command
 }
 
+/// Arguments, environment, what the sentence must contain.
+type Case<'a> = (&'a [&'a str], &'a [(&'a str, &'a str)], &'a str);
+
 fn text(output: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }
@@ -23,7 +26,7 @@ fn a_wrong_configuration_is_one_sentence_and_exit_code_2() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("bad.yaml"), "http: { lisen: x }").unwrap();
     std::fs::write(dir.path().join("torn.yaml"), "http: [").unwrap();
-    let cases: [(&[&str], &[(&str, &str)], &str); 6] = [
+    let cases: [Case; 6] = [
         (&["token", "--config", "bad.yaml"], &[], "lisen"),
         (&["token", "--config", "torn.yaml"], &[], "torn.yaml"),
         (&["token", "--config", "none.yaml"], &[], "none.yaml"),
@@ -47,7 +50,7 @@ fn what_the_machine_lacks_is_exit_code_3() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().to_string();
     let url = "postgres://u:hunter2@127.0.0.1:1/d";
-    let cases: [(&[&str], &[(&str, &str)], &str); 4] = [
+    let cases: [Case; 4] = [
         (&["server", "--listen", &port], &[secret, ("DATABASE_URL", url)], "--listen"),
         (&["server", "--listen", "127.0.0.1:0"], &[secret], "DATABASE_URL"),
         (&["worker"], &[("DATABASE_URL", url)], "cannot be reached"),

@@ -1,6 +1,17 @@
 //! A server on a real socket over a database of its own.
 
-use loopwright_engine::{embedded::testing, migrate::Migration};
+use futures_util::future::BoxFuture;
+use loopwright_engine::{
+    Failure,
+    activity::{Activity, Context, Registry},
+    client::Deploy,
+    definition::{Approval, Await, Definition, FORMAT, Input, Kind, OnTimeout, RetryPolicy, Step, Template, Timeouts},
+    embedded::testing,
+    hook::{NoHook, TransitionHook},
+    migrate::Migration,
+    signature::Signature,
+    worker::{self, WorkerConfig, WorkerHandle},
+};
 use loopwright_server::{
     app::{self, App},
     config::{Config, File, Key, KeyMaterial},
@@ -10,7 +21,7 @@ use loopwright_server::{
 use reqwest::{Client, Method, RequestBuilder, Response};
 use serde_json::Value;
 use sqlx::PgPool;
-use std::net::SocketAddr;
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
 use tokio::{sync::watch, task::JoinHandle};
 
 pub const SECRET: &str = "test-secret-test-secret-test-secret-0";
@@ -82,6 +93,142 @@ impl Server {
         self.stop.send_replace(true);
         self.task.await.unwrap();
     }
+}
+
+/// An activity that does what the test says.
+pub struct Work {
+    name: &'static str,
+    script: Script,
+    metered: bool,
+}
+pub type Script = Arc<dyn Fn(Context, Value) -> BoxFuture<'static, Result<Value, Failure>> + Send + Sync>;
+
+impl Work {
+    pub fn new(name: &'static str, script: Script) -> Self {
+        Self { name, script, metered: false }
+    }
+    /// The hook hears of its attempts.
+    pub fn metered(self) -> Self {
+        Self { metered: true, ..self }
+    }
+}
+
+impl Activity for Work {
+    fn signature(&self) -> Signature {
+        Signature {
+            name: self.name.into(),
+            summary: "what the test says".into(),
+            input_schema: serde_json::json!({"type": "object"}),
+            output_schema: serde_json::json!({}),
+            run_timeout_ms: 60_000,
+            heartbeat_timeout_ms: None,
+            metered: self.metered,
+            idempotent: true,
+            failure_codes: vec![],
+        }
+    }
+    fn run(&self, ctx: Context, input: Value) -> BoxFuture<'static, Result<Value, Failure>> {
+        (self.script)(ctx, input)
+    }
+}
+
+pub fn script<F, Fut>(f: F) -> Script
+where
+    F: Fn(Context) -> Fut + Send + Sync + 'static,
+    Fut: Future<Output = Result<Value, Failure>> + Send + 'static,
+{
+    Arc::new(move |ctx, _| Box::pin(f(ctx)))
+}
+
+pub fn step(id: &str, kind: Kind) -> Step {
+    Step {
+        id: id.into(),
+        condition: None,
+        kind,
+        retry: RetryPolicy { attempts: 2, delay_ms: 10, jitter: 0.0, ..RetryPolicy::default() },
+        timeouts: Timeouts::default(),
+        catch: vec![],
+        continue_on_error: false,
+    }
+}
+
+pub fn activity(id: &str, name: &str) -> Step {
+    step(id, Kind::Activity { name: name.into(), with: BTreeMap::new() })
+}
+
+/// Waits for the signal `user_message` with a text.
+pub fn question(id: &str, approval: Option<Approval>) -> Step {
+    let form = serde_json::json!({"type": "object", "required": ["text"], "properties": {"text": {"type": "string"}}});
+    step(
+        id,
+        Kind::Await(Box::new(Await {
+            signal: if approval.is_some() { id.into() } else { "user_message".into() },
+            timeout_ms: 600_000,
+            form: approval.is_none().then_some(form),
+            show: Some(Template("Which color?".into())),
+            to: vec![],
+            filter: None,
+            remind_ms: vec![],
+            on_timeout: OnTimeout::Fail,
+            default: None,
+            approval,
+        })),
+    )
+}
+
+impl Server {
+    pub fn client(&self) -> loopwright_engine::client::Client {
+        loopwright_engine::client::Client::new(self.pool.clone(), Arc::new(loopwright_engine::hook::NoHook))
+    }
+
+    /// Deploys a `dev-loop` of these steps.
+    pub async fn deploy(&self, steps: Vec<Step>) {
+        let input = |required| Input { schema: serde_json::json!({"type": "string"}), required, default: None };
+        let definition = Definition {
+            format: FORMAT,
+            name: "dev-loop".into(),
+            inputs: BTreeMap::from([("project_id".into(), input(true)), ("idea".into(), input(true))]),
+            env: BTreeMap::new(),
+            timeout_ms: 3_600_000,
+            budget: Value::Null,
+            executions_max: 1000,
+            steps,
+            finally: vec![],
+            outputs: BTreeMap::new(),
+            extras: Value::Null,
+        };
+        let deploy = Deploy { definition, bundle: BTreeMap::new(), source: String::new(), author: None, message: None };
+        self.client().deploy(deploy).await.unwrap();
+    }
+
+    /// Starts a worker with these activities.
+    pub async fn worker(&self, activities: Vec<Work>) -> WorkerHandle {
+        self.worker_with(activities, Arc::new(NoHook)).await
+    }
+
+    pub async fn worker_with(&self, activities: Vec<Work>, hook: Arc<dyn TransitionHook>) -> WorkerHandle {
+        let registry = activities.into_iter().fold(Registry::new(), Registry::with);
+        let config = WorkerConfig { hook, ..WorkerConfig::new(self.pool.clone(), registry) };
+        worker::start(config).await.unwrap()
+    }
+
+    /// Asks the server to stop as soon as a request with an idempotency key is under way.
+    pub async fn interrupt(&self) {
+        let open = "select exists (select from idempotency_keys where status is null)";
+        while !sqlx::query_scalar::<_, bool>(open).fetch_one(&self.pool).await.unwrap() {}
+        self.stop.send_replace(true);
+    }
+
+    /// Triggers the loop of the project.
+    pub async fn trigger(&self, subject: &str, project: &str, prefer: &str) -> Response {
+        let body = serde_json::json!({ "project_id": project });
+        self.post(subject, "/orchestrate/run-loop", &body).header("prefer", prefer).send().await.unwrap()
+    }
+}
+
+/// The run that an answer points to.
+pub fn run_of(response: &Response) -> String {
+    response.headers()["location"].to_str().unwrap().strip_prefix("/v1/runs/").unwrap().to_owned()
 }
 
 pub async fn read(response: Response) -> (u16, Value) {
