@@ -1,4 +1,7 @@
--- What the REST side keeps of its own: answers under the keys that callers chose.
+-- What the REST side needs of its own: the idea of a project, answers under the keys that callers chose.
+
+-- What is to be built, as the user said it: input of the project's loop.
+alter table projects add column if not exists idea text not null default '';
 
 -- One row per (user, key). `status` is null while the first request is worked on; `turn` rises when an abandoned
 -- request is claimed again, and only the newest turn may answer. Rows older than a day are removed as new ones come.

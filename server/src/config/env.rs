@@ -67,7 +67,7 @@ pub const VARIABLES: &[Variable] = &[
         "after this long without a heartbeat others take over; default 15000",
     ),
     v("LOOPWRIGHT_LOG", "log.filter", "as in info,loopwright_engine=debug"),
-    v("LOOPWRIGHT_LOG_FORMAT", "log.format", "plain or json; default plain on a terminal"),
+    v("LOOPWRIGHT_LOG_FORMAT", "log.format", "plain or json; default plain"),
 ];
 
 /// Lays the environment over the file. Empty values count as absent.

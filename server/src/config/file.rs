@@ -7,7 +7,6 @@ use super::{
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use std::{
-    io::IsTerminal,
     net::SocketAddr,
     path::{Path, PathBuf},
 };
@@ -194,11 +193,7 @@ impl File {
                 drain_ms: self.worker.drain_ms.unwrap_or(20_000),
             },
             log: Log {
-                format: self.log.format.unwrap_or(if std::io::stderr().is_terminal() {
-                    LogFormat::Plain
-                } else {
-                    LogFormat::Json
-                }),
+                format: self.log.format.unwrap_or(LogFormat::Plain),
                 filter: self.log.filter.unwrap_or_else(|| "info,sqlx=warn,tantivy=warn,teloxide=warn".into()),
             },
         })

@@ -210,6 +210,15 @@ pub(super) fn json_text(status: u16, text: String) -> Response {
     warp::reply::with_header(reply, header::CONTENT_TYPE, "application/json").into_response()
 }
 
+/// Carries work to its end although the caller may go away: what was begun under an idempotency key must be answered.
+pub(super) async fn to_the_end<F>(work: F) -> Result<Response, Error>
+where
+    F: Future<Output = Result<Response, Error>> + Send + 'static,
+{
+    use tracing::Instrument;
+    tokio::spawn(work.in_current_span()).await.unwrap_or_else(|error| Err(Error::internal(error)))
+}
+
 /// Turns a handler's result into the reply and counts it under its route.
 pub(super) async fn respond<F>(route: &'static str, handler: F) -> Response
 where

@@ -5,15 +5,12 @@
 
 use super::{
     Code, Error, State,
-    call::{Call, Need, json_text},
+    call::{Call, Need, json_text, to_the_end},
     projects::{located, replay},
 };
 use crate::{
     read::task::{self, Task},
-    store::{
-        idempotency::{Claim, Ticket},
-        projects::Project,
-    },
+    store::{idempotency::Claim, projects::Project},
 };
 use loopwright_engine::{client::Start, ids::RunId, view::Waiting};
 use serde_json::json;
@@ -54,27 +51,32 @@ pub(super) async fn run(mut call: Call) -> Result<Response, Error> {
     let invalid = || Error::new(Code::ProjectInvalid, "project_id must be the UUID of one of your projects.");
     let body: serde_json::Value = serde_json::from_slice(&call.bytes()?).map_err(|_| invalid())?;
     let id = body["project_id"].as_str().and_then(|text| Uuid::parse_str(text).ok()).ok_or_else(invalid)?;
-    let store = &call.state.store;
-    let project = store.project(caller.user, id).await?.ok_or_else(invalid)?;
+    let project = call.state.store.project(caller.user, id).await?.ok_or_else(invalid)?;
+    let state = call.state.clone();
+    match key {
+        Some(key) => to_the_end(once(state, caller.user, project, prefer, key)).await,
+        None => answer(&state, caller.user, &project, prefer).await.map(|a| a.into_response(prefer)).map_err(failed),
+    }
+}
 
-    let ticket = match key {
-        Some(key) => {
-            match store.claim(caller.user, &key, &format!("POST /orchestrate/run-loop\n{id}\n{prefer:?}")).await? {
-                Claim::Fresh(ticket) => Some(ticket),
-                settled => return replay(settled),
-            }
-        }
-        None => None,
+/// The request that has this key, or its first answer.
+async fn once(state: State, user: Uuid, project: Project, prefer: Prefer, key: String) -> Result<Response, Error> {
+    // How long somebody waits is not what is asked for.
+    let request = format!("POST /orchestrate/run-loop\n{}", project.id);
+    let ticket = match state.store.claim(user, &key, &request).await? {
+        Claim::Fresh(ticket) => ticket,
+        settled => return replay(settled),
     };
-    match answer(&call.state, caller.user, &project, prefer).await {
+    match answer(&state, user, &project, prefer).await {
         Ok(answer) => {
-            if let Some(ticket) = &ticket {
-                store.answer(ticket, answer.status, Some(&answer.location), &answer.body).await?;
-            }
+            state.store.answer(&ticket, answer.status, Some(&answer.location), &answer.body).await?;
             Ok(answer.into_response(prefer))
         }
         Err(error) => {
-            give_back(&call.state, ticket.as_ref()).await;
+            if let Err(error) = state.store.forget(&ticket).await {
+                // The row is taken over when it is abandoned long enough.
+                tracing::warn!(%error, "an idempotency key could not be given back");
+            }
             Err(failed(error))
         }
     }
@@ -85,15 +87,6 @@ fn failed(error: Error) -> Error {
     match error.code {
         Code::Internal => Error::new(Code::LoopFailed, error.detail),
         _ => error,
-    }
-}
-
-async fn give_back(state: &State, ticket: Option<&Ticket>) {
-    if let Some(ticket) = ticket
-        && let Err(error) = state.store.forget(ticket).await
-    {
-        // The row is taken over when it is abandoned long enough.
-        tracing::warn!(%error, "an idempotency key could not be given back");
     }
 }
 

@@ -1,8 +1,8 @@
 //! Projects: what a user wants built, and what has been built of it.
 
 use super::{
-    Code, Error,
-    call::{Call, Need, PageQuery, json, json_text, parse},
+    Code, Error, State,
+    call::{Call, Need, PageQuery, json, json_text, parse, to_the_end},
 };
 use crate::store::idempotency::Claim;
 use serde::Deserialize;
@@ -38,16 +38,27 @@ pub(super) async fn create(mut call: Call) -> Result<Response, Error> {
                 .at(pointer, format!("must have 1 to {max} characters")));
         }
     }
-    let store = &call.state.store;
+    let (name, idea) = (name.to_owned(), idea.to_owned());
+    to_the_end(create_once(call.state.clone(), caller.user, name, idea, key)).await
+}
+
+/// Creates the project, once per key.
+async fn create_once(
+    state: State,
+    user: Uuid,
+    name: String,
+    idea: String,
+    key: Option<String>,
+) -> Result<Response, Error> {
+    let store = &state.store;
     let ticket = match key {
-        Some(key) => match store.claim(caller.user, &key, &format!("POST /v1/projects\n{name}\n{idea}")).await? {
+        Some(key) => match store.claim(user, &key, &format!("POST /v1/projects\n{name}\n{idea}")).await? {
             Claim::Fresh(ticket) => Some(ticket),
             settled => return replay(settled),
         },
         None => None,
     };
-    let created = store.create_project(caller.user, name, idea, WORKFLOW).await;
-    let project = match created {
+    let project = match store.create_project(user, &name, &idea, WORKFLOW).await {
         Ok(project) => project,
         Err(error) => {
             if let Some(ticket) = &ticket {

@@ -208,6 +208,39 @@ async fn an_idempotency_key_gets_the_first_answer_again() {
 }
 
 #[tokio::test]
+async fn a_caller_who_went_away_finds_his_answer_under_the_key() {
+    let server = Server::start_with(|config| config.http.requests_per_minute = 1_000_000).await;
+    server.deploy(vec![activity("plan", "plan@1")]).await;
+    let gate = Arc::new(Semaphore::new(0));
+    let waits = gate.clone();
+    let work = script(move |_| {
+        let gate = waits.clone();
+        async move {
+            gate.acquire().await.expect("open").forget();
+            Ok(json!({}))
+        }
+    });
+    let worker = server.worker(vec![Work::new("plan@1", work)]).await;
+    let project = server.project("ann").await;
+    let body = json!({ "project_id": project });
+    let send = || server.post("ann", PATH, &body).header("idempotency-key", "once").header("prefer", "wait=60");
+    // He gives up while the task is under way.
+    send().timeout(std::time::Duration::from_millis(300)).send().await.unwrap_err();
+    problem(send().send().await.unwrap(), 409, "request_in_progress").await;
+    gate.add_permits(1);
+    let response = loop {
+        let response = send().header("prefer", "wait=1").send().await.unwrap();
+        if response.status() != 409 {
+            break response;
+        }
+    };
+    assert_eq!(response.headers()["idempotency-replayed"], "true");
+    let (status, body) = read(response).await;
+    assert_eq!((status, body["result"]["message"].as_str()), (200, Some("Succeeded in attempt 1.")), "{body}");
+    worker.drain(std::time::Duration::from_secs(5)).await;
+}
+
+#[tokio::test]
 async fn a_loop_that_cannot_be_run_is_a_500_and_gives_its_key_back() {
     let server = Server::start().await;
     let project = server.project("ann").await;
