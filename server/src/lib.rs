@@ -6,5 +6,6 @@ pub mod config;
 pub mod postgres;
 pub mod read;
 pub mod rest;
+pub mod store;
 pub mod telegram;
 pub mod telemetry;

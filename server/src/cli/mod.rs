@@ -1,1 +1,179 @@
+//! The command line: one file per command, each with its arguments and a `run`.
+//!
+//! # Exit codes
+//! 0 done; 1 it could not be done, or a check found something; 2 wrong usage or configuration; 3 the machine lacks
+//! something (database, port, folder); 130 interrupted twice.
 
+mod completion;
+mod dev;
+mod doctor;
+mod migrate;
+mod project;
+mod run;
+mod server;
+mod token;
+mod worker;
+
+use crate::{
+    app::App,
+    config::{self, Config, Flags},
+    postgres, rest, telemetry,
+};
+use clap::{Parser, Subcommand};
+use serde::Serialize;
+
+/// It could not be done, or a check found something.
+pub const EXIT_FAILED: u8 = 1;
+/// Wrong usage or configuration.
+pub const EXIT_USAGE: u8 = 2;
+/// The machine lacks something.
+pub const EXIT_MACHINE: u8 = 3;
+/// Interrupted twice.
+pub const EXIT_INTERRUPTED: u8 = 130;
+
+/// From an idea to a working repository, durably.
+#[derive(Debug, Parser)]
+#[command(name = "loopwright", version, propagate_version = true, max_term_width = 110)]
+pub struct Cli {
+    #[command(flatten)]
+    flags: Flags,
+    /// Print JSON
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Every command; one file and one line here each.
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Postgres, server and worker in one process, for every day
+    Dev(dev::Args),
+    /// Serve REST
+    Server(server::Args),
+    /// Work on runs
+    Worker(worker::Args),
+    /// Bring the database to the schema of this program
+    Migrate(migrate::Args),
+    /// Check what this machine has and say what to do
+    Doctor(doctor::Args),
+    /// Mint a token for development
+    Token(token::Args),
+    /// Look at runs and act on them
+    Run(run::Args),
+    /// Look at projects, make new ones, take them out
+    Project(project::Args),
+    /// Print a completion script for a shell
+    Completion(completion::Args),
+}
+
+/// What every command is handed.
+pub(crate) struct Context {
+    pub config: Config,
+    pub json: bool,
+}
+
+impl Context {
+    /// The database of this configuration, migrated; the embedded one if none is configured.
+    pub async fn open(self) -> anyhow::Result<App> {
+        Ok(App::open_migrated(self.config, postgres::Fallback::Embedded).await?)
+    }
+}
+
+/// Runs the command line and gives the exit code.
+pub async fn run(cli: Cli) -> u8 {
+    match dispatch(cli).await {
+        Ok(code) => code,
+        Err(error) => {
+            // One sentence with the remedy; causes that it does not name yet follow.
+            let text = telemetry::redact(&format!("{error:#}")).into_owned();
+            eprintln!("loopwright: {text}");
+            exit_code(&error)
+        }
+    }
+}
+
+async fn dispatch(cli: Cli) -> anyhow::Result<u8> {
+    if let Command::Completion(args) = cli.command {
+        completion::run(&args);
+        return Ok(0);
+    }
+    if let Command::Doctor(args) = &cli.command
+        && args.environment
+    {
+        doctor::environment(cli.json);
+        return Ok(0);
+    }
+    let config = Config::load(&cli.flags)?;
+    telemetry::init(&config.log)?;
+    let context = Context { config, json: cli.json };
+    let done = match cli.command {
+        Command::Dev(args) => dev::run(args, context).await,
+        Command::Server(args) => server::run(args, context).await,
+        Command::Worker(args) => worker::run(args, context).await,
+        Command::Migrate(args) => migrate::run(args, context).await,
+        Command::Doctor(args) => return doctor::run(args, context).await,
+        Command::Token(args) => token::run(args, context),
+        Command::Run(args) => run::run(args, context).await,
+        Command::Project(args) => project::run(args, context).await,
+        Command::Completion(_) => Ok(()),
+    };
+    done.map(|()| 0)
+}
+
+fn exit_code(error: &anyhow::Error) -> u8 {
+    for cause in error.chain() {
+        if cause.is::<config::Error>() {
+            return EXIT_USAGE;
+        }
+        if cause.is::<postgres::Error>() || cause.is::<rest::serve::BindError>() {
+            return EXIT_MACHINE;
+        }
+    }
+    EXIT_FAILED
+}
+
+/// Prints a value as JSON, or as `plain` renders it.
+pub(crate) fn print<T: Serialize>(json: bool, value: &T, plain: impl FnOnce(&T) -> String) -> anyhow::Result<()> {
+    let text = if json { serde_json::to_string(value)? } else { plain(value) };
+    // A reader that has seen enough closes the pipe.
+    match std::io::Write::write_all(&mut std::io::stdout(), format!("{}\n", text.trim_end()).as_bytes()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(e.into()),
+        _ => Ok(()),
+    }
+}
+
+/// Columns of text, padded.
+pub(crate) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
+    let width =
+        |i: usize| rows.iter().map(|r| r[i].chars().count()).chain([head[i].chars().count()]).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..head.len()).map(width).collect();
+    let line = |cells: &mut dyn Iterator<Item = &str>| {
+        let mut out = String::new();
+        for (cell, width) in cells.zip(&widths) {
+            out.push_str(cell);
+            out.extend(std::iter::repeat_n(' ', width + 2 - cell.chars().count()));
+        }
+        out.trim_end().to_owned()
+    };
+    let mut lines = vec![line(&mut head.iter().copied())];
+    lines.extend(rows.iter().map(|row| line(&mut row.iter().map(String::as_str))));
+    lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn columns_line_up() {
+        let text = table(&["a", "name"], &[vec!["1".into(), "x".into()], vec!["long".into(), "é".into()]]);
+        assert_eq!(text, "a     name\n1     x\nlong  é");
+    }
+}

@@ -1,1 +1,77 @@
+//! The way to the database: the one that is configured, or the embedded one.
 
+use crate::{config::Config, telemetry::redact};
+use loopwright_engine::embedded;
+use secrecy::ExposeSecret;
+use sqlx::{
+    ConnectOptions, PgPool,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
+use std::time::Duration;
+
+/// Connections of one process. Chosen, not measured: the committer needs one, a page of the server a few.
+const POOL_MAX: u32 = 20;
+/// Longest wait for a connection. Chosen, not measured.
+const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Whether the embedded Postgres may stand in when no database is configured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fallback {
+    Embedded,
+    None,
+}
+
+/// Why there is no database. Each says what helps.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("no database is configured; set DATABASE_URL, or use `loopwright dev`, which brings its own")]
+    NotConfigured,
+    #[error("DATABASE_URL is not the address of a Postgres: {0}")]
+    Address(String),
+    #[error("the database at {address} cannot be reached: {reason}; check that it runs and that DATABASE_URL is right")]
+    Unreachable { address: String, reason: String },
+    #[error(transparent)]
+    Embedded(#[from] embedded::Error),
+    #[error(transparent)]
+    Migrate(#[from] loopwright_engine::migrate::Error),
+}
+
+/// An open database.
+#[derive(Debug)]
+pub struct Database {
+    pub pool: PgPool,
+    /// Where another process finds it.
+    pub url: String,
+    /// Held as long as the database is used: dropping it stops a server that this process started.
+    pub server: Option<embedded::Server>,
+}
+
+/// Opens the database.
+///
+/// # Errors
+/// One sentence with the remedy.
+pub async fn open(config: &Config, fallback: Fallback) -> Result<Database, Error> {
+    let (url, server) = match (&config.database_url, fallback) {
+        (Some(url), _) => (url.expose_secret().to_owned(), None),
+        (None, Fallback::None) => return Err(Error::NotConfigured),
+        (None, Fallback::Embedded) => {
+            let settings =
+                embedded::Settings { data_dir: Some(config.data_dir.clone()), ..embedded::Settings::default() };
+            let server = embedded::start(settings).await?;
+            (server.url().to_owned(), Some(server))
+        }
+    };
+    let options: PgConnectOptions = url.parse().map_err(|e: sqlx::Error| Error::Address(e.to_string()))?;
+    let options = options.log_slow_statements(tracing::log::LevelFilter::Warn, Duration::from_secs(2));
+    let pool = PgPoolOptions::new()
+        .max_connections(POOL_MAX)
+        .acquire_timeout(ACQUIRE_TIMEOUT)
+        .connect_with(options)
+        .await
+        .map_err(|e| Error::Unreachable { address: redact(&url).into_owned(), reason: one_line(&e.to_string()) })?;
+    Ok(Database { pool, url, server })
+}
+
+fn one_line(text: &str) -> String {
+    redact(text.lines().next().unwrap_or_default()).into_owned()
+}

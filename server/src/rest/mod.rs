@@ -1,1 +1,96 @@
+//! HTTP: warp's filters inside tower's layers inside our own accept loop.
+//!
+//! ```text
+//! serve (sockets, limits) ─▶ layers (id, span, panics, headers, gzip) ─▶ routes ─▶ handler ─▶ engine's client, store
+//!                                                                          │
+//!                                         recover: 404, 405 ◀──────────────┘ (only what routing itself refuses)
+//! ```
+//!
+//! Handlers return a reply or an [`Error`], which is a reply too; neither becomes a rejection. No route reads SQL: see
+//! [`crate::store`]. Start reading at [`routes`].
 
+pub mod auth;
+mod call;
+mod credits;
+pub mod error;
+mod events;
+mod health;
+mod jwt;
+pub mod limit;
+mod loop_run;
+mod projects;
+mod routes;
+mod runs;
+pub mod serve;
+
+pub use call::Peer;
+pub use error::{Code, Error};
+pub use jwt::install_crypto;
+pub use loop_run::workflow_id;
+pub(crate) use projects::WORKFLOW;
+pub use routes::{ROUTES, routes};
+
+use crate::{config, store::Store};
+use futures_util::future::BoxFuture;
+use loopwright_engine::{Failure, client::Client};
+use metrics_exporter_prometheus::PrometheusHandle;
+use std::sync::Arc;
+use tokio::sync::{Semaphore, watch};
+use uuid::Uuid;
+
+/// Where the zip of a project's repository comes from.
+pub trait Archives: Send + Sync + 'static {
+    /// The newest state of the project as a zip file.
+    fn zip(&self, project: Uuid) -> BoxFuture<'_, Result<Vec<u8>, Failure>>;
+}
+
+/// What the routes work with. Cheap to clone.
+#[derive(Clone)]
+pub struct State(Arc<Inner>);
+
+/// The parts of a [`State`].
+pub struct Inner {
+    pub store: Store,
+    pub client: Client,
+    pub registry: auth::Registry,
+    pub limit: limit::RateLimit,
+    pub archives: Arc<dyn Archives>,
+    pub metrics: PrometheusHandle,
+    pub body_bytes_max: usize,
+    /// One permit per event stream.
+    pub streams: Arc<Semaphore>,
+    /// True once the server is to stop: streams end, waits answer.
+    pub stop: watch::Receiver<bool>,
+}
+
+impl State {
+    /// # Errors
+    /// A signing key that cannot be read.
+    pub fn new(
+        config: &config::Config,
+        store: Store,
+        client: Client,
+        archives: Arc<dyn Archives>,
+        metrics: PrometheusHandle,
+        stop: watch::Receiver<bool>,
+    ) -> Result<Self, config::Error> {
+        Ok(Self(Arc::new(Inner {
+            store,
+            client,
+            registry: auth::Registry::new(&config.auth)?,
+            limit: limit::RateLimit::new(config.http.requests_per_minute),
+            archives,
+            metrics,
+            body_bytes_max: config.http.body_bytes_max,
+            streams: Arc::new(Semaphore::new(config.http.streams_max)),
+            stop,
+        })))
+    }
+}
+
+impl std::ops::Deref for State {
+    type Target = Inner;
+    fn deref(&self) -> &Inner {
+        &self.0
+    }
+}

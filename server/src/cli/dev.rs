@@ -1,0 +1,30 @@
+//! `loopwright dev`: everything in one process, with its own Postgres unless one is configured. Ctrl-C drains.
+
+use super::Context;
+use crate::{
+    app::{self, App},
+    postgres::Fallback,
+    rest::serve::bind,
+};
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Address and port of the server
+    #[arg(long, value_name = "ADDRESS")]
+    listen: Option<std::net::SocketAddr>,
+}
+
+pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<()> {
+    let mut config = app::with_development_key(context.config)?;
+    if let Some(listen) = args.listen {
+        config.http.listen = listen;
+    }
+    let stop = app::stop_on_signal()?;
+    let listener = bind(config.http.listen).await?;
+    let address = listener.local_addr()?;
+    let app = App::open_migrated(config, Fallback::Embedded).await?;
+    eprintln!("loopwright serves at http://{address} — a token: loopwright token — Ctrl-C stops");
+    let done = tokio::try_join!(app::serve_http(&app, listener, stop.clone()), app::run_worker(&app, stop));
+    app.close().await;
+    done.map(|((), ())| ())
+}

@@ -1,0 +1,259 @@
+//! `loopwright doctor`: what this machine has, what it lacks, what to do.
+
+use super::{Context, EXIT_FAILED, print, table};
+use crate::{
+    app::App,
+    config::{Config, VARIABLES},
+    postgres::Fallback,
+    telemetry::redact,
+};
+use secrecy::ExposeSecret;
+use serde::Serialize;
+use std::{process::Command, time::Duration};
+
+/// Largest difference between the clocks of this machine and of the database that is not worth a word.
+const CLOCK_MS_MAX: i64 = 2_000;
+/// Longest wait for the Bot API.
+const TELEGRAM_TIMEOUT: Duration = Duration::from_secs(10);
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Only list the environment variables that are read
+    #[arg(long)]
+    pub environment: bool,
+    /// Ask nobody outside this machine
+    #[arg(long)]
+    offline: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum State {
+    Ok,
+    /// Works, with less.
+    Warning,
+    /// Does not work.
+    Failed,
+}
+
+#[derive(Debug, Serialize)]
+struct Check {
+    name: &'static str,
+    state: State,
+    finding: String,
+    /// What to do; empty when nothing is to be done.
+    remedy: String,
+}
+
+impl Check {
+    fn new(name: &'static str, state: State, finding: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { name, state, finding: finding.into(), remedy: remedy.into() }
+    }
+}
+
+/// Prints the table of variables.
+pub(crate) fn environment(json: bool) {
+    let rows: Vec<_> =
+        VARIABLES.iter().map(|v| vec![v.name.to_owned(), v.key.to_owned(), v.meaning.to_owned()]).collect();
+    let value: Vec<_> =
+        VARIABLES.iter().map(|v| serde_json::json!({"name": v.name, "key": v.key, "meaning": v.meaning})).collect();
+    // Only standard output can fail here, and then there is nobody to tell.
+    let _ = print(json, &value, |_| table(&["variable", "key in the file", "meaning"], &rows));
+}
+
+pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<u8> {
+    let json = context.json;
+    let config = context.config;
+    let mut checks = vec![data_dir(&config), git(), sandbox(&config), providers(&config), tokens(&config)];
+    checks.push(telegram(&config, args.offline).await);
+    checks.extend(database(config).await);
+    let failed = checks.iter().any(|c| c.state == State::Failed);
+    print(json, &checks, |checks| {
+        let mark = |state| match state {
+            State::Ok => "ok",
+            State::Warning => "warning",
+            State::Failed => "FAILED",
+        };
+        let mut out = String::new();
+        for check in checks {
+            out.push_str(&format!("{:<8} {:<10} {}\n", mark(check.state), check.name, check.finding));
+            if !check.remedy.is_empty() {
+                out.push_str(&format!("{:<8} {:<10} → {}\n", "", "", check.remedy));
+            }
+        }
+        out
+    })?;
+    Ok(if failed { EXIT_FAILED } else { 0 })
+}
+
+fn data_dir(config: &Config) -> Check {
+    let dir = &config.data_dir;
+    let probe = dir.join(format!(".doctor-{}", std::process::id()));
+    let tried = std::fs::create_dir_all(dir)
+        .and_then(|()| std::fs::write(&probe, b"x"))
+        .and_then(|()| std::fs::remove_file(&probe));
+    match tried {
+        Ok(()) => Check::new("data", State::Ok, dir.display().to_string(), ""),
+        Err(e) => Check::new(
+            "data",
+            State::Failed,
+            format!("{} cannot be written: {e}", dir.display()),
+            "name another folder with LOOPWRIGHT_DATA_DIR or make it writable",
+        ),
+    }
+}
+
+fn version(program: &str) -> Option<String> {
+    let output = Command::new(program).arg("--version").output().ok().filter(|o| o.status.success())?;
+    String::from_utf8_lossy(&output.stdout).lines().next().map(|l| l.trim().to_owned())
+}
+
+fn git() -> Check {
+    match version("git") {
+        Some(text) => Check::new("git", State::Ok, text, ""),
+        None => Check::new("git", State::Failed, "git does not run", "apt-get install git (or brew install git)"),
+    }
+}
+
+fn sandbox(config: &Config) -> Check {
+    if config.sandbox.unconfined {
+        return Check::new(
+            "sandbox",
+            State::Warning,
+            "generated code runs unconfined, as configured",
+            "unset sandbox.unconfined unless this machine is disposable",
+        );
+    }
+    if let Some(text) = version("bwrap") {
+        return Check::new("sandbox", State::Ok, text, "");
+    }
+    let landlock = std::fs::read_to_string("/sys/kernel/security/lsm").is_ok_and(|list| list.contains("landlock"));
+    if landlock {
+        Check::new(
+            "sandbox",
+            State::Warning,
+            "landlock and seccomp (no bubblewrap)",
+            "apt-get install bubblewrap for the stronger level",
+        )
+    } else {
+        Check::new(
+            "sandbox",
+            State::Warning,
+            "bubblewrap is not installed and landlock could not be seen",
+            "apt-get install bubblewrap",
+        )
+    }
+}
+
+fn providers(config: &Config) -> Check {
+    let p = &config.providers;
+    let names: Vec<&str> = [("gemini", &p.gemini), ("openrouter", &p.openrouter), ("openai", &p.openai)]
+        .into_iter()
+        .filter(|(_, provider)| provider.is_configured())
+        .map(|(name, _)| name)
+        .collect();
+    if names.is_empty() {
+        Check::new(
+            "models",
+            State::Warning,
+            "no provider is configured: only the rehearsed model answers",
+            "set GEMINI_API_KEY, OPENROUTER_API_KEY, or OPENAI_API_KEY with OPENAI_BASE_URL",
+        )
+    } else {
+        Check::new("models", State::Ok, names.join(", "), "")
+    }
+}
+
+fn tokens(config: &Config) -> Check {
+    match crate::rest::auth::Registry::new(&config.auth) {
+        Err(error) => Check::new("tokens", State::Failed, error.to_string(), "correct that key"),
+        Ok(_) if config.auth.keys.is_empty() => Check::new(
+            "tokens",
+            State::Warning,
+            "no key is configured: `dev` uses one of this machine, `server` will not start",
+            "set LOOPWRIGHT_JWT_SECRET (openssl rand -hex 32)",
+        ),
+        Ok(_) => Check::new(
+            "tokens",
+            State::Ok,
+            format!("{} key(s), issuer {}", config.auth.keys.len(), config.auth.issuer),
+            "",
+        ),
+    }
+}
+
+async fn telegram(config: &Config, offline: bool) -> Check {
+    let Some(token) = &config.telegram.token else {
+        return Check::new("telegram", State::Ok, "no bot is configured", "");
+    };
+    if offline {
+        return Check::new("telegram", State::Ok, "a bot is configured; not asked", "");
+    }
+    crate::rest::install_crypto();
+    let base = config.telegram.api_url.as_ref().map_or("https://api.telegram.org/", |u| u.as_str());
+    let url = format!("{}/bot{}/getMe", base.trim_end_matches('/'), token.expose_secret());
+    let ask = async {
+        let client = reqwest::Client::builder().timeout(TELEGRAM_TIMEOUT).build()?;
+        client.get(url).send().await?.json::<serde_json::Value>().await
+    };
+    match ask.await {
+        Ok(answer) if answer["ok"] == true => {
+            Check::new("telegram", State::Ok, format!("@{}", answer["result"]["username"].as_str().unwrap_or("?")), "")
+        }
+        Ok(_) => Check::new("telegram", State::Failed, "the token is refused", "correct TELEGRAM_BOT_TOKEN"),
+        Err(error) => Check::new(
+            "telegram",
+            State::Failed,
+            redact(&error.without_url().to_string()).into_owned(),
+            "check the network, or TELEGRAM_API_URL",
+        ),
+    }
+}
+
+async fn database(config: Config) -> Vec<Check> {
+    let embedded = config.database_url.is_none();
+    let app = match App::open(config, Fallback::Embedded).await {
+        Ok(app) => app,
+        Err(error) => {
+            // The sentence itself says what helps.
+            let text = error.to_string();
+            let (finding, remedy) = text.split_once("; ").unwrap_or((&text, ""));
+            return vec![Check::new("database", State::Failed, finding, remedy)];
+        }
+    };
+    let mut checks = Vec::new();
+    let kind = if embedded { "embedded" } else { "configured" };
+    checks.push(match app.store.server_version().await {
+        Ok(number) if number >= 150_000 => {
+            Check::new("database", State::Ok, format!("{kind}, Postgres {}.{}", number / 10_000, number % 10_000), "")
+        }
+        Ok(number) => {
+            Check::new("database", State::Failed, format!("Postgres {}", number / 10_000), "use Postgres 15 or newer")
+        }
+        Err(error) => Check::new("database", State::Failed, error.to_string(), "check the database's log"),
+    });
+    checks.push(match app.store.missing_migrations().await {
+        Ok(missing) if missing.is_empty() => Check::new("schema", State::Ok, "up to date", ""),
+        Ok(missing) => Check::new(
+            "schema",
+            State::Warning,
+            format!("{} migration(s) missing", missing.len()),
+            "loopwright migrate",
+        ),
+        Err(error) => Check::new("schema", State::Failed, error.to_string(), "check the database's log"),
+    });
+    checks.push(match app.store.clock_difference_ms().await {
+        Ok(ms) if ms.abs() <= CLOCK_MS_MAX => {
+            Check::new("clock", State::Ok, format!("{ms} ms from the database's"), "")
+        }
+        Ok(ms) => Check::new(
+            "clock",
+            State::Warning,
+            format!("{ms} ms from the database's"),
+            "synchronize the clocks (chrony or systemd-timesyncd)",
+        ),
+        Err(error) => Check::new("clock", State::Failed, error.to_string(), "check the database's log"),
+    });
+    app.close().await;
+    checks
+}

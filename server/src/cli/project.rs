@@ -1,0 +1,99 @@
+//! `loopwright project`: for whoever operates this installation, over all users.
+
+use super::{Context, print, table, token::DEVELOPER};
+use crate::{app::App, store::projects::Project};
+use anyhow::Context as _;
+use std::io::Read;
+use uuid::Uuid;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Create a project
+    New {
+        /// What is to be built; `-` reads it from standard input
+        idea: String,
+        /// Its name [default: the beginning of the idea]
+        #[arg(long)]
+        name: Option<String>,
+        /// Its owner [default: the developer]
+        #[arg(long, value_name = "UUID")]
+        user: Option<Uuid>,
+    },
+    /// List projects, newest first
+    List {
+        /// Of this user only
+        #[arg(long, value_name = "UUID")]
+        user: Option<Uuid>,
+        #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=100))]
+        limit: u32,
+    },
+    /// Show one project
+    Show { id: Uuid },
+}
+
+pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<()> {
+    let json = context.json;
+    let app = context.open().await?;
+    let done = act(args.command, &app, json).await;
+    app.close().await;
+    done
+}
+
+async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<()> {
+    match command {
+        Command::New { idea, name, user } => {
+            let idea = if idea == "-" {
+                let mut text = String::new();
+                std::io::stdin().read_to_string(&mut text).context("the idea could not be read from standard input")?;
+                text
+            } else {
+                idea
+            };
+            let idea = idea.trim();
+            anyhow::ensure!(!idea.is_empty(), "the idea is empty");
+            let name = name.unwrap_or_else(|| idea.lines().next().unwrap_or_default().chars().take(60).collect());
+            let user = match user {
+                Some(user) => user,
+                None => {
+                    let issuer = &app.config.auth.issuer;
+                    app.store.user_of(issuer, DEVELOPER, issuer).await?.id
+                }
+            };
+            let project = app.store.create_project(user, &name, idea, crate::rest::WORKFLOW).await?;
+            print(json, &project, |p| p.id.to_string())
+        }
+        Command::List { user, limit } => {
+            let page = app.store.projects(user, None, limit).await?;
+            print(json, &page, |page| {
+                let row = |p: &Project| {
+                    vec![p.id.to_string(), p.status.clone(), p.created_at.format("%F %R").to_string(), p.name.clone()]
+                };
+                table(&["id", "status", "created", "name"], &page.items.iter().map(row).collect::<Vec<_>>())
+            })
+        }
+        Command::Show { id } => {
+            let project = app.store.project(None, id).await?.with_context(|| format!("there is no project {id}"))?;
+            let run = app.client.open_run(&crate::rest::workflow_id(id)).await?;
+            let mut value = serde_json::to_value(&project)?;
+            value["open_run"] = serde_json::json!(run);
+            print(json, &value, |_| {
+                let run = run.map_or_else(|| "none".to_owned(), |r| r.to_string());
+                format!(
+                    "project   {}\nname      {}\nstatus    {}\nworkflow  {}\ncreated   {}\nopen run  {run}\n\n{}",
+                    project.id,
+                    project.name,
+                    project.status,
+                    project.workflow_name,
+                    project.created_at.format("%F %T UTC"),
+                    project.idea
+                )
+            })
+        }
+    }
+}

@@ -1,0 +1,234 @@
+//! `loopwright run`: for whoever operates this installation, over all users.
+
+use super::{Context, print, table};
+use crate::{app::App, read::task};
+use anyhow::Context as _;
+use loopwright_engine::{
+    client::{Decision, Filter, Signal},
+    ids::RunId,
+    view::{HistoryRow, RunView},
+};
+use std::time::Duration;
+use uuid::Uuid;
+
+/// Sender of what is sent from here.
+const SENDER: &str = "operator";
+/// Transitions read at once.
+const BATCH: u32 = 500;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// List runs, newest first
+    List {
+        /// Of this project only
+        #[arg(long, value_name = "UUID")]
+        project: Option<Uuid>,
+        /// Open ones only
+        #[arg(long)]
+        open: bool,
+        #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=200))]
+        limit: u32,
+    },
+    /// Show one run
+    Show { run: RunId },
+    /// Follow a run until it closes or waits for somebody
+    Watch { run: RunId },
+    /// Print every transition
+    History {
+        run: RunId,
+        /// Begin after this transition
+        #[arg(long, default_value_t = 0)]
+        after: u64,
+    },
+    /// Send a signal
+    Signal {
+        run: RunId,
+        name: String,
+        /// JSON; text that is not JSON becomes {"text": …}
+        #[arg(default_value = "null")]
+        payload: String,
+    },
+    /// Decide an approval
+    Approve {
+        run: RunId,
+        /// The step that waits [default: the only one that does]
+        step: Option<String>,
+        #[arg(long, value_enum, default_value_t = Verdict::Approved)]
+        decision: Verdict,
+        #[arg(long)]
+        comment: Option<String>,
+    },
+    /// Ask a run to stop
+    Cancel {
+        run: RunId,
+        #[arg(long, default_value = "cancelled by the operator")]
+        reason: String,
+    },
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Verdict {
+    Approved,
+    Rejected,
+    ChangesRequested,
+}
+
+pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<()> {
+    let json = context.json;
+    let app = context.open().await?;
+    let done = act(args.command, &app, json).await;
+    app.close().await;
+    done
+}
+
+async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<()> {
+    let client = &app.client;
+    match command {
+        Command::List { project, open, limit } => {
+            let attributes = project.map(|p| serde_json::json!({"project_id": p.to_string()}));
+            let runs = client.list(Filter { attributes, open_only: open, limit, ..Filter::default() }).await?;
+            print(json, &runs, |runs| {
+                let rows: Vec<_> = runs
+                    .iter()
+                    .map(|r| {
+                        let waiting = r.waiting.clone().unwrap_or_default();
+                        let started = r.started_at.format("%F %R").to_string();
+                        vec![
+                            r.run_id.to_string(),
+                            r.workflow.clone(),
+                            r.status.as_str().to_owned(),
+                            waiting,
+                            r.seq.to_string(),
+                            started,
+                        ]
+                    })
+                    .collect();
+                table(&["run", "workflow", "status", "waits for", "seq", "started"], &rows)
+            })
+        }
+        Command::Show { run } => print(json, &client.describe(run).await?, show),
+        Command::Watch { run } => watch(app, run, json).await,
+        Command::History { run, after } => {
+            let mut after = after;
+            loop {
+                let rows = client.history(run, after, BATCH).await?;
+                let Some(last) = rows.last() else { return Ok(()) };
+                after = last.seq;
+                for row in &rows {
+                    print(json, row, transition)?;
+                }
+            }
+        }
+        Command::Signal { run, name, payload } => {
+            let payload = serde_json::from_str(&payload).unwrap_or_else(|_| serde_json::json!({ "text": payload }));
+            let signal = Signal { name, payload, dedupe_id: None, sender: Some(SENDER.into()) };
+            client.signal(run, signal).await?;
+            print(json, &serde_json::json!({"status": "accepted"}), |_| "Sent.".into())
+        }
+        Command::Approve { run, step, decision, comment } => {
+            let step = match step {
+                Some(step) => step,
+                None => waiting_step(&client.describe(run).await?)?,
+            };
+            let decision = match decision {
+                Verdict::Approved => Decision::Approved,
+                Verdict::Rejected => Decision::Rejected,
+                Verdict::ChangesRequested => Decision::ChangesRequested,
+            };
+            client.approve(run, &step, decision, comment, None, Some(SENDER.into())).await?;
+            print(json, &serde_json::json!({"status": "accepted", "step": step}), |_| {
+                format!("Decided `{step}`: {}.", decision.as_str())
+            })
+        }
+        Command::Cancel { run, reason } => {
+            client.cancel(run, &reason).await?;
+            print(json, &serde_json::json!({"status": "cancelling"}), |_| "Asked to stop.".into())
+        }
+    }
+}
+
+fn waiting_step(view: &RunView) -> anyhow::Result<String> {
+    let mut steps = view.waiting.iter().filter_map(|w| match w {
+        loopwright_engine::view::Waiting::Approval { step, .. } => Some(step.clone()),
+        _ => None,
+    });
+    let first = steps.next().context("the run waits for no approval now")?;
+    anyhow::ensure!(steps.next().is_none(), "several approvals wait; name the step");
+    Ok(first)
+}
+
+async fn watch(app: &App, run: RunId, json: bool) -> anyhow::Result<()> {
+    let mut after = 0;
+    loop {
+        let rows = app.client.history(run, after, BATCH).await?;
+        for row in &rows {
+            after = row.seq;
+            print(json, row, transition)?;
+        }
+        if rows.is_empty() {
+            let view = app.client.describe(run).await?;
+            if task::is_parked(&view) && view.seq <= after {
+                return print(json, &view, |view| {
+                    let standing = task::standing(view);
+                    format!("{}: {} {}", view.status.as_str(), standing.task, standing.message)
+                });
+            }
+            app.client.wait_change(run, after, Duration::from_secs(20)).await?;
+        }
+    }
+}
+
+fn show(view: &RunView) -> String {
+    let standing = task::standing(view);
+    let mut out = format!(
+        "run       {}\nworkflow  {} ({})\nstatus    {}\nnow       {}: {}\nstarted   {}\n",
+        view.run_id,
+        view.workflow,
+        &view.definition.to_string()[..12],
+        view.status.as_str(),
+        standing.task,
+        standing.message,
+        view.started_at.format("%F %T UTC"),
+    );
+    if let Some(closed) = view.closed_at {
+        out.push_str(&format!("closed    {}\n", closed.format("%F %T UTC")));
+    }
+    out.push_str(&format!("seq       {}\n\n", view.seq));
+    let rows: Vec<_> = view
+        .nodes
+        .iter()
+        .map(|n| {
+            let count = match (n.done, n.total) {
+                (Some(done), Some(total)) => format!("{done}/{total}"),
+                _ => String::new(),
+            };
+            let failure = n.failure.as_ref().map(|f| f.code.clone()).unwrap_or_default();
+            vec![n.path.clone(), n.status.clone(), count, failure]
+        })
+        .collect();
+    out + &table(&["step", "status", "done", "failure"], &rows)
+}
+
+/// One transition as lines of `seq time type path …`.
+fn transition(row: &HistoryRow) -> String {
+    let line = |event: &serde_json::Value| {
+        let text = |key: &str| event[key].as_str().unwrap_or_default().to_owned();
+        let mut parts = vec![format!("{:>5}", row.seq), row.at.format("%T%.3f").to_string(), text("type")];
+        for key in ["path", "activity", "outcome", "status", "name", "reason"] {
+            if !text(key).is_empty() {
+                parts.push(text(key));
+            }
+        }
+        if let Some(code) = event["failure"]["code"].as_str() {
+            parts.push(code.to_owned());
+        }
+        parts.join(" ")
+    };
+    row.events.iter().map(line).collect::<Vec<_>>().join("\n")
+}

@@ -1,0 +1,35 @@
+//! `loopwright token`: a token for development, signed with the configured secret or this machine's own.
+
+use super::{Context, print};
+use crate::{
+    app,
+    rest::auth::{SCOPE_RUN, mint},
+};
+use uuid::Uuid;
+
+/// Subject of the user that development works with.
+pub(crate) const DEVELOPER: &str = "developer";
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Id of an existing user [default: the developer]
+    #[arg(long, value_name = "UUID", conflicts_with = "subject")]
+    user: Option<Uuid>,
+    /// Subject of the token; its user is created when it is first seen
+    #[arg(long, value_name = "TEXT")]
+    subject: Option<String>,
+    /// Space-separated scopes
+    #[arg(long, default_value = SCOPE_RUN)]
+    scope: String,
+    /// Seconds until it expires
+    #[arg(long, default_value_t = 3600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    ttl: u64,
+}
+
+pub(crate) fn run(args: Args, context: Context) -> anyhow::Result<()> {
+    let config = app::with_development_key(context.config)?;
+    let subject = args.user.map(|u| u.to_string()).or(args.subject).unwrap_or_else(|| DEVELOPER.into());
+    let token = mint(&config.auth, &subject, &args.scope, args.ttl)?;
+    let report = serde_json::json!({"token": token, "subject": subject, "expires_in_s": args.ttl});
+    print(context.json, &report, |_| token.clone())
+}

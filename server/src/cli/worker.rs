@@ -1,0 +1,35 @@
+//! `loopwright worker`: works on runs of a configured database until it is asked to stop.
+
+use super::Context;
+use crate::{
+    app::{self, App},
+    postgres::Fallback,
+};
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Attempts at the same time
+    #[arg(long, value_name = "N")]
+    slots: Option<usize>,
+    /// Queues to work on
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    queues: Option<Vec<String>>,
+}
+
+pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<()> {
+    let mut config = context.config;
+    if let Some(slots) = args.slots {
+        anyhow::ensure!(slots > 0, "--slots must be more than 0");
+        config.worker.slots = slots;
+    }
+    if let Some(queues) = args.queues {
+        config.worker.queues = queues;
+    }
+    let stop = app::stop_on_signal()?;
+    let app = App::open(config, Fallback::None).await?;
+    let missing = app.store.missing_migrations().await?;
+    anyhow::ensure!(missing.is_empty(), "the database is behind this program; run `loopwright migrate`");
+    let done = app::run_worker(&app, stop).await;
+    app.close().await;
+    done
+}

@@ -1,0 +1,216 @@
+//! Who calls: a bearer token against a local registry of keys.
+//!
+//! The token's header is read for one thing only, which registered key to try; the algorithm, the issuer and the
+//! audience come from the registry. Does not fetch keys and does not know users: see [`crate::store::users`].
+
+use super::error::{Code, Error};
+use crate::config::{self, KeyMaterial};
+use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
+use secrecy::ExposeSecret;
+use serde::{Deserialize, Serialize};
+use std::{collections::BTreeMap, time::SystemTime};
+
+/// Scope that a token needs in order to start or steer anything.
+pub const SCOPE_RUN: &str = "loop:run";
+/// Longest token that is looked at, in bytes. Source: what common proxies let through in one header.
+const TOKEN_BYTES_MAX: usize = 8 * 1024;
+/// Longest key id and subject, in bytes. Chosen, not measured.
+const NAME_BYTES_MAX: usize = 255;
+
+/// The keys that tokens may be signed with.
+pub struct Registry {
+    keys: BTreeMap<String, Entry>,
+    issuer: String,
+    lifetime_s_max: u64,
+}
+
+struct Entry {
+    algorithm: Algorithm,
+    key: DecodingKey,
+    /// One per key: a validation cannot mix families of algorithms.
+    validation: Validation,
+}
+
+/// A token that stood the test.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verified {
+    pub issuer: String,
+    pub subject: String,
+    pub scopes: Vec<String>,
+}
+
+impl Verified {
+    #[must_use]
+    pub fn may(&self, scope: &str) -> bool {
+        self.scopes.iter().any(|s| s == scope)
+    }
+}
+
+/// What is read of a token. A claim that appears twice is refused by the parser.
+#[derive(Deserialize)]
+struct Claims {
+    iss: String,
+    sub: String,
+    exp: f64,
+    #[serde(default)]
+    iat: Option<f64>,
+    /// Space separated. Source: RFC 8693 section 4.2.
+    #[serde(default)]
+    scope: Option<String>,
+    /// The same as an array, as some issuers write it.
+    #[serde(default)]
+    scp: Option<Scp>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Scp {
+    One(String),
+    Many(Vec<String>),
+}
+
+/// Claims of a token that we mint.
+#[derive(Serialize)]
+struct Minted<'a> {
+    iss: &'a str,
+    aud: &'a str,
+    sub: &'a str,
+    scope: &'a str,
+    iat: u64,
+    nbf: u64,
+    exp: u64,
+    jti: String,
+}
+
+impl Registry {
+    /// # Errors
+    /// A key that cannot be read, by its key id.
+    pub fn new(auth: &config::Auth) -> Result<Self, config::Error> {
+        super::jwt::install_crypto();
+        let mut keys = BTreeMap::new();
+        for key in &auth.keys {
+            let bad = |e: jsonwebtoken::errors::Error| config::Error::value(format!("auth key `{}`", key.kid), e);
+            let (algorithm, decoding) = match &key.material {
+                KeyMaterial::Hs256(secret) => {
+                    (Algorithm::HS256, DecodingKey::from_secret(secret.expose_secret().as_bytes()))
+                }
+                KeyMaterial::Rs256(pem) => (Algorithm::RS256, DecodingKey::from_rsa_pem(pem.as_bytes()).map_err(bad)?),
+                KeyMaterial::Es256(pem) => (Algorithm::ES256, DecodingKey::from_ec_pem(pem.as_bytes()).map_err(bad)?),
+                KeyMaterial::EdDsa(pem) => (Algorithm::EdDSA, DecodingKey::from_ed_pem(pem.as_bytes()).map_err(bad)?),
+            };
+            let mut validation = Validation::new(algorithm);
+            validation.leeway = auth.leeway_s;
+            validation.validate_nbf = true;
+            validation.set_issuer(&[&auth.issuer]);
+            validation.set_audience(&[&auth.audience]);
+            validation.set_required_spec_claims(&["exp", "iss", "aud", "sub"]);
+            keys.insert(key.kid.clone(), Entry { algorithm, key: decoding, validation });
+        }
+        Ok(Self { keys, issuer: auth.issuer.clone(), lifetime_s_max: auth.lifetime_s_max })
+    }
+
+    /// The issuer whose subjects may be ids of our own users.
+    #[must_use]
+    pub fn issuer(&self) -> &str {
+        &self.issuer
+    }
+
+    /// Checks the `Authorization` header.
+    ///
+    /// # Errors
+    /// `token_missing`, `token_invalid`. The caller is not told which rule it broke; the log is, without the token.
+    pub fn verify(&self, authorization: Option<&str>) -> Result<Verified, Error> {
+        let missing = || Error::new(Code::TokenMissing, "Send a token as `Authorization: Bearer …`.");
+        let header = authorization.ok_or_else(missing)?;
+        let (scheme, token) = header.split_once(' ').ok_or_else(missing)?;
+        if !scheme.eq_ignore_ascii_case("bearer") {
+            return Err(missing());
+        }
+        self.check(token.trim()).map_err(|reason| {
+            tracing::info!(reason, "a token was refused");
+            metrics::counter!("http_tokens_refused_total").increment(1);
+            Error::new(Code::TokenInvalid, "The token is expired, not yet valid, or not one of ours.")
+        })
+    }
+
+    fn check(&self, token: &str) -> Result<Verified, String> {
+        if token.len() > TOKEN_BYTES_MAX {
+            return Err(format!("{} bytes", token.len()));
+        }
+        let header = jsonwebtoken::decode_header(token).map_err(|e| format!("header: {e}"))?;
+        if header.crit.is_some() {
+            return Err("critical extensions".into());
+        }
+        let entry = match header.kid.as_deref() {
+            Some(kid) if kid.len() > NAME_BYTES_MAX => return Err("key id too long".into()),
+            Some(kid) => {
+                self.keys.get(kid).ok_or_else(|| format!("unknown key id {:?}", kid.get(..64).unwrap_or(kid)))?
+            }
+            // Without a key id there must be no choice.
+            None if self.keys.len() == 1 => self.keys.values().next().ok_or("no key")?,
+            None => return Err("no key id".into()),
+        };
+        if header.alg != entry.algorithm {
+            return Err(format!("algorithm {:?} instead of {:?}", header.alg, entry.algorithm));
+        }
+        let claims =
+            jsonwebtoken::decode::<Claims>(token, &entry.key, &entry.validation).map_err(|e| e.to_string())?.claims;
+        if claims.sub.is_empty() || claims.sub.len() > NAME_BYTES_MAX {
+            return Err("subject empty or too long".into());
+        }
+        let now = now_s();
+        #[expect(clippy::cast_precision_loss, reason = "seconds of this millennium are exact")]
+        let (now, life) = (now as f64, self.lifetime_s_max as f64);
+        #[expect(clippy::cast_precision_loss, reason = "at most 30")]
+        let leeway = entry.validation.leeway as f64;
+        if !claims.exp.is_finite() || claims.exp > now + life + leeway {
+            return Err("lives too long".into());
+        }
+        if claims.iat.is_some_and(|iat| !iat.is_finite() || iat > now + leeway) {
+            return Err("issued in the future".into());
+        }
+        let mut scopes: Vec<String> =
+            claims.scope.unwrap_or_default().split_ascii_whitespace().map(str::to_owned).collect();
+        match claims.scp {
+            Some(Scp::One(text)) => scopes.extend(text.split_ascii_whitespace().map(str::to_owned)),
+            Some(Scp::Many(list)) => scopes.extend(list),
+            None => {}
+        }
+        Ok(Verified { issuer: claims.iss, subject: claims.sub, scopes })
+    }
+}
+
+/// Mints a development token with the first symmetric key.
+///
+/// # Errors
+/// When no symmetric key is configured.
+pub fn mint(auth: &config::Auth, subject: &str, scope: &str, ttl_s: u64) -> anyhow::Result<String> {
+    super::jwt::install_crypto();
+    let (kid, secret) = auth
+        .keys
+        .iter()
+        .find_map(|key| match &key.material {
+            KeyMaterial::Hs256(secret) => Some((&key.kid, secret)),
+            _ => None,
+        })
+        .ok_or_else(|| {
+            anyhow::anyhow!("no symmetric key is configured; set LOOPWRIGHT_JWT_SECRET (openssl rand -hex 32)")
+        })?;
+    let now = now_s();
+    let claims = Minted {
+        iss: &auth.issuer,
+        aud: &auth.audience,
+        sub: subject,
+        scope,
+        iat: now,
+        nbf: now,
+        exp: now + ttl_s,
+        jti: uuid::Uuid::new_v4().to_string(),
+    };
+    let header = Header { kid: Some(kid.clone()), ..Header::new(Algorithm::HS256) };
+    Ok(jsonwebtoken::encode(&header, &claims, &EncodingKey::from_secret(secret.expose_secret().as_bytes()))?)
+}
+
+fn now_s() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
+}

@@ -1,0 +1,194 @@
+//! What a caller is told when something is not done: RFC 9457 problem documents with stable codes.
+
+use crate::store;
+use warp::http::{HeaderValue, StatusCode, header};
+use warp::reply::{Reply, Response};
+
+/// A refusal or a failure, as the caller sees it.
+///
+/// Never carries SQL, paths of the machine, or what an upstream said.
+#[derive(Debug)]
+pub struct Error {
+    pub code: Code,
+    /// One sentence for a person.
+    pub detail: String,
+    /// What is wrong with which part of the body, as (JSON pointer, sentence).
+    pub pointers: Vec<(String, String)>,
+    /// Seconds after which another try makes sense.
+    pub retry_after_s: Option<u64>,
+}
+
+macro_rules! codes {
+    ($($(#[$doc:meta])* $name:ident = $code:literal, $status:ident, $title:literal;)*) => {
+        /// Why; listed with cause and remedy in the crate's README.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Code { $($(#[$doc])* $name,)* }
+        impl Code {
+            /// All of them, in the README's order.
+            pub const ALL: &'static [Code] = &[$(Code::$name,)*];
+            /// The stable text for programs.
+            #[must_use]
+            pub fn as_str(self) -> &'static str {
+                match self { $(Self::$name => $code,)* }
+            }
+            #[must_use]
+            pub fn status(self) -> StatusCode {
+                match self { $(Self::$name => StatusCode::$status,)* }
+            }
+            fn title(self) -> &'static str {
+                match self { $(Self::$name => $title,)* }
+            }
+        }
+    };
+}
+
+codes! {
+    BodyInvalid = "body_invalid", BAD_REQUEST, "The body is not what this route takes";
+    QueryInvalid = "query_invalid", BAD_REQUEST, "A query parameter is not valid";
+    HeaderInvalid = "header_invalid", BAD_REQUEST, "A header is not valid";
+    ProjectInvalid = "project_invalid", BAD_REQUEST, "Missing or invalid project_id";
+    TokenMissing = "token_missing", UNAUTHORIZED, "A bearer token is needed";
+    TokenInvalid = "token_invalid", UNAUTHORIZED, "The token is not valid";
+    ScopeInsufficient = "scope_insufficient", FORBIDDEN, "The token lacks a scope";
+    UserBlocked = "user_blocked", FORBIDDEN, "The user is blocked";
+    NotFound = "not_found", NOT_FOUND, "There is nothing here";
+    MethodNotAllowed = "method_not_allowed", METHOD_NOT_ALLOWED, "Another method is needed";
+    RunClosed = "run_closed", CONFLICT, "The run is closed";
+    ApprovalNotWaiting = "approval_not_waiting", CONFLICT, "No such approval waits";
+    RequestInProgress = "request_in_progress", CONFLICT, "The same request is being worked on";
+    BodyTooLarge = "body_too_large", PAYLOAD_TOO_LARGE, "The body is too large";
+    MediaTypeUnsupported = "media_type_unsupported", UNSUPPORTED_MEDIA_TYPE, "The body must be JSON";
+    InputInvalid = "input_invalid", UNPROCESSABLE_ENTITY, "The values do not fit";
+    IdempotencyKeyReused = "idempotency_key_reused", UNPROCESSABLE_ENTITY, "The idempotency key belongs to another request";
+    RateLimited = "rate_limited", TOO_MANY_REQUESTS, "Too many requests";
+    StreamsExhausted = "streams_exhausted", SERVICE_UNAVAILABLE, "Too many open event streams";
+    Unavailable = "unavailable", SERVICE_UNAVAILABLE, "Not available now";
+    Internal = "internal", INTERNAL_SERVER_ERROR, "Something broke on our side";
+    LoopFailed = "loop_failed", INTERNAL_SERVER_ERROR, "Failed to run autonomous loop";
+}
+
+impl Error {
+    pub fn new(code: Code, detail: impl Into<String>) -> Self {
+        Self { code, detail: detail.into(), pointers: Vec::new(), retry_after_s: None }
+    }
+    #[must_use]
+    pub fn at(mut self, pointer: impl Into<String>, detail: impl Into<String>) -> Self {
+        self.pointers.push((pointer.into(), detail.into()));
+        self
+    }
+    #[must_use]
+    pub fn retry_after(mut self, seconds: u64) -> Self {
+        self.retry_after_s = Some(seconds.max(1));
+        self
+    }
+    pub fn not_found(what: &str) -> Self {
+        Self::new(Code::NotFound, format!("No such {what}."))
+    }
+    /// An error of our own: logged once, here, and told without detail.
+    pub fn internal(error: impl std::fmt::Display) -> Self {
+        tracing::error!(%error, "a request failed");
+        Self::new(
+            Code::Internal,
+            "The request was not carried out; trying again later is safe with an Idempotency-Key.",
+        )
+    }
+}
+
+impl From<store::Error> for Error {
+    fn from(error: store::Error) -> Self {
+        match error {
+            store::Error::Unavailable(_) => {
+                tracing::error!(%error, "the database cannot be reached");
+                Self::new(Code::Unavailable, "The database cannot be reached now.").retry_after(5)
+            }
+            store::Error::Broken(_) => Self::internal(error),
+        }
+    }
+}
+
+impl From<loopwright_engine::Error> for Error {
+    fn from(error: loopwright_engine::Error) -> Self {
+        use loopwright_engine::Error as E;
+        match error {
+            E::RunNotFound(_) => Self::not_found("run"),
+            E::RunClosed(_) => Self::new(Code::RunClosed, "The run has ended and takes no more messages."),
+            E::ApprovalNotWaiting(_, step) => {
+                Self::new(Code::ApprovalNotWaiting, format!("The run does not wait for an approval `{step}` now."))
+            }
+            E::InputInvalid(list) | E::SignalInvalid(list) => {
+                let error = Self::new(Code::InputInvalid, list.join("; "));
+                list.into_iter().fold(error, |e, text| e.at("/payload", text))
+            }
+            E::TooLarge { what, actual, limit } => {
+                Self::new(Code::BodyTooLarge, format!("{what} is {actual} bytes; the limit is {limit}."))
+            }
+            E::Sql(error) => store::Error::from(error).into(),
+            other @ (E::DefinitionNotFound(_)
+            | E::DefinitionInvalid(_)
+            | E::LeaseLost
+            | E::Refused { .. }
+            | E::Invariant(_)
+            | E::Expression(_)) => Self::internal(other),
+        }
+    }
+}
+
+impl Reply for Error {
+    fn into_response(self) -> Response {
+        let status = self.code.status();
+        let mut body = serde_json::json!({
+            "type": format!("urn:loopwright:error:{}", self.code.as_str()),
+            "title": self.code.title(),
+            "status": status.as_u16(),
+            "code": self.code.as_str(),
+            "detail": self.detail,
+        });
+        if !self.pointers.is_empty() {
+            body["errors"] = self
+                .pointers
+                .iter()
+                .map(|(pointer, detail)| serde_json::json!({"pointer": pointer, "detail": detail}))
+                .collect();
+        }
+        let mut response = warp::reply::with_status(body.to_string(), status).into_response();
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        let challenge = match self.code {
+            Code::TokenMissing => Some(r#"Bearer realm="loopwright""#),
+            Code::TokenInvalid => Some(r#"Bearer realm="loopwright", error="invalid_token""#),
+            Code::ScopeInsufficient => {
+                Some(r#"Bearer realm="loopwright", error="insufficient_scope", scope="loop:run""#)
+            }
+            _ => None,
+        };
+        if let Some(challenge) = challenge {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static(challenge));
+        }
+        if let Some(seconds) = self.retry_after_s {
+            headers.insert(header::RETRY_AFTER, seconds.into());
+        }
+        response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_readme_lists_every_code() {
+        let readme = include_str!("../../README.md");
+        for code in Code::ALL {
+            assert!(readme.contains(&format!("`{}`", code.as_str())), "{} is not in the README", code.as_str());
+        }
+    }
+
+    #[test]
+    fn a_problem_names_its_code_and_its_pointers() {
+        let error = Error::new(Code::InputInvalid, "bad").at("/name", "is missing").retry_after(0);
+        let response = error.into_response();
+        assert_eq!(response.status(), 422);
+        assert_eq!(response.headers()["content-type"], "application/problem+json");
+        assert_eq!(response.headers()["retry-after"], "1");
+    }
+}

@@ -1,0 +1,215 @@
+//! The table of routes.
+
+use super::{
+    State,
+    call::{Call, call, respond},
+    credits,
+    error::{Code, Error},
+    events, health, loop_run, projects, runs,
+};
+use std::convert::Infallible;
+use uuid::Uuid;
+use warp::{
+    Filter, Rejection,
+    filters::BoxedFilter,
+    http::{HeaderValue, header},
+    reply::{Reply, Response},
+};
+
+/// Method and path of every route; `{}` stands for one segment, `{*}` for the rest.
+pub const ROUTES: &[(&str, &str)] = &[
+    ("POST", "/orchestrate/run-loop"),
+    ("GET", "/v1/projects"),
+    ("POST", "/v1/projects"),
+    ("GET", "/v1/projects/{}"),
+    ("GET", "/v1/projects/{}/files"),
+    ("GET", "/v1/projects/{}/files/{*}"),
+    ("GET", "/v1/projects/{}/archive"),
+    ("GET", "/v1/runs"),
+    ("GET", "/v1/runs/{}"),
+    ("GET", "/v1/runs/{}/history"),
+    ("GET", "/v1/runs/{}/events"),
+    ("POST", "/v1/runs/{}/signals"),
+    ("POST", "/v1/runs/{}/approvals/{}"),
+    ("POST", "/v1/runs/{}/cancel"),
+    ("GET", "/v1/credits"),
+    ("GET", "/v1/credits/transactions"),
+    ("GET", "/healthz"),
+    ("GET", "/readyz"),
+    ("GET", "/metrics"),
+];
+
+/// Every route, with what routing itself refuses turned into problem documents.
+pub fn routes(state: &State) -> BoxedFilter<(Response,)> {
+    let c = || call(state);
+    let trigger = warp::path!("orchestrate" / "run-loop")
+        .and(warp::post())
+        .and(c())
+        .then(|call: Call| respond("/orchestrate/run-loop", loop_run::run(call)))
+        .boxed();
+    let v1 = warp::path("v1").and(projects(state).or(runs(state)).unify().or(credits(state)).unify()).boxed();
+    trigger.or(v1).unify().or(operations(state)).unify().recover(recover).unify().boxed()
+}
+
+fn projects(state: &State) -> BoxedFilter<(Response,)> {
+    let c = || call(state);
+    let list = warp::path!("projects")
+        .and(warp::get())
+        .and(c())
+        .then(|call| respond("/v1/projects", projects::list(call)))
+        .boxed();
+    let create = warp::path!("projects")
+        .and(warp::post())
+        .and(c())
+        .then(|call| respond("/v1/projects", projects::create(call)))
+        .boxed();
+    let show = warp::path!("projects" / Uuid)
+        .and(warp::get())
+        .and(c())
+        .then(|id, call| respond("/v1/projects/{id}", projects::show(id, call)))
+        .boxed();
+    let files = warp::path!("projects" / Uuid / "files")
+        .and(warp::get())
+        .and(c())
+        .then(|id, call| respond("/v1/projects/{id}/files", projects::files(id, call)))
+        .boxed();
+    let file = warp::path!("projects" / Uuid / "files" / ..)
+        .and(warp::path::tail())
+        .and(warp::get())
+        .and(c())
+        .then(|id, tail: warp::path::Tail, call| {
+            let path = tail.as_str().to_owned();
+            respond("/v1/projects/{id}/files/{path}", projects::file(id, path, call))
+        })
+        .boxed();
+    let archive = warp::path!("projects" / Uuid / "archive")
+        .and(warp::get())
+        .and(c())
+        .then(|id, call| respond("/v1/projects/{id}/archive", projects::archive(id, call)))
+        .boxed();
+    list.or(create).unify().or(show).unify().or(files).unify().or(file).unify().or(archive).unify().boxed()
+}
+
+fn runs(state: &State) -> BoxedFilter<(Response,)> {
+    let c = || call(state);
+    let list = warp::path!("runs").and(warp::get()).and(c()).then(|call| respond("/v1/runs", runs::list(call))).boxed();
+    let show = warp::path!("runs" / Uuid)
+        .and(warp::get())
+        .and(c())
+        .then(|id, call| respond("/v1/runs/{id}", runs::show(id, call)))
+        .boxed();
+    let history = warp::path!("runs" / Uuid / "history")
+        .and(warp::get())
+        .and(c())
+        .then(|id, call| respond("/v1/runs/{id}/history", runs::history(id, call)))
+        .boxed();
+    let live = warp::path!("runs" / Uuid / "events")
+        .and(warp::get())
+        .and(c())
+        .then(|id, call| respond("/v1/runs/{id}/events", events::stream(id, call)))
+        .boxed();
+    let signal = warp::path!("runs" / Uuid / "signals")
+        .and(warp::post())
+        .and(c())
+        .then(|id, call| respond("/v1/runs/{id}/signals", runs::signal(id, call)))
+        .boxed();
+    let approve = warp::path!("runs" / Uuid / "approvals" / String)
+        .and(warp::post())
+        .and(c())
+        .then(|id, step, call| respond("/v1/runs/{id}/approvals/{step}", runs::approve(id, step, call)))
+        .boxed();
+    let cancel = warp::path!("runs" / Uuid / "cancel")
+        .and(warp::post())
+        .and(c())
+        .then(|id, call| respond("/v1/runs/{id}/cancel", runs::cancel(id, call)))
+        .boxed();
+    list.or(show)
+        .unify()
+        .or(history)
+        .unify()
+        .or(live)
+        .unify()
+        .or(signal)
+        .unify()
+        .or(approve)
+        .unify()
+        .or(cancel)
+        .unify()
+        .boxed()
+}
+
+fn credits(state: &State) -> BoxedFilter<(Response,)> {
+    let c = || call(state);
+    let balance = warp::path!("credits")
+        .and(warp::get())
+        .and(c())
+        .then(|call| respond("/v1/credits", credits::balance(call)))
+        .boxed();
+    let transactions = warp::path!("credits" / "transactions")
+        .and(warp::get())
+        .and(c())
+        .then(|call| respond("/v1/credits/transactions", credits::transactions(call)))
+        .boxed();
+    balance.or(transactions).unify().boxed()
+}
+
+fn operations(state: &State) -> BoxedFilter<(Response,)> {
+    let live = warp::path!("healthz").and(warp::get()).map(health::live).boxed();
+    let ready = {
+        let state = state.clone();
+        warp::path!("readyz").and(warp::get()).then(move || health::ready(state.clone())).boxed()
+    };
+    let metrics = {
+        let state = state.clone();
+        warp::path!("metrics").and(warp::get()).map(move || health::metrics(&state)).boxed()
+    };
+    live.or(ready).unify().or(metrics).unify().boxed()
+}
+
+/// Serves what no route took. Handlers never get here.
+async fn recover(rejection: Rejection) -> Result<Response, Infallible> {
+    Ok(if rejection.find::<warp::reject::MethodNotAllowed>().is_some() {
+        Error::new(Code::MethodNotAllowed, "See the Allow header.").into_response()
+    } else {
+        // Not found, and path parameters that are not ids.
+        Error::new(Code::NotFound, "No such route.").into_response()
+    })
+}
+
+/// Adds `Allow` to a 405, from the table.
+pub(super) fn allow(path: &str, response: &mut Response) {
+    if response.status() != Code::MethodNotAllowed.status() {
+        return;
+    }
+    let methods: Vec<&str> = ROUTES.iter().filter(|(_, pattern)| matches(pattern, path)).map(|(m, _)| *m).collect();
+    if let Ok(value) = HeaderValue::from_str(&methods.join(", ")) {
+        response.headers_mut().insert(header::ALLOW, value);
+    }
+}
+
+fn matches(pattern: &str, path: &str) -> bool {
+    let (mut pattern, mut path) = (pattern.split('/'), path.trim_end_matches('/').split('/'));
+    loop {
+        match (pattern.next(), path.next()) {
+            (None, None) | (Some("{*}"), Some(_)) => return true,
+            (Some("{}"), Some(segment)) if !segment.is_empty() => {}
+            (Some(a), Some(b)) if a == b => {}
+            _ => return false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn allow_comes_from_the_table() {
+        let mut response = Error::new(Code::MethodNotAllowed, "").into_response();
+        allow("/v1/projects", &mut response);
+        assert_eq!(response.headers()["allow"], "GET, POST");
+        assert!(
+            matches("/v1/projects/{}/files/{*}", "/v1/projects/x/files/a/b") && !matches("/v1/runs/{}", "/v1/runs")
+        );
+    }
+}

@@ -1,0 +1,112 @@
+//! Credits as their owner sees them: the balance and every change of it. Read only; the ledger writes.
+
+use super::{Error, Page, Store};
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+use uuid::Uuid;
+
+/// Micro-credits of one credit.
+const UCR: i64 = 1_000_000;
+
+/// What a user has.
+#[derive(Clone, Debug, Serialize)]
+pub struct Balance {
+    /// Micro-credits, what is held included.
+    pub balance_ucr: i64,
+    /// Micro-credits reserved for work under way.
+    pub held_ucr: i64,
+    /// Micro-credits that can be spent now.
+    pub available_ucr: i64,
+    /// The same in credits, as exact decimal text.
+    pub available: String,
+}
+
+/// One change of a balance.
+#[derive(Clone, Debug, Serialize)]
+pub struct Transaction {
+    /// 1, 2, 3 … per user.
+    pub seq: i64,
+    pub kind: String,
+    pub amount_ucr: i64,
+    pub held_delta_ucr: i64,
+    pub balance_after_ucr: i64,
+    pub held_after_ucr: i64,
+    pub attempt_id: Option<Uuid>,
+    pub created_at: DateTime<Utc>,
+}
+
+impl Store {
+    /// The user's balance; `None` for nobody.
+    pub async fn balance(&self, user: Uuid) -> Result<Option<Balance>, Error> {
+        let row: Option<(i64, i64)> =
+            sqlx::query_as("select credit_balance_ucr, credit_held_ucr from users where id = $1")
+                .bind(user)
+                .fetch_optional(&self.pool)
+                .await?;
+        Ok(row.map(|(balance, held)| Balance {
+            balance_ucr: balance,
+            held_ucr: held,
+            available_ucr: balance - held,
+            available: decimal(balance - held),
+        }))
+    }
+
+    /// Changes of the user's balance, newest first, below sequence number `before`.
+    pub async fn transactions(&self, user: Uuid, before: Option<i64>, limit: u32) -> Result<Page<Transaction>, Error> {
+        type Row = (i64, String, i64, i64, i64, i64, Option<Uuid>, DateTime<Utc>);
+        let rows: Vec<Row> = sqlx::query_as(
+            "select seq, kind, amount_ucr, held_delta_ucr, balance_after_ucr, held_after_ucr, attempt_id, created_at
+             from credit_transactions where user_id = $1 and ($2::bigint is null or seq < $2) order by seq desc limit $3",
+        )
+        .bind(user)
+        .bind(before)
+        .bind(i64::from(limit) + 1)
+        .fetch_all(&self.pool)
+        .await?;
+        let rows = rows
+            .into_iter()
+            .map(
+                |(seq, kind, amount_ucr, held_delta_ucr, balance_after_ucr, held_after_ucr, attempt_id, created_at)| {
+                    Transaction {
+                        seq,
+                        kind,
+                        amount_ucr,
+                        held_delta_ucr,
+                        balance_after_ucr,
+                        held_after_ucr,
+                        attempt_id,
+                        created_at,
+                    }
+                },
+            )
+            .collect();
+        Ok(Page::of(rows, limit, |t: &Transaction| t.seq.to_string()))
+    }
+}
+
+/// Micro-credits as credits, without a float and without trailing zeros.
+#[must_use]
+pub fn decimal(ucr: i64) -> String {
+    let sign = if ucr < 0 { "-" } else { "" };
+    let (whole, rest) = (ucr.unsigned_abs() / UCR.unsigned_abs(), ucr.unsigned_abs() % UCR.unsigned_abs());
+    if rest == 0 {
+        return format!("{sign}{whole}");
+    }
+    format!("{sign}{whole}.{}", format!("{rest:06}").trim_end_matches('0'))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn credits_are_exact_decimals() {
+        for (ucr, text) in [
+            (0, "0"),
+            (1, "0.000001"),
+            (1_500_000, "1.5"),
+            (-2_000_010, "-2.00001"),
+            (i64::MIN, "-9223372036854.775808"),
+        ] {
+            assert_eq!(super::decimal(ucr), text);
+        }
+    }
+}

@@ -1,0 +1,72 @@
+//! The server's own rows: users by token, projects, idempotency keys, credits as shown. The only place of the REST
+//! side that speaks SQL.
+
+mod archive;
+pub mod credits;
+pub mod health;
+pub mod idempotency;
+pub mod projects;
+pub mod users;
+
+use sqlx::PgPool;
+
+/// Most rows of a page.
+pub const PAGE_MAX: u32 = 100;
+/// Rows of a page when nobody says.
+pub const PAGE_DEFAULT: u32 = 25;
+
+/// The door to the rows. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Store {
+    pool: PgPool,
+}
+
+impl Store {
+    /// Over a pool of a migrated database.
+    #[must_use]
+    pub fn new(pool: PgPool) -> Self {
+        Self { pool }
+    }
+}
+
+/// Why a row could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The database cannot be reached now; trying again may help.
+    #[error("the database cannot be reached: {0}")]
+    Unavailable(String),
+    /// Everything else is ours.
+    #[error("database: {0}")]
+    Broken(String),
+}
+
+impl From<sqlx::Error> for Error {
+    fn from(error: sqlx::Error) -> Self {
+        match error {
+            sqlx::Error::PoolTimedOut | sqlx::Error::Io(_) | sqlx::Error::PoolClosed => {
+                Self::Unavailable(error.to_string())
+            }
+            other => Self::Broken(other.to_string()),
+        }
+    }
+}
+
+/// One page of a list.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Page<T> {
+    pub items: Vec<T>,
+    /// Given back as `cursor` for the next page; absent on the last one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next_cursor: Option<String>,
+}
+
+impl<T> Page<T> {
+    /// From one row more than the page holds: the extra one only says that there is a next page.
+    pub fn of(mut items: Vec<T>, limit: u32, cursor: impl Fn(&T) -> String) -> Self {
+        let limit = limit as usize;
+        let more = items.len() > limit;
+        items.truncate(limit);
+        let next_cursor = if more { items.last().map(cursor) } else { None };
+        Self { items, next_cursor }
+    }
+}

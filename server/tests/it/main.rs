@@ -1,0 +1,11 @@
+//! Integration tests of the server: a real socket, a real Postgres, the real binary where the process matters.
+
+#![allow(clippy::unwrap_used, reason = "a test that panics has failed, and says where")]
+
+mod auth;
+mod cli;
+mod limits;
+mod loop_run;
+mod projects;
+mod runs;
+mod support;

@@ -1,0 +1,148 @@
+//! Runs over REST: looking, following, acting, and whose they are.
+
+use crate::support::{Server, Work, activity, problem, question, read, run_of, script};
+use futures_util::StreamExt;
+use loopwright_engine::definition::Approval;
+use reqwest::Response;
+use serde_json::{Value, json};
+use std::time::Duration;
+
+/// Reads server-sent events until `count` have come or the stream ends, as (event, id, data).
+async fn events(response: Response, count: usize) -> Vec<(String, String, Value)> {
+    assert_eq!(response.status(), 200);
+    assert_eq!(response.headers()["content-type"], "text/event-stream");
+    let mut stream = response.bytes_stream();
+    let (mut text, mut out) = (String::new(), Vec::new());
+    while out.len() < count {
+        let Ok(Some(chunk)) = tokio::time::timeout(Duration::from_secs(30), stream.next()).await else { break };
+        text.push_str(std::str::from_utf8(&chunk.unwrap()).unwrap());
+        while let Some((block, rest)) = text.split_once("\n\n") {
+            let field = |name: &str| {
+                block
+                    .lines()
+                    .find_map(|l| l.strip_prefix(name)?.strip_prefix(':'))
+                    .unwrap_or_default()
+                    .trim()
+                    .to_owned()
+            };
+            if !field("event").is_empty() {
+                out.push((field("event"), field("id"), serde_json::from_str(&field("data")).unwrap()));
+            }
+            text = rest.to_owned();
+        }
+    }
+    out
+}
+
+async fn asked(server: &Server) -> (String, String, loopwright_engine::worker::WorkerHandle) {
+    let approval = Approval { quorum: 1, fail_on_reject: false };
+    server.deploy(vec![activity("plan", "plan@1"), question("ask", None), question("approve", Some(approval))]).await;
+    let worker = server.worker(vec![Work::new("plan@1", script(|_| async { Ok(json!({})) }))]).await;
+    let project = server.project("ann").await;
+    let response = server.trigger("ann", &project, "wait=30").await;
+    let run = run_of(&response);
+    // The second trigger answers when the run is parked.
+    server.trigger("ann", &project, "wait=30").await;
+    (project, run, worker)
+}
+
+#[tokio::test]
+async fn a_run_is_followed_and_steered_to_its_end() {
+    let server = Server::start().await;
+    let (project, run, worker) = asked(&server).await;
+    let path = format!("/v1/runs/{run}");
+    let (_, view) = read(server.get("ann", &path).send().await.unwrap()).await;
+    assert_eq!(view["waiting"][0]["kind"], "signal", "{view}");
+    assert_eq!(view["standing"]["message"], "Needs the user: Which color?");
+    let (_, shown) = read(server.get("ann", &format!("/v1/projects/{project}")).send().await.unwrap()).await;
+    assert_eq!(shown["open_run"], json!(run));
+
+    let stream = server.get("ann", &format!("{path}/events")).send().await.unwrap();
+    let signal = |payload: Value| {
+        let body = json!({"name": "user_message", "payload": payload});
+        server.post("ann", &format!("{path}/signals"), &body).header("idempotency-key", "m1").send()
+    };
+    problem(signal(json!({"text": 5})).await.unwrap(), 422, "input_invalid").await;
+    assert_eq!(read(signal(json!({"text": "blue"})).await.unwrap()).await, (202, json!({"status": "accepted"})));
+    assert_eq!(read(signal(json!({"text": "blue"})).await.unwrap()).await.1["status"], "duplicate");
+
+    let decide = |step: &str, decision: &str| {
+        server.post("ann", &format!("{path}/approvals/{step}"), &json!({"decision": decision})).send()
+    };
+    server.trigger("ann", &project, "wait=30").await;
+    problem(decide("plan", "approved").await.unwrap(), 409, "approval_not_waiting").await;
+    problem(decide("approve", "maybe").await.unwrap(), 422, "input_invalid").await;
+    assert_eq!(decide("approve", "approved").await.unwrap().status(), 202);
+
+    let seen = events(stream, usize::MAX).await;
+    let (last, transitions) = seen.split_last().unwrap();
+    assert_eq!(last.0, "end");
+    let ids: Vec<u64> = transitions.iter().map(|(_, id, _)| id.parse().unwrap()).collect();
+    assert_eq!(ids, (1..=ids.len() as u64).collect::<Vec<_>>());
+    assert!(transitions.iter().all(|(event, id, row)| event == "transition" && row["seq"].as_u64() == id.parse().ok()));
+    // A client that reconnects goes on behind what it has seen.
+    let resume = |id: &str| server.get("ann", &format!("{path}/events")).header("last-event-id", id).send();
+    let rest = events(resume("2").await.unwrap(), usize::MAX).await;
+    assert_eq!(rest, seen[2..]);
+    let nothing = events(resume(&ids.len().to_string()).await.unwrap(), usize::MAX).await;
+    assert_eq!(nothing.iter().map(|e| e.0.as_str()).collect::<Vec<_>>(), ["end"]);
+    problem(resume("x").await.unwrap(), 400, "header_invalid").await;
+
+    problem(signal(json!({"text": "late"})).await.unwrap(), 409, "run_closed").await;
+    problem(decide("approve", "approved").await.unwrap(), 409, "run_closed").await;
+    problem(server.post("ann", &format!("{path}/cancel"), &json!({})).send().await.unwrap(), 409, "run_closed").await;
+    let (_, page) = read(server.get("ann", &format!("{path}/history?after=1&limit=1")).send().await.unwrap()).await;
+    assert_eq!((&page["items"][0]["seq"], &page["next_after"]), (&json!(2), &json!(2)));
+    worker.drain(Duration::from_secs(5)).await;
+}
+
+#[tokio::test]
+async fn a_run_can_be_cancelled() {
+    let server = Server::start().await;
+    let (_, run, worker) = asked(&server).await;
+    let response =
+        server.post("ann", &format!("/v1/runs/{run}/cancel"), &json!({"reason": "enough"})).send().await.unwrap();
+    assert_eq!(response.status(), 202);
+    let seen = events(server.get("ann", &format!("/v1/runs/{run}/events")).send().await.unwrap(), usize::MAX).await;
+    assert_eq!(seen.last().unwrap().0, "end");
+    let (_, view) = read(server.get("ann", &format!("/v1/runs/{run}")).send().await.unwrap()).await;
+    assert_eq!(view["status"], "cancelled");
+    worker.drain(Duration::from_secs(5)).await;
+}
+
+#[tokio::test]
+async fn somebody_else_s_run_is_not_there() {
+    let server = Server::start().await;
+    let (_, run, worker) = asked(&server).await;
+    for path in ["", "/history", "/events"] {
+        let response = server.get("bob", &format!("/v1/runs/{run}{path}")).send().await.unwrap();
+        problem(response, 404, "not_found").await;
+    }
+    for (path, body) in [
+        ("signals", json!({"name": "user_message", "payload": {"text": "x"}})),
+        ("approvals/approve", json!({"decision": "approved"})),
+        ("cancel", json!({})),
+    ] {
+        let response = server.post("bob", &format!("/v1/runs/{run}/{path}"), &body).send().await.unwrap();
+        problem(response, 404, "not_found").await;
+    }
+    let (_, page) = read(server.get("bob", "/v1/runs").send().await.unwrap()).await;
+    assert_eq!(page["items"], json!([]));
+    let (_, page) = read(server.get("ann", "/v1/runs?open=true").send().await.unwrap()).await;
+    assert_eq!(page["items"][0]["run_id"], json!(run));
+    problem(server.get("ann", "/v1/runs?open=perhaps").send().await.unwrap(), 400, "query_invalid").await;
+    worker.drain(Duration::from_secs(5)).await;
+}
+
+#[tokio::test]
+async fn streams_are_counted_and_end_with_the_server() {
+    let server = Server::start_with(|config| config.http.streams_max = 1).await;
+    let (_, run, worker) = asked(&server).await;
+    let open = || server.get("ann", &format!("/v1/runs/{run}/events")).send();
+    let first = open().await.unwrap();
+    problem(open().await.unwrap(), 503, "streams_exhausted").await;
+    let reading = tokio::spawn(events(first, usize::MAX));
+    tokio::time::timeout(Duration::from_secs(5), server.stop()).await.expect("an open stream does not hold it up");
+    assert!(reading.await.unwrap().iter().all(|e| e.0 == "transition"));
+    worker.drain(Duration::from_secs(5)).await;
+}
