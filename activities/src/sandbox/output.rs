@@ -36,7 +36,7 @@ pub(super) fn read(mut from: PipeReader, tail_bytes: usize, most: u64, stop: one
             && let Some(stop) = stop.take()
         {
             // Nobody listens any more when the run has just ended by itself.
-            drop(stop.send(()));
+            let _ = stop.send(());
         }
     }
     if tail.len() > tail_bytes {
