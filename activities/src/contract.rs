@@ -13,6 +13,20 @@ pub const RUN_TIMEOUT_MS: u64 = 20 * 60 * 1000;
 /// Longest silence of an activity that reports progress: 2 minutes, in ms. A slow model streams for longer than one.
 pub const HEARTBEAT_TIMEOUT_MS: u64 = 2 * 60 * 1000;
 
+/// Failure codes of every activity that asks a model.
+pub const MODEL_FAILURES: &[&str] = &[
+    "model.refused",
+    "model.output_invalid",
+    "model.truncated",
+    "model.context_overflow",
+    "model.unavailable",
+    "provider.key_invalid",
+    "provider.no_balance",
+    "transient.network",
+    "transient.http",
+    "transient.rate_limited",
+];
+
 /// JSON Schema of `T` as an activity accepts it: defaulted fields are optional. Subschemas are inlined, so that a
 /// reader that follows a path through `properties` needs no `$ref`.
 #[must_use]

@@ -36,6 +36,14 @@ impl Git {
         &self.dir
     }
 
+    /// Whether git is there at all.
+    ///
+    /// # Errors
+    /// `workspace.git`, with the command that helps.
+    pub async fn installed() -> Result<(), Failure> {
+        Self::new(std::env::temp_dir()).run(&["--version"]).await.map(drop)
+    }
+
     /// Creates the bare repository if it is not there.
     ///
     /// # Errors

@@ -4,13 +4,14 @@
 //! a snapshot. Whether the work is any good is for `check@1` to say. See [`crate::tools`] for the loop.
 
 use crate::{
-    contract,
+    check, contract,
     edit::{Frozen, path},
     index::Index,
-    orchestrator::{Message, Role},
+    orchestrator::{Message, Orchestrator, Role},
+    todo::Todo,
     toolbox::Toolbox,
     tools::{AgentLoop, Ending, Goal, TURNS_MAX, Tool, Worktree, prompt},
-    usage::Reserve,
+    usage::{PlannedCall, Reserve},
     workspace::Workspace,
 };
 use chrono::{DateTime, Utc};
@@ -83,32 +84,6 @@ impl From<Worker> for Role {
     }
 }
 
-/// An item of the plan, as far as an implementer needs it.
-#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
-pub struct Todo {
-    pub id: String,
-    pub title: String,
-    #[serde(default)]
-    pub detail: String,
-    #[serde(default)]
-    pub requirements: Vec<String>,
-    #[serde(default)]
-    pub files: Vec<String>,
-    #[serde(default)]
-    pub checks: Vec<Check>,
-    /// Files and folders that belong to the checks and are not to be changed.
-    #[serde(default)]
-    pub frozen: Vec<String>,
-}
-
-/// A command that decides whether an item is done.
-#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
-pub struct Check {
-    pub command: String,
-    #[serde(default)]
-    pub expect_exit: i32,
-}
-
 /// What `implement@1` leaves.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Output {
@@ -133,25 +108,19 @@ impl Implement {
     }
 }
 
+/// The contract.
+#[must_use]
+pub fn signature() -> Signature {
+    contract::signature::<Input, Output>(
+        "implement@1",
+        "Changes a project's files until one item of its plan is done",
+        &[&["model.no_progress"], contract::MODEL_FAILURES].concat(),
+    )
+}
+
 impl Activity for Implement {
     fn signature(&self) -> Signature {
-        contract::signature::<Input, Output>(
-            "implement@1",
-            "Changes a project's files until one item of its plan is done",
-            &[
-                "model.no_progress",
-                "model.refused",
-                "model.output_invalid",
-                "model.truncated",
-                "model.context_overflow",
-                "model.unavailable",
-                "provider.key_invalid",
-                "provider.no_balance",
-                "transient.network",
-                "transient.http",
-                "transient.rate_limited",
-            ],
-        )
+        signature()
     }
 
     fn run(&self, ctx: Context, input: Value) -> BoxFuture<'static, Result<Value, Failure>> {
@@ -161,12 +130,16 @@ impl Activity for Implement {
 
     fn reserve(&self, input: &Value) -> Value {
         let role = input.get("role").and_then(|role| Worker::deserialize(role).ok()).unwrap_or_default();
-        let orchestrator = &self.0.orchestrator;
-        reserve(orchestrator.planned(role.into(), RESERVED_TURNS, RESERVED_INPUT_TOKENS, OUTPUT_TOKENS_MAX))
+        reserve(planned(&self.0.orchestrator, role.into(), 1))
     }
 }
 
-pub(crate) fn reserve(call: crate::usage::PlannedCall) -> Value {
+/// What `items` items are expected to ask for at most.
+pub(crate) fn planned(orchestrator: &Orchestrator, role: Role, items: u32) -> PlannedCall {
+    orchestrator.planned(role, RESERVED_TURNS.saturating_mul(items), RESERVED_INPUT_TOKENS, OUTPUT_TOKENS_MAX)
+}
+
+pub(crate) fn reserve(call: PlannedCall) -> Value {
     // A struct of numbers and strings always has a JSON form.
     serde_json::to_value(Reserve { calls: vec![call] }).unwrap_or_default()
 }
@@ -269,10 +242,7 @@ async fn opening(
 ) -> Result<Vec<Message>, Failure> {
     let workspace = tree.workspace();
     let (map, context) = context(tree, &input.todo).await?;
-    let mut evidence = input.evidence.clone();
-    if let Some(fields) = evidence.as_object_mut() {
-        fields.remove("work");
-    }
+    let evidence = check::lesson(&input.evidence);
     let evidence = match &evidence {
         Value::Null => String::new(),
         Value::Object(fields) if fields.is_empty() => String::new(),

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 pub mod agent;
+mod ask;
 pub mod billing;
 pub mod check;
 pub mod commit;
@@ -11,22 +12,69 @@ pub mod gather;
 pub mod git;
 pub mod implement;
 pub mod index;
+mod landing;
 pub mod orchestrator;
 pub mod plan;
 pub mod provider;
 pub mod readme;
+pub mod record;
 pub mod sandbox;
+pub mod todo;
 pub mod toolbox;
 pub mod tools;
 pub mod usage;
 pub mod verify;
 pub mod workspace;
 
-use loopwright_engine::Migration;
+use loopwright_engine::{
+    Migration,
+    activity::Registry,
+    signature::{Catalog, Signature},
+};
+use std::sync::Arc;
+use toolbox::Toolbox;
 
 /// Every migration of the product, in order.
 pub const MIGRATIONS: &[Migration] = &[
     loopwright_engine::MIGRATIONS[0],
     Migration { version: 2, name: "money", sql: include_str!("../../migrations/0002_money.sql") },
     Migration { version: 3, name: "workspace", sql: include_str!("../../migrations/0003_workspace.sql") },
+    Migration { version: 5, name: "rest", sql: include_str!("../../migrations/0005_rest.sql") },
+    Migration { version: 6, name: "loop", sql: include_str!("../../migrations/0006_loop.sql") },
 ];
+
+/// Contracts of all activities.
+fn signatures() -> [Signature; 9] {
+    [
+        agent::signature(),
+        check::signature(),
+        commit::signature(),
+        deliver::signature(),
+        gather::signature(),
+        implement::signature(),
+        plan::signature(),
+        readme::signature(),
+        verify::signature(),
+    ]
+}
+
+/// What definitions may name, as pure data.
+#[must_use]
+pub fn catalog() -> Catalog {
+    Catalog::new(signatures())
+}
+
+/// The activities themselves, for a worker.
+#[must_use]
+pub fn registry(toolbox: Arc<Toolbox>) -> Registry {
+    Registry::new()
+        .with(agent::Agent::new(toolbox.clone()))
+        .with(check::RunChecks::new(toolbox.clone()))
+        .with(commit::Commit::new(toolbox.clone()))
+        .with(deliver::Deliver::new(toolbox.clone()))
+        .with(gather::Gather::new(toolbox.clone()))
+        .with(implement::Implement::new(toolbox.clone()))
+        .with(plan::MakePlan::new(toolbox.clone()))
+        .with(readme::Readme::new(toolbox.clone()))
+        .with(verify::Verify::new(toolbox))
+}

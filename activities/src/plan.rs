@@ -1,1 +1,422 @@
+//! `plan@1`: requirements become an architecture, a stack with reasons, and a TODO list with executable checks.
+//!
+//! The architect answers with data; the documents are rendered from it and committed, so that what is approved is what
+//! the repository says. Checks come from here and from nowhere else: who implements an item cannot change them.
 
+use crate::{
+    ask::ask,
+    billing::{MicroCredits, forecast},
+    contract,
+    gather::Requirements,
+    implement::{self, reserve},
+    landing::{Landing, bill, land},
+    orchestrator::{Message, Reply, Request, Role},
+    record::{self, Kind, TURN_BYTES_MAX},
+    todo::{self, State, Todo},
+    toolbox::Toolbox,
+    tools::prompt,
+    workspace::FileChange,
+};
+use futures_util::future::BoxFuture;
+use loopwright_engine::{
+    Failure,
+    activity::{Activity, Context},
+    signature::Signature,
+};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write as _,
+    sync::Arc,
+};
+use uuid::Uuid;
+
+/// The prompt file, in the bundle of a definition.
+pub const PROMPT: &str = "prompts/plan.hbs";
+const SHIPPED_PROMPT: &str = include_str!("../../workflow-defs/prompts/plan.hbs");
+/// The file of the architecture.
+pub const ARCHITECTURE: &str = "docs/ARCHITECTURE.md";
+
+const OUTPUT_TOKENS_MAX: u32 = 16_384;
+const RESERVED_INPUT_TOKENS: u64 = 12_000;
+const ARCHITECTURE_BYTES_MAX: usize = 64 << 10;
+/// Tokens of the map of existing code in the prompt.
+const MAP_TOKENS: usize = 3_000;
+/// Most bytes of the summary that is shown for approval.
+const SUMMARY_BYTES_MAX: usize = 16 << 10;
+/// Calls of a model that an item takes at least: write, run, done.
+const CALLS_PER_ITEM_MIN: u32 = 3;
+
+/// What `plan@1` is given.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+pub struct Input {
+    #[schemars(with = "String")]
+    pub project_id: Uuid,
+    /// What the user wants changed in the last plan; empty for a first one.
+    #[serde(default)]
+    pub changes: String,
+}
+
+/// One choice of the stack.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Choice {
+    pub choice: String,
+    pub reason: String,
+}
+
+/// The record of a plan: what the loop works off.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    pub summary: String,
+    pub stack: Vec<Choice>,
+    /// Finished items of earlier plans included.
+    pub items: Vec<Todo>,
+}
+
+/// What `plan@1` returns.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Output {
+    /// For the approval.
+    pub summary_markdown: String,
+    /// What is to be done, in order.
+    pub todo: Vec<Todo>,
+    pub stack: Vec<Choice>,
+    pub forecast_low_credits: String,
+    pub forecast_high_credits: String,
+    pub commit: String,
+    pub model: String,
+}
+
+/// The activity.
+pub struct MakePlan(Arc<Toolbox>);
+
+impl MakePlan {
+    #[must_use]
+    pub fn new(toolbox: Arc<Toolbox>) -> Self {
+        Self(toolbox)
+    }
+}
+
+/// The contract.
+#[must_use]
+pub fn signature() -> Signature {
+    contract::signature::<Input, Output>(
+        "plan@1",
+        "Writes the architecture and the TODO list of a project",
+        contract::MODEL_FAILURES,
+    )
+}
+
+impl Activity for MakePlan {
+    fn signature(&self) -> Signature {
+        signature()
+    }
+
+    fn run(&self, ctx: Context, input: Value) -> BoxFuture<'static, Result<Value, Failure>> {
+        let toolbox = self.0.clone();
+        contract::run(ctx, input, move |ctx, input| async move { work(&toolbox, &ctx, input).await })
+    }
+
+    fn reserve(&self, _input: &Value) -> Value {
+        reserve(self.0.orchestrator.planned(Role::Architect, 1, RESERVED_INPUT_TOKENS, OUTPUT_TOKENS_MAX))
+    }
+}
+
+async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, Failure> {
+    let (info, pool, project) = (ctx.info(), &toolbox.pool, input.project_id);
+    let name = record::project_name(pool, project).await?;
+    let known: Requirements = record::newest(pool, project, Kind::Requirements, info).await?.ok_or_else(|| {
+        Failure::permanent("input.invalid", "the project has no requirements yet; a step with gather@1 has to come first")
+    })?;
+    let before: Option<Plan> = record::newest(pool, project, Kind::Plan, info).await?;
+    let states = outcomes(toolbox, project, ctx).await?;
+    let done: Vec<Todo> = before
+        .iter()
+        .flat_map(|plan| plan.items.iter().filter(|item| states.get(&item.id) == Some(&State::Done)).cloned())
+        .collect();
+    let messages = messages(toolbox, ctx, &input, &known, before.as_ref(), &done).await?;
+    let request = Request {
+        role: Role::Architect,
+        purpose: "plan".to_owned(),
+        messages,
+        tools: Vec::new(),
+        output_schema: Some(schema()),
+        max_output_tokens: OUTPUT_TOKENS_MAX,
+    };
+    let taken: BTreeSet<String> = done.iter().map(|item| item.id.clone()).collect();
+    let judge = |reply: &Reply| judge(reply.json.as_ref(), &known, &taken, &done);
+    let (answer, reply) = ask(&toolbox.orchestrator, ctx, "plan", request, judge).await?;
+
+    let plan = Plan {
+        summary: answer.summary.clone(),
+        stack: answer.stack.clone(),
+        items: done.into_iter().chain(answer.todo.iter().cloned()).collect(),
+    };
+    let files = [
+        FileChange { path: ARCHITECTURE.to_owned(), content: Some(architecture(&name, &answer, &known)) },
+        FileChange { path: todo::FILE.to_owned(), content: Some(todo::markdown(&name, &plan.items, &states)) },
+    ];
+    let landing = Landing {
+        project,
+        work: None,
+        subject: if before.is_some() { "plan: Change the plan" } else { "plan: Architecture and TODO list" }.to_owned(),
+        body: answer.summary.clone(),
+        trailers: bill(pool, info, &info.path).await?,
+    };
+    let commit = land(ctx, &toolbox.workspaces, landing, |workspace| workspace.write(&files)).await?;
+    record::put(pool, project, Kind::Plan, info, &plan).await?;
+    let (low, high) = expected(toolbox, answer.todo.len()).await?;
+    Ok(Output {
+        summary_markdown: summary(&answer, &known, low, high),
+        todo: answer.todo,
+        stack: answer.stack,
+        forecast_low_credits: low.to_string(),
+        forecast_high_credits: high.to_string(),
+        commit: commit.oid,
+        model: reply.model,
+    })
+}
+
+/// How far each item of the project is, by the newest outcome.
+pub(crate) async fn outcomes(
+    toolbox: &Toolbox,
+    project: Uuid,
+    ctx: &Context,
+) -> Result<BTreeMap<String, State>, Failure> {
+    let all: Vec<crate::commit::Outcome> =
+        record::all(&toolbox.pool, project, Kind::Outcome, ctx.info()).await?;
+    Ok(all.into_iter().map(|outcome| (outcome.item, outcome.state)).collect())
+}
+
+async fn messages(
+    toolbox: &Toolbox,
+    ctx: &Context,
+    input: &Input,
+    known: &Requirements,
+    before: Option<&Plan>,
+    done: &[Todo],
+) -> Result<Vec<Message>, Failure> {
+    let desk = implement::open(toolbox, ctx.info(), input.project_id, None).await?;
+    let map = desk.tree.ask(|index| index.map(MAP_TOKENS)).await?;
+    let data = json!({
+        "idea": known.idea,
+        "requirements": known.requirements,
+        "assumptions": known.assumptions,
+        "changes": prompt::middle_out(input.changes.trim(), TURN_BYTES_MAX),
+        "before": before.map(|plan| prompt::readable(&json!(plan), TURN_BYTES_MAX)).unwrap_or_default(),
+        "done": done.iter().map(|item| format!("{}: {}", item.id, item.title)).collect::<Vec<_>>(),
+        "map": map,
+        "agents": implement::excerpt(desk.tree.workspace(), "AGENTS.md", implement::AGENTS_BYTES_MAX),
+        "tools": toolchains(),
+    });
+    prompt::messages(ctx, PROMPT, SHIPPED_PROMPT, &data)
+}
+
+/// Programs that the checks may count on, as far as this worker has them.
+fn toolchains() -> Vec<&'static str> {
+    const KNOWN: [&str; 12] =
+        ["cargo", "python3", "node", "npm", "go", "javac", "gcc", "g++", "make", "ruby", "php", "bash"];
+    let folders: Vec<_> = std::env::var_os("PATH").map(|path| std::env::split_paths(&path).collect()).unwrap_or_default();
+    KNOWN.into_iter().filter(|name| folders.iter().any(|folder: &std::path::PathBuf| folder.join(name).exists())).collect()
+}
+
+/// A model's answer, as asked for.
+#[derive(Clone, Debug, Deserialize)]
+struct Answer {
+    summary: String,
+    stack: Vec<Choice>,
+    architecture_markdown: String,
+    todo: Vec<Todo>,
+}
+
+/// The schema of one item in a model's answer; `verify@1` asks for the same.
+pub(crate) fn item_schema() -> Value {
+    let texts = json!({"type": "array", "items": {"type": "string"}});
+    json!({
+        "type": "object",
+        "properties": {
+            "id": {"type": "string"}, "title": {"type": "string"}, "detail": {"type": "string"},
+            "requirements": texts, "depends_on": texts, "files": texts,
+            "checks": {"type": "array", "items": {
+                "type": "object",
+                "properties": {"command": {"type": "string"}, "expect_exit": {"type": "integer"}},
+                "required": ["command", "expect_exit"]
+            }}
+        },
+        "required": ["id", "title", "detail", "requirements", "depends_on", "files", "checks"]
+    })
+}
+
+fn schema() -> Value {
+    json!({
+        "type": "object",
+        "properties": {
+            "summary": {"type": "string"},
+            "stack": {"type": "array", "items": {
+                "type": "object",
+                "properties": {"choice": {"type": "string"}, "reason": {"type": "string"}},
+                "required": ["choice", "reason"]
+            }},
+            "architecture_markdown": {"type": "string"},
+            "todo": {"type": "array", "items": item_schema()}
+        },
+        "required": ["summary", "stack", "architecture_markdown", "todo"]
+    })
+}
+
+fn judge(
+    json: Option<&Value>,
+    known: &Requirements,
+    taken: &BTreeSet<String>,
+    done: &[Todo],
+) -> Result<Answer, String> {
+    let mut answer = Answer::deserialize(json.unwrap_or(&Value::Null)).map_err(|e| e.to_string())?;
+    if answer.todo.is_empty() {
+        return Err("there is no item to do".to_owned());
+    }
+    if answer.architecture_markdown.trim().is_empty() || answer.architecture_markdown.len() > ARCHITECTURE_BYTES_MAX {
+        return Err(format!("`architecture_markdown` is empty or longer than {ARCHITECTURE_BYTES_MAX} bytes"));
+    }
+    answer.summary = prompt::middle_out(answer.summary.trim(), 2_000);
+    // Ids of finished items that are given again mean those.
+    answer.todo.retain(|item| !taken.contains(&item.id));
+    answer.todo = todo::settle(answer.todo, taken)?;
+    let served = |id: &str| {
+        answer.todo.iter().chain(done).any(|item| item.requirements.iter().any(|r| r.eq_ignore_ascii_case(id)))
+    };
+    let missing: Vec<&str> = known.requirements.iter().map(|r| r.id.as_str()).filter(|id| !served(id)).collect();
+    if !missing.is_empty() {
+        return Err(format!("no item serves {}; every requirement needs one", missing.join(", ")));
+    }
+    if answer.todo.is_empty() {
+        return Err("every item is finished already; plan what is new".to_owned());
+    }
+    Ok(answer)
+}
+
+fn architecture(name: &str, answer: &Answer, known: &Requirements) -> String {
+    let mut out = String::new();
+    let text = answer.architecture_markdown.trim();
+    if !text.starts_with("# ") {
+        let _ = writeln!(out, "# Architecture of {name}\n");
+    }
+    let _ = writeln!(out, "{text}\n\n## Stack\n");
+    for choice in &answer.stack {
+        let _ = writeln!(out, "- **{}**: {}", choice.choice.trim(), choice.reason.trim());
+    }
+    let _ = writeln!(out, "\n## Requirements\n");
+    for requirement in &known.requirements {
+        let _ = writeln!(out, "- **{}** {}", requirement.id, requirement.text.trim());
+    }
+    if !known.assumptions.is_empty() {
+        let _ = writeln!(out, "\n## Assumptions\n");
+        for assumption in &known.assumptions {
+            let _ = writeln!(out, "- {}", assumption.trim());
+        }
+    }
+    out
+}
+
+fn summary(answer: &Answer, known: &Requirements, low: MicroCredits, high: MicroCredits) -> String {
+    let mut out = format!("{}\n\n**Stack**\n", answer.summary);
+    for choice in &answer.stack {
+        let _ = writeln!(out, "- {}: {}", choice.choice.trim(), choice.reason.trim());
+    }
+    out.push_str("\n**Requirements**\n");
+    for requirement in &known.requirements {
+        let _ = writeln!(out, "- {} {}", requirement.id, requirement.text.trim());
+    }
+    if !known.assumptions.is_empty() {
+        out.push_str("\n**Assumptions**\n");
+        for assumption in &known.assumptions {
+            let _ = writeln!(out, "- {}", assumption.trim());
+        }
+    }
+    let _ = writeln!(out, "\n**To do** ({} items)", answer.todo.len());
+    for (n, item) in answer.todo.iter().enumerate() {
+        let checks: Vec<String> = item.checks.iter().map(|check| todo::code(&check.command)).collect();
+        let _ = writeln!(out, "{}. {} — {}", n + 1, item.title, checks.join(", "));
+    }
+    let _ = write!(out, "\n**Expected cost**: {low} to {high} credits");
+    prompt::middle_out(&out, SUMMARY_BYTES_MAX)
+}
+
+/// What the rest of the loop is likely to cost.
+async fn expected(toolbox: &Toolbox, items: usize) -> Result<(MicroCredits, MicroCredits), Failure> {
+    let store = |e: sqlx::Error| Failure::retryable("transient.store", format!("the database did not answer: {e}"));
+    let items = u32::try_from(items).unwrap_or(u32::MAX);
+    let orchestrator = &toolbox.orchestrator;
+    let rest = [
+        (implement::planned(orchestrator, Role::Implementer, items), items.saturating_mul(CALLS_PER_ITEM_MIN)),
+        (crate::verify::planned(orchestrator), 1),
+        (crate::readme::planned(orchestrator), 1),
+    ];
+    let mut conn = toolbox.pool.acquire().await.map_err(store)?;
+    let mut sum = forecast::Forecast::default();
+    for (planned, fewest) in rest {
+        if let Some(part) = forecast::calls(&mut conn, toolbox.rate, &planned, fewest).await.map_err(store)? {
+            sum = sum + part;
+        }
+    }
+    Ok((sum.low, sum.high))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gather::Requirement;
+
+    fn known() -> Requirements {
+        let requirement = |id: &str| Requirement { id: id.into(), text: format!("Does {id}.") };
+        Requirements {
+            idea: "words".into(),
+            requirements: vec![requirement("R1"), requirement("R2")],
+            assumptions: vec!["Input is UTF-8.".into()],
+        }
+    }
+
+    fn answer(items: &[(&str, &str)]) -> Value {
+        let todo: Vec<Value> = items
+            .iter()
+            .map(|(id, serves)| {
+                json!({"id": id, "title": format!("Do {id}"), "detail": "", "requirements": [serves], "depends_on": [],
+                       "files": [], "checks": [{"command": "true", "expect_exit": 0}]})
+            })
+            .collect();
+        json!({"summary": "Counts words.", "stack": [{"choice": "Rust", "reason": "it is there"}],
+               "architecture_markdown": "One file.", "todo": todo})
+    }
+
+    #[test]
+    fn every_requirement_needs_an_item() {
+        let none = BTreeSet::new();
+        let all = judge(Some(&answer(&[("a", "R1"), ("b", "r2")])), &known(), &none, &[]).expect("complete");
+        assert_eq!(all.todo.len(), 2);
+        let gap = judge(Some(&answer(&[("a", "R1")])), &known(), &none, &[]).expect_err("R2 is not served");
+        assert!(gap.contains("no item serves R2"), "{gap}");
+        assert!(judge(Some(&answer(&[])), &known(), &none, &[]).expect_err("empty").contains("no item to do"));
+        assert!(judge(None, &known(), &none, &[]).is_err());
+    }
+
+    #[test]
+    fn finished_items_keep_their_ids_and_are_not_done_again() {
+        let first = judge(Some(&answer(&[("a", "R1")])), &Requirements { requirements: vec![], ..known() }, &BTreeSet::new(), &[]);
+        let done = first.expect("one item").todo;
+        let taken: BTreeSet<String> = ["a".to_owned()].into();
+        let more = judge(Some(&answer(&[("a", "R1"), ("b", "R2")])), &known(), &taken, &done).expect("b is new");
+        assert_eq!(more.todo.iter().map(|item| item.id.as_str()).collect::<Vec<_>>(), ["b"]);
+        assert!(judge(Some(&answer(&[("a", "R1")])), &known(), &taken, &done).is_err());
+    }
+
+    #[test]
+    fn documents_say_what_was_decided() {
+        let answer = judge(Some(&answer(&[("a", "R1"), ("b", "R2")])), &known(), &BTreeSet::new(), &[]).expect("usable");
+        let text = architecture("Words", &answer, &known());
+        assert!(text.starts_with("# Architecture of Words\n\nOne file.\n\n## Stack\n\n- **Rust**: it is there\n"), "{text}");
+        assert!(text.contains("- **R2** Does R2.") && text.contains("## Assumptions\n\n- Input is UTF-8."), "{text}");
+        let shown = summary(&answer, &known(), MicroCredits(1_500_000), MicroCredits(9_000_000));
+        assert!(shown.contains("2. Do b — `true`") && shown.ends_with("1.5 to 9 credits"), "{shown}");
+    }
+}

@@ -1,1 +1,298 @@
+//! `readme@1`: the architect writes `README.md`; the commands in it are executed before it is accepted.
+//!
+//! Every line of a fenced `sh` block is run in the sandbox, in order, in one copy of the tree. What fails goes back to
+//! the architect; what still fails at the end is named in the file, so that no reader is promised what was not seen.
 
+use crate::{
+    check::{self, CheckResult},
+    contract,
+    gather::Requirements,
+    implement::{self, reserve},
+    landing::{Landing, bill, land},
+    orchestrator::{Message, Orchestrator, Request, Role},
+    plan::ARCHITECTURE,
+    record::{self, Kind},
+    todo::{self, COMMAND_BYTES_MAX, Check},
+    toolbox::Toolbox,
+    tools::prompt,
+    usage::PlannedCall,
+    workspace::FileChange,
+};
+use futures_util::future::BoxFuture;
+use loopwright_engine::{
+    Failure,
+    activity::{Activity, Context},
+    signature::Signature,
+};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use std::{fmt::Write as _, sync::Arc};
+use uuid::Uuid;
+
+/// The prompt file, in the bundle of a definition.
+pub const PROMPT: &str = "prompts/readme.hbs";
+const SHIPPED_PROMPT: &str = include_str!("../../workflow-defs/prompts/readme.hbs");
+/// The file.
+pub const FILE: &str = "README.md";
+
+/// Times that the architect may write it.
+const VERSIONS_MAX: u32 = 3;
+/// Commands of one version that are executed.
+const COMMANDS_MAX: usize = 20;
+/// Longest run of one command, in seconds.
+const TIMEOUT_S: u32 = 120;
+const OUTPUT_TOKENS_MAX: u32 = 6_144;
+const RESERVED_INPUT_TOKENS: u64 = 16_000;
+const BYTES_MAX: usize = 48 << 10;
+const MAP_TOKENS: usize = 2_500;
+const PACK_TOKENS: usize = 5_000;
+const ARCHITECTURE_BYTES_MAX: usize = 10 << 10;
+const EVIDENCE_BYTES_MAX: usize = 8 << 10;
+
+/// What `readme@1` is given.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+pub struct Input {
+    #[schemars(with = "String")]
+    pub project_id: Uuid,
+}
+
+/// What `readme@1` returns.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Output {
+    pub commit: String,
+    /// Whether every command in it ran as it should.
+    pub verified: bool,
+    pub commands: Vec<CheckResult>,
+    /// Times that it was written.
+    pub versions: u32,
+    pub model: String,
+}
+
+/// The activity.
+pub struct Readme(Arc<Toolbox>);
+
+impl Readme {
+    #[must_use]
+    pub fn new(toolbox: Arc<Toolbox>) -> Self {
+        Self(toolbox)
+    }
+}
+
+/// The contract.
+#[must_use]
+pub fn signature() -> Signature {
+    contract::signature::<Input, Output>(
+        "readme@1",
+        "Writes README.md and executes its commands",
+        &[&["transient.sandbox", "workspace.conflict"], contract::MODEL_FAILURES].concat(),
+    )
+}
+
+/// What one README is expected to ask for at most.
+pub(crate) fn planned(orchestrator: &Orchestrator) -> PlannedCall {
+    orchestrator.planned(Role::Architect, 1, RESERVED_INPUT_TOKENS, OUTPUT_TOKENS_MAX)
+}
+
+impl Activity for Readme {
+    fn signature(&self) -> Signature {
+        signature()
+    }
+
+    fn run(&self, ctx: Context, input: Value) -> BoxFuture<'static, Result<Value, Failure>> {
+        let toolbox = self.0.clone();
+        contract::run(ctx, input, move |ctx, input| async move { work(&toolbox, &ctx, input).await })
+    }
+
+    fn reserve(&self, _input: &Value) -> Value {
+        reserve(planned(&self.0.orchestrator))
+    }
+}
+
+async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, Failure> {
+    let (info, project) = (ctx.info(), input.project_id);
+    let (mut messages, head) = opening(toolbox, ctx, project).await?;
+    let mut version = 0;
+    let (text, results, model) = loop {
+        version += 1;
+        let request = Request {
+            role: Role::Architect,
+            purpose: "readme".to_owned(),
+            messages: messages.clone(),
+            tools: Vec::new(),
+            output_schema: None,
+            max_output_tokens: OUTPUT_TOKENS_MAX,
+        };
+        let reply = toolbox.orchestrator.call(ctx, &format!("readme-{version}"), request).await?;
+        let text = unfenced(&reply.text);
+        let problem = if text.is_empty() || text.len() > BYTES_MAX {
+            Some(format!("the file is empty or longer than {BYTES_MAX} bytes"))
+        } else {
+            None
+        };
+        let results = match problem {
+            None => tried(toolbox, ctx, project, version, &text).await?,
+            Some(_) => Vec::new(),
+        };
+        let failed: Vec<&CheckResult> = results.iter().filter(|result| !result.passed).collect();
+        if problem.is_none() && (failed.is_empty() || version == VERSIONS_MAX) {
+            break (text, results, reply.model);
+        }
+        if version == VERSIONS_MAX {
+            return Err(Failure::retryable("model.output_invalid", "the model wrote no README.md that can be used"));
+        }
+        let evidence = problem.unwrap_or_else(|| prompt::readable(&check::lesson(&json!({"results": failed}))["results"], EVIDENCE_BYTES_MAX));
+        messages.push(reply.to_message());
+        messages.push(Message::User {
+            text: format!(
+                "These commands of your file failed when they were executed, in order, in a fresh copy of the repository:\n\
+                 <evidence>\n{evidence}\n</evidence>\nWrite the whole file again with commands that work."
+            ),
+        });
+    };
+    let verified = results.iter().all(|result| result.passed);
+    let file = FileChange { path: FILE.to_owned(), content: Some(finished(&text, &results)) };
+    let landing = Landing {
+        project,
+        work: None,
+        subject: "readme: What it is and how to use it".to_owned(),
+        body: if verified { "Every command in it was executed." } else { "" }.to_owned(),
+        trailers: bill(&toolbox.pool, info, &info.path).await?,
+    };
+    tracing::debug!(%project, head, version, verified, "README.md is written");
+    let commit = land(ctx, &toolbox.workspaces, landing, |workspace| workspace.write(&[file])).await?;
+    Ok(Output { commit: commit.oid, verified, commands: results, versions: version, model })
+}
+
+async fn opening(toolbox: &Toolbox, ctx: &Context, project: Uuid) -> Result<(Vec<Message>, String), Failure> {
+    let info = ctx.info();
+    let requirements: Option<Requirements> =
+        record::newest(&toolbox.pool, project, Kind::Requirements, info).await?;
+    let name = record::project_name(&toolbox.pool, project).await?;
+    let desk = implement::open(toolbox, info, project, None).await?;
+    let workspace = desk.tree.workspace();
+    let query = "main entry point command line usage arguments configuration environment build run test".to_owned();
+    let (map, code) =
+        desk.tree.ask(move |index| Ok((index.map(MAP_TOKENS)?, index.pack(&query, PACK_TOKENS)?.text))).await?;
+    let files: Vec<String> = workspace.files().await?.into_iter().map(|(path, _)| path).take(200).collect();
+    let data = json!({
+        "name": name,
+        "requirements": requirements.map(|r| r.requirements).unwrap_or_default(),
+        "architecture": implement::excerpt(workspace, ARCHITECTURE, ARCHITECTURE_BYTES_MAX),
+        "before": implement::excerpt(workspace, FILE, ARCHITECTURE_BYTES_MAX),
+        "files": files,
+        "map": map,
+        "code": code,
+    });
+    let head = workspace.head().unwrap_or_default().to_owned();
+    Ok((prompt::messages(ctx, PROMPT, SHIPPED_PROMPT, &data)?, head))
+}
+
+/// Runs the commands of a version, once: a later attempt finds what came of them.
+async fn tried(
+    toolbox: &Toolbox,
+    ctx: &Context,
+    project: Uuid,
+    version: u32,
+    text: &str,
+) -> Result<Vec<CheckResult>, Failure> {
+    let saved = format!("tried:{version}");
+    if let Some(results) = ctx.checkpoint(&saved).await? {
+        return contract::parse(results);
+    }
+    let workspace = toolbox.workspaces.open(project, ctx.info().attempt_id, None).await?;
+    workspace.write(&[FileChange { path: FILE.to_owned(), content: Some(text.to_owned()) }])?;
+    let results = check::run_all(toolbox, ctx, workspace.dir(), &commands(text)).await?;
+    ctx.save(&saved, &json!(results)).await?;
+    Ok(results)
+}
+
+/// The lines of fenced `sh`, `bash` and `shell` blocks that are commands, continued lines joined.
+fn commands(markdown: &str) -> Vec<Check> {
+    let mut found = Vec::new();
+    let (mut inside, mut pending) = (None::<bool>, String::new());
+    for line in markdown.lines() {
+        let trimmed = line.trim();
+        if let Some(info) = trimmed.strip_prefix("```") {
+            inside = match inside {
+                None => Some(matches!(info.trim(), "sh" | "bash" | "shell")),
+                Some(_) => None,
+            };
+            pending.clear();
+            continue;
+        }
+        if inside != Some(true) || (pending.is_empty() && (trimmed.is_empty() || trimmed.starts_with('#'))) {
+            continue;
+        }
+        let line = if pending.is_empty() { trimmed.strip_prefix("$ ").unwrap_or(trimmed) } else { trimmed };
+        if let Some(begun) = line.strip_suffix('\\') {
+            pending.push_str(begun);
+            continue;
+        }
+        pending.push_str(line);
+        let command = std::mem::take(&mut pending);
+        if command.len() <= COMMAND_BYTES_MAX && found.len() < COMMANDS_MAX {
+            found.push(Check { command, expect_exit: 0, timeout_s: TIMEOUT_S });
+        }
+    }
+    found
+}
+
+/// The text without the fence that models like to put around a whole file.
+fn unfenced(text: &str) -> String {
+    let text = text.trim();
+    let inner = ["```markdown\n", "```md\n"].iter().find_map(|fence| text.strip_prefix(fence));
+    let inner = inner.and_then(|inner| inner.trim_end().strip_suffix("```"));
+    inner.unwrap_or(text).trim().to_owned()
+}
+
+/// The file as it is committed: what did not work is said.
+fn finished(text: &str, results: &[CheckResult]) -> String {
+    let mut out = format!("{}\n", text.trim_end());
+    let failed: Vec<&CheckResult> = results.iter().filter(|result| !result.passed).collect();
+    if !failed.is_empty() {
+        out.push_str("\n## Not verified\n\nThese commands failed when this file was written, in a sandbox without network:\n\n");
+        for result in failed {
+            let _ = writeln!(out, "- {}", todo::code(&result.command));
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_are_the_lines_of_shell_blocks() {
+        let text = "# T\n```sh\n# build\ncargo build\n\n$ cargo run -- \\\n  --top 2\n```\n```text\nrm -rf /\n```\n~~~\n```bash\necho done\n```\n";
+        let found: Vec<String> = commands(text).into_iter().map(|check| check.command).collect();
+        assert_eq!(found, ["cargo build", "cargo run -- --top 2", "echo done"]);
+        assert!(commands("no blocks, ```sh``` inline").is_empty());
+    }
+
+    #[test]
+    fn a_fence_around_the_whole_file_is_taken_off() {
+        assert_eq!(unfenced("```markdown\n# T\n```sh\nx\n```\n```"), "# T\n```sh\nx\n```");
+        assert_eq!(unfenced("# T\n"), "# T");
+    }
+
+    #[test]
+    fn what_failed_is_named() {
+        let result = |command: &str, passed| CheckResult {
+            command: command.into(),
+            passed,
+            expect_exit: 0,
+            exit_code: Some(i32::from(!passed)),
+            timed_out: false,
+            duration_ms: 1,
+            output_tail: String::new(),
+            log_sha256: String::new(),
+            sandbox: "bubblewrap".into(),
+        };
+        let all = finished("# T\n\n", &[result("a", true)]);
+        assert_eq!(all, "# T\n");
+        let some = finished("# T", &[result("a", true), result("b", false)]);
+        assert!(some.contains("## Not verified") && some.ends_with("- `b`\n"), "{some}");
+    }
+}

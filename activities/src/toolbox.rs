@@ -1,6 +1,6 @@
 //! What activities work with, composed once by the program that registers them.
 
-use crate::{orchestrator::Orchestrator, sandbox::Sandbox, workspace::Workspaces};
+use crate::{billing::Rate, orchestrator::Orchestrator, sandbox::Sandbox, workspace::Workspaces};
 use sqlx::PgPool;
 use std::path::PathBuf;
 
@@ -17,4 +17,6 @@ pub struct Toolbox {
     pub pool: PgPool,
     /// Folder of this worker for caches and scratch; nothing in it is the only copy of anything.
     pub data_dir: PathBuf,
+    /// What a model call costs in credits, for forecasts.
+    pub rate: Rate,
 }

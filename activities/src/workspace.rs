@@ -256,6 +256,47 @@ impl Workspace {
         self.head.as_deref()
     }
 
+    /// The commit between `base` (exclusive; the beginning without one) and `head` whose message has all of `trailers`.
+    ///
+    /// # Errors
+    /// `workspace.git`.
+    pub async fn landed(&self, base: Option<&str>, trailers: &[(&str, String)]) -> Result<Option<Commit>, Failure> {
+        let Some(head) = &self.head else { return Ok(None) };
+        let range = base.map_or_else(|| head.clone(), |base| format!("{base}..{head}"));
+        let out = self.git.run(&["log", "-z", "--format=%H%n%T%n%B", &range]).await?;
+        let found = String::from_utf8_lossy(&out).split('\0').find_map(|entry| {
+            let mut lines = entry.lines();
+            let (oid, tree) = (lines.next()?, lines.next()?);
+            let message: Vec<&str> = lines.collect();
+            let all = trailers.iter().all(|(name, value)| message.contains(&format!("{name}: {value}").as_str()));
+            all.then(|| Commit { oid: oid.to_owned(), tree: tree.to_owned(), created: false })
+        });
+        Ok(found)
+    }
+
+    /// The first parent of a commit; `None` for a first commit.
+    ///
+    /// # Errors
+    /// `workspace.git` when the commit is unknown.
+    pub async fn parent_of(&self, oid: &str) -> Result<Option<String>, Failure> {
+        let parents = self.git.line(&["log", "-1", "--format=%P", oid]).await?;
+        Ok(parents.split_whitespace().next().map(str::to_owned))
+    }
+
+    /// Every file of the worktree that git would commit, by path, with its size in bytes.
+    ///
+    /// # Errors
+    /// `workspace.git`, `workspace.too_large`.
+    pub async fn files(&self) -> Result<Vec<(String, u64)>, Failure> {
+        let tree = self.tree().await?;
+        let out = self.git.run(&["ls-tree", "-r", "-l", "-z", "--full-tree", &tree]).await?;
+        let entry = |line: &str| {
+            let (meta, path) = line.split_once('\t')?;
+            Some((path.to_owned(), meta.split_whitespace().nth(3)?.parse().unwrap_or(0)))
+        };
+        Ok(String::from_utf8_lossy(&out).split('\0').filter_map(entry).collect())
+    }
+
     fn index(&self) -> PathBuf {
         self.dir.with_extension(format!("index-{}", Uuid::now_v7().simple()))
     }

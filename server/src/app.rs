@@ -10,19 +10,35 @@ use crate::{
     config::{Config, Key, KeyMaterial},
     postgres::{self, Database, Fallback},
     rest::{self, Archives, State, serve},
+    shipped,
     store::Store,
     telemetry,
 };
 use anyhow::Context;
+use loopwright_activities::{
+    billing::{BillingSettings, LedgerHook, MicroCredits, Rate},
+    git::Git,
+    orchestrator::{Orchestrator, Routing},
+    provider::{Scripted, Settings as ProviderSettings},
+    sandbox::{Sandbox, SandboxConfig},
+    toolbox::Toolbox,
+    workspace::Workspaces,
+};
 use loopwright_engine::{
-    activity::Registry,
     client::Client,
-    hook::{NoHook, TransitionHook},
+    hook::TransitionHook,
+    signature::Catalog,
     worker::{self, WorkerConfig, WorkerHandle},
 };
 use secrecy::SecretString;
 use sqlx::PgPool;
-use std::{io::Write, os::unix::fs::OpenOptionsExt, path::Path, sync::Arc, time::Duration};
+use std::{
+    io::Write,
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 use tokio::{net::TcpListener, sync::watch};
 
 /// Key id of the development secret.
@@ -55,7 +71,7 @@ impl App {
         let Database { pool, url, server } = postgres::open(&config, fallback).await?;
         let hook = hook(&config);
         let client = Client::new(pool.clone(), hook.clone());
-        let store = Store::new(pool.clone());
+        let store = Store::new(pool.clone(), billing(&config).welcome);
         Ok(Self { config, pool, client, store, hook, database_url: url, server })
     }
 
@@ -172,15 +188,27 @@ pub fn stop_on_signal() -> anyhow::Result<watch::Receiver<bool>> {
     Ok(receiver)
 }
 
+/// Who answers when activities ask a model.
+#[derive(Clone, Debug, Default)]
+pub enum Models {
+    /// The providers of the configuration.
+    #[default]
+    Configured,
+    /// A script of rehearsed answers; it says so wherever a model is named.
+    Rehearsed(PathBuf),
+    /// The rehearsal of the demo.
+    Demo,
+}
+
 /// Starts the engine's worker over the activities.
 ///
 /// # Errors
 /// What the activities need is missing, such as a sandbox; the worker cannot register.
-pub async fn start_worker(app: &App) -> anyhow::Result<WorkerHandle> {
+pub async fn start_worker(app: &App, toolbox: &Arc<Toolbox>) -> anyhow::Result<WorkerHandle> {
     let worker = &app.config.worker;
     let config = WorkerConfig {
         pool: app.pool.clone(),
-        registry: registry(app)?,
+        registry: loopwright_activities::registry(toolbox.clone()),
         hook: app.hook.clone(),
         queues: worker.queues.clone(),
         slots: u32::try_from(worker.slots).unwrap_or(u32::MAX),
@@ -194,10 +222,11 @@ pub async fn start_worker(app: &App) -> anyhow::Result<WorkerHandle> {
 ///
 /// # Errors
 /// Those of [`start_worker`].
-pub async fn run_worker(app: &App, mut stop: watch::Receiver<bool>) -> anyhow::Result<()> {
+pub async fn run_worker(app: &App, models: &Models, mut stop: watch::Receiver<bool>) -> anyhow::Result<()> {
+    let toolbox = Arc::new(toolbox(app, models).await?);
     let grace = Duration::from_millis(app.config.worker.drain_ms);
     loop {
-        let worker = start_worker(app).await?;
+        let worker = start_worker(app, &toolbox).await?;
         let fenced = tokio::select! {
             () = worker.fenced() => true,
             // Nobody left to say so means stop as well.
@@ -212,14 +241,74 @@ pub async fn run_worker(app: &App, mut stop: watch::Receiver<bool>) -> anyhow::R
     }
 }
 
-/// The activities of this program.
-fn registry(app: &App) -> anyhow::Result<Registry> {
-    let _ = app;
-    Ok(Registry::new())
+/// Contracts of the activities that definitions may name.
+#[must_use]
+pub fn catalog() -> Catalog {
+    loopwright_activities::catalog()
+}
+
+/// What the activities of this program work with.
+///
+/// # Errors
+/// No sandbox works here; a provider's setting cannot be used; the rehearsal cannot be read; no git.
+pub async fn toolbox(app: &App, models: &Models) -> anyhow::Result<Toolbox> {
+    let config = &app.config;
+    let orchestrator = orchestrator(config, models).await?;
+    let settings = SandboxConfig { unconfined: config.sandbox.unconfined, ..SandboxConfig::default() };
+    // Finding out starts processes and waits for them.
+    let sandbox = tokio::task::spawn_blocking(move || Sandbox::detect(settings)).await??;
+    Git::installed().await.map_err(|failure| anyhow::anyhow!(failure.message))?;
+    let data_dir = config.data_dir.join("work");
+    std::fs::create_dir_all(&data_dir).with_context(|| {
+        format!("the data folder {} cannot be written; name another one with LOOPWRIGHT_DATA_DIR", data_dir.display())
+    })?;
+    Ok(Toolbox {
+        orchestrator,
+        workspaces: Workspaces::new(data_dir.clone(), app.pool.clone()),
+        sandbox,
+        pool: app.pool.clone(),
+        data_dir,
+        rate: billing(config).rate,
+    })
+}
+
+async fn orchestrator(config: &Config, models: &Models) -> anyhow::Result<Orchestrator> {
+    let script = match models {
+        Models::Configured => {
+            let routing = match &config.models.file {
+                Some(path) => {
+                    let text = std::fs::read_to_string(path)
+                        .with_context(|| format!("the routing file {} cannot be read", path.display()))?;
+                    Routing::from_yaml(&text).with_context(|| path.display().to_string())?
+                }
+                None => Routing::shipped(),
+            };
+            let settings = ProviderSettings::from_lookup(&|name| config.provider_setting(name))?;
+            if settings.is_empty() {
+                tracing::warn!("no model provider is configured; set GEMINI_API_KEY, OPENROUTER_API_KEY or OPENAI_BASE_URL");
+            }
+            return Ok(Orchestrator::configured(routing, &settings).await?);
+        }
+        Models::Rehearsed(path) => Scripted::load(path).with_context(|| path.display().to_string())?,
+        Models::Demo => Scripted::from_yaml(shipped::REHEARSAL)?,
+    };
+    tracing::warn!("models are rehearsed: answers come from a script");
+    Ok(Orchestrator::new(Routing::rehearsed(), vec![Arc::new(script)]))
+}
+
+/// How credits are counted.
+#[must_use]
+pub fn billing(config: &Config) -> BillingSettings {
+    BillingSettings {
+        rate: Rate {
+            credits_per_usd: i64::from(config.billing.credits_per_usd),
+            markup_bps: i32::try_from(config.billing.markup_bps).unwrap_or(i32::MAX),
+        },
+        welcome: MicroCredits::from_credits(i64::from(config.billing.welcome_credits)),
+    }
 }
 
 /// The ledger's part in the engine's transactions.
 fn hook(config: &Config) -> Arc<dyn TransitionHook> {
-    let _ = config;
-    Arc::new(NoHook)
+    Arc::new(LedgerHook::new(billing(config)))
 }

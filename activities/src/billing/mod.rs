@@ -4,6 +4,7 @@
 //! arrives as [`crate::usage`].
 
 pub mod audit;
+pub mod forecast;
 pub mod hold;
 pub mod hook;
 pub mod ledger;

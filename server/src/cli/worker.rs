@@ -2,9 +2,10 @@
 
 use super::Context;
 use crate::{
-    app::{self, App},
+    app::{self, App, Models},
     postgres::Fallback,
 };
+use std::path::PathBuf;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -14,6 +15,9 @@ pub(crate) struct Args {
     /// Queues to work on
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     queues: Option<Vec<String>>,
+    /// Answer from a script instead of asking models: the path of a rehearsal, or `demo`
+    #[arg(long, value_name = "FILE")]
+    rehearsal: Option<PathBuf>,
 }
 
 pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<()> {
@@ -29,7 +33,12 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<()> {
     let app = App::open(config, Fallback::None).await?;
     let missing = app.store.missing_migrations().await?;
     anyhow::ensure!(missing.is_empty(), "the database is behind this program; run `loopwright migrate`");
-    let done = app::run_worker(&app, stop).await;
+    let models = match args.rehearsal {
+        None => Models::Configured,
+        Some(path) if path.as_os_str() == "demo" => Models::Demo,
+        Some(path) => Models::Rehearsed(path),
+    };
+    let done = app::run_worker(&app, &models, stop).await;
     app.close().await;
     done
 }

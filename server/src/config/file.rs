@@ -2,7 +2,7 @@
 
 use super::{
     Access, Auth, Billing, Config, Error, Http, JWT_SECRET_BYTES_MIN, Key, KeyMaterial, LEEWAY_S_MAX, Log, LogFormat,
-    Provider, Providers, Sandbox, Telegram, Worker, secret,
+    Models, Provider, Providers, Sandbox, Telegram, Worker, secret,
 };
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
@@ -28,6 +28,7 @@ pub struct File {
     pub auth: AuthFile,
     pub sandbox: SandboxFile,
     pub providers: ProvidersFile,
+    pub models: ModelsFile,
     pub telegram: TelegramFile,
     pub billing: BillingFile,
     pub worker: WorkerFile,
@@ -87,6 +88,20 @@ pub struct ProviderFile {
     pub api_key: Option<SecretString>,
     pub api_key_file: Option<PathBuf>,
     pub base_url: Option<String>,
+    /// Gemini only.
+    pub api_version: Option<String>,
+    /// OpenAI-compatible servers only: their model for every role, and its window.
+    pub model: Option<String>,
+    pub context_tokens: Option<u64>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ModelsFile {
+    pub file: Option<PathBuf>,
+    pub architect: Option<String>,
+    pub implementer: Option<String>,
+    pub utility: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -184,6 +199,12 @@ impl File {
                 openrouter: self.providers.openrouter.resolve("providers.openrouter")?,
                 openai: self.providers.openai.resolve("providers.openai")?,
             },
+            models: Models {
+                file: self.models.file,
+                architect: self.models.architect,
+                implementer: self.models.implementer,
+                utility: self.models.utility,
+            },
             telegram: self.telegram.resolve()?,
             billing,
             worker: Worker {
@@ -231,6 +252,9 @@ impl ProviderFile {
         Ok(Provider {
             api_key: secret(&format!("{key}.api_key"), self.api_key, self.api_key_file)?,
             base_url: address(&format!("{key}.base_url"), self.base_url)?,
+            api_version: self.api_version,
+            model: self.model,
+            context_tokens: self.context_tokens,
         })
     }
 }

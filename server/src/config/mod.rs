@@ -50,6 +50,7 @@ pub struct Config {
     pub auth: Auth,
     pub sandbox: Sandbox,
     pub providers: Providers,
+    pub models: Models,
     pub telegram: Telegram,
     pub billing: Billing,
     pub worker: Worker,
@@ -126,6 +127,20 @@ pub struct Provider {
     pub api_key: Option<SecretString>,
     /// `None`: the provider's own address.
     pub base_url: Option<Url>,
+    pub api_version: Option<String>,
+    pub model: Option<String>,
+    pub context_tokens: Option<u64>,
+}
+
+/// Which models serve which role, beyond what ships.
+#[derive(Clone, Debug, Default)]
+pub struct Models {
+    /// A routing file in place of the shipped `workflow-defs/models.yaml`.
+    pub file: Option<PathBuf>,
+    /// `<provider>/<model>`, put first for its role.
+    pub architect: Option<String>,
+    pub implementer: Option<String>,
+    pub utility: Option<String>,
 }
 
 impl Provider {
@@ -208,6 +223,29 @@ pub struct Flags {
 }
 
 impl Config {
+    /// What the activities' providers ask for, by the name of its environment variable.
+    #[must_use]
+    pub fn provider_setting(&self, name: &str) -> Option<String> {
+        let Providers { gemini, openrouter, openai } = &self.providers;
+        let key = |provider: &Provider| provider.api_key.as_ref().map(|key| key.expose_secret().to_owned());
+        let url = |provider: &Provider| provider.base_url.as_ref().map(Url::to_string);
+        match name {
+            "GEMINI_API_KEY" => key(gemini),
+            "GEMINI_BASE_URL" => url(gemini),
+            "GEMINI_API_VERSION" => gemini.api_version.clone(),
+            "OPENROUTER_API_KEY" => key(openrouter),
+            "OPENROUTER_BASE_URL" => url(openrouter),
+            "OPENAI_API_KEY" => key(openai),
+            "OPENAI_BASE_URL" => url(openai),
+            "OPENAI_MODEL" => openai.model.clone(),
+            "OPENAI_CONTEXT_TOKENS" => openai.context_tokens.map(|tokens| tokens.to_string()),
+            "LOOPWRIGHT_MODEL_ARCHITECT" => self.models.architect.clone(),
+            "LOOPWRIGHT_MODEL_IMPLEMENTER" => self.models.implementer.clone(),
+            "LOOPWRIGHT_MODEL_UTILITY" => self.models.utility.clone(),
+            _ => None,
+        }
+    }
+
     /// Reads file, environment and flags, in that order.
     ///
     /// # Errors

@@ -8,6 +8,7 @@ pub mod idempotency;
 pub mod projects;
 pub mod users;
 
+use loopwright_activities::billing::{MicroCredits, ledger::LedgerError};
 use sqlx::PgPool;
 
 /// Most rows of a page.
@@ -19,13 +20,15 @@ pub const PAGE_DEFAULT: u32 = 25;
 #[derive(Clone, Debug)]
 pub struct Store {
     pool: PgPool,
+    /// Granted once to a new user.
+    welcome: MicroCredits,
 }
 
 impl Store {
     /// Over a pool of a migrated database.
     #[must_use]
-    pub fn new(pool: PgPool) -> Self {
-        Self { pool }
+    pub fn new(pool: PgPool, welcome: MicroCredits) -> Self {
+        Self { pool, welcome }
     }
 }
 
@@ -38,6 +41,15 @@ pub enum Error {
     /// Everything else is ours.
     #[error("database: {0}")]
     Broken(String),
+}
+
+impl From<LedgerError> for Error {
+    fn from(error: LedgerError) -> Self {
+        match error {
+            LedgerError::Sql(error) => error.into(),
+            other => Self::Broken(other.to_string()),
+        }
+    }
 }
 
 impl From<sqlx::Error> for Error {

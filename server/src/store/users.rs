@@ -1,6 +1,7 @@
 //! From a verified token to a user row.
 
 use super::{Error, Store};
+use loopwright_activities::billing::ledger::{self, Identity};
 use uuid::Uuid;
 
 /// A user as the edges need it.
@@ -36,14 +37,10 @@ impl Store {
     }
 
     async fn create_user(&self, issuer: &str, subject: &str) -> Result<User, Error> {
-        let id: Uuid = sqlx::query_scalar(
-            "insert into users (auth_issuer, auth_subject) values ($1, $2)
-             on conflict (auth_issuer, auth_subject) do update set auth_subject = excluded.auth_subject returning id",
-        )
-        .bind(issuer)
-        .bind(subject)
-        .fetch_one(&self.pool)
-        .await?;
+        let identity = Identity::Token { issuer: issuer.to_owned(), subject: subject.to_owned() };
+        let mut tx = self.pool.begin().await?;
+        let (id, _) = ledger::ensure_user(&mut tx, &identity, self.welcome).await?;
+        tx.commit().await?;
         Ok(User { id, blocked: false })
     }
 }
