@@ -116,28 +116,34 @@ impl Agent {
     }
 }
 
+/// Its contract.
+#[must_use]
+pub fn signature() -> Signature {
+    contract::signature::<Input, Output>(
+        "agent@1",
+        "Answers a prompt with an object or a text, with the tools that it is given",
+        &[
+            "template.missing",
+            "template.syntax",
+            "template.size",
+            "model.no_progress",
+            "model.refused",
+            "model.output_invalid",
+            "model.truncated",
+            "model.context_overflow",
+            "model.unavailable",
+            "provider.key_invalid",
+            "provider.no_balance",
+            "transient.network",
+            "transient.http",
+            "transient.rate_limited",
+        ],
+    )
+}
+
 impl Activity for Agent {
     fn signature(&self) -> Signature {
-        contract::signature::<Input, Output>(
-            "agent@1",
-            "Answers a prompt with an object or a text, with the tools that it is given",
-            &[
-                "template.missing",
-                "template.syntax",
-                "template.size",
-                "model.no_progress",
-                "model.refused",
-                "model.output_invalid",
-                "model.truncated",
-                "model.context_overflow",
-                "model.unavailable",
-                "provider.key_invalid",
-                "provider.no_balance",
-                "transient.network",
-                "transient.http",
-                "transient.rate_limited",
-            ],
-        )
+        signature()
     }
 
     fn run(&self, ctx: Context, input: Value) -> BoxFuture<'static, Result<Value, Failure>> {

@@ -133,25 +133,31 @@ impl Implement {
     }
 }
 
+/// Its contract.
+#[must_use]
+pub fn signature() -> Signature {
+    contract::signature::<Input, Output>(
+        "implement@1",
+        "Changes a project's files until one item of its plan is done",
+        &[
+            "model.no_progress",
+            "model.refused",
+            "model.output_invalid",
+            "model.truncated",
+            "model.context_overflow",
+            "model.unavailable",
+            "provider.key_invalid",
+            "provider.no_balance",
+            "transient.network",
+            "transient.http",
+            "transient.rate_limited",
+        ],
+    )
+}
+
 impl Activity for Implement {
     fn signature(&self) -> Signature {
-        contract::signature::<Input, Output>(
-            "implement@1",
-            "Changes a project's files until one item of its plan is done",
-            &[
-                "model.no_progress",
-                "model.refused",
-                "model.output_invalid",
-                "model.truncated",
-                "model.context_overflow",
-                "model.unavailable",
-                "provider.key_invalid",
-                "provider.no_balance",
-                "transient.network",
-                "transient.http",
-                "transient.rate_limited",
-            ],
-        )
+        signature()
     }
 
     fn run(&self, ctx: Context, input: Value) -> BoxFuture<'static, Result<Value, Failure>> {

@@ -22,7 +22,7 @@ pub mod usage;
 pub mod verify;
 pub mod workspace;
 
-use loopwright_engine::Migration;
+use loopwright_engine::{Migration, signature::Catalog};
 
 /// Every migration of the product, in order.
 pub const MIGRATIONS: &[Migration] = &[
@@ -30,3 +30,9 @@ pub const MIGRATIONS: &[Migration] = &[
     Migration { version: 2, name: "money", sql: include_str!("../../migrations/0002_money.sql") },
     Migration { version: 3, name: "workspace", sql: include_str!("../../migrations/0003_workspace.sql") },
 ];
+
+/// The contracts of all activities, for whoever checks a definition without a worker.
+#[must_use]
+pub fn catalog() -> Catalog {
+    Catalog::new([implement::signature(), agent::signature()])
+}

@@ -18,6 +18,7 @@ use loopwright_engine::{
     activity::Registry,
     client::Client,
     hook::{NoHook, TransitionHook},
+    signature::Catalog,
     worker::{self, WorkerConfig, WorkerHandle},
 };
 use secrecy::SecretString;
@@ -216,6 +217,12 @@ pub async fn run_worker(app: &App, mut stop: watch::Receiver<bool>) -> anyhow::R
 fn registry(app: &App) -> anyhow::Result<Registry> {
     let _ = app;
     Ok(Registry::new())
+}
+
+/// The contracts of the activities of this program. Needs no database.
+#[must_use]
+pub fn catalog() -> Catalog {
+    loopwright_activities::catalog()
 }
 
 /// The ledger's part in the engine's transactions.
