@@ -13,6 +13,7 @@ mod run;
 mod server;
 mod token;
 mod worker;
+mod workflow;
 
 use crate::{
     app::App,
@@ -63,6 +64,8 @@ enum Command {
     Run(run::Args),
     /// Look at projects, make new ones, take them out
     Project(project::Args),
+    /// Check definitions, draw them, deploy them
+    Workflow(workflow::Args),
     /// Print a completion script for a shell
     Completion(completion::Args),
 }
@@ -116,6 +119,7 @@ async fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Token(args) => token::run(args, context),
         Command::Run(args) => run::run(args, context).await,
         Command::Project(args) => project::run(args, context).await,
+        Command::Workflow(args) => return workflow::run(args, context).await,
         Command::Completion(_) => Ok(()),
     };
     done.map(|()| 0)
