@@ -122,7 +122,8 @@ pub fn signature() -> Signature {
     contract::signature::<Input, Output>(
         "agent@1",
         "Answers a prompt with an object or a text, with the tools that it is given",
-        &[&["template.missing", "template.syntax", "template.size", "model.no_progress"], contract::MODEL_FAILURES].concat(),
+        &[&["template.missing", "template.syntax", "template.size", "model.no_progress"], contract::MODEL_FAILURES]
+            .concat(),
     )
 }
 

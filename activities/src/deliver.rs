@@ -81,7 +81,8 @@ async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, 
         Verdict::Accept => "accepted by the review",
         Verdict::Reject => "delivered as you decided, though the review rejected it",
     };
-    let summary = format!("{name} is ready: {} files at commit {}, {how}.", files.len(), &commit[..12.min(commit.len())]);
+    let summary =
+        format!("{name} is ready: {} files at commit {}, {how}.", files.len(), &commit[..12.min(commit.len())]);
     sqlx::query("update projects set status = 'done' where id = $1 and status in ('open', 'running')")
         .bind(project)
         .execute(pool)

@@ -128,7 +128,10 @@ async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, 
     let (info, pool, project) = (ctx.info(), &toolbox.pool, input.project_id);
     let name = record::project_name(pool, project).await?;
     let known: Requirements = record::newest(pool, project, Kind::Requirements, info).await?.ok_or_else(|| {
-        Failure::permanent("input.invalid", "the project has no requirements yet; a step with gather@1 has to come first")
+        Failure::permanent(
+            "input.invalid",
+            "the project has no requirements yet; a step with gather@1 has to come first",
+        )
     })?;
     let before: Option<Plan> = record::newest(pool, project, Kind::Plan, info).await?;
     let states = outcomes(toolbox, project, ctx).await?;
@@ -185,8 +188,7 @@ pub(crate) async fn outcomes(
     project: Uuid,
     ctx: &Context,
 ) -> Result<BTreeMap<String, State>, Failure> {
-    let all: Vec<crate::commit::Outcome> =
-        record::all(&toolbox.pool, project, Kind::Outcome, ctx.info()).await?;
+    let all: Vec<crate::commit::Outcome> = record::all(&toolbox.pool, project, Kind::Outcome, ctx.info()).await?;
     Ok(all.into_iter().map(|outcome| (outcome.item, outcome.state)).collect())
 }
 
@@ -218,8 +220,12 @@ async fn messages(
 fn toolchains() -> Vec<&'static str> {
     const KNOWN: [&str; 12] =
         ["cargo", "python3", "node", "npm", "go", "javac", "gcc", "g++", "make", "ruby", "php", "bash"];
-    let folders: Vec<_> = std::env::var_os("PATH").map(|path| std::env::split_paths(&path).collect()).unwrap_or_default();
-    KNOWN.into_iter().filter(|name| folders.iter().any(|folder: &std::path::PathBuf| folder.join(name).exists())).collect()
+    let folders: Vec<_> =
+        std::env::var_os("PATH").map(|path| std::env::split_paths(&path).collect()).unwrap_or_default();
+    KNOWN
+        .into_iter()
+        .filter(|name| folders.iter().any(|folder: &std::path::PathBuf| folder.join(name).exists()))
+        .collect()
 }
 
 /// A model's answer, as asked for.
@@ -402,7 +408,12 @@ mod tests {
 
     #[test]
     fn finished_items_keep_their_ids_and_are_not_done_again() {
-        let first = judge(Some(&answer(&[("a", "R1")])), &Requirements { requirements: vec![], ..known() }, &BTreeSet::new(), &[]);
+        let first = judge(
+            Some(&answer(&[("a", "R1")])),
+            &Requirements { requirements: vec![], ..known() },
+            &BTreeSet::new(),
+            &[],
+        );
         let done = first.expect("one item").todo;
         let taken: BTreeSet<String> = ["a".to_owned()].into();
         let more = judge(Some(&answer(&[("a", "R1"), ("b", "R2")])), &known(), &taken, &done).expect("b is new");
@@ -412,9 +423,13 @@ mod tests {
 
     #[test]
     fn documents_say_what_was_decided() {
-        let answer = judge(Some(&answer(&[("a", "R1"), ("b", "R2")])), &known(), &BTreeSet::new(), &[]).expect("usable");
+        let answer =
+            judge(Some(&answer(&[("a", "R1"), ("b", "R2")])), &known(), &BTreeSet::new(), &[]).expect("usable");
         let text = architecture("Words", &answer, &known());
-        assert!(text.starts_with("# Architecture of Words\n\nOne file.\n\n## Stack\n\n- **Rust**: it is there\n"), "{text}");
+        assert!(
+            text.starts_with("# Architecture of Words\n\nOne file.\n\n## Stack\n\n- **Rust**: it is there\n"),
+            "{text}"
+        );
         assert!(text.contains("- **R2** Does R2.") && text.contains("## Assumptions\n\n- Input is UTF-8."), "{text}");
         let shown = summary(&answer, &known(), MicroCredits(1_500_000), MicroCredits(9_000_000));
         assert!(shown.contains("2. Do b — `true`") && shown.ends_with("1.5 to 9 credits"), "{shown}");

@@ -141,7 +141,9 @@ async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, 
         if version == VERSIONS_MAX {
             return Err(Failure::retryable("model.output_invalid", "the model wrote no README.md that can be used"));
         }
-        let evidence = problem.unwrap_or_else(|| prompt::readable(&check::lesson(&json!({"results": failed}))["results"], EVIDENCE_BYTES_MAX));
+        let evidence = problem.unwrap_or_else(|| {
+            prompt::readable(&check::lesson(&json!({"results": failed}))["results"], EVIDENCE_BYTES_MAX)
+        });
         messages.push(reply.to_message());
         messages.push(Message::User {
             text: format!(
@@ -166,8 +168,7 @@ async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, 
 
 async fn opening(toolbox: &Toolbox, ctx: &Context, project: Uuid) -> Result<(Vec<Message>, String), Failure> {
     let info = ctx.info();
-    let requirements: Option<Requirements> =
-        record::newest(&toolbox.pool, project, Kind::Requirements, info).await?;
+    let requirements: Option<Requirements> = record::newest(&toolbox.pool, project, Kind::Requirements, info).await?;
     let name = record::project_name(&toolbox.pool, project).await?;
     let desk = implement::open(toolbox, info, project, None).await?;
     let workspace = desk.tree.workspace();
@@ -251,7 +252,9 @@ fn finished(text: &str, results: &[CheckResult]) -> String {
     let mut out = format!("{}\n", text.trim_end());
     let failed: Vec<&CheckResult> = results.iter().filter(|result| !result.passed).collect();
     if !failed.is_empty() {
-        out.push_str("\n## Not verified\n\nThese commands failed when this file was written, in a sandbox without network:\n\n");
+        out.push_str(
+            "\n## Not verified\n\nThese commands failed when this file was written, in a sandbox without network:\n\n",
+        );
         for result in failed {
             let _ = writeln!(out, "- {}", todo::code(&result.command));
         }

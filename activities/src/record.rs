@@ -129,7 +129,10 @@ pub async fn all<T: DeserializeOwned>(
 
 fn read<T: DeserializeOwned>(body: Value) -> Result<T, Failure> {
     serde_json::from_value(body).map_err(|e| {
-        Failure::permanent("record.unreadable", format!("a record of this project cannot be read: {e}; start a new run"))
+        Failure::permanent(
+            "record.unreadable",
+            format!("a record of this project cannot be read: {e}; start a new run"),
+        )
     })
 }
 

@@ -102,7 +102,9 @@ pub fn settle(items: Vec<Todo>, taken: &BTreeSet<String>) -> Result<Vec<Todo>, S
         }
         for check in &mut item.checks {
             check.timeout_s = check.timeout_s.clamp(1, TIMEOUT_S_MAX);
-            if check.command.trim().is_empty() || check.command.len() > COMMAND_BYTES_MAX || check.command.contains('\0')
+            if check.command.trim().is_empty()
+                || check.command.len() > COMMAND_BYTES_MAX
+                || check.command.contains('\0')
             {
                 problems.push(format!("a check of `{id}` is empty or longer than {COMMAND_BYTES_MAX} bytes"));
             }
@@ -156,7 +158,8 @@ pub fn markdown(project: &str, items: &[Todo], states: &BTreeMap<String, State>)
             let _ = writeln!(out, "  - serves {}", item.requirements.join(", "));
         }
         for check in &item.checks {
-            let exit = if check.expect_exit == 0 { String::new() } else { format!(" exits with {}", check.expect_exit) };
+            let exit =
+                if check.expect_exit == 0 { String::new() } else { format!(" exits with {}", check.expect_exit) };
             let _ = writeln!(out, "  - check: {}{exit}", code(&check.command));
         }
     }
@@ -219,10 +222,14 @@ mod tests {
 
     #[test]
     fn items_come_in_order_of_their_dependencies_with_clean_ids_and_paths() {
-        let items = settle(vec![item("B two", &["A_one"]), item("A_one", &[]), item("c", &["old"])], &["old".into()].into());
+        let items =
+            settle(vec![item("B two", &["A_one"]), item("A_one", &[]), item("c", &["old"])], &["old".into()].into());
         let items = items.expect("usable");
         assert_eq!(items.iter().map(|i| i.id.as_str()).collect::<Vec<_>>(), ["a-one", "b-two", "c"]);
-        assert_eq!((items[0].files.as_slice(), items[0].checks[0].timeout_s), (&["src/a.rs".to_owned()][..], TIMEOUT_S_MAX));
+        assert_eq!(
+            (items[0].files.as_slice(), items[0].checks[0].timeout_s),
+            (&["src/a.rs".to_owned()][..], TIMEOUT_S_MAX)
+        );
     }
 
     #[test]

@@ -229,7 +229,8 @@ async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, 
 /// Accepted criteria whose cited files are what they were. A criterion that cites only checks is judged anew.
 fn standing(workspace: &Workspace, before: Vec<Criterion>, requirements: &Requirements) -> Vec<Criterion> {
     let unchanged = |citation: &Citation| {
-        citation.path.is_empty() || content(workspace, &citation.path).is_some_and(|text| sha256(&text) == citation.sha256)
+        citation.path.is_empty()
+            || content(workspace, &citation.path).is_some_and(|text| sha256(&text) == citation.sha256)
     };
     before
         .into_iter()
@@ -404,9 +405,11 @@ impl Facts {
     }
 
     fn verdict(&self, criteria: &[Criterion]) -> Verdict {
-        let all = self.requirements.requirements.iter().all(|r| {
-            criteria.iter().any(|c| c.requirement == r.id && c.verdict == Verdict::Accept)
-        });
+        let all = self
+            .requirements
+            .requirements
+            .iter()
+            .all(|r| criteria.iter().any(|c| c.requirement == r.id && c.verdict == Verdict::Accept));
         let green = self.results.iter().all(|(_, result)| result.passed) && self.blocked().next().is_none();
         if all && green { Verdict::Accept } else { Verdict::Reject }
     }
@@ -432,7 +435,9 @@ impl Facts {
         for criterion in criteria.iter().filter(|c| c.verdict == Verdict::Reject) {
             let id = &criterion.requirement;
             let serves = |item: &&Todo| item.requirements.iter().any(|r| r.eq_ignore_ascii_case(id));
-            let (false, Some(item)) = (taken_up(&next, id), self.plan.items.iter().rev().find(serves)) else { continue };
+            let (false, Some(item)) = (taken_up(&next, id), self.plan.items.iter().rev().find(serves)) else {
+                continue;
+            };
             let detail = format!("The review rejected {id}: {}", criterion.reason);
             next.push(self.repair(&next, id, format!("Satisfy {id}"), detail, item));
         }
@@ -466,7 +471,13 @@ impl Facts {
         for criterion in criteria {
             let word = if criterion.verdict == Verdict::Accept { "accepted" } else { "rejected" };
             let places: Vec<String> = criterion.citations.iter().map(Citation::to_string).collect();
-            let _ = writeln!(out, "- {} {word}: {} [{}]", criterion.requirement, criterion.reason.trim(), places.join(", "));
+            let _ = writeln!(
+                out,
+                "- {} {word}: {} [{}]",
+                criterion.requirement,
+                criterion.reason.trim(),
+                places.join(", ")
+            );
         }
         if !todo.is_empty() {
             out.push_str("\nNext:\n");

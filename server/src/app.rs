@@ -285,7 +285,9 @@ async fn orchestrator(config: &Config, models: &Models) -> anyhow::Result<Orches
             };
             let settings = ProviderSettings::from_lookup(&|name| config.provider_setting(name))?;
             if settings.is_empty() {
-                tracing::warn!("no model provider is configured; set GEMINI_API_KEY, OPENROUTER_API_KEY or OPENAI_BASE_URL");
+                tracing::warn!(
+                    "no model provider is configured; set GEMINI_API_KEY, OPENROUTER_API_KEY or OPENAI_BASE_URL"
+                );
             }
             return Ok(Orchestrator::configured(routing, &settings).await?);
         }

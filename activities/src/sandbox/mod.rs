@@ -169,7 +169,7 @@ impl Sandbox {
             network: false,
         };
         let plan = Plan { level: self.level, toolchains: &self.toolchains, command: &command };
-        let Prepared { mut command, reader, .. } = confine::prepare(&plan)?;
+        let Prepared { mut command, reader, keep: _keep } = confine::prepare(&plan)?;
         let mut child = command.spawn().map_err(|e| e.to_string())?;
         drop(command);
         let text = std::io::read_to_string(reader).unwrap_or_default();

@@ -65,7 +65,10 @@ fn only_green_checks_done_items_and_accepted_criteria_accept() {
     assert_eq!(facts(green(), &[DONE[0], ("b", State::Blocked)]).verdict(&accepted), Verdict::Reject);
     assert_eq!(facts(green(), &DONE[..1]).verdict(&accepted), Verdict::Reject, "never committed");
     assert_eq!(facts(green(), &DONE).verdict(&accepted[..1]), Verdict::Reject, "R2 is not judged");
-    assert_eq!(facts(green(), &DONE).verdict(&[accepted[0].clone(), criterion("R2", Verdict::Reject)]), Verdict::Reject);
+    assert_eq!(
+        facts(green(), &DONE).verdict(&[accepted[0].clone(), criterion("R2", Verdict::Reject)]),
+        Verdict::Reject
+    );
 }
 
 #[test]

@@ -24,7 +24,10 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<()> {
     let address = listener.local_addr()?;
     let app = App::open_migrated(config, Fallback::Embedded).await?;
     eprintln!("loopwright serves at http://{address} — a token: loopwright token — Ctrl-C stops");
-    let done = tokio::try_join!(app::serve_http(&app, listener, stop.clone()), app::run_worker(&app, &Models::Configured, stop));
+    let done = tokio::try_join!(
+        app::serve_http(&app, listener, stop.clone()),
+        app::run_worker(&app, &Models::Configured, stop)
+    );
     app.close().await;
     done.map(|((), ())| ())
 }

@@ -5,6 +5,7 @@
 //! something (database, port, folder); 130 interrupted twice.
 
 mod completion;
+mod demo;
 mod dev;
 mod doctor;
 mod migrate;
@@ -13,6 +14,7 @@ mod run;
 mod server;
 mod token;
 mod worker;
+mod workflow;
 
 use crate::{
     app::App,
@@ -47,6 +49,8 @@ pub struct Cli {
 /// Every command; one file and one line here each.
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Watch the whole loop build a sample, or your idea
+    Demo(demo::Args),
     /// Postgres, server and worker in one process, for every day
     Dev(dev::Args),
     /// Serve REST
@@ -63,6 +67,8 @@ enum Command {
     Run(run::Args),
     /// Look at projects, make new ones, take them out
     Project(project::Args),
+    /// Check definitions, draw them, deploy them
+    Workflow(workflow::Args),
     /// Print a completion script for a shell
     Completion(completion::Args),
 }
@@ -71,6 +77,7 @@ enum Command {
 pub(crate) struct Context {
     pub config: Config,
     pub json: bool,
+    pub flags: Flags,
 }
 
 impl Context {
@@ -106,8 +113,9 @@ async fn dispatch(cli: Cli) -> anyhow::Result<u8> {
     }
     let config = Config::load(&cli.flags)?;
     telemetry::init(&config.log)?;
-    let context = Context { config, json: cli.json };
+    let context = Context { config, json: cli.json, flags: cli.flags };
     let done = match cli.command {
+        Command::Demo(args) => return demo::run(args, context).await,
         Command::Dev(args) => dev::run(args, context).await,
         Command::Server(args) => server::run(args, context).await,
         Command::Worker(args) => worker::run(args, context).await,
@@ -116,6 +124,7 @@ async fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Token(args) => token::run(args, context),
         Command::Run(args) => run::run(args, context).await,
         Command::Project(args) => project::run(args, context).await,
+        Command::Workflow(args) => return workflow::run(args, context).await,
         Command::Completion(_) => Ok(()),
     };
     done.map(|()| 0)

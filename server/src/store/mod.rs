@@ -5,6 +5,7 @@ mod archive;
 pub mod credits;
 pub mod health;
 pub mod idempotency;
+pub mod loops;
 pub mod projects;
 pub mod users;
 

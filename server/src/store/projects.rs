@@ -63,6 +63,31 @@ impl Store {
         Ok(row.into())
     }
 
+    /// Creates a project of the user under a given id, unless it is there.
+    ///
+    /// # Transaction
+    /// One statement.
+    pub async fn create_project_as(
+        &self,
+        id: Uuid,
+        user: Uuid,
+        name: &str,
+        idea: &str,
+        workflow: &str,
+    ) -> Result<(), Error> {
+        sqlx::query(
+            "insert into projects (id, user_id, name, idea, workflow_name) values ($1, $2, $3, $4, $5) on conflict (id) do nothing",
+        )
+        .bind(id)
+        .bind(user)
+        .bind(name)
+        .bind(idea)
+        .bind(workflow)
+        .execute(&self.pool)
+        .await?;
+        Ok(())
+    }
+
     /// A project of the user, or of anybody; `None` when it is not there or somebody else's.
     pub async fn project(&self, user: impl Into<Option<Uuid>>, id: Uuid) -> Result<Option<Project>, Error> {
         let row: Option<ProjectRow> = sqlx::query_as(

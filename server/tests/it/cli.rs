@@ -109,3 +109,79 @@ async fn the_command_line_works_on_a_configured_database() {
     let state = |name: &str| doctor.as_array().unwrap().iter().find(|c| c["name"] == name).unwrap()["state"].clone();
     assert!(["database", "schema", "clock", "data"].iter().all(|n| state(n) == "ok"), "{doctor}");
 }
+
+/// A definition that needs no activity.
+const SMALL: &str = "dsl: 1
+name: small
+timeout: 1h
+steps:
+  - { id: rest, wait: { for: 1s } }
+";
+
+#[test]
+fn definitions_are_checked_and_drawn_without_a_database() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("good.yaml"), SMALL).unwrap();
+    std::fs::write(dir.path().join("bad.yaml"), SMALL.replace("wait: { for: 1s }", "uses: implemnt@1")).unwrap();
+    let run = |args: &[&str]| {
+        let output = loopwright(dir.path()).env("LOOPWRIGHT_PG_BIN", "/nonexistent").args(args).output().unwrap();
+        let stdout = String::from_utf8(output.stdout).unwrap();
+        (output.status.code(), stdout, String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, stdout, stderr) = run(&["workflow", "lint", "good.yaml"]);
+    assert_eq!((code, stdout.trim()), (Some(0), "1 file: 0 errors, 0 other findings"), "{stderr}");
+    let (code, stdout, _) = run(&["workflow", "lint", "good.yaml", "bad.yaml"]);
+    assert_eq!(code, Some(1), "{stdout}");
+    assert!(stdout.starts_with("bad.yaml:5:") && stdout.contains("error[WF801]: "), "{stdout}");
+    assert!(stdout.contains("help: did you mean `implement@1`"), "{stdout}");
+    let (code, stdout, _) = run(&["workflow", "lint", "--json", "good.yaml", "bad.yaml"]);
+    let found: serde_json::Value = serde_json::from_str(&stdout).unwrap();
+    assert_eq!((code, found.as_array().unwrap().len()), (Some(1), 1), "{found}");
+    assert_eq!((&found[0]["code"], &found[0]["line"]), (&"WF801".into(), &5.into()), "{found}");
+    let (code, stdout, _) = run(&["workflow", "graph", "good.yaml"]);
+    assert!(code == Some(0) && stdout.starts_with("flowchart TD\n") && stdout.contains("rest"), "{stdout}");
+    let (code, stdout, stderr) = run(&["workflow", "graph", "bad.yaml"]);
+    assert!(code == Some(1) && stdout.is_empty() && stderr.contains("WF801"), "{stdout}{stderr}");
+    let (code, _, stderr) = run(&["workflow", "lint", "none.yaml"]);
+    assert!(code == Some(1) && stderr.contains("none.yaml cannot be read"), "{stderr}");
+}
+
+#[tokio::test]
+async fn what_is_deployed_has_its_prompts_and_no_error() {
+    let pool = testing::database(loopwright_activities::MIGRATIONS).await;
+    let dir = tempfile::tempdir().unwrap();
+    let url = testing::url(&pool);
+    let run = |args: &[&str]| {
+        let output = loopwright(dir.path()).env("DATABASE_URL", &url).args(args).output().unwrap();
+        let stdout = String::from_utf8(output.stdout).unwrap();
+        (output.status.code(), stdout, String::from_utf8(output.stderr).unwrap())
+    };
+    let json = |args: &[&str]| -> serde_json::Value { serde_json::from_str(&run(args).1).unwrap() };
+    let deploy = ["workflow", "deploy", "defs/small.yaml", "--json"];
+    let defs = dir.path().join("defs");
+    std::fs::create_dir_all(defs.join("prompts")).unwrap();
+    std::fs::write(defs.join("small.yaml"), SMALL.replace("1s", "soon")).unwrap();
+    std::fs::write(defs.join("prompts/greet.hbs"), "Hello {{name}}").unwrap();
+    std::fs::write(defs.join("prompts/notes.txt"), "no prompt").unwrap();
+
+    let (code, _, stderr) = run(&["workflow", "deploy", "defs/small.yaml"]);
+    assert!(code == Some(1) && stderr.contains("WF107") && stderr.contains("Nothing was deployed"), "{stderr}");
+    let (code, _, stderr) = run(&["workflow", "versions", "small"]);
+    assert!(code == Some(1) && stderr.contains("no workflow small is deployed"), "{stderr}");
+
+    std::fs::write(defs.join("small.yaml"), SMALL).unwrap();
+    let first = json(&deploy);
+    assert_eq!((&first["version"], &first["created"]), (&1.into(), &true.into()), "{first}");
+    let bundle: serde_json::Value =
+        sqlx::query_scalar("select bundle from definitions").fetch_one(&pool).await.unwrap();
+    assert_eq!(bundle, serde_json::json!({"prompts/greet.hbs": "Hello {{name}}"}));
+    assert_eq!(json(&deploy)["created"], false);
+
+    std::fs::write(defs.join("prompts/greet.hbs"), "Good morning {{name}}").unwrap();
+    let (code, stdout, _) = run(&["workflow", "deploy", "defs/small.yaml", "--message", "Politer"]);
+    assert!(code == Some(0) && stdout.contains("small version 2 is current (new)"), "{stdout}");
+    let versions = json(&["workflow", "versions", "small", "--json"]);
+    assert_eq!(versions[0]["message"], "Politer");
+    assert_eq!((&versions[0]["current"], &versions[1]["current"]), (&true.into(), &false.into()), "{versions}");
+    assert_eq!((&versions[0]["author"], &versions[1]["hash"]), (&"operator".into(), &first["hash"]), "{versions}");
+}

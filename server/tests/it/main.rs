@@ -8,4 +8,5 @@ mod limits;
 mod loop_run;
 mod projects;
 mod runs;
+mod shipped;
 mod support;

@@ -1,0 +1,187 @@
+//! `loopwright demo`: the whole development loop on a sample idea, live, with a worker process of its own.
+//!
+//! ```text
+//! demo ─▶ Stage { database, run, worker process } ─▶ drive: narrate · answer · (kill the worker once) ─▶ Report
+//!   └─ --crash: a second stage runs the same run id undisturbed in a database of its own; reports are compared
+//! ```
+//!
+//! The run is durable like any other: the same command after Ctrl-C goes on with it.
+
+mod narrate;
+mod report;
+mod stage;
+mod worker;
+
+use super::{Context, EXIT_FAILED, EXIT_INTERRUPTED};
+use crate::{
+    app::{self, App},
+    config::{self, Config},
+    postgres::{self, Fallback},
+    shipped,
+};
+use loopwright_engine::ids::RunId;
+use report::Report;
+use secrecy::SecretString;
+use serde_json::json;
+use sqlx::{AssertSqlSafe, PgPool};
+use stage::{Answers, Ended, Stage, Subject};
+use std::{
+    io::IsTerminal,
+    path::{Path, PathBuf},
+    time::Instant,
+};
+
+/// What the rehearsal builds.
+const IDEA: &str = "A small command line tool that prints the most frequent words of a text.";
+const NAME: &str = "tally";
+/// Database of the undisturbed run of `--crash`, beside the ordinary one.
+const REFERENCE_DATABASE: &str = "loopwright_reference";
+/// Longest idea, in bytes; the workflow's own limit is in characters.
+const IDEA_BYTES_MAX: usize = 20_000;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Build this instead of the sample, with the models that are configured
+    #[arg(long, value_name = "TEXT", conflicts_with = "crash")]
+    idea: Option<String>,
+    /// Approve the plan and let the defaults answer questions
+    #[arg(long)]
+    yes: bool,
+    /// Kill the worker process in the middle, let another take over, and compare with an undisturbed run
+    #[arg(long)]
+    crash: bool,
+    /// Where to put the repository [default: below the data folder]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+}
+
+pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<u8> {
+    let begun = Instant::now();
+    let (json, flags, config) = (context.json, context.flags, context.config);
+    let subject = subject(&args, &config)?;
+    let stop = app::stop_on_signal()?;
+    let app = App::open_migrated(config, Fallback::Embedded).await?;
+    let kind = subject.kind();
+    let rehearsed = subject.rehearsed();
+
+    let open = stage::open_run(&app, &subject).await?;
+    let run = open.unwrap_or_else(RunId::new);
+    if open.is_some() {
+        eprintln!("Going on with run {run}.");
+    } else if rehearsed {
+        eprintln!("The models are rehearsed: their answers come from a script. Everything else is real.");
+    }
+    let work = app.config.data_dir.join("demo");
+    let mut main = Stage::begin(app, &subject, run, work.join(kind), flags.config.clone()).await?;
+
+    let mut reference = None;
+    if args.crash {
+        eprintln!("\nFirst the undisturbed run, in a database of its own.\n");
+        let app = beside(&main.app, open.is_none()).await?;
+        let mut stage = Stage::begin(app, &subject, run, work.join("reference"), flags.config.clone()).await?;
+        let ended = stage.drive(&subject, stop.clone(), None).await?;
+        if ended == Ended::Stopped {
+            stage.close().await;
+            main.close().await;
+            return Ok(interrupted());
+        }
+        reference = Some(Report::of(&stage, &work, None).await?);
+        stage.close().await;
+        eprintln!("\nNow the same run, and its worker is killed in the middle of an attempt.\n");
+    }
+    let wanted = (args.crash && main.crashes == 0).then_some(stage::Crash::InAttempt);
+    let ended = main.drive(&subject, stop, wanted).await?;
+    if ended == Ended::Stopped {
+        main.close().await;
+        return Ok(interrupted());
+    }
+    let mut report = Report::of(&main, &work, args.out.as_deref()).await?;
+    main.close().await;
+    report.seconds = begun.elapsed().as_secs();
+    report.rehearsed = rehearsed;
+    report.compare(reference);
+    eprintln!("\n{}", report.text());
+    if json {
+        super::print(true, &report, |_| String::new())?;
+    }
+    Ok(if report.good() { 0 } else { EXIT_FAILED })
+}
+
+fn interrupted() -> u8 {
+    eprintln!("\nStopped; nothing is lost. The same command goes on with the run.");
+    EXIT_INTERRUPTED
+}
+
+/// What is to be built and who answers for its owner.
+fn subject(args: &Args, config: &Config) -> anyhow::Result<Subject> {
+    let Some(idea) = &args.idea else {
+        let answers = Answers::Suggested;
+        return Ok(Subject { idea: IDEA.into(), name: NAME.into(), answers, crash: args.crash, rehearsed: true });
+    };
+    let idea = idea.trim();
+    if idea.is_empty() || idea.len() > IDEA_BYTES_MAX {
+        return Err(config::Error::value("--idea", format!("is empty or longer than {IDEA_BYTES_MAX} bytes")).into());
+    }
+    let providers = &config.providers;
+    if ![&providers.gemini, &providers.openrouter, &providers.openai].iter().any(|p| p.is_configured()) {
+        return Err(config::Error::value(
+            "--idea",
+            "needs a model; set GEMINI_API_KEY, OPENROUTER_API_KEY, or OPENAI_BASE_URL for a server of your own",
+        )
+        .into());
+    }
+    let answers = if args.yes { Answers::Default } else { Answers::Terminal };
+    if !args.yes && !std::io::stdin().is_terminal() {
+        return Err(config::Error::value("--yes", "is needed where there is no terminal to ask at").into());
+    }
+    let name: String = idea.split_whitespace().take(5).collect::<Vec<_>>().join(" ").chars().take(60).collect();
+    Ok(Subject { idea: idea.into(), name, answers, crash: false, rehearsed: false })
+}
+
+/// The application over the database beside the ordinary one; emptied first if `fresh`.
+async fn beside(app: &App, fresh: bool) -> anyhow::Result<App> {
+    let mut url = url::Url::parse(&app.database_url)
+        .map_err(|e| postgres::Error::Address(format!("{e}; `demo --crash` needs the form postgres://…")))?;
+    url.set_path(&format!("/{REFERENCE_DATABASE}"));
+    create(&app.pool, fresh).await.map_err(|e| {
+        anyhow::anyhow!("the database {REFERENCE_DATABASE} cannot be made ({e}); `demo --crash` needs a role that may create databases")
+    })?;
+    let mut config = app.config.clone();
+    config.database_url = Some(SecretString::from(url.to_string()));
+    Ok(App::open_migrated(config, Fallback::None).await?)
+}
+
+async fn create(pool: &PgPool, fresh: bool) -> Result<(), sqlx::Error> {
+    let execute = |sql: String| async move {
+        // The name is a constant.
+        sqlx::query(AssertSqlSafe(sql)).persistent(false).execute(pool).await.map(drop)
+    };
+    if fresh {
+        execute(format!("drop database if exists {REFERENCE_DATABASE} with (force)")).await?;
+    }
+    let there: bool = sqlx::query_scalar("select exists (select from pg_database where datname = $1)")
+        .bind(REFERENCE_DATABASE)
+        .fetch_one(pool)
+        .await?;
+    if there { Ok(()) } else { execute(format!("create database {REFERENCE_DATABASE}")).await }
+}
+
+/// Deploys what this program ships, so that the run has its definition.
+async fn deploy(app: &App) -> anyhow::Result<()> {
+    shipped::deploy(&app.client, shipped::SHIPPED, &app::catalog()).await?;
+    Ok(())
+}
+
+/// A folder name for a repository.
+fn folder(work: &Path, name: &str, run: RunId) -> PathBuf {
+    let slug: String =
+        name.chars().map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' }).collect();
+    let id = run.to_string();
+    // The last part of a time-ordered id is its random one.
+    work.join(format!("{}-{}", slug.trim_matches('-'), &id[id.len() - 6..]))
+}
+
+/// Kept with a run, so that the same command finds it again.
+fn mark(subject: &Subject) -> serde_json::Value {
+    json!({"demo": subject.kind()})
+}

@@ -1,0 +1,194 @@
+//! `loopwright workflow`: definitions as files and as deployed versions. Checking needs no database.
+
+use super::{Context, EXIT_FAILED, print, table};
+use crate::app::{self, App};
+use anyhow::{Context as _, bail, ensure};
+use loopwright_engine::{
+    client::{Deploy, Version},
+    definition::Bundle,
+};
+use loopwright_workflows::{Compiled, Diagnostic, Severity, compile, mermaid, render};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+
+/// Author of what is deployed from here.
+const AUTHOR: &str = "operator";
+/// Folder beside a definition whose `*.hbs` go with it.
+const PROMPTS: &str = "prompts";
+/// Most prompt files of one definition. Chosen, not measured: the shipped ones are fewer than ten.
+const PROMPTS_MAX: usize = 100;
+/// Largest prompt file, in bytes. Chosen, not measured: a prompt above it leaves a model no room to work.
+const PROMPT_BYTES_MAX: u64 = 256 << 10;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Check definitions; exit code 1 if one has an error
+    Lint {
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+    },
+    /// Draw a definition as a mermaid flow chart
+    Graph { file: PathBuf },
+    /// Check a definition and deploy it with the prompts beside it; runs that begin from now on use it
+    Deploy {
+        file: PathBuf,
+        /// What changed, for the list of versions
+        #[arg(long, value_name = "TEXT")]
+        message: Option<String>,
+    },
+    /// List the deployed versions of a definition, newest first
+    Versions { name: String },
+}
+
+pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<u8> {
+    match args.command {
+        Command::Lint { files } => lint(&files, context.json),
+        Command::Graph { file } => graph(&file, context.json),
+        Command::Deploy { file, message } => deploy(&file, message, context).await,
+        Command::Versions { name } => {
+            let json = context.json;
+            let app = context.open().await?;
+            let done = versions(&name, &app, json).await;
+            app.close().await;
+            done
+        }
+    }
+}
+
+/// A file, compiled.
+struct Checked {
+    source: String,
+    compiled: Option<Compiled>,
+    found: Vec<Diagnostic>,
+}
+
+impl Checked {
+    /// What a definition that was to be drawn or deployed came to. Findings go to standard error; in JSON the errors
+    /// are printed in place of the result.
+    fn accept(self, json: bool) -> anyhow::Result<Option<(Compiled, String)>> {
+        match self.compiled {
+            Some(compiled) => {
+                eprint!("{}", render(&self.found, &self.source));
+                Ok(Some((compiled, self.source)))
+            }
+            None => {
+                if json {
+                    print(true, &self.found, |_| String::new())?;
+                } else {
+                    eprint!("{}", render(&self.found, &self.source));
+                }
+                Ok(None)
+            }
+        }
+    }
+}
+
+fn check(file: &Path) -> anyhow::Result<Checked> {
+    let source = std::fs::read(file).with_context(|| format!("{} cannot be read", file.display()))?;
+    let source = String::from_utf8(source).map_err(|_| anyhow::anyhow!("{} is not UTF-8 text", file.display()))?;
+    let bundle = prompts(file)?;
+    let (compiled, found) = compile(&source, &file.display().to_string(), &bundle, &app::catalog());
+    Ok(Checked { source, compiled, found })
+}
+
+/// The prompt files beside a definition, by relative path.
+fn prompts(file: &Path) -> anyhow::Result<Bundle> {
+    let folder = file.parent().unwrap_or(Path::new("")).join(PROMPTS);
+    let unreadable = |path: &Path| format!("{} cannot be read", path.display());
+    let mut bundle = Bundle::new();
+    if !folder.is_dir() {
+        return Ok(bundle);
+    }
+    for entry in std::fs::read_dir(&folder).with_context(|| unreadable(&folder))? {
+        let path = entry.with_context(|| unreadable(&folder))?.path();
+        let Some(name) = path.file_name().and_then(|n| n.to_str()).filter(|n| n.ends_with(".hbs")) else { continue };
+        let size = path.metadata().with_context(|| unreadable(&path))?.len();
+        ensure!(size <= PROMPT_BYTES_MAX, "{} has {size} bytes; at most {PROMPT_BYTES_MAX}", path.display());
+        let text = std::fs::read_to_string(&path).with_context(|| unreadable(&path))?;
+        bundle.insert(format!("{PROMPTS}/{name}"), text);
+        ensure!(bundle.len() <= PROMPTS_MAX, "{} has more than {PROMPTS_MAX} prompts", folder.display());
+    }
+    Ok(bundle)
+}
+
+fn lint(files: &[PathBuf], json: bool) -> anyhow::Result<u8> {
+    let (mut found, mut text) = (Vec::new(), String::new());
+    for file in files {
+        let checked = check(file)?;
+        text.push_str(&render(&checked.found, &checked.source));
+        found.extend(checked.found);
+    }
+    let errors = found.iter().filter(|d| d.severity == Severity::Error).count();
+    print(json, &found, |found| {
+        let count = |n: usize, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
+        let rest = found.len() - errors;
+        format!("{text}{}: {}, {}", count(files.len(), "file"), count(errors, "error"), count(rest, "other finding"))
+    })?;
+    Ok(if errors > 0 { EXIT_FAILED } else { 0 })
+}
+
+fn graph(file: &Path, json: bool) -> anyhow::Result<u8> {
+    let Some((compiled, _)) = check(file)?.accept(json)? else { return Ok(EXIT_FAILED) };
+    let chart = json!({"name": compiled.definition.name, "mermaid": mermaid(&compiled.definition)});
+    print(json, &chart, |chart| chart["mermaid"].as_str().unwrap_or_default().to_owned())?;
+    Ok(0)
+}
+
+async fn deploy(file: &Path, message: Option<String>, context: Context) -> anyhow::Result<u8> {
+    let json = context.json;
+    let Some((compiled, source)) = check(file)?.accept(json)? else {
+        if !json {
+            eprintln!("Nothing was deployed.");
+        }
+        return Ok(EXIT_FAILED);
+    };
+    let app = context.open().await?;
+    let name = compiled.definition.name.clone();
+    let Compiled { definition, bundle } = compiled;
+    let deploy = Deploy { definition, bundle, source, author: Some(AUTHOR.into()), message };
+    let deployed = app.client.deploy(deploy).await;
+    app.close().await;
+    let deployed = deployed?;
+    let report = json!({
+        "name": name, "version": deployed.version, "hash": deployed.hash.to_string(), "created": deployed.created,
+    });
+    print(json, &report, |_| {
+        let how = if deployed.created { "new" } else { "was deployed before" };
+        format!("{name} version {} is current ({how})\n{}", deployed.version, deployed.hash)
+    })?;
+    Ok(0)
+}
+
+async fn versions(name: &str, app: &App, json: bool) -> anyhow::Result<u8> {
+    let versions = app.client.versions(name).await?;
+    if versions.is_empty() {
+        bail!("no workflow {name} is deployed; `loopwright workflow deploy FILE`");
+    }
+    let value = |v: &Version| {
+        json!({
+            "version": v.version, "hash": v.hash.to_string(), "current": v.current, "author": v.author,
+            "message": v.message, "created_at": v.created_at,
+        })
+    };
+    print(json, &versions.iter().map(value).collect::<Vec<Value>>(), |_| {
+        let row = |v: &Version| {
+            vec![
+                v.version.to_string(),
+                if v.current { "current".into() } else { String::new() },
+                v.hash.to_string()[..12].to_owned(),
+                v.created_at.format("%F %R").to_string(),
+                v.author.clone().unwrap_or_default(),
+                v.message.clone().unwrap_or_default(),
+            ]
+        };
+        let head = ["version", "", "hash", "deployed", "author", "message"];
+        table(&head, &versions.iter().map(row).collect::<Vec<_>>())
+    })?;
+    Ok(0)
+}
