@@ -87,6 +87,14 @@ impl App {
         Ok(loopwright_engine::migrate::run(&self.pool, loopwright_activities::MIGRATIONS).await?)
     }
 
+    /// Deploys the definitions that this program ships, unless a team's own version is current.
+    ///
+    /// # Errors
+    /// Those of [`shipped::deploy`].
+    pub async fn deploy_shipped(&self) -> Result<(), loopwright_engine::Error> {
+        shipped::deploy(&self.client, shipped::SHIPPED, &catalog()).await.map(drop)
+    }
+
     /// Closes the connections and stops the embedded Postgres, if this process started it.
     pub async fn close(self) {
         self.pool.close().await;

@@ -23,6 +23,7 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<()> {
     let listener = bind(config.http.listen).await?;
     let address = listener.local_addr()?;
     let app = App::open_migrated(config, Fallback::Embedded).await?;
+    app.deploy_shipped().await?;
     eprintln!("loopwright serves at http://{address} — a token: loopwright token — Ctrl-C stops");
     let done = tokio::try_join!(
         app::serve_http(&app, listener, stop.clone()),

@@ -5,9 +5,11 @@
 //! something (database, port, folder); 130 interrupted twice.
 
 mod completion;
+mod credits;
 mod demo;
 mod dev;
 mod doctor;
+mod index;
 mod migrate;
 mod project;
 mod run;
@@ -69,6 +71,10 @@ enum Command {
     Project(project::Args),
     /// Check definitions, draw them, deploy them
     Workflow(workflow::Args),
+    /// Show credits, give some, check the ledger
+    Credits(credits::Args),
+    /// Look into the code index of a folder
+    Index(index::Args),
     /// Print a completion script for a shell
     Completion(completion::Args),
 }
@@ -125,6 +131,8 @@ async fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Run(args) => run::run(args, context).await,
         Command::Project(args) => project::run(args, context).await,
         Command::Workflow(args) => return workflow::run(args, context).await,
+        Command::Credits(args) => return credits::run(args, context).await,
+        Command::Index(args) => index::run(args, context).await,
         Command::Completion(_) => Ok(()),
     };
     done.map(|()| 0)

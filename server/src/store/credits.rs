@@ -2,6 +2,7 @@
 
 use super::{Error, Page, Store};
 use chrono::{DateTime, Utc};
+use loopwright_activities::billing::audit::{self, Violation};
 use serde::Serialize;
 use uuid::Uuid;
 
@@ -32,6 +33,8 @@ pub struct Transaction {
     pub balance_after_ucr: i64,
     pub held_after_ucr: i64,
     pub attempt_id: Option<Uuid>,
+    /// What caused it, as in `welcome:<user>`, `promo:<reason>`, `settle:<attempt>:1`; unique.
+    pub reference: String,
     pub created_at: DateTime<Utc>,
 }
 
@@ -53,9 +56,9 @@ impl Store {
 
     /// Changes of the user's balance, newest first, below sequence number `before`.
     pub async fn transactions(&self, user: Uuid, before: Option<i64>, limit: u32) -> Result<Page<Transaction>, Error> {
-        type Row = (i64, String, i64, i64, i64, i64, Option<Uuid>, DateTime<Utc>);
+        type Row = (i64, String, i64, i64, i64, i64, Option<Uuid>, String, DateTime<Utc>);
         let rows: Vec<Row> = sqlx::query_as(
-            "select seq, kind, amount_ucr, held_delta_ucr, balance_after_ucr, held_after_ucr, attempt_id, created_at
+            "select seq, kind, amount_ucr, held_delta_ucr, balance_after_ucr, held_after_ucr, attempt_id, idempotency_key, created_at
              from credit_transactions where user_id = $1 and ($2::bigint is null or seq < $2) order by seq desc limit $3",
         )
         .bind(user)
@@ -66,7 +69,17 @@ impl Store {
         let rows = rows
             .into_iter()
             .map(
-                |(seq, kind, amount_ucr, held_delta_ucr, balance_after_ucr, held_after_ucr, attempt_id, created_at)| {
+                |(
+                    seq,
+                    kind,
+                    amount_ucr,
+                    held_delta_ucr,
+                    balance_after_ucr,
+                    held_after_ucr,
+                    attempt_id,
+                    reference,
+                    created_at,
+                )| {
                     Transaction {
                         seq,
                         kind,
@@ -75,12 +88,25 @@ impl Store {
                         balance_after_ucr,
                         held_after_ucr,
                         attempt_id,
+                        reference,
                         created_at,
                     }
                 },
             )
             .collect();
         Ok(Page::of(rows, limit, |t: &Transaction| t.seq.to_string()))
+    }
+
+    /// Broken invariants of money, over all users; empty if money is in order.
+    ///
+    /// # Transaction
+    /// One snapshot, so that work going on does not look like a difference. Read only.
+    pub async fn audit(&self) -> Result<Vec<Violation>, Error> {
+        let mut tx = self.pool.begin().await?;
+        sqlx::query("set transaction isolation level repeatable read, read only").execute(&mut *tx).await?;
+        let found = audit::run(&mut tx).await?;
+        tx.rollback().await?;
+        Ok(found)
     }
 }
 

@@ -1,9 +1,14 @@
 //! The real binary: exit codes and sentences.
 
-use loopwright_engine::embedded::testing;
+use crate::support::{Server, Work, activity, read, run_of, script};
+use loopwright_activities::billing::{BillingSettings, LedgerHook};
+use loopwright_engine::{embedded::testing, ids::RunId};
+use serde_json::json;
 use std::{
     path::Path,
     process::{Command, Output},
+    sync::Arc,
+    time::Duration,
 };
 
 /// The binary in an environment that holds nothing of this machine's configuration.
@@ -184,4 +189,114 @@ async fn what_is_deployed_has_its_prompts_and_no_error() {
     assert_eq!(versions[0]["message"], "Politer");
     assert_eq!((&versions[0]["current"], &versions[1]["current"]), (&true.into(), &false.into()), "{versions}");
     assert_eq!((&versions[0]["author"], &versions[1]["hash"]), (&"operator".into(), &first["hash"]), "{versions}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn granted_credits_stand_in_the_ledger_once_and_let_a_waiting_run_go_on() {
+    let server = Server::start_with(|config| config.billing.welcome_credits = 0).await;
+    server.deploy(vec![activity("plan", "plan@1")]).await;
+    let hook = Arc::new(LedgerHook::new(BillingSettings::default()));
+    let work = Work::new("plan@1", script(|_| async { Ok(json!({})) })).metered();
+    let worker = server.worker_with(vec![work], hook).await;
+    let project = server.project("ann").await;
+    let response = server.trigger("ann", &project, "wait=30").await;
+    let run = RunId(run_of(&response).parse().unwrap());
+    let (_, body) = read(response).await;
+    assert!(body["result"]["message"].as_str().unwrap().starts_with("Blocked (credits)"), "{body}");
+
+    let dir = tempfile::tempdir().unwrap();
+    let url = testing::url(&server.pool);
+    let user: uuid::Uuid = sqlx::query_scalar("select user_id from projects").fetch_one(&server.pool).await.unwrap();
+    let user = user.to_string();
+    let cli =
+        |args: &[&str]| loopwright(dir.path()).env("DATABASE_URL", &url).arg("credits").args(args).output().unwrap();
+    let json = |args: &[&str]| -> serde_json::Value { serde_json::from_slice(&cli(args).stdout).unwrap() };
+    let grant = ["grant", "2.5", &user, "--key", "ticket-7", "--json"];
+    let first = json(&grant);
+    assert_eq!((&first["granted"], &first["available"]), (&true.into(), &"2.5".into()), "{first}");
+
+    // It goes on by itself.
+    let client = server.client();
+    let patience = Duration::from_secs(30);
+    let mut seq = 0;
+    while !client.describe(run).await.unwrap().status.is_closed() {
+        let newest = client.wait_change(run, seq, patience).await.unwrap();
+        assert!(newest > seq, "the run does not go on");
+        seq = newest;
+    }
+    worker.drain(patience).await;
+
+    assert_eq!(json(&grant)["granted"], false);
+    let balance = text(&cli(&["balance", "--user", &user]));
+    assert!(balance.starts_with("2.5 credits available"), "{balance}");
+    let ledger = json(&["ledger", &user, "--json"]);
+    let kinds: Vec<_> = ledger["items"].as_array().unwrap().iter().map(|t| t["kind"].as_str().unwrap()).collect();
+    assert_eq!(kinds, ["capture", "hold", "grant"], "{ledger}");
+    assert_eq!(ledger["items"][2]["reference"], format!("promo:ticket-7:{user}"));
+    let plain = text(&cli(&["ledger", &user]));
+    assert!(plain.contains("grant") && plain.contains("promo:ticket-7"), "{plain}");
+
+    assert_eq!(json(&["audit", "--json"]), json!([]));
+    sqlx::query("update users set credit_balance_ucr = 1 where id = $1::uuid")
+        .bind(&user)
+        .execute(&server.pool)
+        .await
+        .unwrap();
+    let audit = cli(&["audit"]);
+    assert_eq!(audit.status.code(), Some(1));
+    assert!(text(&audit).contains("I1") && text(&audit).contains(&user), "{}", text(&audit));
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn credits_go_to_the_developer_unless_somebody_is_named() {
+    let pool = testing::database(loopwright_activities::MIGRATIONS).await;
+    let dir = tempfile::tempdir().unwrap();
+    let url = testing::url(&pool);
+    let run = |args: &[&str]| {
+        let mut command = loopwright(dir.path());
+        command.env("DATABASE_URL", &url).env("LOOPWRIGHT_WELCOME_CREDITS", "0").arg("credits").args(args);
+        let output = command.output().unwrap();
+        (output.status.code(), text(&output))
+    };
+    let (code, granted) = run(&["grant", "50", "--reason", "a trial"]);
+    assert!(code == Some(0) && granted.starts_with("50 credits available (50 in all, 0 of it held)"), "{granted}");
+    assert!(run(&["ledger"]).1.contains("promo:a trial:"));
+    let nobody = uuid::Uuid::nil().to_string();
+    for args in [&["balance", &nobody][..], &["grant", "1", &nobody]] {
+        let (code, text) = run(args);
+        assert!(code == Some(1) && text.contains("there is no user"), "{text}");
+    }
+    for args in [&["grant", "0"][..], &["grant", "1.0000001"], &["grant", "1", "--key", "a\nb"]] {
+        assert_eq!(run(args).0, Some(2), "{args:?}");
+    }
+    assert_eq!(run(&["audit"]), (Some(0), "Money is in order.\n".to_owned()));
+}
+
+#[test]
+fn the_index_of_a_folder_is_kept_in_the_data_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir(dir.path().join("code")).unwrap();
+    std::fs::write(dir.path().join("code/greet.py"), "def greet(name):\n    return f'Hello {name}'\n").unwrap();
+    let run = |args: &[&str]| {
+        let mut command = loopwright(dir.path());
+        let output = command.env("LOOPWRIGHT_PG_BIN", "/nonexistent").arg("index").args(args).output().unwrap();
+        (output.status.code(), text(&output))
+    };
+    let (code, built) = run(&["build", "code", "--json"]);
+    let built: serde_json::Value = serde_json::from_str(&built).unwrap();
+    assert!(code == Some(0) && built["files"].is_u64(), "{built}");
+    // The same folder under another name has the same index.
+    assert_eq!(run(&["build", "./code/../code"]).0, Some(0));
+    assert_eq!(std::fs::read_dir(dir.path().join("data/index")).unwrap().count(), 1);
+    for args in [&["search", "code", "greet"][..], &["symbols", "code", "greet"], &["map", "code"]] {
+        let (code, text) = run(args);
+        assert_eq!(code, Some(0), "{args:?}: {text}");
+    }
+    let (code, pack) = run(&["pack", "code", "greet somebody", "--tokens", "100", "--json"]);
+    let pack: serde_json::Value = serde_json::from_str(&pack).unwrap();
+    assert!(code == Some(0) && pack["tokens"].as_u64().unwrap() <= 100, "{pack}");
+    let (code, text) = run(&["build", "nowhere"]);
+    assert!(code == Some(1) && text.contains("nowhere cannot be read"), "{text}");
+    assert_eq!(run(&["build", "code/greet.py"]).0, Some(1));
 }

@@ -4,6 +4,7 @@
 
 mod auth;
 mod cli;
+mod house;
 mod limits;
 mod loop_run;
 mod projects;

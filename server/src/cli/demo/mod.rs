@@ -17,7 +17,6 @@ use crate::{
     app::{self, App},
     config::{self, Config},
     postgres::{self, Fallback},
-    shipped,
 };
 use loopwright_engine::ids::RunId;
 use report::Report;
@@ -164,12 +163,6 @@ async fn create(pool: &PgPool, fresh: bool) -> Result<(), sqlx::Error> {
         .fetch_one(pool)
         .await?;
     if there { Ok(()) } else { execute(format!("create database {REFERENCE_DATABASE}")).await }
-}
-
-/// Deploys what this program ships, so that the run has its definition.
-async fn deploy(app: &App) -> anyhow::Result<()> {
-    shipped::deploy(&app.client, shipped::SHIPPED, &app::catalog()).await?;
-    Ok(())
 }
 
 /// A folder name for a repository.

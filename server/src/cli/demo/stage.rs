@@ -1,6 +1,6 @@
 //! One run in one database, with a worker process of its own: begun, driven to its end, its owner's part played.
 
-use super::{deploy, mark, narrate::Narrator, worker::Worker};
+use super::{mark, narrate::Narrator, worker::Worker};
 use crate::{app::App, cli::token::DEVELOPER, read::task, rest::workflow_id};
 use loopwright_activities::billing::{
     MicroCredits,
@@ -104,7 +104,7 @@ impl Stage {
         dir: PathBuf,
         config_file: Option<PathBuf>,
     ) -> anyhow::Result<Self> {
-        deploy(&app).await?;
+        app.deploy_shipped().await?;
         let issuer = &app.config.auth.issuer;
         // A user of its own, so that its credits tell the story of this run; a real idea is the developer's.
         let account = if subject.rehearsed { format!("demo:{run}") } else { DEVELOPER.to_owned() };
