@@ -208,6 +208,18 @@ pub enum Models {
     Demo,
 }
 
+impl Models {
+    /// From a command line: a file, or `demo`.
+    #[must_use]
+    pub fn from_rehearsal(file: Option<PathBuf>) -> Self {
+        match file {
+            None => Self::Configured,
+            Some(file) if file.as_os_str() == "demo" => Self::Demo,
+            Some(file) => Self::Rehearsed(file),
+        }
+    }
+}
+
 /// Starts the engine's worker over the activities.
 ///
 /// # Errors

@@ -33,11 +33,7 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<()> {
     let app = App::open(config, Fallback::None).await?;
     let missing = app.store.missing_migrations().await?;
     anyhow::ensure!(missing.is_empty(), "the database is behind this program; run `loopwright migrate`");
-    let models = match args.rehearsal {
-        None => Models::Configured,
-        Some(path) if path.as_os_str() == "demo" => Models::Demo,
-        Some(path) => Models::Rehearsed(path),
-    };
+    let models = Models::from_rehearsal(args.rehearsal);
     let done = app::run_worker(&app, &models, stop).await;
     app.close().await;
     done

@@ -13,6 +13,7 @@ use crate::{
     store::{idempotency::Claim, projects::Project},
 };
 use loopwright_engine::{client::Start, ids::RunId, view::Waiting};
+use serde::Serialize;
 use serde_json::json;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -118,9 +119,23 @@ async fn answer(state: &State, user: Uuid, project: &Project, prefer: Prefer) ->
         Prefer::Wait(wait) => wait,
     };
     let Task { task, message } = watch(state, &begun, wait).await?;
-    let body = json!({"status": "success", "project_id": project.id, "result": {"task": task, "message": message}})
-        .to_string();
+    let success = Success { status: "success", project_id: project.id, result: Outcome { task, message } };
+    let body = serde_json::to_string(&success).map_err(|e| Error::new(Code::Internal, e.to_string()))?;
     Ok(Answer { status: 200, body, location })
+}
+
+/// The answer as the specification shows it, in its order.
+#[derive(Serialize)]
+struct Success {
+    status: &'static str,
+    project_id: Uuid,
+    result: Outcome,
+}
+
+#[derive(Serialize)]
+struct Outcome {
+    task: String,
+    message: String,
 }
 
 /// A loop under way.

@@ -4,6 +4,7 @@
 
 mod auth;
 mod cli;
+mod e2e;
 mod house;
 mod limits;
 mod loop_run;
