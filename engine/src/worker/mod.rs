@@ -20,7 +20,7 @@ use crate::{
     Error, Result,
     activity::Registry,
     clock::Clock,
-    committer::Committer,
+    committer::{Committer, crash_point},
     hook::{NoHook, TransitionHook},
     ids::{DefinitionHash, RunId, WorkerId},
     signature::Catalog,
@@ -39,6 +39,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 const POLL: Duration = Duration::from_millis(250);
 /// How often progress is written.
 const PROGRESS: Duration = Duration::from_millis(400);
+/// Longest pause between two looks for dead workers: their runs go on within the lease and about a second.
+const SWEEP_MAX: Duration = Duration::from_millis(750);
 /// Most runs in memory. A parked run is in nobody's memory.
 const RUNS_MAX: usize = 4096;
 /// Definitions kept in memory.
@@ -140,7 +142,7 @@ pub async fn start(config: WorkerConfig) -> Result<WorkerHandle> {
     };
     tasks.spawn(until(Box::pin(poll(shared.clone(), config.queues, tasks.clone()))));
     tasks.spawn(until(Box::pin(listen(shared.clone()))));
-    tasks.spawn(until(Box::pin(sweep(shared.clone(), config.lease / 2))));
+    tasks.spawn(until(Box::pin(sweep(shared.clone(), (config.lease / 4).min(SWEEP_MAX)))));
     tasks.spawn(until(Box::pin(write_progress(shared.clone()))));
     tracing::info!(worker_id = %id, "worker started");
     Ok(WorkerHandle { shared, tasks, stopped })
@@ -239,6 +241,9 @@ async fn poll_once(shared: &Arc<Shared>, queues: &[String], tasks: &TaskTracker)
     let limit = room.min(256);
     let claimed = store::ready::claim(&mut conn, shared.id, queues, i64::try_from(limit).unwrap_or(1)).await?;
     drop(conn);
+    if !claimed.is_empty() {
+        crash_point("claim.after_commit");
+    }
     let more = claimed.len() == limit;
     for run in claimed {
         let messages = Arc::new(Notify::new());
@@ -283,6 +288,9 @@ async fn sweep(shared: Arc<Shared>, every: Duration) {
         let swept = async {
             let mut conn = shared.pool.acquire().await?;
             let buried = store::workers::bury(&mut conn).await?;
+            if buried > 0 {
+                crash_point("takeover.after_bury");
+            }
             let mut freed = 0;
             loop {
                 let runs = store::workers::take_over(&mut conn, TAKE_OVER_BATCH).await?;
