@@ -24,12 +24,15 @@ use crate::{
     hook::{NoHook, TransitionHook},
     ids::{DefinitionHash, RunId, WorkerId},
     signature::Catalog,
-    store::{self, checkpoints::Progress, definitions::Pinned},
+    store::{self, checkpoints::Progress, definitions::Pinned, ready::Which},
 };
 use sqlx::PgPool;
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 use tokio::sync::{Notify, Semaphore};
@@ -43,6 +46,12 @@ const PROGRESS: Duration = Duration::from_millis(400);
 const SWEEP_MAX: Duration = Duration::from_millis(750);
 /// Most runs in memory. A parked run is in nobody's memory.
 const RUNS_MAX: usize = 4096;
+/// A worker claims so many runs per slot, and so many more, before it leaves the rest to others: enough that a slot never
+/// waits for a claim and batches are large, few enough that a second worker finds work at once. Chosen, not measured.
+const OWNED_PER_SLOT: usize = 4;
+const OWNED_SPARE: usize = 64;
+/// Most runs of one claim.
+const CLAIM_MAX: usize = 256;
 /// Definitions kept in memory.
 const DEFINITIONS_MAX: usize = 256;
 /// Runs freed by one takeover statement.
@@ -87,6 +96,10 @@ pub(crate) struct Shared {
     committer: Committer,
     clock: Arc<Clock>,
     slots: Arc<Semaphore>,
+    /// Runs beyond which it claims only those that have a message to read: the others are for workers with room.
+    owned_max: usize,
+    /// It has left runs in the queue.
+    full: AtomicBool,
     definitions: Mutex<HashMap<DefinitionHash, Arc<Pinned>>>,
     /// Owned runs; the notification says that messages came in.
     drivers: Mutex<HashMap<RunId, Arc<Notify>>>,
@@ -124,6 +137,8 @@ pub async fn start(config: WorkerConfig) -> Result<WorkerHandle> {
         pool: config.pool,
         clock,
         slots: Arc::new(Semaphore::new(config.slots.max(1) as usize)),
+        owned_max: (config.slots as usize * OWNED_PER_SLOT + OWNED_SPARE).min(RUNS_MAX),
+        full: AtomicBool::new(false),
         definitions: Mutex::default(),
         drivers: Mutex::default(),
         progress: Mutex::default(),
@@ -234,17 +249,23 @@ async fn poll_once(shared: &Arc<Shared>, queues: &[String], tasks: &TaskTracker)
             notify.notify_one();
         }
     }
-    let room = RUNS_MAX.saturating_sub(shared.drivers.lock().expect("no panic while held").len());
-    if shared.draining.is_cancelled() || shared.fenced.is_cancelled() || room == 0 {
+    let owned = shared.drivers.lock().expect("no panic while held").len();
+    if shared.draining.is_cancelled() || shared.fenced.is_cancelled() || owned >= RUNS_MAX {
         return Ok(false);
     }
-    let limit = room.min(256);
-    let claimed = store::ready::claim(&mut conn, shared.id, queues, i64::try_from(limit).unwrap_or(1)).await?;
+    let room = shared.owned_max.saturating_sub(owned);
+    // A cancel or a signal does not wait until the long work of others is done.
+    let (which, limit) = if room > 0 { (Which::Any, room) } else { (Which::Messaged, RUNS_MAX - owned) };
+    let limit = limit.min(CLAIM_MAX);
+    let claimed = store::ready::claim(&mut conn, shared.id, queues, which, i64::try_from(limit).unwrap_or(1)).await?;
     drop(conn);
     if !claimed.is_empty() {
         crash_point("claim.after_commit");
     }
     let more = claimed.len() == limit;
+    if more || room == 0 {
+        shared.full.store(true, Ordering::Relaxed);
+    }
     for run in claimed {
         let messages = Arc::new(Notify::new());
         shared.drivers.lock().expect("no panic while held").insert(run, messages.clone());
@@ -255,6 +276,10 @@ async fn poll_once(shared: &Arc<Shared>, queues: &[String], tasks: &TaskTracker)
             let mut drivers = shared.drivers.lock().expect("no panic while held");
             if drivers.get(&run).is_some_and(|current| Arc::ptr_eq(current, &messages)) {
                 drivers.remove(&run);
+            }
+            // Room for a good part of what was left in the queue, not for one run at a time.
+            if drivers.len() <= shared.owned_max / 4 * 3 && shared.full.swap(false, Ordering::Relaxed) {
+                shared.wake.notify_one();
             }
         });
     }

@@ -367,7 +367,7 @@ async fn two_workers_share_the_runs() {
     }
     let hash = bench.deploy(definition("share", vec![work("a", &[])])).await;
     let mut runs = Vec::new();
-    for _ in 0..40 {
+    for _ in 0..100 {
         runs.push(bench.start_as(hash, json!({}), None).await.run_id);
     }
     // The first worker finds everything, and leaves what it has no room for.
@@ -378,7 +378,14 @@ async fn two_workers_share_the_runs() {
     let owners: i64 =
         sqlx::query_scalar("select count(distinct owner) from runs").fetch_one(&bench.pool).await.expect("count");
     assert_eq!(owners, 2);
-    gate.open(100);
+    // Both are full, and a run that nobody has claimed yet can be cancelled all the same.
+    for _ in 0..80 {
+        runs.push(bench.start_as(hash, json!({}), None).await.run_id);
+    }
+    let last = runs.pop().expect("started");
+    bench.client.cancel(last, "no room").await.expect("cancel");
+    assert_eq!(bench.closed(last).await.status, RunStatus::Cancelled);
+    gate.open(200);
     for run in runs {
         assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
     }
