@@ -180,7 +180,7 @@ fn hook_error(error: Error) -> HookError {
 }
 
 /// A named place at which tests let the process die.
-fn crash_point(name: &'static str) {
+pub(crate) fn crash_point(name: &'static str) {
     #[cfg(feature = "test-util")]
     crate::testing::crash_point(name);
     #[cfg(not(feature = "test-util"))]

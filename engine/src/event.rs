@@ -3,7 +3,7 @@
 
 use crate::{
     failure::Failure,
-    ids::{AttemptId, RunId},
+    ids::{AttemptId, DefinitionHash, RunId},
 };
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
@@ -107,6 +107,9 @@ pub enum Event {
     RunStarted {
         inputs: Value,
         env: BTreeMap<String, Value>,
+        /// Where each `call` of the definition leads, by `name@version` as written: a later deployment changes nothing.
+        #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+        calls: BTreeMap<String, DefinitionHash>,
         at: DateTime<Utc>,
         deadline: DateTime<Utc>,
     },

@@ -7,7 +7,15 @@ use std::sync::{
 };
 
 /// Every crash point of the engine.
-pub const CRASH_POINTS: &[&str] = &["commit.after_transitions", "commit.before_commit", "commit.after_commit"];
+pub const CRASH_POINTS: &[&str] = &[
+    "claim.after_commit",
+    "commit.after_transitions",
+    "commit.before_commit",
+    "commit.after_commit",
+    "meter.before_commit",
+    "meter.after_commit",
+    "takeover.after_bury",
+];
 
 static WANTED: LazyLock<Option<(String, u32)>> = LazyLock::new(|| {
     let text = std::env::var("LOOPWRIGHT_CRASH_POINT").ok()?;

@@ -8,7 +8,7 @@ use crate::{
     event::{Ending, Event, Opened, Outcome, StepStatus},
     view::RunStatus,
 };
-use chrono::DateTime;
+use chrono::{DateTime, Duration};
 use serde_json::Value;
 
 pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
@@ -16,13 +16,14 @@ pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
         return Err(Illegal("an event after the end of the run".into()));
     }
     match event {
-        Event::RunStarted { inputs, env, at, deadline } => {
+        Event::RunStarted { inputs, env, calls, at, deadline } => {
             if state.status != RunStatus::Pending {
                 return Err(Illegal("the run starts twice".into()));
             }
             state.status = RunStatus::Running;
             state.inputs = inputs.clone();
             state.env = env.clone();
+            state.calls.clone_from(calls);
             state.started_at = *at;
             state.deadline = *deadline;
         }
@@ -55,6 +56,10 @@ pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
         }
         Event::AttemptBlocked { path, reason, message, at } => {
             *phase_mut(state, path)? = Phase::Blocked { reason: reason.clone(), message: message.clone(), since: *at };
+            // A worker had taken the step; what it waits for now is no worker.
+            if let Some(Live::Activity { queue_deadline, .. }) = &mut state.node_mut(path)?.live {
+                *queue_deadline = *at + Duration::days(36_500);
+            }
         }
         Event::AttemptEnded { path, attempt, outcome, failure, at, .. } => {
             let node = state.node_mut(path)?;
@@ -116,7 +121,10 @@ pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
             _ => return Err(Illegal(format!("`{path}` is no live foreach"))),
         },
         Event::BranchEnded { path, branch, status, output, failure } => match &mut state.node_mut(path)?.live {
-            Some(Live::Parallel { branches }) => {
+            Some(Live::Parallel { branches, winner }) => {
+                if *status == StepStatus::Succeeded {
+                    winner.get_or_insert_with(|| branch.clone());
+                }
                 let branch = branches.get_mut(branch).ok_or_else(|| Illegal(format!("no branch of `{path}`")))?;
                 branch.frame = Frame::default();
                 branch.ended = Some(Ended { status: *status, output: output.clone(), failure: failure.clone() });
@@ -233,7 +241,7 @@ fn open(opened: &Opened) -> Live {
         Opened::Group => Live::Group { frame: Frame::default() },
         Opened::Switch { case } => Live::Switch { case: *case, frame: Frame::default() },
         Opened::Parallel { branches } => {
-            Live::Parallel { branches: branches.iter().map(|b| (b.clone(), Branch::default())).collect() }
+            Live::Parallel { branches: branches.iter().map(|b| (b.clone(), Branch::default())).collect(), winner: None }
         }
         Opened::Foreach { keys, items } => Live::Foreach {
             keys: keys.clone(),
@@ -292,7 +300,7 @@ fn each_frame(node: &mut Node, visit: &mut dyn FnMut(&mut Frame)) {
             visit(frame);
         }
         Some(Live::Foreach { active, .. }) => active.values_mut().for_each(visit),
-        Some(Live::Parallel { branches }) => branches.values_mut().for_each(|b| visit(&mut b.frame)),
+        Some(Live::Parallel { branches, .. }) => branches.values_mut().for_each(|b| visit(&mut b.frame)),
         Some(Live::Activity { .. } | Live::Wait { .. } | Live::Await { .. } | Live::Call { .. }) | None => {}
     }
 }

@@ -33,8 +33,9 @@ use chrono::{DateTime, Utc};
 use serde_json::Value;
 use std::{cell::Cell, collections::BTreeMap};
 
-/// Most events of one decision. A definition that moves further without waiting is broken.
-pub const EVENTS_MAX: usize = 20_000;
+/// Events after which a decision is committed although the run could move on at once: a history row stays below a few
+/// hundred kilobytes. What is left is the next transition.
+pub const EVENTS_MAX: usize = 2_000;
 /// Signals of one name that wait in the mailbox; later ones are dropped and recorded as dropped.
 pub const MAILBOX_MAX: usize = 100;
 /// Attempts of one step that may be lost before the step fails: a step that kills its worker each time must end.
@@ -121,6 +122,8 @@ pub enum Command {
 pub struct Decision {
     pub events: Vec<Event>,
     pub commands: Vec<Command>,
+    /// The run can move on at once: decide again, on a tick.
+    pub more: bool,
 }
 
 /// A history that the state cannot follow: our bug, never the user's.
@@ -156,8 +159,9 @@ pub fn decide(
         for event in events {
             emit(state, event, &mut decision)?;
         }
-        if decision.events.len() > EVENTS_MAX {
-            return Err(Illegal(format!("a decision of more than {EVENTS_MAX} events")));
+        if decision.events.len() >= EVENTS_MAX {
+            decision.more = !state.status.is_closed();
+            break;
         }
     }
     Ok(decision)

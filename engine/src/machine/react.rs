@@ -3,7 +3,7 @@
 use super::{
     Command, Decision, Illegal, Inbound, Input, LOST_MAX, MAILBOX_MAX, Moment, OUTPUT_BYTES_MAX, emit,
     scope::{Place, find_step},
-    state::{Live, Phase, RunState},
+    state::{Live, Node, Phase, RunState},
     timer::millis,
     walk::fail_step,
 };
@@ -93,7 +93,8 @@ fn start(
     };
     let failure = invalid.or(failure);
     let deadline = moment.now + millis(definition.timeout_ms);
-    emit(state, Event::RunStarted { inputs, env, at: moment.now, deadline }, decision)?;
+    let calls = moment.calls.clone();
+    emit(state, Event::RunStarted { inputs, env, calls, at: moment.now, deadline }, decision)?;
     match failure {
         Some(failure) => emit(state, Event::RunEnding { ending: Ending::Failed { failure }, at: moment.now }, decision),
         None => Ok(()),
@@ -171,6 +172,7 @@ fn attempt_ended(
     };
     let node = state.node(path).ok_or_else(|| Illegal(format!("no step `{path}`")))?;
     let stopping = node.stopping;
+    let failure = outer_timeout(state, node, failure);
     let outcome = match failure.kind {
         FailureKind::Blocked if !stopping => Outcome::Blocked,
         FailureKind::Lost => Outcome::Lost,
@@ -195,6 +197,23 @@ fn attempt_ended(
         emit(state, event, decision)?;
     }
     Ok(())
+}
+
+/// An attempt that ran until the step's or the run's own deadline did not exceed its `run` timeout but theirs.
+fn outer_timeout(state: &RunState, node: &Node, mut failure: Failure) -> Failure {
+    if failure.kind == FailureKind::TimedOut
+        && failure.code == "timeout.run"
+        && let Some(Live::Activity { phase: Phase::Running { deadline, .. }, total_deadline, .. }) = &node.live
+    {
+        if *total_deadline == Some(*deadline) {
+            failure.code = "timeout.total".into();
+            failure.message = "the step took longer than its total timeout".into();
+        } else if *deadline == state.deadline {
+            failure.code = "timeout.run_total".into();
+            failure.message = "the run took longer than its timeout".into();
+        }
+    }
+    failure
 }
 
 /// When the next attempt is due, or `None` if there is none.

@@ -5,7 +5,7 @@ use super::Illegal;
 use crate::{
     event::{Ending, StepStatus},
     failure::Failure,
-    ids::{AttemptId, RunId},
+    ids::{AttemptId, DefinitionHash, RunId},
     view::RunStatus,
 };
 use chrono::{DateTime, Utc};
@@ -20,6 +20,9 @@ pub struct RunState {
     pub status: RunStatus,
     pub inputs: Value,
     pub env: BTreeMap<String, Value>,
+    /// Where the definition's `call`s led when the run started, by `name@version` as written.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub calls: BTreeMap<String, DefinitionHash>,
     pub started_at: DateTime<Utc>,
     /// The whole run must end before.
     pub deadline: DateTime<Utc>,
@@ -113,6 +116,9 @@ pub enum Live {
     },
     Parallel {
         branches: BTreeMap<String, Branch>,
+        /// The first branch that succeeded.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        winner: Option<String>,
     },
     Foreach {
         keys: Vec<String>,
@@ -203,6 +209,7 @@ impl RunState {
             status: RunStatus::Pending,
             inputs: Value::Null,
             env: BTreeMap::new(),
+            calls: BTreeMap::new(),
             started_at: DateTime::UNIX_EPOCH,
             deadline: DateTime::<Utc>::MAX_UTC,
             body: Frame::default(),
@@ -299,7 +306,7 @@ impl Live {
             | (Self::Repeat { frame, .. }, Below::Round)
             | (Self::Catch { frame, .. }, Below::Catch) => Some(frame),
             (Self::Foreach { keys, active, .. }, Below::Item(key)) => active.get(&keys.iter().position(|k| k == key)?),
-            (Self::Parallel { branches }, Below::Branch(name)) => branches.get(name).map(|b| &b.frame),
+            (Self::Parallel { branches, .. }, Below::Branch(name)) => branches.get(name).map(|b| &b.frame),
             _ => None,
         }
     }
@@ -312,7 +319,7 @@ impl Live {
             (Self::Foreach { keys, active, .. }, Below::Item(key)) => {
                 active.get_mut(&keys.iter().position(|k| k == key)?)
             }
-            (Self::Parallel { branches }, Below::Branch(name)) => branches.get_mut(name).map(|b| &mut b.frame),
+            (Self::Parallel { branches, .. }, Below::Branch(name)) => branches.get_mut(name).map(|b| &mut b.frame),
             _ => None,
         }
     }
@@ -326,7 +333,9 @@ impl Live {
             Self::Foreach { active, keys, .. } => {
                 active.iter().map(|(i, frame)| (format!("[{}]", keys[*i]), frame)).collect()
             }
-            Self::Parallel { branches } => branches.iter().map(|(name, b)| (format!(":{name}"), &b.frame)).collect(),
+            Self::Parallel { branches, .. } => {
+                branches.iter().map(|(name, b)| (format!(":{name}"), &b.frame)).collect()
+            }
             Self::Activity { .. } | Self::Wait { .. } | Self::Await { .. } | Self::Call { .. } => Vec::new(),
         }
     }

@@ -2,17 +2,47 @@
 
 use super::{
     BLOCKED_RETRY_MS,
-    state::{Live, Phase, RunState},
+    state::{Live, Node, Phase, RunState},
 };
 use crate::definition::{Definition, Kind};
 use chrono::{DateTime, Duration, Utc};
 
-/// The earliest instant at which time alone moves the run. Every open run has one: its own deadline at the latest.
+/// Longer than any run may last: time alone does not move this one any more.
+const NEVER_DAYS: i64 = 3_650;
+
+/// The earliest instant at which time alone moves the run: its own deadline at the latest. A run that is only waiting for
+/// attempts or children to stop has no such instant, or its owner would spin on a deadline that has passed.
 #[must_use]
 pub fn next_due(definition: &Definition, state: &RunState) -> DateTime<Utc> {
-    let mut due = state.deadline;
+    let stopping = match &state.finally {
+        None => state.ending.is_some(),
+        Some(frame) => frame.nodes.values().all(|n| n.live.is_none() || n.stopping),
+    };
+    let mut due = if stopping { state.deadline + Duration::days(NEVER_DAYS) } else { state.deadline };
     let mut at = |instant: DateTime<Utc>| due = due.min(instant);
-    state.visit_live(&mut |path, node| match &node.live {
+    state.visit_live(&mut |path, node| {
+        if let (Some(live), Some(began), false) = (&node.live, node.started_at, node.stopping)
+            && !matches!(live, Live::Activity { .. } | Live::Catch { .. })
+            && let Ok(step) = super::scope::find_step(definition, state, path)
+            && let Some(total) = step.timeouts.total_ms
+            && !all_stopping(live)
+        {
+            at(began + millis(total));
+        }
+        moves(definition, state, path, node, &mut at);
+    });
+    due
+}
+
+/// Whether there are steps under way below, and all of them have been told to stop.
+fn all_stopping(live: &Live) -> bool {
+    let frames = live.frames();
+    let mut below = frames.iter().flat_map(|(_, frame)| frame.nodes.values()).filter(|n| n.live.is_some()).peekable();
+    below.peek().is_some() && below.all(|n| n.stopping)
+}
+
+fn moves(definition: &Definition, state: &RunState, path: &str, node: &Node, at: &mut dyn FnMut(DateTime<Utc>)) {
+    match &node.live {
         Some(Live::Activity { phase, attempt, queue_deadline, total_deadline, .. }) => {
             match phase {
                 Phase::Queued if *attempt == 0 => at(*queue_deadline),
@@ -45,8 +75,7 @@ pub fn next_due(definition: &Definition, state: &RunState) -> DateTime<Utc> {
             | Live::Catch { .. },
         )
         | None => {}
-    });
-    due
+    }
 }
 
 /// Milliseconds as a duration; what does not fit is the longest one.

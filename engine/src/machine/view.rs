@@ -110,7 +110,7 @@ fn collect(steps: &[Step], frame: &super::Frame, prefix: &str, out: &mut Vec<Nod
         let (done, total) = match (&node.live, &step.kind) {
             (Some(Live::Foreach { items, results, .. }), _) => (count(results.len()), count(items.len())),
             (Some(Live::Repeat { round, .. }), Kind::Repeat { max_rounds, .. }) => (Some(*round), Some(*max_rounds)),
-            (Some(Live::Parallel { branches }), _) => {
+            (Some(Live::Parallel { branches, .. }), _) => {
                 (count(branches.values().filter(|b| b.ended.is_some()).count()), count(branches.len()))
             }
             (None, Kind::Foreach { .. }) => {

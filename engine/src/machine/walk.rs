@@ -5,7 +5,9 @@ use super::{
     BLOCKED_RETRY_MS, Command, FINALLY_MS, Illegal, Moment, call_key,
     react::{lost_too_often, step_ended, stop_commands},
     scope::{Place, error_value, live_children},
-    state::{Below, Branch, Ended, FINALLY_PREFIX, Frame, Live, Message, Node, Phase, RunState, path_key},
+    state::{
+        Below, Branch, Ended, FINALLY_PREFIX, Frame, Live, Message, Node, Phase, RunState, path_key, split_segment,
+    },
     timer::millis,
 };
 use crate::{
@@ -295,7 +297,9 @@ impl Walk<'_> {
                 })]
             }),
             Kind::Call { workflow, version, with, on_cancel } => {
-                let Some(definition) = self.moment.calls.get(&call_key(workflow, version)) else {
+                let key = call_key(workflow, version);
+                let pinned = self.state.calls.get(&key).or_else(|| self.moment.calls.get(&key));
+                let Some(definition) = pinned else {
                     return failed(Failure::permanent("call.failed", format!("no workflow `{workflow}` is deployed")));
                 };
                 place.resolve_map(with).map(|inputs| {
@@ -416,15 +420,24 @@ impl Walk<'_> {
             output: None,
             failure: Some(failure),
             tolerated: step.continue_on_error,
-            hoist: false,
+            hoist: hoists(step),
             extras: Value::Null,
             at: self.moment.now,
         }])
     }
 
-    /// A block that was told to stop has stopped.
-    fn cancelled(&self, path: &str) -> Progress {
-        Progress::Emit(vec![step_ended(path, StepStatus::Cancelled, None, None, self.moment.now)])
+    /// A step that was told to stop has stopped.
+    fn cancelled(&self, step: &Step, path: &str) -> Progress {
+        Progress::Emit(vec![Event::StepEnded {
+            path: path.to_owned(),
+            status: StepStatus::Cancelled,
+            output: None,
+            failure: None,
+            tolerated: false,
+            hoist: hoists(step),
+            extras: Value::Null,
+            at: self.moment.now,
+        }])
     }
 
     /// Moves one live step on.
@@ -437,29 +450,14 @@ impl Walk<'_> {
         commands: &mut Vec<Command>,
     ) -> Result<Progress, Illegal> {
         let now = self.moment.now;
-        if let (Some(total), Some(began), false) = (step.timeouts.total_ms, node.started_at, node.stopping)
-            && !matches!(live, Live::Activity { .. } | Live::Catch { .. })
-            && now >= began + millis(total)
-        {
-            // The block's children are told to stop first; the failure stands when they have.
-            let children: Vec<String> = self.live_children_of(live, path);
-            if children.is_empty() {
-                return Ok(Progress::Emit(self.fail(
-                    step,
-                    path,
-                    Failure::permanent("timeout.total", "the step took longer than its total timeout"),
-                )?));
-            }
-            let fresh: Vec<Event> = children.into_iter().map(|p| self.stop(p, "timeout.total", commands)).collect();
-            if !fresh.is_empty() {
-                return Ok(Progress::Emit(fresh));
-            }
+        if let Some(progress) = self.overdue(step, node, live, path, commands)? {
+            return Ok(progress);
         }
         match live {
             Live::Activity { .. } => self.activity(step, node, live, path, commands),
             Live::Wait { until } => {
                 if node.stopping {
-                    return Ok(self.cancelled(path));
+                    return Ok(self.cancelled(step, path));
                 }
                 if now < *until {
                     return Ok(Progress::Idle);
@@ -476,7 +474,7 @@ impl Walk<'_> {
             Live::Await { .. } => self.awaiting(step, node, live, path),
             Live::Call { propagate, .. } => {
                 if node.stopping && !propagate {
-                    Ok(self.cancelled(path))
+                    Ok(self.cancelled(step, path))
                 } else {
                     Ok(Progress::Idle)
                 }
@@ -518,8 +516,52 @@ impl Walk<'_> {
                 self.repeat(step, node, path, (*round, frame, *delayed_until), commands)
             }
             Live::Foreach { .. } => self.foreach(step, node, live, path, commands),
-            Live::Parallel { branches } => self.parallel(step, node, branches, path, commands),
+            Live::Parallel { branches, winner } => {
+                self.parallel(step, node, (branches, winner.as_deref()), path, commands)
+            }
         }
+    }
+
+    /// A block, a wait or a call whose total timeout is over. What is under way below it is told to stop first, and the
+    /// failure stands when all of it has: an attempt that is left behind would never be closed.
+    fn overdue(
+        &self,
+        step: &Step,
+        node: &Node,
+        live: &Live,
+        path: &str,
+        commands: &mut Vec<Command>,
+    ) -> Result<Option<Progress>, Illegal> {
+        let (Some(total), Some(began), false) = (step.timeouts.total_ms, node.started_at, node.stopping) else {
+            return Ok(None);
+        };
+        if matches!(live, Live::Activity { .. } | Live::Catch { .. }) || self.moment.now < began + millis(total) {
+            return Ok(None);
+        }
+        let fresh = self.live_children_of(live, path);
+        if !fresh.is_empty() {
+            let stops = fresh.into_iter().map(|p| self.stop(p, "timeout.total", commands)).collect();
+            return Ok(Some(Progress::Emit(stops)));
+        }
+        let mut idle = false;
+        for (suffix, frame) in live.frames() {
+            let segment = format!("{}{suffix}", step.id);
+            let steps = live_children(step, live, split_segment(&segment).1)
+                .ok_or_else(|| Illegal(format!("`{path}{suffix}` is no block")))?;
+            match self.frame(steps, frame, &format!("{path}{suffix}/"), true, commands)? {
+                Progress::Emit(events) => return Ok(Some(Progress::Emit(events))),
+                Progress::Idle => idle = true,
+                Progress::Ended(_) => {}
+            }
+        }
+        if idle {
+            return Ok(Some(Progress::Idle));
+        }
+        if let Live::Call { child, propagate: true, .. } = live {
+            commands.push(Command::CancelChild { run_id: *child });
+        }
+        let failure = Failure::permanent("timeout.total", "the step took longer than its total timeout");
+        Ok(Some(Progress::Emit(self.fail(step, path, failure)?)))
     }
 
     /// Paths of the live steps directly below, those that are not stopping yet.
@@ -553,7 +595,7 @@ impl Walk<'_> {
     fn block_ended(&self, step: &Step, path: &str, progress: Progress) -> Result<Progress, Illegal> {
         match progress {
             Progress::Ended(End::Failed(failure)) => Ok(Progress::Emit(self.fail(step, path, failure)?)),
-            Progress::Ended(End::Cancelled) => Ok(self.cancelled(path)),
+            Progress::Ended(End::Cancelled) => Ok(self.cancelled(step, path)),
             Progress::Ended(End::Succeeded(output)) => {
                 Ok(Progress::Emit(vec![step_ended(path, StepStatus::Succeeded, output, None, self.moment.now)]))
             }
@@ -588,7 +630,7 @@ impl Walk<'_> {
             return Ok(Progress::Idle);
         }
         if node.stopping {
-            return Ok(self.cancelled(path));
+            return Ok(self.cancelled(step, path));
         }
         if total_deadline.is_some_and(|t| now >= t) {
             return Ok(Progress::Emit(self.fail(
@@ -690,7 +732,7 @@ impl Walk<'_> {
             || Event::RoundStarted { path: path.to_owned(), round: round + 1, previous: outputs_of(frame) };
         if let Some(until) = delayed_until {
             if node.stopping {
-                return Ok(self.cancelled(path));
+                return Ok(self.cancelled(step, path));
             }
             return Ok(if now < until { Progress::Idle } else { Progress::Emit(vec![next_round()]) });
         }
@@ -700,7 +742,7 @@ impl Walk<'_> {
             other => return self.block_ended(step, path, other),
         };
         if node.stopping {
-            return Ok(self.cancelled(path));
+            return Ok(self.cancelled(step, path));
         }
         let place = self.place(&inside)?;
         let open = gate.as_ref().is_none_or(|id| {
@@ -805,7 +847,7 @@ impl Walk<'_> {
             return Ok(Progress::Idle);
         }
         if node.stopping {
-            return Ok(self.cancelled(path));
+            return Ok(self.cancelled(step, path));
         }
         if let (Some(failure), true) = (first_failure, *on_item_failure != OnItemFailure::Continue) {
             return Ok(Progress::Emit(self.fail(step, path, failure)?));
@@ -827,7 +869,7 @@ impl Walk<'_> {
         &self,
         step: &Step,
         node: &Node,
-        branches: &BTreeMap<String, Branch>,
+        (branches, winner): (&BTreeMap<String, Branch>, Option<&str>),
         path: &str,
         commands: &mut Vec<Command>,
     ) -> Result<Progress, Illegal> {
@@ -889,7 +931,7 @@ impl Walk<'_> {
             return Ok(Progress::Idle);
         }
         if node.stopping {
-            return Ok(self.cancelled(path));
+            return Ok(self.cancelled(step, path));
         }
         if decided == Some(false) {
             let cause = branches.values().filter_map(|b| b.ended.as_ref()).find_map(|e| e.failure.clone());
@@ -902,12 +944,9 @@ impl Walk<'_> {
             };
             return Ok(Progress::Emit(self.fail(step, path, failure)?));
         }
-        let winner = specs.iter().find(|s| {
-            branches.get(&s.name).and_then(|b| b.ended.as_ref()).is_some_and(|e| e.status == StepStatus::Succeeded)
-        });
         let map: Map<String, Value> =
             branches.iter().filter_map(|(name, b)| Some((name.clone(), ended_value(b.ended.as_ref()?, &[])))).collect();
-        let output = json!({ "winner": winner.map(|w| w.name.clone()), "branches": map });
+        let output = json!({ "winner": winner, "branches": map });
         Ok(Progress::Emit(vec![step_ended(path, StepStatus::Succeeded, Some(output), None, self.moment.now)]))
     }
 
@@ -916,10 +955,14 @@ impl Walk<'_> {
             return Err(Illegal(format!("`{path}` is no await")));
         };
         if node.stopping {
-            return Ok(self.cancelled(path));
+            return Ok(self.cancelled(step, path));
         }
         let now = self.moment.now;
         for message in self.state.mailbox.iter().filter(|m| m.name == *signal) {
+            // Nobody decides on what was not shown yet: a second click on the plan of the round before approves nothing.
+            if spec.approval.is_some() && node.started_at.is_some_and(|began| message.at < began) {
+                return Ok(Progress::Emit(vec![Event::SignalConsumed { path: path.to_owned(), n: message.n }]));
+            }
             if let Some(filter) = &spec.filter {
                 let mut place = self.place(container(path))?;
                 let mut candidate = message.payload.clone();
@@ -1060,6 +1103,11 @@ impl Walk<'_> {
     ) -> Result<Map<String, Value>, ResolveError> {
         self.place(container)?.resolve_map(map).map_err(|f| ResolveError::Failure(Box::new(f)))
     }
+}
+
+/// Whether the steps of the last round stay visible beside the step, however it ends: `finally` reads them.
+fn hoists(step: &Step) -> bool {
+    matches!(step.kind, Kind::Repeat { transparent: true, .. })
 }
 
 fn with_cause(failure: Failure, cause: Option<Failure>) -> Failure {

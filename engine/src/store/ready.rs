@@ -6,6 +6,14 @@ use crate::{
 };
 use sqlx::{Connection, PgConnection};
 
+/// Which due runs to claim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Which {
+    Any,
+    /// Those that have a message to read.
+    Messaged,
+}
+
 /// Claims up to `limit` due runs of the given queues. Their epochs rise; what older owners send is refused from now on.
 ///
 /// # Errors
@@ -16,6 +24,7 @@ pub(crate) async fn claim(
     conn: &mut PgConnection,
     worker: WorkerId,
     queues: &[String],
+    which: Which,
     limit: i64,
 ) -> Result<Vec<RunId>> {
     let mut tx = conn.begin().await?;
@@ -30,7 +39,7 @@ pub(crate) async fn claim(
     let claimed: Vec<uuid::Uuid> = sqlx::query_scalar(
         "with c as (select q.shard, q.run_id from ready q join runs r on r.shard = q.shard and r.run_id = q.run_id
                     where q.queue = any($2) and q.due_at <= engine_now() and r.owner is null and r.closed_at is null
-                      and r.status <> 'quarantined'
+                      and r.status <> 'quarantined' and ($4 or r.inbox_n > r.inbox_seen)
                     order by q.due_at limit $3 for update of q, r skip locked),
               d as (delete from ready q using c where q.shard = c.shard and q.run_id = c.run_id)
          update runs r set owner = $1, epoch = r.epoch + 1, parked = false, waiting = null
@@ -39,6 +48,7 @@ pub(crate) async fn claim(
     .bind(worker.0)
     .bind(queues)
     .bind(limit)
+    .bind(which == Which::Any)
     .fetch_all(&mut *tx)
     .await?;
     tx.commit().await?;

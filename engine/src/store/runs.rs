@@ -12,7 +12,7 @@ use crate::{
 };
 use chrono::{DateTime, Utc};
 use serde_json::Value;
-use sqlx::{PgConnection, PgPool, Row, postgres::PgRow};
+use sqlx::{Connection, PgConnection, PgPool, Row, postgres::PgRow};
 
 /// A run's row with its state, folded up to `seq`.
 pub(crate) struct Loaded {
@@ -39,7 +39,7 @@ pub(crate) struct Loaded {
     pub(crate) state: RunState,
 }
 
-/// Inserts the business key, the run and its place in the queue; or finds the run that is there already.
+/// Inserts the run, its place in the queue and its business key; or finds the run that is there already.
 pub(crate) async fn start(
     conn: &mut PgConnection,
     start: &Start,
@@ -47,22 +47,9 @@ pub(crate) async fn start(
     inputs: &Value,
 ) -> Result<Started> {
     let run_id = start.run_id.unwrap_or_default();
-    if let Some(key) = &start.workflow_id {
-        let taken: Option<uuid::Uuid> = sqlx::query_scalar(
-            "with taken as (insert into workflow_ids (workflow_id, shard, run_id) values ($1, $2, $3)
-               on conflict (workflow_id) do update set workflow_id = excluded.workflow_id returning run_id)
-             select run_id from taken where run_id <> $3",
-        )
-        .bind(key)
-        .bind(run_id.shard())
-        .bind(run_id.0)
-        .fetch_optional(&mut *conn)
-        .await?;
-        if let Some(open) = taken {
-            return Ok(Started { run_id: RunId(open), created: false });
-        }
-    }
     let queue = if start.queue.is_empty() { "default" } else { &start.queue };
+    // A savepoint inside the caller's transaction: a run whose key turns out to be taken was never there.
+    let mut tx = conn.begin().await?;
     let inserted = sqlx::query(
         "with r as (insert into runs (shard, run_id, workflow, definition, workflow_id, status, parked, queue, attributes, topic, inputs)
            values ($1, $2, $3, $4, $5, 'pending', true, $6, $7, $8, $9) on conflict do nothing returning shard, run_id, queue)
@@ -77,10 +64,32 @@ pub(crate) async fn start(
     .bind(&start.attributes)
     .bind(&start.topic)
     .bind(inputs)
-    .execute(conn)
+    .execute(&mut *tx)
     .await?
     .rows_affected();
-    Ok(Started { run_id, created: inserted == 1 })
+    if inserted == 0 {
+        // Started before, and perhaps closed since: its key, if it had one, is none of our business.
+        tx.commit().await?;
+        return Ok(Started { run_id, created: false });
+    }
+    if let Some(key) = &start.workflow_id {
+        let taken: Option<uuid::Uuid> = sqlx::query_scalar(
+            "with taken as (insert into workflow_ids (workflow_id, shard, run_id) values ($1, $2, $3)
+               on conflict (workflow_id) do update set workflow_id = excluded.workflow_id returning run_id)
+             select run_id from taken where run_id <> $3",
+        )
+        .bind(key)
+        .bind(run_id.shard())
+        .bind(run_id.0)
+        .fetch_optional(&mut *tx)
+        .await?;
+        if let Some(open) = taken {
+            tx.rollback().await?;
+            return Ok(Started { run_id: RunId(open), created: false });
+        }
+    }
+    tx.commit().await?;
+    Ok(Started { run_id, created: true })
 }
 
 /// Loads a run and folds what its cursor does not hold yet.
@@ -211,6 +220,24 @@ pub(crate) async fn quarantine(pool: &PgPool, run: RunId, why: &str) -> Result<(
     .execute(pool)
     .await?;
     Ok(())
+}
+
+/// Takes a run away from whoever owns it, so that the caller can end it. False if it is closed.
+///
+/// # Transaction
+/// One statement. If the caller dies before it ends the run, a worker goes on with it after half a minute.
+pub(crate) async fn seize(conn: &mut PgConnection, run: RunId) -> Result<bool> {
+    let seized = sqlx::query(
+        "with u as (update runs set epoch = epoch + 1, owner = null, parked = true
+           where shard = $1 and run_id = $2 and closed_at is null returning shard, run_id, queue)
+         insert into ready (shard, run_id, queue, due_at) select shard, run_id, queue, engine_now() + interval '30 seconds' from u
+         on conflict (shard, run_id) do update set due_at = greatest(ready.due_at, excluded.due_at)",
+    )
+    .bind(run.shard())
+    .bind(run.0)
+    .execute(conn)
+    .await?;
+    Ok(seized.rows_affected() == 1)
 }
 
 /// Gives up ownership without a transition: nothing happened, the run waits until `due` or for a message.

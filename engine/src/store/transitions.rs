@@ -114,6 +114,7 @@ pub(crate) async fn send(conn: &mut PgConnection, items: &[Item]) -> Result<Vec<
               q as (insert into ready (shard, run_id, queue, due_at)
                     select b.shard, b.run_id, b.queue, b.due_at from u join b using (ord) where b.parked
                     on conflict (shard, run_id) do update set due_at = least(ready.due_at, excluded.due_at)),
+              z as (delete from ready q using u where u.closed_at is not null and q.shard = u.shard and q.run_id = u.run_id),
               k as (delete from workflow_ids w using u where u.closed_at is not null and w.run_id = u.run_id),
               p as (delete from attempt_progress a using u where u.closed_at is not null and a.shard = u.shard and a.run_id = u.run_id),
               o as (insert into outbox (topic, shard, run_id, seq)

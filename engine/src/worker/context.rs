@@ -4,6 +4,7 @@ use super::Shared;
 use crate::{
     Error,
     activity::ContextBackend,
+    committer::crash_point,
     failure::{Failure, FailureKind},
     hook::{AttemptRef, HookError, Phase, Reading, Verdict},
     store::{self, checkpoints::Progress},
@@ -94,7 +95,9 @@ impl Backend {
         if let (true, Some((key, value))) = (owned, checkpoint) {
             store::checkpoints::put(&mut tx, self.attempt.run_id, &self.attempt.path, key, value).await?;
         }
+        crash_point("meter.before_commit");
         tx.commit().await?;
+        crash_point("meter.after_commit");
         if owned { Ok(()) } else { Err(Error::LeaseLost) }
     }
 }

@@ -188,10 +188,8 @@ impl Driver {
                 self.step(Input::Tick).await
             }
             () = self.messages.notified() => self.read_messages().await,
-            permit = shared.slots.acquire(), if wants_room => {
-                drop(permit);
-                self.step(Input::Tick).await
-            }
+            // The permit stays in hand: given back, it would go to the next run in the queue, and from there to the next.
+            Ok(permit) = shared.slots.clone().acquire_owned(), if wants_room => self.step_in(Input::Tick, vec![permit]).await,
             () = tokio::time::sleep(due) => self.step(Input::Tick).await,
         }
     }
@@ -219,11 +217,15 @@ impl Driver {
         self.step(Input::Messages(unread)).await
     }
 
-    /// Decides, commits, acts.
     async fn step(&mut self, input: Input) -> Result<Next> {
+        self.step_in(input, Vec::new()).await
+    }
+
+    /// Decides, commits, acts. `in_hand` is room for attempts that is in hand already; what is not used is given back.
+    async fn step_in(&mut self, mut input: Input, mut in_hand: Vec<OwnedSemaphorePermit>) -> Result<Next> {
         let mut refused = None;
         loop {
-            let mut permits = Vec::new();
+            let mut permits = std::mem::take(&mut in_hand);
             while !self.draining && permits.len() < self.width {
                 let Ok(permit) = self.shared.slots.clone().try_acquire_owned() else { break };
                 permits.push(permit);
@@ -250,7 +252,13 @@ impl Driver {
                     {
                         self.shared.wake.notify_one();
                     }
-                    return Ok(if item.parked || item.is_closed() { Next::Ends } else { Next::Goes });
+                    if item.parked || item.is_closed() {
+                        return Ok(Next::Ends);
+                    }
+                    if !decision.more {
+                        return Ok(Next::Goes);
+                    }
+                    (input, refused) = (Input::Tick, None);
                 }
                 Committed::Refused { reason, message } => {
                     // The same input again, on the state as it was, with the hook's answer known.
@@ -332,7 +340,7 @@ impl Driver {
     fn item(&self, decision: &Decision) -> Item {
         let state = &self.run.state;
         let closed = state.status.is_closed();
-        let due = if closed { None } else { self.park_until() };
+        let due = if closed || decision.more { None } else { self.park_until() };
         let waiting = due.and_then(|_| machine::waiting_reason(&machine::waiting(&self.pinned.definition, state)));
         let write_cursor = closed || due.is_some() || self.run.seq + 1 - self.run.cursor_seq >= CURSOR_EVERY;
         Item {
@@ -574,13 +582,9 @@ pub(crate) async fn terminate(
 ) -> Result<()> {
     let mut conn = pool.acquire().await?;
     // Whoever owns it is fenced off from here on.
-    let taken = sqlx::query("update runs set epoch = epoch + 1, owner = null, parked = true where shard = $1 and run_id = $2 and closed_at is null")
-        .bind(run.shard())
-        .bind(run.0)
-        .execute(&mut *conn)
-        .await?;
+    let taken = store::runs::seize(&mut conn, run).await?;
     let loaded = store::runs::load(&mut conn, run).await?;
-    if taken.rows_affected() == 0 {
+    if !taken {
         return Err(Error::RunClosed(run.to_string()));
     }
     let pinned = store::definitions::load(&mut conn, loaded.definition).await?;

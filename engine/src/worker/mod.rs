@@ -20,16 +20,19 @@ use crate::{
     Error, Result,
     activity::Registry,
     clock::Clock,
-    committer::Committer,
+    committer::{Committer, crash_point},
     hook::{NoHook, TransitionHook},
     ids::{DefinitionHash, RunId, WorkerId},
     signature::Catalog,
-    store::{self, checkpoints::Progress, definitions::Pinned},
+    store::{self, checkpoints::Progress, definitions::Pinned, ready::Which},
 };
 use sqlx::PgPool;
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 use tokio::sync::{Notify, Semaphore};
@@ -39,8 +42,16 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 const POLL: Duration = Duration::from_millis(250);
 /// How often progress is written.
 const PROGRESS: Duration = Duration::from_millis(400);
+/// Longest pause between two looks for dead workers: their runs go on within the lease and about a second.
+const SWEEP_MAX: Duration = Duration::from_millis(750);
 /// Most runs in memory. A parked run is in nobody's memory.
 const RUNS_MAX: usize = 4096;
+/// A worker claims so many runs per slot, and so many more, before it leaves the rest to others: enough that a slot never
+/// waits for a claim and batches are large, few enough that a second worker finds work at once. Chosen, not measured.
+const OWNED_PER_SLOT: usize = 4;
+const OWNED_SPARE: usize = 64;
+/// Most runs of one claim.
+const CLAIM_MAX: usize = 256;
 /// Definitions kept in memory.
 const DEFINITIONS_MAX: usize = 256;
 /// Runs freed by one takeover statement.
@@ -85,6 +96,10 @@ pub(crate) struct Shared {
     committer: Committer,
     clock: Arc<Clock>,
     slots: Arc<Semaphore>,
+    /// Runs beyond which it claims only those that have a message to read: the others are for workers with room.
+    owned_max: usize,
+    /// It has left runs in the queue.
+    full: AtomicBool,
     definitions: Mutex<HashMap<DefinitionHash, Arc<Pinned>>>,
     /// Owned runs; the notification says that messages came in.
     drivers: Mutex<HashMap<RunId, Arc<Notify>>>,
@@ -122,6 +137,8 @@ pub async fn start(config: WorkerConfig) -> Result<WorkerHandle> {
         pool: config.pool,
         clock,
         slots: Arc::new(Semaphore::new(config.slots.max(1) as usize)),
+        owned_max: (config.slots as usize * OWNED_PER_SLOT + OWNED_SPARE).min(RUNS_MAX),
+        full: AtomicBool::new(false),
         definitions: Mutex::default(),
         drivers: Mutex::default(),
         progress: Mutex::default(),
@@ -140,7 +157,7 @@ pub async fn start(config: WorkerConfig) -> Result<WorkerHandle> {
     };
     tasks.spawn(until(Box::pin(poll(shared.clone(), config.queues, tasks.clone()))));
     tasks.spawn(until(Box::pin(listen(shared.clone()))));
-    tasks.spawn(until(Box::pin(sweep(shared.clone(), config.lease / 2))));
+    tasks.spawn(until(Box::pin(sweep(shared.clone(), (config.lease / 4).min(SWEEP_MAX)))));
     tasks.spawn(until(Box::pin(write_progress(shared.clone()))));
     tracing::info!(worker_id = %id, "worker started");
     Ok(WorkerHandle { shared, tasks, stopped })
@@ -232,14 +249,23 @@ async fn poll_once(shared: &Arc<Shared>, queues: &[String], tasks: &TaskTracker)
             notify.notify_one();
         }
     }
-    let room = RUNS_MAX.saturating_sub(shared.drivers.lock().expect("no panic while held").len());
-    if shared.draining.is_cancelled() || shared.fenced.is_cancelled() || room == 0 {
+    let owned = shared.drivers.lock().expect("no panic while held").len();
+    if shared.draining.is_cancelled() || shared.fenced.is_cancelled() || owned >= RUNS_MAX {
         return Ok(false);
     }
-    let limit = room.min(256);
-    let claimed = store::ready::claim(&mut conn, shared.id, queues, i64::try_from(limit).unwrap_or(1)).await?;
+    let room = shared.owned_max.saturating_sub(owned);
+    // A cancel or a signal does not wait until the long work of others is done.
+    let (which, limit) = if room > 0 { (Which::Any, room) } else { (Which::Messaged, RUNS_MAX - owned) };
+    let limit = limit.min(CLAIM_MAX);
+    let claimed = store::ready::claim(&mut conn, shared.id, queues, which, i64::try_from(limit).unwrap_or(1)).await?;
     drop(conn);
+    if !claimed.is_empty() {
+        crash_point("claim.after_commit");
+    }
     let more = claimed.len() == limit;
+    if more || room == 0 {
+        shared.full.store(true, Ordering::Relaxed);
+    }
     for run in claimed {
         let messages = Arc::new(Notify::new());
         shared.drivers.lock().expect("no panic while held").insert(run, messages.clone());
@@ -250,6 +276,10 @@ async fn poll_once(shared: &Arc<Shared>, queues: &[String], tasks: &TaskTracker)
             let mut drivers = shared.drivers.lock().expect("no panic while held");
             if drivers.get(&run).is_some_and(|current| Arc::ptr_eq(current, &messages)) {
                 drivers.remove(&run);
+            }
+            // Room for a good part of what was left in the queue, not for one run at a time.
+            if drivers.len() <= shared.owned_max / 4 * 3 && shared.full.swap(false, Ordering::Relaxed) {
+                shared.wake.notify_one();
             }
         });
     }
@@ -283,6 +313,9 @@ async fn sweep(shared: Arc<Shared>, every: Duration) {
         let swept = async {
             let mut conn = shared.pool.acquire().await?;
             let buried = store::workers::bury(&mut conn).await?;
+            if buried > 0 {
+                crash_point("takeover.after_bury");
+            }
             let mut freed = 0;
             loop {
                 let runs = store::workers::take_over(&mut conn, TAKE_OVER_BATCH).await?;

@@ -119,14 +119,20 @@ pub struct Bench {
 
 impl Bench {
     pub async fn new() -> Self {
-        let pool = database(MIGRATIONS).await;
+        let bench = Self::over(database(MIGRATIONS).await);
+        let pool = &bench.pool;
         for table in [
             "create table test_starts (attempt_id uuid primary key)",
             "create table test_ends (attempt_id uuid primary key, outcome text)",
             "create table test_readings (attempt_id uuid, key text, phase text)",
         ] {
-            sqlx::query(table).execute(&pool).await.expect("table");
+            sqlx::query(table).execute(pool).await.expect("table");
         }
+        bench
+    }
+
+    /// Over a database that another process has prepared.
+    pub fn over(pool: PgPool) -> Self {
         let hook = Arc::new(Accounts::default());
         let client = Client::new(pool.clone(), hook.clone());
         Self { pool, client, hook, script: Mutex::new(Arc::new(|_, input| Box::pin(async move { Ok(input) }))) }
@@ -142,10 +148,14 @@ impl Bench {
     }
 
     pub async fn worker(&self) -> WorkerHandle {
+        self.worker_with(Duration::from_millis(600), 32).await
+    }
+
+    pub async fn worker_with(&self, lease: Duration, slots: u32) -> WorkerHandle {
         let script = self.script.lock().expect("lock").clone();
         let mut config = WorkerConfig::new(self.pool.clone(), Registry::new().with(Work(script)));
         config.hook = self.hook.clone();
-        config.lease = Duration::from_millis(600);
+        (config.lease, config.slots) = (lease, slots);
         worker::start(config).await.expect("worker")
     }
 
@@ -207,6 +217,19 @@ impl Bench {
             (
                 "attempt started and not ended, or the reverse",
                 "select count(*) from test_starts s full join test_ends e using (attempt_id) where s.attempt_id is null or e.attempt_id is null",
+            ),
+            (
+                "attempt that a history starts and does not end exactly once",
+                "select count(*) from (
+                   select count(*) filter (where e->>'type' = 'attempt_started') as started,
+                          count(*) filter (where e->>'type' = 'attempt_ended') as ended
+                   from history h join runs r using (shard, run_id), jsonb_array_elements(h.events) e
+                   where r.closed_at is not null and e->>'type' in ('attempt_started', 'attempt_ended')
+                   group by e->>'attempt_id') a where started <> 1 or ended <> 1",
+            ),
+            (
+                "business key of a closed run",
+                "select count(*) from workflow_ids w join runs r using (shard, run_id) where r.closed_at is not null",
             ),
             (
                 "closed run with an owner or a place in the queue",

@@ -1,4 +1,6 @@
 //! The engine on a real Postgres: every test has a database of its own.
 
 mod bench;
+mod client;
+mod faults;
 mod runs;

@@ -1,6 +1,8 @@
 //! The machine without a store: definitions are run in memory, and after every decision the recorded events are folded
 //! into a second state, which must be the same.
 
+mod edges;
+
 use super::*;
 use crate::{
     definition::{
@@ -141,7 +143,17 @@ impl Bench {
                 Command::StartChild { run_id, .. } | Command::CancelChild { run_id } => self.children.push(run_id),
             }
         }
-        decision.events
+        if self.state.status.is_closed() {
+            assert!(self.live.is_empty(), "a run closes over live attempts {:?}", self.live);
+        } else if !decision.more {
+            let due = next_due(&self.definition, &self.state);
+            assert!(due > self.now, "time moves nothing at {due}, and its owner would spin");
+        }
+        let mut events = decision.events;
+        if decision.more {
+            events.extend(self.input(Input::Tick));
+        }
+        events
     }
     fn end(&mut self, path: &str, result: Result<Value, Failure>) -> Vec<Event> {
         let (attempt, _) =
