@@ -7,7 +7,10 @@ use loopwright_engine::{
     hook::NoHook,
     signature::Catalog,
 };
-use loopwright_server::shipped::{self, Outcome, Source};
+use loopwright_server::{
+    app,
+    shipped::{self, Outcome, Source},
+};
 use std::{path::Path, sync::Arc};
 
 const ONE: &str = "dsl: 1\nname: small\ntimeout: 1h\nsteps:\n  - { id: rest, wait: { for: 1s } }\n";
@@ -98,6 +101,13 @@ async fn a_shipped_definition_that_does_not_compile_says_where() {
     let source = Source { definitions: &[("broken.yaml", "dsl: 1\nnam: x\n")], prompts: &[] };
     let error = shipped::deploy(&client, source, &Catalog::default()).await.unwrap_err();
     assert!(error.code() == "definition_invalid" && error.to_string().contains("broken.yaml:2:1"), "{error}");
+}
+
+#[tokio::test]
+async fn what_ships_is_made_of_the_programs_own_activities() {
+    let client = client().await;
+    let outcomes = shipped::deploy(&client, shipped::SHIPPED, &app::catalog()).await.unwrap();
+    assert_eq!(outcomes, [Outcome::Deployed { name: "dev-loop".into(), version: 1 }]);
 }
 
 /// Names of the files of a folder that end so.
