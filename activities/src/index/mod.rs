@@ -1,13 +1,63 @@
 //! The code index: symbols and full text of a project's files, searchable within a token budget.
+//!
+//! Everything it holds can be built again from the files; its folder may be deleted at any time. It knows no language
+//! model, no workflow and no git. Start reading at [`Index`], then `update` and `search`.
+//!
+//! ```text
+//! update: walk ─▶ extract ─▶ unit ─▶ store (one commit)
+//! ask:    query ─▶ score · lookup ─▶ search │ map │ pack
+//! ```
+
+mod budget;
+mod catalog;
+mod extract;
+mod kind;
+mod lang;
+mod lookup;
+mod map;
+mod pack;
+mod query;
+mod score;
+mod search;
+mod store;
+#[cfg(test)]
+mod tests;
+mod tokenize;
+mod unit;
+mod update;
+mod walk;
 
 use serde::Serialize;
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError, RwLock},
+};
+use store::Loaded;
 
 /// Why the index could not be opened, brought up to date or asked.
 #[derive(Debug, thiserror::Error)]
 pub enum IndexError {
-    #[error("{path}: {source}")]
+    /// `index.disk`: a folder cannot be read or made. The index is as it was.
+    #[error("{path} cannot be used: {source}")]
     Disk { path: PathBuf, source: std::io::Error },
+    /// `index.busy`: another process writes this index or has just written it. Ask again.
+    #[error("another process is writing this index; try again")]
+    Busy,
+    /// `index.full_text`: the full text failed and could not be built anew either: out of space or memory, most likely.
+    #[error("the full-text index failed: {0}")]
+    FullText(#[from] tantivy::TantivyError),
+}
+
+impl IndexError {
+    /// A stable code; the README lists them.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Disk { .. } => "index.disk",
+            Self::Busy => "index.busy",
+            Self::FullText(_) => "index.full_text",
+        }
+    }
 }
 
 /// A place that answers a query.
@@ -65,35 +115,117 @@ pub struct Packed {
 /// What an update did.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct UpdateReport {
+    /// Files in the index after it.
     pub files: usize,
     pub added: usize,
     pub changed: usize,
     pub removed: usize,
-    /// Files that are findable by path only, and why.
+    /// Files that are findable by path only or have no symbols, and what was left out, with the reason. At most 1000.
     pub skipped: Vec<(String, String)>,
 }
 
-/// An index in a folder of its own.
-pub struct Index {}
+/// The size of an index.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Status {
+    pub files: usize,
+    pub units: usize,
+    pub symbols: usize,
+    /// Pieces of the full text on disk; merges keep them few.
+    pub segments: usize,
+}
+
+/// An index in a folder of its own. Any number of threads may ask; one updates.
+pub struct Index {
+    dir: PathBuf,
+    loaded: RwLock<Loaded>,
+    updating: Mutex<()>,
+}
 
 impl Index {
+    /// Opens the index in `dir`; what is damaged or of another release is thrown away and empty then.
+    ///
+    /// # Errors
+    /// `index.disk`, `index.full_text`.
     pub fn open(dir: &Path) -> Result<Self, IndexError> {
         std::fs::create_dir_all(dir).map_err(|source| IndexError::Disk { path: dir.to_owned(), source })?;
-        Ok(Self {})
+        Ok(Self { dir: dir.to_owned(), loaded: RwLock::new(Loaded::open(dir)?), updating: Mutex::new(()) })
     }
-    pub fn update(&self, _root: &Path) -> Result<UpdateReport, IndexError> {
-        Ok(UpdateReport::default())
+
+    /// Brings the index up to date with the files below `root`. Unchanged files are not read.
+    ///
+    /// What is asked meanwhile is answered from before. All of it becomes visible at once; if the process dies, none of it.
+    ///
+    /// # Errors
+    /// `index.disk` when `root` cannot be read; `index.busy`; `index.full_text` when building anew does not help either.
+    pub fn update(&self, root: &Path) -> Result<UpdateReport, IndexError> {
+        let _one = self.updating.lock().unwrap_or_else(PoisonError::into_inner);
+        let walked = walk::walk(root)?;
+        let first = self.follow_others().and_then(|()| update::bring(&self.loaded, root, &walked));
+        match first {
+            Err(IndexError::FullText(error)) => {
+                tracing::warn!(%error, "the code index is damaged and is built anew");
+                let fresh = Loaded::create(&self.dir)?;
+                *self.loaded.write().unwrap_or_else(PoisonError::into_inner) = fresh;
+                update::bring(&self.loaded, root, &walked)
+            }
+            first => first,
+        }
     }
-    pub fn search(&self, _query: &str, _limit: usize) -> Result<Vec<Hit>, IndexError> {
-        Ok(Vec::new())
+
+    /// Places that answer a question, best first, one a file.
+    ///
+    /// # Errors
+    /// `index.full_text`: the next update repairs it.
+    pub fn search(&self, query: &str, limit: usize) -> Result<Vec<Hit>, IndexError> {
+        Ok(search::search(&self.loaded(), query, limit)?)
     }
-    pub fn symbols(&self, _name: &str, _limit: usize) -> Result<Vec<Symbol>, IndexError> {
-        Ok(Vec::new())
+
+    /// Definitions of a name or of `Parent::name`: exactly so, in any case, beginning so, containing it.
+    ///
+    /// # Errors
+    /// None at present.
+    pub fn symbols(&self, name: &str, limit: usize) -> Result<Vec<Symbol>, IndexError> {
+        Ok(search::symbols(&self.loaded(), name, limit))
     }
-    pub fn map(&self, _budget_tokens: usize) -> Result<String, IndexError> {
-        Ok(String::new())
+
+    /// The signatures that the rest of the code uses most, under their files; never above the budget.
+    ///
+    /// # Errors
+    /// None at present.
+    pub fn map(&self, budget_tokens: usize) -> Result<String, IndexError> {
+        Ok(map::map(&self.loaded(), budget_tokens))
     }
-    pub fn pack(&self, _query: &str, _budget_tokens: usize) -> Result<Pack, IndexError> {
-        Ok(Pack { text: String::new(), tokens: 0, items: Vec::new(), omitted: Vec::new() })
+
+    /// The code that a question needs; never above the budget. The same files and question give the same bytes.
+    ///
+    /// # Errors
+    /// `index.full_text`: the next update repairs it.
+    pub fn pack(&self, query: &str, budget_tokens: usize) -> Result<Pack, IndexError> {
+        Ok(pack::pack(&self.loaded(), query, budget_tokens)?)
+    }
+
+    /// How large the index is.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        let loaded = self.loaded();
+        Status {
+            files: loaded.catalog.files.len(),
+            units: loaded.catalog.units,
+            symbols: loaded.catalog.files.values().map(|record| record.defs.len()).sum(),
+            segments: loaded.segments(),
+        }
+    }
+
+    /// Reads again what another process has committed.
+    fn follow_others(&self) -> Result<(), IndexError> {
+        if !self.loaded().is_current()? {
+            let loaded = Loaded::open(&self.dir)?;
+            *self.loaded.write().unwrap_or_else(PoisonError::into_inner) = loaded;
+        }
+        Ok(())
+    }
+
+    fn loaded(&self) -> std::sync::RwLockReadGuard<'_, Loaded> {
+        self.loaded.read().unwrap_or_else(PoisonError::into_inner)
     }
 }
