@@ -26,7 +26,7 @@ pub mod serve;
 pub use call::Peer;
 pub use error::{Code, Error};
 pub use jwt::install_crypto;
-pub use loop_run::workflow_id;
+pub use crate::store::projects::workflow_id;
 pub(crate) use projects::WORKFLOW;
 pub use routes::{ROUTES, routes};
 
