@@ -207,12 +207,7 @@ pub async fn is_answered(tx: &mut Tx, run: RunId, path: &str) -> Result<bool, Er
 }
 
 /// Makes a button of the chat. `ask` is the place whose one answer it gives. Returns the callback data, 32 bytes.
-pub async fn button(
-    tx: &mut Tx,
-    chat_id: i64,
-    ask: Option<(RunId, &str)>,
-    action: &Value,
-) -> Result<String, Error> {
+pub async fn button(tx: &mut Tx, chat_id: i64, ask: Option<(RunId, &str)>, action: &Value) -> Result<String, Error> {
     let token = Uuid::new_v4().simple().to_string();
     sqlx::query("insert into telegram_buttons (token, chat_id, run_id, path, action) values ($1, $2, $3, $4, $5)")
         .bind(&token)

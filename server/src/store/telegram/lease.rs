@@ -14,8 +14,7 @@ impl Store {
     pub async fn bot_lease(&self) -> Result<Option<Lease>, Error> {
         // Out of the pool: a connection that goes back would keep the lock.
         let mut conn = self.pool.acquire().await?.detach();
-        let taken: bool =
-            sqlx::query_scalar("select pg_try_advisory_lock($1)").bind(KEY).fetch_one(&mut conn).await?;
+        let taken: bool = sqlx::query_scalar("select pg_try_advisory_lock($1)").bind(KEY).fetch_one(&mut conn).await?;
         Ok(taken.then_some(Lease(conn)))
     }
 }

@@ -137,16 +137,8 @@ impl Store {
         .bind(pace_ms)
         .fetch_all(&self.pool)
         .await?;
-        let sending = |(id, chat_id, method, body, version, tries, unknowns, telegram_message_id, age_s): Row| Sending {
-            id,
-            chat_id,
-            method,
-            body,
-            version,
-            tries,
-            unknowns,
-            telegram_message_id,
-            age_s,
+        let sending = |(id, chat_id, method, body, version, tries, unknowns, telegram_message_id, age_s): Row| {
+            Sending { id, chat_id, method, body, version, tries, unknowns, telegram_message_id, age_s }
         };
         Ok(rows.into_iter().map(sending).collect())
     }
