@@ -39,6 +39,7 @@ pub const MIGRATIONS: &[Migration] = &[
     loopwright_engine::MIGRATIONS[0],
     Migration { version: 2, name: "money", sql: include_str!("../../migrations/0002_money.sql") },
     Migration { version: 3, name: "workspace", sql: include_str!("../../migrations/0003_workspace.sql") },
+    Migration { version: 4, name: "telegram", sql: include_str!("../../migrations/0004_telegram.sql") },
     Migration { version: 5, name: "rest", sql: include_str!("../../migrations/0005_rest.sql") },
     Migration { version: 6, name: "loop", sql: include_str!("../../migrations/0006_loop.sql") },
 ];

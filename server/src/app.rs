@@ -12,7 +12,7 @@ use crate::{
     rest::{self, Archives, State, serve},
     shipped,
     store::Store,
-    telemetry,
+    telegram, telemetry,
 };
 use anyhow::Context;
 use loopwright_activities::{
@@ -115,6 +115,27 @@ pub async fn serve_http(app: &App, listener: TcpListener, stop: watch::Receiver<
     serve::serve(listener, &app.config.http, state, stop).await;
     upkeep.abort();
     Ok(())
+}
+
+/// Runs the bot until `stop` turns true; without a token there is none, and this only waits.
+///
+/// # Errors
+/// The token is refused.
+pub async fn run_bot(app: &App, mut stop: watch::Receiver<bool>) -> anyhow::Result<()> {
+    if app.config.telegram.token.is_none() {
+        // Nobody left to say so means stop as well.
+        drop(stop.wait_for(|stop| *stop).await);
+        return Ok(());
+    }
+    let parts = telegram::Parts {
+        store: app.store.clone(),
+        client: app.client.clone(),
+        archives: Arc::new(app.store.clone()),
+        settings: app.config.telegram.clone(),
+        billing: app.config.billing,
+        pace: telegram::Pace::default(),
+    };
+    telegram::run(parts, stop).await
 }
 
 /// What the routes work with.

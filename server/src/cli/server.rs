@@ -1,4 +1,4 @@
-//! `loopwright server`: REST over a configured database. Migrating is somebody else's (`loopwright migrate`); until
+//! `loopwright server`: REST, and the bot if it has a token, over a configured database. Migrating is somebody else's (`loopwright migrate`); until
 //! then it answers, and says at /readyz that it is not ready.
 
 use super::Context;
@@ -32,7 +32,7 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<()> {
     let listener = bind(config.http.listen).await?;
     let app = App::open(config, Fallback::None).await?;
     tracing::info!(address = %listener.local_addr()?, "serving");
-    app::serve_http(&app, listener, stop).await?;
+    let done = tokio::try_join!(app::serve_http(&app, listener, stop.clone()), app::run_bot(&app, stop));
     app.close().await;
-    Ok(())
+    done.map(|((), ())| ())
 }

@@ -24,6 +24,12 @@ pub fn ended(rows: &[HistoryRow], after: u64) -> Option<Task> {
         .find_map(|row| row.events.iter().find_map(|event| end_of(event, row, rows)))
 }
 
+/// The task that ended for good last, if `rows` show one.
+#[must_use]
+pub fn latest(rows: &[HistoryRow]) -> Option<Task> {
+    rows.iter().rev().find_map(|row| row.events.iter().rev().find_map(|event| end_of(event, row, rows)))
+}
+
 fn end_of(event: &Value, row: &HistoryRow, rows: &[HistoryRow]) -> Option<Task> {
     if text(event, "type") != "attempt_ended" {
         return None;

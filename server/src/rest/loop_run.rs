@@ -12,7 +12,7 @@ use crate::{
     read::task::{self, Task},
     store::{idempotency::Claim, projects::Project},
 };
-use loopwright_engine::{client::Start, ids::RunId, view::Waiting};
+use loopwright_engine::{ids::RunId, view::Waiting};
 use serde::Serialize;
 use serde_json::json;
 use std::time::Duration;
@@ -28,12 +28,6 @@ const WAIT_MAX_S: u64 = 600;
 const LOOK: Duration = Duration::from_secs(10);
 /// Transitions before the request that are read for the titles of tasks.
 const TITLES: u64 = 100;
-
-/// Business key of a project's loop: at most one open run has it.
-#[must_use]
-pub fn workflow_id(project: Uuid) -> String {
-    format!("project:{project}")
-}
 
 /// How long the caller wants to wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,17 +145,7 @@ struct Begun {
 async fn start(state: &State, user: Uuid, project: &Project) -> Result<Begun, Error> {
     let client = &state.client;
     let definition = client.pointer(&project.workflow_name, "current").await?;
-    let started = client
-        .start(Start {
-            run_id: None,
-            definition,
-            inputs: json!({"project_id": project.id.to_string(), "idea": project.idea}),
-            workflow_id: Some(workflow_id(project.id)),
-            attributes: json!({"user_id": user.to_string(), "project_id": project.id.to_string()}),
-            queue: String::new(),
-            topic: None,
-        })
-        .await?;
+    let started = client.start(project.start(user, definition)).await?;
     if started.created {
         return Ok(Begun { run: started.run_id, seq: 0, woken: false });
     }

@@ -23,10 +23,10 @@ mod routes;
 mod runs;
 pub mod serve;
 
+pub use crate::store::projects::workflow_id;
 pub use call::Peer;
 pub use error::{Code, Error};
 pub use jwt::install_crypto;
-pub use loop_run::workflow_id;
 pub(crate) use projects::WORKFLOW;
 pub use routes::{ROUTES, routes};
 

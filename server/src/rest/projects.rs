@@ -117,7 +117,7 @@ pub(super) async fn list(call: Call) -> Result<Response, Error> {
 pub(super) async fn show(id: Uuid, call: Call) -> Result<Response, Error> {
     let caller = call.principal(Need::Read).await?;
     let project = call.state.store.project(caller.user, id).await?.ok_or_else(|| Error::not_found("project"))?;
-    let run = call.state.client.open_run(&super::loop_run::workflow_id(id)).await?;
+    let run = call.state.client.open_run(&super::workflow_id(id)).await?;
     let mut body = serde_json::to_value(&project).map_err(Error::internal)?;
     body["open_run"] = serde_json::json!(run);
     json(200, &body)

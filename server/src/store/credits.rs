@@ -4,6 +4,7 @@ use super::{Error, Page, Store};
 use chrono::{DateTime, Utc};
 use loopwright_activities::billing::audit::{self, Violation};
 use serde::Serialize;
+use sqlx::PgExecutor;
 use uuid::Uuid;
 
 /// Micro-credits of one credit.
@@ -38,20 +39,24 @@ pub struct Transaction {
     pub created_at: DateTime<Utc>,
 }
 
+/// The user's balance as the caller's transaction sees it; `None` for nobody.
+pub async fn balance(executor: impl PgExecutor<'_>, user: Uuid) -> Result<Option<Balance>, Error> {
+    let row: Option<(i64, i64)> = sqlx::query_as("select credit_balance_ucr, credit_held_ucr from users where id = $1")
+        .bind(user)
+        .fetch_optional(executor)
+        .await?;
+    Ok(row.map(|(balance, held)| Balance {
+        balance_ucr: balance,
+        held_ucr: held,
+        available_ucr: balance - held,
+        available: decimal(balance - held),
+    }))
+}
+
 impl Store {
     /// The user's balance; `None` for nobody.
     pub async fn balance(&self, user: Uuid) -> Result<Option<Balance>, Error> {
-        let row: Option<(i64, i64)> =
-            sqlx::query_as("select credit_balance_ucr, credit_held_ucr from users where id = $1")
-                .bind(user)
-                .fetch_optional(&self.pool)
-                .await?;
-        Ok(row.map(|(balance, held)| Balance {
-            balance_ucr: balance,
-            held_ucr: held,
-            available_ucr: balance - held,
-            available: decimal(balance - held),
-        }))
+        balance(&self.pool, user).await
     }
 
     /// Changes of the user's balance, newest first, below sequence number `before`.

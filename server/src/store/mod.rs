@@ -1,5 +1,5 @@
-//! The server's own rows: users by token, projects, idempotency keys, credits as shown. The only place of the REST
-//! side that speaks SQL.
+//! The server's own rows: users by token, projects, idempotency keys, credits as shown, what the bot keeps. The only
+//! place of REST and the bot that speaks SQL.
 
 mod archive;
 pub mod credits;
@@ -7,6 +7,7 @@ pub mod health;
 pub mod idempotency;
 pub mod loops;
 pub mod projects;
+pub mod telegram;
 pub mod users;
 
 use loopwright_activities::billing::{MicroCredits, ledger::LedgerError};

@@ -2,8 +2,16 @@
 
 use super::{Error, Page, Store};
 use chrono::{DateTime, Utc};
+use loopwright_engine::{client::Start, ids::DefinitionHash};
 use serde::Serialize;
+use sqlx::PgExecutor;
 use uuid::Uuid;
+
+/// Business key of a project's loop: at most one open run has it.
+#[must_use]
+pub fn workflow_id(project: Uuid) -> String {
+    format!("project:{project}")
+}
 
 /// A project.
 #[derive(Clone, Debug, Serialize)]
@@ -14,6 +22,44 @@ pub struct Project {
     pub status: String,
     pub workflow_name: String,
     pub created_at: DateTime<Utc>,
+}
+
+impl Project {
+    /// The request to start its loop, whoever asks for it.
+    #[must_use]
+    pub fn start(&self, user: Uuid, definition: DefinitionHash) -> Start {
+        Start {
+            run_id: None,
+            definition,
+            inputs: serde_json::json!({"project_id": self.id.to_string(), "idea": self.idea}),
+            workflow_id: Some(workflow_id(self.id)),
+            attributes: serde_json::json!({"user_id": user.to_string(), "project_id": self.id.to_string()}),
+            queue: String::new(),
+            topic: None,
+        }
+    }
+}
+
+/// Creates a project of the user, in the caller's transaction or in one of its own.
+pub async fn create(
+    executor: impl PgExecutor<'_>,
+    user: Uuid,
+    name: &str,
+    idea: &str,
+    workflow: &str,
+) -> Result<Project, Error> {
+    let row: ProjectRow = sqlx::query_as(
+        "insert into projects (id, user_id, name, idea, workflow_name) values ($1, $2, $3, $4, $5)
+         returning id, name, idea, status, workflow_name, created_at",
+    )
+    .bind(Uuid::now_v7())
+    .bind(user)
+    .bind(name)
+    .bind(idea)
+    .bind(workflow)
+    .fetch_one(executor)
+    .await?;
+    Ok(row.into())
 }
 
 /// A file of a project at its newest version.
@@ -49,18 +95,7 @@ impl Store {
     /// # Transaction
     /// One statement.
     pub async fn create_project(&self, user: Uuid, name: &str, idea: &str, workflow: &str) -> Result<Project, Error> {
-        let row: ProjectRow = sqlx::query_as(
-            "insert into projects (id, user_id, name, idea, workflow_name) values ($1, $2, $3, $4, $5)
-             returning id, name, idea, status, workflow_name, created_at",
-        )
-        .bind(Uuid::now_v7())
-        .bind(user)
-        .bind(name)
-        .bind(idea)
-        .bind(workflow)
-        .fetch_one(&self.pool)
-        .await?;
-        Ok(row.into())
+        create(&self.pool, user, name, idea, workflow).await
     }
 
     /// Creates a project of the user under a given id, unless it is there.

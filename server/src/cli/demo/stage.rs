@@ -1,7 +1,8 @@
 //! One run in one database, with a worker process of its own: begun, driven to its end, its owner's part played.
 
 use super::{mark, narrate::Narrator, worker::Worker};
-use crate::{app::App, cli::token::DEVELOPER, read::task, rest::workflow_id};
+use crate::{app::App, cli::token::DEVELOPER, read::task};
+use anyhow::Context as _;
 use loopwright_activities::billing::{
     MicroCredits,
     ledger::{self, GrantSource},
@@ -111,6 +112,7 @@ impl Stage {
         let user = app.store.user_of(issuer, &account, issuer).await?.id;
         let project = Uuid::new_v5(&run.0, b"project");
         app.store.create_project_as(project, user, &subject.name, &subject.idea, crate::rest::WORKFLOW).await?;
+        let known = app.store.project(user, project).await?.context("the demo's project is gone")?;
         if !subject.rehearsed {
             let mut tx = app.pool.begin().await?;
             let have = ledger::balance(&mut tx, user).await?.available();
@@ -120,18 +122,9 @@ impl Stage {
             }
             tx.commit().await?;
         }
-        let mut attributes = mark(subject);
-        attributes["user_id"] = json!(user);
-        attributes["project_id"] = json!(project);
-        let start = Start {
-            run_id: Some(run),
-            definition: app.client.pointer(crate::rest::WORKFLOW, "current").await?,
-            inputs: json!({"project_id": project, "idea": subject.idea}),
-            workflow_id: Some(workflow_id(project)),
-            attributes,
-            queue: String::new(),
-            topic: None,
-        };
+        let definition = app.client.pointer(&known.workflow_name, "current").await?;
+        let mut start = Start { run_id: Some(run), ..known.start(user, definition) };
+        merge(&mut start.attributes, mark(subject));
         app.client.start(start).await?;
         let worker = Worker::new(dir, config_file, app.database_url.clone(), subject.rehearsed);
         Ok(Self { app, run, project, user, crashes: 0, worker })
@@ -279,6 +272,13 @@ impl Stage {
 
     fn sender(&self) -> Option<String> {
         Some(format!("user:{}", self.user))
+    }
+}
+
+/// Adds the fields of an object to another.
+fn merge(into: &mut Value, more: Value) {
+    if let (Value::Object(into), Value::Object(more)) = (into, more) {
+        into.extend(more);
     }
 }
 

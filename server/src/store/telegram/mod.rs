@@ -1,0 +1,26 @@
+//! The bot's rows: updates that came in, messages that go out, chats and their runs, orders.
+//!
+//! What belongs together happens in one transaction of the caller: [`Store::begin`] gives it, functions here take it.
+
+pub mod chats;
+pub mod inbox;
+pub mod lease;
+pub mod orders;
+pub mod outbox;
+
+use super::{Error, Store};
+
+/// A transaction over the bot's, the ledger's and the engine's rows.
+pub type Tx = sqlx::Transaction<'static, sqlx::Postgres>;
+
+impl Store {
+    /// Begins a transaction. Dropping it undoes everything.
+    pub async fn begin(&self) -> Result<Tx, Error> {
+        Ok(self.pool.begin().await?)
+    }
+}
+
+/// Makes a transaction last.
+pub async fn commit(tx: Tx) -> Result<(), Error> {
+    Ok(tx.commit().await?)
+}

@@ -1,0 +1,121 @@
+//! Orders, payments in Stars, and payments that do not fit.
+
+use super::{Error, Store, Tx};
+use loopwright_activities::billing::{
+    MicroCredits,
+    ledger::{self, LedgerError},
+};
+use uuid::Uuid;
+
+/// Why an order cannot be paid.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unpayable {
+    Currency,
+    Unknown,
+    Buyer,
+    Amount,
+    Paid,
+    Expired,
+}
+
+/// A payment that was not granted.
+#[derive(Clone, Debug)]
+pub struct Dispute<'a> {
+    pub charge_id: &'a str,
+    pub telegram_user_id: i64,
+    pub user: Option<Uuid>,
+    pub payload: &'a str,
+    pub currency: &'a str,
+    pub amount: i64,
+    pub reason: &'a str,
+}
+
+/// Opens an order and returns its payload.
+pub async fn open(tx: &mut Tx, user: Uuid, stars: i32, credits: MicroCredits, hours: i32) -> Result<String, Error> {
+    let payload = format!("order:{}", Uuid::new_v4().simple());
+    sqlx::query(
+        "insert into orders (payload, user_id, stars, credits_ucr, state, expires_at)
+         values ($1, $2, $3, $4, 'open', engine_now() + make_interval(hours => $5))",
+    )
+    .bind(&payload)
+    .bind(user)
+    .bind(stars)
+    .bind(credits.0)
+    .bind(hours)
+    .execute(&mut **tx)
+    .await?;
+    Ok(payload)
+}
+
+/// Whether this user may pay this order now. `Err` of the outer result is the database's.
+pub async fn payable(
+    tx: &mut Tx,
+    telegram_user_id: i64,
+    payload: &str,
+    currency: &str,
+    stars: i64,
+) -> Result<Result<(), Unpayable>, Error> {
+    if currency != "XTR" {
+        return Ok(Err(Unpayable::Currency));
+    }
+    let row: Option<(Option<i64>, i32, String, bool)> = sqlx::query_as(
+        "select u.telegram_user_id, o.stars, o.state, o.expires_at <= engine_now()
+         from orders o join users u on u.id = o.user_id where o.payload = $1",
+    )
+    .bind(payload)
+    .fetch_optional(&mut **tx)
+    .await?;
+    Ok(match row {
+        None => Err(Unpayable::Unknown),
+        Some((owner, ..)) if owner != Some(telegram_user_id) => Err(Unpayable::Buyer),
+        Some((_, price, ..)) if i64::from(price) != stars => Err(Unpayable::Amount),
+        Some((.., state, _)) if state == "paid" => Err(Unpayable::Paid),
+        Some((.., state, late)) if late || state != "open" => Err(Unpayable::Expired),
+        Some(_) => Ok(()),
+    })
+}
+
+/// Books what Telegram says it has given back. What part of it was used stays with the platform, and shows as a
+/// chargeback. False if nothing is known of the payment.
+pub async fn refunded(tx: &mut Tx, user: Uuid, charge_id: &str) -> Result<bool, LedgerError> {
+    match ledger::refund(tx, user, charge_id).await {
+        Ok(_) => ledger::refund_done(tx, charge_id).await?,
+        Err(LedgerError::Used(_)) => {
+            sqlx::query("update payments set refund_state = 'chargeback' where charge_id = $1")
+                .bind(charge_id)
+                .execute(&mut **tx)
+                .await?;
+        }
+        Err(LedgerError::Mismatch(_)) => return Ok(false),
+        Err(error) => return Err(error),
+    }
+    Ok(true)
+}
+
+/// Keeps a payment that was not granted, for an operator. Once per charge.
+pub async fn dispute(tx: &mut Tx, dispute: &Dispute<'_>) -> Result<bool, Error> {
+    let done = sqlx::query(
+        "insert into payment_disputes (charge_id, telegram_user_id, user_id, payload, currency, amount, reason)
+         values ($1, $2, $3, $4, $5, $6, $7) on conflict (charge_id) do nothing",
+    )
+    .bind(dispute.charge_id)
+    .bind(dispute.telegram_user_id)
+    .bind(dispute.user)
+    .bind(dispute.payload)
+    .bind(dispute.currency)
+    .bind(dispute.amount)
+    .bind(dispute.reason)
+    .execute(&mut **tx)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+impl Store {
+    /// Closes orders whose time is over.
+    pub async fn expire_orders(&self) -> Result<(), Error> {
+        sqlx::query("update orders set state = 'expired' where state = 'open' and expires_at <= engine_now()")
+            .execute(&self.pool)
+            .await?;
+        Ok(())
+    }
+}

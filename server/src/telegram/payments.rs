@@ -1,0 +1,100 @@
+//! Credits for Stars: offers, the check before a payment, the payment itself.
+
+use super::{Error, Parts, intent::Charge, render};
+use crate::store::telegram::{
+    Tx, chats,
+    orders::{self, Dispute},
+};
+use loopwright_activities::billing::{
+    MicroCredits,
+    ledger::{self, LedgerError, Payment},
+};
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+/// What can be bought: Stars and the credits for them. Chosen: a Star pays out about 0.013 USD and a credit is worth
+/// about 0.01, so a credit costs a Star and larger amounts a little less.
+pub const PACKS: &[(i32, i64)] = &[(100, 100), (250, 260), (500, 540), (1_000, 1_120)];
+/// The pack of a bare `/buy`.
+pub const STANDARD: i32 = 250;
+/// An offer stands so long. Chosen: prices may change within days.
+const OFFER_HOURS: i32 = 24;
+
+/// Opens an order. Returns the invoice; `None` if there is no such pack.
+pub(super) async fn offer(tx: &mut Tx, chat_id: i64, user: Uuid, stars: Option<i32>) -> Result<Option<Value>, Error> {
+    let wanted = stars.unwrap_or(STANDARD);
+    let Some((stars, credits)) = PACKS.iter().copied().find(|(stars, _)| *stars == wanted) else { return Ok(None) };
+    let payload = orders::open(tx, user, stars, MicroCredits::from_credits(credits), OFFER_HOURS).await?;
+    Ok(Some(render::invoice(chat_id, stars, credits, &payload)))
+}
+
+/// The answer to the question whether a payment may be made.
+pub(super) async fn check(
+    tx: &mut Tx,
+    from: i64,
+    query: &str,
+    currency: &str,
+    amount: i64,
+    payload: &str,
+) -> Result<Value, Error> {
+    Ok(match orders::payable(tx, from, payload, currency, amount).await? {
+        Ok(()) => json!({"pre_checkout_query_id": query, "ok": true}),
+        Err(why) => {
+            tracing::info!(from, ?why, "a payment was refused before it was made");
+            json!({"pre_checkout_query_id": query, "ok": false, "error_message": render::unpayable(why)})
+        }
+    })
+}
+
+/// Books a payment that was made. Returns what to say; nothing if it was booked before.
+///
+/// # Transaction
+/// Wakes what waits for credits (locks runs), then grants (locks the user): the lock order of workers. Idempotent by
+/// charge id. A payment that does not fit its order is kept for an operator and grants nothing.
+pub(super) async fn paid(parts: &Parts, tx: &mut Tx, from: i64, charge: &Charge) -> Result<Option<String>, Error> {
+    let user = chats::user(tx, from).await?.map(|user| user.id);
+    let refused = match user {
+        None => "the payer is no user".to_owned(),
+        Some(user) => {
+            let payment = Payment {
+                charge_id: &charge.id,
+                payload: &charge.payload,
+                currency: &charge.currency,
+                stars: i32::try_from(charge.amount).unwrap_or(0),
+                recurring: charge.recurring,
+            };
+            parts.client.unblock_in(tx, &json!({ "user_id": user.to_string() })).await?;
+            match ledger::purchase(tx, user, &payment).await {
+                Ok(None) => return Ok(None),
+                Ok(Some(credits)) => {
+                    let balance = ledger::balance(tx, user).await?.available();
+                    return Ok(Some(format!(
+                        "Thank you! <b>{credits}</b> credits were added; you have {balance} now. Work that waited for \
+                         credits goes on.\nReceipt: <code>{}</code>",
+                        teloxide::utils::html::escape(&charge.id)
+                    )));
+                }
+                Err(LedgerError::Mismatch(why)) => why,
+                Err(error) => return Err(error.into()),
+            }
+        }
+    };
+    let dispute = Dispute {
+        charge_id: &charge.id,
+        telegram_user_id: from,
+        user,
+        payload: &charge.payload,
+        currency: &charge.currency,
+        amount: charge.amount,
+        reason: &refused,
+    };
+    if !orders::dispute(tx, &dispute).await? {
+        return Ok(None);
+    }
+    tracing::error!(from, charge = charge.id, why = refused, "a payment does not fit its order; it was not granted");
+    Ok(Some(format!(
+        "Your payment arrived, but it does not fit its invoice, so no credits were added yet. The operator will look at \
+         it: /paysupport, and name the charge <code>{}</code>.",
+        teloxide::utils::html::escape(&charge.id)
+    )))
+}
