@@ -1,7 +1,7 @@
 //! One run in one database, with a worker process of its own: begun, driven to its end, its owner's part played.
 
 use super::{mark, narrate::Narrator, worker::Worker};
-use crate::{app::App, cli::token::DEVELOPER, read::task};
+use crate::{app::App, read::task};
 use anyhow::Context as _;
 use loopwright_activities::billing::{
     MicroCredits,
@@ -107,9 +107,8 @@ impl Stage {
     ) -> anyhow::Result<Self> {
         app.deploy_shipped().await?;
         let issuer = &app.config.auth.issuer;
-        // A user of its own, so that its credits tell the story of this run; a real idea is the developer's.
-        let account = if subject.rehearsed { format!("demo:{run}") } else { DEVELOPER.to_owned() };
-        let user = app.store.user_of(issuer, &account, issuer).await?.id;
+        // A user of its own, so that its credits tell the story of this run and of nothing else.
+        let user = app.store.user_of(issuer, &format!("demo:{run}"), issuer).await?.id;
         let project = Uuid::new_v5(&run.0, b"project");
         app.store.create_project_as(project, user, &subject.name, &subject.idea, crate::rest::WORKFLOW).await?;
         let known = app.store.project(user, project).await?.context("the demo's project is gone")?;
