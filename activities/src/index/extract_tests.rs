@@ -331,7 +331,7 @@ fn deep_nesting_does_no_harm() {
             "> ".repeat(2_000),
         ] {
             // Whether it ends by itself or by the deadline, it ends.
-            extract_until(lang, &text, thread_time() + Duration::from_millis(40));
+            extract_until(lang, &text, thread_time() + Duration::from_millis(15));
         }
     }
 }

@@ -45,6 +45,9 @@ enum Step {
     Delete(usize),
     Rename(usize, usize),
     Binary(usize),
+    /// A folder in place of a file, or the other way round.
+    Folder(usize, usize),
+    Ignore(usize),
     Update,
     Reopen,
 }
@@ -55,6 +58,8 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (0usize..12).prop_map(Step::Delete),
         2 => (0usize..12, 0usize..12).prop_map(|(from, to)| Step::Rename(from, to)),
         1 => (0usize..12).prop_map(Step::Binary),
+        1 => (0usize..12, 0usize..40).prop_map(|(file, text)| Step::Folder(file, text)),
+        1 => (0usize..12).prop_map(Step::Ignore),
         5 => Just(Step::Update),
         1 => Just(Step::Reopen),
     ]
@@ -88,13 +93,24 @@ proptest! {
         for step in steps {
             let at = |number| root.path().join(name(number));
             match step {
-                Step::Write(file, number) => write(root.path(), &name(file), text(number)),
+                Step::Write(file, number) => {
+                    drop(fs::remove_dir_all(at(file)));
+                    write(root.path(), &name(file), text(number));
+                }
                 Step::Delete(file) => drop(fs::remove_file(at(file))),
+                Step::Folder(file, number) => {
+                    drop(fs::remove_file(at(file)));
+                    write(root.path(), &format!("{}/inner.rs", name(file)), text(number));
+                }
+                Step::Ignore(file) => write(root.path(), ".gitignore", format!("{}\n", name(file))),
                 Step::Rename(from, to) => {
                     fs::create_dir_all(at(to).parent().unwrap()).unwrap();
                     drop(fs::rename(at(from), at(to)));
                 }
-                Step::Binary(file) => write(root.path(), &name(file), b"a\0b"),
+                Step::Binary(file) => {
+                    drop(fs::remove_dir_all(at(file)));
+                    write(root.path(), &name(file), b"a\0b");
+                }
                 Step::Update => drop(index.update(root.path()).unwrap()),
                 Step::Reopen => {
                     drop(index);
@@ -249,7 +265,7 @@ fn a_root_that_cannot_be_read_changes_nothing() {
 fn many_small_updates_leave_few_segments() {
     let root = shop();
     let (index, _dir) = fresh(root.path());
-    for number in 0..40 {
+    for number in 0..24 {
         write(root.path(), "src/often.rs", text(number * 4));
         assert_eq!(index.update(root.path()).unwrap().files, SHOP.len() + 1);
     }
