@@ -131,12 +131,9 @@ impl Catalog {
         Some((record, record.defs.get(place.1 as usize)?))
     }
 
-    /// In how many files a name is used besides those that define it; short names mean too many things to count.
+    /// In how many files a name is used, those that define it included; short names mean too many things to count.
     pub(super) fn uses(&self, name: &str) -> u32 {
-        if name.len() < USE_BYTES_MIN {
-            return 0;
-        }
-        self.uses.get(&mark(name)).copied().unwrap_or(0).saturating_sub(self.definers(name))
+        if name.len() < USE_BYTES_MIN { 0 } else { self.uses.get(&mark(name)).copied().unwrap_or(0) }
     }
 
     /// How many definitions have a name, whatever its case.

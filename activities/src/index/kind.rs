@@ -89,7 +89,7 @@ const NAMES: &[(PathKind, &[&str])] = &[
         ],
     ),
     (PathKind::Doc, &["license", "licence", "copying", "authors", "notice", "changelog", "readme"]),
-    (PathKind::Test, &["conftest.py", "test.rs", "tests.rs"]),
+    (PathKind::Test, &["conftest.py", "test.rs", "tests.rs", "tests.py"]),
 ];
 
 /// Ends of names, in lower case.

@@ -2,12 +2,12 @@
 
 use super::{
     budget,
-    catalog::Record,
+    catalog::{Catalog, Record},
     extract::Def,
     kind::{About, PathKind},
     store::Loaded,
 };
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 /// Signatures that may enter a map; no budget has room for more.
 const CANDIDATES_MAX: usize = 5000;
@@ -25,6 +25,7 @@ struct Candidate<'l> {
 /// Signatures by falling use, as many as fit, in files by their most used, in the order of their lines.
 pub(super) fn map(loaded: &Loaded, budget_tokens: usize) -> String {
     let room = budget::bytes(budget_tokens);
+    let mut known = HashMap::new();
     let mut candidates: Vec<Candidate<'_>> = Vec::new();
     for record in loaded.catalog.files.values() {
         // Data, prose and what others made are not what a program is made of.
@@ -33,11 +34,11 @@ pub(super) fn map(loaded: &Loaded, budget_tokens: usize) -> String {
         {
             continue;
         }
-        for (ord, def) in record.defs.iter().enumerate().filter(|(_, def)| is_shown(def)) {
+        for (ord, def) in record.defs.iter().enumerate().filter(|(_, def)| is_shown(def) && def.kind != "impl") {
             if u32::try_from(ord).is_ok_and(|ord| record.is_in_tests(ord)) {
                 continue;
             }
-            candidates.push(Candidate { record, ord, weight: weight(loaded, record, def) });
+            candidates.push(Candidate { record, ord, weight: weight(loaded, record, def, &mut known) });
         }
     }
     candidates.sort_by(|a, b| {
@@ -88,20 +89,36 @@ pub(super) fn map(loaded: &Loaded, budget_tokens: usize) -> String {
 fn is_shown(def: &Def) -> bool {
     !matches!(
         def.kind.as_str(),
-        "variant" | "field" | "key" | "section" | "id" | "variable" | "impl" | "prototype" | "keyframes"
+        "variant" | "field" | "key" | "section" | "id" | "variable" | "prototype" | "keyframes"
     ) && !def.signature.is_empty()
 }
 
 /// How much the rest of the code leans on a definition: files that use the name, shared among those who have it.
-fn weight(loaded: &Loaded, record: &Record, def: &Def) -> f64 {
-    let uses = f64::from(loaded.catalog.uses(&def.name));
-    let definers = loaded.catalog.definers(&def.name).max(1);
-    // Types say more of a program than functions, and a plain word (`get`, `push`) is mostly somebody else's.
+fn weight<'l>(loaded: &'l Loaded, record: &Record, def: &'l Def, known: &mut HashMap<&'l str, f64>) -> f64 {
+    let name = *known.entry(&def.name).or_insert_with(|| of_name(&loaded.catalog, &def.name));
+    // Types say more of a program than functions.
     let kind = if def.is_container() { 3.0 } else { 1.0 };
-    let plain = !def.name.contains(|c: char| c.is_uppercase() || c == '_');
+    name * kind * record.kind.weight(About::default())
+}
+
+fn of_name(catalog: &Catalog, name: &str) -> f64 {
+    let mut files = HashSet::new();
+    let mut definers = 0u32;
+    for place in catalog.names.get(&name.to_lowercase()).into_iter().flatten() {
+        if let Some((_, def)) = catalog.def(place)
+            && def.name == name
+        {
+            files.insert(&place.0);
+            // An `impl` or a prototype is the same thing once more.
+            definers += u32::from(!matches!(def.kind.as_str(), "impl" | "prototype"));
+        }
+    }
+    let uses = catalog.uses(name).saturating_sub(u32::try_from(files.len()).unwrap_or(u32::MAX));
+    // A plain word (`get`, `push`) is mostly somebody else's.
+    let plain = !name.contains(|c: char| c.is_uppercase() || c == '_');
     let common = if plain || definers > DEFINERS_MAX { 0.1 } else { 1.0 };
     // Half a use, so that a program without any still has a map.
-    (uses + 0.5) / f64::from(definers) * kind * common * record.kind.weight(About::default())
+    (f64::from(uses) + 0.5) / f64::from(definers.max(1)) * common
 }
 
 /// A line of the map, indented by what is shown around it.

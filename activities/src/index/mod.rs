@@ -27,6 +27,8 @@ mod unit;
 mod update;
 mod walk;
 
+pub use extract::too_deep;
+
 use serde::Serialize;
 use std::{
     path::{Path, PathBuf},

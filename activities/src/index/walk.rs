@@ -160,7 +160,7 @@ fn is_skipped(entry: &DirEntry) -> bool {
         return false;
     }
     let beside = |owner: &&str| entry.path().parent().is_some_and(|parent| parent.join(owner).is_file());
-    (name == "target" && TARGET_OWNERS.iter().any(|owner| beside(&owner)))
+    (name == "target" && TARGET_OWNERS.iter().any(beside))
         || MADE_BY_TOOLS.iter().any(|mark| entry.path().join(mark).is_file())
 }
 
