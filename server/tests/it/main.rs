@@ -4,8 +4,10 @@
 
 mod auth;
 mod cli;
+mod fake_telegram;
 mod limits;
 mod loop_run;
 mod projects;
 mod runs;
 mod support;
+mod telegram;
