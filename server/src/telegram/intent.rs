@@ -228,7 +228,8 @@ mod tests {
         assert_eq!(text("/BUY@some_bot 500"), Intent::Command(Command::Buy(Some(500))));
         assert_eq!(text("/new\na shop\nfor tea"), Intent::Command(Command::New("a shop\nfor tea".into())));
         assert_eq!(text("/fly"), Intent::Command(Command::Unknown("fly".into())));
-        assert_eq!(intent(&message(&json!({"sticker_of_the_future": {}}))), None);
+        assert_eq!(intent(&message(&json!({"hologram": {}}))), Some(Intent::Unreadable));
+        assert_eq!(intent(&json!({"update_id": 1, "hologram": {}})), None);
         let photo =
             json!({"photo": [{"file_id": "a", "file_unique_id": "b", "width": 1, "height": 1, "file_size": 1}]});
         assert_eq!(intent(&message(&photo)), Some(Intent::Unreadable));

@@ -242,7 +242,7 @@ async fn an_idea_becomes_a_delivered_project() {
     assert!(end.text().contains("accepted") && end.text().contains("c0ffee0123") && end.text().contains("/download"));
 
     // One message was edited all along; its last text is the end.
-    let edited = bot.fake.message("▓▓▓▓▓▓▓▓▓▓ 2/2").await;
+    let edited = bot.fake.message("\nCompleted.\nLast: Deliver").await;
     let ids: std::collections::BTreeSet<_> =
         bot.fake.done("EditMessageText").iter().map(|call| call.message_id).collect();
     assert_eq!((ids.len(), ids.contains(&edited.message_id)), (1, true));
@@ -556,7 +556,7 @@ async fn a_progress_message_is_edited_to_its_newest_text_only() {
         .until("the refused edit", |calls| calls.iter().find(|c| c.wrong == Some(Wrong::Quiet(2))).cloned())
         .await;
     gate.add_permits(2);
-    let last = bot.fake.message("▓▓▓▓▓▓▓▓▓▓ 2/2").await;
+    let last = bot.fake.message("\nCompleted.\nLast: Deliver").await;
     bot.fake.message("is done").await;
     bot.settled(3).await;
     assert!(last.at - quiet.at >= Duration::from_secs(2), "{:?}", last.at - quiet.at);
