@@ -1,8 +1,8 @@
 //! Sends what the outbox holds: one message of a chat at a time, as fast as Telegram allows.
 //!
 //! Telegram has no idempotency keys. A row is `sending` before the request leaves, so that an unknown outcome shows as
-//! one: what repeats harmlessly (edits, deletions, answers) is repeated; a message is sent once more, because a lost
-//! question stops a project and a doubled one only looks odd; after that it is given up as `unknown`.
+//! one: what repeats harmlessly (edits, deletions, answers) is repeated; a message is sent twice more at most, because a
+//! lost question stops a project and a doubled one only looks odd; after that it is given up as `unknown`.
 
 use super::{
     Error,
@@ -28,7 +28,7 @@ const AT_ONCE: usize = 16;
 /// On top of them, answers to buttons and payments: uploads must not keep those waiting.
 const URGENT: usize = 8;
 /// Resends of a message whose outcome is unknown.
-const RESENDS: i32 = 1;
+const RESENDS: i32 = 2;
 /// Tries of what repeats harmlessly, when every outcome is unknown.
 const REPEATS: i32 = 20;
 /// An answer to a button or a payment that is older than this helps nobody, in seconds.

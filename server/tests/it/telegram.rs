@@ -282,6 +282,13 @@ async fn a_typed_answer_reaches_the_run_and_a_stray_text_starts_nothing() {
             .await
             .unwrap();
     assert_eq!((payload["text"].as_str(), dedupe.starts_with("tg:")), (Some("Green"), true));
+    // Who lost the plan gets it again, with buttons.
+    bot.fake.says(ADA, "/status");
+    bot.fake
+        .until("the plan again", |calls| {
+            (calls.iter().filter(|c| c.button("Approve").is_some()).count() == 2).then_some(())
+        })
+        .await;
     // A text beside the plan is nobody's answer: it can become the change.
     bot.fake.says(ADA, "with a blog");
     let offer = bot.fake.message("What shall I do with your text?").await;
@@ -476,7 +483,7 @@ async fn what_was_stored_is_acted_upon_after_a_crash_once() {
     assert_eq!(bot.parts.store.store_updates(&batch).await.unwrap(), 1);
     assert_eq!(bot.parts.store.store_updates(&batch).await.unwrap(), 0);
     // What it was sending has an unknown outcome: a text goes out once more.
-    for (key, unknowns) in [("a", 0), ("b", 1)] {
+    for (key, unknowns) in [("a", 0), ("b", 2)] {
         sqlx::query(
             "insert into telegram_outbox (chat_id, dedupe_key, method, body, state, unknowns)
              values ($1, $2, 'SendMessage', $3, 'sending', $4)",
@@ -510,6 +517,43 @@ async fn what_was_stored_is_acted_upon_after_a_crash_once() {
     assert_eq!(bot.number("select count(*) from projects").await, 1);
     worker.drain(Duration::from_secs(5)).await;
     bot.stop().await;
+}
+
+#[tokio::test]
+async fn a_conversation_survives_a_bot_that_dies_at_every_turn() {
+    let bot = Bot::prepare(|_| {}).await;
+    let worker = bot.worker(Arc::new(NoHook), None).await;
+    let fake = &bot.fake;
+    let deaths = async {
+        let mut seen = 0;
+        loop {
+            let parts = bot.parts.clone();
+            let (_stop, stopped) = watch::channel(false);
+            let life = tokio::spawn(async move { telegram::run(parts, stopped).await.unwrap() });
+            // Every life ends with its fourth call, wherever that finds the rest of it.
+            seen = fake.until("a life", |calls| (calls.len() >= seen + 4).then_some(calls.len())).await;
+            life.abort();
+            assert!(life.await.unwrap_err().is_cancelled());
+        }
+    };
+    let conversation = async {
+        fake.says(ADA, "/start");
+        fake.says(ADA, IDEA);
+        let question = fake.until("the question", |c| c.iter().find(|c| c.button("Red").is_some()).cloned()).await;
+        fake.presses(ADA, question.message_id, &question.button("Red").unwrap());
+        let plan = fake.until("the plan", |c| c.iter().find(|c| c.button("Approve").is_some()).cloned()).await;
+        fake.presses(ADA, plan.message_id, &plan.button("Approve").unwrap());
+        fake.message("is done").await;
+    };
+    tokio::select! {
+        () = deaths => {}
+        () = conversation => {}
+    }
+    assert_eq!(bot.number("select count(*) from runs where status = 'completed'").await, 1);
+    assert_eq!(bot.number("select count(*) from runs").await, 1);
+    assert_eq!(bot.number("select count(*) from inbox where kind = 'signal'").await, 2);
+    assert_eq!(bot.number("select count(*) from credit_transactions").await, 1);
+    worker.drain(Duration::from_secs(5)).await;
 }
 
 #[tokio::test]
@@ -578,14 +622,18 @@ async fn a_telegram_that_misbehaves_loses_and_doubles_nothing_it_need_not() {
     bot.fake.wrong("GetUpdates", Wrong::Quiet(0));
     bot.fake.wrong("SendMessage", Wrong::HangUp);
     bot.fake.wrong("SendMessage", Wrong::Broken);
+    bot.fake.wrong("SendMessage", Wrong::HangUp);
     bot.fake.says(ADA, "/start");
     bot.fake.says(ADA, "/terms");
     bot = bot.resume();
-    // The greeting was said and its answer lost: it is said once more, and that try breaks, so it is given up.
+    // The greeting was said and its answer lost: it is said twice more without certainty, and then given up.
     bot.fake.message("Credits pay for the models").await;
     bot.settled(2).await;
     let tries: Vec<_> = bot.fake.calls().into_iter().filter(|c| c.text().contains("Hello")).collect();
-    assert_eq!(tries.iter().map(|c| c.wrong).collect::<Vec<_>>(), [Some(Wrong::HangUp), Some(Wrong::Broken)]);
+    assert_eq!(
+        tries.iter().map(|c| c.wrong).collect::<Vec<_>>(),
+        [Some(Wrong::HangUp), Some(Wrong::Broken), Some(Wrong::HangUp)]
+    );
     assert_eq!(bot.number("select count(*) from telegram_outbox where state = 'unknown'").await, 1);
     // A user who has blocked the bot is let alone until he writes again.
     bot.fake.wrong("SendMessage", Wrong::Blocked);
