@@ -63,9 +63,9 @@ pub fn progress(view: &RunView, rows: &[HistoryRow]) -> Progress {
         .and_then(|node| Some((node.done?, node.total?)));
     let task::Task { task, message } = task::standing(view);
     let now = match standing {
-        Standing::Working if view.live.is_empty() => format!("{task}: {message}"),
-        Standing::Closed(_) | Standing::Halted => message,
-        Standing::Working => task,
+        Standing::Working => {
+            view.live.first().map_or_else(|| format!("{task}: {message}"), |live| task::working(live, rows))
+        }
         Standing::Asking => "Waits for you.".to_owned(),
         _ => message,
     };

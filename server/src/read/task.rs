@@ -1,6 +1,6 @@
 //! What a run has just done, does now, or waits for, in words: the answer of the loop's trigger.
 
-use loopwright_engine::view::{HistoryRow, RunStatus, RunView, Waiting};
+use loopwright_engine::view::{HistoryRow, LiveAttempt, RunStatus, RunView, Waiting};
 use serde_json::Value;
 
 /// Longest text taken from a run into an answer, in characters. Chosen, not measured.
@@ -52,6 +52,12 @@ fn end_of(event: &Value, row: &HistoryRow, rows: &[HistoryRow]) -> Option<Task> 
         }
     };
     Some(Task { task: name(activity, path, title(rows, path)), message })
+}
+
+/// What an attempt works on, by the title of its item if `rows` show its start.
+#[must_use]
+pub fn working(live: &LiveAttempt, rows: &[HistoryRow]) -> String {
+    name(&live.activity, &live.path, title(rows, &live.path))
 }
 
 /// How a run stands when no task has ended: what is in progress, what it waits for, or how it closed.

@@ -111,9 +111,19 @@ pub fn fault(error: &RequestError) -> Fault {
         RequestError::RetryAfter(seconds) => Fault::Quiet(seconds.duration()),
         RequestError::MigrateToChatId(_) => Fault::Refused(text),
         RequestError::Network(source) if source.is_connect() => Fault::NotSent(text),
-        RequestError::Network(_) | RequestError::InvalidJson { .. } => Fault::Unknown(text),
+        RequestError::Network(_) => Fault::Unknown(text),
+        RequestError::InvalidJson { raw, .. } => unread(raw),
         RequestError::Io(_) => Fault::NotSent(text),
         RequestError::Api(error) => api_fault(error),
+    }
+}
+
+/// An answer that the library cannot read: a refusal with fields of a newer API, or a proxy's page.
+fn unread(raw: &str) -> Fault {
+    let answer: Value = serde_json::from_str(raw).unwrap_or_default();
+    match (answer["ok"].as_bool(), answer["description"].as_str()) {
+        (Some(false), Some(description)) => by_description(description),
+        _ => Fault::Unknown("the answer is not one of the Bot API".to_owned()),
     }
 }
 
@@ -183,6 +193,8 @@ mod tests {
             ("Conflict: x", Fault::Conflict("Conflict: x".into())),
         ] {
             assert_eq!(api_fault(&ApiError::Unknown(text.into())), fault);
+            let raw = serde_json::json!({"ok": false, "description": text, "parameters": {"new": 1}}).to_string();
+            assert_eq!(unread(&raw), fault);
         }
     }
 }

@@ -86,17 +86,13 @@ async fn tell(parts: &Parts, tx: &mut Tx, run: &Followed) -> Result<(), Error> {
         Err(error) => return Err(error),
     };
     outbox::replace(tx, &progress_message(run, &seen.text)).await?;
+    ask(tx, run, &seen, None).await?;
     for waiting in &seen.view.waiting {
-        match waiting {
-            Waiting::Signal { path, show, .. } => question(tx, run, &seen, path, show.as_deref()).await?,
-            Waiting::Approval { path, step, show, .. } => {
-                approval(tx, run, &seen, path, step, show.as_deref()).await?;
-            }
-            Waiting::Blocked { message, .. } if seen.standing == Standing::Credits => {
-                let text = render::no_credits(&seen.name, message);
-                once(tx, run, format!("credits:{}:{}", run.run, seen.view.seq), &text, Vec::new()).await?;
-            }
-            _ => {}
+        if let Waiting::Blocked { message, .. } = waiting
+            && seen.standing == Standing::Credits
+        {
+            let text = render::no_credits(&seen.name, message);
+            once(tx, run, format!("credits:{}:{}", run.run, seen.view.seq), &text, Vec::new()).await?;
         }
     }
     let closed = seen.view.status.is_closed();
@@ -147,11 +143,39 @@ async fn once(tx: &mut Tx, run: &Followed, key: String, html: &str, keyboard: re
     Ok(())
 }
 
-/// Asks a question once, with the suggested answers as buttons.
-async fn question(tx: &mut Tx, run: &Followed, seen: &Seen, path: &str, show: Option<&str>) -> Result<(), Error> {
-    if !chats::ask(tx, run.run, path).await? {
-        return Ok(());
+/// Asks what the run waits for: each place once, or everything unanswered again for the update that wants to know.
+pub(super) async fn ask(tx: &mut Tx, run: &Followed, seen: &Seen, again: Option<i64>) -> Result<(), Error> {
+    for waiting in &seen.view.waiting {
+        let (Waiting::Signal { path, show, .. } | Waiting::Approval { path, show, .. }) = waiting else { continue };
+        let due = match again {
+            None => chats::ask(tx, run.run, path).await?,
+            Some(_) => !chats::is_answered(tx, run.run, path).await?,
+        };
+        if !due {
+            continue;
+        }
+        let key = match again {
+            None => format!("ask:{}:{path}", run.run),
+            Some(update) => format!("again:{update}:{}:{path}", run.run),
+        };
+        let show = show.as_deref();
+        match waiting {
+            Waiting::Approval { step, .. } => approval(tx, run, seen, &key, path, step, show).await?,
+            _ => question(tx, run, seen, &key, path, show).await?,
+        }
     }
+    Ok(())
+}
+
+/// Asks a question, with the suggested answers as buttons.
+async fn question(
+    tx: &mut Tx,
+    run: &Followed,
+    seen: &Seen,
+    key: &str,
+    path: &str,
+    show: Option<&str>,
+) -> Result<(), Error> {
     let mut keyboard = Vec::new();
     for text in suggestions(&seen.view, path) {
         let action = Action::Answer { text: text.clone() }.to_json();
@@ -159,7 +183,7 @@ async fn question(tx: &mut Tx, run: &Followed, seen: &Seen, path: &str, show: Op
         keyboard.push(vec![(text, token)]);
     }
     let text = format!("{}\n\nPress an answer or write your own.", show.unwrap_or("What should I know?"));
-    shown(tx, run, path, &format!("💬 <b>{}</b>\n", escape(&seen.name)), &text, keyboard).await
+    shown(tx, run, key, &format!("💬 <b>{}</b>\n", escape(&seen.name)), &text, keyboard).await
 }
 
 /// Answers that the step before the question suggests: `output.suggestions` of its sibling.
@@ -178,18 +202,16 @@ fn suggestions(view: &RunView, path: &str) -> Vec<String> {
         .collect()
 }
 
-/// Asks for an approval once.
+/// Asks for an approval.
 async fn approval(
     tx: &mut Tx,
     run: &Followed,
     seen: &Seen,
+    key: &str,
     path: &str,
     step: &str,
     show: Option<&str>,
 ) -> Result<(), Error> {
-    if !chats::ask(tx, run.run, path).await? {
-        return Ok(());
-    }
     let decide = |decision| Action::Decide { step: step.to_owned(), decision };
     let choices = if step == DECIDE {
         vec![("✅ Accept as it is", decide(Verdict::Approved)), ("❌ Reject", decide(Verdict::Rejected))]
@@ -206,14 +228,14 @@ async fn approval(
         row.push((label.to_owned(), token));
     }
     let heading = format!("📋 <b>{}</b> needs your decision.\n\n", escape(&seen.name));
-    shown(tx, run, path, &heading, show.unwrap_or("Shall I go on?"), vec![row]).await
+    shown(tx, run, key, &heading, show.unwrap_or("Shall I go on?"), vec![row]).await
 }
 
 /// Writes a text of any length; the buttons are under its last piece.
 async fn shown(
     tx: &mut Tx,
     run: &Followed,
-    path: &str,
+    key: &str,
     heading: &str,
     text: &str,
     keyboard: render::Keyboard,
@@ -228,7 +250,7 @@ async fn shown(
         let heading = if n == 0 { heading } else { "" };
         let keys = if n == last { keyboard.take().unwrap_or_default() } else { Vec::new() };
         let html = format!("{heading}{}", escape(piece));
-        once(tx, run, format!("ask:{}:{path}:{n}", run.run), &html, keys).await?;
+        once(tx, run, format!("{key}:{n}"), &html, keys).await?;
     }
     Ok(())
 }

@@ -43,11 +43,16 @@ impl Session {
     }
 
     pub fn stopped(&self) -> bool {
-        *self.stop.borrow()
+        is_stopped(&self.stop)
     }
 }
 
-/// Waits; true if the stop came first. Nobody left to say so means stop as well.
+/// Whether to stop. Nobody left to say so means stop as well.
+fn is_stopped(stop: &watch::Receiver<bool>) -> bool {
+    *stop.borrow() || stop.has_changed().is_err()
+}
+
+/// Waits; true if the stop came first.
 pub(super) async fn pause(length: Duration, stop: &mut watch::Receiver<bool>) -> bool {
     tokio::select! {
         _ = stop.wait_for(|stop| *stop) => true,
@@ -65,7 +70,7 @@ pub(super) async fn pause(length: Duration, stop: &mut watch::Receiver<bool>) ->
 pub async fn run(parts: Parts, mut stop: watch::Receiver<bool>) -> anyhow::Result<()> {
     let Some(bot) = api::bot(&parts.settings).context("the HTTP client of the bot")? else { return Ok(()) };
     let mut failures = 0;
-    while !*stop.borrow() {
+    while !is_stopped(&stop) {
         let started = Instant::now();
         let Err(error) = lead(&parts, &bot, &mut stop).await else { continue };
         failures = if started.elapsed() > RECOVERED { 1 } else { failures + 1 };

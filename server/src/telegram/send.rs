@@ -1,8 +1,8 @@
 //! Sends what the outbox holds: one message of a chat at a time, as fast as Telegram allows.
 //!
 //! Telegram has no idempotency keys. A row is `sending` before the request leaves, so that an unknown outcome shows as
-//! one: what repeats harmlessly (edits, deletions, answers) is repeated; a message is sent once more, because a lost
-//! question stops a project and a doubled one only looks odd; after that it is given up as `unknown`.
+//! one: what repeats harmlessly (edits, deletions, answers) is repeated; a message is sent twice more at most, because a
+//! lost question stops a project and a doubled one only looks odd; after that it is given up as `unknown`.
 
 use super::{
     Error,
@@ -23,16 +23,21 @@ use teloxide::{
 use tokio::{task::JoinSet, time::MissedTickBehavior};
 use uuid::Uuid;
 
-/// Requests at the same time. Chosen, not measured.
+/// Messages that are sent at the same time. Chosen, not measured.
 const AT_ONCE: usize = 16;
+/// On top of them, answers to buttons and payments: uploads must not keep those waiting.
+const URGENT: usize = 8;
 /// Resends of a message whose outcome is unknown.
-const RESENDS: i32 = 1;
+const RESENDS: i32 = 2;
 /// Tries of what repeats harmlessly, when every outcome is unknown.
 const REPEATS: i32 = 20;
 /// An answer to a button or a payment that is older than this helps nobody, in seconds.
 const ANSWER_AGE_MAX_S: f64 = 60.0;
 /// Largest upload. Source: Bot API.
 const UPLOAD_MAX: usize = 50 << 20;
+/// Size of a zip file without files: its end record.
+const EMPTY_ZIP: usize = 22;
+const NOTHING: &str = "There is nothing to download yet: the project has no finished work.";
 /// After the stop, requests under way may take this long.
 const DRAIN: Duration = Duration::from_secs(5);
 /// Longest error text that is kept, in characters.
@@ -56,9 +61,8 @@ pub(super) async fn run(session: &Session) -> Result<(), Error> {
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut sending: JoinSet<Result<(), Error>> = JoinSet::new();
     while !session.stopped() {
-        let room = i64::try_from(AT_ONCE - sending.len()).unwrap_or(0);
-        let chat_ms = i64::try_from(pace.chat.as_millis()).unwrap_or(i64::MAX);
-        let rows = if room > 0 { store.claim_sending(room, chat_ms).await? } else { Vec::new() };
+        let room = |limit: usize| i64::try_from(limit.saturating_sub(sending.len())).unwrap_or(0);
+        let rows = store.claim_sending(room(AT_ONCE), room(AT_ONCE + URGENT), millis(pace.chat)).await?;
         let idle = rows.is_empty();
         for row in rows {
             ticks.tick().await;
@@ -186,11 +190,12 @@ async fn document(session: &Session, row: &Sending) -> Result<Option<Result<Opti
     let project = row.body["project_id"].as_str().and_then(|id| Uuid::parse_str(id).ok()).unwrap_or_default();
     let name = row.body["name"].as_str().unwrap_or("project").to_owned();
     let text = match session.parts.archives.zip(project).await {
-        Ok(zip) if zip.len() <= UPLOAD_MAX => {
+        Ok(zip) if zip.len() > EMPTY_ZIP && zip.len() <= UPLOAD_MAX => {
             let file = InputFile::memory(zip).file_name(format!("{name}.zip"));
             let sent = session.bot.send_document(ChatId(row.chat_id), file).await;
             return Ok(Some(sent.map(|message| Some(i64::from(message.id.0))).map_err(|error| api::fault(&error))));
         }
+        Ok(zip) if zip.len() <= EMPTY_ZIP => NOTHING.to_owned(),
         Ok(zip) => format!(
             "The archive has {} MB, and Telegram takes {} MB. Fetch it from the REST interface.",
             zip.len() >> 20,
@@ -201,7 +206,7 @@ async fn document(session: &Session, row: &Sending) -> Result<Option<Result<Opti
         }
         Err(failure) => {
             tracing::info!(%project, code = failure.code, "no archive");
-            "There is nothing to download yet: the project has no finished work.".to_owned()
+            NOTHING.to_owned()
         }
     };
     let mut tx = session.parts.store.begin().await?;

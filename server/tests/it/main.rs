@@ -5,6 +5,7 @@
 mod auth;
 mod cli;
 mod e2e;
+mod fake_telegram;
 mod house;
 mod limits;
 mod loop_run;
@@ -12,3 +13,4 @@ mod projects;
 mod runs;
 mod shipped;
 mod support;
+mod telegram;

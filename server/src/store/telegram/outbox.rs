@@ -104,11 +104,12 @@ pub async fn replace(tx: &mut Tx, new: &Outgoing) -> Result<(), Error> {
 }
 
 impl Store {
-    /// Takes up to `limit` messages for sending. Of a chat one at a time, its oldest, at most one per `pace_ms`.
+    /// Takes up to `limit` messages and `urgent` answers for sending. Of a chat one message at a time, its oldest, at
+    /// most one per `pace_ms`.
     ///
     /// # Transaction
     /// One statement. What it returns is `sending` until [`Self::settle_sending`].
-    pub async fn claim_sending(&self, limit: i64, pace_ms: i64) -> Result<Vec<Sending>, Error> {
+    pub async fn claim_sending(&self, limit: i64, urgent: i64, pace_ms: i64) -> Result<Vec<Sending>, Error> {
         type Row = (i64, i64, String, Value, i32, i32, i32, Option<i64>, f64);
         let rows: Vec<Row> = sqlx::query_as(
             "with heads as (
@@ -116,16 +117,17 @@ impl Store {
                where o.state in ('queued', 'sending') and not o.urgent
                order by o.chat_id, o.state = 'sending' desc, o.queued_at, o.id),
              due as (
-               select h.id, h.queued_at from heads h join telegram_outbox o on o.id = h.id
+               (select h.id from heads h join telegram_outbox o on o.id = h.id
                  join telegram_chats c on c.chat_id = o.chat_id
                where h.state = 'queued' and h.not_before <= engine_now() and c.next_send_at <= engine_now()
                  and c.blocked_at is null
+               order by h.queued_at limit $1)
                union all
-               select id, queued_at from telegram_outbox
-               where state = 'queued' and urgent and not_before <= engine_now()),
+               (select id from telegram_outbox
+               where state = 'queued' and urgent and not_before <= engine_now() order by queued_at limit $3)),
              claimed as (
                update telegram_outbox o set state = 'sending', tries = o.tries + 1
-               where o.id in (select id from due order by queued_at limit $1) and o.state = 'queued'
+               where o.id in (select id from due) and o.state = 'queued'
                returning o.*),
              paced as (
                update telegram_chats set next_send_at = engine_now() + make_interval(secs => $2 / 1000.0)
@@ -135,6 +137,7 @@ impl Store {
         )
         .bind(limit)
         .bind(pace_ms)
+        .bind(urgent)
         .fetch_all(&self.pool)
         .await?;
         let sending = |(id, chat_id, method, body, version, tries, unknowns, telegram_message_id, age_s): Row| {

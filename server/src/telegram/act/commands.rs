@@ -107,7 +107,9 @@ async fn status(scene: &mut Scene<'_>, chat: &Chat, user: &User) -> Result<(), E
     match chats::newest_run(scene.tx, scene.chat_id, project).await? {
         Some(run) => {
             let seen = notify::see(scene.parts, &run).await?;
-            scene.say(&seen.text).await
+            scene.say(&seen.text).await?;
+            // Also what is asked, with its buttons: the first time it may have been lost.
+            notify::ask(scene.tx, &run, &seen, Some(scene.update_id)).await
         }
         None => scene.say(&format!("<b>{}</b> has no run from this chat.", escape(&name))).await,
     }

@@ -1,0 +1,705 @@
+//! The bot against a Bot API on loopback: conversations, payments, and what goes wrong between them.
+
+use crate::{
+    fake_telegram::{Call, Fake, TOKEN, Wrong},
+    support::{MIGRATIONS, Script, Work},
+};
+use futures_util::future::BoxFuture;
+use loopwright_engine::{
+    activity::Registry,
+    client::{Client, Deploy},
+    embedded::testing,
+    hook::{AttemptRef, HookError, NoHook, Reading, Refusal, Transition, TransitionHook, Verdict},
+    worker::{self, WorkerConfig, WorkerHandle},
+};
+use loopwright_server::{
+    config::{self, Access},
+    store::Store,
+    telegram::{self, Pace, Parts, intent},
+};
+use serde_json::{Value, json};
+use sqlx::PgPool;
+use std::{sync::Arc, time::Duration};
+use tokio::{
+    sync::{Semaphore, watch},
+    task::JoinHandle,
+};
+
+const ADA: i64 = 42;
+const EVE: i64 = 43;
+const IDEA: &str = "A tea <shop> & more\nwith a cart";
+const KEY: &str = "sk-or-v1-0123456789abcdef0123456789abcdef";
+
+struct Bot {
+    pool: PgPool,
+    fake: Fake,
+    parts: Parts,
+    stop: watch::Sender<bool>,
+    task: JoinHandle<()>,
+}
+
+fn pace() -> Pace {
+    let ms = Duration::from_millis;
+    Pace {
+        chat: ms(1),
+        overall: ms(1),
+        look: ms(20),
+        pause: ms(20),
+        pause_max: ms(200),
+        poll: Duration::from_secs(1),
+        refresh: Duration::from_secs(10),
+    }
+}
+
+impl Bot {
+    async fn start() -> Self {
+        Self::start_with(|_| {}).await
+    }
+
+    async fn start_with(change: impl FnOnce(&mut Parts)) -> Self {
+        Self::prepare(change).await.resume()
+    }
+
+    /// Everything but the bot itself.
+    async fn prepare(change: impl FnOnce(&mut Parts)) -> Self {
+        let pool = testing::database(MIGRATIONS).await;
+        let fake = Fake::start().await;
+        let settings = config::Telegram {
+            token: Some(TOKEN.to_owned().into()),
+            api_url: Some(fake.url.clone()),
+            access: Access::Open,
+        };
+        let store = Store::new(pool.clone());
+        let mut parts = Parts {
+            store: store.clone(),
+            client: Client::new(pool.clone(), Arc::new(NoHook)),
+            archives: Arc::new(store),
+            settings,
+            billing: config::Billing { welcome_credits: 100, credits_per_usd: 100, markup_bps: 0 },
+            pace: pace(),
+        };
+        change(&mut parts);
+        let (stop, _) = watch::channel(false);
+        Self { pool, fake, parts, stop, task: tokio::spawn(async {}) }
+    }
+
+    fn resume(mut self) -> Self {
+        let parts = self.parts.clone();
+        let (stop, stopped) = watch::channel(false);
+        self.stop = stop;
+        self.task = tokio::spawn(async move { telegram::run(parts, stopped).await.unwrap() });
+        self
+    }
+
+    /// Stops in order, which ends in time.
+    async fn stop(&mut self) {
+        self.stop.send_replace(true);
+        (&mut self.task).await.unwrap();
+    }
+
+    async fn number(&self, sql: &'static str) -> i64 {
+        sqlx::query_scalar(sql).fetch_one(&self.pool).await.unwrap()
+    }
+
+    /// Waits until everything that came was acted upon, and everything to say was said.
+    async fn settled(&self, updates: i64) {
+        let sql = "select (select count(*) from telegram_inbox where processed_at is not null) >= $1
+            and not exists (select from telegram_inbox where processed_at is null)
+            and not exists (select from telegram_outbox where state in ('queued', 'sending'))";
+        let wait = async {
+            while !sqlx::query_scalar::<_, bool>(sql).bind(updates).fetch_one(&self.pool).await.unwrap() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), wait).await.expect("the bot settles");
+    }
+
+    /// Deploys the shipped loop and works on it with activities of a few lines.
+    async fn worker(&self, hook: Arc<dyn TransitionHook>, gate: Option<Arc<Semaphore>>) -> WorkerHandle {
+        let registry = works(gate).into_iter().fold(Registry::new(), Registry::with);
+        let source = include_str!("../../../workflow-defs/dev-loop.yaml");
+        let (compiled, found) =
+            loopwright_workflows::compile(source, "dev-loop.yaml", &Default::default(), &registry.catalog());
+        let compiled = compiled.unwrap_or_else(|| panic!("{}", loopwright_workflows::render(&found, source)));
+        let deploy = Deploy {
+            definition: compiled.definition,
+            bundle: compiled.bundle,
+            source: source.to_owned(),
+            author: None,
+            message: None,
+        };
+        self.parts.client.deploy(deploy).await.unwrap();
+        worker::start(WorkerConfig { hook, ..WorkerConfig::new(self.pool.clone(), registry) }).await.unwrap()
+    }
+}
+
+fn works(gate: Option<Arc<Semaphore>>) -> Vec<Work> {
+    let work = |name, f: fn(&Value) -> Value| {
+        let script: Script = Arc::new(move |_, input| {
+            let output = f(&input);
+            Box::pin(async move { Ok(output) })
+        });
+        Work::new(name, script)
+    };
+    let implement: Script = Arc::new(move |_, _| {
+        let gate = gate.clone();
+        Box::pin(async move {
+            if let Some(gate) = gate {
+                gate.acquire().await.expect("open").forget();
+            }
+            Ok(json!({"work": "w"}))
+        })
+    });
+    vec![
+        work("gather@1", |input| {
+            if input["answer"] == "" {
+                json!({"complete": false, "question": "Which <color>?", "suggestions": ["Red & green", "Blue"],
+                       "requirements": [], "assumptions": []})
+            } else {
+                json!({"complete": true, "requirements": [input["answer"]], "assumptions": []})
+            }
+        }),
+        work("plan@1", |input| {
+            json!({"summary_markdown": format!("The plan. {}", input["changes"].as_str().unwrap_or_default()),
+                   "todo": [{"id": "one", "title": "First"}, {"id": "two", "title": "Second"}]})
+        }),
+        Work::new("implement@1", implement).metered(),
+        work("check@1", |_| json!({"passed": true})),
+        work("commit@1", |_| json!({"oid": "c0ffee"})),
+        work("verify@1", |_| json!({"verdict": "accept", "report_markdown": "", "todo": []})),
+        work("readme@1", |_| json!({})),
+        work("deliver@1", |_| json!({"commit": "c0ffee0123"})),
+    ]
+}
+
+/// The payload of the invoice of a `/buy`.
+async fn invoice(bot: &Bot, n: usize) -> (String, i64) {
+    let call: Call = bot.fake.count("SendInvoice", n).await.pop().unwrap();
+    assert_eq!(call.body["currency"], "XTR");
+    (call.body["payload"].as_str().unwrap().to_owned(), call.body["prices"][0]["amount"].as_i64().unwrap())
+}
+
+#[tokio::test]
+async fn a_start_greets_and_grants_once_and_unknown_words_are_answered() {
+    let mut bot = Bot::start().await;
+    bot.fake.says(ADA, "/start");
+    bot.fake.says(ADA, "/start payload");
+    bot.fake.says(ADA, "/fly");
+    bot.fake.says(ADA, "/credits");
+    bot.fake.says_with(ADA, json!({"voice": {"file_id": "f", "file_unique_id": "u", "duration": 1}}));
+    bot.fake.repeat(2);
+    bot.fake.message("I do not know /fly").await;
+    let greeting = bot.fake.message("Hello").await;
+    assert!(greeting.text().contains("<b>100</b> credits"), "{}", greeting.text());
+    bot.fake.message("I read text only").await;
+    bot.settled(5).await;
+    // Repeated updates were neither stored nor answered again.
+    assert_eq!(bot.fake.done("SendMessage").len(), 5);
+    assert_eq!(bot.number("select count(*) from telegram_inbox").await, 5);
+    assert_eq!(bot.number("select count(*) from credit_transactions").await, 1);
+    assert_eq!(bot.number("select credit_balance_ucr from users").await, 100_000_000);
+    let texts: Vec<_> = bot.fake.done("SendMessage").iter().map(|c| c.text().to_owned()).collect();
+    assert!(texts[2].contains("/fly") && texts[3].contains("You have <b>100</b>"), "in order: {texts:?}");
+    bot.stop().await;
+}
+
+#[tokio::test]
+async fn an_idea_becomes_a_delivered_project() {
+    let mut bot = Bot::start().await;
+    let worker = bot.worker(Arc::new(NoHook), None).await;
+    bot.fake.says(ADA, IDEA);
+    let question = bot.fake.message("Which &lt;color&gt;?").await;
+    let (red, blue) = (question.button("Red").unwrap(), question.button("Blue").unwrap());
+    assert!(red.len() <= 64 && question.body["parse_mode"] == "HTML");
+    // The same press comes as two updates, and everything is given twice.
+    bot.fake.presses(ADA, question.message_id, &red);
+    bot.fake.presses(ADA, question.message_id, &red);
+    bot.fake.presses(ADA, question.message_id, &blue);
+    bot.fake.repeat(1);
+    let plan = bot.fake.message("needs your decision").await;
+    bot.fake.count("AnswerCallbackQuery", 3).await;
+    assert_eq!(bot.number("select count(*) from inbox where kind = 'signal'").await, 1);
+    let answers: Vec<_> = bot.fake.done("AnswerCallbackQuery").iter().map(|c| c.text().to_owned()).collect();
+    assert_eq!(answers.iter().filter(|text| *text == "Red & green").count(), 1, "{answers:?}");
+
+    // Somebody else's press, and an invented one, do nothing.
+    let approve = plan.button("Approve").unwrap();
+    bot.fake.presses(EVE, plan.message_id, &approve);
+    bot.fake.presses(ADA, plan.message_id, "0123456789abcdef0123456789abcdef");
+    let answers = bot.fake.count("AnswerCallbackQuery", 5).await;
+    assert!(answers[3..].iter().all(|c| c.text().contains("not yours")), "{answers:?}");
+
+    // Changes first; the buttons of the old plan are stale then.
+    bot.fake.presses(ADA, plan.message_id, &plan.button("Change").unwrap());
+    bot.fake.message("What should be different?").await;
+    bot.fake.says(ADA, "less <b>blue</b>");
+    let second = bot.fake.message("The plan. less &lt;b&gt;blue").await;
+    bot.fake.presses(ADA, plan.message_id, &approve);
+    let answers = bot.fake.count("AnswerCallbackQuery", 7).await;
+    assert!(answers[6].text().contains("answered already"), "{answers:?}");
+    bot.fake.presses(ADA, second.message_id, &second.button("Approve").unwrap());
+    let end = bot.fake.message("is done").await;
+    assert!(end.text().contains("accepted") && end.text().contains("c0ffee0123") && end.text().contains("/download"));
+
+    // One message was edited all along; its last text is the end.
+    let edited = bot.fake.message("\nCompleted.\nLast: Deliver").await;
+    let ids: std::collections::BTreeSet<_> =
+        bot.fake.done("EditMessageText").iter().map(|call| call.message_id).collect();
+    assert_eq!((ids.len(), ids.contains(&edited.message_id)), (1, true));
+
+    // The archive comes from the rows of the project.
+    bot.fake.says(ADA, "/download");
+    bot.fake.message("nothing to download").await;
+    // What came before the files were there stays as it is; a second request sends them.
+    sqlx::query(
+        "insert into project_files (project_id, path, version, sha256, size_bytes, content)
+         select id, 'a.txt', 1, sha256('hi'), 2, 'hi' from projects",
+    )
+    .execute(&bot.pool)
+    .await
+    .unwrap();
+    bot.fake.says(ADA, "/download");
+    let document = bot.fake.count("SendDocument", 1).await.pop().unwrap();
+    let body = document.body.as_str().unwrap();
+    assert!(body.contains("a-tea-shop-more.zip") && body.contains("PK"), "{body:.300}");
+    bot.fake.says(ADA, "/projects");
+    bot.fake.message("A tea &lt;shop&gt; &amp; more").await;
+    worker.drain(Duration::from_secs(5)).await;
+    bot.stop().await;
+}
+
+#[tokio::test]
+async fn a_typed_answer_reaches_the_run_and_a_stray_text_starts_nothing() {
+    let mut bot = Bot::start().await;
+    let worker = bot.worker(Arc::new(NoHook), Some(Arc::new(Semaphore::new(0)))).await;
+    bot.fake.says(ADA, IDEA);
+    bot.fake.message("Which").await;
+    bot.fake.says(ADA, "Green");
+    let plan = bot.fake.message("needs your decision").await;
+    let (payload, dedupe): (Value, String) =
+        sqlx::query_as("select payload, dedupe_id from inbox where kind = 'signal'")
+            .fetch_one(&bot.pool)
+            .await
+            .unwrap();
+    assert_eq!((payload["text"].as_str(), dedupe.starts_with("tg:")), (Some("Green"), true));
+    // Who lost the plan gets it again, with buttons.
+    bot.fake.says(ADA, "/status");
+    bot.fake
+        .until("the plan again", |calls| {
+            (calls.iter().filter(|c| c.button("Approve").is_some()).count() == 2).then_some(())
+        })
+        .await;
+    // A text beside the plan is nobody's answer: it can become the change.
+    bot.fake.says(ADA, "with a blog");
+    let offer = bot.fake.message("What shall I do with your text?").await;
+    bot.fake.presses(ADA, offer.message_id, &offer.button("Change the plan").unwrap());
+    let second = bot.fake.message("The plan. with a blog").await;
+    bot.fake.presses(ADA, second.message_id, &second.button("Approve").unwrap());
+    bot.fake.message("Building: item 1 of 2").await;
+    assert_ne!(plan.message_id, second.message_id);
+    // While it builds, a text starts a project only if that is wanted.
+    bot.fake.says(ADA, "A second idea");
+    let offer = bot
+        .fake
+        .until("the offer", |calls| calls.iter().filter(|c| c.text().contains("What shall I do")).nth(1).cloned())
+        .await;
+    assert_eq!(bot.number("select count(*) from projects").await, 1);
+    assert!(offer.button("Change the plan").is_none());
+    let start = offer.button("Start a new").unwrap();
+    bot.fake.presses(ADA, offer.message_id, &start);
+    bot.fake.presses(ADA, offer.message_id, &start);
+    bot.fake.message("A second idea").await;
+    bot.fake.count("AnswerCallbackQuery", 4).await;
+    assert_eq!(bot.number("select count(*) from projects").await, 2);
+    // Stops the second project, which commands mean now.
+    bot.fake.says(ADA, "/cancel");
+    bot.fake.message("was stopped").await;
+    assert_eq!(bot.number("select count(*) from runs where closed_at is null").await, 1);
+    bot.fake.says(ADA, "/status");
+    bot.fake.message("Cancelled.").await;
+    worker.drain(Duration::ZERO).await;
+    bot.stop().await;
+}
+
+#[tokio::test]
+async fn without_the_workflow_an_idea_is_answered() {
+    let mut bot = Bot::start().await;
+    bot.fake.says(ADA, IDEA);
+    bot.fake.message("cannot start projects").await;
+    assert_eq!(bot.number("select count(*) from projects").await, 0);
+    bot.stop().await;
+}
+
+/// Refuses metered attempts until somebody has paid.
+struct Broke;
+
+impl TransitionHook for Broke {
+    fn apply<'a>(
+        &'a self,
+        conn: &'a mut sqlx::PgConnection,
+        transitions: &'a [Transition],
+    ) -> BoxFuture<'a, Result<Vec<Refusal>, HookError>> {
+        Box::pin(async move {
+            let paid: i64 = sqlx::query_scalar("select count(*) from payments").fetch_one(conn).await.unwrap();
+            let starts = transitions.iter().filter(|t| !t.started.is_empty() && paid == 0);
+            Ok(starts.map(|t| Refusal { ord: t.ord, reason: "credits".into(), message: "none left".into() }).collect())
+        })
+    }
+    fn meter<'a>(
+        &'a self,
+        _: &'a mut sqlx::PgConnection,
+        _: &'a AttemptRef,
+        _: Reading<'a>,
+    ) -> BoxFuture<'a, Result<Verdict, HookError>> {
+        Box::pin(async { Ok(Verdict::Accepted) })
+    }
+}
+
+#[tokio::test]
+async fn a_run_that_waits_for_credits_goes_on_after_a_purchase() {
+    let mut bot = Bot::start().await;
+    let worker = bot.worker(Arc::new(Broke), None).await;
+    bot.fake.says(ADA, IDEA);
+    bot.fake.message("Which").await;
+    bot.fake.says(ADA, "Green");
+    let plan = bot.fake.message("needs your decision").await;
+    bot.fake.presses(ADA, plan.message_id, &plan.button("Approve").unwrap());
+    bot.fake.message("waits for credits: none left").await;
+    bot.fake.message("Waits for credits: /buy").await;
+    bot.fake.says(ADA, "/buy");
+    let (payload, amount) = invoice(&bot, 1).await;
+    bot.fake.wants_to_pay(ADA, "77", amount, &payload);
+    let answer = bot.fake.count("AnswerPreCheckoutQuery", 1).await.pop().unwrap();
+    assert_eq!(answer.body, json!({"pre_checkout_query_id": "77", "ok": true}));
+    bot.fake.pays(ADA, "stx1", amount, &payload);
+    bot.fake.message("<b>260</b> credits were added; you have 360 now").await;
+    bot.fake.message("is done").await;
+    worker.drain(Duration::from_secs(5)).await;
+    bot.stop().await;
+}
+
+#[tokio::test]
+async fn payments_are_booked_once_and_only_as_ordered() {
+    let mut bot = Bot::start().await;
+    bot.fake.says(ADA, "/start");
+    bot.fake.says(EVE, "/start");
+    bot.fake.says(ADA, "/buy 7");
+    bot.fake.message("no such amount").await;
+    bot.fake.says(ADA, "/buy 100");
+    let (payload, amount) = invoice(&bot, 1).await;
+    // Nobody else, nothing else, and no other amount.
+    bot.fake.wants_to_pay(EVE, "1", amount, &payload);
+    bot.fake.wants_to_pay(ADA, "2", amount, "order:none");
+    bot.fake.wants_to_pay(ADA, "3", amount + 1, &payload);
+    let refusals = bot.fake.count("AnswerPreCheckoutQuery", 3).await;
+    assert!(refusals.iter().all(|c| c.body["ok"] == false && c.body["error_message"].is_string()), "{refusals:?}");
+    // Twice the same charge, then the forwarded copy of the invoice.
+    bot.fake.pays(ADA, "stx1", amount, &payload);
+    bot.fake.pays(ADA, "stx1", amount, &payload);
+    bot.fake.message("you have 200 now").await;
+    bot.fake.wants_to_pay(ADA, "4", amount, &payload);
+    let late = bot.fake.count("AnswerPreCheckoutQuery", 4).await.pop().unwrap();
+    assert!(late.body["error_message"].as_str().unwrap().contains("paid already"));
+    // Money that does not fit is kept for an operator, and grants nothing.
+    bot.fake.pays(ADA, "stx2", 1, &payload);
+    bot.fake.pays(ADA, "stx2", 1, &payload);
+    bot.fake.message("does not fit its invoice").await;
+    bot.fake.pays(ADA, "stx3", amount, &payload);
+    bot.fake.message("you have 300 now").await;
+    // Telegram gives one back.
+    let refund = json!({"currency": "XTR", "total_amount": amount, "invoice_payload": payload,
+        "telegram_payment_charge_id": "stx3", "provider_payment_charge_id": "p"});
+    bot.fake.says_with(ADA, json!({"refunded_payment": refund}));
+    bot.fake.says(ADA, "/usage");
+    let usage = bot.fake.message("Latest changes").await;
+    assert!(usage.text().contains("+100  bought") && usage.text().contains("-100  given back"), "{}", usage.text());
+    bot.settled(14).await;
+    let ada = bot.number("select credit_balance_ucr from users where telegram_user_id = 42").await;
+    assert_eq!(ada, 200_000_000);
+    assert_eq!(bot.number("select count(*) from payments").await, 2);
+    assert_eq!(bot.number("select count(*) from payment_disputes").await, 1);
+    assert_eq!(bot.number("select count(*) from payments where refund_state = 'done'").await, 1);
+    assert_eq!(bot.fake.done("SendMessage").iter().filter(|c| c.text().contains("does not fit")).count(), 1);
+    bot.stop().await;
+}
+
+#[tokio::test]
+async fn a_pasted_key_is_deleted_and_nowhere_in_the_database() {
+    let mut bot = Bot::start().await;
+    bot.fake.says(ADA, "/start");
+    let message = bot.fake.says(ADA, &format!("use my key {KEY} please"));
+    let deleted = bot.fake.count("DeleteMessage", 1).await.pop().unwrap();
+    assert_eq!(deleted.body, json!({"chat_id": ADA, "message_id": message}));
+    bot.fake.message("looked like it held a key").await;
+    bot.settled(2).await;
+    assert_eq!(bot.number("select count(*) from projects").await, 0);
+    let tables: Vec<String> =
+        sqlx::query_scalar("select table_name::text from information_schema.tables where table_schema = 'public'")
+            .fetch_all(&bot.pool)
+            .await
+            .unwrap();
+    assert!(tables.iter().any(|table| table == "telegram_inbox"));
+    for table in tables {
+        let sql =
+            format!("select count(*) from \"{table}\" t where to_jsonb(t)::text like '%0123456789abcdef01234567%'");
+        let found: i64 = sqlx::query_scalar(sqlx::AssertSqlSafe(sql)).fetch_one(&bot.pool).await.unwrap();
+        assert_eq!(found, 0, "the key is in {table}");
+    }
+    bot.stop().await;
+}
+
+#[tokio::test]
+async fn whoever_is_not_let_in_gets_one_answer_and_starts_nothing() {
+    let mut bot = Bot::start_with(|parts| parts.settings.access = Access::Only(vec![ADA])).await;
+    bot.worker(Arc::new(NoHook), None).await.drain(Duration::ZERO).await;
+    bot.fake.says(EVE, "/start");
+    bot.fake.says(EVE, IDEA);
+    let message = bot.fake.says(EVE, KEY);
+    bot.fake.presses(EVE, message, "x");
+    bot.fake.wants_to_pay(EVE, "1", 100, "order:none");
+    bot.fake.says_with(ADA, json!({"text": "hi", "chat": {"id": -7, "type": "group", "title": "g"}}));
+    bot.fake.says_with(ADA, json!({"text": "hi", "chat": {"id": -7, "type": "group", "title": "g"}}));
+    bot.settled(7).await;
+    let said = bot.fake.done("SendMessage");
+    assert_eq!(said.len(), 2, "{said:?}");
+    assert!(said[0].text().contains("<code>43</code>") && said[1].text().contains("private chats only"));
+    assert_eq!(bot.fake.done("DeleteMessage").len(), 1);
+    assert_eq!(bot.fake.done("AnswerPreCheckoutQuery")[0].body["ok"], false);
+    assert_eq!(bot.number("select count(*) from users").await, 0);
+    assert_eq!(bot.number("select count(*) from runs").await, 0);
+    bot.stop().await;
+}
+
+#[tokio::test]
+async fn what_was_stored_is_acted_upon_after_a_crash_once() {
+    // The first process stored the updates and died; Telegram gives the second one again.
+    let bot = Bot::prepare(|_| {}).await;
+    let worker = bot.worker(Arc::new(NoHook), None).await;
+    bot.fake.says(ADA, "/start");
+    bot.fake.says(ADA, IDEA);
+    let update = json!({"update_id": 900, "message": {"message_id": 1, "date": 1, "text": "/terms",
+        "from": {"id": ADA, "is_bot": false, "first_name": "Ada"}, "chat": {"id": ADA, "type": "private"}}});
+    let batch = [intent::arrived(update).unwrap()];
+    assert_eq!(bot.parts.store.store_updates(&batch).await.unwrap(), 1);
+    assert_eq!(bot.parts.store.store_updates(&batch).await.unwrap(), 0);
+    // What it was sending has an unknown outcome: a text goes out once more.
+    for (key, unknowns) in [("a", 0), ("b", 2)] {
+        sqlx::query(
+            "insert into telegram_outbox (chat_id, dedupe_key, method, body, state, unknowns)
+             values ($1, $2, 'SendMessage', $3, 'sending', $4)",
+        )
+        .bind(ADA)
+        .bind(key)
+        .bind(json!({"chat_id": ADA, "text": format!("interrupted {key}")}))
+        .bind(unknowns)
+        .execute(&bot.pool)
+        .await
+        .unwrap();
+    }
+    let mut bot = bot.resume();
+    bot.fake.message("Credits pay for the models").await;
+    bot.fake.message("interrupted a").await;
+    bot.fake.message("Which").await;
+    bot.stop().await;
+    let state: String = sqlx::query_scalar("select state from telegram_outbox where dedupe_key = 'b'")
+        .fetch_one(&bot.pool)
+        .await
+        .unwrap();
+    assert_eq!(state, "unknown");
+    // A third process finds nothing left to do but the next update.
+    let said = bot.fake.done("SendMessage").len();
+    let mut bot = bot.resume();
+    bot.fake.repeat(1);
+    bot.fake.says(ADA, "/help");
+    bot.fake.message("/paysupport").await;
+    bot.settled(4).await;
+    assert_eq!(bot.fake.done("SendMessage").len(), said + 1);
+    assert_eq!(bot.number("select count(*) from projects").await, 1);
+    worker.drain(Duration::from_secs(5)).await;
+    bot.stop().await;
+}
+
+#[tokio::test]
+async fn a_conversation_survives_a_bot_that_dies_at_every_turn() {
+    let bot = Bot::prepare(|_| {}).await;
+    let worker = bot.worker(Arc::new(NoHook), None).await;
+    let fake = &bot.fake;
+    let deaths = async {
+        let mut seen = 0;
+        loop {
+            let parts = bot.parts.clone();
+            let (_stop, stopped) = watch::channel(false);
+            let life = tokio::spawn(async move { telegram::run(parts, stopped).await.unwrap() });
+            // Every life ends with its fourth call, wherever that finds the rest of it.
+            seen = fake.until("a life", |calls| (calls.len() >= seen + 4).then_some(calls.len())).await;
+            life.abort();
+            assert!(life.await.unwrap_err().is_cancelled());
+        }
+    };
+    let conversation = async {
+        fake.says(ADA, "/start");
+        fake.says(ADA, IDEA);
+        let question = fake.until("the question", |c| c.iter().find(|c| c.button("Red").is_some()).cloned()).await;
+        fake.presses(ADA, question.message_id, &question.button("Red").unwrap());
+        let plan = fake.until("the plan", |c| c.iter().find(|c| c.button("Approve").is_some()).cloned()).await;
+        fake.presses(ADA, plan.message_id, &plan.button("Approve").unwrap());
+        fake.message("is done").await;
+    };
+    tokio::select! {
+        () = deaths => {}
+        () = conversation => {}
+    }
+    assert_eq!(bot.number("select count(*) from runs where status = 'completed'").await, 1);
+    assert_eq!(bot.number("select count(*) from runs").await, 1);
+    assert_eq!(bot.number("select count(*) from inbox where kind = 'signal'").await, 2);
+    assert_eq!(bot.number("select count(*) from credit_transactions").await, 1);
+    worker.drain(Duration::from_secs(5)).await;
+}
+
+#[tokio::test]
+async fn a_crash_between_acting_and_the_mark_undoes_the_acting() {
+    let bot = Bot::prepare(|_| {}).await;
+    // The mark cannot be written: as if the process died there.
+    sqlx::raw_sql(
+        "create function no_mark() returns trigger language plpgsql as $$ begin
+           if new.processed_at is not null and new.error is null then raise exception 'died'; end if; return new; end $$;
+         create trigger no_mark before update on telegram_inbox for each row execute function no_mark();",
+    )
+    .execute(&bot.pool)
+    .await
+    .unwrap();
+    let mut bot = bot.resume();
+    bot.fake.says(ADA, "/start");
+    let wait = async { while bot.number("select coalesce(max(tries), 0)::bigint from telegram_inbox").await == 0 {} };
+    tokio::time::timeout(Duration::from_secs(30), wait).await.unwrap();
+    assert_eq!(bot.number("select count(*) from users").await, 0);
+    assert_eq!(bot.number("select count(*) from telegram_outbox").await, 0);
+    sqlx::raw_sql("drop trigger no_mark on telegram_inbox").execute(&bot.pool).await.unwrap();
+    bot.fake.message("Hello").await;
+    bot.settled(1).await;
+    assert_eq!(bot.number("select count(*) from credit_transactions").await, 1);
+    bot.stop().await;
+}
+
+#[tokio::test]
+async fn a_progress_message_is_edited_to_its_newest_text_only() {
+    let mut bot = Bot::start().await;
+    let gate = Arc::new(Semaphore::new(0));
+    let worker = bot.worker(Arc::new(NoHook), Some(gate.clone())).await;
+    bot.fake.says(ADA, IDEA);
+    bot.fake.message("Which").await;
+    bot.fake.says(ADA, "Green");
+    let plan = bot.fake.message("needs your decision").await;
+    bot.settled(2).await;
+    // From here Telegram wants quiet at every edit; meanwhile the run goes to its end.
+    let before = bot.fake.done("EditMessageText").len();
+    bot.fake.wrong("EditMessageText", Wrong::Quiet(2));
+    bot.fake.presses(ADA, plan.message_id, &plan.button("Approve").unwrap());
+    let quiet = bot
+        .fake
+        .until("the refused edit", |calls| calls.iter().find(|c| c.wrong == Some(Wrong::Quiet(2))).cloned())
+        .await;
+    gate.add_permits(2);
+    let last = bot.fake.message("\nCompleted.\nLast: Deliver").await;
+    bot.fake.message("is done").await;
+    bot.settled(3).await;
+    assert!(last.at - quiet.at >= Duration::from_secs(2), "{:?}", last.at - quiet.at);
+    let edits = bot.fake.done("EditMessageText");
+    assert!(edits.len() - before <= 2, "{:?}", edits.iter().map(Call::text).collect::<Vec<_>>());
+    // No edit repeats the text before it.
+    assert!(edits.windows(2).all(|pair| pair[0].text() != pair[1].text()));
+    worker.drain(Duration::from_secs(5)).await;
+    bot.stop().await;
+}
+
+#[tokio::test]
+async fn a_telegram_that_misbehaves_loses_and_doubles_nothing_it_need_not() {
+    let mut bot = Bot::prepare(|_| {}).await;
+    for method in ["GetMe", "GetUpdates"] {
+        bot.fake.wrong(method, Wrong::HangUp);
+    }
+    bot.fake.wrong("GetUpdates", Wrong::Conflict);
+    bot.fake.wrong("GetUpdates", Wrong::Quiet(0));
+    bot.fake.wrong("SendMessage", Wrong::HangUp);
+    bot.fake.wrong("SendMessage", Wrong::Broken);
+    bot.fake.wrong("SendMessage", Wrong::HangUp);
+    bot.fake.says(ADA, "/start");
+    bot.fake.says(ADA, "/terms");
+    bot = bot.resume();
+    // The greeting was said and its answer lost: it is said twice more without certainty, and then given up.
+    bot.fake.message("Credits pay for the models").await;
+    bot.settled(2).await;
+    let tries: Vec<_> = bot.fake.calls().into_iter().filter(|c| c.text().contains("Hello")).collect();
+    assert_eq!(
+        tries.iter().map(|c| c.wrong).collect::<Vec<_>>(),
+        [Some(Wrong::HangUp), Some(Wrong::Broken), Some(Wrong::HangUp)]
+    );
+    assert_eq!(bot.number("select count(*) from telegram_outbox where state = 'unknown'").await, 1);
+    // A user who has blocked the bot is let alone until he writes again.
+    bot.fake.wrong("SendMessage", Wrong::Blocked);
+    bot.fake.says(ADA, "/help");
+    let blocked =
+        async { while bot.number("select count(*) from telegram_chats where blocked_at is not null").await == 0 {} };
+    tokio::time::timeout(Duration::from_secs(30), blocked).await.unwrap();
+    bot.fake.says(ADA, "/paysupport");
+    bot.fake.message("Questions about a payment").await;
+    bot.fake.message("Write your idea to start a project").await;
+    bot.stop().await;
+}
+
+#[tokio::test]
+async fn of_two_processes_one_works_and_the_other_takes_over() {
+    let mut bot = Bot::start().await;
+    bot.fake.says(ADA, "/start");
+    bot.fake.message("Hello").await;
+    let parts = bot.parts.clone();
+    let (stop, stopped) = watch::channel(false);
+    let other = tokio::spawn(async move { telegram::run(parts, stopped).await.unwrap() });
+    bot.fake.says(ADA, "/help");
+    bot.fake.message("Write your idea to start").await;
+    assert_eq!(bot.fake.done("GetMe").len(), 1);
+    bot.stop().await;
+    bot.fake.says(ADA, "/terms");
+    bot.fake.message("Credits pay").await;
+    assert_eq!(bot.fake.done("GetMe").len(), 2);
+    stop.send_replace(true);
+    other.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_long_plan_comes_in_pieces_with_the_buttons_under_the_last() {
+    let mut bot = Bot::start().await;
+    let worker = bot.worker(Arc::new(NoHook), None).await;
+    bot.fake.says(ADA, IDEA);
+    bot.fake.message("Which").await;
+    bot.fake.says(ADA, "Green");
+    let plan = bot.fake.message("needs your decision").await;
+    bot.fake.presses(ADA, plan.message_id, &plan.button("Change").unwrap());
+    bot.fake.message("What should be different?").await;
+    bot.fake.says(ADA, &"some & more ".repeat(700));
+    let last = bot
+        .fake
+        .until("the last piece", |calls| {
+            calls
+                .iter()
+                .rev()
+                .find(|c| c.method == "sendmessage" && c.button("Approve").is_some())
+                .cloned()
+                .filter(|c| c.message_id != plan.message_id)
+        })
+        .await;
+    let pieces: Vec<_> =
+        bot.fake.done("SendMessage").into_iter().filter(|c| c.text().contains("some &amp; more")).collect();
+    assert_eq!((pieces.len(), pieces[2].message_id), (3, last.message_id));
+    assert!(pieces[..2].iter().all(|c| c.button("Approve").is_none()));
+    worker.drain(Duration::from_secs(5)).await;
+    bot.stop().await;
+}
+
+#[tokio::test]
+async fn without_a_token_there_is_no_bot() {
+    let bot = Bot::prepare(|parts| parts.settings.token = None).await;
+    let (_stop, stopped) = watch::channel(false);
+    telegram::run(bot.parts.clone(), stopped).await.unwrap();
+    assert!(bot.fake.calls().is_empty());
+}
