@@ -57,3 +57,74 @@ impl Error {
 
 /// Shorthand for the engine's results.
 pub type Result<T> = std::result::Result<T, Error>;
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeSet, fs, path::Path};
+
+    const README: &str = include_str!("../README.md");
+
+    /// Codes in the first column of a section's table.
+    fn listed(section: &str) -> BTreeSet<String> {
+        let (_, rest) = README.split_once(&format!("\n## {section}\n")).expect("section");
+        let body = rest.split("\n## ").next().expect("body");
+        let cells = body.lines().filter(|l| l.starts_with("| `")).filter_map(|l| l.split('|').nth(1));
+        cells.flat_map(|c| c.split(',')).map(|c| c.trim().trim_matches('`').to_owned()).collect()
+    }
+
+    #[test]
+    fn every_error_code_is_in_the_readme_with_cause_and_remedy() {
+        let (_, code) = include_str!("error.rs").split_once("pub fn code(&self)").expect("code()");
+        let body = code.split("\n    }\n").next().expect("body");
+        let codes: BTreeSet<String> = body
+            .lines()
+            .filter_map(|l| l.split_once("=> \""))
+            .filter_map(|(_, r)| r.split('"').next())
+            .map(str::to_owned)
+            .collect();
+        assert_eq!(codes.len(), 13, "{codes:?}");
+        assert_eq!(listed("Errors"), codes);
+    }
+
+    #[test]
+    fn every_failure_code_that_the_engine_gives_is_in_the_readme() {
+        const FAMILIES: &[&str] = &[
+            "transient.",
+            "timeout.",
+            "limit.",
+            "expr.",
+            "template.",
+            "input.",
+            "output.",
+            "signal.",
+            "approval.",
+            "join.",
+            "call.",
+            "internal.",
+        ];
+        fn visit(folder: &Path, found: &mut BTreeSet<String>) {
+            for entry in fs::read_dir(folder).expect("folder") {
+                let path = entry.expect("entry").path();
+                if path.is_dir() {
+                    if !path.ends_with("tests") {
+                        visit(&path, found);
+                    }
+                    continue;
+                }
+                let text = fs::read_to_string(&path).expect("text");
+                let code = text.split("#[cfg(test)]").next().expect("code");
+                for (at, _) in code.match_indices('"') {
+                    let literal = code[at + 1..].split('"').next().unwrap_or_default();
+                    let word = literal.chars().all(|c| c.is_ascii_lowercase() || matches!(c, '_' | '.'));
+                    if word && FAMILIES.iter().any(|f| literal.len() > f.len() && literal.starts_with(f)) {
+                        found.insert(literal.to_owned());
+                    }
+                }
+            }
+        }
+        let mut found = BTreeSet::new();
+        visit(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut found);
+        assert!(found.contains("timeout.run_total") && found.len() > 20, "{found:?}");
+        assert_eq!(listed("Failure codes"), found);
+    }
+}

@@ -91,6 +91,7 @@ impl Sink {
         help: Option<String>,
     ) {
         let message = message.into();
+        let help = help.or_else(|| remedy(code).map(str::to_owned));
         if self.found.iter().any(|d| d.code == code && d.span == span && d.message == message) {
             return;
         }
@@ -124,6 +125,57 @@ impl Sink {
     pub(crate) fn has_errors(&self) -> bool {
         self.found.iter().any(|d| d.severity == Severity::Error)
     }
+}
+
+/// What helps against a finding that has nothing more particular to say.
+fn remedy(code: &str) -> Option<&'static str> {
+    Some(match code {
+        "WF100" => "check the indentation, brackets and quotes around this place",
+        "WF101" => "remove one of the two, or rename it",
+        "WF102" => "remove the key, or move it to the step or block it belongs to",
+        "WF105" => "write the values out: one document a file, no `<<`, no `!tag`",
+        "WF106" => "see the grammar of this field in the language's reference",
+        "WF108" => "write `true` or `false`; quote the word if text is meant",
+        "WF201" => "give every step of the document an id of its own",
+        "WF202" => "a step does one thing: split it in two",
+        "WF203" => "choose another id, for example with a suffix",
+        "WF207" => "remove the step, or put an `if` on the one that ends the block",
+        "WF208" => "remove the `if`, or write the condition that was meant",
+        "WF209" => "each case has `when: <condition>`; only the last may have `else: true` instead",
+        "WF210" => "split the workflow: move a part into one of its own and `call` it",
+        "WF103" => "quote the value",
+        "WF104" => "quote an expression that starts with `!`",
+        "WF107" => "write for example `1h30m`",
+        "WF110" => "use `${{ ... }}`",
+        "WF111" => "use `{{...}}`",
+        "WF112" => "write the bare expression",
+        "WF220" => "name a step that stands before this one in the same list",
+        "WF302" => "declare it under `inputs`",
+        "WF303" => "see the step's contract or `outputs`",
+        "WF305" => "compute it where the name exists, and hand it on in `outputs`",
+        "WF306" => "guard it with the step's `status`, `has(…)` or `default(…)`",
+        "WF401" => "lower a bound, or raise `limits: { executions: … }`",
+        "WF421" => "add what is missing: every block is bounded and every branch has steps",
+        "WF221" => "let one range contain the other, or end before it begins",
+        "WF224" => "leave it out for now; the README of the compiler lists what is accepted",
+        "WF301" => "a step can read earlier steps of its own block and of the blocks around it",
+        "WF304" => "the names are inputs, env, steps, item, index, round, signal, error and run",
+        "WF309" => "conditions and data are CEL: texts in quotes, `&&`, `||`, `!`, `==`, `a ? b : c`",
+        "WF310" => "compute parts of it in a `set` step before",
+        "WF311" => "templates are Handlebars: `{{path}}`, `{{#if}}…{{/if}}`, `{{#each}}…{{/each}}`, no partials",
+        "WF422" => "bounds are plain numbers or durations in this range, never expressions",
+        "WF425" => "raise the top-level `timeout`, or shorten the wait",
+        "WF504" => "for example `on: [\"model.*\", \"user.*\"]`",
+        "WF505" => "for example `transient.*`, `timeout.*`, `model.*`, `user.*`, or a code that the activity declares",
+        "WF506" => "raise `attempts`, or escalate earlier",
+        "WF508" => "move the step into `steps`; `finally` only cleans up",
+        "WF621" => "change the default so that it satisfies the schema, or the schema",
+        "WF622" => "use `on-timeout: reject` or `fail` if silence is not consent",
+        "WF801" => "see the arguments of the activity's contract",
+        "WF802" => "write `name@3`, `name@latest` or `name@sha256:<64 hex digits>`",
+        "WF805" => "write `name@3` to pin a version in the document",
+        _ => return None,
+    })
 }
 
 /// The candidate that is most like `word`, if one is like it.

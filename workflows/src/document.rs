@@ -142,7 +142,7 @@ pub(crate) fn parse(source: &str, sink: &mut Sink) -> Option<Node> {
                 if tag.is_some() {
                     sink.error_help(
                         "WF104",
-                        at,
+                        at_tag(source, at),
                         &path,
                         "YAML tags are not part of this language",
                         "quote an expression that starts with `!`",
@@ -224,6 +224,16 @@ pub(crate) fn parse(source: &str, sink: &mut Sink) -> Option<Node> {
         sink.error("WF100", top, "", "the document is empty");
     }
     root
+}
+
+/// Where the tag stands: the parser's place is behind it, where the value would be.
+fn at_tag(source: &str, after: Span) -> Span {
+    let line = source.lines().nth(after.line.saturating_sub(1) as usize).unwrap_or_default();
+    let before: Vec<char> = line.chars().take(after.column.saturating_sub(1) as usize).collect();
+    match before.iter().rposition(|c| *c == '!') {
+        Some(at) => Span { column: number(at + 1), ..after },
+        None => after,
+    }
 }
 
 fn size(node: &Node) -> usize {

@@ -270,7 +270,11 @@ pub(crate) fn retry(
             let known = KNOWN_ERRORS.iter().any(|k| pattern.starts_with(k)) || pattern == "*";
             let declared = signature.is_some_and(|s| s.failure_codes.iter().any(|c| c == pattern));
             if !known && !declared {
-                sink.error("WF505", *span, &node.path, format!("error pattern `{pattern}` matches no known type"));
+                let families: Vec<String> = KNOWN_ERRORS.iter().map(|k| format!("{k}*")).collect();
+                let like =
+                    suggestion(pattern, families.iter().map(String::as_str)).map(|s| format!("did you mean `{s}`?"));
+                let message = format!("error pattern `{pattern}` matches no known type");
+                sink.add("WF505", Severity::Error, *span, &node.path, message, like);
             }
         }
         list.into_iter().map(|(p, _)| p).collect()
@@ -309,12 +313,12 @@ pub(crate) fn retry(
     }
 }
 
-/// The four timeouts of a step.
+/// The four timeouts of a step. A bare duration is `run` of an activity and, where the step as a `whole` is limited, `total`.
 pub(crate) fn timeouts(
     step: &Fields<'_>,
     defaults: &[&Fields<'_>],
     signature: Option<&Signature>,
-    block: bool,
+    whole: bool,
     sink: &mut Sink,
 ) -> Timeouts {
     let mut out = Timeouts::default();
@@ -325,7 +329,7 @@ pub(crate) fn timeouts(
     let Some(node) = step.get("timeout").or_else(|| defaults.iter().find_map(|d| d.get("timeout"))) else { return out };
     if matches!(node.kind, Content::Scalar { .. }) {
         let ms = crate::read::duration(node, sink);
-        if block {
+        if whole {
             out.total_ms = ms;
         } else if let Some(ms) = ms {
             out.run_ms = ms;

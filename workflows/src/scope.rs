@@ -130,7 +130,11 @@ impl Scope {
                     self.name(path, text, span, at, sink);
                 }
             }
-            Err(error) => sink.error("WF311", span, at, format!("template: {}", error.message)),
+            Err(error) => {
+                let (line, column) = (error.line, error.column);
+                let message = format!("template: {} (line {line}, column {column} of the template)", error.message);
+                sink.error("WF311", span, at, message);
+            }
         }
     }
 

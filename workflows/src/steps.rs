@@ -355,14 +355,8 @@ impl Steps<'_> {
             .collect();
         let default_refs: Vec<&Fields<'_>> = default_fields.iter().collect();
         let is_activity = signature.is_some();
-        let block = matches!(
-            kind,
-            Kind::Group { .. }
-                | Kind::Parallel { .. }
-                | Kind::Foreach { .. }
-                | Kind::Repeat { .. }
-                | Kind::Switch { .. }
-        );
+        // Only an attempt can be too slow; everything else has one time limit, over the whole step.
+        let whole = !matches!(kind, Kind::Activity { .. });
         if fields.has("retry") && !is_activity && !matches!(kind, Kind::Activity { .. }) {
             self.sink.error(
                 "WF102",
@@ -374,7 +368,7 @@ impl Steps<'_> {
         let step = Step {
             condition,
             retry: retry(fields, &default_refs, matches!(kind, Kind::Activity { .. }), scope, signature, self.sink),
-            timeouts: timeouts(fields, &default_refs, signature, block, self.sink),
+            timeouts: timeouts(fields, &default_refs, signature, whole, self.sink),
             catch: self.catch(fields, scope, depth),
             continue_on_error: fields.boolean("continue-on-error", false, self.sink),
             id,
@@ -828,7 +822,7 @@ impl Steps<'_> {
                     Severity::Info,
                     span,
                     &node.path,
-                    "`@latest` is resolved and pinned when the run reaches the step",
+                    "`@latest` is resolved and pinned when the run starts",
                     None,
                 );
                 CallVersion::Latest
@@ -925,7 +919,12 @@ impl Steps<'_> {
     /// `finally` must come to its end by itself.
     pub(crate) fn check_finally(&mut self, node: &Node, steps: &[Step]) {
         fn forbidden(steps: &[Step]) -> Option<&str> {
-            steps.iter().find_map(|step| match &step.kind {
+            steps
+                .iter()
+                .find_map(|step| own(step).or_else(|| step.catch.iter().find_map(|handler| forbidden(&handler.steps))))
+        }
+        fn own(step: &Step) -> Option<&str> {
+            match &step.kind {
                 Kind::Await(_) | Kind::Call { .. } | Kind::Finish { .. } => Some(step.id.as_str()),
                 Kind::Group { steps, .. } | Kind::Foreach { steps, .. } | Kind::Repeat { steps, .. } => {
                     forbidden(steps)
@@ -933,7 +932,7 @@ impl Steps<'_> {
                 Kind::Parallel { branches, .. } => branches.iter().find_map(|b| forbidden(&b.steps)),
                 Kind::Switch { cases } => cases.iter().find_map(|c| forbidden(&c.steps)),
                 Kind::Activity { .. } | Kind::Set { .. } | Kind::Wait { .. } | Kind::Fail { .. } => None,
-            })
+            }
         }
         if let Some(id) = forbidden(steps) {
             self.sink.error(

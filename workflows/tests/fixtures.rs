@@ -106,10 +106,57 @@ fn bad_documents_give_the_findings_that_they_name() {
         if expected != got {
             problems.push(format!("{name}: expected {expected:?}, got {got:?}\n{}", render(&found, &source)));
         }
+        for finding in &found {
+            assert!(finding.help.is_some(), "no help: {}", finding.render(&source));
+            assert!(finding.span.line > 0 && finding.span.column > 0 && finding.file == name, "{finding:?}");
+        }
         let blocked = found.iter().any(|d| d.severity == Severity::Error);
         assert_eq!(compiled.is_none(), blocked, "{name}");
     }
     assert!(problems.is_empty(), "{}", problems.join("\n"));
+}
+
+/// The codes of the README's table; `WF301 – WF306` is all of them in between.
+fn listed() -> Vec<String> {
+    let number = |code: &str| code.trim().strip_prefix("WF").and_then(|n| n.parse::<u32>().ok());
+    let readme = include_str!("../README.md");
+    let cells = readme.lines().filter(|l| l.starts_with("| WF")).filter_map(|l| l.split('|').nth(1));
+    let mut codes = Vec::new();
+    for part in cells.flat_map(|cell| cell.split(',')) {
+        let ends: Vec<u32> = part.split('–').filter_map(number).collect();
+        let (Some(first), Some(last)) = (ends.first(), ends.last()) else { panic!("`{part}` is no code") };
+        codes.extend((*first..=*last).map(|n| format!("WF{n}")));
+    }
+    codes
+}
+
+#[test]
+fn every_listed_finding_has_a_fixture_and_every_finding_is_listed() {
+    let listed = listed();
+    let mut shown = std::collections::BTreeSet::new();
+    for (_, source) in files("tests/fixtures/err") {
+        shown.extend(
+            source
+                .lines()
+                .filter_map(|l| l.trim().strip_prefix("# expect: "))
+                .filter_map(|l| l.split('@').next())
+                .map(str::to_owned),
+        );
+    }
+    let missing: Vec<_> = listed.iter().filter(|code| !shown.contains(*code)).collect();
+    assert!(missing.is_empty(), "no fixture shows {missing:?}");
+    // The sources name their codes as literals.
+    let mut used = std::collections::BTreeSet::new();
+    for entry in fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("src")).expect("src") {
+        let text = fs::read_to_string(entry.expect("entry").path()).expect("text");
+        for (at, _) in text.match_indices("\"WF") {
+            used.insert(text[at + 1..].chars().take_while(char::is_ascii_alphanumeric).collect::<String>());
+        }
+    }
+    let unlisted: Vec<_> = used.iter().filter(|code| code.len() == 5 && !listed.contains(code)).collect();
+    assert!(unlisted.is_empty(), "the README does not list {unlisted:?}");
+    let unused: Vec<_> = listed.iter().filter(|code| !used.contains(*code)).collect();
+    assert!(unused.is_empty(), "the README lists {unused:?}, which nothing gives");
 }
 
 fn dev_loop() -> String {

@@ -278,7 +278,7 @@ pub enum OnTimeout {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CallVersion {
-    /// Whatever `current` points to when the call starts; then recorded.
+    /// Whatever `current` points to when the run starts; recorded there, so that no deployment changes a run in flight.
     Latest,
     Number(u32),
     Hash(DefinitionHash),

@@ -63,7 +63,7 @@ pub fn check(template: &Template) -> Result<Vec<Vec<String>>, TemplateError> {
     let parsed = Parsed::compile(&template.0).map_err(|e| {
         let (line, column) = e.pos().unwrap_or((1, 1));
         TemplateError {
-            message: e.reason().to_string().lines().next().unwrap_or("not a template").to_owned(),
+            message: plain_message(&e.reason().to_string()),
             line: u32::try_from(line).unwrap_or(1),
             column: u32::try_from(column).unwrap_or(1),
         }
@@ -73,6 +73,13 @@ pub fn check(template: &Template) -> Result<Vec<Vec<String>>, TemplateError> {
     paths.sort();
     paths.dedup();
     Ok(paths)
+}
+
+/// The parser's wording is its generator's: a list of grammar rules says nothing to an author.
+fn plain_message(text: &str) -> String {
+    let line = text.lines().next().unwrap_or_default();
+    let said = line.split(": expected ").next().unwrap_or(line).trim_end_matches(':').trim();
+    if said.is_empty() { "not a template".to_owned() } else { said.to_owned() }
 }
 
 /// Renders a template over `data`, an object of root names.

@@ -55,7 +55,8 @@ pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
             *phase = Phase::Running { attempt_id: *attempt_id, started_at: *at, deadline: *deadline };
         }
         Event::AttemptBlocked { path, reason, message, at } => {
-            *phase_mut(state, path)? = Phase::Blocked { reason: reason.clone(), message: message.clone(), since: *at };
+            *phase_from(state, path, |p| *p == Phase::Queued)? =
+                Phase::Blocked { reason: reason.clone(), message: message.clone(), since: *at };
             // A worker had taken the step; what it waits for now is no worker.
             if let Some(Live::Activity { queue_deadline, .. }) = &mut state.node_mut(path)?.live {
                 *queue_deadline = *at + Duration::days(36_500);
@@ -86,11 +87,18 @@ pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
             }
         }
         Event::RetryScheduled { path, due_at, failure } => {
-            *phase_mut(state, path)? = Phase::Backoff { until: *due_at, failure: failure.clone() };
+            *phase_from(state, path, |p| *p == Phase::Queued)? =
+                Phase::Backoff { until: *due_at, failure: failure.clone() };
         }
-        Event::AttemptReady { path } => *phase_mut(state, path)? = Phase::Queued,
+        Event::AttemptReady { path } => {
+            let waits = |p: &Phase| matches!(p, Phase::Backoff { .. } | Phase::Blocked { .. });
+            *phase_from(state, path, waits)? = Phase::Queued;
+        }
         Event::RoundStarted { path, round, previous } => {
             let node = state.node_mut(path)?;
+            if !matches!(node.live, Some(Live::Repeat { .. })) || *round != node.rounds + 1 {
+                return Err(Illegal(format!("round {round} of `{path}` cannot start")));
+            }
             node.rounds = *round;
             node.live = Some(Live::Repeat {
                 round: *round,
@@ -132,8 +140,9 @@ pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
             _ => return Err(Illegal(format!("`{path}` is no live parallel"))),
         },
         Event::CatchStarted { path, handler, failure } => {
-            state.node_mut(path)?.live =
-                Some(Live::Catch { handler: *handler, failure: failure.clone(), frame: Frame::default() });
+            let node = state.node_mut(path)?;
+            node.live.as_ref().map_or(Ok(()), |live| nothing_left(live, path))?;
+            node.live = Some(Live::Catch { handler: *handler, failure: failure.clone(), frame: Frame::default() });
         }
         Event::SignalReceived { n, name, payload, sender, at } => {
             if state.mailbox.iter().filter(|m| m.name == *name).count() >= MAILBOX_MAX {
@@ -182,6 +191,7 @@ pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
             let (frame, id) = state.frame_mut(path)?;
             let node = frame.nodes.get_mut(id).ok_or_else(|| Illegal(format!("no step `{path}`")))?;
             let Some(live) = node.live.take() else { return Err(Illegal(format!("`{path}` ends twice"))) };
+            nothing_left(&live, path)?;
             node.status = Some(*status);
             node.output.clone_from(output);
             node.failure.clone_from(failure);
@@ -193,15 +203,19 @@ pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
             }
         }
         Event::RunEnding { ending, .. } => {
-            if state.ending.is_none() {
-                state.ending = Some(ending.clone());
+            if state.status == RunStatus::Pending || state.ending.is_some() {
+                return Err(Illegal("the run cannot end now".into()));
             }
+            state.ending = Some(ending.clone());
             if !matches!(ending, Ending::Completed { .. }) {
                 state.status = RunStatus::Cancelling;
             }
             state.body.nodes.values_mut().for_each(stop);
         }
         Event::FinallyStarted { deadline, .. } => {
+            if state.ending.is_none() || state.finally.is_some() {
+                return Err(Illegal("`finally` cannot begin now".into()));
+            }
             state.finally = Some(Frame::default());
             state.deadline = *deadline;
         }
@@ -267,11 +281,27 @@ fn open(opened: &Opened) -> Live {
     }
 }
 
-fn phase_mut<'a>(state: &'a mut RunState, path: &str) -> Result<&'a mut Phase, Illegal> {
+/// The phase of an activity, if it is one that may be left now.
+fn phase_from<'a>(state: &'a mut RunState, path: &str, may: impl Fn(&Phase) -> bool) -> Result<&'a mut Phase, Illegal> {
     match &mut state.node_mut(path)?.live {
-        Some(Live::Activity { phase, .. }) => Ok(phase),
+        Some(Live::Activity { phase, .. }) => {
+            if may(phase) {
+                Ok(phase)
+            } else {
+                Err(Illegal(format!("`{path}` cannot leave {phase:?} that way")))
+            }
+        }
         _ => Err(Illegal(format!("`{path}` is no live activity"))),
     }
+}
+
+/// A step must not end over an attempt that runs or a step below it: nobody would ever close those.
+fn nothing_left(live: &Live, path: &str) -> Result<(), Illegal> {
+    let runs = matches!(live, Live::Activity { phase: Phase::Running { .. }, .. });
+    if runs || live.frames().iter().any(|(_, frame)| frame.nodes.values().any(|n| n.live.is_some())) {
+        return Err(Illegal(format!("`{path}` ends over something that is under way")));
+    }
+    Ok(())
 }
 
 /// Marks a step and everything below it as stopping.

@@ -2,7 +2,7 @@
 
 use super::*;
 
-fn group(id: &str, steps: Vec<Step>) -> Step {
+pub(super) fn group(id: &str, steps: Vec<Step>) -> Step {
     step(id, Kind::Group { steps, outputs: None })
 }
 
@@ -63,7 +63,7 @@ fn waits_and_calls_have_a_total_timeout_too() {
     assert_eq!(run.children.len(), 2, "started, then told to stop");
 }
 
-fn call_step() -> Step {
+pub(super) fn call_step() -> Step {
     step(
         "c",
         Kind::Call {

@@ -2,6 +2,8 @@
 //! into a second state, which must be the same.
 
 mod edges;
+mod random;
+mod tables;
 
 use super::*;
 use crate::{

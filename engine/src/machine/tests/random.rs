@@ -1,0 +1,163 @@
+//! Random histories: whatever happens in whatever order, the test bench's invariants hold after every decision (folding
+//! the events gives the state, no due instant is left behind, no run closes over a live attempt), and once the world
+//! behaves, every run comes to its end.
+
+use super::*;
+use edges::{call_step, group};
+
+/// Every kind of step, nested, with every limit set.
+fn everything() -> Definition {
+    let mut slow =
+        group("slow", vec![act("a", &[]), step("pause", Kind::Wait { until: WaitUntil::For(3_000) }), act("b", &[])]);
+    slow.timeouts.total_ms = Some(20_000);
+    slow.catch = vec![Catch { on: vec!["*".into()], condition: None, steps: vec![act("handler", &[])] }];
+    let mut checked = act("work", &[("round", x("round.number"))]);
+    checked.timeouts.total_ms = Some(15_000);
+    let redo = step(
+        "work..ok",
+        Kind::Repeat {
+            steps: vec![
+                checked,
+                await_step("ok", Some(Approval { quorum: 1, fail_on_reject: true }), OnTimeout::Reject),
+            ],
+            max_rounds: 3,
+            condition: RepeatCondition::While(e("steps.ok.output.decision == 'changes_requested'")),
+            delay_ms: 500,
+            exhausted: Exhausted::Continue,
+            transparent: true,
+            gate: Some("ok".into()),
+            outputs: None,
+        },
+    );
+    let each = step(
+        "each",
+        Kind::Foreach {
+            list: e("[1, 2, 3]"),
+            key: None,
+            max_items: 3,
+            concurrency: 2,
+            on_item_failure: OnItemFailure::Continue,
+            steps: vec![redo, act("after", &[])],
+            outputs: None,
+        },
+    );
+    let branch = |name: &str, steps| crate::definition::Branch { name: name.into(), steps };
+    let mut race = step(
+        "race",
+        Kind::Parallel {
+            branches: vec![
+                branch("l", vec![act("l1", &[]), call_step()]),
+                branch("r", vec![await_step("answer", None, OnTimeout::Default)]),
+                branch("m", vec![group("inner", vec![act("m1", &[]), act("m2", &[])])]),
+            ],
+            join: Join::AtLeast(2),
+            fail_fast: true,
+        },
+    );
+    race.continue_on_error = true;
+    race.timeouts.total_ms = Some(60_000);
+    let mut early = step("early", Kind::Finish { outputs: BTreeMap::new() });
+    early.condition = Some(e("steps.race.status == 'failed'"));
+    let choice = step(
+        "choice",
+        Kind::Switch {
+            cases: vec![
+                Case { when: Some(e("size(steps.each.output) == 3")), steps: vec![act("three", &[])] },
+                Case { when: None, steps: vec![act("other", &[])] },
+            ],
+        },
+    );
+    let mut d = definition(vec![slow, race, early, each, choice]);
+    d.timeout_ms = 600_000;
+    d.finally = vec![act("clean", &[]), group("last", vec![act("l", &[])])];
+    d.finally[0].continue_on_error = true;
+    d
+}
+
+fn outcome(random: &mut fastrand::Rng) -> Result<Value, Failure> {
+    match random.u8(0..10) {
+        0..=4 => Ok(json!({"v": 1})),
+        5 => Err(Failure::retryable("transient.network", "x")),
+        6 => Err(Failure::permanent("user.bad", "x")),
+        7 => Err(Failure::new(FailureKind::TimedOut, "timeout.run", "x")),
+        8 => Err(Failure::cancelled()),
+        _ => Err(Failure::blocked("credits", "none")),
+    }
+}
+
+fn child_ended(run: &mut Bench, completed: bool) {
+    let Some(child) = run.children.pop() else { return };
+    run.input(Input::Messages(vec![Inbound::Child {
+        run_id: child,
+        completed,
+        output: Some(json!({})),
+        failure: (!completed).then(|| Failure::permanent("user.child", "x")),
+        cancelled: false,
+    }]));
+}
+
+fn disturb(run: &mut Bench, random: &mut fastrand::Rng) {
+    run.permits = random.u32(0..4);
+    run.refused = (random.u8(0..6) == 0).then(|| ("credits".into(), "none left".into()));
+    match random.u8(0..20) {
+        0..=8 => {
+            let live: Vec<String> = run.live.keys().cloned().collect();
+            if let Some(path) = random.choice(&live) {
+                run.end(path, outcome(random));
+            }
+        }
+        9..=11 => {
+            let due = next_due(&run.definition, &run.state);
+            if !run.state.status.is_closed() && due < run.now + chrono::Duration::days(30) {
+                run.now = due;
+            }
+            run.input(Input::Tick);
+        }
+        12 | 13 => run.later(random.i64(0..4_000)),
+        14 => run.signal("answer", json!({"text": "x"})),
+        15 => {
+            let decision = ["approved", "rejected", "changes_requested", "nonsense"][random.usize(0..4)];
+            run.signal("ok", json!({ "decision": decision }));
+        }
+        16 => drop(run.input(Input::TakenOver)),
+        17 => drop(run.input(Input::Messages(vec![Inbound::Unblock]))),
+        18 => child_ended(run, random.bool()),
+        _ if random.u8(0..8) == 0 => {
+            drop(run.input(Input::Messages(vec![Inbound::Cancel { reason: "enough".into() }])));
+        }
+        _ if random.u8(0..30) == 0 => drop(run.input(Input::Terminated { reason: "op".into() })),
+        _ => drop(run.input(Input::Tick)),
+    }
+}
+
+#[test]
+fn whatever_happens_every_run_ends_and_closes_what_it_started() {
+    for seed in 0..200 {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let mut run = Bench::start_with(everything(), json!({"q": "?"}));
+        for _ in 0..random.usize(5..120) {
+            disturb(&mut run, &mut random);
+        }
+        (run.permits, run.refused) = (100, None);
+        run.input(Input::Messages(vec![Inbound::Unblock]));
+        let mut turns = 0;
+        while !run.state.status.is_closed() {
+            turns += 1;
+            assert!(turns < 300, "seed {seed} does not end: {:#?}", waiting(&run.definition, &run.state));
+            let live: Vec<String> = run.live.keys().cloned().collect();
+            for path in live {
+                if run.live.contains_key(&path) {
+                    run.ok(&path, json!({"v": 1}));
+                }
+            }
+            while !run.children.is_empty() {
+                child_ended(&mut run, true);
+            }
+            if run.live.is_empty() && !run.state.status.is_closed() {
+                run.now = next_due(&run.definition, &run.state);
+                run.input(Input::Tick);
+            }
+        }
+        assert!(run.live.is_empty(), "seed {seed}");
+    }
+}

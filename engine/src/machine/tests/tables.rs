@@ -1,0 +1,226 @@
+//! Every state with every event that may move it, as the README shows it.
+
+use super::*;
+use crate::event::{Ending, Opened, Outcome, StepStatus};
+
+const README: &str = include_str!("../../../README.md");
+/// What cannot follow: folding it is an invariant breach.
+const ILLEGAL: &str = "–";
+
+/// Compares a table with the README's. The generated text is the message, ready to be pasted.
+fn compare(corner: &str, states: &[(&str, RunState)], events: &[(&str, Event)], name: impl Fn(&RunState) -> String) {
+    let mut table = format!("| {corner} |");
+    events.iter().for_each(|(event, _)| table.push_str(&format!(" `{event}` |")));
+    table.push_str("\n|");
+    table.push_str(&" --- |".repeat(events.len() + 1));
+    for (from, state) in states {
+        table.push_str(&format!("\n| **{from}** |"));
+        for (_, event) in events {
+            let mut state = state.clone();
+            let to = fold(&mut state, event).map_or_else(|_| ILLEGAL.to_owned(), |()| name(&state));
+            table.push_str(&format!(" {to} |"));
+        }
+    }
+    assert!(README.contains(&table), "the README should say\n\n{table}\n");
+}
+
+fn now() -> DateTime<Utc> {
+    Utc.with_ymd_and_hms(2026, 11, 25, 12, 0, 0).single().expect("valid")
+}
+
+fn started() -> RunState {
+    let mut state = RunState::new(RunId::new());
+    fold(&mut state, &run_started()).expect("legal");
+    state
+}
+
+fn run_started() -> Event {
+    Event::RunStarted {
+        inputs: json!({}),
+        env: BTreeMap::new(),
+        calls: BTreeMap::new(),
+        at: now(),
+        deadline: now() + chrono::Duration::days(1),
+    }
+}
+
+fn after(mut state: RunState, events: &[Event]) -> RunState {
+    events.iter().for_each(|e| fold(&mut state, e).expect("legal"));
+    state
+}
+
+fn ending(ending: Ending) -> Event {
+    Event::RunEnding { ending, at: now() }
+}
+
+fn step_ended(path: &str) -> Event {
+    Event::StepEnded {
+        path: path.into(),
+        status: StepStatus::Succeeded,
+        output: None,
+        failure: None,
+        tolerated: false,
+        hoist: false,
+        extras: Value::Null,
+        at: now(),
+    }
+}
+
+#[test]
+fn runs() {
+    let finished = || ending(Ending::Completed { output: Value::Null });
+    let cancelled = || ending(Ending::Cancelled { reason: String::new() });
+    let finally = || Event::FinallyStarted { at: now(), deadline: now() };
+    let closed = || Event::RunClosed { status: RunStatus::Completed, output: None, failure: None, at: now() };
+    let states = [
+        ("pending", RunState::new(RunId::new())),
+        ("running", started()),
+        ("running, ending", after(started(), &[finished()])),
+        ("cancelling", after(started(), &[cancelled()])),
+        ("in finally", after(started(), &[cancelled(), finally()])),
+        ("closed", after(started(), &[finished(), closed()])),
+    ];
+    let events = [
+        ("run_started", run_started()),
+        ("run_ending: completed", finished()),
+        ("run_ending: failed, cancelled", cancelled()),
+        ("finally_started", finally()),
+        ("run_closed", closed()),
+    ];
+    compare("run", &states, &events, |s| {
+        let text = match (s.status, s.ending.is_some(), s.finally.is_some()) {
+            (status, ..) if status.is_closed() => "closed",
+            (_, _, true) => "in finally",
+            (RunStatus::Cancelling, ..) => "cancelling",
+            (_, true, _) => "running, ending",
+            _ => "running",
+        };
+        text.to_owned()
+    });
+}
+
+#[test]
+fn attempts() {
+    let run = started();
+    let id = |n| AttemptId::derive(run.run_id, "a", n);
+    let open = Event::StepStarted {
+        path: "a".into(),
+        at: now(),
+        opened: Opened::Activity {
+            activity: "work@1".into(),
+            input: json!({}),
+            overrides: Vec::new(),
+            queue_deadline: now(),
+            total_deadline: None,
+        },
+    };
+    let start = |n| Event::AttemptStarted {
+        path: "a".into(),
+        attempt: n,
+        attempt_id: id(n),
+        activity: "work@1".into(),
+        at: now(),
+        deadline: now(),
+    };
+    let end = |n, outcome| Event::AttemptEnded {
+        path: "a".into(),
+        attempt: n,
+        attempt_id: id(n),
+        activity: "work@1".into(),
+        outcome,
+        output: None,
+        failure: None,
+        at: now(),
+    };
+    let retry = || Event::RetryScheduled { path: "a".into(), due_at: now(), failure: Failure::cancelled() };
+    let block = || Event::AttemptBlocked { path: "a".into(), reason: String::new(), message: String::new(), at: now() };
+    // Every state has had one attempt, so that one table has the same event names for all.
+    let queued = after(run.clone(), &[open, start(1), end(1, Outcome::Lost)]);
+    let states = [
+        ("queued", queued.clone()),
+        ("running", after(queued.clone(), &[start(2)])),
+        ("backoff", after(queued.clone(), &[retry()])),
+        ("blocked", after(queued.clone(), &[block()])),
+        ("ended", after(queued.clone(), &[step_ended("a")])),
+    ];
+    let events = [
+        ("attempt_started", start(2)),
+        ("attempt_blocked", block()),
+        ("attempt_ended: succeeded, failed, timed_out, cancelled", end(2, Outcome::Failed)),
+        ("attempt_ended: lost", end(2, Outcome::Lost)),
+        ("attempt_ended: blocked", end(2, Outcome::Blocked)),
+        ("retry_scheduled", retry()),
+        ("attempt_ready", Event::AttemptReady { path: "a".into() }),
+        ("unblocked", Event::Unblocked {}),
+        ("step_ended", step_ended("a")),
+    ];
+    compare("activity", &states, &events, |s| {
+        let text = match s.node("a").and_then(|n| n.live.as_ref()) {
+            Some(Live::Activity { phase: Phase::Queued, .. }) => "queued",
+            Some(Live::Activity { phase: Phase::Running { .. }, .. }) => "running",
+            Some(Live::Activity { phase: Phase::Backoff { .. }, .. }) => "backoff",
+            Some(Live::Activity { phase: Phase::Blocked { .. }, .. }) => "blocked",
+            _ => "ended",
+        };
+        text.to_owned()
+    });
+}
+
+#[test]
+fn timers() {
+    let open = |opened| Event::StepStarted { path: "w".into(), at: now(), opened };
+    let wait = after(started(), &[open(Opened::Wait { until: now() })]);
+    let ask = after(started(), &[open(Opened::Await { signal: "s".into(), deadline: now(), show: None })]);
+    let round = |n| Event::RoundStarted { path: "w".into(), round: n, previous: Value::Null };
+    let delay = || Event::RoundDelayed { path: "w".into(), until: now() };
+    let repeat = after(started(), &[open(Opened::Repeat), round(1)]);
+    let states = [
+        ("wait pending", wait.clone()),
+        ("await pending", ask),
+        ("round running", repeat.clone()),
+        ("round delayed", after(repeat, &[delay()])),
+        ("ended", after(wait, &[step_ended("w")])),
+    ];
+    let stop = Event::StopRequested { path: "w".into(), reason: String::new() };
+    let events = [
+        ("reminded", Event::Reminded { path: "w".into(), count: 1 }),
+        ("round_delayed", delay()),
+        ("round_started", round(2)),
+        ("stop_requested", stop),
+        ("step_ended", step_ended("w")),
+    ];
+    compare("timer", &states, &events, |s| {
+        let node = s.node("w").expect("there");
+        let text = match (&node.live, node.stopping) {
+            (None, _) => "ended",
+            (_, true) => "stopping",
+            (Some(Live::Wait { .. }), _) => "wait pending",
+            (Some(Live::Await { .. }), _) => "await pending",
+            (Some(Live::Repeat { delayed_until: Some(_), .. }), _) => "round delayed",
+            _ => "round running",
+        };
+        text.to_owned()
+    });
+}
+
+#[test]
+fn signals() {
+    let open = Event::StepStarted {
+        path: "w".into(),
+        at: now(),
+        opened: Opened::Await { signal: "s".into(), deadline: now(), show: None },
+    };
+    let received = |n| Event::SignalReceived { n, name: "s".into(), payload: Value::Null, sender: None, at: now() };
+    let empty = after(started(), &[open]);
+    let held = after(empty.clone(), &[received(1)]);
+    let mut full = empty.clone();
+    (1..=MAILBOX_MAX as u64).for_each(|n| fold(&mut full, &received(n)).expect("legal"));
+    let states = [("none", empty), ("kept", held), ("mailbox full", full)];
+    let events = [
+        ("signal_received", received(1_000)),
+        ("signal_dropped", Event::SignalDropped { n: 1_000, name: "s".into() }),
+        ("signal_consumed", Event::SignalConsumed { path: "w".into(), n: 1 }),
+        ("decision_counted", Event::DecisionCounted { path: "w".into(), n: 1 }),
+    ];
+    compare("signal", &states, &events, |s| format!("{} kept", s.mailbox.len()));
+}

@@ -1,0 +1,189 @@
+//! People: await and approve.
+
+use crate::bench::Bench;
+use loopwright_engine::{
+    Error,
+    client::{Decision, Signal},
+    view::{RunStatus, Waiting},
+};
+use serde_json::json;
+
+fn ask(more: &str) -> String {
+    format!(
+        r#"
+inputs: {{ color: {{ type: string, default: red }} }}
+steps:
+  - id: before
+    uses: work@1
+    with: {{ gate: x }}
+  - id: ask
+    await:
+      signal: answer
+      to: ["role:owner"]
+      show: "Is it {{{{inputs.color}}}}?"
+      form: {{ type: object, required: [text], properties: {{ text: {{ type: string, minLength: 1 }} }} }}
+{more}
+outputs: {{ text: "${{{{ steps.ask.output.text }}}}", by: "${{{{ default(steps.ask.by, 'nobody') }}}}", timed_out: "${{{{ steps.ask.timed_out }}}}" }}
+"#
+    )
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_must_satisfy_the_form_and_is_read_once() {
+    let bench = Bench::new().await;
+    bench.world.open("x", 1);
+    let run = bench.start(&ask("      timeout: 1h"), json!({})).await;
+    let view = bench.waits(run).await;
+    let Waiting::Signal { show, to, form, signal, .. } = &view.waiting[0] else { panic!("{view:#?}") };
+    assert_eq!((show.as_deref(), signal.as_str()), (Some("Is it red?"), "answer"));
+    assert!(to == &["role:owner"] && form.is_some());
+    let send = |payload, id: &str| {
+        let signal =
+            Signal { name: "answer".into(), payload, dedupe_id: Some(id.into()), sender: Some("user:1".into()) };
+        bench.client.signal(run, signal)
+    };
+    let refused = send(json!({"text": ""}), "m0").await;
+    assert!(matches!(&refused, Err(Error::SignalInvalid(why)) if why[0].contains("/text")), "{refused:?}");
+    assert!(send(json!({"text": "yes"}), "m1").await.expect("sent"));
+    let twice = send(json!({"text": "no"}), "m1").await;
+    assert!(matches!(twice, Ok(false) | Err(Error::RunClosed(_))), "the same message again: {twice:?}");
+    assert_eq!(bench.output(run).await, json!({"text": "yes", "by": "user:1", "timed_out": false}));
+    bench.done().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_early_signal_is_kept_until_somebody_waits_for_it() {
+    let bench = Bench::new().await;
+    let run = bench.start(&ask("      timeout: 1h"), json!({})).await;
+    bench.world.arrived("x", 1).await;
+    assert!(bench.signal(run, "answer", json!({"text": "early"})).await);
+    bench.world.open("x", 1);
+    assert_eq!(bench.output(run).await["text"], "early");
+    bench.done().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn silence_takes_the_default_or_fails() {
+    let bench = Bench::new().await;
+    bench.world.open("x", 2);
+    let silent = ask(
+        "      timeout: 60ms\n      on-timeout: default\n      default: { text: \"nothing about ${{ inputs.color }}\" }",
+    );
+    let out = bench.completes(&silent, json!({})).await;
+    assert_eq!(out, json!({"text": "nothing about red", "by": "nobody", "timed_out": true}));
+    let failing = ask("      timeout: 1s\n      remind: [10ms, 20ms]");
+    let run = bench.start(&failing, json!({})).await;
+    assert_eq!(bench.failure(run).await.code, "signal.timeout");
+    let reminders = bench.events(run).await.into_iter().filter(|e| e["type"] == "reminded").count();
+    assert_eq!(reminders, 2);
+    bench.done().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_filter_leaves_other_messages_for_others() {
+    let bench = Bench::new().await;
+    let body = r#"
+steps:
+  - id: mine
+    await: { signal: note, timeout: 1h, where: "signal.kind == 'mine' && signal.meta.by == 'user:1'" }
+  - id: any
+    await: { signal: note, timeout: 1h }
+outputs: { mine: "${{ steps.mine.output.n }}", any: "${{ steps.any.output.n }}" }
+"#;
+    let run = bench.start(body, json!({})).await;
+    bench.waits(run).await;
+    bench.signal(run, "note", json!({"kind": "other", "n": 1})).await;
+    bench.signal(run, "note", json!({"kind": "mine", "n": 2})).await;
+    assert_eq!(bench.output(run).await, json!({"mine": 2, "any": 1}));
+    bench.done().await;
+}
+
+fn gate(options: &str) -> String {
+    format!(
+        r#"
+steps:
+  - id: ok
+    approve: {{ to: ["role:owner"], show: "Go?", {options} }}
+outputs: {{ decision: "${{{{ steps.ok.output.decision }}}}", comment: "${{{{ steps.ok.output.comment }}}}" }}
+"#
+    )
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_approval_is_approved_or_rejected_by_somebody() {
+    let bench = Bench::new().await;
+    let run = bench.start(&gate("timeout: 1h"), json!({})).await;
+    let view = bench.waits(run).await;
+    assert!(matches!(&view.waiting[0], Waiting::Approval { step, show: Some(s), .. } if step == "ok" && s == "Go?"));
+    bench.approve(run, "ok", Decision::Approved, "fine", "user:1").await;
+    assert_eq!(bench.output(run).await, json!({"decision": "approved", "comment": "fine"}));
+    let late = bench.client.approve(run, "ok", Decision::Approved, None, None, None).await;
+    assert!(matches!(late, Err(Error::RunClosed(_))));
+    let run = bench.start(&gate("timeout: 1h"), json!({})).await;
+    bench.waits(run).await;
+    bench.approve(run, "ok", Decision::Rejected, "too dear", "user:1").await;
+    let failure = bench.failure(run).await;
+    assert_eq!((failure.code.as_str(), failure.message.as_str()), ("approval.rejected", "rejected: too dear"));
+    let run = bench.start(&gate("timeout: 1h, on-reject: continue"), json!({})).await;
+    bench.waits(run).await;
+    bench.approve(run, "ok", Decision::Rejected, "no", "user:1").await;
+    assert_eq!(bench.output(run).await["decision"], "rejected");
+    bench.done().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requested_changes_lead_back_and_the_comment_comes_along() {
+    let bench = Bench::new().await;
+    let body = r#"
+steps:
+  - id: plan
+    uses: work@1
+    with: { value: { changes: "${{ round.number == 1 ? '' : round.previous.ok.comment }}" } }
+  - id: ok
+    approve: { to: ["role:owner"], timeout: 1h }
+    redo: { from: plan, if: "steps.ok.output.decision == 'changes_requested'", max-rounds: 3, exhausted: fail }
+outputs: { changes: "${{ steps.plan.output.changes }}", rounds: "${{ steps.ok.output.decision }}" }
+"#;
+    let run = bench.start(body, json!({})).await;
+    for (round, decision) in [(1, Decision::ChangesRequested), (2, Decision::Approved)] {
+        let path = format!("plan..ok~{round}/ok");
+        bench
+            .until(run, "the round's approval", |v| {
+                v.waiting.iter().any(|w| matches!(w, Waiting::Approval { path: p, .. } if *p == path))
+            })
+            .await;
+        bench.approve(run, "ok", decision, "smaller", "user:1").await;
+    }
+    assert_eq!(bench.output(run).await, json!({"changes": "smaller", "rounds": "approved"}));
+    bench.done().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_deciding_is_what_on_timeout_says() {
+    let bench = Bench::new().await;
+    let reject = bench.start(&gate("timeout: 50ms, on-timeout: reject"), json!({})).await;
+    assert_eq!(bench.failure(reject).await.code, "approval.rejected");
+    let on = bench.completes(&gate("timeout: 50ms, on-timeout: reject, on-reject: continue"), json!({})).await;
+    assert_eq!(on["decision"], "rejected");
+    assert_eq!(bench.fails(&gate("timeout: 50ms"), json!({})).await.code, "approval.timeout");
+    bench.done().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_quorum_counts_people_not_clicks() {
+    let bench = Bench::new().await;
+    let run = bench.start(&gate("timeout: 1h, quorum: 2"), json!({})).await;
+    bench.waits(run).await;
+    bench.approve(run, "ok", Decision::Approved, "", "user:1").await;
+    bench.approve(run, "ok", Decision::Approved, "", "user:1").await;
+    let two = |e: &serde_json::Value| e["type"] == "signal_consumed" || e["type"] == "decision_counted";
+    let deadline = tokio::time::Instant::now() + crate::bench::PATIENCE;
+    while bench.events(run).await.iter().filter(|e| two(e)).count() < 2 {
+        assert!(tokio::time::Instant::now() < deadline, "both clicks are read");
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    assert_eq!(bench.client.describe(run).await.expect("run").status, RunStatus::Running);
+    bench.approve(run, "ok", Decision::Approved, "", "user:2").await;
+    assert_eq!(bench.output(run).await["decision"], "approved");
+    bench.done().await;
+}

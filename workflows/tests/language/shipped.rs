@@ -1,0 +1,99 @@
+//! The shipped development loop, as it is, over activities that only say what the real ones would.
+
+use crate::bench::{Bench, Named, World};
+use loopwright_engine::{
+    activity::{Context, Registry},
+    client::Decision,
+    view::Waiting,
+};
+use serde_json::{Value, json};
+use std::{path::Path, sync::Arc};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_development_loop_goes_through_every_turn_it_can_take() {
+    let world = Arc::new(World::default());
+    let mut registry = Registry::new();
+    for name in ["gather", "plan", "implement", "check", "commit", "verify", "readme", "deliver"] {
+        let world = world.clone();
+        let script = move |ctx: Context, input: Value| {
+            let world = world.clone();
+            async move {
+                let path = ctx.info().path.clone();
+                let mut calls = world.calls.lock().expect("lock");
+                calls.push(crate::bench::Call { path: path.clone(), input: input.clone() });
+                let nth = calls.iter().filter(|c| c.path.ends_with(&format!("/{name}")) || c.path == name).count();
+                Ok(match name {
+                    "gather" => {
+                        let answered = input["answer"] == "blue";
+                        json!({"complete": answered, "question": "Which color?", "summary": "a program"})
+                    }
+                    "plan" => {
+                        json!({"summary_markdown": format!("plan, changed: {}", input["changes"]), "todo": [{"id": "a"}, {"id": "b"}]})
+                    }
+                    "implement" => json!({"work": {"role": input["role"], "evidence": input["evidence"]}}),
+                    // The first item's first code does not pass.
+                    "check" => {
+                        json!({"passed": !path.contains("[a]/code..check~1"), "results": [], "work": input["work"]})
+                    }
+                    "commit" => json!({"oid": format!("commit of {}", input["todo"]["id"])}),
+                    // The first whole round is rejected with one item to do again.
+                    "verify" if nth == 1 => {
+                        json!({"verdict": "reject", "report_markdown": "no", "todo": [{"id": "c"}]})
+                    }
+                    "verify" => json!({"verdict": "accept", "report_markdown": "yes", "todo": []}),
+                    "readme" => json!({"path": "README.md"}),
+                    _ => json!({"commit": "abc", "verdict": input["verdict"]}),
+                })
+            }
+        };
+        registry = registry.with(Named::new(&format!("{name}@1"), script));
+    }
+    let bench = Bench::with(world, registry.clone(), registry).await;
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../workflow-defs/dev-loop.yaml");
+    let hash = bench.deploy(&std::fs::read_to_string(folder).expect("text")).await;
+    let inputs = json!({"project_id": "123e4567-e89b-42d3-a456-426614174000", "idea": "a program that paints"});
+    let run = bench.start_hash(hash, inputs).await.run_id;
+
+    let view = bench.waits(run).await;
+    assert!(matches!(&view.waiting[0], Waiting::Signal { show: Some(s), .. } if s == "Which color?"), "{view:#?}");
+    bench.signal(run, "user_message", json!({"text": "blue"})).await;
+    for (round, decision) in [(1, Decision::ChangesRequested), (2, Decision::Approved)] {
+        let path = format!("plan..approve~{round}/approve");
+        bench
+            .until(run, "the plan's approval", |v| {
+                v.waiting.iter().any(|w| matches!(w, Waiting::Approval { path: p, .. } if *p == path))
+            })
+            .await;
+        bench.approve(run, "approve", decision, "smaller", "user:1").await;
+    }
+    assert_eq!(bench.output(run).await, json!({"commit": "abc", "verdict": "accept"}));
+    let calls = bench.world.calls.lock().expect("lock").clone();
+    let paths: Vec<&str> = calls.iter().map(|c| c.path.as_str()).collect();
+    assert_eq!(
+        paths,
+        [
+            "gather~1/ask",
+            "gather~2/ask",
+            "plan..approve~1/plan",
+            "plan..approve~2/plan",
+            "implement..verify~1/implement[a]/code..check~1/code",
+            "implement..verify~1/implement[a]/code..check~1/check",
+            "implement..verify~1/implement[a]/code..check~2/code",
+            "implement..verify~1/implement[a]/code..check~2/check",
+            "implement..verify~1/implement[a]/commit",
+            "implement..verify~1/implement[b]/code..check~1/code",
+            "implement..verify~1/implement[b]/code..check~1/check",
+            "implement..verify~1/implement[b]/commit",
+            "implement..verify~1/verify",
+            "implement..verify~2/implement[c]/code..check~1/code",
+            "implement..verify~2/implement[c]/code..check~1/check",
+            "implement..verify~2/implement[c]/commit",
+            "implement..verify~2/verify",
+            "readme",
+            "deliver",
+        ]
+    );
+    assert_eq!(calls[3].input["changes"], "smaller");
+    assert_eq!(calls[6].input["evidence"]["passed"], false, "the second try sees why the first did not pass");
+    bench.done().await;
+}
