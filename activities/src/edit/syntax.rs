@@ -79,6 +79,10 @@ pub struct Fault {
 /// At most [`PARSE_TIME`]; a text that takes longer has no verdict and passes.
 #[must_use]
 pub fn fault(grammar: &Grammar, text: &str) -> Option<Fault> {
+    // A scanner that meets more nesting than it holds ends the whole process.
+    if crate::index::too_deep(text, grammar.name == "YAML") {
+        return None;
+    }
     let mut parser = Parser::new();
     parser.set_language(&grammar.language).ok()?;
     let bytes = text.as_bytes();
@@ -132,6 +136,12 @@ fn first_fault(root: Node<'_>) -> Node<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nesting_that_would_end_the_process_is_not_parsed() {
+        let yaml = grammar("a.yaml").expect("a grammar");
+        assert_eq!(fault(&yaml, &"- ".repeat(300)), None);
+    }
 
     #[test]
     fn every_gated_language_tells_good_from_broken() {

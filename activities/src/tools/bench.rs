@@ -100,9 +100,12 @@ impl Worktree {
         let answer = tokio::task::spawn_blocking(move || {
             // A panic while the index was held leaves at worst an old state, which the update below repairs.
             let index = index.lock().unwrap_or_else(PoisonError::into_inner);
-            if stale.load(Ordering::Acquire) {
-                index.update(&root)?;
-                stale.store(false, Ordering::Release);
+            // Before the update: a write that comes while it runs makes it stale again.
+            if stale.swap(false, Ordering::AcqRel)
+                && let Err(error) = index.update(&root)
+            {
+                stale.store(true, Ordering::Release);
+                return Err(error);
             }
             question(&index)
         });
@@ -132,8 +135,8 @@ impl Bench for Worktree {
         Box::pin(self.workspace.changes())
     }
 
-    fn committed<'a>(&'a self, _path: &'a str) -> BoxFuture<'a, Result<Option<String>, Failure>> {
-        Box::pin(async move { Ok(None) })
+    fn committed<'a>(&'a self, path: &'a str) -> BoxFuture<'a, Result<Option<String>, Failure>> {
+        Box::pin(self.workspace.committed(path))
     }
 
     fn search(&self, query: String) -> BoxFuture<'_, Result<String, Failure>> {
@@ -141,7 +144,12 @@ impl Bench for Worktree {
             let hits = self.ask(move |index| index.search(&query, HITS_MAX)).await?;
             let mut out = String::new();
             for hit in hits {
-                let _ = writeln!(out, "{}", hit.path); // writing to a String cannot fail
+                let symbol = hit.symbol.map(|name| format!(" {name}")).unwrap_or_default();
+                // Writing to a String cannot fail.
+                let _ = writeln!(out, "{}:{}-{}{symbol}", hit.path, hit.start_line, hit.end_line);
+                for line in hit.snippet.lines() {
+                    let _ = writeln!(out, "    {line}");
+                }
             }
             Ok(out)
         })
@@ -152,7 +160,10 @@ impl Bench for Worktree {
             let symbols = self.ask(move |index| index.symbols(&name, HITS_MAX)).await?;
             let mut out = String::new();
             for symbol in symbols {
-                let _ = writeln!(out, "{}", symbol.path); // writing to a String cannot fail
+                let parent = symbol.parent.map(|name| format!(" in {name}")).unwrap_or_default();
+                let place = format!("{}:{}-{}", symbol.path, symbol.start_line, symbol.end_line);
+                // Writing to a String cannot fail.
+                let _ = writeln!(out, "{place} {} {}{parent}: {}", symbol.kind, symbol.name, symbol.signature);
             }
             Ok(out)
         })

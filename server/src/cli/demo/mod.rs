@@ -71,7 +71,9 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<u8> {
         eprintln!("The models are rehearsed: their answers come from a script. Everything else is real.");
     }
     let work = app.config.data_dir.join("demo");
-    let mut main = Stage::begin(app, &subject, run, work.join(if args.crash { "disturbed" } else { kind }), flags.config.clone()).await?;
+    let mut main =
+        Stage::begin(app, &subject, run, work.join(if args.crash { "disturbed" } else { kind }), flags.config.clone())
+            .await?;
 
     let mut reference = None;
     if args.crash {
