@@ -390,8 +390,7 @@ impl Workspace {
             return Err(outside(path));
         }
         let mut full = self.dir.clone();
-        let mut parts = path.split('/').peekable();
-        while let Some(part) = parts.next() {
+        for part in path.split('/') {
             full.push(part);
             if std::fs::symlink_metadata(&full).is_ok_and(|m| m.file_type().is_symlink()) {
                 return Err(outside(path));

@@ -76,7 +76,7 @@ pub struct Fault {
 /// The first syntax error of `text`, if it has one.
 ///
 /// # Units
-/// At most [`PARSE_TIME`]; a text that takes longer has no verdict and passes.
+/// At most two seconds; a text that takes longer has no verdict and passes.
 #[must_use]
 pub fn fault(grammar: &Grammar, text: &str) -> Option<Fault> {
     // A scanner that meets more nesting than it holds ends the whole process.

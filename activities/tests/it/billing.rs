@@ -72,22 +72,20 @@ impl Bench {
 
     /// As the engine does it: refused transitions are rolled back.
     async fn transition(&self, run_id: RunId, ended: Vec<AttemptEnd>, started: Vec<AttemptStart>) -> Option<String> {
-        loop {
-            let mut tx = self.pool.begin().await.expect("tx");
-            let transition = Transition { ord: 0, run_id, ended: ended.clone(), started: started.clone() };
-            let refused = match self.hook.apply(&mut tx, std::slice::from_ref(&transition)).await {
-                Ok(refused) => refused,
-                Err(error) => panic!("{error}"),
-            };
-            match refused.into_iter().next() {
-                Some(refusal) => {
-                    tx.rollback().await.expect("rollback");
-                    return Some(refusal.reason);
-                }
-                None => {
-                    tx.commit().await.expect("commit");
-                    return None;
-                }
+        let mut tx = self.pool.begin().await.expect("tx");
+        let transition = Transition { ord: 0, run_id, ended, started };
+        let refused = match self.hook.apply(&mut tx, std::slice::from_ref(&transition)).await {
+            Ok(refused) => refused,
+            Err(error) => panic!("{error}"),
+        };
+        match refused.into_iter().next() {
+            Some(refusal) => {
+                tx.rollback().await.expect("rollback");
+                Some(refusal.reason)
+            }
+            None => {
+                tx.commit().await.expect("commit");
+                None
             }
         }
     }
