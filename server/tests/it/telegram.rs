@@ -69,7 +69,7 @@ impl Bot {
             api_url: Some(fake.url.clone()),
             access: Access::Open,
         };
-        let store = Store::new(pool.clone());
+        let store = Store::new(pool.clone(), loopwright_activities::billing::BillingSettings::default().welcome);
         let mut parts = Parts {
             store: store.clone(),
             client: Client::new(pool.clone(), Arc::new(NoHook)),
