@@ -217,6 +217,24 @@ pub fn stop_on_signal() -> anyhow::Result<watch::Receiver<bool>> {
     Ok(receiver)
 }
 
+/// The machine lacks something that work needs; the text says what helps.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Lacks(String);
+
+/// Makes a folder, if it is not there.
+///
+/// # Errors
+/// [`Lacks`] a folder that can be written.
+pub(crate) fn writable(dir: &Path) -> Result<(), Lacks> {
+    std::fs::create_dir_all(dir).map_err(|e| {
+        Lacks(format!(
+            "the data folder {} cannot be written ({e}); name another one with LOOPWRIGHT_DATA_DIR",
+            dir.display()
+        ))
+    })
+}
+
 /// Who answers when activities ask a model.
 #[derive(Clone, Debug, Default)]
 pub enum Models {
@@ -298,11 +316,9 @@ pub async fn toolbox(app: &App, models: &Models) -> anyhow::Result<Toolbox> {
     let settings = SandboxConfig { unconfined: config.sandbox.unconfined, ..SandboxConfig::default() };
     // Finding out starts processes and waits for them.
     let sandbox = tokio::task::spawn_blocking(move || Sandbox::detect(settings)).await??;
-    Git::installed().await.map_err(|failure| anyhow::anyhow!(failure.message))?;
+    Git::installed().await.map_err(|failure| Lacks(failure.message))?;
     let data_dir = config.data_dir.join("work");
-    std::fs::create_dir_all(&data_dir).with_context(|| {
-        format!("the data folder {} cannot be written; name another one with LOOPWRIGHT_DATA_DIR", data_dir.display())
-    })?;
+    writable(&data_dir)?;
     Ok(Toolbox {
         orchestrator,
         workspaces: Workspaces::new(data_dir.clone(), app.pool.clone()),

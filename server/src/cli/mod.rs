@@ -2,7 +2,7 @@
 //!
 //! # Exit codes
 //! 0 done; 1 it could not be done, or a check found something; 2 wrong usage or configuration; 3 the machine lacks
-//! something (database, port, folder); 130 interrupted twice.
+//! something (database, port, folder, git, sandbox); 130 interrupted twice.
 
 mod completion;
 mod credits;
@@ -19,11 +19,12 @@ mod worker;
 mod workflow;
 
 use crate::{
-    app::App,
+    app::{App, Lacks},
     config::{self, Config, Flags},
     postgres, rest, telemetry,
 };
 use clap::{Parser, Subcommand};
+use loopwright_activities::{provider::settings::SettingsError, sandbox::SandboxError};
 use serde::Serialize;
 
 /// It could not be done, or a check found something.
@@ -140,10 +141,14 @@ async fn dispatch(cli: Cli) -> anyhow::Result<u8> {
 
 fn exit_code(error: &anyhow::Error) -> u8 {
     for cause in error.chain() {
-        if cause.is::<config::Error>() {
+        if cause.is::<config::Error>() || cause.is::<SettingsError>() {
             return EXIT_USAGE;
         }
-        if cause.is::<postgres::Error>() || cause.is::<rest::serve::BindError>() {
+        if cause.is::<postgres::Error>()
+            || cause.is::<rest::serve::BindError>()
+            || cause.is::<SandboxError>()
+            || cause.is::<Lacks>()
+        {
             return EXIT_MACHINE;
         }
     }

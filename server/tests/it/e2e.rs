@@ -2,7 +2,7 @@
 //! the demo shows it, once with its workers killed twenty times at random.
 
 use crate::support::MIGRATIONS;
-use loopwright_activities::billing::{BillingSettings, LedgerHook, audit};
+use loopwright_activities::billing::{BillingSettings, LedgerHook, MicroCredits, audit};
 use loopwright_engine::{
     client::{Client, Decision, Signal, Start},
     embedded::testing,
@@ -106,7 +106,10 @@ struct Loop {
 
 impl Loop {
     async fn start(pool: &PgPool, run: RunId) -> Self {
-        let billing = BillingSettings::default();
+        Self::start_with(pool, run, BillingSettings::default()).await
+    }
+
+    async fn start_with(pool: &PgPool, run: RunId, billing: BillingSettings) -> Self {
         let client = Client::new(pool.clone(), Arc::new(LedgerHook::new(billing)));
         shipped::deploy(&client, shipped::SHIPPED, &app::catalog()).await.unwrap();
         let store = Store::new(pool.clone(), billing.welcome);
@@ -306,4 +309,41 @@ async fn asks_for_approval(it: &Loop) -> bool {
     let history = it.client.history(it.run, 0, 1000).await.unwrap();
     let mut events = history.iter().flat_map(|row| &row.events);
     events.any(|e| e["type"] == "step_started" && e["path"].as_str().is_some_and(|path| path.ends_with("/approve")))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_empty_balance_parks_the_loop_and_a_grant_makes_it_go_on() {
+    let pool = testing::database(MIGRATIONS).await;
+    let dir = folder();
+    let nothing = BillingSettings { welcome: MicroCredits(0), ..BillingSettings::default() };
+    let poor = Loop::start_with(&pool, RunId::new(), nothing).await;
+    let mut workers = Workers { pool: &pool, dir: &dir.path().join("w"), started: 0 };
+    std::fs::create_dir_all(workers.dir).unwrap();
+    let mut worker = workers.start();
+    let message = loop {
+        let view = poor.view().await;
+        let blocked = view.waiting.iter().find_map(|w| match w {
+            Waiting::Blocked { reason, message, .. } => Some((reason.clone(), message.clone())),
+            _ => None,
+        });
+        if let Some((reason, message)) = blocked {
+            assert_eq!(reason, "credits");
+            break message;
+        }
+        poor.client.wait_change(poor.run, view.seq, Duration::from_secs(1)).await.unwrap();
+    };
+    assert!(message.contains("0 are available") && message.contains("goes on by itself"), "{message}");
+    assert_eq!(poor.facts(&pool).await, (vec![], 0, 0), "nothing was asked and nothing charged");
+
+    let mut command = binary(&dir.path().join("data"), &pool);
+    command.args(["credits", "grant", "50", "--user", &poor.user.to_string()]);
+    let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let view = to_the_end(&poor, 0, &mut worker).await;
+    worker.kill().unwrap();
+    worker.wait().unwrap();
+    assert_eq!(view.status, RunStatus::Completed, "{:?}", view.failure);
+    let (_, calls, charged) = poor.facts(&pool).await;
+    assert!(calls > 0 && charged > 0);
+    audited(&pool).await;
 }

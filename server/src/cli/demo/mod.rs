@@ -14,7 +14,7 @@ mod worker;
 
 use super::{Context, EXIT_FAILED, EXIT_INTERRUPTED};
 use crate::{
-    app::{self, App},
+    app::{self, App, Models},
     config::{self, Config},
     postgres::{self, Fallback},
 };
@@ -62,6 +62,9 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<u8> {
     let app = App::open_migrated(config, Fallback::Embedded).await?;
     let kind = subject.kind();
     let rehearsed = subject.rehearsed();
+
+    // What the worker would lack is said here, in one sentence, and not at the end of its log.
+    app::toolbox(&app, if rehearsed { &Models::Demo } else { &Models::Configured }).await?;
 
     let open = stage::open_run(&app, &subject).await?;
     let run = open.unwrap_or_else(RunId::new);

@@ -1,5 +1,6 @@
 //! The demo's worker: the ordinary `loopwright worker` as a child process, started, killed, asked to stop.
 
+use crate::app::writable;
 use anyhow::Context as _;
 use std::{
     os::unix::process::CommandExt,
@@ -56,9 +57,7 @@ impl Worker {
     fn start(&mut self) -> anyhow::Result<()> {
         self.starts += 1;
         let dir = self.dir.join(format!("worker-{}", self.starts));
-        std::fs::create_dir_all(&dir).with_context(|| {
-            format!("the data folder {} cannot be written; name another one with LOOPWRIGHT_DATA_DIR", dir.display())
-        })?;
+        writable(&dir)?;
         let log = std::fs::File::create(self.log()).with_context(|| self.log().display().to_string())?;
         let mut command = Command::new(std::env::current_exe()?);
         if let Some(file) = &self.config_file {
