@@ -24,7 +24,7 @@ use std::{
 use tokio::sync::Semaphore;
 
 /// Nothing in these tests takes that long; a test that waits longer has found a bug.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 const GRACE: Duration = Duration::from_secs(10);
 
 /// One attempt of `work@1`.
