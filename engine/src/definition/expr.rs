@@ -31,6 +31,15 @@ pub const DEPTH_MAX: usize = 64;
 pub const COMPREHENSIONS_MAX: usize = 2;
 /// Longest list that a comprehension may walk; two nested make a million steps.
 pub const LIST_MAX: usize = 1000;
+/// Largest value that an expression may yield, in bytes of its texts and names. Without it a loop that doubles a text is
+/// the death of the worker, and then of the next one.
+pub const VALUE_BYTES_MAX: usize = 1 << 20;
+/// Most steps of all comprehensions together, from the longest list they may walk.
+const STEPS_MAX: usize = 4_000_000;
+/// Most bytes of text that an evaluation may build on its way, from the longest text it may copy.
+const TEXT_BYTES_MAX: usize = 64 << 20;
+/// Functions and operators that make a new text or list out of others.
+const COPYING: &[&str] = &[operators::ADD, "to_json", "from_json", "join", "split", "lower", "upper", "trim", "string"];
 /// Stack for parsing and evaluation, in bytes. Debug frames of the parser are large.
 const STACK_BYTES: usize = 16 << 20;
 /// Compiled programs kept; the cache is emptied when it is full.
@@ -95,6 +104,10 @@ impl Scope for serde_json::Map<String, Value> {
 struct Compiled {
     program: Program,
     references: References,
+    /// Deepest nesting of comprehensions.
+    loops: u32,
+    /// Calls that copy texts or lists.
+    copies: usize,
 }
 
 static ENV: LazyLock<Arc<Env>> = LazyLock::new(|| {
@@ -122,20 +135,75 @@ pub fn evaluate(expr: &Expr, scope: &dyn Scope) -> Result<Value, Failure> {
     let compiled =
         compile(&expr.0).map_err(|e| Failure::permanent("expr.syntax", format!("{} in `{}`", e.message, expr.0)))?;
     let mut context = Context::with_env(ENV.clone());
-    add_functions(&mut context);
+    add_functions(&mut context, compiled.loops > 0);
+    let mut size = Size::default();
     let roots: BTreeSet<&str> =
         compiled.references.variables.iter().filter_map(|p| p.first().map(String::as_str)).collect();
     for root in roots {
         let wanted: Vec<&[String]> =
             compiled.references.variables.iter().filter(|p| p[0] == root).map(|p| &p[1..]).collect();
         if let Some(value) = scope.root(root, &wanted) {
+            wanted.iter().for_each(|path| size.add(&value, path));
             context.add_variable_from_value(root, to_cel(&value));
         }
     }
+    size.check(&compiled, expr)?;
     let result = stacker::grow(STACK_BYTES, || compiled.program.execute(&context));
     let value = result.map_err(|error| execution_failure(&error, expr))?;
-    from_cel(&value)
-        .ok_or_else(|| Failure::permanent("expr.type", format!("`{}` yields a value without a JSON form", expr.0)))
+    from_cel(&value, &mut VALUE_BYTES_MAX.clone()).map_err(|why| match why {
+        NoJson::Form => Failure::permanent("expr.type", format!("`{}` yields a value without a JSON form", expr.0)),
+        NoJson::Size => {
+            Failure::permanent("limit.size", format!("`{}` yields more than {VALUE_BYTES_MAX} bytes", expr.0))
+        }
+    })
+}
+
+/// The longest list (or object) and the longest text among the values that an expression reads.
+#[derive(Default)]
+struct Size {
+    items: usize,
+    text: usize,
+}
+
+impl Size {
+    fn add(&mut self, mut value: &Value, path: &[String]) {
+        for name in path {
+            let Some(inner) = value.get(name) else { return };
+            value = inner;
+        }
+        self.measure(value);
+    }
+    fn measure(&mut self, value: &Value) {
+        match value {
+            Value::String(text) => self.text = self.text.max(text.len()),
+            Value::Array(items) => {
+                self.items = self.items.max(items.len());
+                items.iter().for_each(|item| self.measure(item));
+            }
+            Value::Object(map) => {
+                self.items = self.items.max(map.len());
+                map.values().for_each(|item| self.measure(item));
+            }
+            Value::Null | Value::Bool(_) | Value::Number(_) => {}
+        }
+    }
+    /// Refuses what could run for minutes or fill the memory: the evaluator behind us knows no budget of its own.
+    fn check(&self, compiled: &Compiled, expr: &Expr) -> Result<(), Failure> {
+        let costly = |what: String| Err(Failure::permanent("expr.cost", format!("{what} in `{}`", expr.0)));
+        if compiled.loops > 0 && self.items > LIST_MAX {
+            return costly(format!("a list of {} items, a loop walks at most {LIST_MAX}", self.items));
+        }
+        // A list written in the expression is shorter than its source.
+        let items = self.items.max(SOURCE_BYTES_MAX / 8).saturating_mul(compiled.copies + 1);
+        if compiled.loops > 1 && items.saturating_pow(compiled.loops) > STEPS_MAX {
+            return costly(format!("loops inside loops over {} items", self.items));
+        }
+        let times = if compiled.loops > 0 { self.items.max(1).saturating_pow(compiled.loops) } else { 1 };
+        if self.text.saturating_mul(compiled.copies).saturating_mul(times) > TEXT_BYTES_MAX {
+            return costly(format!("a text of {} bytes is copied too often", self.text));
+        }
+        Ok(())
+    }
 }
 
 /// Evaluates a condition.
@@ -188,7 +256,8 @@ fn compile(source: &str) -> Result<Arc<Compiled>, ExprError> {
     survey.references.variables.dedup();
     survey.references.functions.sort();
     survey.references.functions.dedup();
-    let compiled = Arc::new(Compiled { program, references: survey.references });
+    let compiled =
+        Arc::new(Compiled { program, references: survey.references, loops: survey.loops, copies: survey.copies });
     let mut cache = CACHE.lock().expect("no panic while held");
     if cache.len() >= CACHE_MAX {
         cache.clear();
@@ -242,6 +311,8 @@ fn scan(source: &str) -> Result<(), ExprError> {
 #[derive(Default)]
 struct Survey {
     nodes: usize,
+    loops: u32,
+    copies: usize,
     references: References,
 }
 
@@ -259,6 +330,9 @@ impl Survey {
         }
         match &node.expr {
             Ast::Call(call) => {
+                // What a `map` or `filter` adds to its own result (a name that no author can write) copies no text.
+                let own = matches!(call.args.first().map(|a| &a.expr), Some(Ast::Ident(name)) if name.starts_with('@'));
+                self.copies += usize::from(!own && COPYING.contains(&call.func_name.as_str()));
                 if call.func_name.starts_with(|c: char| c.is_ascii_alphabetic()) {
                     self.references.functions.push(call.func_name.clone());
                 }
@@ -271,6 +345,7 @@ impl Survey {
                 if loops + 1 > COMPREHENSIONS_MAX {
                     return Err(ExprError::whole(format!("comprehensions nested deeper than {COMPREHENSIONS_MAX}")));
                 }
+                self.loops = self.loops.max(u32::try_from(loops + 1).unwrap_or(u32::MAX));
                 self.visit(&c.iter_range, depth + 1, loops, locals)?;
                 let mut inner = locals.to_vec();
                 inner.push(c.iter_var.clone());
@@ -360,38 +435,59 @@ fn to_cel(value: &Value) -> Cel {
     }
 }
 
-fn from_cel(value: &Cel) -> Option<Value> {
-    Some(match value {
+/// Why a value has no JSON text that we keep.
+enum NoJson {
+    Form,
+    Size,
+}
+
+/// CEL to JSON. `room` is what is left of the bytes that all of it may have: one text that stands in a list a thousand
+/// times is one allocation there and a thousand here.
+fn from_cel(value: &Cel, room: &mut usize) -> Result<Value, NoJson> {
+    let mut take = |bytes: usize| {
+        *room = room.checked_sub(bytes + 8).ok_or(NoJson::Size)?;
+        Ok(())
+    };
+    match value {
+        Cel::String(s) => take(s.len())?,
+        _ => take(0)?,
+    }
+    Ok(match value {
         Cel::Null => Value::Null,
         Cel::Bool(b) => Value::Bool(*b),
         Cel::Int(i) => Value::from(*i),
         Cel::UInt(u) => Value::from(*u),
-        Cel::Float(f) => Value::Number(Number::from_f64(*f)?),
+        Cel::Float(f) => Value::Number(Number::from_f64(*f).ok_or(NoJson::Form)?),
         Cel::String(s) => Value::String(s.to_string()),
-        Cel::List(items) => Value::Array(items.iter().map(from_cel).collect::<Option<_>>()?),
+        Cel::List(items) => {
+            let mut out = Vec::new();
+            for item in items.iter() {
+                out.push(from_cel(item, room)?);
+            }
+            Value::Array(out)
+        }
         Cel::Map(map) => {
             // Sorted: the map behind it is hashed, and equal values must have equal texts.
-            let sorted: BTreeMap<String, Value> = map
-                .map
-                .iter()
-                .map(|(key, value)| {
-                    let key = match key {
-                        Key::String(s) => s.to_string(),
-                        Key::Int(i) => i.to_string(),
-                        Key::Uint(u) => u.to_string(),
-                        Key::Bool(b) => b.to_string(),
-                    };
-                    Some((key, from_cel(value)?))
-                })
-                .collect::<Option<_>>()?;
+            let mut sorted = BTreeMap::new();
+            for (key, value) in map.map.iter() {
+                let key = match key {
+                    Key::String(s) => s.to_string(),
+                    Key::Int(i) => i.to_string(),
+                    Key::Uint(u) => u.to_string(),
+                    Key::Bool(b) => b.to_string(),
+                };
+                *room = room.checked_sub(key.len()).ok_or(NoJson::Size)?;
+                sorted.insert(key, from_cel(value, room)?);
+            }
             Value::Object(sorted.into_iter().collect())
         }
-        _ => return None,
+        _ => return Err(NoJson::Form),
     })
 }
 
-/// The functions beside CEL's own. Each is bounded by its input.
-fn add_functions(context: &mut Context<'_, '_>) {
+/// The functions beside CEL's own. Each is bounded by its input; in an expression that `loops`, lists that are made on
+/// the way are no longer than those that come from outside.
+fn add_functions(context: &mut Context<'_, '_>, loops: bool) {
     type Texts = Arc<String>;
     type List = Arc<Vec<Cel>>;
     fn fail(function: &str, message: impl ToString) -> ExecutionError {
@@ -407,19 +503,41 @@ fn add_functions(context: &mut Context<'_, '_>) {
     }
     let added = [
         context.add_function("to_json", |value: Cel| -> Result<Cel, ExecutionError> {
-            let json = from_cel(&value).ok_or_else(|| fail("to_json", "no JSON form"))?;
+            let json = from_cel(&value, &mut VALUE_BYTES_MAX.clone()).map_err(|why| match why {
+                NoJson::Form => fail("to_json", "no JSON form"),
+                NoJson::Size => fail("to_json", format!("limit: at most {VALUE_BYTES_MAX} bytes")),
+            })?;
             Ok(Cel::String(Arc::new(json.to_string())))
         }),
-        context.add_function("from_json", |text: Texts| -> Result<Cel, ExecutionError> {
-            serde_json::from_str::<Value>(&text).map(|v| to_cel(&v)).map_err(|e| fail("from_json", e))
+        context.add_function("from_json", move |text: Texts| -> Result<Cel, ExecutionError> {
+            let value: Value = serde_json::from_str(&text).map_err(|e| fail("from_json", e))?;
+            let mut size = Size::default();
+            size.measure(&value);
+            if loops && size.items > LIST_MAX {
+                return Err(fail("from_json", format!("limit: at most {LIST_MAX} items")));
+            }
+            Ok(to_cel(&value))
         }),
         context.add_function("join", |list: List, by: Texts| -> Result<Cel, ExecutionError> {
             let parts: Option<Vec<&str>> =
                 list.iter().map(|v| if let Cel::String(s) = v { Some(s.as_str()) } else { None }).collect();
-            Ok(Cel::String(Arc::new(parts.ok_or_else(|| fail("join", "needs a list of text"))?.join(&by))))
+            let parts = parts.ok_or_else(|| fail("join", "needs a list of text"))?;
+            if parts.iter().map(|p| p.len() + by.len()).sum::<usize>() > VALUE_BYTES_MAX {
+                return Err(fail("join", format!("limit: at most {VALUE_BYTES_MAX} bytes")));
+            }
+            Ok(Cel::String(Arc::new(parts.join(&by))))
         }),
-        context.add_function("split", |text: Texts, by: Texts| -> Cel {
-            Cel::List(Arc::new(text.split(by.as_str()).map(|s| Cel::String(Arc::new(s.to_owned()))).collect()))
+        context.add_function("split", move |text: Texts, by: Texts| -> Result<Cel, ExecutionError> {
+            let most = if loops { LIST_MAX } else { usize::MAX };
+            let parts: Vec<Cel> = text
+                .split(by.as_str())
+                .take(most.saturating_add(1))
+                .map(|s| Cel::String(Arc::new(s.to_owned())))
+                .collect();
+            if parts.len() > most {
+                return Err(fail("split", format!("limit: at most {LIST_MAX} items")));
+            }
+            Ok(Cel::List(Arc::new(parts)))
         }),
         context.add_function("lower", |text: Texts| -> Cel { Cel::String(Arc::new(text.to_lowercase())) }),
         context.add_function("upper", |text: Texts| -> Cel { Cel::String(Arc::new(text.to_uppercase())) }),
@@ -566,6 +684,37 @@ mod tests {
         for source in [deep, chain, loops, motif, "!".repeat(500) + "true", "x".repeat(2000)] {
             assert!(check(&Expr(source.clone())).is_err(), "{}", &source[..20.min(source.len())]);
         }
+    }
+
+    #[test]
+    fn values_and_lists_have_a_budget() {
+        let scope = json!({"inputs": {
+            "big": "x".repeat(600_000),
+            "texts": vec!["y".repeat(2_000); 1_000],
+            "long": vec![1; 1_001],
+            "list": vec![1; 1_000],
+        }});
+        let scope = scope.as_object().expect("object");
+        let code = |source: &str| evaluate(&Expr(source.into()), scope).map_err(|f| f.code).expect_err(source);
+        let started = std::time::Instant::now();
+        for (source, expected) in [
+            ("inputs.big + inputs.big", "limit.size"),
+            ("inputs.list.map(i, inputs.big)", "limit.size"),
+            ("join(inputs.texts, '')", "expr.cost"),
+            ("to_json(inputs.texts)", "expr.cost"),
+            ("inputs.list.map(i, upper(inputs.big))", "expr.cost"),
+            ("inputs.long.all(i, i == 1)", "expr.cost"),
+            ("split(inputs.big, 'x').all(i, i == '')", "expr.cost"),
+            ("(inputs.list + inputs.list).all(a, (inputs.list + inputs.list).all(b, a == b))", "expr.cost"),
+        ] {
+            assert_eq!(code(source), expected, "{source}");
+        }
+        for source in
+            ["size(inputs.long) == 1001", "inputs.list.all(a, a == 1)", "inputs.texts.map(t, t + '!').size() == 1000"]
+        {
+            assert_eq!(evaluate(&Expr(source.into()), scope), Ok(json!(true)), "{source}");
+        }
+        assert!(started.elapsed().as_secs() < 20, "refused before, not after");
     }
 
     #[test]

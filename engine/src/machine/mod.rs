@@ -44,6 +44,8 @@ pub const LOST_MAX: u32 = 100;
 pub const BLOCKED_RETRY_MS: i64 = 300_000;
 /// Longest time for `finally`, in milliseconds.
 pub const FINALLY_MS: i64 = 3_600_000;
+/// Largest data that one step evaluates (its `with`, its values, its outputs), in bytes of JSON.
+pub const DATA_BYTES_MAX: usize = 4 << 20;
 /// Largest output of a step, in bytes of JSON.
 pub const OUTPUT_BYTES_MAX: usize = 1 << 20;
 

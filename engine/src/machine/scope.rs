@@ -1,7 +1,7 @@
 //! Which names an expression sees at a place of the tree, and the evaluation of data there.
 
 use super::{
-    Illegal, Moment,
+    DATA_BYTES_MAX, Illegal, Moment,
     state::{Below, FINALLY_PREFIX, Frame, Live, Node, RunState, split_segment},
 };
 use crate::{
@@ -10,7 +10,7 @@ use crate::{
     failure::Failure,
 };
 use serde_json::{Map, Value, json};
-use std::collections::BTreeMap;
+use std::{cell::Cell, collections::BTreeMap};
 
 /// One block on the way from the run's body to a place.
 struct Layer<'a> {
@@ -28,6 +28,8 @@ pub(super) struct Place<'a> {
     layers: Vec<Layer<'a>>,
     /// Overrides of the innermost scope: the candidate `signal`, the `item` whose key is computed, the `error` of a handler.
     pub(super) extra: Map<String, Value>,
+    /// Bytes that data evaluated here may still have.
+    room: Cell<usize>,
 }
 
 impl<'a> Place<'a> {
@@ -71,7 +73,7 @@ impl<'a> Place<'a> {
             frame = inner;
             steps = live_children(step, live, below).ok_or_else(missing)?;
         }
-        Ok(Self { state, moment, layers, extra: Map::new() })
+        Ok(Self { state, moment, layers, extra: Map::new(), room: Cell::new(DATA_BYTES_MAX) })
     }
 
     fn step(&self, id: &str) -> Option<Value> {
@@ -92,7 +94,16 @@ impl<'a> Place<'a> {
     pub(super) fn resolve(&self, data: &Data) -> Result<Value, Failure> {
         match data {
             Data::Literal(value) => Ok(value.clone()),
-            Data::Expr(e) => expr::evaluate(e, self),
+            Data::Expr(e) => {
+                let value = expr::evaluate(e, self)?;
+                let bytes = serde_json::to_string(&value).map_or(usize::MAX, |t| t.len());
+                let Some(left) = self.room.get().checked_sub(bytes) else {
+                    let text = format!("the data of one step is more than {DATA_BYTES_MAX} bytes");
+                    return Err(Failure::permanent("limit.size", text));
+                };
+                self.room.set(left);
+                Ok(value)
+            }
             Data::Concat(parts) => {
                 let mut text = String::new();
                 for part in parts {

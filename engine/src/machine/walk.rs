@@ -633,11 +633,9 @@ impl Walk<'_> {
             return Ok(self.cancelled(step, path));
         }
         if total_deadline.is_some_and(|t| now >= t) {
-            return Ok(Progress::Emit(self.fail(
-                step,
-                path,
-                Failure::permanent("timeout.total", "the step took longer than its total timeout"),
-            )?));
+            let last = if let Phase::Backoff { failure, .. } = phase { Some(failure.clone()) } else { None };
+            let failure = Failure::permanent("timeout.total", "the step took longer than its total timeout");
+            return Ok(Progress::Emit(self.fail(step, path, with_cause(failure, last))?));
         }
         match phase {
             Phase::Running { .. } => Ok(Progress::Idle),

@@ -1,7 +1,7 @@
 //! Drives one owned run: waits for an input, decides, commits, acts. Ends when the run closes, parks or is lost.
 
 use super::{
-    Shared,
+    Counted, Shared,
     context::Backend,
     executor::{self, Attempt},
 };
@@ -44,9 +44,9 @@ const STARTS_MAX: usize = 64;
 const UNREACHABLE_PAUSE_MAX: Duration = Duration::from_secs(5);
 
 /// Drives a claimed run to its end, to its next park or to the loss of its lease.
-pub(super) async fn drive(shared: &Arc<Shared>, run: RunId, messages: Arc<Notify>) {
+pub(super) async fn drive(shared: &Arc<Shared>, run: RunId, messages: Arc<Notify>, settling: Counted) {
     let outcome = match Driver::load(shared.clone(), run, messages).await {
-        Ok(Some(driver)) => driver.run().await,
+        Ok(Some(driver)) => driver.run(settling).await,
         Ok(None) => Ok(()),
         Err(error) => Err(error),
     };
@@ -157,7 +157,7 @@ impl Driver {
         }))
     }
 
-    async fn run(mut self) -> Result<()> {
+    async fn run(mut self, settling: Counted) -> Result<()> {
         let first = if self.run.status == RunStatus::Pending {
             Input::Started { inputs: self.run.inputs.clone() }
         } else {
@@ -167,6 +167,7 @@ impl Driver {
             self.messages.notify_one();
         }
         let mut next = self.step(first).await?;
+        drop(settling);
         while matches!(next, Next::Goes) {
             next = self.wait().await?;
         }
@@ -178,6 +179,7 @@ impl Driver {
         let due = self.shared.clock.until(machine::next_due(&self.pinned.definition, &self.run.state));
         let wants_room = !self.draining && self.waits_for_room();
         let (shared, draining) = (self.shared.clone(), self.draining);
+        let _waiting = wants_room.then(|| Counted::up(&shared, |s| &s.waiting));
         tokio::select! {
             biased;
             () = shared.fenced.cancelled() => Err(Error::LeaseLost),

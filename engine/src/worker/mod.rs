@@ -31,7 +31,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -46,10 +46,9 @@ const PROGRESS: Duration = Duration::from_millis(400);
 const SWEEP_MAX: Duration = Duration::from_millis(750);
 /// Most runs in memory. A parked run is in nobody's memory.
 const RUNS_MAX: usize = 4096;
-/// A worker claims so many runs per slot, and so many more, before it leaves the rest to others: enough that a slot never
-/// waits for a claim and batches are large, few enough that a second worker finds work at once. Chosen, not measured.
-const OWNED_PER_SLOT: usize = 4;
-const OWNED_SPARE: usize = 64;
+/// Runs that a worker claims beyond its free slots: many need none (a timer, a signal), and a slot that becomes free should
+/// find the next run here. More would wait here while another worker has room.
+const CLAIM_SPARE: usize = 16;
 /// Most runs of one claim.
 const CLAIM_MAX: usize = 256;
 /// Definitions kept in memory.
@@ -96,8 +95,10 @@ pub(crate) struct Shared {
     committer: Committer,
     clock: Arc<Clock>,
     slots: Arc<Semaphore>,
-    /// Runs beyond which it claims only those that have a message to read: the others are for workers with room.
-    owned_max: usize,
+    /// Claimed runs that have not made their first step: nobody knows yet whether they need a slot.
+    settling: AtomicUsize,
+    /// Runs that wait for a slot.
+    waiting: AtomicUsize,
     /// It has left runs in the queue.
     full: AtomicBool,
     definitions: Mutex<HashMap<DefinitionHash, Arc<Pinned>>>,
@@ -137,7 +138,8 @@ pub async fn start(config: WorkerConfig) -> Result<WorkerHandle> {
         pool: config.pool,
         clock,
         slots: Arc::new(Semaphore::new(config.slots.max(1) as usize)),
-        owned_max: (config.slots as usize * OWNED_PER_SLOT + OWNED_SPARE).min(RUNS_MAX),
+        settling: AtomicUsize::new(0),
+        waiting: AtomicUsize::new(0),
         full: AtomicBool::new(false),
         definitions: Mutex::default(),
         drivers: Mutex::default(),
@@ -253,9 +255,10 @@ async fn poll_once(shared: &Arc<Shared>, queues: &[String], tasks: &TaskTracker)
     if shared.draining.is_cancelled() || shared.fenced.is_cancelled() || owned >= RUNS_MAX {
         return Ok(false);
     }
-    let room = shared.owned_max.saturating_sub(owned);
+    let room = shared.room();
     // A cancel or a signal does not wait until the long work of others is done.
-    let (which, limit) = if room > 0 { (Which::Any, room) } else { (Which::Messaged, RUNS_MAX - owned) };
+    let (which, limit) =
+        if room > 0 { (Which::Any, room.min(RUNS_MAX - owned)) } else { (Which::Messaged, RUNS_MAX - owned) };
     let limit = limit.min(CLAIM_MAX);
     let claimed = store::ready::claim(&mut conn, shared.id, queues, which, i64::try_from(limit).unwrap_or(1)).await?;
     drop(conn);
@@ -270,17 +273,16 @@ async fn poll_once(shared: &Arc<Shared>, queues: &[String], tasks: &TaskTracker)
         let messages = Arc::new(Notify::new());
         shared.drivers.lock().expect("no panic while held").insert(run, messages.clone());
         let shared = shared.clone();
+        let settling = Counted::up(&shared, |s| &s.settling);
         tasks.spawn(async move {
-            drive::drive(&shared, run, messages.clone()).await;
+            drive::drive(&shared, run, messages.clone(), settling).await;
             // The run may have been claimed again already: that entry is another driver's.
             let mut drivers = shared.drivers.lock().expect("no panic while held");
             if drivers.get(&run).is_some_and(|current| Arc::ptr_eq(current, &messages)) {
                 drivers.remove(&run);
             }
-            // Room for a good part of what was left in the queue, not for one run at a time.
-            if drivers.len() <= shared.owned_max / 4 * 3 && shared.full.swap(false, Ordering::Relaxed) {
-                shared.wake.notify_one();
-            }
+            drop(drivers);
+            shared.look_again();
         });
     }
     Ok(more)
@@ -354,7 +356,37 @@ async fn write_progress(shared: Arc<Shared>) {
     }
 }
 
+/// Counts something in a worker as long as it lives.
+pub(crate) struct Counted(Arc<Shared>, fn(&Shared) -> &AtomicUsize);
+
+impl Counted {
+    fn up(shared: &Arc<Shared>, counter: fn(&Shared) -> &AtomicUsize) -> Self {
+        counter(shared).fetch_add(1, Ordering::Relaxed);
+        Self(shared.clone(), counter)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.1(&self.0).fetch_sub(1, Ordering::Relaxed);
+        self.0.look_again();
+    }
+}
+
 impl Shared {
+    /// How many more runs may be claimed.
+    fn room(&self) -> usize {
+        let taken = self.settling.load(Ordering::Relaxed) + self.waiting.load(Ordering::Relaxed);
+        (self.slots.available_permits() + CLAIM_SPARE).saturating_sub(taken)
+    }
+
+    /// Looks for runs again if some were left in the queue and there is room now.
+    fn look_again(&self) {
+        if self.room() > 0 && self.full.swap(false, Ordering::Relaxed) {
+            self.wake.notify_one();
+        }
+    }
+
     /// A definition, from memory or from the store.
     async fn pinned(&self, hash: DefinitionHash) -> Result<Arc<Pinned>> {
         if let Some(found) = self.definitions.lock().expect("no panic while held").get(&hash) {

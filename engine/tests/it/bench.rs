@@ -26,7 +26,7 @@ use std::{
 use tokio::sync::Semaphore;
 
 /// Nothing in these tests takes that long; a test that waits longer has found a bug.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 type Script = Arc<dyn Fn(Context, Value) -> BoxFuture<'static, Result<Value, Failure>> + Send + Sync>;
 

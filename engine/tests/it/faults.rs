@@ -20,7 +20,7 @@ use std::{
 
 const GRACE: Duration = Duration::from_secs(10);
 /// Lease of the workers that are to lose it.
-const SHORT: Duration = Duration::from_millis(600);
+const SHORT: Duration = Duration::from_secs(1);
 /// Lease of the worker that brings everything to its end, however busy the machine is.
 const LONG: Duration = Duration::from_secs(10);
 /// Outside calls of one step.
@@ -148,8 +148,11 @@ async fn twenty_deaths_in_the_middle_of_the_work_lose_and_repeat_nothing() {
         // Somewhere in the next few calls; at the end of the work there may be none.
         let wanted = (made + fastrand::i64(1..=14)).min(all - 20);
         if made < wanted {
-            reaches(&bench.pool, "select count(*) from test_outside", wanted).await;
-            deaths += 1;
+            tokio::select! {
+                () = reaches(&bench.pool, "select count(*) from test_outside", wanted) => deaths += 1,
+                // On a machine that is too busy it loses its lease by itself: a death as well, at a place nobody chose.
+                () = worker.fenced() => deaths += 1,
+            }
         }
         worker.crash();
     }
@@ -367,7 +370,7 @@ async fn two_workers_share_the_runs() {
     }
     let hash = bench.deploy(definition("share", vec![work("a", &[])])).await;
     let mut runs = Vec::new();
-    for _ in 0..100 {
+    for _ in 0..40 {
         runs.push(bench.start_as(hash, json!({}), None).await.run_id);
     }
     // The first worker finds everything, and leaves what it has no room for.

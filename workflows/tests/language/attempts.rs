@@ -195,9 +195,12 @@ steps:
     timeout: { total: 300ms }
     retry: { attempts: 20, delay: 100ms, backoff: 1, jitter: 0, on: ["transient.*"] }
 "#;
-    // No attempt begins that could only begin after the end: what stands is why the last one failed.
-    assert_eq!(bench.fails(flaky, json!({})).await.code, "transient.test");
-    assert!((3..=5).contains(&bench.world.paths().len()), "{:?}", bench.world.paths());
+    // No attempt begins that could only begin after the end: what stands is why the last one failed, or is the cause if
+    // the total was over while the next one was waited for.
+    let failure = bench.fails(flaky, json!({})).await;
+    let code = failure.cause.as_ref().map_or(&failure.code, |cause| &cause.code);
+    assert_eq!(code, "transient.test", "{failure:?}");
+    assert!(bench.world.paths().len() <= 5, "{:?}", bench.world.paths());
     bench.done().await;
 }
 

@@ -24,7 +24,7 @@ use std::{
 use tokio::sync::Semaphore;
 
 /// Nothing in these tests takes that long; a test that waits longer has found a bug.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 const GRACE: Duration = Duration::from_secs(10);
 
 /// One attempt of `work@1`.
@@ -34,17 +34,20 @@ pub struct Call {
     pub input: Value,
 }
 
+/// Attempts that stand at a gate, and those that may pass.
+type Gate = (Arc<Semaphore>, Arc<Semaphore>);
+
 /// What the test and the activities share.
 #[derive(Default)]
 pub struct World {
     pub calls: Mutex<Vec<Call>>,
     /// Paths of attempts that were told to stop.
     pub cancelled: Mutex<Vec<String>>,
-    gates: Mutex<HashMap<String, (Arc<Semaphore>, Arc<Semaphore>)>>,
+    gates: Mutex<HashMap<String, Gate>>,
 }
 
 impl World {
-    fn gate(&self, name: &str) -> (Arc<Semaphore>, Arc<Semaphore>) {
+    fn gate(&self, name: &str) -> Gate {
         let fresh = || (Arc::new(Semaphore::new(0)), Arc::new(Semaphore::new(0)));
         self.gates.lock().expect("lock").entry(name.to_owned()).or_insert_with(fresh).clone()
     }

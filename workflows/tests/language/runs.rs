@@ -171,7 +171,8 @@ finally:
     assert_eq!(seen(&bench), clean("cancelled"));
     let short = body("{ gate: never }").replace("timeout: 3s", "timeout: 300ms");
     assert_eq!(bench.fails(&short, json!({})).await.code, "timeout.run_total");
-    assert_eq!(seen(&bench), clean("cancelled"));
+    // The attempt was stopped by the run's deadline, or had just found it out by itself.
+    assert!([clean("cancelled"), clean("failed")].contains(&seen(&bench)), "{:?}", seen(&bench));
     bench.done().await;
 }
 

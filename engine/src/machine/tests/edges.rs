@@ -238,3 +238,25 @@ fn a_run_that_is_stopping_does_not_spin_on_a_deadline_that_has_passed() {
     run.end("!finally/clean", Err(Failure::cancelled()));
     assert_eq!(run.failed_code(), "timeout.run_total");
 }
+
+#[test]
+fn a_text_that_doubles_in_every_round_ends_the_step_and_not_the_worker() {
+    let double = set("s", "v", x("round.number == 1 ? 'xxxxxxxx' : round.previous.s.v + round.previous.s.v"));
+    let kind = Kind::Repeat {
+        steps: vec![double],
+        max_rounds: 100,
+        condition: RepeatCondition::Until(e("false")),
+        delay_ms: 0,
+        exhausted: Exhausted::Fail,
+        transparent: false,
+        gate: None,
+        outputs: None,
+    };
+    assert_eq!(Bench::start(definition(vec![step("r", kind)])).failed_code(), "limit.size");
+    let wide: BTreeMap<String, Data> = (0..5).map(|n| (format!("v{n}"), x("inputs.big"))).collect();
+    let run = Bench::start_with(
+        definition(vec![step("s", Kind::Set { values: wide })]),
+        json!({"big": "x".repeat(1_000_000)}),
+    );
+    assert_eq!(run.failed_code(), "limit.size");
+}
