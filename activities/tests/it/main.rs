@@ -5,3 +5,4 @@ mod billing;
 mod fake_provider;
 mod orchestrator;
 mod provider;
+mod sandbox;
