@@ -15,6 +15,8 @@ mod owner;
 mod process;
 mod rules;
 
+pub(crate) use owner::remove;
+
 use confine::{Plan, Prepared};
 use loopwright_engine::Failure;
 use process::Running;

@@ -71,7 +71,10 @@ pub(super) fn open_to_others(path: &Path) -> io::Result<()> {
 ///
 /// By `rm` and not by the standard library, which recurses with a file open at each level: a tree of any depth would cost us
 /// our files or our stack. Folders that their owner has locked are opened first.
-pub(super) fn remove(path: &Path) {
+pub(crate) fn remove(path: &Path) {
+    if std::fs::symlink_metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+        return;
+    }
     let quiet = |program: &str, arguments: &[&str]| {
         let mut command = Command::new(program);
         command.args(arguments).arg("--").arg(path).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());

@@ -6,3 +6,4 @@ mod fake_provider;
 mod orchestrator;
 mod provider;
 mod sandbox;
+mod workspace;
