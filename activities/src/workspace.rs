@@ -369,6 +369,22 @@ impl Workspace {
             .map_err(|_| Failure::permanent("workspace.not_text", format!("{path} is not text")))
     }
 
+    /// A file as the last commit has it, as text; `None` where there is none.
+    ///
+    /// # Errors
+    /// `workspace.path`, `workspace.git`.
+    pub async fn committed(&self, path: &str) -> Result<Option<String>, Failure> {
+        self.resolve(path)?;
+        let Some(head) = &self.head else { return Ok(None) };
+        let listed = self.git.run(&["ls-tree", "-z", "--full-tree", head, "--", path]).await?;
+        let listed = String::from_utf8_lossy(&listed).into_owned();
+        let Some(blob) = listed.split_whitespace().nth(2).filter(|_| listed.contains(" blob ")) else {
+            return Ok(None);
+        };
+        let content = self.git.run(&["cat-file", "blob", blob]).await?;
+        Ok(Some(String::from_utf8_lossy(&content).into_owned()))
+    }
+
     /// Writes and deletes files: everything is checked before anything is written.
     ///
     /// # Errors
