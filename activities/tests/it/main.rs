@@ -3,6 +3,7 @@
 
 mod billing;
 mod fake_provider;
+mod loop_steps;
 mod orchestrator;
 mod provider;
 mod sandbox;
