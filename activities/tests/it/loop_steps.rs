@@ -616,6 +616,29 @@ async fn hostile_answers_are_classified_failures_without_effect() {
     assert_eq!(after[1..], before[1..]);
 }
 
+/// Postgres takes no NUL in JSON, and the answer is recorded before it is used.
+#[tokio::test]
+async fn a_nul_in_an_answer_does_not_lose_it() {
+    let mut odd = complete();
+    odd["requirements"][0]["text"] = json!("It\0counts.");
+    let bench = Bench::new(&json!([
+        at("gather~1/ask:ask", odd),
+        at("plan:plan", plan(vec![todo("a", &["R1", "R2"], &[], "true")]))
+    ]))
+    .await;
+    let output = bench.step("gather@1", "gather~1/ask", json!({"idea": "x"})).await;
+    assert_eq!(output["requirements"][0]["text"], "It\u{2400}counts.");
+    let saved: Vec<Value> = {
+        let recorders = bench.recorders.lock().unwrap();
+        recorders.values().flat_map(|r| r.checkpoints.lock().unwrap().values().cloned().collect::<Vec<_>>()).collect()
+    };
+    assert!(!saved.is_empty());
+    for value in saved {
+        sqlx::query("select $1::jsonb").bind(value).execute(&bench.place.pool).await.expect("it can be recorded");
+    }
+    bench.step("plan@1", "plan", json!({})).await;
+}
+
 #[tokio::test]
 async fn paths_and_commands_of_a_model_stay_in_their_place() {
     let mut evil = todo("../../Evil; rm -rf /", &["R1", "R2"], &[], "true");
