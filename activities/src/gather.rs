@@ -126,9 +126,11 @@ async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, 
         let key = format!("answer:{}", info.idempotency_key);
         record::say(pool, project, Speaker::User, &answer, &key, info).await?;
     }
-    let own = format!("question:{}", info.idempotency_key);
+    // An earlier run on the same project has asked questions of its own.
+    let questions = format!("question:{}:", info.run_id);
+    let own = format!("{questions}{}", info.idempotency_key);
     let said = record::conversation(pool, project, &own).await?;
-    let asked = said.iter().filter(|turn| turn.who == "model").count();
+    let asked = record::turns(pool, project, &questions, &own).await?;
     let before: Option<Requirements> = record::newest(pool, project, Kind::Requirements, info).await?;
     let data = json!({
         "conversation": said,
@@ -201,6 +203,7 @@ fn judge(json: Option<&Value>, may_ask: bool) -> Result<Answer, String> {
     if !answer.complete && !may_ask {
         answer.complete = true;
     }
+    answer.requirements.retain(|requirement| !requirement.text.trim().is_empty());
     if answer.complete {
         answer.question.clear();
         answer.suggestions.clear();
@@ -216,12 +219,17 @@ fn judge(json: Option<&Value>, may_ask: bool) -> Result<Answer, String> {
     answer.suggestions.retain(|text| !text.trim().is_empty());
     answer.suggestions.truncate(SUGGESTIONS_MAX);
     answer.assumptions.retain(|text| !text.trim().is_empty());
-    let mut seen = BTreeSet::new();
-    for (n, requirement) in answer.requirements.iter_mut().enumerate() {
-        // Ids are written into plans, checks and trailers: short and without spaces.
+    let mut taken = BTreeSet::new();
+    for requirement in &mut answer.requirements {
+        // Ids are written into plans, checks and trailers: short and without spaces. Plans name them in any case.
         let id: String = requirement.id.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(20).collect();
-        requirement.id = if id.is_empty() || !seen.insert(id.clone()) { format!("R{}", n + 1) } else { id };
-        seen.insert(requirement.id.clone());
+        let new = !id.is_empty() && taken.insert(id.to_ascii_lowercase());
+        requirement.id = if new { id } else { String::new() };
+    }
+    // Known ids stay; the rest gets what is free.
+    for requirement in answer.requirements.iter_mut().filter(|requirement| requirement.id.is_empty()) {
+        let free = (1u32..).map(|n| format!("R{n}")).find(|id| taken.insert(id.to_ascii_lowercase()));
+        requirement.id = free.unwrap_or_default();
     }
     Ok(answer)
 }
@@ -242,6 +250,12 @@ mod tests {
         let done = answer(done, true).expect("complete");
         assert!(done.question.is_empty() && done.suggestions.is_empty());
         assert_eq!(done.requirements.iter().map(|r| r.id.as_str()).collect::<Vec<_>>(), ["R1", "R2", "R3"]);
+        let clash = json!({"complete": true, "requirements": [{"id": "", "text": "a"}, {"id": "R2", "text": "b"},
+            {"id": "r2", "text": "c"}, {"id": "R1", "text": "d"}, {"id": "R9", "text": " "}]});
+        let ids: Vec<String> = answer(clash, true).expect("complete").requirements.into_iter().map(|r| r.id).collect();
+        assert_eq!(ids, ["R3", "R2", "R4", "R1"]);
+        let blank = json!({"complete": true, "requirements": [{"id": "R1", "text": " "}]});
+        assert!(answer(blank, true).expect_err("nothing").contains("without a single requirement"));
         let mute = json!({"complete": false, "question": "", "suggestions": [], "requirements": [], "assumptions": []});
         assert!(answer(mute, true).expect_err("nothing").contains("no question"));
         assert!(judge(None, true).is_err());

@@ -173,7 +173,8 @@ impl Git {
         message: &str,
         at: DateTime<Utc>,
     ) -> Result<String, Failure> {
-        let date = format!("{} +0000", at.timestamp());
+        // With the sign, a number of few digits is a time too.
+        let date = format!("@{} +0000", at.timestamp());
         let env: Vec<(&str, String)> = vec![
             ("GIT_AUTHOR_NAME", AUTHOR.0.into()),
             ("GIT_AUTHOR_EMAIL", AUTHOR.1.into()),

@@ -105,7 +105,7 @@ pub fn signature() -> Signature {
     contract::signature::<Input, Output>(
         "plan@1",
         "Writes the architecture and the TODO list of a project",
-        contract::MODEL_FAILURES,
+        &[&["workspace.conflict"], contract::MODEL_FAILURES].concat(),
     )
 }
 
@@ -287,7 +287,7 @@ fn judge(
     }
     answer.summary = prompt::middle_out(answer.summary.trim(), 2_000);
     // Ids of finished items that are given again mean those.
-    answer.todo.retain(|item| !taken.contains(&item.id));
+    answer.todo.retain(|item| !taken.contains(&todo::slug(&item.id)));
     answer.todo = todo::settle(answer.todo, taken)?;
     let served = |id: &str| {
         answer.todo.iter().chain(done).any(|item| item.requirements.iter().any(|r| r.eq_ignore_ascii_case(id)))

@@ -125,32 +125,21 @@ async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, 
         };
         let reply = toolbox.orchestrator.call(ctx, &format!("readme-{version}"), request).await?;
         let text = unfenced(&reply.text);
-        let problem = if text.is_empty() || text.len() > BYTES_MAX {
-            Some(format!("the file is empty or longer than {BYTES_MAX} bytes"))
-        } else {
-            None
-        };
-        let results = match problem {
-            None => tried(toolbox, ctx, project, version, &text).await?,
-            Some(_) => Vec::new(),
+        let commands = usable(&text);
+        let results = match &commands {
+            Ok(commands) => tried(toolbox, ctx, project, version, &text, commands).await?,
+            Err(_) => Vec::new(),
         };
         let failed: Vec<&CheckResult> = results.iter().filter(|result| !result.passed).collect();
-        if problem.is_none() && (failed.is_empty() || version == VERSIONS_MAX) {
+        if commands.is_ok() && (failed.is_empty() || version >= VERSIONS_MAX) {
             break (text, results, reply.model);
         }
-        if version == VERSIONS_MAX {
+        // Recorded versions are judged again by a later attempt, which may buy as many new ones.
+        if version >= VERSIONS_MAX.saturating_mul(info.attempt) {
             return Err(Failure::retryable("model.output_invalid", "the model wrote no README.md that can be used"));
         }
-        let evidence = problem.unwrap_or_else(|| {
-            prompt::readable(&check::lesson(&json!({"results": failed}))["results"], EVIDENCE_BYTES_MAX)
-        });
         messages.push(reply.to_message());
-        messages.push(Message::User {
-            text: format!(
-                "These commands of your file failed when they were executed, in order, in a fresh copy of the repository:\n\
-                 <evidence>\n{evidence}\n</evidence>\nWrite the whole file again with commands that work."
-            ),
-        });
+        messages.push(Message::User { text: complaint(commands.err(), &failed) });
     };
     let verified = results.iter().all(|result| result.passed);
     let file = FileChange { path: FILE.to_owned(), content: Some(finished(&text, &results)) };
@@ -164,6 +153,25 @@ async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, 
     tracing::debug!(%project, head, version, verified, "README.md is written");
     let commit = land(ctx, &toolbox.workspaces, landing, |workspace| workspace.write(&[file])).await?;
     Ok(Output { commit: commit.oid, verified, commands: results, versions: version, model })
+}
+
+/// The commands of a version; why it cannot be used otherwise.
+fn usable(text: &str) -> Result<Vec<Check>, String> {
+    if text.is_empty() || text.len() > BYTES_MAX {
+        return Err(format!("the file is empty or longer than {BYTES_MAX} bytes"));
+    }
+    commands(text)
+}
+
+fn complaint(problem: Option<String>, failed: &[&CheckResult]) -> String {
+    if let Some(problem) = problem {
+        return format!("That file cannot be used: {problem}.\nWrite the whole file again.");
+    }
+    let evidence = prompt::readable(&check::lesson(&json!({"results": failed}))["results"], EVIDENCE_BYTES_MAX);
+    format!(
+        "These commands of your file failed when they were executed, in order, in a fresh copy of the repository:\n\
+         <evidence>\n{evidence}\n</evidence>\nWrite the whole file again with commands that work."
+    )
 }
 
 async fn opening(toolbox: &Toolbox, ctx: &Context, project: Uuid) -> Result<(Vec<Message>, String), Failure> {
@@ -196,6 +204,7 @@ async fn tried(
     project: Uuid,
     version: u32,
     text: &str,
+    commands: &[Check],
 ) -> Result<Vec<CheckResult>, Failure> {
     let saved = format!("tried:{version}");
     if let Some(results) = ctx.checkpoint(&saved).await? {
@@ -203,13 +212,16 @@ async fn tried(
     }
     let workspace = toolbox.workspaces.open(project, ctx.info().attempt_id, None).await?;
     workspace.write(&[FileChange { path: FILE.to_owned(), content: Some(text.to_owned()) }])?;
-    let results = check::run_all(toolbox, ctx, workspace.dir(), &commands(text)).await?;
+    let results = check::run_all(toolbox, ctx, workspace.dir(), commands).await?;
     ctx.save(&saved, &json!(results)).await?;
     Ok(results)
 }
 
 /// The lines of fenced `sh`, `bash` and `shell` blocks that are commands, continued lines joined.
-fn commands(markdown: &str) -> Vec<Check> {
+///
+/// # Errors
+/// When there are more, or longer ones, than are executed: nothing in the file may pass for executed that was not.
+fn commands(markdown: &str) -> Result<Vec<Check>, String> {
     let mut found = Vec::new();
     let (mut inside, mut pending) = (None::<bool>, String::new());
     for line in markdown.lines() {
@@ -219,7 +231,9 @@ fn commands(markdown: &str) -> Vec<Check> {
                 None => Some(matches!(info.trim(), "sh" | "bash" | "shell")),
                 Some(_) => None,
             };
-            pending.clear();
+            if !pending.is_empty() {
+                return Err(format!("a command ends with a backslash and its block: {}", todo::code(&pending)));
+            }
             continue;
         }
         if inside != Some(true) || (pending.is_empty() && (trimmed.is_empty() || trimmed.starts_with('#'))) {
@@ -232,11 +246,19 @@ fn commands(markdown: &str) -> Vec<Check> {
         }
         pending.push_str(line);
         let command = std::mem::take(&mut pending);
-        if command.len() <= COMMAND_BYTES_MAX && found.len() < COMMANDS_MAX {
-            found.push(Check { command, expect_exit: 0, timeout_s: TIMEOUT_S });
+        if command.len() > COMMAND_BYTES_MAX {
+            return Err(format!(
+                "a command is longer than {COMMAND_BYTES_MAX} bytes; put it into a script of the project"
+            ));
         }
+        if found.len() == COMMANDS_MAX {
+            return Err(format!(
+                "more than {COMMANDS_MAX} commands are in `sh` blocks; keep the ones that a reader needs"
+            ));
+        }
+        found.push(Check { command, expect_exit: 0, timeout_s: TIMEOUT_S });
     }
-    found
+    Ok(found)
 }
 
 /// The text without the fence that models like to put around a whole file.
@@ -269,9 +291,14 @@ mod tests {
     #[test]
     fn commands_are_the_lines_of_shell_blocks() {
         let text = "# T\n```sh\n# build\ncargo build\n\n$ cargo run -- \\\n  --top 2\n```\n```text\nrm -rf /\n```\n~~~\n```bash\necho done\n```\n";
-        let found: Vec<String> = commands(text).into_iter().map(|check| check.command).collect();
+        let found: Vec<String> = commands(text).expect("few").into_iter().map(|check| check.command).collect();
         assert_eq!(found, ["cargo build", "cargo run -- --top 2", "echo done"]);
-        assert!(commands("no blocks, ```sh``` inline").is_empty());
+        assert!(commands("no blocks, ```sh``` inline").expect("none").is_empty());
+        assert_eq!(commands("```sh\nx\n").expect("an open block").len(), 1);
+        let many = format!("```sh\n{}```\n", "true\n".repeat(COMMANDS_MAX + 1));
+        assert!(commands(&many).expect_err("too many").contains("more than 20"));
+        assert!(commands(&format!("```sh\n{}\n```", "x".repeat(COMMAND_BYTES_MAX + 1))).is_err());
+        assert!(commands("```sh\ncargo run \\\n```").expect_err("cut").contains("backslash"));
     }
 
     #[test]

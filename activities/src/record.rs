@@ -182,13 +182,32 @@ pub async fn say(
     .bind(project)
     .bind(user)
     .bind(who)
-    .bind(json!([{ "text": text }]))
+    // Postgres takes no NUL in JSON.
+    .bind(json!([{ "text": text.replace('\0', "\u{2400}") }]))
     .bind(dedupe)
     .bind(info.attempt_id.0)
     .execute(&mut *tx)
     .await
     .map_err(|e| store(&e))?;
     tx.commit().await.map_err(|e| store(&e))
+}
+
+/// Turns of a project whose dedupe key begins with `prefix` and is not `except`.
+///
+/// # Errors
+/// `transient.store`.
+pub async fn turns(pool: &PgPool, project: Uuid, prefix: &str, except: &str) -> Result<usize, Failure> {
+    let count: i64 = sqlx::query_scalar(
+        "select count(*) from conversations
+         where project_id = $1 and thread = 'main' and starts_with(dedupe_key, $2) and dedupe_key <> $3",
+    )
+    .bind(project)
+    .bind(prefix)
+    .bind(except)
+    .fetch_one(pool)
+    .await
+    .map_err(|e| store(&e))?;
+    Ok(usize::try_from(count).unwrap_or_default())
 }
 
 /// The conversation of a project, oldest first, without turns whose dedupe key is `except`.

@@ -176,7 +176,7 @@ pub(crate) fn code(text: &str) -> String {
 }
 
 /// An id from what a model calls an item.
-fn slug(text: &str) -> String {
+pub(crate) fn slug(text: &str) -> String {
     let mut out = String::new();
     for c in text.chars() {
         if c.is_ascii_alphanumeric() {

@@ -45,6 +45,9 @@ use uuid::Uuid;
 pub const PROMPT: &str = "prompts/verify.hbs";
 const SHIPPED_PROMPT: &str = include_str!("../../workflow-defs/prompts/verify.hbs");
 
+/// Checkpoint: what the checks showed.
+const RESULTS: &str = "results";
+
 const OUTPUT_TOKENS_MAX: u32 = 8_192;
 const RESERVED_INPUT_TOKENS: u64 = 40_000;
 /// Tokens of code in the prompt, packed for the requirements.
@@ -165,9 +168,14 @@ struct Facts {
     states: BTreeMap<String, State>,
     /// Results of the checks of finished items, in order of the plan, by item.
     results: Vec<(String, CheckResult)>,
+    /// What may be cited.
+    files: Files,
     /// Judgements that still stand.
     carried: Vec<Criterion>,
 }
+
+/// Text files of the commit by path: hash of the content and number of lines.
+type Files = BTreeMap<String, (String, usize)>;
 
 async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, Failure> {
     let (info, pool, project) = (ctx.info(), &toolbox.pool, input.project_id);
@@ -180,11 +188,12 @@ async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, 
     let desk = implement::open(toolbox, info, project, None).await?;
     let workspace = desk.tree.workspace();
     let commit = workspace.head().unwrap_or_default().to_owned();
-    let carried = standing(workspace, before.map(|output| output.criteria).unwrap_or_default(), &requirements);
-    // What is shown to the model is read before commands have left anything in the tree.
+    // What is shown to the model, and what it may cite, is read before commands have left anything in the tree.
+    let files = cited_files(workspace).await?;
+    let carried = standing(&files, before.map(|output| output.criteria).unwrap_or_default(), &requirements);
     let shown = shown(&desk, &requirements).await?;
     let results = rerun(toolbox, ctx, workspace, &plan, &states).await?;
-    let facts = Facts { requirements, plan, states, results, carried };
+    let facts = Facts { requirements, plan, states, results, files, carried };
 
     let open = facts.open();
     let (mut answer, model) = if open.is_empty() {
@@ -198,7 +207,7 @@ async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, 
             output_schema: Some(schema()),
             max_output_tokens: OUTPUT_TOKENS_MAX,
         };
-        let judge = |reply: &Reply| judge(reply.json.as_ref(), &open, &facts, workspace);
+        let judge = |reply: &Reply| judge(reply.json.as_ref(), &open, &facts);
         let (answer, reply) = ask(&toolbox.orchestrator, ctx, "verify", request, judge).await?;
         (answer, reply.model)
     };
@@ -227,10 +236,9 @@ async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, 
 }
 
 /// Accepted criteria whose cited files are what they were. A criterion that cites only checks is judged anew.
-fn standing(workspace: &Workspace, before: Vec<Criterion>, requirements: &Requirements) -> Vec<Criterion> {
+fn standing(files: &Files, before: Vec<Criterion>, requirements: &Requirements) -> Vec<Criterion> {
     let unchanged = |citation: &Citation| {
-        citation.path.is_empty()
-            || content(workspace, &citation.path).is_some_and(|text| sha256(&text) == citation.sha256)
+        citation.path.is_empty() || files.get(&citation.path).is_some_and(|(hash, _)| *hash == citation.sha256)
     };
     before
         .into_iter()
@@ -241,9 +249,11 @@ fn standing(workspace: &Workspace, before: Vec<Criterion>, requirements: &Requir
         .collect()
 }
 
-fn content(workspace: &Workspace, path: &str) -> Option<String> {
+async fn cited_files(workspace: &Workspace) -> Result<Files, Failure> {
     // What cannot be read as text cannot be cited.
-    workspace.read(path).ok().flatten()
+    let text = |path: String| workspace.read(&path).ok().flatten().map(|text| (path, text));
+    let texts = workspace.files().await?.into_iter().filter_map(|(path, _)| text(path));
+    Ok(texts.map(|(path, text)| (path, (sha256(&text), text.lines().count()))).collect())
 }
 
 fn sha256(text: &str) -> String {
@@ -266,7 +276,8 @@ async fn shown(desk: &Desk, requirements: &Requirements) -> Result<Shown, Failur
     Ok(Shown { map, code, diff })
 }
 
-/// Runs the checks of every finished item on `main`; a command that several items have runs once.
+/// Runs the checks of every finished item on `main`; a command that several items have runs once. A later attempt finds
+/// what came of them: a verdict and the plan that it extends rest on the same results.
 async fn rerun(
     toolbox: &Toolbox,
     ctx: &Context,
@@ -274,6 +285,9 @@ async fn rerun(
     plan: &Plan,
     states: &BTreeMap<String, State>,
 ) -> Result<Vec<(String, CheckResult)>, Failure> {
+    if let Some(results) = ctx.checkpoint(RESULTS).await? {
+        return contract::parse(results);
+    }
     let done = plan.items.iter().filter(|item| states.get(&item.id) == Some(&State::Done));
     let mut results: Vec<(String, CheckResult)> = Vec::new();
     for item in done {
@@ -286,6 +300,7 @@ async fn rerun(
             results.push((item.id.clone(), result));
         }
     }
+    ctx.save(RESULTS, &json!(results)).await?;
     Ok(results)
 }
 
@@ -324,7 +339,7 @@ fn schema() -> Value {
 }
 
 /// Reads an answer: every open criterion judged once, every acceptance with a citation that exists.
-fn judge(json: Option<&Value>, open: &[String], facts: &Facts, workspace: &Workspace) -> Result<Answer, String> {
+fn judge(json: Option<&Value>, open: &[String], facts: &Facts) -> Result<Answer, String> {
     let mut answer = Answer::deserialize(json.unwrap_or(&Value::Null)).map_err(|e| e.to_string())?;
     answer.criteria.retain(|c| open.contains(&c.requirement));
     let mut problems = Vec::new();
@@ -336,7 +351,8 @@ fn judge(json: Option<&Value>, open: &[String], facts: &Facts, workspace: &Works
         }
     }
     for criterion in &mut answer.criteria {
-        criterion.citations.retain_mut(|citation| holds(citation, facts, workspace));
+        criterion.carried = false;
+        criterion.citations.retain_mut(|citation| holds(citation, facts));
         criterion.citations.truncate(CITATIONS_MAX);
         if criterion.verdict == Verdict::Accept && criterion.citations.is_empty() {
             problems.push(format!(
@@ -354,14 +370,15 @@ fn judge(json: Option<&Value>, open: &[String], facts: &Facts, workspace: &Works
 }
 
 /// Whether a citation exists; the hash of the cited file is noted.
-fn holds(citation: &mut Citation, facts: &Facts, workspace: &Workspace) -> bool {
+fn holds(citation: &mut Citation, facts: &Facts) -> bool {
+    citation.sha256.clear();
     if !citation.path.is_empty() {
         citation.check.clear();
-        let Some(text) = content(workspace, &citation.path) else { return false };
-        citation.sha256 = sha256(&text);
-        let lines = text.lines().count();
-        return (1..=lines).contains(&(citation.line as usize));
+        let Some((hash, lines)) = facts.files.get(&citation.path) else { return false };
+        citation.sha256.clone_from(hash);
+        return (1..=*lines).contains(&(citation.line as usize));
     }
+    citation.line = 0;
     facts.results.iter().any(|(_, result)| result.command == citation.check && result.passed)
 }
 

@@ -7,7 +7,12 @@
 //!          └────────── one transaction: bundle, ref, project_files ◀── commit
 //! ```
 
-use crate::git::{EMPTY_TREE, Git, disk};
+mod tidy;
+
+use crate::{
+    git::{EMPTY_TREE, Git, disk},
+    sandbox,
+};
 use chrono::{DateTime, Utc};
 use loopwright_engine::{Failure, ids::AttemptId};
 use serde::{Deserialize, Serialize};
@@ -15,6 +20,7 @@ use sha2::{Digest, Sha256};
 use sqlx::{Connection, PgPool};
 use std::{
     fs::File,
+    io::ErrorKind,
     path::{Component, Path, PathBuf},
     sync::Arc,
     time::{Duration, SystemTime},
@@ -79,7 +85,7 @@ pub struct Workspace {
 impl Drop for Workspace {
     fn drop(&mut self) {
         // What stays is swept a day later.
-        drop(std::fs::remove_dir_all(&self.dir));
+        sandbox::remove(&self.dir);
     }
 }
 
@@ -98,8 +104,7 @@ impl Workspaces {
                 .and_then(|m| m.modified())
                 .is_ok_and(|at| SystemTime::now().duration_since(at).is_ok_and(|age| age > STALE));
             if old {
-                // Somebody else may be faster.
-                drop(std::fs::remove_dir_all(entry.path()));
+                sandbox::remove(&entry.path());
             }
         }
         Self { root: Arc::new(root), pool }
@@ -112,19 +117,27 @@ impl Workspaces {
     pub async fn open(&self, project: Uuid, attempt: AttemptId, work: Option<&str>) -> Result<Workspace, Failure> {
         let (git, head) = self.repository(project, work).await?;
         let dir = self.root.join("attempts").join(attempt.to_string());
-        if dir.exists() {
-            std::fs::remove_dir_all(&dir).map_err(|e| disk(&dir, &e))?;
-        }
-        std::fs::create_dir_all(&dir).map_err(|e| disk(&dir, &e))?;
         let workspace = Workspace { project, git, pool: self.pool.clone(), dir, head };
-        if let Some(from) = work.or(workspace.head.as_deref()) {
-            let index = workspace.index();
-            let tree = Some((workspace.dir.as_path(), index.as_path()));
-            workspace.git.command(&["read-tree", from], tree, &[], &[]).await?;
-            workspace.git.command(&["checkout-index", "--all", "--force"], tree, &[], &[]).await?;
-            drop(std::fs::remove_file(&index));
+        if let Err(first) = workspace.check_out(work).await {
+            if first.code != "workspace.git" {
+                return Err(first);
+            }
+            // The commit is there and its files are not what they were: a damaged cache shows itself only now.
+            self.rebuild(&workspace, work).await?;
+            workspace.check_out(work).await?;
         }
         Ok(workspace)
+    }
+
+    /// Builds the cache repository of an open worktree anew.
+    async fn rebuild(&self, workspace: &Workspace, work: Option<&str>) -> Result<(), Failure> {
+        tracing::warn!(project = %workspace.project, "rebuilding a cache repository with damaged files");
+        let held = self.lock(workspace.project).await?;
+        drop(std::fs::remove_dir_all(workspace.git.dir()));
+        let wanted: Vec<&str> = workspace.head.as_deref().into_iter().chain(work).collect();
+        self.fill(&workspace.git, workspace.project, &wanted).await?;
+        drop(held);
+        Ok(())
     }
 
     /// Writes an ordinary clone of the project to `to`, which must not exist. Returns the commit that it stands at.
@@ -181,18 +194,8 @@ impl Workspaces {
 
     /// The cache repository with everything that `main` and `work` need, and the commit of `main`.
     async fn repository(&self, project: Uuid, work: Option<&str>) -> Result<(Git, Option<String>), Failure> {
-        let repos = self.root.join("repos");
-        std::fs::create_dir_all(&repos).map_err(|e| disk(&repos, &e))?;
-        let git = Git::new(repos.join(format!("{project}.git")));
-        let lock = repos.join(format!("{project}.lock"));
-        // Two processes on one machine build one cache: one after the other.
-        let held = tokio::task::spawn_blocking(move || {
-            let file = File::create(&lock).map_err(|e| disk(&lock, &e))?;
-            file.lock().map_err(|e| disk(&lock, &e))?;
-            Ok::<File, Failure>(file)
-        })
-        .await
-        .map_err(|e| Failure::retryable("transient.disk", e.to_string()))??;
+        let held = self.lock(project).await?;
+        let git = Git::new(self.repos().join(format!("{project}.git")));
         let head: Option<String> =
             sqlx::query_scalar("select oid from project_refs where project_id = $1 and name = 'main'")
                 .bind(project)
@@ -208,6 +211,24 @@ impl Workspaces {
         }
         drop(held);
         Ok((git, head))
+    }
+
+    fn repos(&self) -> PathBuf {
+        self.root.join("repos")
+    }
+
+    /// Two processes on one machine build one cache: one after the other, as long as the file is held.
+    async fn lock(&self, project: Uuid) -> Result<File, Failure> {
+        let repos = self.repos();
+        std::fs::create_dir_all(&repos).map_err(|e| disk(&repos, &e))?;
+        let lock = repos.join(format!("{project}.lock"));
+        tokio::task::spawn_blocking(move || {
+            let file = File::create(&lock).map_err(|e| disk(&lock, &e))?;
+            file.lock().map_err(|e| disk(&lock, &e))?;
+            Ok::<File, Failure>(file)
+        })
+        .await
+        .map_err(|e| Failure::retryable("transient.disk", e.to_string()))?
     }
 
     async fn fill(&self, git: &Git, project: Uuid, wanted: &[&str]) -> Result<(), Failure> {
@@ -245,6 +266,22 @@ impl Workspaces {
 }
 
 impl Workspace {
+    /// Fills the folder with the files of `work`, or of `head` without one; what was in it before is gone.
+    async fn check_out(&self, work: Option<&str>) -> Result<(), Failure> {
+        sandbox::remove(&self.dir);
+        std::fs::create_dir_all(&self.dir).map_err(|e| disk(&self.dir, &e))?;
+        let Some(from) = work.or(self.head.as_deref()) else { return Ok(()) };
+        let index = self.index();
+        let tree = Some((self.dir.as_path(), index.as_path()));
+        let done = async {
+            self.git.command(&["read-tree", from], tree, &[], &[]).await?;
+            self.git.command(&["checkout-index", "--all", "--force"], tree, &[], &[]).await
+        }
+        .await;
+        drop(std::fs::remove_file(&index));
+        done.map(drop)
+    }
+
     /// Where the files are.
     #[must_use]
     pub fn dir(&self) -> &Path {
@@ -267,8 +304,12 @@ impl Workspace {
         let found = String::from_utf8_lossy(&out).split('\0').find_map(|entry| {
             let mut lines = entry.lines();
             let (oid, tree) = (lines.next()?, lines.next()?);
+            // Trailers are the last paragraph; a line like one in the body is a model's.
             let message: Vec<&str> = lines.collect();
-            let all = trailers.iter().all(|(name, value)| message.contains(&format!("{name}: {value}").as_str()));
+            let end = message.iter().rposition(|line| !line.is_empty()).map_or(0, |last| last + 1);
+            let start = message[..end].iter().rposition(|line| line.is_empty()).map_or(0, |blank| blank + 1);
+            let last = &message[start..end];
+            let all = trailers.iter().all(|(name, value)| last.contains(&format!("{name}: {value}").as_str()));
             all.then(|| Commit { oid: oid.to_owned(), tree: tree.to_owned(), created: false })
         });
         Ok(found)
@@ -326,8 +367,8 @@ impl Workspace {
         let full = self.resolve(path)?;
         let meta = match std::fs::symlink_metadata(&full) {
             Ok(meta) => meta,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => return Ok(None),
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) if error.kind() == ErrorKind::NotADirectory => return Ok(None),
             Err(error) => return Err(disk(&full, &error)),
         };
         if !meta.is_file() {
@@ -343,6 +384,22 @@ impl Workspace {
         String::from_utf8(bytes)
             .map(Some)
             .map_err(|_| Failure::permanent("workspace.not_text", format!("{path} is not text")))
+    }
+
+    /// A file as the last commit has it, as text; `None` where there is none.
+    ///
+    /// # Errors
+    /// `workspace.path`, `workspace.git`.
+    pub async fn committed(&self, path: &str) -> Result<Option<String>, Failure> {
+        self.resolve(path)?;
+        let Some(head) = &self.head else { return Ok(None) };
+        let listed = self.git.run(&["ls-tree", "-z", "--full-tree", head, "--", path]).await?;
+        let listed = String::from_utf8_lossy(&listed).into_owned();
+        let Some(blob) = listed.split_whitespace().nth(2).filter(|_| listed.contains(" blob ")) else {
+            return Ok(None);
+        };
+        let content = self.git.run(&["cat-file", "blob", blob]).await?;
+        Ok(Some(String::from_utf8_lossy(&content).into_owned()))
     }
 
     /// Writes and deletes files: everything is checked before anything is written.
@@ -361,19 +418,43 @@ impl Workspace {
             }
             resolved.push(self.resolve(&change.path)?);
         }
-        for (change, full) in changes.iter().zip(resolved) {
-            match &change.content {
-                Some(content) => {
-                    if let Some(parent) = full.parent() {
-                        std::fs::create_dir_all(parent).map_err(|e| disk(parent, &e))?;
-                    }
-                    std::fs::write(&full, content).map_err(|e| disk(&full, &e))?;
-                }
-                None => match std::fs::remove_file(&full) {
-                    Ok(()) => {}
-                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-                    Err(error) => return Err(disk(&full, &error)),
-                },
+        self.fits(changes)?;
+        let (kept, deleted): (Vec<_>, Vec<_>) = changes.iter().zip(resolved).partition(|(c, _)| c.content.is_some());
+        // Deletions first: a file may become a folder.
+        for (_, full) in deleted {
+            match std::fs::remove_file(&full) {
+                Ok(()) => {}
+                Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {}
+                Err(error) => return Err(disk(&full, &error)),
+            }
+        }
+        for (change, full) in kept {
+            if let Some(parent) = full.parent() {
+                std::fs::create_dir_all(parent).map_err(|e| disk(parent, &e))?;
+            }
+            std::fs::write(&full, change.content.as_deref().unwrap_or_default()).map_err(|e| disk(&full, &e))?;
+        }
+        Ok(())
+    }
+
+    /// Refuses changes that no tree can hold: a file where a folder is, or is to be, and the other way round.
+    fn fits(&self, changes: &[FileChange]) -> Result<(), Failure> {
+        let is_kind = |path: &str, folder: bool| {
+            std::fs::symlink_metadata(self.dir.join(path)).is_ok_and(|meta| meta.is_dir() == folder)
+        };
+        let deleted = |path: &str| changes.iter().any(|c| c.path == path && c.content.is_none());
+        let written = |path: &str| changes.iter().any(|c| c.path == path && c.content.is_some());
+        for change in changes {
+            if is_kind(&change.path, true) {
+                return Err(Failure::permanent("workspace.path", format!("{} is a folder", change.path)));
+            }
+            let above = change.path.match_indices('/').map(|(at, _)| &change.path[..at]);
+            let file = above.into_iter().find(|path| written(path) || (is_kind(path, false) && !deleted(path)));
+            if let (Some(file), true) = (file, change.content.is_some()) {
+                return Err(Failure::permanent(
+                    "workspace.path",
+                    format!("{file} is a file and cannot hold {}", change.path),
+                ));
             }
         }
         Ok(())
@@ -382,7 +463,7 @@ impl Workspace {
     /// The place of a relative path; refuses everything that could leave the tree, symbolic links included.
     fn resolve(&self, path: &str) -> Result<PathBuf, Failure> {
         let bad = path.is_empty()
-            || path.len() > 512
+            || path.len() > tidy::PATH_BYTES_MAX
             || path.contains(['\0', '\\'])
             || Path::new(path).components().any(|c| !matches!(c, Component::Normal(_)))
             || path.split('/').any(|part| part.eq_ignore_ascii_case(".git") || part.is_empty() || part == ".");
@@ -401,6 +482,10 @@ impl Workspace {
 
     /// The tree of everything that git would commit here.
     async fn tree(&self) -> Result<String, Failure> {
+        let dir = self.dir.clone();
+        tokio::task::spawn_blocking(move || tidy::tidy(&dir))
+            .await
+            .map_err(|e| Failure::retryable("transient.disk", e.to_string()))??;
         let index = self.index();
         let tree = Some((self.dir.as_path(), index.as_path()));
         let written = async {
@@ -492,7 +577,8 @@ impl Workspace {
     /// `workspace.git`, `workspace.too_large`, `transient.store`.
     pub async fn snapshot(&self, message: &str, at: DateTime<Utc>) -> Result<String, Failure> {
         let tree = self.tree().await?;
-        let oid = self.git.commit_tree(&tree, self.head.as_deref(), message, at).await?;
+        let message = message.replace('\0', "\u{2400}");
+        let oid = self.git.commit_tree(&tree, self.head.as_deref(), &message, at).await?;
         let bundle = self.bundle(&oid).await?;
         sqlx::query("insert into project_bundles (project_id, oid, base, bundle) values ($1, $2, $3, $4) on conflict do nothing")
             .bind(self.project)
@@ -513,16 +599,19 @@ impl Workspace {
     /// One: bundle, compare-and-set of the ref, a new version of each changed file.
     pub async fn commit(&self, new: NewCommit) -> Result<Commit, Failure> {
         let tree = self.tree().await?;
-        let mut message = format!("{}\n", new.subject.replace('\n', " ").trim());
+        let line = |text: &str| text.replace(['\n', '\r'], " ").trim().to_owned();
+        let mut message = format!("{}\n", line(&new.subject));
         if !new.body.trim().is_empty() {
             message.push_str(&format!("\n{}\n", new.body.trim()));
         }
         if !new.trailers.is_empty() {
             message.push('\n');
             for (name, value) in &new.trailers {
-                message.push_str(&format!("{name}: {}\n", value.replace('\n', " ")));
+                message.push_str(&format!("{name}: {}\n", line(value)));
             }
         }
+        // git takes no NUL in a message.
+        let message = message.replace('\0', "\u{2400}");
         let oid = self.git.commit_tree(&tree, self.head.as_deref(), &message, new.at).await?;
         let bundle = self.bundle(&oid).await?;
         let from = self.head.as_ref().map_or(EMPTY_TREE.to_owned(), |h| format!("{h}^{{tree}}"));

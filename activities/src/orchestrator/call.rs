@@ -2,7 +2,7 @@
 //! sent and closed with what became of it.
 
 use super::{
-    Message, Reply, Request, Role,
+    Message, Reply, Request, Role, ToolCall,
     breaker::{Breaker, Permit},
     budget,
     route::{Candidate, Routing},
@@ -507,16 +507,33 @@ fn judge(task: &Task<'_>, candidate: &Candidate, completion: &Completion) -> Jud
         },
         _ => None,
     };
+    let tool_calls = completion.tool_calls.iter().cloned();
     Judged::Reply(Reply {
-        text: completion.text.clone(),
-        json,
-        tool_calls: completion.tool_calls.clone(),
-        parts: completion.parts.clone(),
+        text: recordable(&completion.text),
+        json: json.map(without_nul),
+        tool_calls: tool_calls.map(|call| ToolCall { arguments: without_nul(call.arguments), ..call }).collect(),
+        parts: without_nul(completion.parts.clone()),
         provider: candidate.provider.clone(),
         model: completion.model_served.clone(),
         tokens_prompt: completion.usage.tokens_prompt,
         tokens_output: completion.usage.tokens_output,
     })
+}
+
+/// A text as Postgres takes it: an answer with a NUL would be paid for and could not be recorded, again and again.
+fn recordable(text: &str) -> String {
+    text.replace('\0', "\u{2400}")
+}
+
+fn without_nul(value: Value) -> Value {
+    match value {
+        Value::String(text) => Value::String(recordable(&text)),
+        Value::Array(items) => items.into_iter().map(without_nul).collect(),
+        Value::Object(fields) => {
+            fields.into_iter().map(|(name, value)| (recordable(&name), without_nul(value))).collect()
+        }
+        other => other,
+    }
 }
 
 /// Most of an unusable answer that is shown to the model again, in characters.

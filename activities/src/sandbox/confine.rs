@@ -1,15 +1,13 @@
 //! How a process is confined: its arguments, its environment, and what happens between fork and exec.
 //!
-//! Started by root, the command runs as `nobody` from before bubblewrap starts. Folders that `nobody` cannot reach (a toolchain
-//! below a private home, the worktree) are bound to a reachable place first, in a mount namespace of the child alone.
+//! Started by root, the command runs as an unprivileged user of its own from before bubblewrap starts. Folders that this user
+//! cannot reach (a toolchain below a private home, the worktree) are bound to a reachable place first, in a mount namespace
+//! of the child alone.
 
-use super::{Level, Limits, SandboxCommand};
-use landlock::{
-    ABI, Access, AccessFs, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreated,
-    RulesetCreatedAttr, Scope,
-};
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+use super::{
+    Level, Limits, SandboxCommand,
+    owner::{self, User},
+    rules::Confinement,
 };
 use std::{
     collections::BTreeMap,
@@ -20,14 +18,11 @@ use std::{
     process::{Command, Stdio},
 };
 
-/// User and group of confined commands when the worker runs as root.
-const NOBODY: u32 = 65534;
-
 /// A folder that is readable inside.
 #[derive(Clone, Debug)]
 pub(super) struct Toolchain {
     /// On this machine.
-    host: PathBuf,
+    pub(super) host: PathBuf,
     /// Name below `/toolchain`.
     name: String,
     env: Vec<(&'static str, &'static str)>,
@@ -49,7 +44,13 @@ pub(super) struct Prepared {
 
 /// Mount points and scratch folder of one run.
 pub(super) struct Keep {
-    _scratch: tempfile::TempDir,
+    scratch: PathBuf,
+}
+
+impl Drop for Keep {
+    fn drop(&mut self) {
+        owner::remove(&self.scratch);
+    }
 }
 
 /// Toolchains that do not lie in the system's own folders: Rust, as the machine's `rustc` names it, and what the
@@ -74,12 +75,16 @@ pub(super) fn toolchains(extra: &[PathBuf]) -> Vec<Toolchain> {
 pub(super) fn prepare(plan: &Plan<'_>) -> Result<Prepared, String> {
     let scratch =
         tempfile::Builder::new().prefix("loopwright-run-").tempdir().map_err(|e| format!("no scratch folder: {e}"))?;
-    let root = is_root();
+    // What a command leaves there is removed with more care than a `TempDir` takes.
+    let keep = Keep { scratch: scratch.keep() };
+    let scratch = keep.scratch.as_path();
+    let user = User::of(&plan.command.dir);
+    let root = user.is_some();
     let (reader, writer) = io::pipe().map_err(|e| e.to_string())?;
     let errors = writer.try_clone().map_err(|e| e.to_string())?;
-    if root {
-        open_to_others(scratch.path())?;
-        give_away(&plan.command.dir).map_err(|e| format!("{}: {e}", plan.command.dir.display()))?;
+    if let Some(user) = user {
+        owner::open_to_others(scratch).map_err(|e| e.to_string())?;
+        user.give(&plan.command.dir).map_err(|e| format!("{}: {e}", plan.command.dir.display()))?;
     }
     // (from, to): bound before the uid is dropped.
     let mut binds: Vec<(CString, CString)> = Vec::new();
@@ -87,7 +92,7 @@ pub(super) fn prepare(plan: &Plan<'_>) -> Result<Prepared, String> {
         if !root || plan.level == Level::Unconfined {
             return Ok(host.to_path_buf());
         }
-        let to = scratch.path().join(name);
+        let to = scratch.join(name);
         std::fs::create_dir(&to).map_err(|e| e.to_string())?;
         binds.push((c_path(host)?, c_path(&to)?));
         Ok(to)
@@ -97,13 +102,13 @@ pub(super) fn prepare(plan: &Plan<'_>) -> Result<Prepared, String> {
     for tool in plan.toolchains {
         tools.push((reachable(&tool.host, &tool.name)?, tool));
     }
-    let private = scratch.path().join("tmp");
+    let private = scratch.join("tmp");
     std::fs::create_dir(&private).map_err(|e| e.to_string())?;
-    if root {
-        own(&private).map_err(|e| e.to_string())?;
+    if let Some(user) = user {
+        user.give(&private).map_err(|e| e.to_string())?;
     }
     let mut command = match plan.level {
-        Level::Bubblewrap => bubblewrap(plan, &work, &tools),
+        Level::Bubblewrap => bubblewrap(plan, &work, &private, &tools),
         Level::Landlock | Level::Unconfined => {
             let mut command = Command::new("/bin/sh");
             command.arg("-c").arg(&plan.command.script);
@@ -135,13 +140,16 @@ pub(super) fn prepare(plan: &Plan<'_>) -> Result<Prepared, String> {
         command.current_dir(&work);
     }
     let confinement = match plan.level {
-        Level::Landlock => Some(Confinement::new(&plan.command.dir, &private, plan.toolchains, plan.command.network)?),
+        Level::Landlock => {
+            let tools = plan.toolchains.iter().map(|tool| tool.host.as_path());
+            Some(Confinement::new(&plan.command.dir, &private, tools, plan.command.network)?)
+        }
         Level::Bubblewrap | Level::Unconfined => None,
     };
     let enter = if inside || binds.is_empty() { None } else { Some(c_path(&work)?) };
     let mut child = Child {
         binds,
-        root: root && plan.level != Level::Unconfined,
+        user: user.filter(|_| plan.level != Level::Unconfined),
         limits: plan.command.limits.clone(),
         enter,
         confinement,
@@ -150,10 +158,10 @@ pub(super) fn prepare(plan: &Plan<'_>) -> Result<Prepared, String> {
     unsafe {
         command.pre_exec(move || child.enter());
     }
-    Ok(Prepared { command, reader, keep: Keep { _scratch: scratch } })
+    Ok(Prepared { command, reader, keep })
 }
 
-fn bubblewrap(plan: &Plan<'_>, work: &Path, tools: &[(PathBuf, &Toolchain)]) -> Command {
+fn bubblewrap(plan: &Plan<'_>, work: &Path, private: &Path, tools: &[(PathBuf, &Toolchain)]) -> Command {
     let mut command = Command::new("bwrap");
     command.args([
         "--unshare-all",
@@ -194,11 +202,12 @@ fn bubblewrap(plan: &Plan<'_>, work: &Path, tools: &[(PathBuf, &Toolchain)]) -> 
     for file in ["/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/alternatives"] {
         command.args(["--ro-bind-try", file, file]);
     }
-    command.args(["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]);
+    // A folder on disk: what fills a tmpfs is the memory of the machine.
+    command.args(["--proc", "/proc", "--dev", "/dev", "--bind"]).arg(private).arg("/tmp");
     for (host, tool) in tools {
         command.arg("--ro-bind").arg(host).arg(format!("/toolchain/{}", tool.name));
     }
-    command.arg("--bind").arg(work).args(["/workspace", "--chdir", "/workspace"]);
+    command.arg("--bind").arg(work).args(["/workspace", "--chdir", "/workspace", "--remount-ro", "/"]);
     // The environment is set by hand: bwrap itself runs with the same small one.
     let tmp = "/tmp";
     let path: Vec<String> = tools
@@ -229,7 +238,8 @@ fn bubblewrap(plan: &Plan<'_>, work: &Path, tools: &[(PathBuf, &Toolchain)]) -> 
 /// What the child does between fork and exec.
 struct Child {
     binds: Vec<(CString, CString)>,
-    root: bool,
+    /// Taken before anything else is started.
+    user: Option<User>,
     limits: Limits,
     /// Current folder, when it exists only after the mounts.
     enter: Option<CString>,
@@ -240,7 +250,9 @@ impl Child {
     fn enter(&mut self) -> io::Result<()> {
         // SAFETY: plain system calls; pointers are to C strings that live in `self`.
         unsafe {
-            check(libc::setpgid(0, 0))?;
+            // A session of its own: no terminal of the worker's, and a mark by which everything of this run is found again.
+            check(libc::setsid())?;
+            close_on_exec();
             if !self.binds.is_empty() {
                 check(libc::unshare(libc::CLONE_NEWNS))?;
                 check(libc::mount(
@@ -261,7 +273,7 @@ impl Child {
                 }
             }
             let limits = &self.limits;
-            let processes = if self.root { limits.processes } else { limits.processes.max(8192) };
+            let processes = if self.user.is_some() { limits.processes } else { limits.processes.max(8192) };
             for (what, value) in [
                 (libc::RLIMIT_AS, limits.memory_bytes),
                 (libc::RLIMIT_FSIZE, limits.file_bytes),
@@ -275,11 +287,13 @@ impl Child {
                 let value = value.min(now.rlim_max);
                 check(libc::setrlimit(what, &libc::rlimit { rlim_cur: value, rlim_max: value }))?;
             }
-            if self.root {
+            if let Some(User(id)) = self.user {
                 check(libc::setgroups(0, std::ptr::null()))?;
-                check(libc::setgid(NOBODY))?;
-                check(libc::setuid(NOBODY))?;
+                check(libc::setgid(id))?;
+                check(libc::setuid(id))?;
             }
+            // A worker that is killed takes the command with it; changing the user would have cleared this.
+            check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
             if let Some(dir) = &self.enter {
                 check(libc::chdir(dir.as_ptr()))?;
             }
@@ -291,135 +305,27 @@ impl Child {
     }
 }
 
+/// Files of the worker that its own parent left open, or a library opened without care, stay behind.
+///
+/// # Safety
+/// Only async-signal-safe calls.
+unsafe fn close_on_exec() {
+    // SAFETY: plain system calls on numbers.
+    unsafe {
+        if libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) == 0 {
+            return;
+        }
+        // Kernels before 5.11.
+        for file in 3..4096 {
+            libc::fcntl(file, libc::F_SETFD, libc::FD_CLOEXEC);
+        }
+    }
+}
+
 fn check(result: libc::c_int) -> io::Result<()> {
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Level two, prepared before the fork.
-struct Confinement {
-    files: RulesetCreated,
-    calls: BpfProgram,
-}
-
-impl Confinement {
-    fn new(work: &Path, tmp: &Path, toolchains: &[Toolchain], network: bool) -> Result<Self, String> {
-        let abi = ABI::V5;
-        let read = AccessFs::from_read(abi);
-        let all = AccessFs::from_all(abi);
-        let mut files = Ruleset::default()
-            .set_compatibility(CompatLevel::HardRequirement)
-            .handle_access(AccessFs::from_all(ABI::V1))
-            .map_err(|e| format!("landlock: {e}"))?
-            .set_compatibility(CompatLevel::BestEffort)
-            .handle_access(all)
-            .and_then(|r| r.scope(Scope::Signal | Scope::AbstractUnixSocket))
-            .and_then(Ruleset::create)
-            .map_err(|e| format!("landlock: {e}"))?;
-        let system = [
-            "/usr",
-            "/bin",
-            "/sbin",
-            "/lib",
-            "/lib32",
-            "/lib64",
-            "/etc/ld.so.cache",
-            "/etc/ld.so.conf",
-            "/etc/ld.so.conf.d",
-            "/etc/alternatives",
-        ];
-        let readable = system.iter().map(Path::new).chain(toolchains.iter().map(|t| t.host.as_path()));
-        let writable = [work, tmp, Path::new("/dev/null"), Path::new("/dev/zero"), Path::new("/dev/tty")];
-        let devices = ["/dev/urandom", "/dev/random"].map(Path::new);
-        for (path, access) in
-            readable.map(|p| (p, read)).chain(writable.map(|p| (p, all))).chain(devices.map(|p| (p, read)))
-        {
-            // What does not exist needs no rule.
-            let Ok(fd) = PathFd::new(path) else { continue };
-            let access = if path.is_dir() { access } else { access & AccessFs::from_file(abi) };
-            files = files.add_rule(PathBeneath::new(fd, access)).map_err(|e| format!("landlock: {e}"))?;
-        }
-        Ok(Self { files, calls: calls(network).map_err(|e| format!("seccomp: {e}"))? })
-    }
-
-    fn enforce(self) -> io::Result<()> {
-        self.files.restrict_self().map_err(|_| io::Error::from_raw_os_error(libc::EPERM))?;
-        seccompiler::apply_filter(&self.calls).map_err(|_| io::Error::from_raw_os_error(libc::EPERM))
-    }
-}
-
-/// System calls that confined code does not get: everything else is allowed.
-fn calls(network: bool) -> Result<BpfProgram, seccompiler::BackendError> {
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = [
-        libc::SYS_ptrace,
-        libc::SYS_process_vm_readv,
-        libc::SYS_process_vm_writev,
-        libc::SYS_mount,
-        libc::SYS_umount2,
-        libc::SYS_pivot_root,
-        libc::SYS_unshare,
-        libc::SYS_setns,
-        libc::SYS_bpf,
-        libc::SYS_keyctl,
-        libc::SYS_add_key,
-        libc::SYS_request_key,
-        libc::SYS_userfaultfd,
-        libc::SYS_perf_event_open,
-        libc::SYS_io_uring_setup,
-        libc::SYS_kexec_load,
-        libc::SYS_init_module,
-        libc::SYS_finit_module,
-        libc::SYS_delete_module,
-        libc::SYS_reboot,
-        libc::SYS_swapon,
-        libc::SYS_open_by_handle_at,
-    ]
-    .into_iter()
-    .map(|call| (call, Vec::new()))
-    .collect();
-    if !network {
-        // Sockets within the machine's own file system stay: build tools use them between their processes.
-        let unix = u64::try_from(libc::AF_UNIX).unwrap_or(1);
-        let other = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, unix)?;
-        rules.insert(libc::SYS_socket, vec![SeccompRule::new(vec![other])?]);
-    }
-    let denied = SeccompAction::Errno(u32::try_from(libc::EPERM).unwrap_or(1));
-    SeccompFilter::new(rules, SeccompAction::Allow, denied, std::env::consts::ARCH.try_into()?)?.try_into()
-}
-
-/// Kills a process group; one that is gone is no error.
-pub(super) fn kill(group: i32) {
-    if group > 1 {
-        // SAFETY: a plain system call.
-        unsafe { libc::kill(-group, libc::SIGKILL) };
-    }
-}
-
-fn is_root() -> bool {
-    // SAFETY: a plain system call.
-    unsafe { libc::geteuid() == 0 }
-}
-
 fn c_path(path: &Path) -> Result<CString, String> {
     CString::new(path.as_os_str().as_bytes()).map_err(|_| format!("{} holds a NUL", path.display()))
-}
-
-/// Lets the unprivileged user walk through a folder of ours.
-fn open_to_others(path: &Path) -> Result<(), String> {
-    use std::os::unix::fs::PermissionsExt;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).map_err(|e| e.to_string())
-}
-
-fn own(path: &Path) -> io::Result<()> {
-    std::os::unix::fs::lchown(path, Some(NOBODY), Some(NOBODY))
-}
-
-/// Hands a worktree to the unprivileged user, links not followed.
-fn give_away(path: &Path) -> io::Result<()> {
-    own(path)?;
-    if std::fs::symlink_metadata(path)?.is_dir() {
-        for entry in std::fs::read_dir(path)? {
-            give_away(&entry?.path())?;
-        }
-    }
-    Ok(())
 }

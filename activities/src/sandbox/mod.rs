@@ -4,15 +4,22 @@
 //! configuration asks for it by name. The evidence of a run names the level that was active.
 //!
 //! ```text
-//! run ─▶ command (argv, environment) ─▶ before exec: mounts of toolchains (root only) · limits · uid · landlock · seccomp
-//!   └──▶ output: hashed whole, tail kept ─▶ Evidence
+//! run ─▶ confine: argv, environment ─▶ before exec: session · mounts of toolchains (root only) · limits · user · rules
+//!   ├──▶ process: waits, and ends everything that was started ─┐
+//!   └──▶ output: hashed whole, tail kept ──────────────────────┴─▶ Evidence
 //! ```
 
 mod confine;
 mod output;
+mod owner;
+mod process;
+mod rules;
+
+pub(crate) use owner::remove;
 
 use confine::{Plan, Prepared};
 use loopwright_engine::Failure;
+use process::Running;
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
@@ -22,6 +29,9 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio_util::sync::CancellationToken;
+
+/// Wait for the end of the output after everything was killed: the kernel closes files within milliseconds.
+const OUTPUT_END_WAIT: Duration = Duration::from_secs(10);
 
 /// How well a run was confined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -186,36 +196,43 @@ impl Sandbox {
     /// `cancelled`; `sandbox.failed` when the command cannot even be started. A command that fails is no failure: see
     /// [`Evidence`].
     pub async fn run(&self, command: SandboxCommand, cancel: &CancellationToken) -> Result<Evidence, Failure> {
-        let plan = Plan { level: self.level, toolchains: &self.toolchains, command: &command };
         let broken =
             |what: String| Failure::retryable("transient.sandbox", format!("the sandbox cannot start: {what}"));
-        let Prepared { command: mut process, reader, keep } = confine::prepare(&plan).map_err(broken)?;
+        let (sandbox, wanted) = (self.clone(), command.clone());
+        let preparing = tokio::task::spawn_blocking(move || {
+            confine::prepare(&Plan { level: sandbox.level, toolchains: &sandbox.toolchains, command: &wanted })
+        });
+        let prepared = preparing.await.map_err(|e| broken(e.to_string()))?;
+        let Prepared { command: process, reader, keep } = prepared.map_err(broken)?;
         let started = Instant::now();
-        // Forking from a thread of the blocking pool: the parent-death signal is bubblewrap's own business.
-        let mut child = process.spawn().map_err(|e| broken(e.to_string()))?;
-        // Our copies of the write end must go, or the reader never sees the end.
-        drop(process);
-        let group = i32::try_from(child.id()).unwrap_or(0);
+        let mut running = Running::start(process, self.level).await.map_err(|e| broken(e.to_string()))?;
         let (tail, most) = (command.limits.tail_bytes, command.limits.output_bytes_max);
         let (stop, flooded) = tokio::sync::oneshot::channel();
         let reading = tokio::task::spawn_blocking(move || output::read(reader, tail, most, stop));
-        let waiting = tokio::task::spawn_blocking(move || child.wait());
-        tokio::pin!(waiting);
         let (mut timed_out, mut cancelled) = (false, false);
-        let status = tokio::select! {
-            status = &mut waiting => status,
-            () = tokio::time::sleep(command.limits.wall) => { timed_out = true; confine::kill(group); waiting.await }
-            () = cancel.cancelled() => { cancelled = true; confine::kill(group); waiting.await }
-            Ok(()) = flooded => { confine::kill(group); waiting.await }
+        let early = tokio::select! {
+            status = running.ended() => Some(status),
+            () = tokio::time::sleep(command.limits.wall) => { timed_out = true; None }
+            () = cancel.cancelled() => { cancelled = true; None }
+            Ok(()) = flooded => None,
         };
-        // What it started and left behind goes with it; then the output ends.
-        confine::kill(group);
-        let log = reading.await.map_err(|e| broken(e.to_string()))?;
+        let status = match early {
+            Some(status) => status,
+            None => {
+                running.kill();
+                running.ended().await
+            }
+        };
+        // Nothing of it is left, so the output has ended.
+        let log = tokio::time::timeout(OUTPUT_END_WAIT, reading)
+            .await
+            .map_err(|_| broken("something still holds the output of a command that was ended".to_owned()))?
+            .map_err(|e| broken(e.to_string()))?;
         drop(keep);
         if cancelled {
             return Err(Failure::cancelled());
         }
-        let status = status.map_err(|e| broken(e.to_string()))?.map_err(|e| broken(e.to_string()))?;
+        let status = status.map_err(|e| broken(e.to_string()))?;
         Ok(Evidence {
             exit_code: status.code(),
             signal: status.signal(),

@@ -43,7 +43,8 @@ pub(super) fn read(mut from: PipeReader, tail_bytes: usize, most: u64, stop: one
         cut = true;
         tail.drain(..tail.len() - tail_bytes);
     }
-    let text = String::from_utf8_lossy(&tail);
-    let tail = if cut { format!("… (cut)\n{}", text.trim_start_matches('\u{fffd}')) } else { text.into_owned() };
+    // Postgres takes no NUL in text or JSON.
+    let text = String::from_utf8_lossy(&tail).replace('\0', "\u{2400}");
+    let tail = if cut { format!("… (cut)\n{}", text.trim_start_matches('\u{fffd}')) } else { text };
     Log { tail, bytes, sha256: hash.finalize().iter().map(|b| format!("{b:02x}")).collect() }
 }

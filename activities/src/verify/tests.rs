@@ -41,6 +41,7 @@ fn facts(results: Vec<(String, CheckResult)>, states: &[(&str, State)]) -> Facts
         plan: Plan { summary: String::new(), stack: vec![], items: vec![item("a", "R1"), item("b", "R2")] },
         states: states.iter().map(|(id, state)| ((*id).to_owned(), *state)).collect(),
         results,
+        files: Files::new(),
         carried: vec![],
     }
 }

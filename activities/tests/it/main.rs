@@ -3,5 +3,8 @@
 
 mod billing;
 mod fake_provider;
+mod loop_steps;
 mod orchestrator;
 mod provider;
+mod sandbox;
+mod workspace;
