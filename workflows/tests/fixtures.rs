@@ -43,7 +43,12 @@ fn catalog() -> Catalog {
             &["project_id", "todo"],
             &["work", "changed_files", "summary"],
         ),
-        signature("check@1", &["todo", "work"], &["project_id", "todo"], &["passed", "results", "work"]),
+        signature(
+            "check@1",
+            &["todo", "work", "reason", "previous"],
+            &["project_id", "todo"],
+            &["passed", "again", "reason", "results", "work"],
+        ),
         signature(
             "commit@1",
             &["todo", "checks", "work"],

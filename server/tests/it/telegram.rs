@@ -147,7 +147,7 @@ fn works(gate: Option<Arc<Semaphore>>) -> Vec<Work> {
             if let Some(gate) = gate {
                 gate.acquire().await.expect("open").forget();
             }
-            Ok(json!({"work": "w"}))
+            Ok(json!({"work": "w", "summary": "done"}))
         })
     });
     vec![
@@ -164,7 +164,7 @@ fn works(gate: Option<Arc<Semaphore>>) -> Vec<Work> {
                    "todo": [{"id": "one", "title": "First"}, {"id": "two", "title": "Second"}]})
         }),
         Work::new("implement@1", implement).metered(),
-        work("check@1", |_| json!({"passed": true})),
+        work("check@1", |input| json!({"passed": true, "again": false, "reason": "", "work": input["work"]})),
         work("commit@1", |_| json!({"oid": "c0ffee"})),
         work("verify@1", |_| json!({"verdict": "accept", "report_markdown": "", "todo": []})),
         work("readme@1", |_| json!({})),

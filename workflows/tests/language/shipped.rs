@@ -30,10 +30,11 @@ async fn the_development_loop_goes_through_every_turn_it_can_take() {
                     "plan" => {
                         json!({"summary_markdown": format!("plan, changed: {}", input["changes"]), "todo": [{"id": "a"}, {"id": "b"}]})
                     }
-                    "implement" => json!({"work": {"role": input["role"], "evidence": input["evidence"]}}),
+                    "implement" => json!({"work": "w", "summary": "done"}),
                     // The first item's first code does not pass.
                     "check" => {
-                        json!({"passed": !path.contains("[a]/code..check~1"), "results": [], "work": input["work"]})
+                        let passed = !path.contains("[a]/code..check~1");
+                        json!({"passed": passed, "again": !passed, "reason": "", "results": [], "work": input["work"]})
                     }
                     "commit" => json!({"oid": format!("commit of {}", input["todo"]["id"])}),
                     // The first whole round is rejected with one item to do again.
