@@ -324,23 +324,6 @@ impl Workspace {
         Ok(parents.split_whitespace().next().map(str::to_owned))
     }
 
-    /// A file as `head` has it; `None` where there is none, or no commit yet.
-    ///
-    /// # Errors
-    /// `workspace.path`, `workspace.git`; `workspace.not_text`.
-    pub async fn committed(&self, path: &str) -> Result<Option<String>, Failure> {
-        self.resolve(path)?;
-        let Some(head) = &self.head else { return Ok(None) };
-        let listed = self.git.run(&["ls-tree", "-z", "--full-tree", head, "--", path]).await?;
-        if !String::from_utf8_lossy(&listed).contains(" blob ") {
-            return Ok(None);
-        }
-        let bytes = self.git.run(&["cat-file", "blob", &format!("{head}:{path}")]).await?;
-        String::from_utf8(bytes)
-            .map(Some)
-            .map_err(|_| Failure::permanent("workspace.not_text", format!("{path} is not text")))
-    }
-
     /// Every file of the worktree that git would commit, by path, with its size in bytes.
     ///
     /// # Errors
@@ -386,7 +369,7 @@ impl Workspace {
             .map_err(|_| Failure::permanent("workspace.not_text", format!("{path} is not text")))
     }
 
-    /// A file as the last commit has it, as text; `None` where there is none.
+    /// A file as the last commit has it; `None` where there is none. Content that is not text is given as its lossy reading.
     ///
     /// # Errors
     /// `workspace.path`, `workspace.git`.
