@@ -6,8 +6,8 @@
 
 use crate::{
     check, contract,
+    fact::{Outcome, Plan},
     landing::{Landing, bill, land},
-    plan::{self, Plan},
     record::{self, Kind},
     todo::{self, State, Todo},
     toolbox::Toolbox,
@@ -46,16 +46,6 @@ pub struct Output {
     pub state: State,
     /// Why it is blocked; empty when done.
     pub reason: String,
-}
-
-/// The record of an item's end: what "done" rests on.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Outcome {
-    pub item: String,
-    pub state: State,
-    pub commit: String,
-    pub tree: String,
-    pub evidence: check::Output,
 }
 
 /// The activity.
@@ -102,7 +92,7 @@ async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, 
     if !items.iter().any(|known| known.id == item.id) {
         items.push(item.clone());
     }
-    let mut states = plan::outcomes(toolbox, project, ctx).await?;
+    let mut states = record::states(pool, project, info).await?;
     states.insert(item.id.clone(), state);
     let name = record::project_name(pool, project).await?;
     let list = FileChange { path: todo::FILE.to_owned(), content: Some(todo::markdown(&name, &items, &states)) };

@@ -6,6 +6,7 @@
 use crate::{
     ask::ask,
     contract,
+    fact::{Requirement, Requirements},
     implement::reserve,
     orchestrator::{Reply, Request, Role},
     record::{self, Kind, Speaker, TURN_BYTES_MAX},
@@ -47,15 +48,6 @@ pub struct Input {
     pub answer: String,
 }
 
-/// One thing that the result has to do or be.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct Requirement {
-    /// `R1`, `R2`, … for the life of the project.
-    pub id: String,
-    /// One sentence that can be checked.
-    pub text: String,
-}
-
 /// What `gather@1` returns.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Output {
@@ -69,14 +61,6 @@ pub struct Output {
     /// What was decided without asking.
     pub assumptions: Vec<String>,
     pub model: String,
-}
-
-/// The record of what was understood.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Requirements {
-    pub idea: String,
-    pub requirements: Vec<Requirement>,
-    pub assumptions: Vec<String>,
 }
 
 /// The activity.

@@ -8,7 +8,7 @@ use crate::{
     edit::{Frozen, path},
     index::Index,
     orchestrator::{Message, Orchestrator, Role},
-    todo::Todo,
+    todo::{self, Todo},
     toolbox::Toolbox,
     tools::{AgentLoop, Ending, Goal, TURNS_MAX, Tool, Worktree, prompt},
     usage::{PlannedCall, Reserve},
@@ -31,7 +31,9 @@ use uuid::Uuid;
 pub const PROMPT: &str = "prompts/implement.hbs";
 const SHIPPED_PROMPT: &str = include_str!("../../workflow-defs/prompts/implement.hbs");
 /// Files that no implementer may change: the plan and the record of it.
-pub const FROZEN: [&str; 2] = ["TODO.md", "docs/ARCHITECTURE.md"];
+pub const FROZEN: [&str; 2] = [todo::FILE, ARCHITECTURE];
+/// The file of the architecture, which `plan@1` writes.
+pub const ARCHITECTURE: &str = "docs/ARCHITECTURE.md";
 
 /// Tokens of the repository map in the prompt.
 const MAP_TOKENS: usize = 1500;
@@ -251,7 +253,7 @@ async fn opening(
     let data = json!({
         "item": input.todo,
         "frozen": frozen.iter().collect::<Vec<_>>(),
-        "architecture": excerpt(workspace, "docs/ARCHITECTURE.md", ARCHITECTURE_BYTES_MAX),
+        "architecture": excerpt(workspace, ARCHITECTURE, ARCHITECTURE_BYTES_MAX),
         "agents": excerpt(workspace, "AGENTS.md", AGENTS_BYTES_MAX),
         "map": map,
         "context": context,

@@ -8,6 +8,7 @@ pub mod commit;
 pub mod contract;
 pub mod deliver;
 pub mod edit;
+pub mod fact;
 pub mod gather;
 pub mod git;
 pub mod implement;

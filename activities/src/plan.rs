@@ -7,8 +7,8 @@ use crate::{
     ask::ask,
     billing::{MicroCredits, forecast},
     contract,
-    gather::Requirements,
-    implement::{self, reserve},
+    fact::{Choice, Plan, Requirements},
+    implement::{self, ARCHITECTURE, reserve},
     landing::{Landing, bill, land},
     orchestrator::{Message, Reply, Request, Role},
     record::{self, Kind, TURN_BYTES_MAX},
@@ -26,18 +26,12 @@ use loopwright_engine::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fmt::Write as _,
-    sync::Arc,
-};
+use std::{collections::BTreeSet, fmt::Write as _, sync::Arc};
 use uuid::Uuid;
 
 /// The prompt file, in the bundle of a definition.
 pub const PROMPT: &str = "prompts/plan.hbs";
 const SHIPPED_PROMPT: &str = include_str!("../../workflow-defs/prompts/plan.hbs");
-/// The file of the architecture.
-pub const ARCHITECTURE: &str = "docs/ARCHITECTURE.md";
 
 const OUTPUT_TOKENS_MAX: u32 = 16_384;
 const RESERVED_INPUT_TOKENS: u64 = 12_000;
@@ -57,22 +51,6 @@ pub struct Input {
     /// What the user wants changed in the last plan; empty for a first one.
     #[serde(default)]
     pub changes: String,
-}
-
-/// One choice of the stack.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct Choice {
-    pub choice: String,
-    pub reason: String,
-}
-
-/// The record of a plan: what the loop works off.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Plan {
-    pub summary: String,
-    pub stack: Vec<Choice>,
-    /// Finished items of earlier plans included.
-    pub items: Vec<Todo>,
 }
 
 /// What `plan@1` returns.
@@ -134,7 +112,7 @@ async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, 
         )
     })?;
     let before: Option<Plan> = record::newest(pool, project, Kind::Plan, info).await?;
-    let states = outcomes(toolbox, project, ctx).await?;
+    let states = record::states(pool, project, info).await?;
     let done: Vec<Todo> = before
         .iter()
         .flat_map(|plan| plan.items.iter().filter(|item| states.get(&item.id) == Some(&State::Done)).cloned())
@@ -182,16 +160,6 @@ async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, 
     })
 }
 
-/// How far each item of the project is, by the newest outcome.
-pub(crate) async fn outcomes(
-    toolbox: &Toolbox,
-    project: Uuid,
-    ctx: &Context,
-) -> Result<BTreeMap<String, State>, Failure> {
-    let all: Vec<crate::commit::Outcome> = record::all(&toolbox.pool, project, Kind::Outcome, ctx.info()).await?;
-    Ok(all.into_iter().map(|outcome| (outcome.item, outcome.state)).collect())
-}
-
 async fn messages(
     toolbox: &Toolbox,
     ctx: &Context,
@@ -237,24 +205,6 @@ struct Answer {
     todo: Vec<Todo>,
 }
 
-/// The schema of one item in a model's answer; `verify@1` asks for the same.
-pub(crate) fn item_schema() -> Value {
-    let texts = json!({"type": "array", "items": {"type": "string"}});
-    json!({
-        "type": "object",
-        "properties": {
-            "id": {"type": "string"}, "title": {"type": "string"}, "detail": {"type": "string"},
-            "requirements": texts, "depends_on": texts, "files": texts,
-            "checks": {"type": "array", "items": {
-                "type": "object",
-                "properties": {"command": {"type": "string"}, "expect_exit": {"type": "integer"}},
-                "required": ["command", "expect_exit"]
-            }}
-        },
-        "required": ["id", "title", "detail", "requirements", "depends_on", "files", "checks"]
-    })
-}
-
 fn schema() -> Value {
     json!({
         "type": "object",
@@ -266,7 +216,7 @@ fn schema() -> Value {
                 "required": ["choice", "reason"]
             }},
             "architecture_markdown": {"type": "string"},
-            "todo": {"type": "array", "items": item_schema()}
+            "todo": {"type": "array", "items": todo::schema()}
         },
         "required": ["summary", "stack", "architecture_markdown", "todo"]
     })
@@ -372,7 +322,7 @@ async fn expected(toolbox: &Toolbox, items: usize) -> Result<(MicroCredits, Micr
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gather::Requirement;
+    use crate::fact::Requirement;
 
     fn known() -> Requirements {
         let requirement = |id: &str| Requirement { id: id.into(), text: format!("Does {id}.") };

@@ -6,11 +6,10 @@
 use crate::{
     check::{self, CheckResult},
     contract,
-    gather::Requirements,
-    implement::{self, reserve},
+    fact::Requirements,
+    implement::{self, ARCHITECTURE, reserve},
     landing::{Landing, bill, land},
     orchestrator::{Message, Orchestrator, Request, Role},
-    plan::ARCHITECTURE,
     record::{self, Kind},
     todo::{self, COMMAND_BYTES_MAX, Check},
     toolbox::Toolbox,

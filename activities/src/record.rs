@@ -3,10 +3,12 @@
 //! Records are facts that later steps read instead of passing documents through the workflow. A step writes each fact
 //! under its own identity, so a second execution writes nothing.
 
+use crate::{fact::Outcome, todo::State};
 use loopwright_engine::{Failure, activity::AttemptInfo};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use sqlx::PgPool;
+use std::collections::BTreeMap;
 use uuid::Uuid;
 
 /// Turns of the conversation that are read: a loop asks at most eight questions a run.
@@ -125,6 +127,15 @@ pub async fn all<T: DeserializeOwned>(
     .await
     .map_err(|e| store(&e))?;
     bodies.into_iter().map(read).collect()
+}
+
+/// How far each item of the project is, by the newest outcome that other steps have written.
+///
+/// # Errors
+/// As [`newest`].
+pub async fn states(pool: &PgPool, project: Uuid, info: &AttemptInfo) -> Result<BTreeMap<String, State>, Failure> {
+    let outcomes: Vec<Outcome> = all(pool, project, Kind::Outcome, info).await?;
+    Ok(outcomes.into_iter().map(|outcome| (outcome.item, outcome.state)).collect())
 }
 
 fn read<T: DeserializeOwned>(body: Value) -> Result<T, Failure> {

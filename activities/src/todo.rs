@@ -3,6 +3,7 @@
 use crate::edit::path;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
@@ -60,6 +61,24 @@ pub struct Todo {
     /// Files and folders that belong to the checks and are not to be changed.
     #[serde(default)]
     pub frozen: Vec<String>,
+}
+
+/// The schema of one item in a model's answer.
+pub(crate) fn schema() -> Value {
+    let texts = json!({"type": "array", "items": {"type": "string"}});
+    json!({
+        "type": "object",
+        "properties": {
+            "id": {"type": "string"}, "title": {"type": "string"}, "detail": {"type": "string"},
+            "requirements": texts, "depends_on": texts, "files": texts,
+            "checks": {"type": "array", "items": {
+                "type": "object",
+                "properties": {"command": {"type": "string"}, "expect_exit": {"type": "integer"}},
+                "required": ["command", "expect_exit"]
+            }}
+        },
+        "required": ["id", "title", "detail", "requirements", "depends_on", "files", "checks"]
+    })
 }
 
 /// How far an item is.

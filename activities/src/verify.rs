@@ -13,10 +13,9 @@ use crate::{
     ask::ask,
     check::{self, CheckResult},
     contract,
-    gather::Requirements,
+    fact::{Plan, Requirements},
     implement::{self, Desk, reserve},
     orchestrator::{Orchestrator, Reply, Request, Role},
-    plan::{self, Plan, item_schema},
     record::{self, Kind},
     todo::{self, State, Todo},
     toolbox::Toolbox,
@@ -183,7 +182,7 @@ async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, 
     let requirements: Requirements =
         record::newest(pool, project, Kind::Requirements, info).await?.ok_or_else(|| missing("requirements"))?;
     let plan: Plan = record::newest(pool, project, Kind::Plan, info).await?.ok_or_else(|| missing("plan"))?;
-    let states = plan::outcomes(toolbox, project, ctx).await?;
+    let states = record::states(pool, project, info).await?;
     let before: Option<Output> = record::newest(pool, project, Kind::Verdict, info).await?;
     let desk = implement::open(toolbox, info, project, None).await?;
     let workspace = desk.tree.workspace();
@@ -332,7 +331,7 @@ fn schema() -> Value {
                 },
                 "required": ["requirement", "verdict", "reason", "citations"]
             }},
-            "items": {"type": "array", "items": item_schema()}
+            "items": {"type": "array", "items": todo::schema()}
         },
         "required": ["summary", "criteria", "items"]
     })
@@ -509,15 +508,6 @@ impl Facts {
 impl std::fmt::Display for Citation {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         if self.path.is_empty() { write!(f, "`{}`", self.check) } else { write!(f, "{}:{}", self.path, self.line) }
-    }
-}
-
-impl Plan {
-    /// This plan with further items.
-    fn with(&self, more: &[Todo]) -> Self {
-        let mut plan = self.clone();
-        plan.items.extend(more.iter().filter(|item| self.items.iter().all(|known| known.id != item.id)).cloned());
-        plan
     }
 }
 

@@ -45,6 +45,8 @@ use tokio::{net::TcpListener, sync::watch};
 const DEVELOPMENT_KID: &str = "development";
 /// Before a worker that lost its lease is replaced.
 const RESTART_PAUSE: Duration = Duration::from_secs(1);
+/// Exit code of a program that was interrupted twice.
+pub const EXIT_INTERRUPTED: u8 = 130;
 /// Its file in the data folder.
 const DEVELOPMENT_SECRET: &str = "jwt.secret";
 
@@ -208,7 +210,7 @@ pub fn stop_on_signal() -> anyhow::Result<watch::Receiver<bool>> {
             }
             if count > 0 {
                 tracing::warn!("stopped at once; runs go on where they were");
-                std::process::exit(crate::cli::EXIT_INTERRUPTED.into());
+                std::process::exit(EXIT_INTERRUPTED.into());
             }
             tracing::info!("stopping: open work is finished or handed back; once more stops at once");
             sender.send_replace(true);
@@ -283,6 +285,12 @@ pub async fn start_worker(app: &App, toolbox: &Arc<Toolbox>) -> anyhow::Result<W
 /// Those of [`start_worker`].
 pub async fn run_worker(app: &App, models: &Models, mut stop: watch::Receiver<bool>) -> anyhow::Result<()> {
     let toolbox = Arc::new(toolbox(app, models).await?);
+    tracing::info!(sandbox = ?toolbox.sandbox.level(), "generated code is confined");
+    if toolbox.orchestrator.is_rehearsed() {
+        tracing::warn!("models are rehearsed: answers come from a script");
+    } else if !app.config.providers.any() {
+        tracing::warn!("no model provider is configured; set GEMINI_API_KEY, OPENROUTER_API_KEY or OPENAI_BASE_URL");
+    }
     let grace = Duration::from_millis(app.config.worker.drain_ms);
     loop {
         let worker = start_worker(app, &toolbox).await?;
@@ -341,17 +349,11 @@ async fn orchestrator(config: &Config, models: &Models) -> anyhow::Result<Orches
                 None => Routing::shipped(),
             };
             let settings = ProviderSettings::from_lookup(&|name| config.provider_setting(name))?;
-            if settings.is_empty() {
-                tracing::warn!(
-                    "no model provider is configured; set GEMINI_API_KEY, OPENROUTER_API_KEY or OPENAI_BASE_URL"
-                );
-            }
             return Ok(Orchestrator::configured(routing, &settings).await?);
         }
         Models::Rehearsed(path) => Scripted::load(path).with_context(|| path.display().to_string())?,
         Models::Demo => Scripted::from_yaml(shipped::REHEARSAL)?,
     };
-    tracing::warn!("models are rehearsed: answers come from a script");
     Ok(Orchestrator::new(Routing::rehearsed(), vec![Arc::new(script)]))
 }
 

@@ -1,7 +1,7 @@
 //! The verdict and what follows from it, as pure functions of the facts.
 
 use super::*;
-use crate::{gather::Requirement, todo::Check};
+use crate::{fact::Requirement, todo::Check};
 
 fn item(id: &str, requirement: &str) -> Todo {
     Todo {

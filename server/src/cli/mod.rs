@@ -33,8 +33,7 @@ pub const EXIT_FAILED: u8 = 1;
 pub const EXIT_USAGE: u8 = 2;
 /// The machine lacks something.
 pub const EXIT_MACHINE: u8 = 3;
-/// Interrupted twice.
-pub const EXIT_INTERRUPTED: u8 = 130;
+pub use crate::app::EXIT_INTERRUPTED;
 
 /// From an idea to a working repository, durably.
 #[derive(Debug, Parser)]

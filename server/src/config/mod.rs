@@ -122,6 +122,14 @@ pub struct Providers {
     pub openai: Provider,
 }
 
+impl Providers {
+    /// Whether any can be used.
+    #[must_use]
+    pub fn any(&self) -> bool {
+        [&self.gemini, &self.openrouter, &self.openai].iter().any(|provider| provider.is_configured())
+    }
+}
+
 #[derive(Clone, Debug, Default)]
 pub struct Provider {
     pub api_key: Option<SecretString>,

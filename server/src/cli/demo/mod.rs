@@ -7,6 +7,7 @@
 //!
 //! The run is durable like any other: the same command after Ctrl-C goes on with it.
 
+mod beside;
 mod narrate;
 mod report;
 mod stage;
@@ -16,25 +17,16 @@ use super::{Context, EXIT_FAILED, EXIT_INTERRUPTED};
 use crate::{
     app::{self, App, Models},
     config::{self, Config},
-    postgres::{self, Fallback},
+    postgres::Fallback,
 };
 use loopwright_engine::ids::RunId;
 use report::Report;
-use secrecy::SecretString;
-use serde_json::json;
-use sqlx::{AssertSqlSafe, PgPool};
 use stage::{Answers, Ended, Stage, Subject};
-use std::{
-    io::IsTerminal,
-    path::{Path, PathBuf},
-    time::Instant,
-};
+use std::{io::IsTerminal, path::PathBuf, time::Instant};
 
 /// What the rehearsal builds.
 const IDEA: &str = "A small command line tool that prints the most frequent words of a text.";
 const NAME: &str = "tally";
-/// Database of the undisturbed run of `--crash`, beside the ordinary one.
-const REFERENCE_DATABASE: &str = "loopwright_reference";
 /// Longest idea, in bytes; the workflow's own limit is in characters.
 const IDEA_BYTES_MAX: usize = 20_000;
 
@@ -60,8 +52,7 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<u8> {
     let subject = subject(&args, &config)?;
     let stop = app::stop_on_signal()?;
     let app = App::open_migrated(config, Fallback::Embedded).await?;
-    let kind = subject.kind();
-    let rehearsed = subject.rehearsed();
+    let rehearsed = subject.rehearsed;
 
     // What the worker would lack is said here, in one sentence, and not at the end of its log.
     app::toolbox(&app, if rehearsed { &Models::Demo } else { &Models::Configured }).await?;
@@ -73,23 +64,23 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<u8> {
     } else if rehearsed {
         eprintln!("The models are rehearsed: their answers come from a script. Everything else is real.");
     }
-    let work = app.config.data_dir.join("demo");
-    let mut main =
-        Stage::begin(app, &subject, run, work.join(if args.crash { "disturbed" } else { kind }), flags.config.clone())
-            .await?;
+    let config_file = flags.config.as_deref();
+    let label = if args.crash { "disturbed" } else { subject.kind() };
+    let mut main = Stage::begin(app, &subject, run, label, config_file).await?;
 
     let mut reference = None;
     if args.crash {
         eprintln!("\nFirst the undisturbed run, in a database of its own.\n");
-        let app = beside(&main.app, open.is_none()).await?;
-        let mut stage = Stage::begin(app, &subject, run, work.join("reference"), flags.config.clone()).await?;
+        let app = beside::open(&main.app, open.is_none()).await?;
+        // As long a name as the other's: confined commands may see where they are, and say so in what is paid for.
+        let mut stage = Stage::begin(app, &subject, run, "reference", config_file).await?;
         let ended = stage.drive(&subject, stop.clone(), None).await?;
         if ended == Ended::Stopped {
             stage.close().await;
             main.close().await;
             return Ok(interrupted());
         }
-        reference = Some(Report::of(&stage, &work, None).await?);
+        reference = Some(Report::of(&stage, None).await?);
         stage.close().await;
         eprintln!("\nNow the same run, and its worker is killed in the middle of an attempt.\n");
     }
@@ -99,7 +90,7 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<u8> {
         main.close().await;
         return Ok(interrupted());
     }
-    let mut report = Report::of(&main, &work, args.out.as_deref()).await?;
+    let mut report = Report::of(&main, args.out.as_deref()).await?;
     main.close().await;
     report.seconds = begun.elapsed().as_secs();
     report.rehearsed = rehearsed;
@@ -126,8 +117,7 @@ fn subject(args: &Args, config: &Config) -> anyhow::Result<Subject> {
     if idea.is_empty() || idea.len() > IDEA_BYTES_MAX {
         return Err(config::Error::value("--idea", format!("is empty or longer than {IDEA_BYTES_MAX} bytes")).into());
     }
-    let providers = &config.providers;
-    if ![&providers.gemini, &providers.openrouter, &providers.openai].iter().any(|p| p.is_configured()) {
+    if !config.providers.any() {
         return Err(config::Error::value(
             "--idea",
             "needs a model; set GEMINI_API_KEY, OPENROUTER_API_KEY, or OPENAI_BASE_URL for a server of your own",
@@ -140,46 +130,4 @@ fn subject(args: &Args, config: &Config) -> anyhow::Result<Subject> {
     }
     let name: String = idea.split_whitespace().take(5).collect::<Vec<_>>().join(" ").chars().take(60).collect();
     Ok(Subject { idea: idea.into(), name, answers, crash: false, rehearsed: false })
-}
-
-/// The application over the database beside the ordinary one; emptied first if `fresh`.
-async fn beside(app: &App, fresh: bool) -> anyhow::Result<App> {
-    let mut url = url::Url::parse(&app.database_url)
-        .map_err(|e| postgres::Error::Address(format!("{e}; `demo --crash` needs the form postgres://…")))?;
-    url.set_path(&format!("/{REFERENCE_DATABASE}"));
-    create(&app.pool, fresh).await.map_err(|e| {
-        anyhow::anyhow!("the database {REFERENCE_DATABASE} cannot be made ({e}); `demo --crash` needs a role that may create databases")
-    })?;
-    let mut config = app.config.clone();
-    config.database_url = Some(SecretString::from(url.to_string()));
-    Ok(App::open_migrated(config, Fallback::None).await?)
-}
-
-async fn create(pool: &PgPool, fresh: bool) -> Result<(), sqlx::Error> {
-    let execute = |sql: String| async move {
-        // The name is a constant.
-        sqlx::query(AssertSqlSafe(sql)).persistent(false).execute(pool).await.map(drop)
-    };
-    if fresh {
-        execute(format!("drop database if exists {REFERENCE_DATABASE} with (force)")).await?;
-    }
-    let there: bool = sqlx::query_scalar("select exists (select from pg_database where datname = $1)")
-        .bind(REFERENCE_DATABASE)
-        .fetch_one(pool)
-        .await?;
-    if there { Ok(()) } else { execute(format!("create database {REFERENCE_DATABASE}")).await }
-}
-
-/// A folder name for a repository.
-fn folder(work: &Path, name: &str, run: RunId) -> PathBuf {
-    let slug: String =
-        name.chars().map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' }).collect();
-    let id = run.to_string();
-    // The last part of a time-ordered id is its random one.
-    work.join(format!("{}-{}", slug.trim_matches('-'), &id[id.len() - 6..]))
-}
-
-/// Kept with a run, so that the same command finds it again.
-fn mark(subject: &Subject) -> serde_json::Value {
-    json!({"demo": subject.kind()})
 }

@@ -1,12 +1,19 @@
 //! How a run ended, from what the database and the repository say; and whether two runs ended alike.
 
-use super::{folder, stage::Stage};
+use super::stage::Stage;
 use crate::store::{credits::decimal, loops::Calls, loops::Spend};
 use anyhow::Context as _;
 use loopwright_activities::{billing::audit, workspace::Workspaces};
-use loopwright_engine::view::{RunStatus, RunView, Waiting};
+use loopwright_engine::{
+    ids::RunId,
+    view::{RunStatus, RunView, Waiting},
+};
 use serde::Serialize;
-use std::{fmt::Write as _, path::Path, process::Command};
+use std::{
+    fmt::Write as _,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 /// Codes of failures that mean: the loop came to an honest end, and its owner decides what next.
 const BLOCKED: [&str; 4] = ["model.", "approval.", "budget.", "user."];
@@ -76,7 +83,7 @@ pub(super) struct Compared {
 
 impl Report {
     /// Reads the facts and takes the repository out.
-    pub(super) async fn of(stage: &Stage, work: &Path, out: Option<&Path>) -> anyhow::Result<Self> {
+    pub(super) async fn of(stage: &Stage, out: Option<&Path>) -> anyhow::Result<Self> {
         let (app, run) = (&stage.app, stage.run);
         let store = &app.store;
         let view = app.client.describe(run).await?;
@@ -89,6 +96,7 @@ impl Report {
         let mut models: Vec<String> = spend.iter().map(|s| s.model.clone()).collect();
         models.sort();
         models.dedup();
+        let (attempts, lost) = attempts(stage).await?;
         let mut report = Self {
             run_id: run.to_string(),
             project_id: stage.project.to_string(),
@@ -102,8 +110,9 @@ impl Report {
             todo: Todo { done, total },
             model_calls: finished,
             unknown_calls: unknown,
-            attempts: attempts(stage).await?,
-            crashes: stage.crashes,
+            attempts,
+            // An earlier call of the same command may have killed it.
+            crashes: stage.crashes.max(lost),
             credits: Credits {
                 charged_ucr: store.charged(stage.user).await?,
                 held_ucr: balance.held_ucr,
@@ -117,12 +126,12 @@ impl Report {
             spend,
             granted_ucr: store.granted(stage.user).await?,
         };
-        report.take_out(stage, work, out).await?;
+        report.take_out(stage, out).await?;
         Ok(report)
     }
 
     /// Clones the repository out of the database; an earlier clone of the same run is replaced.
-    async fn take_out(&mut self, stage: &Stage, work: &Path, out: Option<&Path>) -> anyhow::Result<()> {
+    async fn take_out(&mut self, stage: &Stage, out: Option<&Path>) -> anyhow::Result<()> {
         let project = stage.app.store.project(None, stage.project).await?.context("the project is gone")?;
         let to = match out {
             Some(out) => {
@@ -131,19 +140,15 @@ impl Report {
                 std::path::absolute(out)?
             }
             None => {
-                let name = if stage.app.database_url.contains(super::REFERENCE_DATABASE) {
-                    "undisturbed"
-                } else {
-                    &project.name
-                };
-                let to = folder(work, name, stage.run);
+                let name = if stage.label == "reference" { "undisturbed" } else { &project.name };
+                let to = folder(&stage.work, name, stage.run);
                 if to.exists() {
                     std::fs::remove_dir_all(&to).with_context(|| format!("{} cannot be replaced", to.display()))?;
                 }
                 to
             }
         };
-        let workspaces = Workspaces::new(work.join("clone"), stage.app.pool.clone());
+        let workspaces = Workspaces::new(stage.work.join("clone"), stage.app.pool.clone());
         match workspaces.export(stage.project, &to).await {
             Ok(commit) => self.commit = Some(commit),
             Err(failure) if failure.code == "workspace.empty" => return Ok(()),
@@ -256,15 +261,26 @@ fn status(view: &RunView) -> (String, Option<String>) {
     (status.to_owned(), failure.or(waits))
 }
 
-/// Attempts that the history has started.
-async fn attempts(stage: &Stage) -> anyhow::Result<u64> {
-    let (mut after, mut count) = (0, 0);
+/// A folder name for a repository.
+fn folder(work: &Path, name: &str, run: RunId) -> PathBuf {
+    let slug: String =
+        name.chars().map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' }).collect();
+    let id = run.to_string();
+    // The last part of a time-ordered id is its random one.
+    work.join(format!("{}-{}", slug.trim_matches('-'), &id[id.len() - 6..]))
+}
+
+/// Attempts that the history has started, and how many of them were lost with their worker.
+async fn attempts(stage: &Stage) -> anyhow::Result<(u64, u32)> {
+    let (mut after, mut started, mut lost) = (0, 0, 0);
     loop {
         let rows = stage.app.client.history(stage.run, after, 1000).await?;
-        let Some(last) = rows.last() else { return Ok(count) };
+        let Some(last) = rows.last() else { return Ok((started, lost)) };
         after = last.seq;
-        let started = rows.iter().flat_map(|row| &row.events).filter(|event| event["type"] == "attempt_started");
-        count += started.count() as u64;
+        for event in rows.iter().flat_map(|row| &row.events) {
+            started += u64::from(event["type"] == "attempt_started");
+            lost += u32::from(event["outcome"] == "lost");
+        }
     }
 }
 

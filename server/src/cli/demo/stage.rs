@@ -1,6 +1,9 @@
 //! One run in one database, with a worker process of its own: begun, driven to its end, its owner's part played.
 
-use super::{mark, narrate::Narrator, worker::Worker};
+use super::{
+    narrate::Narrator,
+    worker::{QUEUE, Worker},
+};
 use crate::{app::App, read::task};
 use anyhow::Context as _;
 use loopwright_activities::billing::{
@@ -13,7 +16,11 @@ use loopwright_engine::{
     view::{RunView, Waiting},
 };
 use serde_json::{Value, json};
-use std::{io::Write, path::PathBuf, time::Duration};
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 use tokio::sync::watch;
 use uuid::Uuid;
 
@@ -42,8 +49,10 @@ impl Subject {
             (true, false) => "rehearsal",
         }
     }
-    pub(super) fn rehearsed(&self) -> bool {
-        self.rehearsed
+
+    /// Kept with a run, so that the same command finds it again.
+    fn mark(&self) -> Value {
+        json!({"demo": self.kind()})
     }
 }
 
@@ -80,6 +89,10 @@ pub(super) struct Stage {
     pub run: RunId,
     pub project: Uuid,
     pub user: Uuid,
+    /// Which of the demo's runs it is.
+    pub label: &'static str,
+    /// Folder of the demo.
+    pub work: PathBuf,
     /// Workers that were killed.
     pub crashes: u32,
     worker: Worker,
@@ -87,7 +100,7 @@ pub(super) struct Stage {
 
 /// The open run of this subject, if an earlier call left one.
 pub(super) async fn open_run(app: &App, subject: &Subject) -> anyhow::Result<Option<RunId>> {
-    let filter = Filter { attributes: Some(mark(subject)), open_only: true, limit: 20, ..Filter::default() };
+    let filter = Filter { attributes: Some(subject.mark()), open_only: true, limit: 20, ..Filter::default() };
     for run in app.client.list(filter).await? {
         if app.client.describe(run.run_id).await?.inputs["idea"] == json!(subject.idea) {
             return Ok(Some(run.run_id));
@@ -102,8 +115,8 @@ impl Stage {
         app: App,
         subject: &Subject,
         run: RunId,
-        dir: PathBuf,
-        config_file: Option<PathBuf>,
+        label: &'static str,
+        config_file: Option<&Path>,
     ) -> anyhow::Result<Self> {
         app.deploy_shipped().await?;
         let issuer = &app.config.auth.issuer;
@@ -122,11 +135,14 @@ impl Stage {
             tx.commit().await?;
         }
         let definition = app.client.pointer(&known.workflow_name, "current").await?;
-        let mut start = Start { run_id: Some(run), ..known.start(user, definition) };
-        merge(&mut start.attributes, mark(subject));
+        // A queue of its own: the worker of a `dev` on the same database would answer with other models.
+        let queue = QUEUE.to_owned();
+        let mut start = Start { run_id: Some(run), queue, ..known.start(user, definition) };
+        merge(&mut start.attributes, subject.mark());
         app.client.start(start).await?;
-        let worker = Worker::new(dir, config_file, app.database_url.clone(), subject.rehearsed);
-        Ok(Self { app, run, project, user, crashes: 0, worker })
+        let work = app.config.data_dir.join("demo");
+        let worker = Worker::new(work.join(label), config_file, app.database_url.clone(), subject.rehearsed);
+        Ok(Self { app, run, project, user, label, work, crashes: 0, worker })
     }
 
     /// Follows the run to its end, playing its owner and telling what happens.

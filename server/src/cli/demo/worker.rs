@@ -4,11 +4,13 @@ use crate::app::writable;
 use anyhow::Context as _;
 use std::{
     os::unix::process::CommandExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::Duration,
 };
 
+/// Task queue of the demo's runs.
+pub(super) const QUEUE: &str = "demo";
 /// Lease of the demo's workers: a takeover should be seen, not waited for. In ms.
 const LEASE_MS: u32 = 2_000;
 /// A worker that is asked to stop has that long.
@@ -32,8 +34,8 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    pub(super) fn new(dir: PathBuf, config_file: Option<PathBuf>, database_url: String, rehearsed: bool) -> Self {
-        Self { dir, config_file, database_url, rehearsed, child: None, starts: 0 }
+    pub(super) fn new(dir: PathBuf, config_file: Option<&Path>, database_url: String, rehearsed: bool) -> Self {
+        Self { dir, config_file: config_file.map(Path::to_owned), database_url, rehearsed, child: None, starts: 0 }
     }
 
     /// Starts a worker where none runs. What is worth telling, if one had ended by itself.
@@ -63,7 +65,7 @@ impl Worker {
         if let Some(file) = &self.config_file {
             command.arg("--config").arg(file);
         }
-        command.arg("--data-dir").arg(&dir).arg("worker");
+        command.arg("--data-dir").arg(&dir).args(["worker", "--queues", QUEUE]);
         if self.rehearsed {
             command.args(["--rehearsal", "demo"]);
         }
