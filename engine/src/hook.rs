@@ -56,7 +56,8 @@ pub struct Transition {
 #[derive(Clone, Debug)]
 pub struct Refusal {
     pub ord: usize,
-    /// A code such as `credits`; the run waits under this name.
+    /// A word such as `credits`, under which the run waits until it is unblocked; or a dotted failure code such as
+    /// `quota.used_up`, with which the step fails for good.
     pub reason: String,
     /// For people: what is missing and what helps.
     pub message: String,
@@ -83,6 +84,7 @@ pub enum Verdict {
     Accepted,
     /// Only in answer to [`Phase::Open`]: the call may not be made. The transaction is rolled back.
     Refused {
+        /// As in [`Refusal::reason`].
         reason: String,
         message: String,
     },

@@ -20,6 +20,9 @@ use uuid::Uuid;
 /// Smallest hold, in micro-credits: an attempt that expects no call still may make a cheap one.
 const HOLD_MIN_UCR: i64 = 10_000;
 
+/// Failure code of a run whose budget is used up: nothing that it could wait for gives it more.
+const BUDGET: &str = "budget.run";
+
 /// How credits are counted.
 #[derive(Clone, Copy, Debug)]
 pub struct BillingSettings {
@@ -100,7 +103,7 @@ impl LedgerHook {
                 budget.unwrap_or_default(),
                 MicroCredits(needed)
             );
-            return Ok(Some(("budget".into(), message)));
+            return Ok(Some((BUDGET.into(), message)));
         }
         // What is available bounds the hold: a call that does not fit any more extends it or stops the attempt.
         let amount = wanted.min(available.0).min(budget.map_or(i64::MAX, |b| b.0));
@@ -170,7 +173,7 @@ impl LedgerHook {
                 && left < more
             {
                 return refused(
-                    "budget",
+                    BUDGET,
                     format!("the run's budget is used up: {left} credits are left of it, the next call needs {more}"),
                 );
             }

@@ -217,7 +217,7 @@ async fn a_hold_grows_with_its_calls_until_credits_or_budget_end() {
     let Verdict::Refused { reason, .. } = bench.open(&attempt, "a.1", 40_000).await else {
         panic!("beyond the run's budget of 50")
     };
-    assert_eq!(reason, "budget");
+    assert_eq!(reason, "budget.run");
     let Verdict::Refused { reason, .. } = bench.open(&attempt, "a.2", 4_000_000).await else {
         panic!("beyond all credits")
     };

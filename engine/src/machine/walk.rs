@@ -72,6 +72,11 @@ pub(super) fn fail_step(
     Walk { definition, state, moment }.fail(step, path, failure)
 }
 
+/// Whether a hook's reason is a failure code, and not something that a run may wait for.
+pub(crate) fn is_final(reason: &str) -> bool {
+    reason.contains('.')
+}
+
 /// The container of a path, with its trailing slash.
 fn container(path: &str) -> &str {
     path.rfind('/').map_or("", |at| &path[..=at])
@@ -667,6 +672,10 @@ impl Walk<'_> {
                 }
                 let Some(signature) = self.moment.catalog.get(activity) else { return Ok(Progress::Idle) };
                 if let (true, Some((reason, message))) = (signature.metered, &self.moment.refused) {
+                    if is_final(reason) {
+                        let failure = Failure::permanent(reason.clone(), message.clone());
+                        return Ok(Progress::Emit(self.fail(step, path, failure)?));
+                    }
                     return Ok(Progress::Emit(vec![Event::AttemptBlocked {
                         path: path.to_owned(),
                         reason: reason.clone(),

@@ -7,6 +7,7 @@ use crate::{
     committer::crash_point,
     failure::{Failure, FailureKind},
     hook::{AttemptRef, HookError, Phase, Reading, Verdict},
+    machine,
     store::{self, checkpoints::Progress},
 };
 use futures_util::future::BoxFuture;
@@ -32,6 +33,9 @@ fn store_failure(error: &Error) -> Failure {
     match error {
         Error::LeaseLost => Failure::new(FailureKind::Lost, "transient.lease_lost", "another worker owns the run now"),
         Error::TooLarge { .. } => Failure::permanent("limit.size", error.to_string()),
+        Error::Refused { reason, message } if machine::is_final(reason) => {
+            Failure::permanent(reason.clone(), message.clone())
+        }
         Error::Refused { reason, message } => Failure::blocked(reason.clone(), message.clone()),
         Error::Invariant(text) => Failure::permanent("internal.invariant", text.clone()),
         other => Failure::retryable("transient.store", other.to_string()),

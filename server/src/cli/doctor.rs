@@ -7,6 +7,7 @@ use crate::{
     postgres::Fallback,
     telemetry::redact,
 };
+use loopwright_activities::sandbox::{Level, Sandbox, SandboxConfig};
 use secrecy::ExposeSecret;
 use serde::Serialize;
 use std::{process::Command, time::Duration};
@@ -115,33 +116,23 @@ fn git() -> Check {
     }
 }
 
+/// Tries the levels, as a worker does when it starts.
 fn sandbox(config: &Config) -> Check {
-    if config.sandbox.unconfined {
-        return Check::new(
-            "sandbox",
-            State::Warning,
-            "generated code runs unconfined, as configured",
-            "unset sandbox.unconfined unless this machine is disposable",
-        );
-    }
-    if let Some(text) = version("bwrap") {
-        return Check::new("sandbox", State::Ok, text, "");
-    }
-    let landlock = std::fs::read_to_string("/sys/kernel/security/lsm").is_ok_and(|list| list.contains("landlock"));
-    if landlock {
-        Check::new(
-            "sandbox",
+    let settings = SandboxConfig { unconfined: config.sandbox.unconfined, ..SandboxConfig::default() };
+    let check = |state, finding: &str, remedy: &str| Check::new("sandbox", state, finding, remedy);
+    match Sandbox::detect(settings).map(|sandbox| sandbox.level()) {
+        Ok(Level::Bubblewrap) => check(State::Ok, "bubblewrap", ""),
+        Ok(Level::Landlock) => check(
             State::Warning,
             "landlock and seccomp (no bubblewrap)",
             "apt-get install bubblewrap for the stronger level",
-        )
-    } else {
-        Check::new(
-            "sandbox",
+        ),
+        Ok(Level::Unconfined) => check(
             State::Warning,
-            "bubblewrap is not installed and landlock could not be seen",
-            "apt-get install bubblewrap",
-        )
+            "generated code runs unconfined, as configured",
+            "apt-get install bubblewrap, unless this machine is disposable",
+        ),
+        Err(error) => check(State::Failed, &error.to_string(), "apt-get install bubblewrap"),
     }
 }
 
@@ -156,7 +147,7 @@ fn providers(config: &Config) -> Check {
         Check::new(
             "models",
             State::Warning,
-            "no provider is configured: only the rehearsed model answers",
+            "no provider is configured: only `demo` works, with its rehearsed models",
             "set GEMINI_API_KEY, OPENROUTER_API_KEY, or OPENAI_API_KEY with OPENAI_BASE_URL",
         )
     } else {

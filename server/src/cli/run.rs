@@ -64,10 +64,16 @@ enum Command {
         #[arg(long)]
         comment: Option<String>,
     },
-    /// Ask a run to stop
+    /// Ask a run to stop; what it has to clean up, it does
     Cancel {
         run: RunId,
         #[arg(long, default_value = "cancelled by the operator")]
+        reason: String,
+    },
+    /// End a run at once, without its `finally`; also one that is quarantined
+    Terminate {
+        run: RunId,
+        #[arg(long, default_value = "terminated by the operator")]
         reason: String,
     },
 }
@@ -149,6 +155,10 @@ async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<()> {
         Command::Cancel { run, reason } => {
             client.cancel(run, &reason).await?;
             print(json, &serde_json::json!({"status": "cancelling"}), |_| "Asked to stop.".into())
+        }
+        Command::Terminate { run, reason } => {
+            client.terminate(run, &reason).await?;
+            print(json, &serde_json::json!({"status": "terminated"}), |_| "Ended.".into())
         }
     }
 }

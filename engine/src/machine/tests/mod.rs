@@ -277,6 +277,16 @@ fn a_refused_start_blocks_and_goes_on_when_unblocked_or_by_itself() {
 }
 
 #[test]
+fn a_refusal_with_a_failure_code_fails_the_step_for_good() {
+    let mut run = Bench::start(definition(vec![act("a", &[]), act("b", &[])]));
+    run.refused = Some(("quota.used_up".into(), "nothing is left".into()));
+    run.ok("a", json!(1));
+    assert_eq!(run.state.status, RunStatus::Failed);
+    let failure = run.state.failure.clone().expect("a failure");
+    assert_eq!((failure.code.as_str(), failure.kind), ("quota.used_up", FailureKind::Permanent));
+}
+
+#[test]
 fn a_redo_repeats_its_range_and_leaves_the_last_round_visible() {
     let redo = step(
         "code..check",
