@@ -2,7 +2,7 @@
 //! data folder, a server on a Unix socket that ends with this process.
 //!
 //! Does not tune, back up or upgrade a database: a production system has its own server and sets its address.
-//! Start reading at [`start`]; [`testing`] gives throwaway databases.
+//! Start reading at [`start`]; `testing` (feature `test-util`) gives throwaway databases.
 //!
 //! ```text
 //! start ─▶ binaries::find ─▶ (none) install by npm or pip
