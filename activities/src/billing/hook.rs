@@ -23,6 +23,9 @@ const HOLD_MIN_UCR: i64 = 10_000;
 /// Failure code of a run whose budget is used up: nothing that it could wait for gives it more.
 const BUDGET: &str = "budget.run";
 
+/// What a step waits for when others hold the rest of the budget.
+const BUDGET_HELD: &str = "budget";
+
 /// How credits are counted.
 #[derive(Clone, Copy, Debug)]
 pub struct BillingSettings {
@@ -54,10 +57,13 @@ impl LedgerHook {
         Self { settings }
     }
 
+    /// Places the first hold of an attempt. `others` is what its siblings of the same transition need at least: it is left
+    /// to them.
     async fn start(
         &self,
         conn: &mut PgConnection,
         start: &AttemptStart,
+        others: MicroCredits,
     ) -> Result<Option<(String, String)>, LedgerError> {
         let Some(owner) = owner(&start.attempt) else { return Ok(None) };
         let attempt = &start.attempt;
@@ -78,15 +84,7 @@ impl LedgerHook {
         if inserted.rows_affected() == 0 {
             return Ok(None);
         }
-        let reserve: Reserve = serde_json::from_value(start.reserve.clone()).unwrap_or_default();
-        let (mut all, mut dearest) = (0i128, 0i128);
-        for planned in &reserve.calls {
-            let one = worst(conn, planned).await?;
-            all += one * i128::from(planned.count);
-            dearest = dearest.max(one);
-        }
-        let wanted = self.settings.rate.credits(all).0.max(HOLD_MIN_UCR);
-        let needed = self.settings.rate.credits(dearest).0.max(HOLD_MIN_UCR);
+        let Wanted { all: wanted, least: needed } = self.wanted(conn, start).await?;
         let balance = ledger::lock(conn, owner.user).await?;
         let available = hold::reservable(conn, owner.user, balance).await?;
         if available.0 < needed {
@@ -103,12 +101,26 @@ impl LedgerHook {
                 budget.unwrap_or_default(),
                 MicroCredits(needed)
             );
-            return Ok(Some((BUDGET.into(), message)));
+            return Ok(Some((used_up(conn, attempt).await?.into(), message)));
         }
         // What is available bounds the hold: a call that does not fit any more extends it or stops the attempt.
-        let amount = wanted.min(available.0).min(budget.map_or(i64::MAX, |b| b.0));
+        let room = available.0.min(budget.map_or(i64::MAX, |b| b.0));
+        let amount = wanted.min((room - others.0).max(needed));
         hold::place(conn, owner.user, attempt.attempt_id.0, 1, MicroCredits(amount), self.settings.rate).await?;
         Ok(None)
+    }
+
+    /// What an attempt would like to hold, and what it needs at least.
+    async fn wanted(&self, conn: &mut PgConnection, start: &AttemptStart) -> Result<Wanted, LedgerError> {
+        let reserve: Reserve = serde_json::from_value(start.reserve.clone()).unwrap_or_default();
+        let (mut all, mut dearest) = (0i128, 0i128);
+        for planned in &reserve.calls {
+            let one = worst(conn, planned).await?;
+            all += one * i128::from(planned.count);
+            dearest = dearest.max(one);
+        }
+        let credits = |cost| self.settings.rate.credits(cost).0.max(HOLD_MIN_UCR);
+        Ok(Wanted { all: credits(all), least: credits(dearest) })
     }
 
     async fn open(
@@ -173,7 +185,7 @@ impl LedgerHook {
                 && left < more
             {
                 return refused(
-                    BUDGET,
+                    used_up(conn, attempt).await?,
                     format!("the run's budget is used up: {left} credits are left of it, the next call needs {more}"),
                 );
             }
@@ -201,6 +213,27 @@ impl LedgerHook {
         .await?;
         Ok(Verdict::Accepted)
     }
+}
+
+/// Micro-credits that an attempt asks for.
+struct Wanted {
+    /// For every call that it expects.
+    all: i64,
+    /// For its dearest call.
+    least: i64,
+}
+
+/// Why there is no budget left: for good, or only until others of the run or project that work now have settled.
+async fn used_up(conn: &mut PgConnection, attempt: &AttemptRef) -> Result<&'static str, LedgerError> {
+    let others: bool = sqlx::query_scalar(
+        "select exists (select from activity_attempts where state = 'running' and id <> $2 and (run_id = $1 or project_id = $3))",
+    )
+    .bind(attempt.run_id.0)
+    .bind(attempt.attempt_id.0)
+    .bind(owner(attempt).and_then(|o| o.project))
+    .fetch_one(conn)
+    .await?;
+    Ok(if others { BUDGET_HELD } else { BUDGET })
 }
 
 /// Who pays for an attempt, from the run's attributes.
@@ -371,8 +404,13 @@ impl TransitionHook for LedgerHook {
             }
             let mut refusals = Vec::new();
             for transition in transitions {
+                let mut least = Vec::with_capacity(transition.started.len());
                 for start in &transition.started {
-                    if let Some((reason, message)) = self.start(conn, start).await.map_err(hook_error)? {
+                    least.push(self.wanted(conn, start).await.map_err(hook_error)?.least);
+                }
+                for (n, start) in transition.started.iter().enumerate() {
+                    let others = MicroCredits(least[n + 1..].iter().sum());
+                    if let Some((reason, message)) = self.start(conn, start, others).await.map_err(hook_error)? {
                         refusals.push(Refusal { ord: transition.ord, reason, message });
                         break;
                     }

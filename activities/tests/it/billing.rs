@@ -25,6 +25,13 @@ struct Bench {
     project: Uuid,
 }
 
+/// The start of an attempt that plans so many calls of 1.44 credits.
+fn planning(attempt: &AttemptRef, count: u32) -> AttemptStart {
+    let call = PlannedCall { candidates: vec![model()], count, input_tokens: 1_000, output_tokens: 1_000 };
+    let reserve = serde_json::to_value(Reserve { calls: vec![call] }).expect("json");
+    AttemptStart { attempt: attempt.clone(), reserve }
+}
+
 impl Bench {
     async fn new(credits: i64) -> Self {
         let pool = database(MIGRATIONS).await;
@@ -57,11 +64,7 @@ impl Bench {
 
     /// Starts an attempt that plans one call. The reason of a refusal, if there was one.
     async fn start(&self, attempt: &AttemptRef) -> Option<String> {
-        let reserve = Reserve {
-            calls: vec![PlannedCall { candidates: vec![model()], count: 1, input_tokens: 1_000, output_tokens: 1_000 }],
-        };
-        let start = AttemptStart { attempt: attempt.clone(), reserve: serde_json::to_value(reserve).expect("json") };
-        self.transition(attempt.run_id, vec![], vec![start]).await
+        self.transition(attempt.run_id, vec![], vec![planning(attempt, 1)]).await
     }
 
     async fn end(&self, attempt: &AttemptRef, outcome: Outcome) {
@@ -238,6 +241,46 @@ async fn without_credits_nothing_starts_and_nothing_is_left_behind() {
     assert!(bench.grant("t1", 10).await);
     assert!(!bench.grant("t1", 10).await, "a ticket is honored once");
     assert_eq!(bench.start(&attempt).await, None);
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn steps_that_start_together_leave_each_other_what_they_need() {
+    let bench = Bench::new(5).await;
+    let run = RunId::new();
+    let (first, second) = (bench.attempt(run, 1), bench.attempt(run, 2));
+    // Each would like to hold eight calls of 1.44 credits and needs one.
+    let starts = vec![planning(&first, 8), planning(&second, 8)];
+    assert_eq!(bench.transition(run, vec![], starts).await, None);
+    assert_eq!(bench.balance().await, (5_000_000, 5_000_000));
+    bench.end(&first, Outcome::Succeeded).await;
+    assert_eq!(bench.balance().await.1, 1_440_000);
+    bench.end(&second, Outcome::Succeeded).await;
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn a_budget_that_others_hold_is_waited_for_and_one_that_is_spent_is_not() {
+    let bench = Bench::new(200).await;
+    let run = RunId::new();
+    let (first, second, third) = (bench.attempt(run, 1), bench.attempt(run, 2), bench.attempt(run, 3));
+    assert_eq!(bench.transition(run, vec![], vec![planning(&first, 100)]).await, None);
+    assert_eq!(bench.balance().await.1, 50_000_000, "all of the run's budget");
+    assert_eq!(bench.start(&second).await.as_deref(), Some("budget"), "the first gives it back");
+    bench.open(&first, "a.0", 40_000).await;
+    bench.close(&first, "a.0", CallState::Succeeded, 1_000, 40_000).await;
+    bench.end(&first, Outcome::Succeeded).await;
+    assert_eq!(bench.start(&second).await, None);
+    bench.end(&second, Outcome::Succeeded).await;
+    let spent = bench.balance().await;
+    assert_eq!(spent, (200_000_000 - 48_240_000, 0));
+    // 1.76 are left of it; 2.88 are needed for a call of twice the size.
+    let mut big = planning(&third, 1);
+    big.reserve = serde_json::to_value(Reserve {
+        calls: vec![PlannedCall { candidates: vec![model()], count: 1, input_tokens: 2_000, output_tokens: 2_000 }],
+    })
+    .expect("json");
+    assert_eq!(bench.transition(run, vec![], vec![big]).await.as_deref(), Some("budget.run"));
     assert_eq!(bench.violations().await, [""; 0]);
 }
 
