@@ -45,7 +45,7 @@ pub struct Input {
     #[serde(default)]
     #[schemars(with = "Option<String>")]
     pub project_id: Option<Uuid>,
-    /// A file deployed with the definition (`prompts/review.hbs`), or the template itself.
+    /// A file deployed with the definition (`prompts/review.hbs`), or plain words: YAML refuses a template here.
     pub prompt: String,
     /// What the template reads. Data of users, models and repositories belongs here and never into the template.
     #[serde(default)]

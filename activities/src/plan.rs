@@ -12,6 +12,7 @@ use crate::{
     landing::{Landing, bill, land},
     orchestrator::{Message, Reply, Request, Role},
     record::{self, Kind, TURN_BYTES_MAX},
+    sandbox::Sandbox,
     todo::{self, State, Todo},
     toolbox::Toolbox,
     tools::prompt,
@@ -179,21 +180,17 @@ async fn messages(
         "done": done.iter().map(|item| format!("{}: {}", item.id, item.title)).collect::<Vec<_>>(),
         "map": map,
         "agents": implement::excerpt(desk.tree.workspace(), "AGENTS.md", implement::AGENTS_BYTES_MAX),
-        "tools": toolchains(),
+        "tools": toolchains(&toolbox.sandbox),
     });
     prompt::messages(ctx, PROMPT, SHIPPED_PROMPT, &data)
 }
 
-/// Programs that the checks may count on, as far as this worker has them.
-fn toolchains() -> Vec<&'static str> {
+/// Programs that the checks may count on: those that confined commands find.
+fn toolchains(sandbox: &Sandbox) -> Vec<&'static str> {
     const KNOWN: [&str; 12] =
         ["cargo", "python3", "node", "npm", "go", "javac", "gcc", "g++", "make", "ruby", "php", "bash"];
-    let folders: Vec<_> =
-        std::env::var_os("PATH").map(|path| std::env::split_paths(&path).collect()).unwrap_or_default();
-    KNOWN
-        .into_iter()
-        .filter(|name| folders.iter().any(|folder: &std::path::PathBuf| folder.join(name).exists()))
-        .collect()
+    let folders = sandbox.program_folders();
+    KNOWN.into_iter().filter(|name| folders.iter().any(|folder| folder.join(name).exists())).collect()
 }
 
 /// A model's answer, as asked for.

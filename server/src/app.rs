@@ -20,7 +20,7 @@ use loopwright_activities::{
     git::Git,
     orchestrator::{Orchestrator, Routing},
     provider::{Scripted, Settings as ProviderSettings},
-    sandbox::{Sandbox, SandboxConfig},
+    sandbox::Sandbox,
     toolbox::Toolbox,
     workspace::Workspaces,
 };
@@ -321,7 +321,7 @@ pub fn catalog() -> Catalog {
 pub async fn toolbox(app: &App, models: &Models) -> anyhow::Result<Toolbox> {
     let config = &app.config;
     let orchestrator = orchestrator(config, models).await?;
-    let settings = SandboxConfig { unconfined: config.sandbox.unconfined, ..SandboxConfig::default() };
+    let settings = config.sandbox.settings();
     // Finding out starts processes and waits for them.
     let sandbox = tokio::task::spawn_blocking(move || Sandbox::detect(settings)).await??;
     Git::installed().await.map_err(|failure| Lacks(failure.message))?;
@@ -337,18 +337,27 @@ pub async fn toolbox(app: &App, models: &Models) -> anyhow::Result<Toolbox> {
     })
 }
 
+/// Which models are configured, and how to reach them; nobody is asked.
+///
+/// # Errors
+/// The routing file or a setting cannot be used, by name.
+pub fn providers(config: &Config) -> anyhow::Result<(Routing, ProviderSettings)> {
+    let routing = match &config.models.file {
+        Some(path) => {
+            let text = std::fs::read_to_string(path)
+                .with_context(|| format!("the routing file {} cannot be read", path.display()))?;
+            Routing::from_yaml(&text).with_context(|| path.display().to_string())?
+        }
+        None => Routing::shipped(),
+    };
+    let settings = ProviderSettings::from_lookup(&|name| config.provider_setting(name))?;
+    Ok((routing, settings))
+}
+
 async fn orchestrator(config: &Config, models: &Models) -> anyhow::Result<Orchestrator> {
     let script = match models {
         Models::Configured => {
-            let routing = match &config.models.file {
-                Some(path) => {
-                    let text = std::fs::read_to_string(path)
-                        .with_context(|| format!("the routing file {} cannot be read", path.display()))?;
-                    Routing::from_yaml(&text).with_context(|| path.display().to_string())?
-                }
-                None => Routing::shipped(),
-            };
-            let settings = ProviderSettings::from_lookup(&|name| config.provider_setting(name))?;
+            let (routing, settings) = providers(config)?;
             return Ok(Orchestrator::configured(routing, &settings).await?);
         }
         Models::Rehearsed(path) => Scripted::load(path).with_context(|| path.display().to_string())?,

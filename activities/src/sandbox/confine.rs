@@ -28,6 +28,13 @@ pub(super) struct Toolchain {
     env: Vec<(&'static str, &'static str)>,
 }
 
+impl Toolchain {
+    /// Where its programs are on this machine.
+    pub(super) fn programs(&self) -> PathBuf {
+        self.host.join("bin")
+    }
+}
+
 /// What is to be run, and how.
 pub(super) struct Plan<'a> {
     pub(super) level: Level,

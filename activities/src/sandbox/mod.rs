@@ -168,6 +168,13 @@ impl Sandbox {
         self.level
     }
 
+    /// Folders in which confined commands look for programs, as they are called on this machine.
+    #[must_use]
+    pub fn program_folders(&self) -> Vec<PathBuf> {
+        let system = ["/usr/local/bin", "/usr/bin", "/bin"].map(PathBuf::from);
+        self.toolchains.iter().map(confine::Toolchain::programs).chain(system).collect()
+    }
+
     /// Runs `true` at this level.
     fn probe(&self) -> Result<(), String> {
         let dir = tempfile::Builder::new().prefix("loopwright-probe-").tempdir().map_err(|e| e.to_string())?;

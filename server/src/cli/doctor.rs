@@ -2,12 +2,12 @@
 
 use super::{Context, EXIT_FAILED, print, table};
 use crate::{
-    app::App,
+    app::{self, App},
     config::{Config, VARIABLES},
     postgres::Fallback,
     telemetry::redact,
 };
-use loopwright_activities::sandbox::{Level, Sandbox, SandboxConfig};
+use loopwright_activities::sandbox::{Level, Sandbox};
 use secrecy::ExposeSecret;
 use serde::Serialize;
 use std::{process::Command, time::Duration};
@@ -118,9 +118,8 @@ fn git() -> Check {
 
 /// Tries the levels, as a worker does when it starts.
 fn sandbox(config: &Config) -> Check {
-    let settings = SandboxConfig { unconfined: config.sandbox.unconfined, ..SandboxConfig::default() };
     let check = |state, finding: &str, remedy: &str| Check::new("sandbox", state, finding, remedy);
-    match Sandbox::detect(settings).map(|sandbox| sandbox.level()) {
+    match Sandbox::detect(config.sandbox.settings()).map(|sandbox| sandbox.level()) {
         Ok(Level::Bubblewrap) => check(State::Ok, "bubblewrap", ""),
         Ok(Level::Landlock) => check(
             State::Warning,
@@ -137,6 +136,10 @@ fn sandbox(config: &Config) -> Check {
 }
 
 fn providers(config: &Config) -> Check {
+    let read = app::providers(config).and_then(|(_, settings)| Ok(settings.providers()?));
+    if let Err(error) = read {
+        return Check::new("models", State::Failed, format!("{error:#}"), "correct that setting");
+    }
     let p = &config.providers;
     let names: Vec<&str> = [("gemini", &p.gemini), ("openrouter", &p.openrouter), ("openai", &p.openai)]
         .into_iter()

@@ -2,7 +2,7 @@
 //!
 //! # Exit codes
 //! 0 done; 1 it could not be done, or a check found something; 2 wrong usage or configuration; 3 the machine lacks
-//! something (database, port, folder, git, sandbox); 130 interrupted twice.
+//! something (database, port, folder, git, sandbox); 130 interrupted.
 
 mod completion;
 mod credits;
@@ -67,7 +67,7 @@ enum Command {
     Token(token::Args),
     /// Look at runs and act on them
     Run(run::Args),
-    /// Look at projects, make new ones, take them out
+    /// Look at projects, make new ones
     Project(project::Args),
     /// Check definitions, draw them, deploy them
     Workflow(workflow::Args),

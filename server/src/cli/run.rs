@@ -50,8 +50,8 @@ enum Command {
     Signal {
         run: RunId,
         name: String,
-        /// JSON; text that is not JSON becomes {"text": …}
-        #[arg(default_value = "null")]
+        /// Words, which become {"text": …}, or JSON that begins with { or [
+        #[arg(default_value = "{}")]
         payload: String,
     },
     /// Decide an approval
@@ -132,7 +132,7 @@ async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<()> {
             }
         }
         Command::Signal { run, name, payload } => {
-            let payload = serde_json::from_str(&payload).unwrap_or_else(|_| serde_json::json!({ "text": payload }));
+            let payload = payload_of(&payload);
             let signal = Signal { name, payload, dedupe_id: None, sender: Some(SENDER.into()) };
             client.signal(run, signal).await?;
             print(json, &serde_json::json!({"status": "accepted"}), |_| "Sent.".into())
@@ -161,6 +161,12 @@ async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<()> {
             print(json, &serde_json::json!({"status": "terminated"}), |_| "Ended.".into())
         }
     }
+}
+
+/// What somebody typed: an object or a list as it is, everything else, numbers too, as words.
+fn payload_of(text: &str) -> serde_json::Value {
+    let json = if text.trim_start().starts_with(['{', '[']) { serde_json::from_str(text).ok() } else { None };
+    json.unwrap_or_else(|| serde_json::json!({ "text": text }))
 }
 
 fn waiting_step(view: &RunView) -> anyhow::Result<String> {
@@ -241,4 +247,22 @@ fn transition(row: &HistoryRow) -> String {
         parts.join(" ")
     };
     row.events.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn numbers_and_words_are_answers() {
+        for (typed, payload) in [
+            ("42", json!({"text": "42"})),
+            ("null", json!({"text": "null"})),
+            ("{not json", json!({"text": "{not json"})),
+            ("{\"text\": \"x\"}", json!({"text": "x"})),
+        ] {
+            assert_eq!(payload_of(typed), payload, "{typed}");
+        }
+    }
 }

@@ -72,6 +72,8 @@ pub struct KeyFile {
 #[serde(deny_unknown_fields, default)]
 pub struct SandboxFile {
     pub unconfined: Option<bool>,
+    /// Folders with a `bin` that confined commands may use beside the system's.
+    pub toolchains: Vec<PathBuf>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -193,7 +195,10 @@ impl File {
                 drain_ms: http.drain_ms.unwrap_or(10_000),
             },
             auth: self.auth.resolve()?,
-            sandbox: Sandbox { unconfined: self.sandbox.unconfined.unwrap_or(false) },
+            sandbox: Sandbox {
+                unconfined: self.sandbox.unconfined.unwrap_or(false),
+                toolchains: toolchains(self.sandbox.toolchains)?,
+            },
             providers: Providers {
                 gemini: self.providers.gemini.resolve("providers.gemini")?,
                 openrouter: self.providers.openrouter.resolve("providers.openrouter")?,
@@ -277,6 +282,16 @@ impl TelegramFile {
             api_url: address("telegram.api_url", self.api_url)?,
             access,
         })
+    }
+}
+
+/// Every folder must be there: a toolchain that is silently missing blocks every item that needs it.
+fn toolchains(folders: Vec<PathBuf>) -> Result<Vec<PathBuf>, Error> {
+    match folders.iter().find(|folder| !folder.is_absolute() || !folder.join("bin").is_dir()) {
+        Some(bad) => {
+            Err(Error::value("sandbox.toolchains", format!("{} is no absolute folder with a bin", bad.display())))
+        }
+        None => Ok(folders),
     }
 }
 

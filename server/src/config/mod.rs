@@ -108,10 +108,24 @@ pub enum KeyMaterial {
     EdDsa(String),
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Sandbox {
     /// Run generated code without confinement. Only where the machine itself is disposable.
     pub unconfined: bool,
+    /// Toolchains outside the system's folders that confined commands may use, each with a `bin`.
+    pub toolchains: Vec<PathBuf>,
+}
+
+impl Sandbox {
+    /// As the activities take it.
+    #[must_use]
+    pub fn settings(&self) -> loopwright_activities::sandbox::SandboxConfig {
+        loopwright_activities::sandbox::SandboxConfig {
+            unconfined: self.unconfined,
+            extra_toolchains: self.toolchains.clone(),
+            ..Default::default()
+        }
+    }
 }
 
 /// Keys and addresses of model providers. A provider without a key is not used.

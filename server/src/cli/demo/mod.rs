@@ -50,6 +50,9 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<u8> {
     let begun = Instant::now();
     let (json, flags, config) = (context.json, context.flags, context.config);
     let subject = subject(&args, &config)?;
+    if let Some(out) = &args.out {
+        report::free(out)?;
+    }
     let stop = app::stop_on_signal()?;
     let app = App::open_migrated(config, Fallback::Embedded).await?;
     let rehearsed = subject.rehearsed;

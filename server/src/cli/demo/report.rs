@@ -1,7 +1,13 @@
 //! How a run ended, from what the database and the repository say; and whether two runs ended alike.
 
 use super::stage::Stage;
-use crate::store::{credits::decimal, loops::Calls, loops::Spend};
+use crate::{
+    config,
+    store::{
+        credits::decimal,
+        loops::{Calls, Spend},
+    },
+};
 use anyhow::Context as _;
 use loopwright_activities::{billing::audit, workspace::Workspaces};
 use loopwright_engine::{
@@ -126,7 +132,10 @@ impl Report {
             spend,
             granted_ucr: store.granted(stage.user).await?,
         };
-        report.take_out(stage, out).await?;
+        // What is not finished is not handed over: the same command goes on with it.
+        if report.status != "waiting" {
+            report.take_out(stage, out).await?;
+        }
         Ok(report)
     }
 
@@ -135,8 +144,7 @@ impl Report {
         let project = stage.app.store.project(None, stage.project).await?.context("the project is gone")?;
         let to = match out {
             Some(out) => {
-                let empty = std::fs::read_dir(out).map_or(true, |mut entries| entries.next().is_none());
-                anyhow::ensure!(empty, "{} is not empty; name another folder with --out", out.display());
+                free(out)?;
                 std::path::absolute(out)?
             }
             None => {
@@ -242,6 +250,21 @@ impl Report {
             let _ = writeln!(out, "\nThe repository: {repository}\n  git -C {repository} log --stat");
         }
         out.trim_end().to_owned()
+    }
+}
+
+/// Checks that a repository can be put into a folder: asked before anything is paid, and again before it is written.
+pub(super) fn free(out: &Path) -> Result<(), config::Error> {
+    let bad = |reason: String| Err(config::Error::value("--out", reason));
+    match std::fs::read_dir(out).map(|mut entries| entries.next().is_none()) {
+        Ok(true) => {}
+        Ok(false) => return bad(format!("{} is not empty; name another folder", out.display())),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => return bad(format!("{} cannot be used: {error}", out.display())),
+    }
+    match std::fs::create_dir_all(out) {
+        Ok(()) => Ok(()),
+        Err(error) => bad(format!("{} cannot be made: {error}", out.display())),
     }
 }
 
