@@ -229,7 +229,7 @@ fn remedy(code: &str) -> Option<&'static str> {
         "WF101" => "remove one of the two, or rename it",
         "WF102" => "remove the key, or move it to the step or block it belongs to",
         "WF105" => "write the values out: one document a file, no `<<`, no `!tag`",
-        "WF106" => "see the grammar of this field in the language's reference",
+        "WF106" => "see \"The language in one page\" in workflows/README.md",
         "WF108" => "write `true` or `false`; quote the word if text is meant",
         "WF201" => "give every step of the document an id of its own",
         "WF202" => "a step does one thing: split it in two",

@@ -284,6 +284,25 @@ fn the_shipped_prompts_are_without_findings() {
     assert!(found.is_empty(), "{found:?}");
 }
 
+/// The page of the language shows every kind and every function, and its example compiles.
+#[test]
+fn the_page_of_the_language_is_true() {
+    let readme = include_str!("../README.md");
+    let (_, rest) = readme.split_once("```yaml\n").expect("an example");
+    let (example, page) = rest.split_once("```\n").expect("its end");
+    let (compiled, found) = compile(example, "README.md", &Bundle::new(), &catalog());
+    assert!(found.is_empty(), "{}", render(&found, example));
+    let mut kinds = std::collections::BTreeSet::new();
+    compiled.expect("compiles").definition.walk(&mut |step: &Step| {
+        kinds.insert(serde_json::to_value(&step.kind).expect("json").to_string().split('"').nth(1).map(str::to_owned));
+    });
+    assert_eq!(kinds.len(), 12, "{kinds:?}");
+    let (page, _) = page.split_once("\n## ").expect("the next section");
+    for function in loopwright_engine::definition::expr::FUNCTIONS {
+        assert!(page.contains(&format!("`{function}`")), "{function}");
+    }
+}
+
 #[test]
 fn a_wrong_shape_is_answered_with_a_right_one() {
     let source = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/err/shapes.yaml"));
