@@ -35,7 +35,7 @@ pub(crate) fn prompts(files: &Bundle, sink: &mut Sink) {
         // As its author opens it: beside the document.
         let file = Path::new(&sink.file).parent().unwrap_or(Path::new("")).join(path).display().to_string();
         let (first, second) = match source.split_once(PROMPT_SPLIT) {
-            Some((system, user)) => (system, Some((user, system.lines().count().max(1) + 1))),
+            Some((system, user)) => (system, Some((user, system.matches('\n').count() + 2))),
             None => (source.as_str(), None),
         };
         for (text, lines_before) in std::iter::once((first, 0)).chain(second) {
@@ -52,7 +52,8 @@ pub(crate) fn prompts(files: &Bundle, sink: &mut Sink) {
 /// A prompt that names a file must name one of the bundle. What is no file name is the prompt itself.
 pub(crate) fn prompt_file(name: &str, node: &Node, files: &Bundle, sink: &mut Sink) {
     let name = name.trim();
-    let is_file = name.ends_with(".hbs") && !name.contains(char::is_whitespace);
+    // An expression gives the name only in a run.
+    let is_file = name.ends_with(".hbs") && !name.contains(char::is_whitespace) && !name.contains("${{");
     if !is_file || files.contains_key(name) || files.contains_key(&format!("{PROMPT_FOLDER}{name}")) {
         return;
     }

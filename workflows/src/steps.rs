@@ -390,10 +390,15 @@ impl Steps<'_> {
         known.fields = fields_of(&signature.output_schema);
         let at = fields.get("with").unwrap_or(node);
         let given = fields.get("with").and_then(Fields::open);
-        if let (Some(Data::Literal(Value::String(prompt))), Some(at)) =
-            (with.get("prompt"), given.as_ref().and_then(|g| g.get("prompt")))
-        {
-            check::prompt_file(prompt, at, self.files, self.sink);
+        let escalations = match fields.node.at("/retry/escalate").map(|n| &n.kind) {
+            Some(Content::List(items)) => items.as_slice(),
+            _ => &[],
+        };
+        let prompts = escalations.iter().filter_map(|e| e.at("/with/prompt")).chain(fields.node.at("/with/prompt"));
+        for prompt in prompts {
+            if let Value::String(text) = prompt.value() {
+                check::prompt_file(&text, prompt, self.files, self.sink);
+            }
         }
         let properties = signature.input_schema.get("properties").and_then(Value::as_object);
         if let Some(properties) = properties {

@@ -252,11 +252,11 @@ fn prompt_files_are_checked_where_they_are() {
     let (compiled, found) = check(&[("prompts/review.hbs", "Rules.\n=== user ===\n{{what}} {{#if a}}b{{/if}}")]);
     assert!(compiled.is_some() && found.is_empty(), "{found:?}");
 
-    let broken = "Rules {{fine}}.\nMore.\n=== user ===\nDo\n{{#if a}} it {{/unless}}\n";
+    let broken = "Rules {{fine}}.\nMore.\n\n=== user ===\nDo\n{{#if a}} it {{/unless}}\n";
     let (compiled, found) = check(&[("prompts/review.hbs", broken)]);
     assert!(compiled.is_none());
     let [finding] = found.as_slice() else { panic!("{found:?}") };
-    assert_eq!((finding.code, finding.file.as_str(), finding.span.line), ("WF311", "defs/prompts/review.hbs", 5));
+    assert_eq!((finding.code, finding.file.as_str(), finding.span.line), ("WF311", "defs/prompts/review.hbs", 6));
     assert!(finding.render(source).contains("    | {{#if a}} it {{/unless}}\n"), "{}", finding.render(source));
 
     // A block may not reach over the border, because the parts are rendered one by one.
