@@ -1,7 +1,18 @@
 //! What is wrong with a document, where, and what helps.
 
 use serde::Serialize;
-use std::fmt::Write as _;
+use std::{
+    collections::HashSet,
+    fmt::Write as _,
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+};
+
+/// Most findings of one document. Nobody reads more, and one line can hold tens of thousands of mistakes.
+pub const FINDINGS_MAX: usize = 100;
+/// Longest part of a source line in a rendered finding, in characters: about what a terminal shows.
+const EXCERPT_CHARS_MAX: usize = 160;
+/// Longest message, help or step id of a finding, in characters: they quote what the document holds, however long.
+const TEXT_CHARS_MAX: usize = 1_000;
 
 /// How bad it is. Errors block a deployment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -36,6 +47,9 @@ pub struct Diagnostic {
     /// Id of the innermost step around it.
     pub step: Option<String>,
     pub help: Option<String>,
+    /// The line that it stands in, where `file` is another one than the document.
+    #[serde(skip)]
+    pub(crate) line_text: Option<String>,
 }
 
 impl Diagnostic {
@@ -51,15 +65,17 @@ impl Diagnostic {
             "{}:{}:{}: {severity}[{}]: {}\n",
             self.file, self.span.line, self.span.column, self.code, self.message
         );
-        if let Some(line) = source.lines().nth(self.span.line.saturating_sub(1) as usize) {
+        let line = || source.lines().nth(self.span.line.saturating_sub(1) as usize);
+        if let Some(line) = self.line_text.as_deref().or_else(line) {
             let width = if self.span.end_line == self.span.line {
                 self.span.end_column.saturating_sub(self.span.column)
             } else {
                 1
             };
-            let (pad, marks) = (self.span.column.saturating_sub(1) as usize, width.clamp(1, 60) as usize);
+            let (excerpt, pad) = excerpt(line, self.span.column.saturating_sub(1) as usize);
             // Writing to a String cannot fail.
-            let _ = writeln!(out, "    | {line}\n    | {}{}", " ".repeat(pad), "^".repeat(marks));
+            let _ =
+                writeln!(out, "    | {excerpt}\n    | {}{}", " ".repeat(pad), "^".repeat(width.clamp(1, 60) as usize));
         }
         if let Some(step) = &self.step {
             let _ = writeln!(out, "    in step `{step}`");
@@ -71,16 +87,46 @@ impl Diagnostic {
     }
 }
 
-/// Collects findings; none twice.
+/// The part of a line around a 0-based column, and the column in that part.
+fn excerpt(line: &str, column: usize) -> (String, usize) {
+    let chars = line.chars().count();
+    if chars <= EXCERPT_CHARS_MAX {
+        return (line.to_owned(), column.min(chars));
+    }
+    let start = column.saturating_sub(EXCERPT_CHARS_MAX / 2).min(chars - EXCERPT_CHARS_MAX);
+    let before = if start > 0 { "…" } else { "" };
+    let after = if start + EXCERPT_CHARS_MAX < chars { "…" } else { "" };
+    let part: String = line.chars().skip(start).take(EXCERPT_CHARS_MAX).collect();
+    (format!("{before}{part}{after}"), column.min(chars) - start + usize::from(start > 0))
+}
+
+/// A text of at most [`TEXT_CHARS_MAX`].
+fn cut(mut text: String) -> String {
+    if let Some((at, _)) = text.char_indices().nth(TEXT_CHARS_MAX) {
+        text.truncate(at);
+        text.push('…');
+    }
+    text
+}
+
+/// Longest word for which a similar one is looked for, in bytes.
+const SUGGESTION_BYTES_MAX: usize = 100;
+
+/// Collects findings; none twice, at most [`FINDINGS_MAX`] of them.
 #[derive(Debug, Default)]
 pub(crate) struct Sink {
     pub(crate) file: String,
-    pub(crate) found: Vec<Diagnostic>,
+    found: Vec<Diagnostic>,
+    /// Hashes of code, place and message of all that were added, kept or not.
+    seen: HashSet<u64>,
     /// Ids of the steps around the place that is being read.
     pub(crate) steps: Vec<String>,
 }
 
 impl Sink {
+    pub(crate) fn new(file: &str) -> Self {
+        Self { file: file.to_owned(), ..Self::default() }
+    }
     pub(crate) fn add(
         &mut self,
         code: &'static str,
@@ -90,21 +136,70 @@ impl Sink {
         message: impl Into<String>,
         help: Option<String>,
     ) {
-        let message = message.into();
         let help = help.or_else(|| remedy(code).map(str::to_owned));
-        if self.found.iter().any(|d| d.code == code && d.span == span && d.message == message) {
-            return;
-        }
-        self.found.push(Diagnostic {
+        self.keep(Diagnostic {
             code,
             severity,
-            message,
+            message: message.into(),
             file: self.file.clone(),
             span,
             path: path.to_owned(),
             step: self.steps.last().cloned(),
             help,
+            line_text: None,
         });
+    }
+    /// An error in a file beside the document; `line` is the text of the line it stands in.
+    pub(crate) fn error_in(&mut self, file: &str, line: &str, code: &'static str, span: Span, message: String) {
+        self.keep(Diagnostic {
+            code,
+            severity: Severity::Error,
+            message,
+            file: file.to_owned(),
+            span,
+            path: String::new(),
+            step: None,
+            help: remedy(code).map(str::to_owned),
+            line_text: Some(line.to_owned()),
+        });
+    }
+    fn keep(&mut self, finding: Diagnostic) {
+        let mut hasher = DefaultHasher::new();
+        (finding.code, &finding.file, finding.span.line, finding.span.column, &finding.message).hash(&mut hasher);
+        if !self.seen.insert(hasher.finish()) {
+            return;
+        }
+        if self.found.len() >= FINDINGS_MAX {
+            // What blocks is shown before what does not: a hidden error means that all shown ones are errors.
+            let Some(least) = self.found.iter().rposition(|d| d.severity < finding.severity) else { return };
+            self.found.remove(least);
+        }
+        self.found.push(Diagnostic {
+            message: cut(finding.message),
+            step: finding.step.map(cut),
+            help: finding.help.map(cut),
+            ..finding
+        });
+    }
+    /// The findings in order of their places, the document's first; a last one says how many are not among them.
+    pub(crate) fn finish(self) -> Vec<Diagnostic> {
+        let Self { file, mut found, seen, .. } = self;
+        found.sort_by(|a, b| (a.file != file, &a.file, a.span, a.code).cmp(&(b.file != file, &b.file, b.span, b.code)));
+        let more = seen.len().saturating_sub(found.len());
+        if more > 0 {
+            found.push(Diagnostic {
+                code: "WF210",
+                severity: Severity::Info,
+                message: format!("{more} more findings are not shown"),
+                file,
+                span: Span { line: 1, column: 1, end_line: 1, end_column: 2 },
+                path: String::new(),
+                step: None,
+                help: Some("mend the ones above and check again".to_owned()),
+                line_text: None,
+            });
+        }
+        found
     }
     pub(crate) fn error(&mut self, code: &'static str, span: Span, path: &str, message: impl Into<String>) {
         self.add(code, Severity::Error, span, path, message, None);
@@ -134,7 +229,7 @@ fn remedy(code: &str) -> Option<&'static str> {
         "WF101" => "remove one of the two, or rename it",
         "WF102" => "remove the key, or move it to the step or block it belongs to",
         "WF105" => "write the values out: one document a file, no `<<`, no `!tag`",
-        "WF106" => "see the grammar of this field in the language's reference",
+        "WF106" => "see \"The language in one page\" in workflows/README.md",
         "WF108" => "write `true` or `false`; quote the word if text is meant",
         "WF201" => "give every step of the document an id of its own",
         "WF202" => "a step does one thing: split it in two",
@@ -154,6 +249,7 @@ fn remedy(code: &str) -> Option<&'static str> {
         "WF303" => "see the step's contract or `outputs`",
         "WF305" => "compute it where the name exists, and hand it on in `outputs`",
         "WF306" => "guard it with the step's `status`, `has(…)` or `default(…)`",
+        "WF403" => "repeat a part with `repeat` or `redo`; `call` another workflow",
         "WF401" => "lower a bound, or raise `limits: { executions: … }`",
         "WF421" => "add what is missing: every block is bounded and every branch has steps",
         "WF221" => "let one range contain the other, or end before it begins",
@@ -171,6 +267,7 @@ fn remedy(code: &str) -> Option<&'static str> {
         "WF508" => "move the step into `steps`; `finally` only cleans up",
         "WF621" => "change the default so that it satisfies the schema, or the schema",
         "WF622" => "use `on-timeout: reject` or `fail` if silence is not consent",
+        "WF701" => "for example `implementer: [gemini/gemini-3.8-flash, openrouter/google/gemini-3.8-flash]`",
         "WF801" => "see the arguments of the activity's contract",
         "WF802" => "write `name@3`, `name@latest` or `name@sha256:<64 hex digits>`",
         "WF805" => "write `name@3` to pin a version in the document",
@@ -180,6 +277,10 @@ fn remedy(code: &str) -> Option<&'static str> {
 
 /// The candidate that is most like `word`, if one is like it.
 pub(crate) fn suggestion<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    // Comparing takes time by length, and a long text is like no name.
+    if word.len() > SUGGESTION_BYTES_MAX {
+        return None;
+    }
     candidates
         .into_iter()
         .map(|c| (strsim::damerau_levenshtein(word, c), c))

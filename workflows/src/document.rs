@@ -12,6 +12,8 @@ pub const BYTES_MAX: usize = 512 << 10;
 const NODES_MAX: usize = 50_000;
 /// Deepest nesting of YAML collections.
 const DEPTH_MAX: usize = 64;
+/// Longest JSON pointer of a value, in bytes: every value holds its own, so long names would be stored many times.
+const PATH_BYTES_MAX: usize = 2_048;
 
 /// A value with its place.
 #[derive(Clone, Debug)]
@@ -43,6 +45,17 @@ impl Node {
             Content::List(items) => Value::Array(items.iter().map(Node::value).collect()),
             Content::Map(entries) => Value::Object(entries.iter().map(|(k, v)| (k.name.clone(), v.value())).collect()),
         }
+    }
+    /// The value at a JSON pointer from here.
+    pub(crate) fn at(&self, pointer: &str) -> Option<&Self> {
+        pointer.split('/').skip(1).try_fold(self, |node, token| match &node.kind {
+            Content::Map(entries) => {
+                let name = token.replace("~1", "/").replace("~0", "~");
+                entries.iter().find(|(k, _)| k.name == name).map(|(_, v)| v)
+            }
+            Content::List(items) => items.get(token.parse::<usize>().ok()?),
+            Content::Scalar { .. } => None,
+        })
     }
     pub(crate) fn type_name(&self) -> &'static str {
         match self.value() {
@@ -79,7 +92,8 @@ fn plain_value(text: &str) -> Value {
 
 enum Frame {
     List(Vec<Node>),
-    Map(Vec<(Key, Node)>, Option<Key>),
+    /// Entries, the key whose value comes next, where each name stands.
+    Map(Vec<(Key, Node)>, Option<Key>, HashMap<String, Span>),
 }
 
 /// Parses a document. `None` after an error: one mistake of syntax is one finding.
@@ -119,14 +133,19 @@ pub(crate) fn parse(source: &str, sink: &mut Sink) -> Option<Node> {
         let path = match stack.last() {
             None => String::new(),
             Some((Frame::List(items), _, path, _)) => format!("{path}/{}", items.len()),
-            Some((Frame::Map(_, Some(key)), _, path, _)) => {
+            Some((Frame::Map(_, Some(key), _), _, path, _)) => {
                 format!("{path}/{}", key.name.replace('~', "~0").replace('/', "~1"))
             }
-            Some((Frame::Map(_, None), _, path, _)) => path.clone(),
+            Some((Frame::Map(_, None, _), _, path, _)) => path.clone(),
         };
         nodes += 1;
         if nodes > NODES_MAX || stack.len() > DEPTH_MAX {
             sink.error("WF210", at, &path, format!("more than {NODES_MAX} nodes or deeper than {DEPTH_MAX}"));
+            return None;
+        }
+        if path.len() > PATH_BYTES_MAX {
+            let message = format!("the names around this value are longer than {PATH_BYTES_MAX} bytes together");
+            sink.error_help("WF210", at, "", message, "shorten the keys");
             return None;
         }
         let done = match event {
@@ -166,13 +185,13 @@ pub(crate) fn parse(source: &str, sink: &mut Sink) -> Option<Node> {
                     sink.error("WF105", at, &path, "YAML tags are not part of this language");
                     return None;
                 }
-                stack.push((Frame::Map(Vec::new(), None), at, path, anchor));
+                stack.push((Frame::Map(Vec::new(), None, HashMap::new()), at, path, anchor));
                 None
             }
             Event::SequenceEnd | Event::MappingEnd => stack.pop().map(|(frame, start, path, anchor)| {
                 let kind = match frame {
                     Frame::List(items) => Content::List(items),
-                    Frame::Map(entries, _) => Content::Map(entries),
+                    Frame::Map(entries, ..) => Content::Map(entries),
                 };
                 (Node { kind, span: start, path }, anchor)
             }),
@@ -195,7 +214,7 @@ pub(crate) fn parse(source: &str, sink: &mut Sink) -> Option<Node> {
         match stack.last_mut() {
             None => root = Some(node),
             Some((Frame::List(items), ..)) => items.push(node),
-            Some((Frame::Map(entries, pending), ..)) => match pending.take() {
+            Some((Frame::Map(entries, pending, names), ..)) => match pending.take() {
                 Some(key) => entries.push((key, node)),
                 None => {
                     let Content::Scalar { text, .. } = node.kind else {
@@ -206,8 +225,9 @@ pub(crate) fn parse(source: &str, sink: &mut Sink) -> Option<Node> {
                         sink.error("WF105", node.span, &node.path, "merge keys are not allowed");
                         return None;
                     }
-                    if let Some((first, _)) = entries.iter().find(|(k, _)| k.name == text) {
-                        let (line, column) = (first.span.line, first.span.column);
+                    let first = *names.entry(text.clone()).or_insert(node.span);
+                    if first != node.span {
+                        let (line, column) = (first.line, first.column);
                         sink.error(
                             "WF101",
                             node.span,

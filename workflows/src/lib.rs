@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 mod bound;
+mod check;
 mod diagnostic;
 mod document;
 mod graph;
@@ -9,7 +10,7 @@ mod read;
 mod scope;
 mod steps;
 
-pub use diagnostic::{Diagnostic, Severity, Span};
+pub use diagnostic::{Diagnostic, FINDINGS_MAX, Severity, Span};
 pub use document::BYTES_MAX;
 pub use graph::mermaid;
 
@@ -31,14 +32,16 @@ pub struct Compiled {
 /// `file` is the name for messages, `files` the prompt files beside the document by relative path, `catalog` the
 /// activities that exist. Pure: reads no file, knows no clock.
 /// # Shape
-/// All findings at once, in order of their places. `Some` iff none of them is an error.
+/// All findings at once, in order of their places, those of prompt files last; at most [`FINDINGS_MAX`], errors before
+/// others, and then one that says how many more there are. `Some` iff none of them is an error.
 #[must_use]
 pub fn compile(source: &str, file: &str, files: &Bundle, catalog: &Catalog) -> (Option<Compiled>, Vec<Diagnostic>) {
-    let mut sink = diagnostic::Sink { file: file.to_owned(), ..Default::default() };
-    let definition = document::parse(source, &mut sink).and_then(|root| lower::document(&root, catalog, &mut sink));
+    let mut sink = diagnostic::Sink::new(file);
+    let definition =
+        document::parse(source, &mut sink).and_then(|root| lower::document(&root, files, catalog, &mut sink));
+    check::prompts(files, &mut sink);
     let blocked = sink.has_errors();
-    let mut found = sink.found;
-    found.sort_by(|a, b| (a.span, a.code).cmp(&(b.span, b.code)));
+    let found = sink.finish();
     let compiled = definition.filter(|_| !blocked).map(|definition| {
         let bundle = files.iter().filter(|(path, _)| path.starts_with("prompts/")).map(|(p, t)| (p.clone(), t.clone()));
         Compiled { definition, bundle: bundle.collect() }

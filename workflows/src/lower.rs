@@ -1,7 +1,7 @@
 //! The document's top level, and the retry, timeout and trigger fields that steps share.
 
 use crate::{
-    bound,
+    bound, check,
     diagnostic::{Severity, Sink, Span, suggestion},
     document::{Content, Node},
     read::{Fields, data},
@@ -9,7 +9,7 @@ use crate::{
     steps::Steps,
 };
 use loopwright_engine::{
-    definition::{Data, Definition, Escalate, FORMAT, Input, RetryPolicy, Timeouts},
+    definition::{Bundle, Data, Definition, Escalate, FORMAT, Input, RetryPolicy, Timeouts},
     signature::{Catalog, Signature},
 };
 use serde_json::{Map, Value, json};
@@ -40,8 +40,13 @@ const RUN_TIMEOUT_MS: u64 = 7 * 86_400_000;
 const RUN_TIMEOUT_MAX_MS: u64 = 90 * 86_400_000;
 const EXECUTIONS: u32 = 10_000;
 const EXECUTIONS_MAX: u32 = 100_000;
+/// Largest budget of a run, in credits: in micro-credits it is far from the end of 64 bits.
+const BUDGET_CREDITS_MAX: u32 = 1_000_000_000;
 /// Attempts of a `uses` step whose retry policy says nothing.
 const USES_ATTEMPTS: u32 = 3;
+
+/// What `defaults` may say about an activity.
+pub(crate) const DEFAULTS: &[&str] = &["timeout", "retry", "budget"];
 
 /// Patterns that error patterns may name; a contract's own codes are added.
 const KNOWN_ERRORS: &[&str] = &[
@@ -69,7 +74,7 @@ const KNOWN_ERRORS: &[&str] = &[
     "internal.",
 ];
 
-pub(crate) fn document(root: &Node, catalog: &Catalog, sink: &mut Sink) -> Option<Definition> {
+pub(crate) fn document(root: &Node, files: &Bundle, catalog: &Catalog, sink: &mut Sink) -> Option<Definition> {
     let top = Fields::new(root, "the document", TOP, sink)?;
     for (key, hint) in [("dsl", "add `dsl: 1`"), ("name", "add `name: my-workflow`"), ("steps", "add `steps:`")] {
         if !top.has(key) {
@@ -90,24 +95,14 @@ pub(crate) fn document(root: &Node, catalog: &Catalog, sink: &mut Sink) -> Optio
         );
     }
     for later in ["secrets", "concurrency"] {
-        if top.has(later) {
-            sink.error(
-                "WF224",
-                top.key_span(later),
-                &format!("/{later}"),
-                format!("`{later}` is planned for a later version and not accepted yet"),
-            );
-        }
+        top.refuse_later(later, sink);
     }
     let inputs = inputs(&top, sink);
     let mut scope = Scope { inputs: inputs.keys().cloned().collect(), all_steps: all_ids(&top), ..Scope::default() };
     let env = map_of_data(top.get("env"), &scope, sink);
     let timeout_ms = timeout(&top, sink);
     let extras = extras(&top, sink);
-    let budget = top.get("budget").map_or(Value::Null, Node::value);
-    if let Some(node) = top.get("budget") {
-        Fields::new(node, "`budget`", &["credits", "tokens"], sink);
-    }
+    let budget = budget(&top, sink);
     let limit = top
         .get("limits")
         .and_then(|n| Fields::new(n, "`limits`", &["executions"], sink))
@@ -117,7 +112,13 @@ pub(crate) fn document(root: &Node, catalog: &Catalog, sink: &mut Sink) -> Optio
         let known: Vec<&str> = ["uses", "run"].into_iter().chain(catalog.iter().map(|s| s.name.as_str())).collect();
         Fields::new(n, "`defaults`", &known, sink)
     });
-    let mut steps = Steps { catalog, defaults, seen: BTreeMap::new(), count: 0, timeout_ms, sink };
+    for entry in defaults.iter().flat_map(Fields::values) {
+        if let Some(fields) = Fields::new(entry, "`defaults`", DEFAULTS, sink) {
+            fields.refuse_later("budget", sink);
+        }
+    }
+    let mut steps =
+        Steps { name: name.clone(), files, catalog, defaults, seen: BTreeMap::new(), count: 0, timeout_ms, sink };
     let body = top.get("steps").map(|n| steps.sequence(n, &mut scope, 1)).unwrap_or_default();
     let after = scope.clone();
     let finally = top.get("finally").map(|n| {
@@ -149,6 +150,20 @@ fn is_name(text: &str) -> bool {
     text.len() <= 63
         && text.starts_with(|c: char| c.is_ascii_lowercase())
         && text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
+}
+
+/// What a run may cost. A budget that caps nothing would be believed, so it says how many credits.
+fn budget(top: &Fields<'_>, sink: &mut Sink) -> Value {
+    let Some(node) = top.get("budget") else { return Value::Null };
+    if let Some(fields) = Fields::new(node, "`budget`", &["credits", "tokens"], sink) {
+        fields.refuse_later("tokens", sink);
+        if fields.has("credits") {
+            fields.integer("credits", 1..=BUDGET_CREDITS_MAX, sink);
+        } else {
+            sink.error_help("WF421", node.span, &node.path, "`budget` needs `credits`", "add `credits: 500`");
+        }
+    }
+    node.value()
 }
 
 fn timeout(top: &Fields<'_>, sink: &mut Sink) -> u64 {
@@ -193,22 +208,35 @@ fn inputs(top: &Fields<'_>, sink: &mut Sink) -> BTreeMap<String, Input> {
     };
     let mut out = BTreeMap::new();
     for (key, node) in entries {
-        let Value::Object(mut schema) = node.value() else {
-            sink.error("WF106", node.span, &node.path, format!("expected a map for the input `{}`", key.name));
+        let (Value::Object(mut schema), Some(fields)) = (node.value(), Fields::open(node)) else {
+            let message = format!("expected a map for the input `{}`, found {}", key.name, node.type_name());
+            sink.error_help(
+                "WF106",
+                node.span,
+                &node.path,
+                message,
+                "for example `idea: { type: string, required: true }`",
+            );
             continue;
         };
-        let required = schema.remove("required").is_some_and(|r| r == json!(true));
+        // A list is JSON Schema's own `required`, which would be taken for ours and lost.
+        let listed = fields.get("required").filter(|n| matches!(n.kind, Content::List(_)));
+        if let Some(list) = listed {
+            let message = "here `required` says whether the input must be given: true or false";
+            let help = "for the fields of an object write `schema: { type: object, required: [x] }`";
+            sink.error_help("WF106", list.span, &list.path, message, help);
+        }
+        let required = listed.is_none() && fields.boolean("required", false, sink);
+        schema.remove("required");
         let default = schema.remove("default");
         let schema = schema.remove("schema").unwrap_or(Value::Object(schema));
-        if let Some(default) = &default {
+        let written = fields.get("schema").unwrap_or(node);
+        let usable = check::schema(&schema, written, &format!("the input `{}`", key.name), sink);
+        if let (Some(default), Some(at), true) = (&default, fields.get("default"), usable) {
             let problems = loopwright_engine::definition::inputs::violations(&schema, default);
             if !problems.is_empty() {
-                sink.error(
-                    "WF621",
-                    node.span,
-                    &node.path,
-                    format!("the default of `{}` {}", key.name, problems.join("; ")),
-                );
+                let message = format!("the default of `{}` {}", key.name, problems.join("; "));
+                sink.error("WF621", at.span, &at.path, message);
             }
         }
         out.insert(key.name.clone(), Input { schema, required, default });
@@ -223,10 +251,15 @@ fn extras(top: &Fields<'_>, sink: &mut Sink) -> Value {
         && let Some(on) = Fields::new(node, "`on`", &["manual", "cron", "event"], sink)
         && (on.has("cron") || on.has("event"))
     {
+        for trigger in ["cron", "event"].into_iter().filter(|t| on.has(t)) {
+            let message = format!("nothing starts a run by `{trigger}` yet; it is kept for a later version");
+            let help = "start runs with `loopwright run`, the REST API or the bot";
+            sink.add("WF224", Severity::Warning, on.key_span(trigger), &node.path, message, Some(help.to_owned()));
+        }
         extras.insert("on".into(), node.value());
     }
     if let Some(node) = top.get("models") {
-        Fields::new(node, "`models`", &["architect", "implementer", "utility"], sink);
+        check::models(node, sink);
         extras.insert("models".into(), node.value());
     }
     if extras.is_empty() { Value::Null } else { Value::Object(extras) }

@@ -1,11 +1,33 @@
 //! Reading typed fields from the tree, with a finding for everything that does not fit.
 
 use crate::{
-    diagnostic::{Sink, Span, suggestion},
+    diagnostic::{Severity, Sink, Span, suggestion},
     document::{Content, Key, Node},
 };
 use loopwright_engine::definition::{Data, Expr};
 use serde_json::Value;
+
+/// A field as it is written, for those who wrote it in another shape.
+pub(crate) fn example(name: &str) -> Option<&'static str> {
+    Some(match name {
+        "call" => "call: { workflow: other@3, with: { idea: x } }",
+        "wait" => "wait: { for: 5m }",
+        "fail" => "fail: { type: user.no_tests, message: there are no tests }",
+        "finish" => "finish: { outputs: { status: done } }",
+        "await" => "await: { signal: user_message, timeout: 7d }",
+        "approve" => "approve: { to: [\"role:owner\"], timeout: 7d }",
+        "parallel" => "parallel: { branches: { left: […steps], right: […steps] } }",
+        "foreach" => "foreach: { in: steps.plan.output.todo, max-items: 20 }",
+        "repeat" => "repeat: { max-rounds: 5, until: steps.check.output.passed }",
+        "redo" => "redo: { from: code, if: \"!steps.check.output.passed\", max-rounds: 3 }",
+        "retry" => "retry: { attempts: 3, delay: 5s }",
+        "budget" => "budget: { credits: 500 }",
+        "limits" => "limits: { executions: 20000 }",
+        "on" => "on: { manual: {} }",
+        "to" => "to: [\"role:owner\"]",
+        _ => return None,
+    })
+}
 
 /// A map whose keys must all be known.
 pub(crate) struct Fields<'a> {
@@ -19,12 +41,9 @@ impl<'a> Fields<'a> {
     /// The node as a map. Keys outside `known` are findings, `x-…` are ignored.
     pub(crate) fn new(node: &'a Node, what: &str, known: &[&str], sink: &mut Sink) -> Option<Self> {
         let Content::Map(entries) = &node.kind else {
-            sink.error(
-                "WF106",
-                node.span,
-                &node.path,
-                format!("expected a map for {what}, found {}", node.type_name()),
-            );
+            let message = format!("expected a map for {what}, found {}", node.type_name());
+            let help = example(what.trim_matches('`')).map(|e| format!("for example `{e}`"));
+            sink.add("WF106", Severity::Error, node.span, &node.path, message, help);
             return None;
         };
         let mut unknown = false;
@@ -44,6 +63,22 @@ impl<'a> Fields<'a> {
             }
         }
         Some(Self { node, entries, unknown })
+    }
+    /// The node as a map of any keys.
+    pub(crate) fn open(node: &'a Node) -> Option<Self> {
+        let Content::Map(entries) = &node.kind else { return None };
+        Some(Self { node, entries, unknown: false })
+    }
+    pub(crate) fn values(&self) -> impl Iterator<Item = &'a Node> + use<'a> {
+        self.entries.iter().filter(|(k, _)| !k.name.starts_with("x-")).map(|(_, v)| v)
+    }
+    /// Refuses a key that the language keeps for later.
+    pub(crate) fn refuse_later(&self, name: &str, sink: &mut Sink) {
+        if self.has(name) {
+            let message = format!("`{name}` is planned for a later version and not accepted yet");
+            let path = format!("{}/{name}", self.node.path);
+            sink.error("WF224", self.key_span(name), &path, message);
+        }
     }
     pub(crate) fn get(&self, name: &str) -> Option<&'a Node> {
         self.entries.iter().find(|(k, _)| k.name == name).map(|(_, v)| v)
@@ -133,12 +168,9 @@ impl<'a> Fields<'a> {
     pub(crate) fn texts(&self, name: &str, sink: &mut Sink) -> Vec<(String, Span)> {
         let Some(node) = self.get(name) else { return Vec::new() };
         let Content::List(items) = &node.kind else {
-            sink.error(
-                "WF106",
-                node.span,
-                &node.path,
-                format!("expected a list for `{name}`, found {}", node.type_name()),
-            );
+            let message = format!("expected a list for `{name}`, found {}", node.type_name());
+            let help = example(name).map(|e| format!("for example `{e}`"));
+            sink.add("WF106", Severity::Error, node.span, &node.path, message, help);
             return Vec::new();
         };
         items

@@ -1,16 +1,17 @@
 //! Steps: one kind each, lowered to the engine's instruction set. `redo` becomes a repeat around its range.
 
 use crate::{
+    check,
     diagnostic::{Severity, Sink, Span, suggestion},
     document::{Content, Node},
-    lower::{map_of_data, retry, timeouts, unknown_activity},
+    lower::{DEFAULTS, map_of_data, retry, timeouts, unknown_activity},
     read::{Fields, bare, data},
     scope::{Known, Scope, fields_of},
 };
 use loopwright_engine::{
     definition::{
-        Approval, Await, Branch, CallVersion, Case, Catch, Data, Exhausted, Expr, Join, Kind, OnCancel, OnItemFailure,
-        OnTimeout, RepeatCondition, Step, Template, WaitUntil, inputs::violations,
+        Approval, Await, Branch, Bundle, CallVersion, Case, Catch, Data, Exhausted, Expr, Join, Kind, OnCancel,
+        OnItemFailure, OnTimeout, RepeatCondition, Step, Template, WaitUntil, inputs::violations,
     },
     signature::Catalog,
 };
@@ -59,12 +60,19 @@ const RESERVED: &[&str] = &[
     "run",
     "finally",
 ];
+const REDO: &[&str] = &["from", "if", "max-rounds", "exhausted", "delay"];
+/// The one whom the surfaces ask today.
+const OWNER: &str = "role:owner";
 const STEPS_MAX: usize = 200;
 const NESTING_MAX: usize = 8;
 const WAIT_MAX_MS: u64 = 90 * 86_400_000;
 
 /// Lowers steps of one document.
 pub(crate) struct Steps<'a> {
+    /// Name of the document.
+    pub(crate) name: String,
+    /// The files beside the document.
+    pub(crate) files: &'a Bundle,
     pub(crate) catalog: &'a Catalog,
     pub(crate) defaults: Option<Fields<'a>>,
     /// Ids of the document and where they first stand.
@@ -187,8 +195,12 @@ impl Steps<'_> {
         for (to, item) in items.iter().enumerate() {
             let Content::Map(entries) = &item.kind else { continue };
             let Some((_, redo)) = entries.iter().find(|(k, _)| k.name == "redo") else { continue };
-            let Content::Map(fields) = &redo.kind else { continue };
-            let Some((_, from_node)) = fields.iter().find(|(k, _)| k.name == "from") else { continue };
+            let Some(fields) = Fields::new(redo, "`redo`", REDO, self.sink) else { continue };
+            let Some(from_node) = fields.get("from") else {
+                let help = "add `from:` with the id of the first step of the range";
+                self.sink.error_help("WF421", redo.span, &redo.path, "`redo` needs `from`", help);
+                continue;
+            };
             let from = from_node.value().as_str().map(str::to_owned).unwrap_or_default();
             match ids[..=to].iter().position(|id| id.as_deref() == Some(&from)) {
                 Some(from) => {
@@ -219,7 +231,7 @@ impl Steps<'_> {
 
     fn redo(&mut self, fields: &Fields<'_>, (from, to): (usize, usize), id: &str, scope: &Scope) -> Option<Redo> {
         let node = fields.get("redo")?;
-        let redo = Fields::new(node, "`redo`", &["from", "if", "max-rounds", "exhausted", "delay"], self.sink)?;
+        let redo = Fields::new(node, "`redo`", REDO, self.sink)?;
         if !redo.has("max-rounds") {
             self.sink.error_help("WF421", node.span, &node.path, "`redo` needs `max-rounds`", "add `max-rounds: 3`");
         }
@@ -246,14 +258,7 @@ impl Steps<'_> {
 
     fn step(&mut self, fields: &Fields<'_>, id: String, scope: &Scope, depth: usize) -> Option<(Step, Known)> {
         for later in LATER {
-            if fields.has(later) {
-                self.sink.error(
-                    "WF224",
-                    fields.key_span(later),
-                    &fields.node.path,
-                    format!("`{later}` is planned for a later version and not accepted yet"),
-                );
-            }
+            fields.refuse_later(later, self.sink);
         }
         // `steps` is a kind of its own only where no other block claims it.
         let mut kinds: Vec<&str> = KINDS.iter().copied().filter(|k| fields.has(k)).collect();
@@ -349,10 +354,8 @@ impl Steps<'_> {
             (Kind::Activity { name, .. }, Some(d)) => d.get(name).into_iter().chain(d.get("uses")).collect(),
             _ => Vec::new(),
         };
-        let default_fields: Vec<Fields<'_>> = default_nodes
-            .into_iter()
-            .filter_map(|n| Fields::new(n, "`defaults`", &["timeout", "retry", "budget"], self.sink))
-            .collect();
+        let default_fields: Vec<Fields<'_>> =
+            default_nodes.into_iter().filter_map(|n| Fields::new(n, "`defaults`", DEFAULTS, self.sink)).collect();
         let default_refs: Vec<&Fields<'_>> = default_fields.iter().collect();
         let is_activity = signature.is_some();
         // Only an attempt can be too slow; everything else has one time limit, over the whole step.
@@ -386,6 +389,17 @@ impl Steps<'_> {
         };
         known.fields = fields_of(&signature.output_schema);
         let at = fields.get("with").unwrap_or(node);
+        let given = fields.get("with").and_then(Fields::open);
+        let escalations = match fields.node.at("/retry/escalate").map(|n| &n.kind) {
+            Some(Content::List(items)) => items.as_slice(),
+            _ => &[],
+        };
+        let prompts = escalations.iter().filter_map(|e| e.at("/with/prompt")).chain(fields.node.at("/with/prompt"));
+        for prompt in prompts {
+            if let Value::String(text) = prompt.value() {
+                check::prompt_file(&text, prompt, self.files, self.sink);
+            }
+        }
         let properties = signature.input_schema.get("properties").and_then(Value::as_object);
         if let Some(properties) = properties {
             for argument in with.keys().filter(|k| !properties.contains_key(*k)) {
@@ -394,7 +408,7 @@ impl Steps<'_> {
                 self.sink.add(
                     "WF801",
                     Severity::Error,
-                    at.span,
+                    given.as_ref().map_or(at.span, |g| g.key_span(argument)),
                     &at.path,
                     format!("`{name}` takes no argument `{argument}`"),
                     like,
@@ -406,6 +420,7 @@ impl Steps<'_> {
                 if let (Some(map), Some(defs)) = (schema.as_object_mut(), signature.input_schema.get("$defs")) {
                     map.insert("$defs".into(), defs.clone());
                 }
+                let at = given.as_ref().and_then(|g| g.get(argument)).unwrap_or(at);
                 for problem in violations(&schema, value) {
                     self.sink.error(
                         "WF801",
@@ -657,7 +672,8 @@ impl Steps<'_> {
                 WaitUntil::Instant { at, max_ms: self.bounded(&fields, "max").unwrap_or(WAIT_MAX_MS) }
             }
             _ => {
-                self.sink.error("WF421", node.span, &node.path, "`wait` needs `for`, or `until` with `max`");
+                let message = "`wait` needs `for`, or `until` with `max`";
+                self.sink.error_help("WF421", node.span, &node.path, message, "for example `wait: { for: 5m }`");
                 return None;
             }
         };
@@ -708,7 +724,13 @@ impl Steps<'_> {
             scope.check_template(&text, at.0, at.1, self.sink);
             Template(text)
         });
-        let to = fields.texts("to", self.sink).into_iter().map(|(t, _)| t).collect();
+        let to = fields.texts("to", self.sink);
+        for (who, span) in to.iter().filter(|(who, _)| who != OWNER) {
+            let message = format!("`{who}` is not asked yet: only the owner of the run can answer");
+            let help = format!("write `to: [\"{OWNER}\"]`");
+            self.sink.add("WF224", Severity::Warning, *span, &node.path, message, Some(help));
+        }
+        let to = to.into_iter().map(|(t, _)| t).collect();
         let mut remind_ms = Vec::new();
         if let Some(list) = fields.get("remind") {
             match &list.kind {
@@ -742,7 +764,9 @@ impl Steps<'_> {
             OnTimeout::Fail,
             self.sink,
         );
-        let form = fields.get("form").map(Node::value);
+        let form = fields.get("form").map(|n| (n.value(), n));
+        let form_usable = form.as_ref().is_none_or(|(form, at)| check::schema(form, at, "`form`", self.sink));
+        let form = form.map(|(form, _)| form);
         let mut sites = Vec::new();
         let default = fields.get("default").map(|n| data(n, &mut sites, self.sink));
         sites.iter().for_each(|site| scope.check(site, self.sink));
@@ -755,7 +779,7 @@ impl Steps<'_> {
                 "add the payload that stands for silence",
             );
         }
-        if let (Some(form), Some(Data::Literal(value))) = (&form, &default) {
+        if let (Some(form), Some(Data::Literal(value)), true) = (&form, &default, form_usable) {
             let problems = violations(form, value);
             if !problems.is_empty() {
                 self.sink.error(
@@ -812,6 +836,10 @@ impl Steps<'_> {
 
     fn call(&mut self, node: &Node, scope: &Scope) -> Option<Kind> {
         let fields = Fields::new(node, "`call`", &["workflow", "with", "on-cancel"], self.sink)?;
+        if !fields.has("workflow") {
+            let help = "for example `call: { workflow: other@3 }`";
+            self.sink.error_help("WF421", node.span, &node.path, "`call` needs `workflow`", help);
+        }
         let text = fields.text("workflow", self.sink)?;
         let (workflow, version) = text.split_once('@').unwrap_or((&text, "latest"));
         let version = match version {
@@ -841,6 +869,11 @@ impl Steps<'_> {
                 }
             },
         };
+        if workflow == self.name {
+            let span = fields.get("workflow").map_or(node.span, |n| n.span);
+            let message = format!("`{workflow}` calls itself: nothing bounds how often");
+            self.sink.error("WF403", span, &node.path, message);
+        }
         Some(Kind::Call {
             workflow: workflow.to_owned(),
             version,
@@ -863,7 +896,7 @@ impl Steps<'_> {
                 node.span,
                 &node.path,
                 "`fail.type` must start with `user.`",
-                "for example `user.no_tests`",
+                "for example `fail: { type: user.no_tests, message: there are no tests }`",
             );
         }
         let mut sites = Vec::new();

@@ -6,7 +6,7 @@ use loopwright_engine::{
     definition::{Bundle, Kind, Step},
     signature::{Catalog, Signature},
 };
-use loopwright_workflows::{Severity, compile, mermaid, render};
+use loopwright_workflows::{FINDINGS_MAX, Severity, compile, mermaid, render};
 use serde_json::{Value, json};
 use std::{fs, path::Path};
 
@@ -198,6 +198,119 @@ fn the_hash_ignores_presentation_and_sees_meaning() {
     assert_eq!(first, hash(&source.replace("timeout: 30d", "timeout: 720h"), "a"));
     assert_ne!(first, hash(&source, "b"), "one character of a prompt is another version");
     assert_ne!(first, hash(&source.replace("max-rounds: 8", "max-rounds: 7"), "a"));
+}
+
+/// Thousands of mistakes in one line, which is quoted at each of them.
+#[test]
+fn many_mistakes_give_a_short_answer() {
+    let keys: Vec<String> = (0..5_000).map(|n| format!("k{n}: 1")).collect();
+    let source = format!("{{ dsl: 1, name: many, steps: [{{ id: a, set: {{ v: 1 }} }}], {} }}", keys.join(", "));
+    let (compiled, found) = compile(&source, "x.yaml", &Bundle::new(), &catalog());
+    assert!(compiled.is_none());
+    assert_eq!(found.len(), FINDINGS_MAX + 1);
+    let last = &found[FINDINGS_MAX];
+    assert_eq!((last.severity, last.message.as_str()), (Severity::Info, "4900 more findings are not shown"));
+    let text = render(&found, &source);
+    assert!(text.len() < 100_000, "{} bytes", text.len());
+    // The mark stands under the key, also in a line that is cut.
+    let lines: Vec<&str> = text.lines().collect();
+    for (line, marks) in lines.iter().zip(&lines[1..]).filter(|(_, marks)| marks.contains('^')) {
+        let at = marks.chars().position(|c| c == '^').expect("mark");
+        assert!(line.chars().count() < 180, "{line}");
+        assert!(matches!(line.chars().nth(at), Some('k' | '{')), "{line}\n{marks}");
+    }
+}
+
+#[test]
+fn an_error_is_not_hidden_behind_what_does_not_block() {
+    let calls: Vec<String> = (0..150).map(|n| format!("  - {{ id: s{n}, call: {{ workflow: other }} }}\n")).collect();
+    let source =
+        format!("dsl: 1\nname: calls\nsteps:\n{}outputs: {{ v: \"${{{{ inputs.none }}}}\" }}\n", calls.concat());
+    let (compiled, found) = compile(&source, "x.yaml", &Bundle::new(), &catalog());
+    assert!(compiled.is_none());
+    assert_eq!(found.iter().filter(|d| d.severity == Severity::Error).map(|d| d.code).collect::<Vec<_>>(), ["WF302"]);
+    assert_eq!(found.len(), FINDINGS_MAX + 1);
+    assert!(found[FINDINGS_MAX].message.starts_with("51 more "), "{}", found[FINDINGS_MAX].message);
+}
+
+/// A long name would be stored with each of the values below it.
+#[test]
+fn long_names_are_refused_before_they_multiply() {
+    let source = format!("{{ ? {} : {{ {} }} }}", "n".repeat(200_000), "a: 1, ".repeat(40_000));
+    let (compiled, found) = compile(&source, "x.yaml", &Bundle::new(), &catalog());
+    assert!(compiled.is_none() && found.iter().any(|d| d.code == "WF210"), "{found:?}");
+    assert!(render(&found, &source).len() < 10_000);
+}
+
+#[test]
+fn prompt_files_are_checked_where_they_are() {
+    let source = "dsl: 1\nname: p\nsteps:\n  - id: a\n    uses: agent@1\n    with: { prompt: review.hbs }\n";
+    let check = |files: &[(&str, &str)]| {
+        let bundle = files.iter().map(|(path, text)| ((*path).to_owned(), (*text).to_owned())).collect();
+        compile(source, "defs/p.yaml", &bundle, &catalog())
+    };
+    let (compiled, found) = check(&[("prompts/review.hbs", "Rules.\n=== user ===\n{{what}} {{#if a}}b{{/if}}")]);
+    assert!(compiled.is_some() && found.is_empty(), "{found:?}");
+
+    let broken = "Rules {{fine}}.\nMore.\n\n=== user ===\nDo\n{{#if a}} it {{/unless}}\n";
+    let (compiled, found) = check(&[("prompts/review.hbs", broken)]);
+    assert!(compiled.is_none());
+    let [finding] = found.as_slice() else { panic!("{found:?}") };
+    assert_eq!((finding.code, finding.file.as_str(), finding.span.line), ("WF311", "defs/prompts/review.hbs", 6));
+    assert!(finding.render(source).contains("    | {{#if a}} it {{/unless}}\n"), "{}", finding.render(source));
+
+    // A block may not reach over the border, because the parts are rendered one by one.
+    let (_, found) = check(&[("prompts/review.hbs", "{{#if a}}\n=== user ===\n{{/if}}\n")]);
+    let at: Vec<_> = found.iter().map(|d| (d.code, d.span.line)).collect();
+    assert!(at.len() == 2 && at.iter().all(|(code, _)| *code == "WF311") && at[1].1 == 3, "{at:?}");
+
+    let (_, found) = check(&[("prompts/reviews.hbs", "x")]);
+    assert_eq!(found[0].help.as_deref(), Some("did you mean `reviews.hbs`?"));
+}
+
+#[test]
+fn the_shipped_prompts_are_without_findings() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../workflow-defs/prompts");
+    let bundle: Bundle = fs::read_dir(folder)
+        .expect("folder")
+        .map(|entry| entry.expect("entry").path())
+        .map(|path| {
+            let name = path.file_name().expect("name").to_string_lossy().into_owned();
+            (format!("prompts/{name}"), fs::read_to_string(&path).expect("text"))
+        })
+        .collect();
+    assert!(bundle.len() >= 6, "{:?}", bundle.keys());
+    let (_, found) = compile(&dev_loop(), "dev-loop.yaml", &bundle, &catalog());
+    assert!(found.is_empty(), "{found:?}");
+}
+
+/// The page of the language shows every kind and every function, and its example compiles.
+#[test]
+fn the_page_of_the_language_is_true() {
+    let readme = include_str!("../README.md");
+    let (_, rest) = readme.split_once("```yaml\n").expect("an example");
+    let (example, page) = rest.split_once("```\n").expect("its end");
+    let (compiled, found) = compile(example, "README.md", &Bundle::new(), &catalog());
+    assert!(found.is_empty(), "{}", render(&found, example));
+    let mut kinds = std::collections::BTreeSet::new();
+    compiled.expect("compiles").definition.walk(&mut |step: &Step| {
+        kinds.insert(serde_json::to_value(&step.kind).expect("json").to_string().split('"').nth(1).map(str::to_owned));
+    });
+    assert_eq!(kinds.len(), 12, "{kinds:?}");
+    let (page, _) = page.split_once("\n## ").expect("the next section");
+    for function in loopwright_engine::definition::expr::FUNCTIONS {
+        assert!(page.contains(&format!("`{function}`")), "{function}");
+    }
+}
+
+#[test]
+fn a_wrong_shape_is_answered_with_a_right_one() {
+    let source = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/err/shapes.yaml"));
+    let (_, found) = compile(&source.expect("text"), "x.yaml", &Bundle::new(), &catalog());
+    let helps: Vec<&str> = found.iter().filter_map(|d| d.help.as_deref()).collect();
+    for (help, start) in helps.iter().zip(["call: {", "wait: {", "fail: {", "to: ["]) {
+        assert!(help.starts_with(&format!("for example `{start}")), "{help}");
+    }
 }
 
 #[test]
