@@ -61,6 +61,7 @@ create table runs (
   attributes jsonb not null default '{}',
   topic text,                           -- outbox topic that hears of every transition
   parent_shard smallint, parent_run_id uuid, parent_path text,
+  depth int not null default 0 check (depth >= 0), -- runs above it
   inputs jsonb not null,
   cursor jsonb, cursor_seq bigint not null default 0,
   waiting text,                         -- why it is parked, for lists: 'signal', 'timer', 'credits', …

@@ -82,13 +82,19 @@ pub async fn reservable(conn: &mut PgConnection, user: Uuid, balance: Balance) -
     Ok(MicroCredits((balance.available().0 - expired).max(0)))
 }
 
-/// Captured and held credits of a run, of all its attempts.
-pub async fn spent_by_run(conn: &mut PgConnection, run: Uuid) -> Result<MicroCredits, LedgerError> {
+/// Captured and held credits of a run and of all runs below it, open or closed, detached or not, of all their attempts.
+///
+/// # Transaction
+/// Reads only. Locked user rows keep the sum from moving: a child pays from its parent's user.
+pub async fn spent_by_tree(conn: &mut PgConnection, top: Uuid) -> Result<MicroCredits, LedgerError> {
     let sum: i64 = sqlx::query_scalar(
-        "select coalesce(sum(case t.kind when 'capture' then -t.amount_ucr + t.held_delta_ucr else t.held_delta_ucr end), 0)::bigint
-         from activity_attempts a join credit_transactions t on t.attempt_id = a.id where a.run_id = $1",
+        "with recursive tree as (
+           select $1::uuid as run_id union all
+           select r.run_id from tree join runs r on r.parent_run_id = tree.run_id)
+         select coalesce(sum(case t.kind when 'capture' then -t.amount_ucr + t.held_delta_ucr else t.held_delta_ucr end), 0)::bigint
+         from tree join activity_attempts a using (run_id) join credit_transactions t on t.attempt_id = a.id",
     )
-    .bind(run)
+    .bind(top)
     .fetch_one(conn)
     .await?;
     Ok(MicroCredits(sum))

@@ -13,6 +13,7 @@ use futures_util::future::BoxFuture;
 use loopwright_engine::hook::{
     AttemptRef, AttemptStart, HookError, Outcome, Phase, Reading, Refusal, Transition, TransitionHook, Verdict,
 };
+use serde_json::Value;
 use sqlx::PgConnection;
 use std::collections::BTreeMap;
 use uuid::Uuid;
@@ -253,14 +254,27 @@ async fn worst(conn: &mut PgConnection, planned: &PlannedCall) -> Result<i128, L
     Ok(worst)
 }
 
-/// What the run may still spend: its definition's budget and its project's cap, whichever is smaller.
+/// What an attempt's run may still spend: the smallest of its definition's budget, the budgets of the runs above it, and
+/// its project's cap. A budget pays for its run and all runs below it.
 async fn budget_left(conn: &mut PgConnection, attempt: &AttemptRef) -> Result<Option<MicroCredits>, LedgerError> {
-    let spent = hold::spent_by_run(conn, attempt.run_id.0).await?;
-    let budget = attempt
-        .budget
-        .get("credits")
-        .and_then(serde_json::Value::as_i64)
-        .map(|c| MicroCredits::from_credits(c).0 - spent.0);
+    let above: Vec<(Uuid, Value)> = sqlx::query_as(
+        "with recursive up as (
+           select parent_shard, parent_run_id from runs where shard = $1 and run_id = $2 union all
+           select r.parent_shard, r.parent_run_id from up join runs r on r.shard = up.parent_shard and r.run_id = up.parent_run_id)
+         select r.run_id, coalesce(d.ir->'budget', 'null')
+         from up join runs r on r.shard = up.parent_shard and r.run_id = up.parent_run_id join definitions d on d.hash = r.definition",
+    )
+    .bind(attempt.run_id.shard())
+    .bind(attempt.run_id.0)
+    .fetch_all(&mut *conn)
+    .await?;
+    let mut budget: Option<i64> = None;
+    let own = (attempt.run_id.0, &*attempt.budget);
+    for (run, terms) in std::iter::once(own).chain(above.iter().map(|(run, terms)| (*run, terms))) {
+        let Some(credits) = terms.get("credits").and_then(Value::as_i64) else { continue };
+        let left = MicroCredits::from_credits(credits).0 - hold::spent_by_tree(conn, run).await?.0;
+        budget = Some(budget.map_or(left, |b| b.min(left)));
+    }
     let project = attempt.attributes.get("project_id").and_then(|v| v.as_str()).and_then(|t| Uuid::parse_str(t).ok());
     let cap: Option<i64> = sqlx::query_scalar(
         "select p.budget_cap_ucr - coalesce((select sum(case t.kind when 'capture' then -t.amount_ucr + t.held_delta_ucr else t.held_delta_ucr end)

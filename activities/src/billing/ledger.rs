@@ -187,10 +187,13 @@ pub async fn ensure_user(
 
 /// Gives credits once per (source, reference). False if that was done before.
 ///
-/// Wake the user's blocked runs in the same transaction: `engine::Client::unblock_in`.
+/// Wake the user's blocked runs in the same transaction and before this: `engine::Client::unblock_in`. It locks the runs,
+/// this locks the account, and the workers take both in that order.
 ///
 /// # Errors
 /// [`LedgerError::NotPositive`], [`LedgerError::NoUser`].
+/// # Transaction
+/// Locks the user row. Idempotency key: (source, reference).
 pub async fn grant(
     conn: &mut PgConnection,
     user: Uuid,

@@ -62,6 +62,26 @@ impl Bench {
         }
     }
 
+    /// An open run whose definition has that budget, below `parent`.
+    async fn run(&self, budget: Value, parent: Option<RunId>) -> RunId {
+        let run = RunId::new();
+        sqlx::query(
+            "with d as (insert into definitions (hash, name, version, format, source, bundle, ir)
+                        values (sha256($1::text::bytea), $1::text, 1, 1, '', '{}', jsonb_build_object('budget', $3::jsonb)) returning hash)
+             insert into runs (shard, run_id, workflow, definition, status, inputs, parent_shard, parent_run_id, parent_path)
+             select $2, $1, $1::text, hash, 'running', '{}', $4, $5, 'c' from d",
+        )
+        .bind(run.0)
+        .bind(run.shard())
+        .bind(budget)
+        .bind(parent.map(|p| p.shard()))
+        .bind(parent.map(|p| p.0))
+        .execute(&self.pool)
+        .await
+        .expect("run");
+        run
+    }
+
     /// Starts an attempt that plans one call. The reason of a refusal, if there was one.
     async fn start(&self, attempt: &AttemptRef) -> Option<String> {
         self.transition(attempt.run_id, vec![], vec![planning(attempt, 1)]).await
@@ -227,6 +247,39 @@ async fn a_hold_grows_with_its_calls_until_credits_or_budget_end() {
     assert_eq!(reason, "credits");
     bench.end(&attempt, Outcome::Blocked).await;
     assert_eq!(bench.balance().await, (100_000_000 - (1_000 * 2 + 10_000 * 10) * 120, 0));
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn a_budget_pays_for_the_runs_below_its_run_too() {
+    let bench = Bench::new(100).await;
+    let root = bench.run(json!({"credits": 30}), None).await;
+    let child = bench.run(Value::Null, Some(root)).await;
+    let grandchild = bench.run(json!({"credits": 50}), Some(child)).await;
+    let spend = async |run: RunId, number: u32, budget: Value| {
+        let attempt = AttemptRef { budget: Arc::new(budget), ..bench.attempt(run, number) };
+        assert_eq!(bench.start(&attempt).await, None);
+        let verdict = bench.open(&attempt, "a.0", 10_000).await;
+        bench.close(&attempt, "a.0", CallState::Succeeded, 1_000, 10_000).await;
+        bench.end(&attempt, Outcome::Succeeded).await;
+        verdict
+    };
+    let refused = |verdict: &Verdict| matches!(verdict, Verdict::Refused { reason, .. } if reason == "budget.run");
+    // 12.24 credits each: two fit, wherever in the tree they are made.
+    assert!(matches!(spend(root, 1, json!({"credits": 30})).await, Verdict::Accepted));
+    assert!(matches!(spend(grandchild, 1, json!({"credits": 50})).await, Verdict::Accepted));
+    for (run, budget) in [(root, json!({"credits": 30})), (child, Value::Null), (grandchild, json!({"credits": 50}))] {
+        assert!(refused(&spend(run, 2, budget).await), "5.52 are left");
+    }
+    // A budget of its own is counted from its own run downwards: what others spent does not use it up.
+    let sibling = bench.run(json!({"credits": 2}), Some(root)).await;
+    let attempt = AttemptRef { budget: Arc::new(json!({"credits": 2})), ..bench.attempt(sibling, 1) };
+    assert_eq!(bench.start(&attempt).await, None);
+    assert!(refused(&bench.open(&attempt, "a.0", 1_500).await), "2 are the smaller budget");
+    bench.end(&attempt, Outcome::Succeeded).await;
+    let other = bench.run(json!({"credits": 30}), None).await;
+    assert!(matches!(spend(other, 1, json!({"credits": 30})).await, Verdict::Accepted), "another tree");
+    assert_eq!(bench.balance().await, (100_000_000 - 3 * (1_000 * 2 + 10_000 * 10) * 120, 0));
     assert_eq!(bench.violations().await, [""; 0]);
 }
 

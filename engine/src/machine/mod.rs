@@ -43,6 +43,9 @@ pub const MAILBOX_MAX: usize = 100;
 pub const LOST_MAX: u32 = 100;
 /// How often a blocked step asks again by itself, in milliseconds. Whoever unblocks wakes it at once; this is the net below.
 pub const BLOCKED_RETRY_MS: i64 = 300_000;
+/// Runs that may stand one below the other: a `call` at that depth fails. A definition that calls itself, also by way of
+/// another, has no other end. Chosen, not measured.
+pub const CALL_DEPTH_MAX: u32 = 8;
 /// Longest time for `finally`, in milliseconds.
 pub const FINALLY_MS: i64 = 3_600_000;
 /// Largest data that one step evaluates (its `with`, its values, its outputs), in bytes of JSON.
@@ -89,6 +92,8 @@ pub struct Moment<'a> {
     pub catalog: &'a Catalog,
     /// Where each `call` of the definition leads, by `name@version` as written.
     pub calls: &'a BTreeMap<String, DefinitionHash>,
+    /// How many runs stand above this one.
+    pub depth: u32,
     /// Facts for the `run` scope.
     pub workflow: &'a str,
 }

@@ -2,7 +2,7 @@
 //! returned as events, folded by the caller, and the walk begins again.
 
 use super::{
-    BLOCKED_RETRY_MS, Command, FINALLY_MS, Illegal, Moment, call_key,
+    BLOCKED_RETRY_MS, CALL_DEPTH_MAX, Command, FINALLY_MS, Illegal, Moment, call_key,
     react::{lost_too_often, step_ended, stop_commands},
     scope::{Place, error_value, live_children},
     state::{
@@ -302,6 +302,13 @@ impl Walk<'_> {
                 })]
             }),
             Kind::Call { workflow, version, with, on_cancel } => {
+                if self.moment.depth >= CALL_DEPTH_MAX {
+                    let text = format!(
+                        "`{workflow}` is not started: at most {CALL_DEPTH_MAX} runs may stand one below the other; \
+                         end the chain of calls earlier, or see whether a workflow calls itself"
+                    );
+                    return failed(Failure::permanent("call.failed", text));
+                }
                 let key = call_key(workflow, version);
                 let pinned = self.state.calls.get(&key).or_else(|| self.moment.calls.get(&key));
                 let Some(definition) = pinned else {

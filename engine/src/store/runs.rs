@@ -31,6 +31,8 @@ pub(crate) struct Loaded {
     pub(crate) attributes: Value,
     pub(crate) topic: Option<String>,
     pub(crate) parent: Option<(RunId, String)>,
+    /// How many runs stand above it.
+    pub(crate) depth: i32,
     pub(crate) inputs: Value,
     pub(crate) output: Option<Value>,
     pub(crate) failure: Option<Value>,
@@ -96,7 +98,7 @@ pub(crate) async fn start(
 pub(crate) async fn load(conn: &mut PgConnection, run: RunId) -> Result<Loaded> {
     let row = sqlx::query(
         "select workflow, workflow_id, definition, status, owner, epoch, seq, inbox_n, inbox_seen, queue, attributes, topic,
-                parent_run_id, parent_path, inputs, cursor, cursor_seq, output, failure, started_at, closed_at
+                parent_run_id, parent_path, depth, inputs, cursor, cursor_seq, output, failure, started_at, closed_at
          from runs where shard = $1 and run_id = $2",
     )
     .bind(run.shard())
@@ -159,6 +161,7 @@ pub(crate) async fn load(conn: &mut PgConnection, run: RunId) -> Result<Loaded> 
             (Some(id), Some(path)) => Some((RunId(id), path)),
             _ => None,
         },
+        depth: row.try_get("depth")?,
         inputs: row.try_get("inputs")?,
         output: row.try_get("output")?,
         failure: row.try_get("failure")?,

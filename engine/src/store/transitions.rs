@@ -53,6 +53,8 @@ pub(crate) struct Child {
     pub(crate) workflow: String,
     pub(crate) definition: DefinitionHash,
     pub(crate) path: String,
+    /// One more than its parent's.
+    pub(crate) depth: i32,
     pub(crate) queue: String,
     pub(crate) attributes: Value,
     pub(crate) inputs: Value,
@@ -208,8 +210,8 @@ fn sql_of(error: crate::Error) -> crate::hook::HookError {
 async fn start_child(conn: &mut PgConnection, parent: &Item, child: &Child) -> std::result::Result<(), sqlx::Error> {
     sqlx::query(
         "with r as (insert into runs (shard, run_id, workflow, definition, status, parked, queue, attributes, topic, inputs,
-                      parent_shard, parent_run_id, parent_path)
-                    values ($1, $2, $3, $4, 'pending', true, $5, $6, $7, $8, $9, $10, $11) on conflict do nothing
+                      parent_shard, parent_run_id, parent_path, depth)
+                    values ($1, $2, $3, $4, 'pending', true, $5, $6, $7, $8, $9, $10, $11, $12) on conflict do nothing
                     returning shard, run_id, queue)
          insert into ready (shard, run_id, queue) select shard, run_id, queue from r",
     )
@@ -224,6 +226,7 @@ async fn start_child(conn: &mut PgConnection, parent: &Item, child: &Child) -> s
     .bind(parent.run_id.shard())
     .bind(parent.run_id.0)
     .bind(&child.path)
+    .bind(child.depth)
     .execute(conn)
     .await?;
     Ok(())

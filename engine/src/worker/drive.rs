@@ -285,6 +285,7 @@ impl Driver {
             refused,
             catalog: &self.shared.catalog,
             calls: &self.calls,
+            depth: u32::try_from(self.run.depth).unwrap_or(u32::MAX),
             workflow: &self.pinned.definition.name,
         };
         machine::decide(&self.pinned.definition, &mut self.run.state, input, &moment)
@@ -400,6 +401,7 @@ impl Driver {
                     workflow: workflow.clone(),
                     definition: *definition,
                     path: path.clone(),
+                    depth: self.run.depth.saturating_add(1),
                     queue: self.run.queue.clone(),
                     attributes: self.run.attributes.clone(),
                     inputs: inputs.clone(),
@@ -601,6 +603,7 @@ pub(crate) async fn terminate(
         refused: None,
         catalog: &catalog,
         calls: &calls,
+        depth: u32::try_from(loaded.depth).unwrap_or(u32::MAX),
         workflow: &pinned.definition.name,
     };
     let decision =

@@ -302,3 +302,19 @@ async fn the_execution_limit_ends_a_run() {
     assert_eq!(bench.fails(body, json!({})).await.code, "limit.rounds");
     bench.done().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_workflow_that_calls_itself_ends_failed_at_the_depth_limit() {
+    let bench = Bench::new().await;
+    // Two that call each other, each of which also passes on how its child ended.
+    bench.deploy(&document("ping", "steps: [{ id: c, call: { workflow: pong } }]")).await;
+    let pong = bench.deploy(&document("pong", "steps: [{ id: c, call: { workflow: ping } }]")).await;
+    let run = bench.start_hash(pong, json!({})).await.run_id;
+    let failure = bench.failure(run).await;
+    assert_eq!(failure.code, "call.failed");
+    assert!(failure.message.contains("at most 8 runs"), "{failure:?}");
+    let rows: Vec<(i32, String)> =
+        sqlx::query_as("select depth, status from runs order by depth").fetch_all(&bench.pool).await.expect("rows");
+    assert_eq!(rows, (0..=8).map(|depth| (depth, "failed".to_owned())).collect::<Vec<_>>());
+    bench.done().await;
+}

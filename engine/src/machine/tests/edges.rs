@@ -87,6 +87,7 @@ fn where_a_call_leads_is_settled_when_the_run_starts() {
         refused: None,
         catalog: &run.catalog,
         calls: &other,
+        depth: 0,
         workflow: "test",
     };
     let input = Input::AttemptEnded { path: "a".into(), attempt: 1, result: Ok(json!(1)) };
@@ -259,4 +260,18 @@ fn a_text_that_doubles_in_every_round_ends_the_step_and_not_the_worker() {
         json!({"big": "x".repeat(1_000_000)}),
     );
     assert_eq!(run.failed_code(), "limit.size");
+}
+
+#[test]
+fn a_call_below_the_depth_limit_fails_its_step_and_starts_nothing() {
+    for (depth, started) in [(0, true), (CALL_DEPTH_MAX - 1, true), (CALL_DEPTH_MAX, false), (u32::MAX, false)] {
+        let mut run = Bench::start(definition(vec![act("a", &[]), call_step()]));
+        run.depth = depth;
+        run.ok("a", json!(1));
+        assert_eq!(run.children.len(), usize::from(started), "{depth}");
+        if !started {
+            assert_eq!(run.failed_code(), "call.failed");
+            assert!(run.state.failure.as_ref().is_some_and(|f| f.message.contains("at most 8 runs")), "{depth}");
+        }
+    }
 }

@@ -69,6 +69,7 @@ struct Bench {
     now: DateTime<Utc>,
     catalog: Catalog,
     permits: u32,
+    depth: u32,
     refused: Option<(String, String)>,
     /// Attempts that were started and not ended: path → (attempt, input).
     live: BTreeMap<String, (u32, Value)>,
@@ -105,6 +106,7 @@ impl Bench {
             now: Utc.with_ymd_and_hms(2026, 11, 24, 12, 0, 0).single().expect("valid"),
             catalog: Catalog::new([signature]),
             permits: 100,
+            depth: 0,
             refused: None,
             live: BTreeMap::new(),
             cancels: Vec::new(),
@@ -123,6 +125,7 @@ impl Bench {
             refused: self.refused.clone(),
             catalog: &self.catalog,
             calls: &calls,
+            depth: self.depth,
             workflow: "test",
         };
         let decision = decide(&self.definition, &mut self.state, input, &moment).expect("legal");
