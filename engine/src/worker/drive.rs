@@ -658,6 +658,8 @@ pub(crate) async fn terminate(
     };
     match crate::committer::Committer::start(pool.clone(), hook).commit(item).await {
         Ok(Verdict::Accepted { .. }) => Ok(()),
+        // An earlier sending had succeeded and its answer was lost.
+        Ok(Verdict::Stale { epoch, seq }) if epoch == loaded.epoch && seq == loaded.seq + 1 => Ok(()),
         Ok(_) => Err(Error::LeaseLost),
         Err(Broken::Unreachable(error)) => Err(error),
         Err(Broken::Poison(text)) => Err(Error::Invariant(text)),
