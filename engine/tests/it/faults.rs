@@ -18,11 +18,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-const GRACE: Duration = Duration::from_secs(10);
+pub const GRACE: Duration = Duration::from_secs(10);
 /// Lease of the workers that are to lose it.
 const SHORT: Duration = Duration::from_secs(1);
 /// Lease of the worker that brings everything to its end, however busy the machine is.
-const LONG: Duration = Duration::from_secs(10);
+pub const LONG: Duration = Duration::from_secs(10);
 /// Outside calls of one step.
 const CALLS: usize = 3;
 /// Tells the child process which database to work on.
@@ -115,7 +115,7 @@ async fn audit_outside(pool: &PgPool, runs: usize) {
 }
 
 /// Waits until a count reaches a number.
-async fn reaches(pool: &PgPool, sql: &'static str, wanted: i64) {
+pub async fn reaches(pool: &PgPool, sql: &'static str, wanted: i64) {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let n: i64 = sqlx::query_scalar(sql).fetch_one(pool).await.expect("count");
