@@ -75,6 +75,9 @@ pub enum Phase {
 pub struct Reading<'a> {
     pub key: &'a str,
     pub phase: Phase,
+    /// Whether the attempt's result still counts. If not, another worker has the run or is about to take it: what this
+    /// call brought is thrown away and a later attempt may make it again. Always true of [`Phase::Open`].
+    pub current: bool,
     pub body: &'a Value,
 }
 

@@ -308,7 +308,14 @@ async fn api_key(conn: &mut PgConnection, call: &CallOpened) -> Result<Uuid, sql
 /// Row id, state, provider, requested model, state of the attempt, late, start.
 type OpenedCall = (i64, String, String, String, String, bool, DateTime<Utc>);
 
-async fn close(conn: &mut PgConnection, attempt: &AttemptRef, key: &str, call: &CallClosed) -> Result<(), LedgerError> {
+/// Stores what became of a call. `current` as in [`Reading::current`].
+async fn close(
+    conn: &mut PgConnection,
+    attempt: &AttemptRef,
+    key: &str,
+    current: bool,
+    call: &CallClosed,
+) -> Result<(), LedgerError> {
     let id = attempt.attempt_id.0;
     let Some(owner) = owner(attempt) else { return Ok(()) };
     ledger::lock(conn, owner.user).await?;
@@ -321,8 +328,9 @@ async fn close(conn: &mut PgConnection, attempt: &AttemptRef, key: &str, call: &
     .fetch_optional(&mut *conn)
     .await?;
     let Some((usage_id, state, provider, model, attempt_state, late, started_at)) = row else { return Ok(()) };
-    // A fact that comes after the end of its attempt is kept and never charged.
-    let after_the_end = attempt_state != "running";
+    // A fact that comes after the end of its attempt is kept and never charged. An attempt whose run was taken away has
+    // ended, though nobody has recorded that yet: its answer is thrown away, and the next attempt makes the call again.
+    let after_the_end = attempt_state != "running" || !current;
     if state != "started" && (!after_the_end || late || state != "unknown") {
         return Ok(());
     }
@@ -449,7 +457,7 @@ impl TransitionHook for LedgerHook {
                 }
                 Phase::Close => {
                     let call: CallClosed = serde_json::from_value(reading.body.clone()).map_err(broken)?;
-                    close(conn, attempt, reading.key, &call).await.map_err(hook_error)?;
+                    close(conn, attempt, reading.key, reading.current, &call).await.map_err(hook_error)?;
                     Ok(Verdict::Accepted)
                 }
             }

@@ -1,5 +1,6 @@
 //! Money on a real Postgres: random interleavings, deliberate corruptions, the bugs that others shipped.
 
+use futures_util::future::BoxFuture;
 use loopwright_activities::{
     MIGRATIONS,
     billing::{
@@ -9,13 +10,21 @@ use loopwright_activities::{
     usage::{CallClosed, CallOpened, CallState, PlannedCall, Reserve, Usage, UsageSource},
 };
 use loopwright_engine::{
+    Failure,
+    activity::{Activity, Context, Registry},
+    client::{Client, Deploy, Start},
+    definition::{Bundle, Definition, FORMAT},
     embedded::testing::database,
     hook::{AttemptEnd, AttemptRef, AttemptStart, Outcome, Phase, Reading, Transition, TransitionHook, Verdict},
     ids::{AttemptId, RunId},
+    signature::Signature,
+    view::RunStatus,
+    worker::{self, WorkerConfig},
 };
 use serde_json::{Value, json};
 use sqlx::PgPool;
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
+use tokio::sync::Notify;
 use uuid::Uuid;
 
 struct Bench {
@@ -114,39 +123,17 @@ impl Bench {
     }
 
     async fn open(&self, attempt: &AttemptRef, key: &str, output_tokens: u64) -> Verdict {
-        let (provider, model) = model();
-        let call = CallOpened {
-            provider,
-            model,
-            purpose: "test".into(),
-            request_sha256: "00".repeat(32),
-            key_fingerprint: "11".repeat(32),
-            key_last4: "abcd".into(),
-            input_tokens_max: 1_000,
-            output_tokens_max: output_tokens,
-        };
-        self.meter(attempt, key, Phase::Open, serde_json::to_value(call).expect("json")).await
+        self.meter(attempt, key, Phase::Open, opening(output_tokens)).await
     }
 
     async fn close(&self, attempt: &AttemptRef, key: &str, state: CallState, prompt: u64, output: u64) {
-        let usage =
-            Usage { tokens_prompt: prompt, tokens_output: output, source: UsageSource::Provider, ..Usage::default() };
-        let call = CallClosed {
-            state,
-            model_served: None,
-            provider_request_id: Some("req-1".into()),
-            http_status: Some(200),
-            error_class: None,
-            finish_reason: Some("stop".into()),
-            stream_completed: true,
-            usage: (state == CallState::Succeeded).then_some(usage),
-        };
-        self.meter(attempt, key, Phase::Close, serde_json::to_value(call).expect("json")).await;
+        self.meter(attempt, key, Phase::Close, closing(state, prompt, output)).await;
     }
 
     async fn meter(&self, attempt: &AttemptRef, key: &str, phase: Phase, body: Value) -> Verdict {
         let mut tx = self.pool.begin().await.expect("tx");
-        let verdict = self.hook.meter(&mut tx, attempt, Reading { key, phase, body: &body }).await.expect("meter");
+        let verdict =
+            self.hook.meter(&mut tx, attempt, Reading { key, phase, current: true, body: &body }).await.expect("meter");
         match verdict {
             Verdict::Accepted => tx.commit().await.expect("commit"),
             Verdict::Refused { .. } => tx.rollback().await.expect("rollback"),
@@ -179,6 +166,43 @@ impl Bench {
 
 fn model() -> (String, String) {
     ("rehearsed".into(), "rehearsed/architect".into())
+}
+
+fn one_call() -> Reserve {
+    Reserve {
+        calls: vec![PlannedCall { candidates: vec![model()], count: 1, input_tokens: 1_000, output_tokens: 1_000 }],
+    }
+}
+
+fn opening(output_tokens: u64) -> Value {
+    let (provider, model) = model();
+    let call = CallOpened {
+        provider,
+        model,
+        purpose: "test".into(),
+        request_sha256: "00".repeat(32),
+        key_fingerprint: "11".repeat(32),
+        key_last4: "abcd".into(),
+        input_tokens_max: 1_000,
+        output_tokens_max: output_tokens,
+    };
+    serde_json::to_value(call).expect("json")
+}
+
+fn closing(state: CallState, prompt: u64, output: u64) -> Value {
+    let usage =
+        Usage { tokens_prompt: prompt, tokens_output: output, source: UsageSource::Provider, ..Usage::default() };
+    let call = CallClosed {
+        state,
+        model_served: None,
+        provider_request_id: Some("req-1".into()),
+        http_status: Some(200),
+        error_class: None,
+        finish_reason: Some("stop".into()),
+        stream_completed: true,
+        usage: (state == CallState::Succeeded).then_some(usage),
+    };
+    serde_json::to_value(call).expect("json")
 }
 
 /// 1,000 prompt and 100 output tokens at 2 and 10 USD per million, 120 credits per USD.
@@ -521,4 +545,123 @@ async fn every_invariant_catches_its_corruption() {
         drop(conn);
         assert!(bench.violations().await.contains(&invariant), "{invariant} did not see it");
     }
+}
+
+/// An activity with one model call whose answer is saved. Its first attempt says when the call is open, and waits.
+struct Asks {
+    opened: Arc<Notify>,
+    answered: Arc<Notify>,
+}
+
+impl Activity for Asks {
+    fn signature(&self) -> Signature {
+        Signature {
+            name: "asks@1".into(),
+            summary: "one model call".into(),
+            input_schema: json!({"type": "object"}),
+            output_schema: json!({}),
+            run_timeout_ms: 60_000,
+            heartbeat_timeout_ms: None,
+            metered: true,
+            idempotent: true,
+            failure_codes: vec![],
+        }
+    }
+    fn run(&self, ctx: Context, _input: Value) -> BoxFuture<'static, Result<Value, Failure>> {
+        let (opened, answered) = (self.opened.clone(), self.answered.clone());
+        Box::pin(async move {
+            if let Some(answer) = ctx.checkpoint("a.0").await? {
+                return Ok(answer);
+            }
+            ctx.meter_open("a.0", &opening(1_000)).await?;
+            if ctx.info().attempt == 1 {
+                opened.notify_one();
+                answered.notified().await;
+            }
+            let closed = ctx
+                .meter_close(
+                    "a.0",
+                    &closing(CallState::Succeeded, 1_000, 100),
+                    Some(("a.0", &json!(ctx.info().attempt))),
+                )
+                .await;
+            if ctx.info().attempt == 1 {
+                assert_eq!(closed.as_ref().expect_err("stale").code, "transient.lease_lost");
+                opened.notify_one();
+            }
+            closed?;
+            Ok(json!(ctx.info().attempt))
+        })
+    }
+    fn reserve(&self, _input: &Value) -> Value {
+        serde_json::to_value(one_call()).expect("json")
+    }
+}
+
+#[tokio::test]
+async fn a_call_whose_answer_is_thrown_away_with_the_lease_is_free_and_its_repetition_is_charged_once() {
+    let bench = Bench::new(100).await;
+    let (opened, answered) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+    let hook = Arc::new(LedgerHook::new(BillingSettings::default()));
+    let registry = Registry::new().with(Asks { opened: opened.clone(), answered: answered.clone() });
+    let mut config = WorkerConfig::new(bench.pool.clone(), registry);
+    (config.hook, config.lease) = (hook.clone(), Duration::from_secs(10));
+    let worker = worker::start(config).await.expect("worker");
+    let client = Client::new(bench.pool.clone(), hook);
+    let definition: Definition = serde_json::from_value(json!({
+        "format": FORMAT, "name": "asks", "timeout_ms": 600_000, "executions_max": 100,
+        "steps": [{"id": "ask", "kind": {"activity": {"name": "asks@1", "with": {}}}}],
+    }))
+    .expect("definition");
+    let deploy = Deploy { definition, bundle: Bundle::new(), source: String::new(), author: None, message: None };
+    let start = Start {
+        run_id: None,
+        definition: client.deploy(deploy).await.expect("deploy").hash,
+        inputs: json!({}),
+        workflow_id: None,
+        attributes: json!({"user_id": bench.user.to_string(), "project_id": bench.project.to_string()}),
+        queue: String::new(),
+        topic: None,
+    };
+    let run = client.start(start).await.expect("start").run_id;
+    opened.notified().await;
+    // The first statement of a takeover, by a worker that has not committed the rest of it.
+    sqlx::query("update runs set owner = null, epoch = epoch + 1, parked = true where run_id = $1")
+        .bind(run.0)
+        .execute(&bench.pool)
+        .await
+        .expect("taken");
+    answered.notify_one();
+    opened.notified().await;
+    let charged: (String, bool, i64, Option<i64>) =
+        sqlx::query_as("select state, late, cost_pusd, tokens_prompt from api_key_usage")
+            .fetch_one(&bench.pool)
+            .await
+            .expect("row");
+    assert_eq!(charged, ("succeeded".into(), true, 0, Some(1_000)), "the fact is kept, the answer is not paid for");
+    sqlx::query("insert into ready (shard, run_id, queue) select shard, run_id, queue from runs where run_id = $1")
+        .bind(run.0)
+        .execute(&bench.pool)
+        .await
+        .expect("queued");
+    let mut seq = 0;
+    let view = loop {
+        let view = client.describe(run).await.expect("run");
+        if view.status.is_closed() {
+            break view;
+        }
+        seq = seq.max(view.seq);
+        client.wait_change(run, seq, Duration::from_secs(1)).await.expect("run");
+    };
+    assert_eq!(view.status, RunStatus::Completed);
+    worker.drain(Duration::from_secs(10)).await;
+    let charges: (i64, i64) = sqlx::query_as(
+        "select count(*), count(*) filter (where cost_pusd > 0) from api_key_usage where call_key = 'a.0'",
+    )
+    .fetch_one(&bench.pool)
+    .await
+    .expect("count");
+    assert_eq!(charges, (2, 1), "made twice, charged once");
+    assert_eq!(bench.balance().await, (100_000_000 - CALL_UCR, 0));
+    assert_eq!(bench.violations().await, [""; 0]);
 }

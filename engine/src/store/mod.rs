@@ -18,16 +18,27 @@ pub(crate) const WAKE_CHANNEL: &str = "loopwright_ready";
 /// Attempts of one transaction that Postgres refused for serialization, deadlock or a broken connection.
 const TRANSACTION_TRIES: u32 = 5;
 
-/// Whether the same statement may be sent again: serialization failure, deadlock, a connection that broke or a server
-/// that is starting or stopping.
+/// Whether the same statement may be sent again: the connection or the server is at fault, not what was sent.
 pub(crate) fn is_transient(error: &sqlx::Error) -> bool {
     match error {
-        sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::WorkerCrashed => true,
-        sqlx::Error::Database(e) => e.code().is_some_and(|c| {
-            matches!(c.as_ref(), "40001" | "40P01" | "55P03") || c.starts_with("08") || c.starts_with("57P")
-        }),
+        // A connection that broke in the middle of an answer shows as a protocol error.
+        sqlx::Error::Io(_)
+        | sqlx::Error::Tls(_)
+        | sqlx::Error::Protocol(_)
+        | sqlx::Error::PoolTimedOut
+        | sqlx::Error::PoolClosed
+        | sqlx::Error::WorkerCrashed => true,
+        sqlx::Error::Database(e) => e.code().is_some_and(|c| is_passing(&c)),
         _ => false,
     }
+}
+
+/// Whether an SQLSTATE says that the server's condition is at fault, which may pass. Source: appendix A of the manual.
+fn is_passing(code: &str) -> bool {
+    // Serialization failure, deadlock, lock not available; a cancelled or too slow statement; a standby.
+    matches!(code, "40001" | "40P01" | "55P03" | "57014" | "25006")
+        // The connection; disk, memory or connections used up; the server stops or starts; its files.
+        || ["08", "53", "57P0", "58"].iter().any(|class| code.starts_with(class))
 }
 
 /// The pause before try number `tries + 1` of a transaction, or `None` when there is none.
@@ -39,5 +50,24 @@ pub(crate) fn retry_pause(tries: u32) -> Option<Duration> {
 pub(crate) async fn wake(pool: &PgPool) {
     if let Err(error) = sqlx::query("select pg_notify($1, '')").bind(WAKE_CHANNEL).execute(pool).await {
         tracing::debug!(%error, "a wake-up could not be sent; the poll will find the run");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{is_passing, is_transient};
+
+    #[test]
+    fn what_may_pass_is_sent_again_and_what_was_sent_wrong_is_not() {
+        for code in ["08006", "40001", "40P01", "55P03", "53100", "53300", "57014", "57P01", "57P03", "25006", "58030"]
+        {
+            assert!(is_passing(code), "{code}");
+        }
+        for code in ["22P02", "23505", "23514", "25P02", "42P01", "54000", "XX000", "P0001"] {
+            assert!(!is_passing(code), "{code}");
+        }
+        assert!(is_transient(&sqlx::Error::Protocol("unexpected end".into())));
+        assert!(is_transient(&sqlx::Error::WorkerCrashed));
+        assert!(!is_transient(&sqlx::Error::RowNotFound));
     }
 }

@@ -14,7 +14,8 @@ pub(crate) enum Which {
     Messaged,
 }
 
-/// Claims up to `limit` due runs of the given queues. Their epochs rise; what older owners send is refused from now on.
+/// Claims up to `limit` due runs of the given queues. Their epochs rise and come back with them; what older owners send is
+/// refused from now on.
 ///
 /// # Errors
 /// `lease_lost` if this worker was declared dead.
@@ -26,7 +27,7 @@ pub(crate) async fn claim(
     queues: &[String],
     which: Which,
     limit: i64,
-) -> Result<Vec<RunId>> {
+) -> Result<Vec<(RunId, i64)>> {
     let mut tx = conn.begin().await?;
     let alive: Option<i32> = sqlx::query_scalar("select 1 from workers where id = $1 for key share")
         .bind(worker.0)
@@ -36,14 +37,14 @@ pub(crate) async fn claim(
         return Err(Error::LeaseLost);
     }
     // Both rows are locked with skip locked: a sender holds the run and wants the queue row, so waiting here could deadlock.
-    let claimed: Vec<uuid::Uuid> = sqlx::query_scalar(
+    let claimed: Vec<(uuid::Uuid, i64)> = sqlx::query_as(
         "with c as (select q.shard, q.run_id from ready q join runs r on r.shard = q.shard and r.run_id = q.run_id
                     where q.queue = any($2) and q.due_at <= engine_now() and r.owner is null and r.closed_at is null
                       and r.status <> 'quarantined' and ($4 or r.inbox_n > r.inbox_seen)
                     order by q.due_at limit $3 for update of q, r skip locked),
               d as (delete from ready q using c where q.shard = c.shard and q.run_id = c.run_id)
          update runs r set owner = $1, epoch = r.epoch + 1, parked = false, waiting = null
-         from c where r.shard = c.shard and r.run_id = c.run_id returning r.run_id",
+         from c where r.shard = c.shard and r.run_id = c.run_id returning r.run_id, r.epoch",
     )
     .bind(worker.0)
     .bind(queues)
@@ -52,5 +53,5 @@ pub(crate) async fn claim(
     .fetch_all(&mut *tx)
     .await?;
     tx.commit().await?;
-    Ok(claimed.into_iter().map(RunId).collect())
+    Ok(claimed.into_iter().map(|(id, epoch)| (RunId(id), epoch)).collect())
 }

@@ -208,21 +208,66 @@ pub(crate) async fn list(pool: &PgPool, filter: &Filter) -> Result<Vec<RunSummar
         .collect()
 }
 
-/// Sets a run aside because an invariant broke. An operator decides; other runs go on.
-pub(crate) async fn quarantine(pool: &PgPool, run: RunId, why: &str) -> Result<()> {
-    tracing::error!(run_id = %run, why, "run quarantined");
-    metrics::counter!("loopwright_runs_quarantined_total").increment(1);
-    sqlx::query(
+/// Sets a run aside because an invariant broke. An operator decides; other runs go on. Nothing happens if the epoch moved:
+/// the run is another owner's to judge.
+pub(crate) async fn quarantine(pool: &PgPool, run: RunId, epoch: i64, why: &str) -> Result<()> {
+    // Before the statement: the reason should be known even if it fails.
+    tracing::error!(run_id = %run, why, "run is quarantined");
+    let quarantined = sqlx::query(
         "with q as (update runs set status = 'quarantined', owner = null, parked = true, epoch = epoch + 1, waiting = left($3, 500)
-           where shard = $1 and run_id = $2 and closed_at is null returning shard, run_id)
-         delete from ready r using q where r.shard = q.shard and r.run_id = q.run_id",
+           where shard = $1 and run_id = $2 and epoch = $4 and closed_at is null returning shard, run_id),
+              d as (delete from ready r using q where r.shard = q.shard and r.run_id = q.run_id)
+         select 1 from q",
     )
     .bind(run.shard())
     .bind(run.0)
-    .bind(why)
+    // A text of Postgres holds no NUL; the reason may quote anything.
+    .bind(why.replace('\0', " "))
+    .bind(epoch)
+    .fetch_optional(pool)
+    .await?;
+    if quarantined.is_some() {
+        metrics::counter!("loopwright_runs_quarantined_total").increment(1);
+    }
+    Ok(())
+}
+
+/// Runs that `worker` owns and that are not among `driven`, with their epochs; at most `limit`.
+pub(crate) async fn strays(
+    conn: &mut PgConnection,
+    worker: WorkerId,
+    driven: &[RunId],
+    limit: i64,
+) -> Result<Vec<(RunId, i64)>> {
+    let rows: Vec<(uuid::Uuid, i64)> = sqlx::query_as(
+        "select r.run_id, r.epoch from runs r
+         where r.owner = $1 and not exists (select from unnest($2::uuid[]) d(run_id) where d.run_id = r.run_id) limit $3",
+    )
+    .bind(worker.0)
+    .bind(driven.iter().map(|run| run.0).collect::<Vec<_>>())
+    .bind(limit)
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(|(id, epoch)| (RunId(id), epoch)).collect())
+}
+
+/// Frees a run that its owner does not drive, read messages or not: it is due in a second. False if the run is not that
+/// owner's of that epoch any more. The epoch rises: what is still under way from here is refused.
+pub(crate) async fn give_back(pool: &PgPool, run: RunId, owner: WorkerId, epoch: i64) -> Result<bool> {
+    let freed = sqlx::query(
+        "with u as (update runs set owner = null, parked = true, epoch = epoch + 1, waiting = 'worker'
+           where shard = $1 and run_id = $2 and owner = $3 and epoch = $4 and closed_at is null
+           returning shard, run_id, queue)
+         insert into ready (shard, run_id, queue, due_at) select shard, run_id, queue, engine_now() + interval '1 second' from u
+         on conflict (shard, run_id) do update set due_at = least(ready.due_at, excluded.due_at)",
+    )
+    .bind(run.shard())
+    .bind(run.0)
+    .bind(owner.0)
+    .bind(epoch)
     .execute(pool)
     .await?;
-    Ok(())
+    Ok(freed.rows_affected() == 1)
 }
 
 /// Takes a run away from whoever owns it, so that the caller can end it. False if it is closed.

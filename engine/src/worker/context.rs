@@ -76,7 +76,7 @@ impl Backend {
         if !store::checkpoints::fence(&mut tx, self.attempt.run_id, self.epoch).await? {
             return Err(Error::LeaseLost);
         }
-        let reading = Reading { key, phase: Phase::Open, body: reading };
+        let reading = Reading { key, phase: Phase::Open, current: true, body: reading };
         match self.shared.hook.meter(&mut tx, &self.attempt, reading).await.map_err(of_hook)? {
             Verdict::Accepted => {
                 tx.commit().await?;
@@ -93,8 +93,9 @@ impl Backend {
         let mut conn = self.shared.pool.acquire().await?;
         let mut tx = conn.begin().await?;
         let owned = store::checkpoints::fence(&mut tx, self.attempt.run_id, self.epoch).await?;
-        // The reading is a fact about the outside: it is stored even when the attempt is stale. Its result is not.
-        let reading = Reading { key, phase: Phase::Close, body: reading };
+        // The reading is a fact about the outside: it is stored even when the attempt is stale. Its result is not,
+        // and the hook is told so: nobody should pay for what is thrown away.
+        let reading = Reading { key, phase: Phase::Close, current: owned, body: reading };
         self.shared.hook.meter(&mut tx, &self.attempt, reading).await.map_err(of_hook)?;
         if let (true, Some((key, value))) = (owned, checkpoint) {
             store::checkpoints::put(&mut tx, self.attempt.run_id, &self.attempt.path, key, value).await?;

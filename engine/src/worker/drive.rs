@@ -42,10 +42,12 @@ const UNOFFERED_RETRY: chrono::Duration = chrono::Duration::seconds(30);
 const STARTS_MAX: usize = 64;
 /// Longest pause while Postgres cannot be reached.
 const UNREACHABLE_PAUSE_MAX: Duration = Duration::from_secs(5);
+/// Pause between two tries to give a run back.
+const GIVE_BACK_PAUSE: Duration = Duration::from_secs(1);
 
-/// Drives a claimed run to its end, to its next park or to the loss of its lease.
-pub(super) async fn drive(shared: &Arc<Shared>, run: RunId, messages: Arc<Notify>, settling: Counted) {
-    let outcome = match Driver::load(shared.clone(), run, messages).await {
+/// Drives a run claimed with `epoch` to its end, to its next park or to the loss of its lease.
+pub(super) async fn drive(shared: &Arc<Shared>, run: RunId, epoch: i64, messages: Arc<Notify>, settling: Counted) {
+    let outcome = match Driver::load(shared.clone(), run, epoch, messages).await {
         Ok(Some(driver)) => driver.run(settling).await,
         Ok(None) => Ok(()),
         Err(error) => Err(error),
@@ -54,32 +56,31 @@ pub(super) async fn drive(shared: &Arc<Shared>, run: RunId, messages: Arc<Notify
         Ok(()) => {}
         Err(Error::LeaseLost) => tracing::info!(run_id = %run, "run is owned by another worker now"),
         Err(Error::Sql(error)) if store::is_transient(&error) => {
-            // Nothing was decided. The run stays ours until the lease ends; then somebody takes it over.
+            // Nothing was decided.
             tracing::warn!(run_id = %run, %error, "run cannot be driven; giving it back");
-            give_back(shared, run).await;
+            give_back(shared, run, epoch).await;
         }
         Err(error) => {
-            if let Err(error) = store::runs::quarantine(&shared.pool, run, &error.to_string()).await {
-                tracing::error!(run_id = %run, %error, "run cannot be quarantined");
+            if let Err(error) = store::runs::quarantine(&shared.pool, run, epoch, &error.to_string()).await {
+                // Whoever claims it next comes to the same end, and tries again.
+                tracing::error!(run_id = %run, %error, "run cannot be quarantined; giving it back");
+                give_back(shared, run, epoch).await;
             }
         }
     }
 }
 
-async fn give_back(shared: &Shared, run: RunId) {
+/// Frees the run for others, however long Postgres is away. Returns when it is not ours any more.
+async fn give_back(shared: &Shared, run: RunId, epoch: i64) {
     while !shared.fenced.is_cancelled() {
-        let released = async {
-            let mut conn = shared.pool.acquire().await?;
-            let loaded = store::runs::load(&mut conn, run).await?;
-            drop(conn);
-            if loaded.owner != Some(shared.id) {
-                return Ok(true);
-            }
-            store::runs::release(&shared.pool, run, loaded.epoch, loaded.inbox_n, shared.clock.now(), None).await
-        };
-        match released.await {
-            Ok(_) | Err(Error::Invariant(_)) => return,
-            Err(_) => tokio::time::sleep(Duration::from_secs(1)).await,
+        match store::runs::give_back(&shared.pool, run, shared.id, epoch).await {
+            // True: it is free. False: an earlier sending had freed it, or somebody took it.
+            Ok(_) => return,
+            Err(error) => tracing::warn!(run_id = %run, %error, "run cannot be given back yet"),
+        }
+        tokio::select! {
+            () = shared.fenced.cancelled() => return,
+            () = tokio::time::sleep(GIVE_BACK_PAUSE) => {}
         }
     }
 }
@@ -127,10 +128,10 @@ enum Next {
 }
 
 impl Driver {
-    async fn load(shared: Arc<Shared>, run: RunId, messages: Arc<Notify>) -> Result<Option<Self>> {
+    async fn load(shared: Arc<Shared>, run: RunId, epoch: i64, messages: Arc<Notify>) -> Result<Option<Self>> {
         let mut conn = shared.pool.acquire().await?;
         let loaded = store::runs::load(&mut conn, run).await?;
-        if loaded.owner != Some(shared.id) || loaded.status.is_closed() {
+        if loaded.owner != Some(shared.id) || loaded.epoch != epoch || loaded.status.is_closed() {
             return Ok(None);
         }
         drop(conn);
@@ -661,6 +662,8 @@ pub(crate) async fn terminate(
     };
     match crate::committer::Committer::start(pool.clone(), hook).commit(item).await {
         Ok(Verdict::Accepted { .. }) => Ok(()),
+        // An earlier sending had succeeded and its answer was lost.
+        Ok(Verdict::Stale { epoch, seq }) if epoch == loaded.epoch && seq == loaded.seq + 1 => Ok(()),
         Ok(_) => Err(Error::LeaseLost),
         Err(Broken::Unreachable(error)) => Err(error),
         Err(Broken::Poison(text)) => Err(Error::Invariant(text)),

@@ -28,12 +28,12 @@ use crate::{
 };
 use sqlx::PgPool;
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tokio::sync::{Notify, Semaphore};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -53,6 +53,10 @@ const CLAIM_SPARE: usize = 16;
 const CLAIM_MAX: usize = 256;
 /// Definitions kept in memory.
 const DEFINITIONS_MAX: usize = 256;
+/// Shortest pause between two looks for runs that are ours and that nobody here drives.
+const STRAYS_LOOK: Duration = Duration::from_secs(2);
+/// Most such runs of one look; the rest waits for the next.
+const STRAYS_MAX: i64 = 256;
 /// Runs freed by one takeover statement.
 const TAKE_OVER_BATCH: i64 = 500;
 
@@ -224,8 +228,16 @@ async fn leave(shared: &Shared) -> Result<()> {
 
 /// Claims due runs and passes messages on, at every wake-up and at the latest every [`POLL`].
 async fn poll(shared: Arc<Shared>, queues: Vec<String>, tasks: TaskTracker) {
+    let (mut suspects, mut looked) = (HashSet::new(), Instant::now());
     loop {
         let woken = shared.wake.notified();
+        if looked.elapsed() >= STRAYS_LOOK {
+            looked = Instant::now();
+            match give_back_strays(&shared, &suspects).await {
+                Ok(found) => suspects = found,
+                Err(error) => tracing::warn!(%error, "cannot look for runs without a driver"),
+            }
+        }
         match poll_once(&shared, &queues, &tasks).await {
             Ok(true) => continue,
             Ok(false) => {}
@@ -241,6 +253,24 @@ async fn poll(shared: Arc<Shared>, queues: Vec<String>, tasks: TaskTracker) {
             () = tokio::time::sleep(POLL) => {}
         }
     }
+}
+
+/// Frees runs that are this worker's and that nobody here drives: the answer of their claim was lost, or their driver
+/// panicked. Only those that the look before has found as well. Returns what this look has found, with the epochs.
+///
+/// Called between two claims only: a run that is claimed and has no driver yet is not taken for a stray.
+async fn give_back_strays(shared: &Shared, suspects: &HashSet<(RunId, i64)>) -> Result<HashSet<(RunId, i64)>> {
+    let driven: Vec<RunId> = shared.drivers.lock().expect("no panic while held").keys().copied().collect();
+    let mut conn = shared.pool.acquire().await?;
+    let found = store::runs::strays(&mut conn, shared.id, &driven, STRAYS_MAX).await?;
+    drop(conn);
+    for (run, epoch) in found.iter().filter(|stray| suspects.contains(stray)) {
+        if store::runs::give_back(&shared.pool, *run, shared.id, *epoch).await? {
+            tracing::warn!(run_id = %run, "run had an owner and no driver; given back");
+            metrics::counter!("loopwright_runs_stray_total").increment(1);
+        }
+    }
+    Ok(found.into_iter().collect())
 }
 
 /// True if there may be more to claim at once.
@@ -269,20 +299,14 @@ async fn poll_once(shared: &Arc<Shared>, queues: &[String], tasks: &TaskTracker)
     if more || room == 0 {
         shared.full.store(true, Ordering::Relaxed);
     }
-    for run in claimed {
+    for (run, epoch) in claimed {
         let messages = Arc::new(Notify::new());
         shared.drivers.lock().expect("no panic while held").insert(run, messages.clone());
         let shared = shared.clone();
         let settling = Counted::up(&shared, |s| &s.settling);
         tasks.spawn(async move {
-            drive::drive(&shared, run, messages.clone(), settling).await;
-            // The run may have been claimed again already: that entry is another driver's.
-            let mut drivers = shared.drivers.lock().expect("no panic while held");
-            if drivers.get(&run).is_some_and(|current| Arc::ptr_eq(current, &messages)) {
-                drivers.remove(&run);
-            }
-            drop(drivers);
-            shared.look_again();
+            let driven = Driven { shared, run, messages };
+            drive::drive(&driven.shared, run, epoch, driven.messages.clone(), settling).await;
         });
     }
     Ok(more)
@@ -353,6 +377,25 @@ async fn write_progress(shared: Arc<Shared>) {
         if let Err(error) = written.await {
             tracing::debug!(%error, "progress was not written");
         }
+    }
+}
+
+/// A run's entry among the drivers; leaves with its driver, by a panic as well.
+struct Driven {
+    shared: Arc<Shared>,
+    run: RunId,
+    messages: Arc<Notify>,
+}
+
+impl Drop for Driven {
+    fn drop(&mut self) {
+        // The run may have been claimed again already: that entry is another driver's.
+        let mut drivers = self.shared.drivers.lock().expect("no panic while held");
+        if drivers.get(&self.run).is_some_and(|current| Arc::ptr_eq(current, &self.messages)) {
+            drivers.remove(&self.run);
+        }
+        drop(drivers);
+        self.shared.look_again();
     }
 }
 

@@ -98,10 +98,11 @@ impl TransitionHook for Accounts {
         reading: Reading<'a>,
     ) -> BoxFuture<'a, Result<Verdict, HookError>> {
         Box::pin(async move {
-            sqlx::query("insert into test_readings (attempt_id, key, phase) values ($1, $2, $3)")
+            sqlx::query("insert into test_readings (attempt_id, key, phase, current) values ($1, $2, $3, $4)")
                 .bind(attempt.attempt_id.0)
                 .bind(reading.key)
                 .bind(format!("{:?}", reading.phase))
+                .bind(reading.current)
                 .execute(&mut *conn)
                 .await?;
             Ok(Verdict::Accepted)
@@ -124,7 +125,7 @@ impl Bench {
         for table in [
             "create table test_starts (attempt_id uuid primary key)",
             "create table test_ends (attempt_id uuid primary key, outcome text)",
-            "create table test_readings (attempt_id uuid, key text, phase text)",
+            "create table test_readings (attempt_id uuid, key text, phase text, current bool)",
         ] {
             sqlx::query(table).execute(pool).await.expect("table");
         }

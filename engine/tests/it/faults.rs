@@ -18,11 +18,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-const GRACE: Duration = Duration::from_secs(10);
+pub const GRACE: Duration = Duration::from_secs(10);
 /// Lease of the workers that are to lose it.
 const SHORT: Duration = Duration::from_secs(1);
 /// Lease of the worker that brings everything to its end, however busy the machine is.
-const LONG: Duration = Duration::from_secs(10);
+pub const LONG: Duration = Duration::from_secs(10);
 /// Outside calls of one step.
 const CALLS: usize = 3;
 /// Tells the child process which database to work on.
@@ -115,7 +115,7 @@ async fn audit_outside(pool: &PgPool, runs: usize) {
 }
 
 /// Waits until a count reaches a number.
-async fn reaches(pool: &PgPool, sql: &'static str, wanted: i64) {
+pub async fn reaches(pool: &PgPool, sql: &'static str, wanted: i64) {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let n: i64 = sqlx::query_scalar(sql).fetch_one(pool).await.expect("count");
@@ -345,12 +345,13 @@ async fn the_epoch_fences_results_and_checkpoints_but_not_readings() {
     let view = bench.closed(run).await;
     assert_eq!(view.output, Some(json!({"a": "fresh"})));
     worker.drain(GRACE).await;
-    let counts: (i64, i64) =
-        sqlx::query_as("select (select count(*) from checkpoints), (select count(*) from test_readings)")
-            .fetch_one(&bench.pool)
-            .await
-            .expect("counts");
-    assert_eq!(counts, (0, 1), "the reading is a fact, the checkpoint never happened");
+    let counts: (i64, i64, i64) = sqlx::query_as(
+        "select (select count(*) from checkpoints), (select count(*) from test_readings), (select count(*) from test_readings where not current)",
+    )
+    .fetch_one(&bench.pool)
+    .await
+    .expect("counts");
+    assert_eq!(counts, (0, 1, 1), "the reading is a fact and said to be stale, the checkpoint never happened");
     bench.audit().await;
 }
 

@@ -3,4 +3,5 @@
 mod bench;
 mod client;
 mod faults;
+mod passing;
 mod runs;

@@ -1,0 +1,168 @@
+//! Answers that are lost and faults that pass, on a real Postgres: every run goes on.
+
+use crate::{
+    bench::{Bench, Gate, definition, work},
+    faults::{GRACE, LONG, reaches},
+};
+use loopwright_engine::{client::Client, view::RunStatus};
+use serde_json::json;
+use sqlx::{
+    PgPool,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, UnixStream},
+};
+
+/// From now on nobody can read a definition: the statement fails with `code` until table `test_fault` is empty. Sequence
+/// `test_failed` counts, because no rollback takes its numbers back.
+async fn no_definitions(pool: &PgPool, code: &str) {
+    for sql in [
+        "create table test_fault (code text)",
+        "create sequence test_failed",
+        "create function test_fail() returns bool language plpgsql volatile as $$ declare c text; begin
+           select code into c from test_fault;
+           if found then perform nextval('test_failed'); raise exception 'a fault of this test' using errcode = c; end if;
+           return true; end $$",
+        "alter table definitions rename to definitions_real",
+        "create view definitions as select * from definitions_real where test_fail()",
+    ] {
+        sqlx::query(sql).execute(pool).await.expect("fault");
+    }
+    sqlx::query("insert into test_fault values ($1)").bind(code).execute(pool).await.expect("fault");
+}
+
+async fn fault_passes(pool: &PgPool) {
+    sqlx::query("delete from test_fault").execute(pool).await.expect("passed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_that_is_cleared_quarantines_nothing() {
+    let bench = Bench::new().await;
+    let run = bench.start(definition("passing", vec![work("a", &[])]), json!({})).await;
+    no_definitions(&bench.pool, "53100").await;
+    let worker = bench.worker_with(LONG, 4).await;
+    // Given back and claimed again.
+    reaches(&bench.pool, "select case when is_called then last_value else 0 end from test_failed", 2).await;
+    fault_passes(&bench.pool).await;
+    assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
+    worker.drain(GRACE).await;
+    bench.audit().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_cannot_be_quarantined_is_given_back() {
+    let bench = Bench::new().await;
+    let run = bench.start(definition("poison", vec![work("a", &[])]), json!({})).await;
+    no_definitions(&bench.pool, "P0001").await;
+    for sql in [
+        "create sequence test_refused",
+        "create function test_refuse() returns trigger language plpgsql as $$ begin
+           perform nextval('test_refused'); raise exception 'no quarantine'; end $$",
+        "create trigger test_refuse before update on runs for each row when (new.status = 'quarantined') execute function test_refuse()",
+    ] {
+        sqlx::query(sql).execute(&bench.pool).await.expect("fault");
+    }
+    let worker = bench.worker_with(LONG, 4).await;
+    reaches(&bench.pool, "select case when is_called then last_value else 0 end from test_refused", 2).await;
+    fault_passes(&bench.pool).await;
+    assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
+    worker.drain(GRACE).await;
+    bench.audit().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_claim_whose_answer_was_lost_is_found_by_its_owner() {
+    let bench = Bench::new().await;
+    let run = bench.start(definition("claimed", vec![work("a", &[])]), json!({})).await;
+    sqlx::query("delete from ready").execute(&bench.pool).await.expect("hidden");
+    let worker = bench.worker_with(LONG, 4).await;
+    // What such a claim leaves behind.
+    sqlx::query("update runs set owner = $1, epoch = epoch + 1, parked = false where run_id = $2")
+        .bind(worker.id().0)
+        .bind(run.0)
+        .execute(&bench.pool)
+        .await
+        .expect("claimed");
+    assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
+    assert_eq!(bench.outcomes().await.into_iter().collect::<Vec<_>>(), [("Succeeded".to_owned(), 1)]);
+    worker.drain(GRACE).await;
+    bench.audit().await;
+}
+
+/// A way to the database of `pool` that, once `armed`, breaks when a commit is done and before its answer is back.
+async fn broken_way(pool: &PgPool, armed: Arc<AtomicBool>) -> PgPool {
+    let options = pool.connect_options();
+    let socket = options.get_socket().expect("socket").join(format!(".s.PGSQL.{}", options.get_port()));
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("listener");
+    let port = listener.local_addr().expect("address").port();
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = listener.accept().await {
+            let (socket, armed) = (socket.clone(), armed.clone());
+            tokio::spawn(async move {
+                let mut server = UnixStream::connect(socket).await.expect("server");
+                let (mut asked, mut answered) = (vec![0; 1 << 16], vec![0; 1 << 16]);
+                loop {
+                    tokio::select! {
+                        Ok(n) = client.read(&mut asked) => {
+                            if n == 0 {
+                                return;
+                            }
+                            server.write_all(&asked[..n]).await.expect("server");
+                            // The frontend sends it alone and waits, so it is never cut in two.
+                            if asked[..n].ends_with(b"COMMIT\0") && armed.swap(false, Ordering::SeqCst) {
+                                assert!(server.read(&mut answered).await.expect("answer") > 0);
+                                return;
+                            }
+                        }
+                        Ok(n) = server.read(&mut answered) => {
+                            if n == 0 || client.write_all(&answered[..n]).await.is_err() {
+                                return;
+                            }
+                        }
+                        else => return,
+                    }
+                }
+            });
+        }
+    });
+    let options = PgConnectOptions::new_without_pgpass()
+        .host("127.0.0.1")
+        .port(port)
+        .username(options.get_username())
+        .database(options.get_database().expect("database"));
+    PgPoolOptions::new().max_connections(2).connect_with(options).await.expect("pool")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_termination_whose_answer_was_lost_is_done() {
+    let bench = Bench::new().await;
+    let gate = Gate::new();
+    {
+        let gate = gate.clone();
+        bench.script(move |_, _| {
+            let gate = gate.clone();
+            async move {
+                gate.pass().await;
+                Ok(json!(1))
+            }
+        });
+    }
+    let worker = bench.worker_with(LONG, 4).await;
+    let run = bench.start(definition("ended", vec![work("a", &[])]), json!({})).await;
+    gate.arrived(1).await;
+    let armed = Arc::new(AtomicBool::new(false));
+    let client = Client::new(broken_way(&bench.pool, armed.clone()).await, bench.hook.clone());
+    armed.store(true, Ordering::SeqCst);
+    client.terminate(run, "over").await.expect("terminated");
+    assert!(!armed.load(Ordering::SeqCst), "an answer was lost");
+    assert_eq!(bench.closed(run).await.status, RunStatus::Terminated);
+    gate.open(1);
+    worker.drain(GRACE).await;
+    bench.audit().await;
+}
