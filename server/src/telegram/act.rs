@@ -2,7 +2,7 @@
 
 use super::{
     Error, Parts,
-    intent::{self, Incoming, Intent},
+    intent::{self, Incoming, Intent, Money},
     payments, render,
     run::Session,
 };
@@ -31,6 +31,7 @@ mod talk;
 pub(super) use talk::{Action, DECIDE, Verdict};
 
 /// Tries of an update before it is given up: a quarter of an hour with the back-off. Later ones of its chat wait for it.
+/// An update that tells of money is never given up.
 const TRIES: i32 = 20;
 
 /// Acts until the stop.
@@ -65,11 +66,16 @@ async fn next(session: &Session) -> Result<bool, Error> {
         if let Error::Store(crate::store::Error::Unavailable(_)) = error {
             return Err(error);
         }
-        let tries = update.tries + 1;
-        tracing::warn!(update = update.update_id, tries, %error, "an update could not be acted upon");
+        let tries = update.tries.saturating_add(1);
+        let money = intent::money(&update.raw).is_some();
+        if money {
+            tracing::error!(update = update.update_id, tries, %error, "a payment or refund is not booked yet; it is tried again");
+        } else {
+            tracing::warn!(update = update.update_id, tries, %error, "an update could not be acted upon");
+        }
         let pause = session.parts.pace.after(tries.unsigned_abs());
         let pause_ms = i64::try_from(pause.as_millis()).unwrap_or(i64::MAX);
-        let again = (tries < TRIES).then_some(pause_ms);
+        let again = (money || tries < TRIES).then_some(pause_ms);
         store.update_failed(update.update_id, &error.to_string(), again).await?;
         if again.is_none() {
             give_up(session, &update).await?;
@@ -138,7 +144,13 @@ impl Scene<'_> {
 }
 
 async fn act(parts: &Parts, tx: &mut Tx, update: &Stored) -> Result<(), Error> {
-    let Some(Incoming { chat_id, from, intent }) = intent::parse(&update.raw, update.redacted) else { return Ok(()) };
+    let incoming = intent::parse(&update.raw, update.redacted);
+    if let Some(money) = intent::money(&update.raw)
+        && !matches!(&incoming, Some(Incoming { intent: Intent::Paid(_) | Intent::Refunded { .. }, .. }))
+    {
+        return unread(parts, tx, update.update_id, &money).await;
+    }
+    let Some(Incoming { chat_id, from, intent }) = incoming else { return Ok(()) };
     let chat = chats::chat(tx, chat_id).await?;
     let mut scene = Scene { parts, tx, update_id: update.update_id, chat_id, from, said: 0 };
     let scene = &mut scene;
@@ -229,6 +241,14 @@ async fn refuse(scene: &mut Scene<'_>, intent: &Intent) -> Result<(), Error> {
 async fn refuse_payment(scene: &mut Scene<'_>, query: &str, why: &str) -> Result<(), Error> {
     let body = json!({"pre_checkout_query_id": query, "ok": false, "error_message": why});
     scene.queue("AnswerPreCheckoutQuery", body).await
+}
+
+/// Money in an update that cannot be read: an operator decides.
+async fn unread(parts: &Parts, tx: &mut Tx, update_id: i64, money: &Money<'_>) -> Result<(), Error> {
+    let Some(text) = payments::unread(tx, update_id, money).await? else { return Ok(()) };
+    let Some(from) = money.from() else { return Ok(()) };
+    chats::chat(tx, from).await?;
+    Scene { parts, tx, update_id, chat_id: from, from, said: 0 }.say(&text).await
 }
 
 async fn refunded(scene: &mut Scene<'_>, charge_id: &str) -> Result<(), Error> {

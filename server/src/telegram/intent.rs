@@ -54,6 +54,35 @@ pub struct Charge {
     pub recurring: bool,
 }
 
+/// What an update tells of money that moved, as it came: also where the library cannot read it.
+#[derive(Clone, Copy, Debug)]
+pub struct Money<'a> {
+    /// `successful_payment` or `refunded_payment`.
+    pub kind: &'static str,
+    pub body: &'a Value,
+    message: &'a Value,
+}
+
+impl Money<'_> {
+    /// Telegram's id of who paid, which is his private chat's as well.
+    #[must_use]
+    pub fn from(&self) -> Option<i64> {
+        self.message["from"]["id"].as_i64()
+    }
+}
+
+/// Finds money in an update. A message that is only replied to, or pinned, tells of nothing new.
+#[must_use]
+pub fn money(raw: &Value) -> Option<Money<'_>> {
+    let messages = raw.as_object()?.values();
+    let mut found = messages.flat_map(|message| MONEY.iter().map(move |kind| (*kind, message)));
+    found.find_map(|(kind, message)| {
+        message.get(kind).filter(|b| !b.is_null()).map(|body| Money { kind, body, message })
+    })
+}
+
+const MONEY: [&str; 2] = ["successful_payment", "refunded_payment"];
+
 /// A word after a slash.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
@@ -112,8 +141,10 @@ pub fn parse(raw: &Value, redacted: bool) -> Option<Incoming> {
     match update.kind {
         UpdateKind::Message(message) => {
             let from = person(message.from.as_ref()?)?;
-            let chat_id = message.chat.id.0;
-            Some(Incoming { chat_id, from, intent: of_message(&message, redacted) })
+            let intent = of_message(&message, redacted);
+            // A forwarded invoice may be paid in a group; what comes of it is between him and us.
+            let chat_id = if matches!(intent, Intent::Paid(_)) { from } else { message.chat.id.0 };
+            Some(Incoming { chat_id, from, intent })
         }
         // Only a key makes an edit interesting: an answer counts as it was sent.
         UpdateKind::EditedMessage(message) if redacted && message.chat.is_private() => {
@@ -150,9 +181,6 @@ fn person(user: &User) -> Option<i64> {
 }
 
 fn of_message(message: &Message, redacted: bool) -> Intent {
-    if !message.chat.is_private() {
-        return Intent::Group;
-    }
     match &message.kind {
         MessageKind::SuccessfulPayment(paid) => {
             let paid = &paid.successful_payment;
@@ -169,6 +197,9 @@ fn of_message(message: &Message, redacted: bool) -> Intent {
             return Intent::Refunded { charge_id };
         }
         _ => {}
+    }
+    if !message.chat.is_private() {
+        return Intent::Group;
     }
     if redacted {
         return Intent::Secret { message_id: message.id.0 };
@@ -259,6 +290,17 @@ mod tests {
             intent(&message(&json!({"refunded_payment": payment}))),
             Some(Intent::Refunded { charge_id: "stx1".into() })
         );
+        // Paid in a group, answered to the payer.
+        let group = json!({"id": -5, "type": "group", "title": "g"});
+        let paid = parse(&message(&json!({"successful_payment": payment, "chat": group})), false).unwrap();
+        assert!(paid.chat_id == 42 && matches!(paid.intent, Intent::Paid(_)), "{paid:?}");
+        let raw = message(&json!({"successful_payment": payment}));
+        let found = money(&raw).unwrap();
+        assert_eq!(
+            (found.kind, found.from(), &found.body["total_amount"]),
+            ("successful_payment", Some(42), &json!(250))
+        );
+        assert!(money(&message(&json!({"text": "thanks", "reply_to_message": raw["message"]}))).is_none());
         let from = json!({"id": 42, "is_bot": false, "first_name": "Ada"});
         let raw =
             json!({"update_id": 3, "callback_query": {"id": "9", "from": from, "chat_instance": "c", "data": "t"}});

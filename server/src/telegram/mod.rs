@@ -23,6 +23,7 @@ mod send;
 pub use run::run;
 
 use crate::{config, rest::Archives, store::Store};
+use loopwright_activities::billing::ledger::LedgerError;
 use loopwright_engine::client::Client;
 use std::{sync::Arc, time::Duration};
 
@@ -83,13 +84,48 @@ enum Error {
     #[error(transparent)]
     Store(#[from] crate::store::Error),
     #[error(transparent)]
-    Engine(#[from] loopwright_engine::Error),
+    Engine(loopwright_engine::Error),
     #[error(transparent)]
-    Ledger(#[from] loopwright_activities::billing::ledger::LedgerError),
+    Ledger(LedgerError),
     #[error("Telegram refuses the token; set TELEGRAM_BOT_TOKEN to the one that BotFather shows")]
     Token,
     #[error("the right to poll was lost")]
     LeaseLost,
     #[error("Telegram: {0}")]
     Telegram(String),
+}
+
+// A database that is away is the same to us whoever was asked: it is waited for, and counts as nobody's failure.
+impl From<loopwright_engine::Error> for Error {
+    fn from(error: loopwright_engine::Error) -> Self {
+        match error {
+            loopwright_engine::Error::Sql(error) => Self::Store(error.into()),
+            other => Self::Engine(other),
+        }
+    }
+}
+
+impl From<LedgerError> for Error {
+    fn from(error: LedgerError) -> Self {
+        match error {
+            LedgerError::Sql(error) => Self::Store(error.into()),
+            other => Self::Ledger(other),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_database_that_is_away_is_away_whoever_was_asked() {
+        let away = |error: Error| matches!(error, Error::Store(crate::store::Error::Unavailable(_)));
+        assert!(away(LedgerError::Sql(sqlx::Error::PoolTimedOut).into()));
+        assert!(away(loopwright_engine::Error::Sql(sqlx::Error::PoolClosed).into()));
+        assert!(away(crate::store::Error::from(sqlx::Error::PoolClosed).into()));
+        assert!(!away(LedgerError::Sql(sqlx::Error::RowNotFound).into()));
+        assert!(!away(LedgerError::NotPositive.into()));
+        assert!(!away(loopwright_engine::Error::LeaseLost.into()));
+    }
 }

@@ -1,6 +1,10 @@
 //! Credits for Stars: offers, the check before a payment, the payment itself.
 
-use super::{Error, Parts, intent::Charge, render};
+use super::{
+    Error, Parts,
+    intent::{Charge, Money},
+    render,
+};
 use crate::store::telegram::{
     Tx, chats,
     orders::{self, Dispute},
@@ -19,6 +23,8 @@ pub const PACKS: &[(i32, i64)] = &[(100, 100), (250, 260), (500, 540), (1_000, 1
 pub const STANDARD: i32 = 250;
 /// An offer stands so long. Chosen: prices may change within days.
 const OFFER_HOURS: i32 = 24;
+/// Characters of an unreadable payment that a dispute keeps. Chosen: a readable one has about 300.
+const RAW_CHARS_MAX: usize = 2_000;
 
 /// Opens an order. Returns the invoice; `None` if there is no such pack.
 pub(super) async fn offer(tx: &mut Tx, chat_id: i64, user: Uuid, stars: Option<i32>) -> Result<Option<Value>, Error> {
@@ -92,9 +98,51 @@ pub(super) async fn paid(parts: &Parts, tx: &mut Tx, from: i64, charge: &Charge)
         return Ok(None);
     }
     tracing::error!(from, charge = charge.id, why = refused, "a payment does not fit its order; it was not granted");
-    Ok(Some(format!(
-        "Your payment arrived, but it does not fit its invoice, so no credits were added yet. The operator will look at \
-         it: /paysupport, and name the charge <code>{}</code>.",
-        teloxide::utils::html::escape(&charge.id)
+    Ok(Some(disputed(
+        "Your payment arrived, but it does not fit its invoice, so no credits were added yet.",
+        &charge.id,
     )))
+}
+
+/// Keeps money that cannot be read for an operator. Returns what to say; nothing if it is known already.
+///
+/// # Transaction
+/// Idempotent by charge id, or by update id where there is none. A refund is kept as `refund:<charge>`: the payment may
+/// be in dispute itself.
+pub(super) async fn unread(tx: &mut Tx, update_id: i64, money: &Money<'_>) -> Result<Option<String>, Error> {
+    let text = |name: &str| money.body[name].as_str().unwrap_or_default();
+    let charge = match text("telegram_payment_charge_id") {
+        "" => format!("update:{update_id}"),
+        id => id.to_owned(),
+    };
+    let from = money.from().unwrap_or_default();
+    let paid = money.kind == "successful_payment";
+    let raw: String = money.body.to_string().chars().take(RAW_CHARS_MAX).collect();
+    let dispute = Dispute {
+        charge_id: &if paid { charge.clone() } else { format!("refund:{charge}") },
+        telegram_user_id: from,
+        user: chats::user(tx, from).await?.map(|user| user.id),
+        payload: text("invoice_payload"),
+        currency: text("currency"),
+        amount: money.body["total_amount"].as_i64().unwrap_or_default(),
+        reason: &format!("the {} of update {update_id} cannot be read: {raw}", money.kind),
+    };
+    if !orders::dispute(tx, &dispute).await? {
+        return Ok(None);
+    }
+    tracing::error!(
+        from,
+        charge,
+        update = update_id,
+        kind = money.kind,
+        "a payment or refund cannot be read; see payment_disputes"
+    );
+    Ok(paid.then(|| disputed("Your payment arrived, but I could not read it, so no credits were added yet.", &charge)))
+}
+
+fn disputed(what: &str, charge_id: &str) -> String {
+    format!(
+        "{what} The operator will look at it: /paysupport, and name the charge <code>{}</code>.",
+        teloxide::utils::html::escape(charge_id)
+    )
 }

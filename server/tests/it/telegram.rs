@@ -424,6 +424,75 @@ async fn payments_are_booked_once_and_only_as_ordered() {
 }
 
 #[tokio::test]
+async fn a_payment_is_tried_until_it_is_booked() {
+    let ms = Duration::from_millis;
+    let mut bot = Bot::start_with(|parts| parts.pace = Pace { pause: ms(1), pause_max: ms(5), ..pace() }).await;
+    bot.fake.says(ADA, "/start");
+    bot.fake.says(ADA, "/buy 100");
+    let (payload, amount) = invoice(&bot, 1).await;
+    // Nothing can be booked, for more tries than any other update has.
+    sqlx::raw_sql(
+        "create function no_payment() returns trigger language plpgsql as $$ begin raise exception 'broken'; end $$;
+         create trigger no_payment before insert or update on payments for each row execute function no_payment();",
+    )
+    .execute(&bot.pool)
+    .await
+    .unwrap();
+    bot.fake.pays(ADA, "sk_charge1234567890123456789", amount, &payload);
+    let tried = async {
+        while bot.number("select coalesce(max(tries), 0)::bigint from telegram_inbox").await < 23 {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), tried).await.unwrap();
+    assert_eq!(bot.number("select count(*) from telegram_inbox where processed_at is null").await, 1);
+    sqlx::raw_sql("drop trigger no_payment on payments").execute(&bot.pool).await.unwrap();
+    bot.fake.message("you have 200 now").await;
+    bot.settled(3).await;
+    // Its id looks like a key, and is kept to the letter.
+    let known = "select count(*) from payments where charge_id = 'sk_charge1234567890123456789'";
+    assert_eq!(bot.number(known).await, 1);
+    assert!(bot.fake.calls().iter().all(|c| !c.text().contains("Something went wrong")));
+    bot.stop().await;
+}
+
+#[tokio::test]
+async fn money_that_cannot_be_read_is_kept_for_an_operator() {
+    let mut bot = Bot::start().await;
+    bot.fake.says(ADA, "/start");
+    let payment = |charge: Value, amount: Value| {
+        json!({"currency": "XTR", "total_amount": amount, "invoice_payload": "order:1",
+            "telegram_payment_charge_id": charge, "provider_payment_charge_id": "p"})
+    };
+    for _ in 0..2 {
+        bot.fake.says_with(ADA, json!({"successful_payment": payment(json!("stx1"), json!("many"))}));
+    }
+    bot.fake.says_with(EVE, json!({"successful_payment": payment(json!(7), json!(100))}));
+    bot.fake.says_with(ADA, json!({"refunded_payment": payment(json!("stx1"), json!("many"))}));
+    // Who answers to a payment does not pay again.
+    let paid = json!({"message_id": 1, "date": 1, "chat": {"id": ADA, "type": "private", "first_name": "Ada"},
+        "successful_payment": payment(json!("stx2"), json!("many"))});
+    bot.fake.says_with(ADA, json!({"text": "/help", "reply_to_message": paid}));
+    bot.settled(6).await;
+    let kept: Vec<(String, i64, i64, String)> = sqlx::query_as(
+        "select charge_id, telegram_user_id, amount, reason from payment_disputes order by received_at, charge_id",
+    )
+    .fetch_all(&bot.pool)
+    .await
+    .unwrap();
+    let kept: Vec<_> = kept.iter().map(|(charge, from, amount, _)| (charge.as_str(), *from, *amount)).collect();
+    let update = bot.number("select update_id from telegram_inbox where chat_id = 43").await;
+    let expected = [("stx1", ADA, 0), (&*format!("update:{update}"), EVE, 100), ("refund:stx1", ADA, 0)];
+    assert_eq!(kept, expected);
+    let reason = "select count(*) from payment_disputes where reason like '%cannot be read: {%\"many\"%'";
+    assert_eq!(bot.number(reason).await, 2);
+    let said: Vec<_> = bot.fake.done("SendMessage");
+    assert_eq!(said.iter().filter(|c| c.text().contains("could not read it")).count(), 2, "{said:?}");
+    assert_eq!(bot.number("select count(*) from credit_transactions").await, 1);
+    bot.stop().await;
+}
+
+#[tokio::test]
 async fn a_pasted_key_is_deleted_and_nowhere_in_the_database() {
     let mut bot = Bot::start().await;
     bot.fake.says(ADA, "/start");

@@ -92,11 +92,12 @@ pub async fn refunded(tx: &mut Tx, user: Uuid, charge_id: &str) -> Result<bool, 
     Ok(true)
 }
 
-/// Keeps a payment that was not granted, for an operator. Once per charge.
+/// Keeps a payment that was not granted, for an operator. Once per charge, and never one that was granted.
 pub async fn dispute(tx: &mut Tx, dispute: &Dispute<'_>) -> Result<bool, Error> {
     let done = sqlx::query(
         "insert into payment_disputes (charge_id, telegram_user_id, user_id, payload, currency, amount, reason)
-         values ($1, $2, $3, $4, $5, $6, $7) on conflict (charge_id) do nothing",
+         select $1, $2, $3, $4, $5, $6, $7 where not exists (select from payments where charge_id = $1)
+         on conflict (charge_id) do nothing",
     )
     .bind(dispute.charge_id)
     .bind(dispute.telegram_user_id)
