@@ -1,11 +1,19 @@
 //! Answers that are lost and faults that pass, on a real Postgres: every run goes on.
 
 use crate::{
-    bench::{Bench, Gate, definition, work},
+    bench::{Bench, Gate, Work, definition, work},
     faults::{GRACE, LONG, reaches},
 };
-use loopwright_engine::{client::Client, view::RunStatus};
-use serde_json::json;
+use futures_util::future::BoxFuture;
+use loopwright_engine::{
+    Failure,
+    activity::{Activity, Context, Registry},
+    client::Client,
+    signature::Signature,
+    view::RunStatus,
+    worker::{self, WorkerConfig},
+};
+use serde_json::{Value, json};
 use sqlx::{
     PgPool,
     postgres::{PgConnectOptions, PgPoolOptions},
@@ -91,6 +99,34 @@ async fn a_claim_whose_answer_was_lost_is_found_by_its_owner() {
         .expect("claimed");
     assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
     assert_eq!(bench.outcomes().await.into_iter().collect::<Vec<_>>(), [("Succeeded".to_owned(), 1)]);
+    worker.drain(GRACE).await;
+    bench.audit().await;
+}
+
+/// `work@1` whose estimate, which the driver asks for, panics at the first time.
+struct Panics(AtomicBool);
+
+impl Activity for Panics {
+    fn signature(&self) -> Signature {
+        Work(Arc::new(|_, input| Box::pin(async move { Ok(input) }))).signature()
+    }
+    fn run(&self, _ctx: Context, input: Value) -> BoxFuture<'static, Result<Value, Failure>> {
+        Box::pin(async move { Ok(input) })
+    }
+    fn reserve(&self, _input: &Value) -> Value {
+        assert!(self.0.swap(true, Ordering::SeqCst), "the first estimate, as this test wants it");
+        Value::Null
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_whose_driver_panicked_is_found_by_its_owner() {
+    let bench = Bench::new().await;
+    let mut config = WorkerConfig::new(bench.pool.clone(), Registry::new().with(Panics(AtomicBool::new(false))));
+    (config.hook, config.lease) = (bench.hook.clone(), LONG);
+    let worker = worker::start(config).await.expect("worker");
+    let run = bench.start(definition("panics", vec![work("a", &[])]), json!({})).await;
+    assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
     worker.drain(GRACE).await;
     bench.audit().await;
 }
