@@ -18,7 +18,7 @@ use crate::{
 };
 use serde_json::{Value, json};
 use sqlx::{PgConnection, PgPool};
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 /// A request to start a run.
 #[derive(Clone, Debug)]
@@ -75,6 +75,10 @@ impl Decision {
             Self::Rejected => "rejected",
             Self::ChangesRequested => "changes_requested",
         }
+    }
+
+    fn parse(value: &Value) -> Option<Self> {
+        [Self::Approved, Self::Rejected, Self::ChangesRequested].into_iter().find(|d| value == d.as_str())
     }
 }
 
@@ -193,11 +197,13 @@ impl Client {
         store::runs::start(conn, &start, &pinned.definition, &inputs).await
     }
 
-    /// Sends a signal. It is kept until the run reads it, also when it comes early.
+    /// Sends a signal that a step of the run's definition takes, an approval's under the id of its step. It is kept until the
+    /// run reads it, also when it comes early; only a decision on what does not wait yet counts for nothing: see
+    /// [`Self::approve`], which refuses it.
     /// Returns false when its dedupe id was seen before.
     ///
     /// # Errors
-    /// `run_not_found`, `run_closed`, `signal_invalid` (the form's violations), `too_large`.
+    /// `run_not_found`, `run_closed`, `signal_invalid` (the names that there are, or the form's violations), `too_large`.
     pub async fn signal(&self, run: RunId, signal: Signal) -> Result<bool> {
         let stored = in_transaction(&self.pool, |conn| {
             let signal = signal.clone();
@@ -217,21 +223,7 @@ impl Client {
         }
         let definition = self.open_definition(conn, run).await?;
         let pinned = store::definitions::load(conn, definition).await?;
-        let mut problems = Vec::new();
-        let mut fits = false;
-        pinned.definition.walk(&mut |step| {
-            if let Kind::Await(spec) = &step.kind
-                && spec.signal == signal.name
-                && spec.approval.is_none()
-            {
-                let found = spec.form.as_ref().map_or_else(Vec::new, |form| violations(form, &signal.payload));
-                fits |= found.is_empty();
-                problems.extend(found);
-            }
-        });
-        if !fits && !problems.is_empty() {
-            return Err(Error::SignalInvalid(problems));
-        }
+        check(&pinned.definition, &signal).map_err(Error::SignalInvalid)?;
         self.send(conn, run, &signal).await
     }
 
@@ -415,6 +407,38 @@ impl Client {
             Sent::NoOpenRun => Err(Error::RunClosed(run.to_string())),
         }
     }
+}
+
+/// Whether some step of the definition takes this signal. An approval has no form: it reads `decision`.
+fn check(definition: &Definition, signal: &Signal) -> std::result::Result<(), Vec<String>> {
+    let (mut names, mut problems, mut fits) = (BTreeSet::new(), Vec::new(), false);
+    definition.walk(&mut |step| {
+        let Kind::Await(spec) = &step.kind else { return };
+        names.insert(format!("`{}`", spec.signal));
+        if spec.signal == signal.name {
+            let found = match (&spec.form, spec.approval) {
+                (_, Some(_)) if Decision::parse(&signal.payload["decision"]).is_some() => Vec::new(),
+                (_, Some(_)) => vec!["at /decision: not `approved`, `rejected` or `changes_requested`".to_owned()],
+                (Some(form), None) => violations(form, &signal.payload),
+                (None, None) => Vec::new(),
+            };
+            fits |= found.is_empty();
+            problems.extend(found);
+        }
+    });
+    if fits {
+        return Ok(());
+    }
+    if problems.is_empty() {
+        let name = &signal.name;
+        problems.push(if names.is_empty() {
+            format!("no step waits for a signal `{name}`, nor for any other")
+        } else {
+            let names: Vec<String> = names.into_iter().collect();
+            format!("no step waits for a signal `{name}`; this workflow's are {}", names.join(", "))
+        });
+    }
+    Err(problems)
 }
 
 fn json_len(value: &Value) -> usize {

@@ -13,7 +13,7 @@ pub enum Error {
     DefinitionInvalid(String),
     #[error("the inputs are not valid: {}", .0.join("; "))]
     InputInvalid(Vec<String>),
-    #[error("the payload does not satisfy the form: {}", .0.join("; "))]
+    #[error("the signal is not valid: {}", .0.join("; "))]
     SignalInvalid(Vec<String>),
     #[error("run {0} does not wait for an approval `{1}`")]
     ApprovalNotWaiting(String, String),

@@ -154,6 +154,36 @@ async fn an_approval_is_answered_by_its_step() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_signal_that_no_step_takes_is_refused_with_the_names_that_there_are() {
+    let bench = Bench::new().await;
+    let mut gate = waits("gate");
+    if let Kind::Await(spec) = &mut gate.kind {
+        spec.signal = "gate".into();
+        spec.form = None;
+        spec.approval = Some(Approval { quorum: 1, fail_on_reject: true });
+    }
+    let run = bench.start(definition("names", vec![gate, waits("w")]), json!({})).await;
+    let named = |name: &str| Signal { name: name.into(), ..Signal::default() };
+    for name in ["anwser", "w", ""] {
+        let Err(Error::SignalInvalid(why)) = bench.client.signal(run, named(name)).await else { panic!("{name}") };
+        assert_eq!(why, [format!("no step waits for a signal `{name}`; this workflow's are `answer`, `gate`")]);
+    }
+    let Err(Error::SignalInvalid(why)) = bench.client.signal(run, named("gate")).await else { panic!("no decision") };
+    assert!(why[0].starts_with("at /decision: "), "{why:?}");
+    // Before its step waits, before even the run has begun.
+    assert!(bench.client.signal(run, answer("early", "m1")).await.expect("kept"));
+    let worker = bench.worker().await;
+    bench.until(run, "waits", |v| !v.waiting.is_empty()).await;
+    let yes = Signal { payload: json!({"decision": "approved"}), sender: Some("user:1".into()), ..named("gate") };
+    assert!(bench.client.signal(run, yes).await.expect("sent"));
+    assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
+    worker.drain(GRACE).await;
+    let quiet = bench.start(definition("quiet", vec![work("a", &[])]), json!({})).await;
+    let Err(Error::SignalInvalid(why)) = bench.client.signal(quiet, named("x")).await else { panic!("nothing waits") };
+    assert_eq!(why, ["no step waits for a signal `x`, nor for any other"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_refused_start_parks_the_run_and_a_grant_lets_it_go_on() {
     let bench = Bench::new().await;
     let gate = Gate::new();

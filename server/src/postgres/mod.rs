@@ -4,7 +4,7 @@ use crate::{config::Config, telemetry::redact};
 use loopwright_engine::embedded;
 use secrecy::ExposeSecret;
 use sqlx::{
-    ConnectOptions, PgPool,
+    ConnectOptions, Connection, PgConnection, PgPool,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
 use std::time::Duration;
@@ -63,13 +63,27 @@ pub async fn open(config: &Config, fallback: Fallback) -> Result<Database, Error
     };
     let options: PgConnectOptions = url.parse().map_err(|e: sqlx::Error| Error::Address(e.to_string()))?;
     let options = options.log_slow_statements(tracing::log::LevelFilter::Warn, Duration::from_secs(2));
-    let pool = PgPoolOptions::new()
-        .max_connections(POOL_MAX)
-        .acquire_timeout(ACQUIRE_TIMEOUT)
-        .connect_with(options)
+    reach(&options)
         .await
-        .map_err(|e| Error::Unreachable { address: redact(&url).into_owned(), reason: one_line(&e.to_string()) })?;
+        .map_err(|reason| Error::Unreachable { address: redact(&url).into_owned(), reason: one_line(&reason) })?;
+    let pool =
+        PgPoolOptions::new().max_connections(POOL_MAX).acquire_timeout(ACQUIRE_TIMEOUT).connect_lazy_with(options);
     Ok(Database { pool, url, server })
+}
+
+/// Connects once, outside a pool: a pool tries a refused connection again until its timeout, and then says only that.
+async fn reach(options: &PgConnectOptions) -> Result<(), String> {
+    let connecting = tokio::time::timeout(ACQUIRE_TIMEOUT, PgConnection::connect_with(options));
+    match connecting.await {
+        Ok(Ok(connection)) => {
+            // It answered; whether it hears the goodbye does not matter.
+            let _ = connection.close().await;
+            Ok(())
+        }
+        Ok(Err(sqlx::Error::Io(error))) => Err(error.to_string()),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_) => Err(format!("no answer within {} seconds", ACQUIRE_TIMEOUT.as_secs())),
+    }
 }
 
 fn one_line(text: &str) -> String {

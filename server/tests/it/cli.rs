@@ -58,7 +58,7 @@ fn what_the_machine_lacks_is_exit_code_3() {
     let cases: [Case; 4] = [
         (&["server", "--listen", &port], &[secret, ("DATABASE_URL", url)], "--listen"),
         (&["server", "--listen", "127.0.0.1:0"], &[secret], "DATABASE_URL"),
-        (&["worker"], &[("DATABASE_URL", url)], "cannot be reached"),
+        (&["worker"], &[("DATABASE_URL", url)], "cannot be reached: Connection refused"),
         (&["migrate"], &[("LOOPWRIGHT_PG_BIN", "/nonexistent")], "LOOPWRIGHT_PG_BIN"),
     ];
     for (args, env, expected) in cases {

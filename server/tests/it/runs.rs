@@ -63,6 +63,10 @@ async fn a_run_is_followed_and_steered_to_its_end() {
         server.post("ann", &format!("{path}/signals"), &body).header("idempotency-key", "m1").send()
     };
     problem(signal(json!({"text": 5})).await.unwrap(), 422, "input_invalid").await;
+    let misspelled = json!({"name": "user_mesage", "payload": {"text": "blue"}});
+    let response = server.post("ann", &format!("{path}/signals"), &misspelled).send().await.unwrap();
+    let body = problem(response, 422, "input_invalid").await;
+    assert!(body["detail"].as_str().unwrap().contains("`user_message`"), "{body}");
     assert_eq!(read(signal(json!({"text": "blue"})).await.unwrap()).await, (202, json!({"status": "accepted"})));
     assert_eq!(read(signal(json!({"text": "blue"})).await.unwrap()).await.1["status"], "duplicate");
 
