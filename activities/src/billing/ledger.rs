@@ -350,6 +350,56 @@ pub async fn refund(conn: &mut PgConnection, user: Uuid, charge_id: &str) -> Res
     Ok(true)
 }
 
+/// Books a purchase that the payment provider has taken back although part of it is used: what is neither used nor held
+/// is taken as an `adjustment`. Returns the credits taken, perhaps zero; `None` if the purchase was taken back before.
+///
+/// What is still held pays for its attempts; the rest of it can never be held again, because the grant ends here, and
+/// [`expire`] takes it. What is used stays with the platform.
+///
+/// # Errors
+/// [`LedgerError::Mismatch`] when the user made no such payment.
+/// # Transaction
+/// Locks the user, then the grant. Key `refund:<charge>`. The payment is `done` if something was taken, otherwise
+/// `chargeback`.
+pub async fn charge_back(
+    conn: &mut PgConnection,
+    user: Uuid,
+    charge_id: &str,
+) -> Result<Option<MicroCredits>, LedgerError> {
+    lock(conn, user).await?;
+    let grant: Option<(Uuid, i64, String)> = sqlx::query_as(
+        "select g.id, g.remaining_ucr - g.held_ucr, p.refund_state from payments p
+           join credit_grants g on g.source = 'purchase' and g.source_ref = p.charge_id and g.user_id = p.user_id
+         where p.charge_id = $1 and p.user_id = $2 for no key update of g",
+    )
+    .bind(charge_id)
+    .bind(user)
+    .fetch_optional(&mut *conn)
+    .await?;
+    let Some((grant, free, state)) = grant else { return Err(LedgerError::Mismatch("no such payment".into())) };
+    if state != "none" {
+        return Ok(None);
+    }
+    sqlx::query("update credit_grants set remaining_ucr = held_ucr, expires_at = engine_now() where id = $1")
+        .bind(grant)
+        .execute(&mut *conn)
+        .await?;
+    if free > 0 {
+        let key = format!("refund:{charge_id}");
+        append(
+            conn,
+            &Entry { grant: Some(grant), ..Entry::new(user, "adjustment", -free, 0, "platform:purchase", &key) },
+        )
+        .await?;
+    }
+    sqlx::query("update payments set refund_state = $2 where charge_id = $1")
+        .bind(charge_id)
+        .bind(if free > 0 { "done" } else { "chargeback" })
+        .execute(&mut *conn)
+        .await?;
+    Ok(Some(MicroCredits(free)))
+}
+
 /// The payment provider carried a refund out.
 pub async fn refund_done(conn: &mut PgConnection, charge_id: &str) -> Result<(), LedgerError> {
     sqlx::query("update payments set refund_state = 'done' where charge_id = $1 and refund_state = 'requested'")

@@ -441,6 +441,89 @@ async fn a_purchase_counts_once_per_charge_and_is_refunded_while_it_is_untouched
 }
 
 #[tokio::test]
+async fn a_used_purchase_that_is_taken_back_loses_what_is_left_of_it() {
+    // Without welcome credits every attempt holds part of the purchase.
+    for held in [true, false] {
+        let bench = Bench::new(0).await;
+        sqlx::query("insert into orders (payload, user_id, stars, credits_ucr, state, expires_at) values ('ord', $1, 250, 50000000, 'open', engine_now() + interval '1 hour')")
+            .bind(bench.user)
+            .execute(&bench.pool)
+            .await
+            .expect("order");
+        let mut conn = bench.pool.acquire().await.expect("conn");
+        let payment = Payment { charge_id: "c1", payload: "ord", currency: "XTR", stars: 250, recurring: false };
+        ledger::purchase(&mut conn, bench.user, &payment).await.expect("paid");
+        let attempt = bench.attempt(RunId::new(), 1);
+        assert_eq!(bench.start(&attempt).await, None);
+        bench.open(&attempt, "a.0", 1_000).await;
+        bench.close(&attempt, "a.0", CallState::Succeeded, 1_000, 100).await;
+        if !held {
+            bench.end(&attempt, Outcome::Succeeded).await;
+        }
+        let before = ledger::balance(&mut conn, bench.user).await.expect("balance");
+        assert!(before.held.0 > 0 || !held);
+        let other = ledger::charge_back(&mut conn, Uuid::nil(), "c1").await;
+        assert!(matches!(other, Err(LedgerError::NoUser(_))), "{other:?}");
+        let unknown = ledger::charge_back(&mut conn, bench.user, "c2").await;
+        assert!(matches!(unknown, Err(LedgerError::Mismatch(_))), "{unknown:?}");
+        let taken = ledger::charge_back(&mut conn, bench.user, "c1").await.expect("taken back");
+        assert_eq!(taken, Some(before.available()));
+        assert_eq!(ledger::charge_back(&mut conn, bench.user, "c1").await.expect("again"), None);
+        assert!(!ledger::refund(&mut conn, bench.user, "c1").await.expect("taken back already"));
+        let after = ledger::balance(&mut conn, bench.user).await.expect("balance");
+        assert_eq!((after.balance, after.held), (before.held, before.held));
+        assert_eq!(bench.violations().await, [""; 0]);
+        if held {
+            // What the attempt gives back is not held again, and goes.
+            bench.end(&attempt, Outcome::Succeeded).await;
+            let rest = ledger::balance(&mut conn, bench.user).await.expect("balance");
+            assert!(rest.balance.0 > 0 && rest.held.0 == 0, "{rest:?}");
+            assert!(bench.start(&bench.attempt(RunId::new(), 1)).await.is_some(), "there is nothing to hold");
+            assert_eq!(bench.violations().await, [""; 0]);
+        }
+        assert_eq!(ledger::expire(&mut conn, 10).await.expect("expired"), u64::from(held));
+        assert_eq!(ledger::balance(&mut conn, bench.user).await.expect("balance").balance.0, 0);
+        assert_eq!(bench.violations().await, [""; 0]);
+    }
+}
+
+#[tokio::test]
+async fn a_purchase_that_is_all_held_when_it_is_taken_back_is_a_chargeback() {
+    let bench = Bench::new(0).await;
+    let mut conn = bench.pool.acquire().await.expect("conn");
+    // As large as one hold: an attempt on a larger grant tells how large.
+    bench.grant("large", 100).await;
+    let first = bench.attempt(RunId::new(), 1);
+    assert_eq!(bench.start(&first).await, None);
+    let hold = ledger::balance(&mut conn, bench.user).await.expect("balance").held.0;
+    bench.end(&first, Outcome::Failed).await;
+    sqlx::query("insert into orders (payload, user_id, stars, credits_ucr, state, expires_at) values ('ord', $1, 250, $2, 'open', engine_now() + interval '1 hour')")
+        .bind(bench.user)
+        .bind(hold)
+        .execute(&bench.pool)
+        .await
+        .expect("order");
+    let payment = Payment { charge_id: "c1", payload: "ord", currency: "XTR", stars: 250, recurring: false };
+    ledger::purchase(&mut conn, bench.user, &payment).await.expect("paid");
+    // The purchase burns first here.
+    sqlx::query("update credit_grants set priority = 1 where source = 'purchase'")
+        .execute(&bench.pool)
+        .await
+        .expect("set");
+    let second = bench.attempt(RunId::new(), 1);
+    assert_eq!(bench.start(&second).await, None);
+    assert_eq!(ledger::charge_back(&mut conn, bench.user, "c1").await.expect("taken back"), Some(MicroCredits(0)));
+    let state: String =
+        sqlx::query_scalar("select refund_state from payments").fetch_one(&bench.pool).await.expect("one");
+    assert_eq!(state, "chargeback");
+    assert_eq!(bench.violations().await, [""; 0]);
+    bench.end(&second, Outcome::Failed).await;
+    assert_eq!(ledger::expire(&mut conn, 10).await.expect("expired"), 1);
+    assert_eq!(bench.balance().await.0, 100_000_000);
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+#[tokio::test]
 async fn the_ledger_cannot_be_rewritten() {
     let bench = Bench::new(1).await;
     for sql in [

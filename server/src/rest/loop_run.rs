@@ -1,7 +1,8 @@
 //! `POST /orchestrate/run-loop`: the trigger of a project's development loop.
 //!
 //! It starts the loop or wakes the open one, waits until a task has ended or the run waits for somebody, and tells
-//! which. It never starts a second loop: the business key of the run is the project.
+//! which. It never starts a second loop: the business key of the run is the project, and an idempotency key stands for one
+//! run, also after that has closed.
 
 use super::{
     Code, Error, State,
@@ -10,9 +11,12 @@ use super::{
 };
 use crate::{
     read::task::{self, Task},
-    store::{idempotency::Claim, projects::Project},
+    store::{
+        idempotency::{Claim, Ticket},
+        projects::Project,
+    },
 };
-use loopwright_engine::{ids::RunId, view::Waiting};
+use loopwright_engine::{client::Start, ids::RunId, view::Waiting};
 use serde::Serialize;
 use serde_json::json;
 use std::time::Duration;
@@ -50,7 +54,9 @@ pub(super) async fn run(mut call: Call) -> Result<Response, Error> {
     let state = call.state.clone();
     match key {
         Some(key) => to_the_end(once(state, caller.user, project, prefer, key)).await,
-        None => answer(&state, caller.user, &project, prefer).await.map(|a| a.into_response(prefer)).map_err(failed),
+        None => {
+            answer(&state, caller.user, &project, prefer, None).await.map(|a| a.into_response(prefer)).map_err(failed)
+        }
     }
 }
 
@@ -62,19 +68,29 @@ async fn once(state: State, user: Uuid, project: Project, prefer: Prefer, key: S
         Claim::Fresh(ticket) => ticket,
         settled => return replay(settled),
     };
-    match answer(&state, user, &project, prefer).await {
-        Ok(answer) => {
-            state.store.answer(&ticket, answer.status, Some(&answer.location), &answer.body).await?;
-            Ok(answer.into_response(prefer))
-        }
+    match answered(&state, user, &project, prefer, &ticket).await {
+        Ok(answer) => Ok(answer.into_response(prefer)),
         Err(error) => {
-            if let Err(error) = state.store.forget(&ticket).await {
+            // Not forgotten: the loop may have started, and the next request must find it.
+            if let Err(error) = state.store.release(&ticket).await {
                 // The row is taken over when it is abandoned long enough.
                 tracing::warn!(%error, "an idempotency key could not be given back");
             }
             Err(failed(error))
         }
     }
+}
+
+async fn answered(
+    state: &State,
+    user: Uuid,
+    project: &Project,
+    prefer: Prefer,
+    ticket: &Ticket,
+) -> Result<Answer, Error> {
+    let answer = answer(state, user, project, prefer, Some(ticket)).await?;
+    state.store.answer(ticket, answer.status, Some(&answer.location), &answer.body).await?;
+    Ok(answer)
 }
 
 /// What cannot be carried out is this route's own failure, except when the caller is to come again.
@@ -101,8 +117,14 @@ impl Answer {
     }
 }
 
-async fn answer(state: &State, user: Uuid, project: &Project, prefer: Prefer) -> Result<Answer, Error> {
-    let begun = start(state, user, project).await?;
+async fn answer(
+    state: &State,
+    user: Uuid,
+    project: &Project,
+    prefer: Prefer,
+    ticket: Option<&Ticket>,
+) -> Result<Answer, Error> {
+    let begun = start(state, user, project, ticket).await?;
     let run = begun.run;
     let location = format!("/v1/runs/{run}");
     let wait = match prefer {
@@ -141,11 +163,19 @@ struct Begun {
     woken: bool,
 }
 
-/// Starts the loop or wakes the open one.
-async fn start(state: &State, user: Uuid, project: &Project) -> Result<Begun, Error> {
+/// Starts the loop or wakes the open one. With a ticket it is the run that an earlier turn started or found, open or
+/// closed.
+async fn start(state: &State, user: Uuid, project: &Project, ticket: Option<&Ticket>) -> Result<Begun, Error> {
     let client = &state.client;
     let definition = client.pointer(&project.workflow_name, "current").await?;
-    let started = client.start(project.start(user, definition)).await?;
+    let start = Start { run_id: ticket.map(Ticket::run), ..project.start(user, definition) };
+    let started = client.start(start).await?;
+    if let Some(ticket) = ticket
+        && started.run_id != ticket.run()
+    {
+        // Whoever dies before this has started nothing under the key yet.
+        state.store.keep_run(ticket, started.run_id).await?;
+    }
     if started.created {
         return Ok(Begun { run: started.run_id, seq: 0, woken: false });
     }

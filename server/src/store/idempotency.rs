@@ -1,6 +1,7 @@
 //! Answers kept under the key that their caller chose, so that a repeated request gets the first answer again.
 
 use super::{Error, Store};
+use loopwright_engine::ids::RunId;
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
@@ -14,7 +15,8 @@ const SWEEP: i64 = 20;
 /// What is known under a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Claim {
-    /// Nobody has used it: do the work, then [`Store::answer`] or [`Store::forget`].
+    /// Nobody has used it, or nobody has answered: do the work, then [`Store::answer`], [`Store::release`] or
+    /// [`Store::forget`].
     Fresh(Ticket),
     /// The first answer.
     Answered { status: u16, location: Option<String>, body: String },
@@ -31,6 +33,15 @@ pub struct Ticket {
     key: String,
     /// Rises with every claim: an abandoned request that comes back late does not overwrite the newer answer.
     turn: i32,
+    run: RunId,
+}
+
+impl Ticket {
+    /// The run of this request: the id to start it under, the same at every turn.
+    #[must_use]
+    pub fn run(&self) -> RunId {
+        self.run
+    }
 }
 
 impl Store {
@@ -48,21 +59,22 @@ impl Store {
         .bind(SWEEP)
         .execute(&self.pool)
         .await?;
-        let turn: Option<i32> = sqlx::query_scalar(
-            "insert into idempotency_keys as k (user_id, key, request_sha256) values ($1, $2, $3)
+        let claimed: Option<(i32, Uuid)> = sqlx::query_as(
+            "insert into idempotency_keys as k (user_id, key, request_sha256, run_id) values ($1, $2, $3, $5)
              on conflict (user_id, key) do update set turn = k.turn + 1, claimed_at = engine_now()
                where k.status is null and k.request_sha256 = excluded.request_sha256
                  and k.claimed_at < engine_now() - make_interval(secs => $4)
-             returning turn",
+             returning turn, run_id",
         )
         .bind(user)
         .bind(key)
         .bind(&hash)
         .bind(f64::from(ABANDONED_S))
+        .bind(RunId::new().0)
         .fetch_optional(&self.pool)
         .await?;
-        if let Some(turn) = turn {
-            return Ok(Claim::Fresh(Ticket { user, key: key.to_owned(), turn }));
+        if let Some((turn, run)) = claimed {
+            return Ok(Claim::Fresh(Ticket { user, key: key.to_owned(), turn, run: RunId(run) }));
         }
         type Row = (Vec<u8>, Option<i32>, Option<String>, Option<String>);
         let row: Option<Row> = sqlx::query_as(
@@ -102,7 +114,37 @@ impl Store {
         Ok(())
     }
 
-    /// Gives the key back: the request was refused or failed, and another try is another request.
+    /// Keeps the run that the request found open instead of starting its own: later turns mean it too.
+    pub async fn keep_run(&self, ticket: &Ticket, run: RunId) -> Result<(), Error> {
+        sqlx::query(
+            "update idempotency_keys set run_id = $4 where user_id = $1 and key = $2 and turn = $3 and status is null",
+        )
+        .bind(ticket.user)
+        .bind(&ticket.key)
+        .bind(ticket.turn)
+        .bind(run.0)
+        .execute(&self.pool)
+        .await?;
+        Ok(())
+    }
+
+    /// Lets the next request with this key go on at once, with the same run: this one failed, perhaps after it had
+    /// started something.
+    pub async fn release(&self, ticket: &Ticket) -> Result<(), Error> {
+        sqlx::query(
+            "update idempotency_keys set claimed_at = '-infinity'
+             where user_id = $1 and key = $2 and turn = $3 and status is null",
+        )
+        .bind(ticket.user)
+        .bind(&ticket.key)
+        .bind(ticket.turn)
+        .execute(&self.pool)
+        .await?;
+        Ok(())
+    }
+
+    /// Gives the key back: the request was refused or failed and left nothing behind, and another try is another
+    /// request.
     pub async fn forget(&self, ticket: &Ticket) -> Result<(), Error> {
         sqlx::query("delete from idempotency_keys where user_id = $1 and key = $2 and turn = $3 and status is null")
             .bind(ticket.user)

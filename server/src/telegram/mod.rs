@@ -117,14 +117,14 @@ impl From<LedgerError> for Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::telegram::testing;
 
     #[test]
     fn a_database_that_is_away_is_away_whoever_was_asked() {
         let away = |error: Error| matches!(error, Error::Store(crate::store::Error::Unavailable(_)));
-        assert!(away(LedgerError::Sql(sqlx::Error::PoolTimedOut).into()));
-        assert!(away(loopwright_engine::Error::Sql(sqlx::Error::PoolClosed).into()));
-        assert!(away(crate::store::Error::from(sqlx::Error::PoolClosed).into()));
-        assert!(!away(LedgerError::Sql(sqlx::Error::RowNotFound).into()));
+        assert!(away(LedgerError::Sql(testing::away()).into()));
+        assert!(away(loopwright_engine::Error::Sql(testing::away()).into()));
+        assert!(!away(LedgerError::Sql(testing::broken()).into()));
         assert!(!away(LedgerError::NotPositive.into()));
         assert!(!away(loopwright_engine::Error::LeaseLost.into()));
     }

@@ -175,6 +175,7 @@ async fn upkeep(session: &Session) -> Result<(), Error> {
         store.forget_updates(UPDATES_DAYS).await?;
         store.forget_messages(MESSAGES_DAYS).await?;
         store.expire_orders().await?;
+        store.expire_credits().await?;
         if pause(EVERY, &mut stop).await {
             return Ok(());
         }

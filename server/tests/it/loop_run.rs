@@ -254,3 +254,89 @@ async fn a_loop_that_cannot_be_run_is_a_500_and_gives_its_key_back() {
     server.deploy(vec![activity("plan", "plan@1")]).await;
     assert_eq!(send().await.unwrap().status(), 202);
 }
+
+/// Nothing can be answered under a key.
+async fn break_answers(server: &Server) {
+    sqlx::raw_sql(
+        "create function no_answer() returns trigger language plpgsql as $$ begin
+           if new.status is not null then raise exception 'broken'; end if; return new; end $$;
+         create trigger no_answer before update on idempotency_keys for each row execute function no_answer();",
+    )
+    .execute(&server.pool)
+    .await
+    .unwrap();
+}
+
+async fn mend_answers(server: &Server) {
+    sqlx::raw_sql("drop trigger no_answer on idempotency_keys").execute(&server.pool).await.unwrap();
+}
+
+/// Waits until no run is open. Returns how many there are.
+async fn closed(server: &Server) -> i64 {
+    let open = "select exists (select from runs where closed_at is null)";
+    let wait = async {
+        while sqlx::query_scalar::<_, bool>(open).fetch_one(&server.pool).await.unwrap() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(60), wait).await.expect("the runs close");
+    sqlx::query_scalar("select count(*) from runs").fetch_one(&server.pool).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_key_stands_for_one_run_also_after_a_failure_and_its_end() {
+    let server = Server::start().await;
+    server.deploy(vec![activity("plan", "plan@1")]).await;
+    let worker = server.worker(vec![Work::new("plan@1", script(|_| async { Ok(json!({})) }))]).await;
+    let project = server.project("ann").await;
+    let send = |prefer: &str| {
+        let body = json!({ "project_id": project });
+        server.post("ann", PATH, &body).header("prefer", prefer).header("idempotency-key", "once").send()
+    };
+    // The loop starts, the answer fails, the run closes.
+    break_answers(&server).await;
+    problem(send("respond-async").await.unwrap(), 500, "loop_failed").await;
+    assert_eq!(closed(&server).await, 1);
+    mend_answers(&server).await;
+    let run: uuid::Uuid = sqlx::query_scalar("select run_id from runs").fetch_one(&server.pool).await.unwrap();
+    let again = send("wait=30").await.unwrap();
+    assert_eq!(run_of(&again), run.to_string());
+    let (status, body) = read(again).await;
+    assert_eq!((status, body["result"]["message"].as_str()), (200, Some("Completed.")), "{body}");
+    // The process died between the start and the answer.
+    sqlx::query(
+        "update idempotency_keys set status = null, location = null, body = null, claimed_at = '-infinity'
+         where key = 'once'",
+    )
+    .execute(&server.pool)
+    .await
+    .unwrap();
+    assert_eq!(run_of(&send("respond-async").await.unwrap()), run.to_string());
+    assert_eq!(closed(&server).await, 1);
+    // Without the key it is another request.
+    assert_ne!(run_of(&server.trigger("ann", &project, "respond-async").await), run.to_string());
+    assert_eq!(closed(&server).await, 2);
+    worker.drain(std::time::Duration::from_secs(5)).await;
+}
+
+#[tokio::test]
+async fn a_key_that_found_an_open_loop_stands_for_that_one() {
+    let server = Server::start().await;
+    server.deploy(vec![question("ask", None)]).await;
+    let worker = server.worker(vec![]).await;
+    let project = server.project("ann").await;
+    let open = run_of(&server.trigger("ann", &project, "wait=30").await);
+    let send = || {
+        let body = json!({ "project_id": project });
+        server.post("ann", PATH, &body).header("prefer", "wait=30").header("idempotency-key", "once").send()
+    };
+    break_answers(&server).await;
+    problem(send().await.unwrap(), 500, "loop_failed").await;
+    mend_answers(&server).await;
+    let cancel = server.post("ann", &format!("/v1/runs/{open}/cancel"), &json!({"reason": "enough"}));
+    assert!(cancel.send().await.unwrap().status().is_success());
+    assert_eq!(closed(&server).await, 1);
+    assert_eq!(run_of(&send().await.unwrap()), open);
+    assert_eq!(closed(&server).await, 1);
+    worker.drain(std::time::Duration::from_secs(5)).await;
+}

@@ -24,3 +24,15 @@ impl Store {
 pub async fn commit(tx: Tx) -> Result<(), Error> {
     Ok(tx.commit().await?)
 }
+
+/// Errors of the database, for tests of rooms that may not name its library.
+#[cfg(test)]
+pub(crate) mod testing {
+    pub fn away() -> sqlx::Error {
+        sqlx::Error::PoolTimedOut
+    }
+
+    pub fn broken() -> sqlx::Error {
+        sqlx::Error::RowNotFound
+    }
+}

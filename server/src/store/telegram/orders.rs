@@ -75,16 +75,14 @@ pub async fn payable(
     })
 }
 
-/// Books what Telegram says it has given back. What part of it was used stays with the platform, and shows as a
-/// chargeback. False if nothing is known of the payment.
+/// Books what Telegram says it has given back: an untouched purchase as a refund, of any other what is left of it. False
+/// if nothing is known of the payment.
 pub async fn refunded(tx: &mut Tx, user: Uuid, charge_id: &str) -> Result<bool, LedgerError> {
     match ledger::refund(tx, user, charge_id).await {
         Ok(_) => ledger::refund_done(tx, charge_id).await?,
         Err(LedgerError::Used(_)) => {
-            sqlx::query("update payments set refund_state = 'chargeback' where charge_id = $1")
-                .bind(charge_id)
-                .execute(&mut **tx)
-                .await?;
+            let taken = ledger::charge_back(tx, user, charge_id).await?;
+            tracing::warn!(%user, charge = charge_id, taken_ucr = taken.map(|t| t.0), "a used payment was given back");
         }
         Err(LedgerError::Mismatch(_)) => return Ok(false),
         Err(error) => return Err(error),
@@ -111,7 +109,26 @@ pub async fn dispute(tx: &mut Tx, dispute: &Dispute<'_>) -> Result<bool, Error> 
     Ok(done.rows_affected() == 1)
 }
 
+/// Grants that one pass of [`Store::expire_credits`] ends. Chosen: far above what a bot's users lose in an hour.
+const EXPIRED_MAX: u32 = 1_000;
+
 impl Store {
+    /// Takes what is left of grants whose time is over, as of purchases that were given back while they were held.
+    ///
+    /// # Transaction
+    /// One per grant: of two users' locks none is taken under the other.
+    pub async fn expire_credits(&self) -> Result<(), Error> {
+        for _ in 0..EXPIRED_MAX {
+            let mut tx = self.begin().await?;
+            let expired = ledger::expire(&mut tx, 1).await?;
+            tx.commit().await?;
+            if expired == 0 {
+                break;
+            }
+        }
+        Ok(())
+    }
+
     /// Closes orders whose time is over.
     pub async fn expire_orders(&self) -> Result<(), Error> {
         sqlx::query("update orders set state = 'expired' where state = 'open' and expires_at <= engine_now()")
