@@ -21,6 +21,7 @@ mod walk;
 pub use state::{Frame, Live, Message, Node, Phase, RunState};
 pub use timer::next_due;
 pub use view::{live_attempts, nodes, waiting, waiting_reason};
+#[cfg(feature = "runtime")]
 pub(crate) use walk::is_final;
 
 use crate::{
