@@ -1,5 +1,9 @@
 //! The one door in: everything that asks something of a run comes through here.
 
+mod pause;
+
+pub use pause::Why;
+
 use crate::{
     Error, Result,
     committer::in_transaction,
@@ -13,6 +17,7 @@ use crate::{
     store::{
         self,
         inbox::{Kind as Message, Outgoing, Sent},
+        runs::Standing,
     },
     view::{HistoryRow, RunSummary, RunView, Waiting},
 };
@@ -221,8 +226,8 @@ impl Client {
         if size > PAYLOAD_BYTES_MAX {
             return Err(Error::TooLarge { what: "the payload", actual: size, limit: PAYLOAD_BYTES_MAX });
         }
-        let definition = self.open_definition(conn, run).await?;
-        let pinned = store::definitions::load(conn, definition).await?;
+        let open = self.open(conn, run).await?;
+        let pinned = store::definitions::load(conn, open.definition).await?;
         check(&pinned.definition, &signal).map_err(Error::SignalInvalid)?;
         self.send(conn, run, &signal).await
     }
@@ -267,7 +272,7 @@ impl Client {
             Outgoing { run, kind: Message::Cancel, name: "", payload: &payload, dedupe_id: None, sender: None };
         let sent = store::inbox::send(&mut conn, &message).await?;
         if sent == Sent::NoOpenRun {
-            self.open_definition(&mut conn, run).await?;
+            self.open(&mut conn, run).await?;
             return Err(Error::RunClosed(run.to_string()));
         }
         drop(conn);
@@ -375,21 +380,10 @@ impl Client {
         Ok(id.map(RunId))
     }
 
-    /// The definition of a run that is open.
-    async fn open_definition(&self, conn: &mut PgConnection, run: RunId) -> Result<DefinitionHash> {
-        let row: Option<(Vec<u8>, bool)> =
-            sqlx::query_as("select definition, closed_at is not null from runs where shard = $1 and run_id = $2")
-                .bind(run.shard())
-                .bind(run.0)
-                .fetch_optional(conn)
-                .await?;
-        match row {
-            None => Err(Error::RunNotFound(run.to_string())),
-            Some((_, true)) => Err(Error::RunClosed(run.to_string())),
-            Some((hash, false)) => {
-                store::definitions::hash_of(hash).ok_or_else(|| Error::Invariant("a definition's hash".into()))
-            }
-        }
+    /// What a run that is open is.
+    async fn open(&self, conn: &mut PgConnection, run: RunId) -> Result<Standing> {
+        let standing = store::runs::standing(conn, run).await?;
+        if standing.status.is_closed() { Err(Error::RunClosed(run.to_string())) } else { Ok(standing) }
     }
 
     async fn send(&self, conn: &mut PgConnection, run: RunId, signal: &Signal) -> Result<bool> {

@@ -7,6 +7,8 @@ pub enum Error {
     RunNotFound(String),
     #[error("run {0} is closed")]
     RunClosed(String),
+    #[error("run {0} is quarantined: an operator has to look at it first")]
+    RunQuarantined(String),
     #[error("no definition {0}")]
     DefinitionNotFound(String),
     #[error("the definition is not valid: {0}")]
@@ -39,6 +41,7 @@ impl Error {
         match self {
             Self::RunNotFound(_) => "run_not_found",
             Self::RunClosed(_) => "run_closed",
+            Self::RunQuarantined(_) => "run_quarantined",
             Self::DefinitionNotFound(_) => "definition_not_found",
             Self::DefinitionInvalid(_) => "definition_invalid",
             Self::InputInvalid(_) => "input_invalid",
@@ -82,7 +85,7 @@ mod tests {
             .filter_map(|(_, r)| r.split('"').next())
             .map(str::to_owned)
             .collect();
-        assert_eq!(codes.len(), 13, "{codes:?}");
+        assert_eq!(codes.len(), 14, "{codes:?}");
         assert_eq!(listed("Errors"), codes);
     }
 

@@ -10,8 +10,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
-/// Number of this event vocabulary; stored with every row.
-pub const FORMAT: u16 = 1;
+/// Number of this event vocabulary. A row is stored with the lowest number that knows all its events ([`format_of`]), so
+/// that an older release still reads what says nothing new.
+///
+/// - 1: the first.
+/// - 2: `run_paused`, `run_resumed`.
+pub const FORMAT: u16 = 2;
 
 /// How an attempt ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -246,6 +250,23 @@ pub enum Event {
         extras: Value,
         at: DateTime<Utc>,
     },
+    /// Nothing new begins until the run is resumed; what runs comes to its end.
+    RunPaused {
+        reason: String,
+        /// Who asked for it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        by: Option<String>,
+        at: DateTime<Utc>,
+    },
+    RunResumed {
+        reason: String,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        by: Option<String>,
+        /// What had broken, when the run had been set aside and an operator lets it go on.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        halted: Option<String>,
+        at: DateTime<Utc>,
+    },
     RunEnding {
         ending: Ending,
         at: DateTime<Utc>,
@@ -263,4 +284,21 @@ pub enum Event {
         failure: Option<Failure>,
         at: DateTime<Utc>,
     },
+}
+
+impl Event {
+    /// The number of the vocabulary that brought this event.
+    #[must_use]
+    pub fn format(&self) -> u16 {
+        match self {
+            Self::RunPaused { .. } | Self::RunResumed { .. } => 2,
+            _ => 1,
+        }
+    }
+}
+
+/// The lowest format that knows all of these events.
+#[must_use]
+pub fn format_of(events: &[Event]) -> u16 {
+    events.iter().map(Event::format).max().unwrap_or(1)
 }

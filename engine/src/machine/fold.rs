@@ -37,10 +37,12 @@ pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
             insert(state, path, Node { started_at: None, ..node })?;
         }
         Event::StepStarted { path, at, opened } => {
+            goes_on(state)?;
             state.executions += 1;
             insert(state, path, Node::begun(open(opened), *at))?;
         }
         Event::AttemptStarted { path, attempt, attempt_id, at, deadline, .. } => {
+            goes_on(state)?;
             state.executions += 1;
             let node = state.node_mut(path)?;
             node.attempts = *attempt;
@@ -202,8 +204,22 @@ pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
                 frame.nodes.extend(last.nodes);
             }
         }
+        Event::RunPaused { .. } => {
+            goes_on(state)?;
+            state.status = RunStatus::Paused;
+        }
+        Event::RunResumed { halted, .. } => match state.status {
+            RunStatus::Paused => {
+                let stops = state.ending.as_ref().is_some_and(|e| !matches!(e, Ending::Completed { .. }));
+                state.status = if stops { RunStatus::Cancelling } else { RunStatus::Running };
+            }
+            // Set aside before its first transition or later: its state is what it was.
+            _ if halted.is_some() => {}
+            _ => return Err(Illegal("the run is not paused".into())),
+        },
         Event::RunEnding { ending, .. } => {
-            if state.status == RunStatus::Pending || state.ending.is_some() {
+            goes_on(state)?;
+            if state.ending.is_some() {
                 return Err(Illegal("the run cannot end now".into()));
             }
             state.ending = Some(ending.clone());
@@ -229,6 +245,15 @@ pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
         }
     }
     Ok(())
+}
+
+/// In a run that is paused or not yet started, nothing begins.
+fn goes_on(state: &RunState) -> Result<(), Illegal> {
+    match state.status {
+        RunStatus::Paused => Err(Illegal("the run is paused".into())),
+        RunStatus::Pending => Err(Illegal("the run has not started".into())),
+        _ => Ok(()),
+    }
 }
 
 fn insert(state: &mut RunState, path: &str, node: Node) -> Result<(), Illegal> {

@@ -69,15 +69,54 @@ pub enum Input {
     Tick,
     /// An operator ends the run at once.
     Terminated { reason: String },
+    /// Several at one instant, in this order: a claim, and what the inbox held then.
+    Several(Vec<Input>),
+}
+
+impl Input {
+    /// Whether messages are among it: the run has read them, also if nothing follows from them.
+    #[must_use]
+    pub fn reads_inbox(&self) -> bool {
+        match self {
+            Self::Messages(_) => true,
+            Self::Several(inputs) => inputs.iter().any(Self::reads_inbox),
+            _ => false,
+        }
+    }
 }
 
 /// One message of the inbox.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Inbound {
-    Signal { n: u64, name: String, payload: Value, sender: Option<String>, at: DateTime<Utc> },
-    Cancel { reason: String },
+    Signal {
+        n: u64,
+        name: String,
+        payload: Value,
+        sender: Option<String>,
+        at: DateTime<Utc>,
+    },
+    Cancel {
+        reason: String,
+    },
     Unblock,
-    Child { run_id: RunId, completed: bool, output: Option<Value>, failure: Option<Failure>, cancelled: bool },
+    /// Nothing new begins until somebody resumes the run.
+    Pause {
+        reason: String,
+        by: Option<String>,
+    },
+    /// `halted`: what had broken, if the run had been set aside. Without it a run that is not paused takes no notice.
+    Resume {
+        reason: String,
+        by: Option<String>,
+        halted: Option<String>,
+    },
+    Child {
+        run_id: RunId,
+        completed: bool,
+        output: Option<Value>,
+        failure: Option<Failure>,
+        cancelled: bool,
+    },
 }
 
 /// What the outside contributes to a decision.

@@ -45,6 +45,7 @@ pub(super) fn react(
             messages.into_iter().try_for_each(|m| message(definition, state, m, moment, decision))
         }
         Input::Tick => Ok(()),
+        Input::Several(inputs) => inputs.into_iter().try_for_each(|i| react(definition, state, i, moment, decision)),
         Input::Terminated { reason } => {
             for attempt in running(state) {
                 emit(state, attempt.ended(Outcome::Cancelled, Some(Failure::cancelled()), moment.now), decision)?;
@@ -277,7 +278,25 @@ fn message(
             emit(state, event, decision)
         }
         Inbound::Unblock => emit(state, Event::Unblocked {}, decision),
+        Inbound::Pause { reason, by } => {
+            if state.status == RunStatus::Paused {
+                return Ok(());
+            }
+            emit(state, Event::RunPaused { reason, by, at: moment.now }, decision)
+        }
+        Inbound::Resume { reason, by, halted } => {
+            if state.status != RunStatus::Paused && halted.is_none() {
+                return Ok(());
+            }
+            emit(state, Event::RunResumed { reason, by, halted, at: moment.now }, decision)
+        }
         Inbound::Cancel { reason } => {
+            // Who wants the run to stop wants its cleanup, too.
+            if state.status == RunStatus::Paused {
+                let resumed =
+                    Event::RunResumed { reason: format!("to stop: {reason}"), by: None, halted: None, at: moment.now };
+                emit(state, resumed, decision)?;
+            }
             if state.ending.is_some() {
                 return Ok(());
             }

@@ -4,20 +4,27 @@ use super::{
     BLOCKED_RETRY_MS,
     state::{Live, Node, Phase, RunState},
 };
-use crate::definition::{Definition, Kind};
+use crate::{
+    definition::{Definition, Kind},
+    view::RunStatus,
+};
 use chrono::{DateTime, Duration, Utc};
 
 /// Longer than any run may last: time alone does not move this one any more.
 const NEVER_DAYS: i64 = 3_650;
 
 /// The earliest instant at which time alone moves the run: its own deadline at the latest. A run that is only waiting for
-/// attempts or children to stop has no such instant, or its owner would spin on a deadline that has passed.
+/// attempts or children to stop has no such instant, or its owner would spin on a deadline that has passed; nor has one that
+/// is paused: what came due meanwhile fires when it is resumed.
 #[must_use]
 pub fn next_due(definition: &Definition, state: &RunState) -> DateTime<Utc> {
     let stopping = match &state.finally {
         None => state.ending.is_some(),
         Some(frame) => frame.nodes.values().all(|n| n.live.is_none() || n.stopping),
     };
+    if state.status == RunStatus::Paused {
+        return state.deadline + Duration::days(NEVER_DAYS);
+    }
     let mut due = if stopping { state.deadline + Duration::days(NEVER_DAYS) } else { state.deadline };
     let mut at = |instant: DateTime<Utc>| due = due.min(instant);
     state.visit_live(&mut |path, node| {

@@ -54,7 +54,7 @@ pub(super) fn next(
     moment: &Moment<'_>,
     commands: &mut Vec<Command>,
 ) -> Result<Vec<Event>, Illegal> {
-    if state.status == RunStatus::Pending {
+    if matches!(state.status, RunStatus::Pending | RunStatus::Paused) {
         return Ok(Vec::new());
     }
     Walk { definition, state, moment }.run(commands)

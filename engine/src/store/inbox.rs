@@ -11,6 +11,8 @@ pub(crate) enum Kind {
     Signal,
     Cancel,
     Unblock,
+    Pause,
+    Resume,
     Child,
 }
 
@@ -20,6 +22,8 @@ impl Kind {
             Self::Signal => "signal",
             Self::Cancel => "cancel",
             Self::Unblock => "unblock",
+            Self::Pause => "pause",
+            Self::Resume => "resume",
             Self::Child => "child",
         }
     }
@@ -105,6 +109,12 @@ pub(crate) async fn read(conn: &mut PgConnection, run: RunId, after: i64, up_to:
             Ok(match kind.as_str() {
                 "cancel" => Inbound::Cancel { reason: payload.as_str().unwrap_or("cancelled on request").to_owned() },
                 "unblock" => Inbound::Unblock,
+                "pause" => Inbound::Pause { reason: text(&payload, "reason"), by: row.try_get("sender")? },
+                "resume" => Inbound::Resume {
+                    reason: text(&payload, "reason"),
+                    by: row.try_get("sender")?,
+                    halted: payload.get("halted").and_then(Value::as_str).map(str::to_owned),
+                },
                 "child" => {
                     let child: ChildResult = serde_json::from_value(payload)
                         .map_err(|e| crate::Error::Invariant(format!("child message of run {run}: {e}")))?;
@@ -126,6 +136,10 @@ pub(crate) async fn read(conn: &mut PgConnection, run: RunId, after: i64, up_to:
             })
         })
         .collect()
+}
+
+fn text(payload: &Value, key: &str) -> String {
+    payload.get(key).and_then(Value::as_str).unwrap_or_default().to_owned()
 }
 
 /// Wakes the parked runs that wait as blocked and whose attributes match. Returns how many.

@@ -171,6 +171,26 @@ pub(crate) async fn load(conn: &mut PgConnection, run: RunId) -> Result<Loaded> 
     })
 }
 
+/// What must be known of a run before something is asked of it.
+pub(crate) struct Standing {
+    pub(crate) definition: DefinitionHash,
+    pub(crate) status: RunStatus,
+}
+
+pub(crate) async fn standing(conn: &mut PgConnection, run: RunId) -> Result<Standing> {
+    let row = sqlx::query("select definition, status from runs where shard = $1 and run_id = $2")
+        .bind(run.shard())
+        .bind(run.0)
+        .fetch_optional(conn)
+        .await?
+        .ok_or_else(|| Error::RunNotFound(run.to_string()))?;
+    Ok(Standing {
+        definition: hash_of(row.try_get("definition")?)
+            .ok_or_else(|| Error::Invariant("a definition's hash".into()))?,
+        status: status(&row)?,
+    })
+}
+
 fn status(row: &PgRow) -> Result<RunStatus> {
     let text: String = row.try_get("status")?;
     RunStatus::parse(&text).ok_or_else(|| Error::Invariant(format!("unknown run status `{text}`")))
@@ -230,6 +250,38 @@ pub(crate) async fn quarantine(pool: &PgPool, run: RunId, epoch: i64, why: &str)
         metrics::counter!("loopwright_runs_quarantined_total").increment(1);
     }
     Ok(())
+}
+
+/// Makes a quarantined run claimable again, with the message that says so in its history. `status` is what its state says.
+/// False if it is not quarantined any more, or its epoch moved.
+pub(crate) async fn unquarantine(
+    conn: &mut PgConnection,
+    run: RunId,
+    epoch: i64,
+    status: &str,
+    reason: &str,
+    by: Option<&str>,
+) -> Result<bool> {
+    let freed = sqlx::query(
+        "with q as (select shard, run_id, waiting from runs
+                    where shard = $1 and run_id = $2 and epoch = $3 and status = 'quarantined' for no key update),
+              u as (update runs r set status = $4, epoch = r.epoch + 1, inbox_n = r.inbox_n + 1, waiting = 'worker'
+                    from q where r.shard = q.shard and r.run_id = q.run_id
+                    returning r.shard, r.run_id, r.inbox_n, r.queue, q.waiting as halted),
+              m as (insert into inbox (shard, run_id, n, kind, payload, sender)
+                    select shard, run_id, inbox_n, 'resume', jsonb_build_object('reason', $5::text, 'halted', coalesce(halted, '')), $6 from u)
+         insert into ready (shard, run_id, queue) select shard, run_id, queue from u
+         on conflict (shard, run_id) do update set due_at = least(ready.due_at, excluded.due_at)",
+    )
+    .bind(run.shard())
+    .bind(run.0)
+    .bind(epoch)
+    .bind(status)
+    .bind(reason)
+    .bind(by)
+    .execute(conn)
+    .await?;
+    Ok(freed.rows_affected() == 1)
 }
 
 /// Runs that `worker` owns and that are not among `driven`, with their epochs; at most `limit`.

@@ -29,6 +29,8 @@ pub(crate) struct Item {
     pub(crate) topic: Option<String>,
     /// Folded state after this transition, when it is due to be written.
     pub(crate) cursor: Option<Value>,
+    /// Of the events.
+    pub(crate) format: u16,
     pub(crate) events: Value,
     pub(crate) output: Option<Value>,
     pub(crate) failure: Option<Value>,
@@ -99,8 +101,8 @@ pub(crate) async fn send(conn: &mut PgConnection, items: &[Item]) -> Result<Vec<
     let ords: Vec<i32> = (0..items.len()).map(|i| i32::try_from(i).unwrap_or(i32::MAX)).collect();
     let rows = sqlx::query(
         "with b as (select * from unnest($1::int[], $2::smallint[], $3::uuid[], $4::bigint[], $5::bigint[], $6::text[], $7::bool[],
-                      $8::bigint[], $9::jsonb[], $10::jsonb[], $11::text[], $12::timestamptz[], $13::text[], $14::jsonb[], $15::jsonb[], $16::text[])
-                    as t(ord, shard, run_id, epoch, seq, status, parked, inbox_seen, cursor, events, waiting, due_at, queue, output, failure, topic)),
+                      $8::bigint[], $9::jsonb[], $10::jsonb[], $11::text[], $12::timestamptz[], $13::text[], $14::jsonb[], $15::jsonb[], $16::text[], $17::smallint[])
+                    as t(ord, shard, run_id, epoch, seq, status, parked, inbox_seen, cursor, events, waiting, due_at, queue, output, failure, topic, format)),
               u as (update runs r set seq = r.seq + 1, status = b.status, parked = b.parked, waiting = b.waiting, inbox_seen = b.inbox_seen,
                       owner = case when b.parked or b.status in ('completed','failed','cancelled','terminated') then null else r.owner end,
                       cursor = coalesce(b.cursor, r.cursor),
@@ -112,7 +114,7 @@ pub(crate) async fn send(conn: &mut PgConnection, items: &[Item]) -> Result<Vec<
                       and (not b.parked or r.inbox_n = b.inbox_seen)
                     returning b.ord, r.shard, r.run_id, r.seq, r.inbox_n, r.closed_at),
               h as (insert into history (shard, run_id, seq, epoch, format, events)
-                    select u.shard, u.run_id, u.seq, b.epoch, $17, b.events from u join b using (ord)),
+                    select u.shard, u.run_id, u.seq, b.epoch, b.format, b.events from u join b using (ord)),
               q as (insert into ready (shard, run_id, queue, due_at)
                     select b.shard, b.run_id, b.queue, b.due_at from u join b using (ord) where b.parked
                     on conflict (shard, run_id) do update set due_at = least(ready.due_at, excluded.due_at)),
@@ -140,7 +142,7 @@ pub(crate) async fn send(conn: &mut PgConnection, items: &[Item]) -> Result<Vec<
     .bind(items.iter().map(|i| i.output.clone()).collect::<Vec<_>>())
     .bind(items.iter().map(|i| i.failure.clone()).collect::<Vec<_>>())
     .bind(items.iter().map(|i| i.topic.clone()).collect::<Vec<_>>())
-    .bind(i16::try_from(crate::event::FORMAT).unwrap_or(i16::MAX))
+    .bind(items.iter().map(|i| i16::try_from(i.format).unwrap_or(i16::MAX)).collect::<Vec<i16>>())
     .fetch_all(conn)
     .await?;
     rows.into_iter()

@@ -10,7 +10,7 @@ use crate::{
     activity::{AttemptInfo, Context},
     committer::Broken,
     definition::{Kind, Step},
-    event::{Event, Outcome},
+    event::{Event, Outcome, format_of},
     failure::Failure,
     hook::{AttemptEnd, AttemptRef, AttemptStart},
     ids::{AttemptId, DefinitionHash, RunId},
@@ -164,9 +164,14 @@ impl Driver {
         } else {
             Input::TakenOver
         };
-        if self.run.inbox_n > self.run.inbox_seen {
-            self.messages.notify_one();
-        }
+        // What waits in the inbox belongs to the first decision: a run that was paused meanwhile starts nothing.
+        let first = if self.run.inbox_n > self.run.inbox_seen {
+            let unread = self.unread(self.run.inbox_n).await?;
+            self.run.inbox_seen = self.run.inbox_n;
+            Input::Several(vec![first, Input::Messages(unread)])
+        } else {
+            first
+        };
         let mut next = self.step(first).await?;
         drop(settling);
         while matches!(next, Next::Goes) {
@@ -211,13 +216,18 @@ impl Driver {
             .bind(self.run.run_id.0)
             .fetch_one(&mut *conn)
             .await?;
-        let unread = store::inbox::read(&mut conn, self.run.run_id, self.run.inbox_seen, up_to).await?;
         drop(conn);
         if up_to == self.run.inbox_seen {
             return self.step(Input::Tick).await;
         }
+        let unread = self.unread(up_to).await?;
         self.run.inbox_seen = up_to;
         self.step(Input::Messages(unread)).await
+    }
+
+    async fn unread(&self, up_to: i64) -> Result<Vec<machine::Inbound>> {
+        let mut conn = self.shared.pool.acquire().await?;
+        store::inbox::read(&mut conn, self.run.run_id, self.run.inbox_seen, up_to).await
     }
 
     async fn step(&mut self, input: Input) -> Result<Next> {
@@ -233,7 +243,7 @@ impl Driver {
                 let Ok(permit) = self.shared.slots.clone().try_acquire_owned() else { break };
                 permits.push(permit);
             }
-            let inbox_moved = matches!(input, Input::Messages(_));
+            let inbox_moved = input.reads_inbox();
             let decision = self.decide(input.clone(), permits.len(), refused.clone())?;
             if decision.events.is_empty() && !inbox_moved {
                 return self.nothing_happened().await;
@@ -296,7 +306,7 @@ impl Driver {
     /// No event: the run is given up if nothing keeps it here.
     async fn nothing_happened(&mut self) -> Result<Next> {
         let Some(due) = self.park_until() else { return Ok(Next::Goes) };
-        let reason = machine::waiting_reason(&machine::waiting(&self.pinned.definition, &self.run.state));
+        let reason = self.waiting();
         let (run, epoch) = (self.run.run_id, self.run.epoch);
         let released =
             store::runs::release(&self.shared.pool, run, epoch, self.run.inbox_seen, due, reason.as_deref()).await?;
@@ -323,17 +333,21 @@ impl Driver {
             Phase::Queued => queued = true,
             Phase::Backoff { .. } | Phase::Blocked { .. } => {}
         });
-        if live || (queued && !self.draining) {
+        let paused = self.run.state.status == RunStatus::Paused;
+        if live || (queued && !self.draining && !paused) {
             return None;
         }
-        if queued {
+        if queued && !paused {
             return Some(now);
         }
         let due = machine::next_due(&self.pinned.definition, &self.run.state);
-        Some(if unoffered { due.min(now + UNOFFERED_RETRY) } else { due })
+        Some(if unoffered && !paused { due.min(now + UNOFFERED_RETRY) } else { due })
     }
 
     fn waits_for_room(&self) -> bool {
+        if self.run.state.status == RunStatus::Paused {
+            return false;
+        }
         let mut found = false;
         each_activity(&self.run.state, &mut |activity, phase| {
             found |= *phase == Phase::Queued && self.shared.catalog.get(activity).is_some();
@@ -341,11 +355,19 @@ impl Driver {
         found
     }
 
+    /// The word for lists.
+    fn waiting(&self) -> Option<String> {
+        if self.run.state.status == RunStatus::Paused {
+            return Some("paused".into());
+        }
+        machine::waiting_reason(&machine::waiting(&self.pinned.definition, &self.run.state))
+    }
+
     fn item(&self, decision: &Decision) -> Item {
         let state = &self.run.state;
         let closed = state.status.is_closed();
         let due = if closed || decision.more { None } else { self.park_until() };
-        let waiting = due.and_then(|_| machine::waiting_reason(&machine::waiting(&self.pinned.definition, state)));
+        let waiting = due.and_then(|_| self.waiting());
         let write_cursor = closed || due.is_some() || self.run.seq + 1 - self.run.cursor_seq >= CURSOR_EVERY;
         Item {
             run_id: self.run.run_id,
@@ -359,6 +381,7 @@ impl Driver {
             queue: self.run.queue.clone(),
             topic: self.run.topic.clone(),
             cursor: write_cursor.then(|| serde_json::to_value(state).unwrap_or(Value::Null)),
+            format: format_of(&decision.events),
             events: serde_json::to_value(&decision.events).unwrap_or(Value::Null),
             output: state.output.clone(),
             failure: state.failure.as_ref().and_then(|f| serde_json::to_value(f).ok()),
@@ -655,6 +678,7 @@ pub(crate) async fn terminate(
         queue: loaded.queue,
         topic: loaded.topic,
         cursor: serde_json::to_value(&state).ok(),
+        format: format_of(&decision.events),
         events: serde_json::to_value(&decision.events).unwrap_or(Value::Null),
         output: None,
         failure: state.failure.as_ref().and_then(|f| serde_json::to_value(f).ok()),

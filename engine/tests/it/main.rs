@@ -4,4 +4,5 @@ mod bench;
 mod client;
 mod faults;
 mod passing;
+mod pause;
 mod runs;

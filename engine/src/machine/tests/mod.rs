@@ -2,6 +2,7 @@
 //! into a second state, which must be the same.
 
 mod edges;
+mod pause;
 mod random;
 mod tables;
 
@@ -128,7 +129,13 @@ impl Bench {
             depth: self.depth,
             workflow: "test",
         };
+        let paused = self.state.status == RunStatus::Paused;
         let decision = decide(&self.definition, &mut self.state, input, &moment).expect("legal");
+        if paused && self.state.status == RunStatus::Paused {
+            assert!(!decision.more && decision.commands.iter().all(|c| !matches!(c, Command::StartChild { .. })));
+            let begins = |e: &Event| matches!(e, Event::StepStarted { .. } | Event::AttemptStarted { .. });
+            assert!(!decision.events.iter().any(begins), "something begins while the run is paused");
+        }
         for event in &decision.events {
             let stored: Event = serde_json::from_str(&serde_json::to_string(event).expect("json")).expect("event");
             assert_eq!(&stored, event, "an event must survive its storage");

@@ -99,7 +99,7 @@ fn child_ended(run: &mut Bench, completed: bool) {
 fn disturb(run: &mut Bench, random: &mut fastrand::Rng) {
     run.permits = random.u32(0..4);
     run.refused = (random.u8(0..6) == 0).then(|| ("credits".into(), "none left".into()));
-    match random.u8(0..20) {
+    match random.u8(0..21) {
         0..=8 => {
             let live: Vec<String> = run.live.keys().cloned().collect();
             if let Some(path) = random.choice(&live) {
@@ -122,6 +122,14 @@ fn disturb(run: &mut Bench, random: &mut fastrand::Rng) {
         16 => drop(run.input(Input::TakenOver)),
         17 => drop(run.input(Input::Messages(vec![Inbound::Unblock]))),
         18 => child_ended(run, random.bool()),
+        19 if random.u8(0..4) == 0 => {
+            let message = if random.bool() {
+                Inbound::Pause { reason: "look".into(), by: None }
+            } else {
+                Inbound::Resume { reason: "go on".into(), by: None, halted: None }
+            };
+            drop(run.input(Input::Messages(vec![message])));
+        }
         _ if random.u8(0..8) == 0 => {
             drop(run.input(Input::Messages(vec![Inbound::Cancel { reason: "enough".into() }])));
         }
@@ -139,7 +147,8 @@ fn whatever_happens_every_run_ends_and_closes_what_it_started() {
             disturb(&mut run, &mut random);
         }
         (run.permits, run.refused) = (100, None);
-        run.input(Input::Messages(vec![Inbound::Unblock]));
+        let go_on = Inbound::Resume { reason: String::new(), by: None, halted: None };
+        run.input(Input::Messages(vec![Inbound::Unblock, go_on]));
         let mut turns = 0;
         while !run.state.status.is_closed() {
             turns += 1;

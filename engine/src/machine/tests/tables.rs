@@ -71,6 +71,8 @@ fn runs() {
     let finished = || ending(Ending::Completed { output: Value::Null });
     let cancelled = || ending(Ending::Cancelled { reason: String::new() });
     let finally = || Event::FinallyStarted { at: now(), deadline: now() };
+    let paused = || Event::RunPaused { reason: String::new(), by: None, at: now() };
+    let resumed = || Event::RunResumed { reason: String::new(), by: None, halted: None, at: now() };
     let closed = || Event::RunClosed { status: RunStatus::Completed, output: None, failure: None, at: now() };
     let states = [
         ("pending", RunState::new(RunId::new())),
@@ -78,6 +80,7 @@ fn runs() {
         ("running, ending", after(started(), &[finished()])),
         ("cancelling", after(started(), &[cancelled()])),
         ("in finally", after(started(), &[cancelled(), finally()])),
+        ("paused", after(started(), &[paused()])),
         ("closed", after(started(), &[finished(), closed()])),
     ];
     let events = [
@@ -86,10 +89,14 @@ fn runs() {
         ("run_ending: failed, cancelled", cancelled()),
         ("finally_started", finally()),
         ("run_closed", closed()),
+        ("run_paused", paused()),
+        ("run_resumed", resumed()),
     ];
     compare("run", &states, &events, |s| {
         let text = match (s.status, s.ending.is_some(), s.finally.is_some()) {
             (status, ..) if status.is_closed() => "closed",
+            (RunStatus::Pending, ..) => "pending",
+            (RunStatus::Paused, ..) => "paused",
             (_, _, true) => "in finally",
             (RunStatus::Cancelling, ..) => "cancelling",
             (_, true, _) => "running, ending",
