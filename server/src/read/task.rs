@@ -78,6 +78,9 @@ pub fn standing(view: &RunView) -> Task {
             message: format!("In progress, attempt {}.", live.attempt),
         };
     }
+    if view.status == RunStatus::Paused {
+        return Task { task: "The development loop".into(), message: "Paused: it goes on when it is resumed.".into() };
+    }
     match view.waiting.first() {
         Some(waiting) => waits(waiting),
         None => Task { task: "The development loop".into(), message: format!("{}.", view.status.as_str()) },

@@ -54,6 +54,7 @@ codes! {
     NotFound = "not_found", NOT_FOUND, "There is nothing here";
     MethodNotAllowed = "method_not_allowed", METHOD_NOT_ALLOWED, "Another method is needed";
     RunClosed = "run_closed", CONFLICT, "The run is closed";
+    RunQuarantined = "run_quarantined", CONFLICT, "The run is halted";
     ApprovalNotWaiting = "approval_not_waiting", CONFLICT, "No such approval waits";
     RequestInProgress = "request_in_progress", CONFLICT, "The same request is being worked on";
     BodyTooLarge = "body_too_large", PAYLOAD_TOO_LARGE, "The body is too large";
@@ -112,6 +113,9 @@ impl From<loopwright_engine::Error> for Error {
         match error {
             E::RunNotFound(_) => Self::not_found("run"),
             E::RunClosed(_) => Self::new(Code::RunClosed, "The run has ended and takes no more messages."),
+            E::RunQuarantined(_) => {
+                Self::new(Code::RunQuarantined, "Something broke in the run; an operator has to look at it.")
+            }
             E::ApprovalNotWaiting(_, step) => {
                 Self::new(Code::ApprovalNotWaiting, format!("The run does not wait for an approval `{step}` now."))
             }

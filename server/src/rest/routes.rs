@@ -32,6 +32,8 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("POST", "/v1/runs/{}/signals"),
     ("POST", "/v1/runs/{}/approvals/{}"),
     ("POST", "/v1/runs/{}/cancel"),
+    ("POST", "/v1/runs/{}/pause"),
+    ("POST", "/v1/runs/{}/resume"),
     ("GET", "/v1/credits"),
     ("GET", "/v1/credits/transactions"),
     ("GET", "/healthz"),
@@ -123,7 +125,21 @@ fn runs(state: &State) -> BoxedFilter<(Response,)> {
         .and(c())
         .then(|id, call| respond("/v1/runs/{id}/cancel", runs::cancel(id, call)))
         .boxed();
+    let pause = warp::path!("runs" / Uuid / "pause")
+        .and(warp::post())
+        .and(c())
+        .then(|id, call| respond("/v1/runs/{id}/pause", runs::pause_or_resume(id, true, call)))
+        .boxed();
+    let resume = warp::path!("runs" / Uuid / "resume")
+        .and(warp::post())
+        .and(c())
+        .then(|id, call| respond("/v1/runs/{id}/resume", runs::pause_or_resume(id, false, call)))
+        .boxed();
     list.or(show)
+        .unify()
+        .or(pause)
+        .unify()
+        .or(resume)
         .unify()
         .or(history)
         .unify()

@@ -5,7 +5,7 @@ use super::{
     call::{Call, Need, Principal, json, limit, parse},
 };
 use loopwright_engine::{
-    client::{Decision, Filter, Signal},
+    client::{Decision, Filter, Signal, Why},
     ids::RunId,
     view::RunView,
 };
@@ -154,25 +154,46 @@ pub(super) async fn approve(id: Uuid, step: String, mut call: Call) -> Result<Re
 
 #[derive(Deserialize, Default)]
 #[serde(deny_unknown_fields, default)]
-struct Cancel {
+struct Reason {
     reason: Option<String>,
+}
+
+/// The body `{reason}`, which may be absent.
+fn reason(call: &mut Call) -> Result<Option<String>, Error> {
+    let bytes = call.bytes()?;
+    let body: Reason = if bytes.is_empty() {
+        Reason::default()
+    } else {
+        serde_json::from_slice(&bytes).map_err(|e| Error::new(Code::BodyInvalid, format!("{e}.")))?
+    };
+    check_text("/reason", body.reason.as_deref())?;
+    Ok(body.reason)
+}
+
+/// `POST /v1/runs/{id}/pause` and `…/resume` `{reason}`; the body may be absent. The `Idempotency-Key` is the message's own.
+pub(super) async fn pause_or_resume(id: Uuid, pause: bool, mut call: Call) -> Result<Response, Error> {
+    let caller = call.principal(Need::Run).await?;
+    let key = call.idempotency_key()?;
+    owned(&call, caller, id).await?;
+    let why = Why {
+        reason: reason(&mut call)?.unwrap_or_else(|| "asked for by its owner".into()),
+        dedupe_id: key.map(|k| format!("rest:{}:{k}", if pause { "pause" } else { "resume" })),
+        by: Some(format!("user:{}", caller.user)),
+    };
+    let (client, run) = (&call.state.client, RunId(id));
+    let accepted = if pause { client.pause(run, why).await? } else { client.resume(run, why).await? };
+    json(202, &object!({ "status": if accepted { "accepted" } else { "duplicate" } }))
 }
 
 /// `POST /v1/runs/{id}/cancel` `{reason}`; the body may be absent.
 pub(super) async fn cancel(id: Uuid, mut call: Call) -> Result<Response, Error> {
     let caller = call.principal(Need::Run).await?;
     let view = owned(&call, caller, id).await?;
-    let bytes = call.bytes()?;
-    let cancel: Cancel = if bytes.is_empty() {
-        Cancel::default()
-    } else {
-        serde_json::from_slice(&bytes).map_err(|e| Error::new(Code::BodyInvalid, format!("{e}.")))?
-    };
-    check_text("/reason", cancel.reason.as_deref())?;
+    let reason = reason(&mut call)?;
     if view.status.is_closed() {
         return Err(Error::new(Code::RunClosed, "The run has ended."));
     }
-    let reason = cancel.reason.unwrap_or_else(|| "cancelled by its owner".into());
+    let reason = reason.unwrap_or_else(|| "cancelled by its owner".into());
     call.state.client.cancel(RunId(id), &reason).await?;
     json(202, &object!({ "status": "cancelling" }))
 }

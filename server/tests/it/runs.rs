@@ -115,6 +115,38 @@ async fn a_run_can_be_cancelled() {
 }
 
 #[tokio::test]
+async fn a_run_is_paused_and_resumed_by_its_owner() {
+    let server = Server::start().await;
+    let (_, run, worker) = asked(&server).await;
+    let ask = |what: &str, key: &str| {
+        let path = format!("/v1/runs/{run}/{what}");
+        server.post("ann", &path, &json!({"reason": "a look"})).header("idempotency-key", key.to_owned()).send()
+    };
+    let status = async |wanted: &str| {
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+        loop {
+            let (_, view) = read(server.get("ann", &format!("/v1/runs/{run}")).send().await.unwrap()).await;
+            if view["status"] == wanted {
+                return view;
+            }
+            assert!(tokio::time::Instant::now() < deadline, "{view}");
+            let (id, seq) = (run.parse().unwrap(), view["seq"].as_u64().unwrap());
+            server.client().wait_change(id, seq, Duration::from_millis(200)).await.unwrap();
+        }
+    };
+    assert_eq!(read(ask("pause", "k").await.unwrap()).await, (202, json!({"status": "accepted"})));
+    assert_eq!(read(ask("pause", "k").await.unwrap()).await, (202, json!({"status": "duplicate"})));
+    let view = status("paused").await;
+    assert_eq!(view["standing"]["message"], "Paused: it goes on when it is resumed.");
+    assert_eq!(read(ask("resume", "k").await.unwrap()).await, (202, json!({"status": "accepted"})));
+    status("running").await;
+    let long = json!({"reason": "x".repeat(4_001)});
+    let response = server.post("ann", &format!("/v1/runs/{run}/pause"), &long).send().await.unwrap();
+    problem(response, 422, "input_invalid").await;
+    worker.drain(Duration::from_secs(5)).await;
+}
+
+#[tokio::test]
 async fn somebody_else_s_run_is_not_there() {
     let server = Server::start().await;
     let (_, run, worker) = asked(&server).await;
@@ -126,6 +158,8 @@ async fn somebody_else_s_run_is_not_there() {
         ("signals", json!({"name": "user_message", "payload": {"text": "x"}})),
         ("approvals/approve", json!({"decision": "approved"})),
         ("cancel", json!({})),
+        ("pause", json!({})),
+        ("resume", json!({})),
     ] {
         let response = server.post("bob", &format!("/v1/runs/{run}/{path}"), &body).send().await.unwrap();
         problem(response, 404, "not_found").await;

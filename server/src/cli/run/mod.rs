@@ -1,5 +1,7 @@
 //! `loopwright run`: for whoever operates this installation, over all users.
 
+mod flow;
+
 use super::{Context, print, table};
 use crate::{app::App, read::task};
 use anyhow::Context as _;
@@ -64,6 +66,8 @@ enum Command {
         #[arg(long)]
         comment: Option<String>,
     },
+    #[command(flatten)]
+    Flow(flow::Command),
     /// Ask a run to stop; what it has to clean up, it does
     Cancel {
         run: RunId,
@@ -152,6 +156,7 @@ async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<()> {
                 format!("Decided `{step}`: {}.", decision.as_str())
             })
         }
+        Command::Flow(command) => flow::act(command, app, json).await,
         Command::Cancel { run, reason } => {
             client.cancel(run, &reason).await?;
             print(json, &serde_json::json!({"status": "cancelling"}), |_| "Asked to stop.".into())
