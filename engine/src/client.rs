@@ -1,7 +1,11 @@
 //! The one door in: everything that asks something of a run comes through here.
 
+mod archive;
+mod fork;
 mod pause;
 
+pub use archive::Export;
+pub use fork::{At, Forked, Reset};
 pub use pause::Why;
 
 use crate::{
@@ -285,6 +289,9 @@ impl Client {
     /// # Errors
     /// `run_not_found`, `run_closed`; `lease_lost` if it moved meanwhile: call again.
     pub async fn terminate(&self, run: RunId, reason: &str) -> Result<()> {
+        let mut conn = self.pool.acquire().await?;
+        self.open(&mut conn, run).await?;
+        drop(conn);
         crate::worker::terminate(&self.pool, self.hook.clone(), run, reason).await
     }
 
@@ -336,6 +343,8 @@ impl Client {
             waiting: machine::waiting(&pinned.definition, &loaded.state),
             live,
             nodes: machine::nodes(&pinned.definition, &loaded.state),
+            forked_from: loaded.forked_from,
+            imported_at: loaded.imported_at,
         })
     }
 
@@ -383,7 +392,11 @@ impl Client {
     /// What a run that is open is.
     async fn open(&self, conn: &mut PgConnection, run: RunId) -> Result<Standing> {
         let standing = store::runs::standing(conn, run).await?;
-        if standing.status.is_closed() { Err(Error::RunClosed(run.to_string())) } else { Ok(standing) }
+        match standing {
+            _ if standing.status.is_closed() => Err(Error::RunClosed(run.to_string())),
+            _ if standing.imported => Err(Error::RunImported(run.to_string())),
+            _ => Ok(standing),
+        }
     }
 
     async fn send(&self, conn: &mut PgConnection, run: RunId, signal: &Signal) -> Result<bool> {

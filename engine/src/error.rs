@@ -9,6 +9,14 @@ pub enum Error {
     RunClosed(String),
     #[error("run {0} is quarantined: an operator has to look at it first")]
     RunQuarantined(String),
+    #[error("run {0} came from a file: it can be read and forked, nothing else")]
+    RunImported(String),
+    #[error("there is a run {0} in this database already")]
+    RunExists(String),
+    #[error("the run cannot be forked there: {}", .0.join("; "))]
+    ForkInvalid(Vec<String>),
+    #[error("line {line} of the archive: {why}")]
+    ArchiveInvalid { line: u64, why: String },
     #[error("no definition {0}")]
     DefinitionNotFound(String),
     #[error("the definition is not valid: {0}")]
@@ -42,6 +50,10 @@ impl Error {
             Self::RunNotFound(_) => "run_not_found",
             Self::RunClosed(_) => "run_closed",
             Self::RunQuarantined(_) => "run_quarantined",
+            Self::RunImported(_) => "run_imported",
+            Self::RunExists(_) => "run_exists",
+            Self::ForkInvalid(_) => "fork_invalid",
+            Self::ArchiveInvalid { .. } => "archive_invalid",
             Self::DefinitionNotFound(_) => "definition_not_found",
             Self::DefinitionInvalid(_) => "definition_invalid",
             Self::InputInvalid(_) => "input_invalid",
@@ -85,7 +97,7 @@ mod tests {
             .filter_map(|(_, r)| r.split('"').next())
             .map(str::to_owned)
             .collect();
-        assert_eq!(codes.len(), 14, "{codes:?}");
+        assert_eq!(codes.len(), 18, "{codes:?}");
         assert_eq!(listed("Errors"), codes);
     }
 

@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 /// that an older release still reads what says nothing new.
 ///
 /// - 1: the first.
-/// - 2: `run_paused`, `run_resumed`.
+/// - 2: `run_paused`, `run_resumed`, `run_forked`.
 pub const FORMAT: u16 = 2;
 
 /// How an attempt ended.
@@ -267,6 +267,22 @@ pub enum Event {
         halted: Option<String>,
         at: DateTime<Utc>,
     },
+    /// The run begins here, with what its parent had done until its transition `seq`; the rows up to there are the parent's.
+    RunForked {
+        parent: RunId,
+        seq: u64,
+        reason: String,
+        definition: DefinitionHash,
+        /// All inputs, as this run sees them.
+        inputs: Value,
+        env: BTreeMap<String, Value>,
+        #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+        calls: BTreeMap<String, DefinitionHash>,
+        /// Steps that begin anew: those that were under way and have no steps below them, and those that were asked for.
+        restarted: Vec<String>,
+        at: DateTime<Utc>,
+        deadline: DateTime<Utc>,
+    },
     RunEnding {
         ending: Ending,
         at: DateTime<Utc>,
@@ -291,7 +307,7 @@ impl Event {
     #[must_use]
     pub fn format(&self) -> u16 {
         match self {
-            Self::RunPaused { .. } | Self::RunResumed { .. } => 2,
+            Self::RunPaused { .. } | Self::RunResumed { .. } | Self::RunForked { .. } => 2,
             _ => 1,
         }
     }

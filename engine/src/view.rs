@@ -140,6 +140,20 @@ pub struct RunView {
     pub waiting: Vec<Waiting>,
     pub live: Vec<LiveAttempt>,
     pub nodes: Vec<NodeView>,
+    /// Where it branched off, if it is a fork.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forked_from: Option<Origin>,
+    /// When it came from a file: it can be read and forked, nothing else.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub imported_at: Option<DateTime<Utc>>,
+}
+
+/// The place in another run where a fork begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    pub run_id: RunId,
+    /// The last transition that both share.
+    pub seq: u64,
 }
 
 /// A row of a list of runs.
@@ -158,7 +172,7 @@ pub struct RunSummary {
 }
 
 /// One transition of a run.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct HistoryRow {
     /// 1, 2, 3 … without gaps.
     pub seq: u64,

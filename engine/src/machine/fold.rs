@@ -217,6 +217,21 @@ pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
             _ if halted.is_some() => {}
             _ => return Err(Illegal("the run is not paused".into())),
         },
+        Event::RunForked { inputs, env, calls, restarted, at, deadline, .. } => {
+            if state.status == RunStatus::Pending || state.ending.is_some() {
+                return Err(Illegal("a run cannot be forked before it starts or while it ends".into()));
+            }
+            for path in restarted {
+                let (frame, id) = state.frame_mut(path)?;
+                frame.nodes.remove(id).ok_or_else(|| Illegal(format!("no step `{path}` to begin anew")))?;
+            }
+            state.status = RunStatus::Running;
+            state.inputs = inputs.clone();
+            state.env = env.clone();
+            state.calls.clone_from(calls);
+            state.deadline = *deadline;
+            begin_anew(&mut state.body, *at)?;
+        }
         Event::RunEnding { ending, .. } => {
             goes_on(state)?;
             if state.ending.is_some() {
@@ -243,6 +258,25 @@ pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
             state.finally = None;
             state.mailbox.clear();
         }
+    }
+    Ok(())
+}
+
+/// Blocks that are under way count their time from a fork; nothing below them may run in the parent's name.
+fn begin_anew(frame: &mut Frame, at: DateTime<chrono::Utc>) -> Result<(), Illegal> {
+    for (id, node) in &mut frame.nodes {
+        let Some(live) = &node.live else { continue };
+        if live.is_leaf() {
+            return Err(Illegal(format!("`{id}` is under way in the parent and does not begin anew")));
+        }
+        node.started_at = Some(at);
+        let mut result = Ok(());
+        each_frame(node, &mut |frame| {
+            if result.is_ok() {
+                result = begin_anew(frame, at);
+            }
+        });
+        result?;
     }
     Ok(())
 }

@@ -11,13 +11,16 @@
 //! ```
 
 mod fold;
+mod fork;
 mod react;
+pub mod replay;
 mod scope;
 mod state;
 mod timer;
 mod view;
 mod walk;
 
+pub use fork::{Fork, fork};
 pub use state::{Frame, Live, Message, Node, Phase, RunState};
 pub use timer::next_due;
 pub use view::{live_attempts, nodes, waiting, waiting_reason};

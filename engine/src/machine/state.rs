@@ -324,6 +324,11 @@ impl Live {
         }
     }
 
+    /// Whether no step can stand below it.
+    pub(super) fn is_leaf(&self) -> bool {
+        matches!(self, Self::Activity { .. } | Self::Wait { .. } | Self::Await { .. } | Self::Call { .. })
+    }
+
     /// Every frame below, with the text that leads to it from the step's own path.
     pub(super) fn frames(&self) -> Vec<(String, &Frame)> {
         match self {

@@ -63,7 +63,7 @@ pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Res
     // The run's row serializes its senders. A second message with one id that raced the first is dropped by the
     // constraint; its number stays unused.
     let row = sqlx::query(
-        "with target as (select shard, run_id from runs where shard = $1 and run_id = $2 and closed_at is null for no key update),
+        "with target as (select shard, run_id from runs where shard = $1 and run_id = $2 and closed_at is null and imported_at is null for no key update),
               seen as (select 1 from inbox i join target t using (shard, run_id) where $6::text is not null and i.dedupe_id = $6),
               u as (update runs r set inbox_n = r.inbox_n + 1 from target t
                     where r.shard = t.shard and r.run_id = t.run_id and not exists (select from seen)

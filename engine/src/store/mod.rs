@@ -1,8 +1,10 @@
 //! Every statement that the engine sends to Postgres, one file per noun. No statement decides anything: fences and
 //! compare-and-sets are theirs, choices are the machine's.
 
+pub(crate) mod archive;
 pub(crate) mod checkpoints;
 pub(crate) mod definitions;
+pub(crate) mod forks;
 pub(crate) mod history;
 pub(crate) mod inbox;
 pub(crate) mod ready;

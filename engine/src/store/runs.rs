@@ -8,7 +8,7 @@ use crate::{
     event::Event,
     ids::{DefinitionHash, RunId, WorkerId},
     machine::{RunState, fold},
-    view::{RunStatus, RunSummary},
+    view::{Origin, RunStatus, RunSummary},
 };
 use chrono::{DateTime, Utc};
 use serde_json::Value;
@@ -38,6 +38,8 @@ pub(crate) struct Loaded {
     pub(crate) failure: Option<Value>,
     pub(crate) started_at: DateTime<Utc>,
     pub(crate) closed_at: Option<DateTime<Utc>>,
+    pub(crate) forked_from: Option<Origin>,
+    pub(crate) imported_at: Option<DateTime<Utc>>,
     pub(crate) state: RunState,
 }
 
@@ -98,7 +100,8 @@ pub(crate) async fn start(
 pub(crate) async fn load(conn: &mut PgConnection, run: RunId) -> Result<Loaded> {
     let row = sqlx::query(
         "select workflow, workflow_id, definition, status, owner, epoch, seq, inbox_n, inbox_seen, queue, attributes, topic,
-                parent_run_id, parent_path, depth, inputs, cursor, cursor_seq, output, failure, started_at, closed_at
+                parent_run_id, parent_path, depth, inputs, cursor, cursor_seq, output, failure, started_at, closed_at,
+                forked_from, forked_seq, imported_at
          from runs where shard = $1 and run_id = $2",
     )
     .bind(run.shard())
@@ -167,31 +170,49 @@ pub(crate) async fn load(conn: &mut PgConnection, run: RunId) -> Result<Loaded> 
         failure: row.try_get("failure")?,
         started_at: row.try_get("started_at")?,
         closed_at: row.try_get("closed_at")?,
+        forked_from: match (
+            row.try_get::<Option<uuid::Uuid>, _>("forked_from")?,
+            row.try_get::<Option<i64>, _>("forked_seq")?,
+        ) {
+            (Some(id), Some(seq)) => Some(Origin { run_id: RunId(id), seq: u64::try_from(seq).unwrap_or(0) }),
+            _ => None,
+        },
+        imported_at: row.try_get("imported_at")?,
         state,
     })
+}
+
+/// The database's time.
+pub(crate) async fn now(conn: &mut PgConnection) -> Result<DateTime<Utc>> {
+    Ok(sqlx::query_scalar("select engine_now()").fetch_one(conn).await?)
 }
 
 /// What must be known of a run before something is asked of it.
 pub(crate) struct Standing {
     pub(crate) definition: DefinitionHash,
     pub(crate) status: RunStatus,
+    /// It came from a file and is there to be read.
+    pub(crate) imported: bool,
 }
 
 pub(crate) async fn standing(conn: &mut PgConnection, run: RunId) -> Result<Standing> {
-    let row = sqlx::query("select definition, status from runs where shard = $1 and run_id = $2")
-        .bind(run.shard())
-        .bind(run.0)
-        .fetch_optional(conn)
-        .await?
-        .ok_or_else(|| Error::RunNotFound(run.to_string()))?;
+    let row = sqlx::query(
+        "select definition, status, imported_at is not null as imported from runs where shard = $1 and run_id = $2",
+    )
+    .bind(run.shard())
+    .bind(run.0)
+    .fetch_optional(conn)
+    .await?
+    .ok_or_else(|| Error::RunNotFound(run.to_string()))?;
     Ok(Standing {
         definition: hash_of(row.try_get("definition")?)
             .ok_or_else(|| Error::Invariant("a definition's hash".into()))?,
         status: status(&row)?,
+        imported: row.try_get("imported")?,
     })
 }
 
-fn status(row: &PgRow) -> Result<RunStatus> {
+pub(super) fn status(row: &PgRow) -> Result<RunStatus> {
     let text: String = row.try_get("status")?;
     RunStatus::parse(&text).ok_or_else(|| Error::Invariant(format!("unknown run status `{text}`")))
 }
@@ -264,7 +285,7 @@ pub(crate) async fn unquarantine(
 ) -> Result<bool> {
     let freed = sqlx::query(
         "with q as (select shard, run_id, waiting from runs
-                    where shard = $1 and run_id = $2 and epoch = $3 and status = 'quarantined' for no key update),
+                    where shard = $1 and run_id = $2 and epoch = $3 and status = 'quarantined' and imported_at is null for no key update),
               u as (update runs r set status = $4, epoch = r.epoch + 1, inbox_n = r.inbox_n + 1, waiting = 'worker'
                     from q where r.shard = q.shard and r.run_id = q.run_id
                     returning r.shard, r.run_id, r.inbox_n, r.queue, q.waiting as halted),
@@ -329,7 +350,7 @@ pub(crate) async fn give_back(pool: &PgPool, run: RunId, owner: WorkerId, epoch:
 pub(crate) async fn seize(conn: &mut PgConnection, run: RunId) -> Result<bool> {
     let seized = sqlx::query(
         "with u as (update runs set epoch = epoch + 1, owner = null, parked = true
-           where shard = $1 and run_id = $2 and closed_at is null returning shard, run_id, queue)
+           where shard = $1 and run_id = $2 and closed_at is null and imported_at is null returning shard, run_id, queue)
          insert into ready (shard, run_id, queue, due_at) select shard, run_id, queue, engine_now() + interval '30 seconds' from u
          on conflict (shard, run_id) do update set due_at = greatest(ready.due_at, excluded.due_at)",
     )

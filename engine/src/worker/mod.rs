@@ -13,8 +13,9 @@ mod context;
 mod drive;
 mod executor;
 mod lease;
+mod terminate;
 
-pub(crate) use drive::terminate;
+pub(crate) use terminate::{terminate, terminate_in};
 
 use crate::{
     Error, Result,

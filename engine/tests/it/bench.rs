@@ -212,8 +212,9 @@ impl Bench {
         for (what, sql) in [
             (
                 "gap in a history",
-                "select count(*) from runs r where r.seq <> (select count(*) from history h where h.run_id = r.run_id)
-                    or r.seq <> (select coalesce(max(seq), 0) from history h where h.run_id = r.run_id)",
+                "select count(*) from runs r where r.seq - coalesce(r.forked_seq, 0) <> (select count(*) from history h where h.run_id = r.run_id)
+                    or r.seq <> (select coalesce(max(seq), 0) from history h where h.run_id = r.run_id)
+                    or (select min(seq) from history h where h.run_id = r.run_id) <> coalesce(r.forked_seq, 0) + 1",
             ),
             (
                 "attempt started and not ended, or the reverse",
@@ -239,7 +240,7 @@ impl Bench {
             ),
             (
                 "open run that nobody owns and nobody may claim",
-                "select count(*) from runs r where closed_at is null and owner is null
+                "select count(*) from runs r where closed_at is null and owner is null and imported_at is null
                     and not exists (select from ready q where q.run_id = r.run_id)",
             ),
         ] {

@@ -1,8 +1,10 @@
 //! The engine on a real Postgres: every test has a database of its own.
 
+mod archive;
 mod bench;
 mod client;
 mod faults;
+mod fork;
 mod passing;
 mod pause;
 mod runs;

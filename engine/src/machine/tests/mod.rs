@@ -2,8 +2,10 @@
 //! into a second state, which must be the same.
 
 mod edges;
+mod fork;
 mod pause;
 mod random;
+mod replay;
 mod tables;
 
 use super::*;
@@ -77,6 +79,8 @@ struct Bench {
     cancels: Vec<String>,
     children: Vec<RunId>,
     n: u64,
+    /// What a store would hold.
+    rows: Vec<crate::view::HistoryRow>,
 }
 
 impl Bench {
@@ -113,6 +117,7 @@ impl Bench {
             cancels: Vec::new(),
             children: Vec::new(),
             n: 0,
+            rows: Vec::new(),
         };
         bench.input(Input::Started { inputs });
         bench
@@ -144,6 +149,13 @@ impl Bench {
                 self.live.remove(path);
             }
         }
+        self.rows.push(crate::view::HistoryRow {
+            seq: self.rows.len() as u64 + 1,
+            epoch: 1,
+            format: crate::event::format_of(&decision.events),
+            events: decision.events.iter().map(|e| serde_json::to_value(e).expect("json")).collect(),
+            at: self.now + chrono::Duration::milliseconds(3),
+        });
         let stored: RunState = serde_json::from_str(&serde_json::to_string(&self.state).expect("json")).expect("state");
         assert_eq!(self.mirror, stored, "folding the events must give the state");
         for command in decision.commands {
@@ -180,6 +192,16 @@ impl Bench {
         let message =
             Inbound::Signal { n: self.n, name: name.into(), payload, sender: Some("user:1".into()), at: self.now };
         self.input(Input::Messages(vec![message]));
+    }
+    /// Decides the whole history again.
+    fn replayed(&self, definition: &Definition) -> super::replay::Replayed {
+        let mut replay = super::replay::Replay::new(definition, self.state.run_id, self.depth, 0);
+        for row in &self.rows {
+            if !replay.row(row).expect("folds") {
+                break;
+            }
+        }
+        replay.done()
     }
     fn later(&mut self, ms: i64) {
         self.now += chrono::Duration::milliseconds(ms);

@@ -168,5 +168,8 @@ fn whatever_happens_every_run_ends_and_closes_what_it_started() {
             }
         }
         assert!(run.live.is_empty(), "seed {seed}");
+        let replayed = run.replayed(&run.definition);
+        assert_eq!(replayed.divergence, None, "seed {seed}");
+        assert_eq!(replayed.decided, run.rows.len() as u64);
     }
 }

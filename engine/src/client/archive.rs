@@ -1,0 +1,167 @@
+//! A run out into a file, in from one, and decided again.
+
+use super::Client;
+use crate::{
+    Error, Result,
+    archive::{Archive, Header, Record, Writer},
+    committer::in_transaction,
+    event::{self, Event},
+    ids::{DefinitionHash, RunId},
+    machine::{
+        RunState, fold,
+        replay::{Replay, Replayed},
+    },
+    store,
+};
+use std::{collections::VecDeque, sync::Arc};
+
+/// History rows read at once.
+const ROWS: u32 = 200;
+/// Checkpoints read at once: each may have 8 MiB.
+const CHECKPOINTS: i64 = 8;
+
+/// An export under way.
+pub struct Export {
+    client: Client,
+    run: RunId,
+    writer: Writer,
+    lines: VecDeque<String>,
+    /// The row of the run; nothing beyond its seq is exported.
+    seq: u64,
+    next: Next,
+}
+
+enum Next {
+    History(u64),
+    Checkpoints(String, String),
+    Done,
+}
+
+impl Export {
+    /// The next line with its end, or `None` after the last.
+    ///
+    /// # Errors
+    /// `database`.
+    pub async fn next(&mut self) -> Result<Option<String>> {
+        while self.lines.is_empty() {
+            match std::mem::replace(&mut self.next, Next::Done) {
+                Next::History(after) if after < self.seq => {
+                    let mut rows = self.client.history(self.run, after, ROWS).await?;
+                    rows.retain(|row| row.seq <= self.seq);
+                    let Some(last) = rows.last().map(|row| row.seq) else {
+                        return Err(Error::Invariant(format!("the history of run {} ends at {after}", self.run)));
+                    };
+                    for row in rows {
+                        self.lines.push_back(self.writer.line(&Record::History(row))?);
+                    }
+                    self.next = Next::History(last);
+                }
+                Next::History(_) => self.next = Next::Checkpoints(String::new(), String::new()),
+                Next::Checkpoints(path, key) => {
+                    let mut conn = self.client.pool.acquire().await?;
+                    let found = store::archive::checkpoints(&mut conn, self.run, (&path, &key), CHECKPOINTS).await?;
+                    drop(conn);
+                    match found.last() {
+                        Some(last) => self.next = Next::Checkpoints(last.path.clone(), last.key.clone()),
+                        None => {
+                            let end = self.writer.end();
+                            self.lines.push_back(self.writer.line(&end)?);
+                        }
+                    }
+                    for checkpoint in found {
+                        self.lines.push_back(self.writer.line(&Record::Checkpoint(checkpoint))?);
+                    }
+                }
+                Next::Done => return Ok(None),
+            }
+        }
+        Ok(self.lines.pop_front())
+    }
+}
+
+impl Client {
+    /// Begins to export a run with its definition, its history up to now and its checkpoints; see [`crate::archive`]. The
+    /// history of a fork is exported whole: its archive needs no other.
+    ///
+    /// # Errors
+    /// `run_not_found`.
+    pub async fn export(&self, run: RunId) -> Result<Export> {
+        let mut conn = self.pool.acquire().await?;
+        let header: Header = store::archive::header(&mut conn, run).await?;
+        drop(conn);
+        let (mut writer, seq) = (Writer::default(), header.run.seq);
+        let lines = VecDeque::from([writer.line(&Record::Header(Box::new(header)))?]);
+        Ok(Export { client: self.clone(), run, writer, lines, seq, next: Next::History(0) })
+    }
+
+    /// Stores an archive so that it can be read: shown, listed, replayed, exported, forked. It is never executed and nothing
+    /// of it is charged: nobody may own it, it has no place in a queue, takes no message, tells no parent and no outbox. One
+    /// that was open is `quarantined` here and cannot be released.
+    ///
+    /// # Errors
+    /// `archive_invalid` if its history does not fold to what its row says, `run_exists`.
+    /// # Transaction
+    /// One: definition (if it is not there; `current` stays), run, history, checkpoints.
+    pub async fn import(&self, archive: Archive) -> Result<RunId> {
+        let run = archive.header.run.run_id;
+        let state = state_of(&archive)?;
+        let state = serde_json::to_value(state).map_err(|e| Error::Invariant(e.to_string()))?;
+        let shared = Arc::new((archive, state));
+        let inserted = in_transaction(&self.pool, |conn| {
+            let shared = shared.clone();
+            Box::pin(async move { store::archive::insert(conn, &shared.0, &shared.1).await })
+        })
+        .await?;
+        if inserted { Ok(run) } else { Err(Error::RunExists(run.to_string())) }
+    }
+
+    /// Decides the history of a run again, under the definition it is pinned to or under another, and says where it differs
+    /// first. What is checked and what is not: [`crate::machine::replay`]. Reads only.
+    ///
+    /// # Errors
+    /// `run_not_found`, `definition_not_found`; `invariant` if the history cannot be folded.
+    pub async fn replay(&self, run: RunId, definition: Option<DefinitionHash>) -> Result<Replayed> {
+        let mut conn = self.pool.acquire().await?;
+        let header = store::archive::header(&mut conn, run).await?;
+        let hash = definition.unwrap_or(header.definition.hash);
+        let pinned = store::definitions::load(&mut conn, hash).await?;
+        drop(conn);
+        let mut replay = Replay::new(&pinned.definition, run, header.run.depth, header.run.forked_seq);
+        let mut after = 0;
+        while after < header.run.seq {
+            let rows = self.history(run, after, ROWS).await?;
+            let Some(last) = rows.last() else {
+                return Err(Error::Invariant(format!("the history of run {run} ends at {after}")));
+            };
+            after = last.seq;
+            for row in &rows {
+                if !replay.row(row).map_err(|e| Error::Invariant(format!("run {run}, {e}")))? {
+                    return Ok(replay.done());
+                }
+            }
+        }
+        Ok(replay.done())
+    }
+}
+
+/// Folds an archive's history and compares the result with its row.
+fn state_of(archive: &Archive) -> Result<RunState> {
+    let mut state = RunState::new(archive.header.run.run_id);
+    for (row, line) in archive.history.iter().zip(2..) {
+        let invalid = |why: String| Error::ArchiveInvalid { line, why };
+        if row.format > event::FORMAT {
+            return Err(invalid(format!("written by a newer release (format {}): use that", row.format)));
+        }
+        for event in &row.events {
+            let event: Event = serde_json::from_value(event.clone()).map_err(|e| invalid(e.to_string()))?;
+            fold(&mut state, &event).map_err(|e| invalid(format!("row {} cannot follow: {e}", row.seq)))?;
+        }
+    }
+    let run = &archive.header.run;
+    let says = (run.status.is_closed(), run.closed_at.is_some());
+    if says != (state.status.is_closed(), state.status.is_closed()) || (says.0 && run.status != state.status) {
+        let why = format!("the header says `{}`, the history says `{}`", run.status.as_str(), state.status.as_str());
+        return Err(Error::ArchiveInvalid { line: 1, why });
+    }
+    Ok(state)
+}

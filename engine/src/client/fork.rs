@@ -1,0 +1,238 @@
+//! New runs that begin where another one was: fork and reset.
+
+use super::{Client, Started, pause::checked};
+use crate::{
+    Error, Result,
+    committer::in_transaction,
+    definition::inputs::prepare,
+    event::Event,
+    ids::{DefinitionHash, RunId},
+    machine::{self, Fork, Moment, RunState, fold},
+    signature::Catalog,
+    store::{self, definitions::Pinned, forks::Maker},
+};
+use serde_json::{Map, Value};
+use sqlx::PgConnection;
+use std::{cell::Cell, sync::Arc};
+
+/// History rows read at once.
+const ROWS: u32 = 500;
+
+/// Where a run branches off.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum At {
+    /// After that transition.
+    Seq(u64),
+    /// Where the step at this path began (the last time, if several): it begins anew, with those after it in its block.
+    Step(String),
+}
+
+/// A request to fork a run.
+#[derive(Clone, Debug)]
+pub struct Forked {
+    /// Given by callers who must name the new run themselves. An existing run with this id is returned.
+    pub run_id: Option<RunId>,
+    pub at: At,
+    /// Replace the inputs of the same names; what the shared part made of the former ones stays.
+    pub inputs: Map<String, Value>,
+    /// Another definition: one that has a place for every block that is open at the fork.
+    pub definition: Option<DefinitionHash>,
+    /// At most 4 KiB.
+    pub reason: String,
+}
+
+/// What a reset came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reset {
+    pub run_id: RunId,
+    /// False when the old run had ended before.
+    pub terminated: bool,
+}
+
+/// A fork that has been decided.
+struct Decided {
+    run: RunId,
+    like: RunId,
+    maker: Maker,
+    seq: i64,
+    definition: DefinitionHash,
+    workflow: String,
+    event: Event,
+    state: RunState,
+}
+
+impl Client {
+    /// Starts a run whose state is that of another after one of its transitions. Both share the history up to there by
+    /// reference; steps that had ended keep their outputs, attempts, checkpoints and cost under the old run and are not done
+    /// again. Steps that were under way begin anew, with attempts and children of their own; the old run ends and settles
+    /// its own. The new run has the old one's queue, attributes and outbox topic, neither its business key nor its parent,
+    /// and its whole timeout from now on. Signals that waited at the fork wait in both.
+    ///
+    /// A fork before a former fork is one of the run that made that transition.
+    ///
+    /// # Errors
+    /// `run_not_found`, `definition_not_found`, `input_invalid`, `too_large`; `fork_invalid` with every reason.
+    /// # Transaction
+    /// One: run, first transition, queue row. Idempotent by `run_id`.
+    pub async fn fork(&self, run: RunId, asked: Forked) -> Result<Started> {
+        let decided = Arc::new(self.decide_fork(run, &asked).await?);
+        let created = in_transaction(&self.pool, |conn| {
+            let decided = decided.clone();
+            Box::pin(async move { decided.insert(conn).await })
+        })
+        .await?;
+        self.wake().await;
+        Ok(Started { run_id: decided.run, created })
+    }
+
+    /// Forks a run and ends the old one, if it is still open, as terminated: its attempts are closed and settled, its
+    /// business key goes to the new run.
+    ///
+    /// # Errors
+    /// Those of [`Self::fork`]; `fork_invalid` also for a child run, whose parent waits for it, and for a closed run whose
+    /// business key another open run has; `run_exists` if `run_id` is taken; `run_imported`.
+    /// # Transaction
+    /// One: everything or nothing. Lock order: the old run, what the hook locks, the key.
+    pub async fn reset(&self, run: RunId, asked: Forked) -> Result<Reset> {
+        let mut conn = self.pool.acquire().await?;
+        let standing = store::runs::standing(&mut conn, run).await?;
+        if standing.imported {
+            return Err(Error::RunImported(run.to_string()));
+        }
+        let old = store::runs::load(&mut conn, run).await?;
+        drop(conn);
+        if let Some((parent, path)) = &old.parent {
+            let why = format!("run {parent} waits for this run at `{path}`: reset that one, or fork this one");
+            return Err(Error::ForkInvalid(vec![why]));
+        }
+        let decided = Arc::new(self.decide_fork(run, &asked).await?);
+        let (key, reason) = (old.workflow_id, checked(&asked.reason)?);
+        let terminated = in_transaction(&self.pool, |conn| {
+            let (decided, hook, key, reason) = (decided.clone(), self.hook.clone(), key.clone(), reason.clone());
+            Box::pin(async move {
+                let text = format!("reset to transition {} as run {}: {reason}", decided.seq, decided.run);
+                let terminated = match crate::worker::terminate_in(conn, hook.as_ref(), run, &text).await {
+                    Ok(()) => true,
+                    Err(Error::RunClosed(_)) => false,
+                    Err(error) => return Err(error),
+                };
+                if !decided.insert(conn).await? {
+                    return Err(Error::RunExists(decided.run.to_string()));
+                }
+                if let Some(key) = key
+                    && !store::forks::take_key(conn, &key, decided.run).await?
+                {
+                    let why = format!("another open run has the business key `{key}`: end it first, or fork");
+                    return Err(Error::ForkInvalid(vec![why]));
+                }
+                Ok(terminated)
+            })
+        })
+        .await?;
+        self.wake().await;
+        Ok(Reset { run_id: decided.run, terminated })
+    }
+
+    async fn decide_fork(&self, run: RunId, asked: &Forked) -> Result<Decided> {
+        let reason = checked(&asked.reason)?;
+        let (seq, again) = match &asked.at {
+            At::Seq(seq) => (*seq, None),
+            At::Step(path) => (self.began(run, path).await?, Some(path.clone())),
+        };
+        let new = asked.run_id.unwrap_or_default();
+        let mut conn = self.pool.acquire().await?;
+        let maker = store::forks::maker(&mut conn, run, i64::try_from(seq).unwrap_or(i64::MAX)).await?;
+        let definition = asked.definition.unwrap_or(maker.definition);
+        let pinned: Pinned = store::definitions::load(&mut conn, definition).await?;
+        let calls = store::definitions::resolve_calls(&mut conn, &pinned.definition).await?;
+        let now = store::runs::now(&mut conn).await?;
+        drop(conn);
+        let mut state = self.state_at(run, new, seq).await?;
+        let inputs = match (asked.inputs.is_empty(), state.inputs.clone()) {
+            (true, _) => None,
+            (false, Value::Object(mut map)) => {
+                map.extend(asked.inputs.clone());
+                Some(prepare(&pinned.definition, &Value::Object(map)).map_err(Error::InputInvalid)?)
+            }
+            (false, _) => return Err(Error::ForkInvalid(vec!["the run had no inputs there".into()])),
+        };
+        let catalog = Catalog::default();
+        let moment = Moment {
+            now,
+            draw: 0,
+            permits: Cell::new(0),
+            refused: None,
+            catalog: &catalog,
+            calls: &calls,
+            depth: u32::try_from(maker.depth).unwrap_or(u32::MAX),
+            workflow: &pinned.definition.name,
+        };
+        let fork = Fork {
+            parent: maker.run,
+            seq,
+            reason,
+            definition,
+            inputs,
+            migrated: definition != maker.definition,
+            again,
+        };
+        let event = machine::fork(&pinned.definition, &state, fork, &moment).map_err(Error::ForkInvalid)?;
+        fold(&mut state, &event).map_err(|e| Error::Invariant(format!("fork of run {run}: {e}")))?;
+        let seq = i64::try_from(seq).unwrap_or(i64::MAX);
+        Ok(Decided { run: new, like: run, maker, seq, definition, workflow: pinned.definition.name, event, state })
+    }
+
+    /// The fold of a run's first `seq` rows, under another id.
+    async fn state_at(&self, run: RunId, as_run: RunId, seq: u64) -> Result<RunState> {
+        let (mut state, mut after) = (RunState::new(as_run), 0);
+        while after < seq {
+            let rows = self.history(run, after, ROWS).await?;
+            if rows.is_empty() {
+                return Err(Error::Invariant(format!("the history of run {run} ends at {after}")));
+            }
+            for row in rows.into_iter().filter(|row| row.seq <= seq) {
+                let broken = |e: String| Error::Invariant(format!("history row {} of run {run}: {e}", row.seq));
+                for event in row.events {
+                    let event: Event = serde_json::from_value(event).map_err(|e| broken(e.to_string()))?;
+                    fold(&mut state, &event).map_err(|e| broken(e.to_string()))?;
+                }
+                after = row.seq;
+            }
+        }
+        Ok(state)
+    }
+
+    /// The transition in which a step began last.
+    async fn began(&self, run: RunId, path: &str) -> Result<u64> {
+        let (mut found, mut after) = (None, 0);
+        loop {
+            let rows = self.history(run, after, ROWS).await?;
+            let Some(last) = rows.last() else { break };
+            after = last.seq;
+            let begins = |e: &Value| e["path"] == path && (e["type"] == "step_started" || e["type"] == "step_skipped");
+            found = rows.iter().rev().find(|r| r.events.iter().any(begins)).map(|r| r.seq).or(found);
+        }
+        // Distinguishes a run that is not there from a step that did not begin.
+        let mut conn = self.pool.acquire().await?;
+        store::runs::standing(&mut conn, run).await?;
+        found.ok_or_else(|| Error::ForkInvalid(vec![format!("no step `{path}` has begun in this run")]))
+    }
+}
+
+impl Decided {
+    async fn insert(&self, conn: &mut PgConnection) -> Result<bool> {
+        let state = serde_json::to_value(&self.state).map_err(|e| Error::Invariant(e.to_string()))?;
+        let new = store::forks::New {
+            run: self.run,
+            maker: &self.maker,
+            seq: self.seq,
+            like: self.like,
+            workflow: &self.workflow,
+            definition: self.definition,
+            inputs: &self.state.inputs,
+            event: &self.event,
+            state: &state,
+        };
+        store::forks::insert(conn, &new).await
+    }
+}

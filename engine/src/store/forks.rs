@@ -1,0 +1,114 @@
+//! Runs that begin where another one was.
+
+use crate::{
+    Error, Result,
+    event::{Event, format_of},
+    ids::{DefinitionHash, RunId},
+};
+use serde_json::Value;
+use sqlx::{PgConnection, Row};
+
+/// The run that made a transition: a fork's shared rows are an older run's.
+pub(crate) struct Maker {
+    pub(crate) run: RunId,
+    pub(crate) definition: DefinitionHash,
+    pub(crate) inbox_n: i64,
+    pub(crate) depth: i32,
+}
+
+/// Who made transition `seq` of a run.
+///
+/// # Errors
+/// `run_not_found`, also for an ancestor that retention has dropped; `fork_invalid` if there is no such transition.
+pub(crate) async fn maker(conn: &mut PgConnection, run: RunId, seq: i64) -> Result<Maker> {
+    let mut at = run;
+    loop {
+        let row = sqlx::query(
+            "select definition, seq, inbox_n, depth, forked_from, coalesce(forked_seq, 0) as above from runs where shard = $1 and run_id = $2",
+        )
+        .bind(at.shard())
+        .bind(at.0)
+        .fetch_optional(&mut *conn)
+        .await?
+        .ok_or_else(|| Error::RunNotFound(at.to_string()))?;
+        let newest: i64 = row.try_get("seq")?;
+        if seq < 1 || seq > newest {
+            return Err(Error::ForkInvalid(vec![format!("there is no transition {seq}; the newest is {newest}")]));
+        }
+        match row.try_get::<Option<uuid::Uuid>, _>("forked_from")? {
+            // Its own first row is the fork itself.
+            Some(parent) if seq <= row.try_get::<i64, _>("above")? => at = RunId(parent),
+            _ => {
+                return Ok(Maker {
+                    run: at,
+                    definition: super::definitions::hash_of(row.try_get("definition")?)
+                        .ok_or_else(|| Error::Invariant("a definition's hash".into()))?,
+                    inbox_n: row.try_get("inbox_n")?,
+                    depth: row.try_get("depth")?,
+                });
+            }
+        }
+    }
+}
+
+/// A fork, ready to be stored.
+pub(crate) struct New<'a> {
+    pub(crate) run: RunId,
+    /// Whose rows are shared up to `seq`.
+    pub(crate) maker: &'a Maker,
+    pub(crate) seq: i64,
+    /// The run whose queue, attributes and outbox topic it has.
+    pub(crate) like: RunId,
+    pub(crate) workflow: &'a str,
+    pub(crate) definition: DefinitionHash,
+    pub(crate) inputs: &'a Value,
+    /// Its first own event, and the state after it.
+    pub(crate) event: &'a Event,
+    pub(crate) state: &'a Value,
+}
+
+/// Inserts the run with its first transition, claimable at once. False if there is a run of this id.
+pub(crate) async fn insert(conn: &mut PgConnection, new: &New<'_>) -> Result<bool> {
+    let events = serde_json::to_value([new.event]).map_err(|e| Error::Invariant(e.to_string()))?;
+    let inserted = sqlx::query(
+        "with r as (insert into runs (shard, run_id, workflow, definition, status, parked, queue, attributes, topic, inputs, depth, seq,
+                                      inbox_n, inbox_seen, cursor, cursor_seq, forked_shard, forked_from, forked_seq)
+                    select $1, $2, $3, $4, 'running', true, queue, attributes, topic, $5, $6, $7 + 1, $8, $8, $9, $7 + 1, $10, $11, $7
+                    from runs where shard = $12 and run_id = $13
+                    on conflict do nothing returning shard, run_id, queue, seq),
+              h as (insert into history (shard, run_id, seq, epoch, format, events) select shard, run_id, seq, 0, $14, $15 from r)
+         insert into ready (shard, run_id, queue) select shard, run_id, queue from r",
+    )
+    .bind(new.run.shard())
+    .bind(new.run.0)
+    .bind(new.workflow)
+    .bind(&new.definition.0[..])
+    .bind(new.inputs)
+    .bind(new.maker.depth)
+    .bind(new.seq)
+    .bind(new.maker.inbox_n)
+    .bind(new.state)
+    .bind(new.maker.run.shard())
+    .bind(new.maker.run.0)
+    .bind(new.like.shard())
+    .bind(new.like.0)
+    .bind(i16::try_from(format_of(std::slice::from_ref(new.event))).unwrap_or(i16::MAX))
+    .bind(events)
+    .execute(conn)
+    .await?;
+    Ok(inserted.rows_affected() == 1)
+}
+
+/// Hands a business key to a run. False if another open run has it.
+pub(crate) async fn take_key(conn: &mut PgConnection, key: &str, run: RunId) -> Result<bool> {
+    let taken = sqlx::query(
+        "with k as (insert into workflow_ids (workflow_id, shard, run_id) values ($1, $2, $3) on conflict do nothing returning 1)
+         update runs set workflow_id = $1 where shard = $2 and run_id = $3 and exists (select from k)",
+    )
+    .bind(key)
+    .bind(run.shard())
+    .bind(run.0)
+    .execute(conn)
+    .await?;
+    Ok(taken.rows_affected() == 1)
+}

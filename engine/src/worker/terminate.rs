@@ -1,0 +1,136 @@
+//! Ends a run at once: takes it over, closes its attempts, settles them.
+
+use crate::{
+    Error, Result,
+    committer::{Broken, Committer},
+    event::{Event, Outcome, format_of},
+    hook::{AttemptEnd, AttemptRef, HookError, TransitionHook},
+    ids::RunId,
+    machine::{self, Command, Input, Moment},
+    store::{
+        self,
+        transitions::{self, Effects, Item, Verdict, child_result},
+    },
+};
+use serde_json::Value;
+use sqlx::PgConnection;
+use std::{cell::Cell, collections::BTreeMap, sync::Arc};
+
+/// Closes a run at an operator's wish: takes it over, closes its attempts, settles them, ends it.
+pub(crate) async fn terminate(
+    pool: &sqlx::PgPool,
+    hook: Arc<dyn TransitionHook>,
+    run: RunId,
+    reason: &str,
+) -> Result<()> {
+    let mut conn = pool.acquire().await?;
+    let item = closing(&mut conn, run, reason).await?;
+    drop(conn);
+    let (epoch, seq) = (item.epoch, item.seq);
+    match Committer::start(pool.clone(), hook).commit(item).await {
+        Ok(Verdict::Accepted { .. }) => Ok(()),
+        // An earlier sending had succeeded and its answer was lost.
+        Ok(Verdict::Stale { epoch: at, seq: newest }) if at == epoch && newest == seq + 1 => Ok(()),
+        Ok(_) => Err(Error::LeaseLost),
+        Err(Broken::Unreachable(error)) => Err(error),
+        Err(Broken::Poison(text)) => Err(Error::Invariant(text)),
+    }
+}
+
+/// [`terminate`] inside the caller's transaction.
+pub(crate) async fn terminate_in(
+    conn: &mut PgConnection,
+    hook: &dyn TransitionHook,
+    run: RunId,
+    reason: &str,
+) -> Result<()> {
+    let items = [closing(&mut *conn, run, reason).await?];
+    let verdicts = transitions::send(&mut *conn, &items).await?;
+    if !matches!(verdicts[..], [Verdict::Accepted { .. }]) {
+        return Err(Error::LeaseLost);
+    }
+    match transitions::apply_effects(conn, &items, &verdicts, hook).await {
+        // Nothing starts, so nothing is refused.
+        Ok(_) => Ok(()),
+        Err(HookError::Sql(error)) => Err(Error::Sql(error)),
+        Err(HookError::Invariant(text)) => Err(Error::Invariant(text)),
+    }
+}
+
+/// Takes the run from whoever owns it; its last transition, ready to be committed.
+async fn closing(conn: &mut PgConnection, run: RunId, reason: &str) -> Result<Item> {
+    // Whoever owns it is fenced off from here on.
+    let taken = store::runs::seize(&mut *conn, run).await?;
+    let loaded = store::runs::load(&mut *conn, run).await?;
+    if !taken {
+        return Err(Error::RunClosed(run.to_string()));
+    }
+    let pinned = store::definitions::load(&mut *conn, loaded.definition).await?;
+    let now = store::runs::now(conn).await?;
+    let mut state = loaded.state;
+    let (catalog, calls) = (crate::signature::Catalog::default(), BTreeMap::new());
+    let moment = Moment {
+        now,
+        draw: 0,
+        permits: Cell::new(0),
+        refused: None,
+        catalog: &catalog,
+        calls: &calls,
+        depth: u32::try_from(loaded.depth).unwrap_or(u32::MAX),
+        workflow: &pinned.definition.name,
+    };
+    let decision =
+        machine::decide(&pinned.definition, &mut state, Input::Terminated { reason: reason.to_owned() }, &moment)
+            .map_err(|e| Error::Invariant(e.to_string()))?;
+    let attributes = Arc::new(loaded.attributes.clone());
+    let budget = Arc::new(pinned.definition.budget.clone());
+    let mut effects = Effects::default();
+    for event in &decision.events {
+        match event {
+            // Without a registry every activity may be a metered one; the hook ignores those it never saw.
+            Event::AttemptEnded { path, attempt, attempt_id, activity, at, .. } => effects.ended.push(AttemptEnd {
+                attempt: AttemptRef {
+                    run_id: run,
+                    attempt_id: *attempt_id,
+                    activity: activity.clone(),
+                    path: path.clone(),
+                    attempt: *attempt,
+                    attributes: attributes.clone(),
+                    budget: budget.clone(),
+                    deadline: *at,
+                },
+                outcome: Outcome::Cancelled,
+            }),
+            Event::RunClosed { status, output, failure, .. } => {
+                effects.parent = loaded
+                    .parent
+                    .as_ref()
+                    .map(|(parent, _)| (*parent, child_result(run, status.as_str(), output.clone(), failure.clone())));
+            }
+            _ => {}
+        }
+    }
+    for command in &decision.commands {
+        if let Command::CancelChild { run_id } = command {
+            effects.cancelled_children.push(*run_id);
+        }
+    }
+    Ok(Item {
+        run_id: run,
+        epoch: loaded.epoch,
+        seq: loaded.seq,
+        status: state.status.as_str(),
+        parked: false,
+        due: None,
+        waiting: None,
+        inbox_seen: loaded.inbox_seen,
+        queue: loaded.queue,
+        topic: loaded.topic,
+        cursor: serde_json::to_value(&state).ok(),
+        format: format_of(&decision.events),
+        events: serde_json::to_value(&decision.events).unwrap_or(Value::Null),
+        output: None,
+        failure: state.failure.as_ref().and_then(|f| serde_json::to_value(f).ok()),
+        effects,
+    })
+}

@@ -1,0 +1,202 @@
+//! Runs out into files, in from files, and decided again: on a real database.
+
+use crate::bench::{Bench, Gate, definition, e, step, work};
+use loopwright_engine::{
+    Error, Failure,
+    archive::Archive,
+    client::{At, Forked, Signal, Why},
+    definition::{Data, Definition, Kind, OnItemFailure, WaitUntil},
+    ids::RunId,
+    view::RunStatus,
+};
+use serde_json::{Map, json};
+use std::time::Duration;
+
+const GRACE: Duration = Duration::from_secs(10);
+
+pub async fn exported(bench: &Bench, run: RunId) -> String {
+    let mut export = bench.client.export(run).await.expect("export");
+    let mut text = String::new();
+    while let Some(line) = export.next().await.expect("line") {
+        assert!(line.ends_with('\n'));
+        text.push_str(&line);
+    }
+    text
+}
+
+fn several() -> Definition {
+    let each = Kind::Foreach {
+        list: e("[1, 2, 3]"),
+        key: None,
+        max_items: 3,
+        concurrency: 2,
+        on_item_failure: OnItemFailure::FailFast,
+        steps: vec![work("i", &[("n", Data::Expr(e("item")))])],
+        outputs: None,
+    };
+    let mut flaky = work("flaky", &[("fails", Data::Literal(json!(true)))]);
+    flaky.retry.jitter = 0.7;
+    flaky.retry.delay_ms = 40;
+    definition(
+        "several",
+        vec![flaky, step("each", each), step("w", Kind::Wait { until: WaitUntil::For(30) }), work("last", &[])],
+    )
+}
+
+fn flaky(bench: &Bench) {
+    bench.script(|ctx, input| async move {
+        ctx.save("k", &json!({"n": 1})).await?;
+        if input["fails"] == true && ctx.info().attempt == 1 {
+            return Err(Failure::retryable("transient.network", "x"));
+        }
+        Ok(input)
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_is_decided_again_as_it_was_and_another_definition_is_told_from_it() {
+    let bench = Bench::new().await;
+    flaky(&bench);
+    let worker = bench.worker().await;
+    let run = bench.start(several(), json!({})).await;
+    bench.client.pause(run, Why { reason: "look".into(), ..Why::default() }).await.expect("pause");
+    bench.until(run, "paused", |v| v.status == RunStatus::Paused && v.live.is_empty()).await;
+    bench.client.resume(run, Why::default()).await.expect("resume");
+    let view = bench.closed(run).await;
+    assert_eq!(view.status, RunStatus::Completed);
+    let replayed = bench.client.replay(run, None).await.expect("folds");
+    assert_eq!((replayed.divergence, replayed.decided), (None, view.seq));
+    let mut other = several();
+    other.steps[3] = work("last", &[("n", Data::Literal(json!(5)))]);
+    let other = bench.deploy(other).await;
+    let found = bench.client.replay(run, Some(other)).await.expect("folds").divergence.expect("differs");
+    assert_eq!(found.expected.expect("event")["opened"]["input"], json!({"n": 5}));
+    assert_eq!(found.found.expect("event")["opened"]["input"], json!({}));
+    assert!(matches!(bench.client.replay(RunId::new(), None).await, Err(Error::RunNotFound(_))));
+    // A history that somebody has touched.
+    sqlx::query("update history set events = events - 0 where seq = 1").execute(&bench.pool).await.expect("sql");
+    assert_eq!(bench.client.replay(run, None).await.expect_err("broken").code(), "invariant");
+    worker.drain(GRACE).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_exported_run_is_read_elsewhere_and_nothing_of_it_is_ever_executed() {
+    let (here, there) = (Bench::new().await, Bench::new().await);
+    flaky(&here);
+    let worker = here.worker().await;
+    let closed = here.start(several(), json!({})).await;
+    here.closed(closed).await;
+    let waits = definition("waits", vec![step("w", Kind::Wait { until: WaitUntil::For(3_600_000) }), work("a", &[])]);
+    let waits = here.deploy(waits).await;
+    let open = here.start_as(waits, json!({}), Some("project:1")).await.run_id;
+    here.until(open, "waits", |v| !v.waiting.is_empty()).await;
+    let files = [exported(&here, closed).await, exported(&here, open).await];
+    worker.drain(GRACE).await;
+
+    let elsewhere = there.worker().await;
+    for file in &files {
+        let archive = Archive::read(file.as_bytes()).expect("valid");
+        assert_eq!(archive.replay(None).expect("folds").divergence, None);
+        let run = there.client.import(archive.clone()).await.expect("import");
+        assert_eq!(there.client.import(archive).await.expect_err("again").code(), "run_exists");
+        // The copy is the original, but for when it was exported and what it is here.
+        let body =
+            |text: &str| text.lines().skip(1).filter(|l| !l.starts_with("{\"end\"")).collect::<Vec<_>>().join("\n");
+        assert_eq!(body(&exported(&there, run).await), body(file));
+        assert_eq!(there.client.replay(run, None).await.expect("folds").divergence, None);
+    }
+    let (view, original) =
+        (there.client.describe(closed).await.expect("run"), here.client.describe(closed).await.expect("run"));
+    assert_eq!((view.status, &view.output, view.seq), (RunStatus::Completed, &original.output, original.seq));
+    assert!(view.imported_at.is_some());
+    let view = there.client.describe(open).await.expect("run");
+    assert_eq!((view.status, view.nodes.len()), (RunStatus::Quarantined, 1));
+    // Nobody can act on it.
+    let signal = Signal { name: "x".into(), ..Signal::default() };
+    for refused in [
+        there.client.signal(open, signal).await.map(drop),
+        there.client.cancel(open, "x").await,
+        there.client.terminate(open, "x").await,
+        there.client.pause(open, Why::default()).await.map(drop),
+        there.client.unquarantine(open, Why::default()).await.map(drop),
+    ] {
+        assert_eq!(refused.expect_err("read only").code(), "run_imported");
+    }
+    for sql in ["update runs set owner = gen_random_uuid(), parked = false where closed_at is null", "update runs set status = 'running' where closed_at is null"] {
+        let error = sqlx::query(sql).execute(&there.pool).await.expect_err("refused by the database");
+        assert!(error.to_string().contains("runs_imported_check"), "{error}");
+    }
+    let queued: i64 = sqlx::query_scalar("select (select count(*) from ready) + (select count(*) from workflow_ids) + (select count(*) from outbox) + (select count(*) from test_starts)")
+        .fetch_one(&there.pool).await.expect("count");
+    assert_eq!(queued, 0);
+    // A name that was not deployed here has no current version because of it.
+    assert_eq!(
+        there.client.pointer("waits", "current").await.expect_err("not deployed").code(),
+        "definition_not_found"
+    );
+    // It may be forked: that is another run.
+    let fork = Forked { run_id: None, at: At::Seq(1), inputs: Map::new(), definition: None, reason: "try".into() };
+    let fork = there.client.fork(open, fork).await.expect("fork").run_id;
+    there.until(fork, "waits", |v| !v.waiting.is_empty()).await;
+    there.client.terminate(fork, "enough").await.expect("terminate");
+    elsewhere.drain(GRACE).await;
+    there.audit().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_archive_whose_history_does_not_fold_is_not_imported() {
+    let (here, there) = (Bench::new().await, Bench::new().await);
+    let worker = here.worker().await;
+    let run = here.start(definition("two", vec![work("a", &[]), work("b", &[])]), json!({})).await;
+    here.closed(run).await;
+    worker.drain(GRACE).await;
+    let good = Archive::read(exported(&here, run).await.as_bytes()).expect("valid");
+    let mut broken = good.clone();
+    broken.history[1].events.remove(0);
+    let mut lies = good.clone();
+    lies.header.run.status = RunStatus::Failed;
+    let mut opened = good.clone();
+    opened.header.run.closed_at = None;
+    let mut newer = good.clone();
+    newer.history[0].format = 900;
+    for archive in [broken, lies, opened, newer] {
+        assert_eq!(there.client.import(archive).await.expect_err("refused").code(), "archive_invalid");
+    }
+    let rows: i64 = sqlx::query_scalar("select (select count(*) from runs) + (select count(*) from definitions)")
+        .fetch_one(&there.pool)
+        .await
+        .expect("count");
+    assert_eq!(rows, 0, "nothing of it is there");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_running_can_be_exported_and_ends_where_it_stood() {
+    let bench = Bench::new().await;
+    let gate = Gate::new();
+    {
+        let gate = gate.clone();
+        bench.script(move |ctx, _| {
+            let gate = gate.clone();
+            async move {
+                ctx.save("k", &json!(7)).await?;
+                gate.pass().await;
+                Ok(json!(1))
+            }
+        });
+    }
+    let worker = bench.worker().await;
+    let run = bench.start(definition("live", vec![work("a", &[]), work("b", &[])]), json!({})).await;
+    gate.arrived(1).await;
+    let mut export = bench.client.export(run).await.expect("export");
+    gate.open(2);
+    bench.closed(run).await;
+    let mut text = String::new();
+    while let Some(line) = export.next().await.expect("line") {
+        text.push_str(&line);
+    }
+    let archive = Archive::read(text.as_bytes()).expect("valid");
+    assert_eq!((archive.history.len(), archive.header.run.status), (1, RunStatus::Running));
+    assert!(archive.checkpoints.iter().any(|c| c.path == "a" && c.value == json!(7)));
+    assert!(matches!(bench.client.export(RunId::new()).await.err(), Some(Error::RunNotFound(_))));
+    worker.drain(GRACE).await;
+}
