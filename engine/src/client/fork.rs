@@ -45,7 +45,7 @@ pub struct Forked {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reset {
     pub run_id: RunId,
-    /// False when the old run had ended before.
+    /// False when the old run had ended before the reset.
     pub terminated: bool,
 }
 
@@ -92,7 +92,8 @@ impl Client {
     /// Those of [`Self::fork`]; `fork_invalid` also for a child run, whose parent waits for it, and for a closed run whose
     /// business key another open run has; `run_exists` if `run_id` is taken; `run_imported`.
     /// # Transaction
-    /// One: everything or nothing. Lock order: the old run, what the hook locks, the key.
+    /// One: everything or nothing. Lock order: the old run, what the hook locks, the key. Idempotent by `run_id`: a second
+    /// request finds the old run closed and its fork there.
     pub async fn reset(&self, run: RunId, asked: Forked) -> Result<Reset> {
         let mut conn = self.pool.acquire().await?;
         let standing = store::runs::standing(&mut conn, run).await?;
@@ -117,6 +118,10 @@ impl Client {
                     Err(error) => return Err(error),
                 };
                 if !decided.insert(conn).await? {
+                    // The answer of an earlier sending was lost: then all of it was done.
+                    if !terminated && decided.is_there(conn).await? {
+                        return Ok(true);
+                    }
                     return Err(Error::RunExists(decided.run.to_string()));
                 }
                 if let Some(key) = key
@@ -222,7 +227,15 @@ impl Client {
 impl Decided {
     async fn insert(&self, conn: &mut PgConnection) -> Result<bool> {
         let state = serde_json::to_value(&self.state).map_err(|e| Error::Invariant(e.to_string()))?;
-        let new = store::forks::New {
+        store::forks::insert(conn, &self.new(&state)).await
+    }
+
+    async fn is_there(&self, conn: &mut PgConnection) -> Result<bool> {
+        store::forks::is_there(conn, &self.new(&serde_json::Value::Null)).await
+    }
+
+    fn new<'a>(&'a self, state: &'a Value) -> store::forks::New<'a> {
+        store::forks::New {
             run: self.run,
             maker: &self.maker,
             seq: self.seq,
@@ -231,8 +244,7 @@ impl Decided {
             definition: self.definition,
             inputs: &self.state.inputs,
             event: &self.event,
-            state: &state,
-        };
-        store::forks::insert(conn, &new).await
+            state,
+        }
     }
 }

@@ -99,6 +99,21 @@ pub(crate) async fn insert(conn: &mut PgConnection, new: &New<'_>) -> Result<boo
     Ok(inserted.rows_affected() == 1)
 }
 
+/// Whether a run is that fork: an earlier sending had stored it.
+pub(crate) async fn is_there(conn: &mut PgConnection, new: &New<'_>) -> Result<bool> {
+    let found: Option<i32> = sqlx::query_scalar(
+        "select 1 from runs where shard = $1 and run_id = $2 and forked_from = $3 and forked_seq = $4 and definition = $5",
+    )
+    .bind(new.run.shard())
+    .bind(new.run.0)
+    .bind(new.maker.run.0)
+    .bind(new.seq)
+    .bind(&new.definition.0[..])
+    .fetch_optional(conn)
+    .await?;
+    Ok(found.is_some())
+}
+
 /// Hands a business key to a run. False if another open run has it.
 pub(crate) async fn take_key(conn: &mut PgConnection, key: &str, run: RunId) -> Result<bool> {
     let taken = sqlx::query(

@@ -91,6 +91,18 @@ pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Res
     })
 }
 
+/// How many messages were ever sent to an open run, as its owner of `epoch` may know; `None` for everybody else.
+pub(crate) async fn sent(conn: &mut PgConnection, run: RunId, epoch: i64) -> Result<Option<i64>> {
+    Ok(sqlx::query_scalar(
+        "select inbox_n from runs where shard = $1 and run_id = $2 and epoch = $3 and closed_at is null",
+    )
+    .bind(run.shard())
+    .bind(run.0)
+    .bind(epoch)
+    .fetch_optional(conn)
+    .await?)
+}
+
 /// Messages `after < n <= up_to`, in order.
 pub(crate) async fn read(conn: &mut PgConnection, run: RunId, after: i64, up_to: i64) -> Result<Vec<Inbound>> {
     let rows = sqlx::query(

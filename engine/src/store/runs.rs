@@ -324,6 +324,20 @@ pub(crate) async fn strays(
     Ok(rows.into_iter().map(|(id, epoch)| (RunId(id), epoch)).collect())
 }
 
+/// Those among `driven` that `worker` does not own any more.
+pub(crate) async fn lost(conn: &mut PgConnection, worker: WorkerId, driven: &[RunId]) -> Result<Vec<RunId>> {
+    let rows: Vec<uuid::Uuid> = sqlx::query_scalar(
+        "select d.run_id from unnest($2::smallint[], $3::uuid[]) d(shard, run_id)
+         join runs r on r.shard = d.shard and r.run_id = d.run_id where r.owner is distinct from $1",
+    )
+    .bind(worker.0)
+    .bind(driven.iter().map(|run| run.shard()).collect::<Vec<i16>>())
+    .bind(driven.iter().map(|run| run.0).collect::<Vec<_>>())
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(RunId).collect())
+}
+
 /// Frees a run that its owner does not drive, read messages or not: it is due in a second. False if the run is not that
 /// owner's of that epoch any more. The epoch rises: what is still under way from here is refused.
 pub(crate) async fn give_back(pool: &PgPool, run: RunId, owner: WorkerId, epoch: i64) -> Result<bool> {

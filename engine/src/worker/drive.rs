@@ -211,12 +211,10 @@ impl Driver {
 
     async fn read_messages(&mut self) -> Result<Next> {
         let mut conn = self.shared.pool.acquire().await?;
-        let up_to: i64 = sqlx::query_scalar("select inbox_n from runs where shard = $1 and run_id = $2")
-            .bind(self.run.run_id.shard())
-            .bind(self.run.run_id.0)
-            .fetch_one(&mut *conn)
-            .await?;
+        let up_to = store::inbox::sent(&mut conn, self.run.run_id, self.run.epoch).await?;
         drop(conn);
+        // Somebody ended it or took it: what runs here is told at once, and not when it next wants to write.
+        let up_to = up_to.ok_or(Error::LeaseLost)?;
         if up_to == self.run.inbox_seen {
             return self.step(Input::Tick).await;
         }

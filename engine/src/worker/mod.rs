@@ -54,7 +54,8 @@ const CLAIM_SPARE: usize = 16;
 const CLAIM_MAX: usize = 256;
 /// Definitions kept in memory.
 const DEFINITIONS_MAX: usize = 256;
-/// Shortest pause between two looks for runs that are ours and that nobody here drives.
+/// Shortest pause between two looks for runs that are ours and that nobody here drives, and for those that are driven here
+/// and not ours any more.
 const STRAYS_LOOK: Duration = Duration::from_secs(2);
 /// Most such runs of one look; the rest waits for the next.
 const STRAYS_MAX: i64 = 256;
@@ -264,7 +265,14 @@ async fn give_back_strays(shared: &Shared, suspects: &HashSet<(RunId, i64)>) -> 
     let driven: Vec<RunId> = shared.drivers.lock().expect("no panic while held").keys().copied().collect();
     let mut conn = shared.pool.acquire().await?;
     let found = store::runs::strays(&mut conn, shared.id, &driven, STRAYS_MAX).await?;
+    // The reverse: a driver whose run was ended or taken looks at its inbox, sees that, and stops what it runs.
+    let lost = store::runs::lost(&mut conn, shared.id, &driven).await?;
     drop(conn);
+    for run in lost {
+        if let Some(notify) = shared.drivers.lock().expect("no panic while held").get(&run) {
+            notify.notify_one();
+        }
+    }
     for (run, epoch) in found.iter().filter(|stray| suspects.contains(stray)) {
         if store::runs::give_back(&shared.pool, *run, shared.id, *epoch).await? {
             tracing::warn!(run_id = %run, "run had an owner and no driver; given back");

@@ -1,6 +1,6 @@
 //! The door: what callers may do twice, late or at the wrong moment.
 
-use crate::bench::{Bench, Gate, definition, step, work};
+use crate::bench::{Bench, Gate, PATIENCE, definition, step, work};
 use loopwright_engine::{
     Error,
     client::Start,
@@ -9,7 +9,8 @@ use loopwright_engine::{
     view::RunStatus,
 };
 use serde_json::json;
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
+use tokio::sync::Notify;
 
 const GRACE: Duration = Duration::from_secs(10);
 
@@ -79,6 +80,40 @@ async fn terminating_one_run_twice_at_once_ends_it_once() {
     assert!(one.is_ok() || two.is_ok(), "{one:?} {two:?}");
     assert_eq!(bench.closed(run).await.status, RunStatus::Terminated);
     gate.open(1);
+    worker.drain(GRACE).await;
+    bench.audit().await;
+}
+
+/// Says when it is dropped.
+struct Stopped(Arc<Notify>);
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        self.0.notify_one();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_runs_for_a_terminated_run_is_stopped() {
+    let bench = Bench::new().await;
+    let (gate, stopped) = (Gate::new(), Arc::new(Notify::new()));
+    {
+        let (gate, stopped) = (gate.clone(), stopped.clone());
+        bench.script(move |_, _| {
+            let (gate, stopped) = (gate.clone(), Stopped(stopped.clone()));
+            async move {
+                gate.pass().await;
+                drop(stopped);
+                Ok(json!(1))
+            }
+        });
+    }
+    let worker = bench.worker().await;
+    let run = bench.start(definition("told", vec![work("a", &[])]), json!({})).await;
+    gate.arrived(1).await;
+    bench.client.terminate(run, "enough").await.expect("terminate");
+    // Its worker finds out by itself; the gate stays closed.
+    tokio::time::timeout(PATIENCE, stopped.notified()).await.expect("the attempt is stopped");
     worker.drain(GRACE).await;
     bench.audit().await;
 }
