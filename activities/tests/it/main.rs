@@ -3,6 +3,7 @@
 
 mod billing;
 mod fake_provider;
+mod fork;
 mod loop_steps;
 mod orchestrator;
 mod provider;

@@ -122,7 +122,10 @@ async fn an_exported_run_is_read_elsewhere_and_nothing_of_it_is_ever_executed() 
     ] {
         assert_eq!(refused.expect_err("read only").code(), "run_imported");
     }
-    for sql in ["update runs set owner = gen_random_uuid(), parked = false where closed_at is null", "update runs set status = 'running' where closed_at is null"] {
+    for sql in [
+        "update runs set owner = gen_random_uuid(), parked = false where closed_at is null",
+        "update runs set status = 'running' where closed_at is null",
+    ] {
         let error = sqlx::query(sql).execute(&there.pool).await.expect_err("refused by the database");
         assert!(error.to_string().contains("runs_imported_check"), "{error}");
     }

@@ -128,7 +128,7 @@ async fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Migrate(args) => migrate::run(args, context).await,
         Command::Doctor(args) => return doctor::run(args, context).await,
         Command::Token(args) => token::run(args, context),
-        Command::Run(args) => run::run(args, context).await,
+        Command::Run(args) => return run::run(args, context).await,
         Command::Project(args) => project::run(args, context).await,
         Command::Workflow(args) => return workflow::run(args, context).await,
         Command::Credits(args) => return credits::run(args, context).await,

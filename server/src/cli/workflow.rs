@@ -89,6 +89,11 @@ impl Checked {
     }
 }
 
+/// A definition from a file; `None` if it has errors, which are then printed.
+pub(super) fn compiled(file: &Path, json: bool) -> anyhow::Result<Option<Compiled>> {
+    Ok(check(file)?.accept(json)?.map(|(compiled, _)| compiled))
+}
+
 fn check(file: &Path) -> anyhow::Result<Checked> {
     let source = std::fs::read(file).with_context(|| format!("{} cannot be read", file.display()))?;
     let source = String::from_utf8(source).map_err(|_| anyhow::anyhow!("{} is not UTF-8 text", file.display()))?;

@@ -127,7 +127,11 @@ impl From<loopwright_engine::Error> for Error {
                 Self::new(Code::BodyTooLarge, format!("{what} is {actual} bytes; the limit is {limit}."))
             }
             E::Sql(error) => store::Error::from(error).into(),
+            E::RunImported(_) => Self::new(Code::RunClosed, "The run was imported and can only be read."),
             other @ (E::DefinitionNotFound(_)
+            | E::RunExists(_)
+            | E::ForkInvalid(_)
+            | E::ArchiveInvalid { .. }
             | E::DefinitionInvalid(_)
             | E::LeaseLost
             | E::Refused { .. }

@@ -300,3 +300,102 @@ fn the_index_of_a_folder_is_kept_in_the_data_folder() {
     assert!(code == Some(1) && text.contains("nowhere cannot be read"), "{text}");
     assert_eq!(run(&["build", "code/greet.py"]).0, Some(1));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_is_paused_forked_exported_and_decided_again_from_the_command_line() {
+    use loopwright_engine::{
+        activity::Registry,
+        client::{Client, Start},
+        hook::NoHook,
+        view::RunStatus,
+        worker::{self, WorkerConfig},
+    };
+    let pool = testing::database(loopwright_activities::MIGRATIONS).await;
+    let dir = tempfile::tempdir().unwrap();
+    let url = testing::url(&pool);
+    let in_database = |url: &str, args: &[&str]| {
+        let output = loopwright(dir.path()).env("DATABASE_URL", url).args(args).output().unwrap();
+        let stdout = String::from_utf8(output.stdout).unwrap();
+        (output.status.code(), stdout, String::from_utf8(output.stderr).unwrap())
+    };
+    let run = |args: &[&str]| in_database(&url, args);
+    std::fs::write(dir.path().join("small.yaml"), SMALL).unwrap();
+    std::fs::write(dir.path().join("slow.yaml"), SMALL.replace("1s", "2s")).unwrap();
+    assert_eq!(run(&["workflow", "deploy", "small.yaml"]).0, Some(0));
+    let client = Client::new(pool.clone(), Arc::new(NoHook));
+    let start = Start {
+        run_id: None,
+        definition: client.pointer("small", "current").await.unwrap(),
+        inputs: json!({}),
+        workflow_id: None,
+        attributes: json!({}),
+        queue: String::new(),
+        topic: None,
+    };
+    let id = client.start(start).await.unwrap().run_id;
+    let until = async |id: RunId, what: RunStatus| {
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
+        loop {
+            let view = client.describe(id).await.unwrap();
+            if view.status == what {
+                return;
+            }
+            assert!(tokio::time::Instant::now() < deadline, "{view:#?}");
+            client.wait_change(id, view.seq, Duration::from_millis(200)).await.unwrap();
+        }
+    };
+    let text = id.to_string();
+    assert_eq!(run(&["run", "pause", &text, "--reason", "a look"]).0, Some(0));
+    let worker = worker::start(WorkerConfig::new(pool.clone(), Registry::new())).await.unwrap();
+    until(id, RunStatus::Paused).await;
+    assert!(run(&["run", "list"]).1.contains("paused"));
+    assert!(run(&["run", "resume", &text]).1.contains("Asked to go on"));
+    until(id, RunStatus::Completed).await;
+
+    let (code, stdout, stderr) = run(&["run", "replay", &text]);
+    assert!(code == Some(0) && stdout.starts_with("The same decisions: "), "{stdout}{stderr}");
+    let (code, file, _) = run(&["run", "export", &text]);
+    assert_eq!(code, Some(0));
+    std::fs::write(dir.path().join("run.jsonl"), &file).unwrap();
+    // A file needs no database.
+    let offline = |args: &[&str]| {
+        let output = loopwright(dir.path()).env("LOOPWRIGHT_PG_BIN", "/nonexistent").args(args).output().unwrap();
+        let stdout = String::from_utf8(output.stdout).unwrap();
+        (output.status.code(), stdout, String::from_utf8(output.stderr).unwrap())
+    };
+    assert_eq!(offline(&["run", "replay", "run.jsonl"]).0, Some(0));
+    assert_eq!(offline(&["run", "replay", "run.jsonl", "--definition", "small.yaml"]).0, Some(0));
+    let (code, stdout, _) = offline(&["run", "replay", "run.jsonl", "--definition", "slow.yaml", "--json"]);
+    let found: serde_json::Value = serde_json::from_str(&stdout).unwrap();
+    assert_eq!((code, &found["divergence"]["found"]["type"]), (Some(1), &json!("step_started")), "{found}");
+    let (code, _, stderr) = offline(&["run", "replay", "nowhere"]);
+    assert!(code == Some(1) && stderr.contains("neither the id of a run nor a file"), "{stderr}");
+    std::fs::write(dir.path().join("cut.jsonl"), &file[..file.len() / 2]).unwrap();
+    let (code, _, stderr) = offline(&["run", "replay", "cut.jsonl"]);
+    assert!(code == Some(1) && stderr.contains("cut.jsonl: line "), "{stderr}");
+
+    let (code, _, stderr) = run(&["run", "import", "run.jsonl"]);
+    assert!(code == Some(1) && stderr.contains("in this database already"), "{stderr}");
+    let elsewhere = testing::database(loopwright_activities::MIGRATIONS).await;
+    let there = testing::url(&elsewhere);
+    let (code, stdout, stderr) = in_database(&there, &["run", "import", "run.jsonl"]);
+    assert!(code == Some(0) && stdout.contains("never executed"), "{stdout}{stderr}");
+    let (_, shown, _) = in_database(&there, &["run", "show", &text]);
+    assert!(shown.contains("imported") && shown.contains("completed"), "{shown}");
+
+    for args in [&["run", "fork", &text][..], &["run", "fork", &text, "--at", "1", "--step", "rest"]] {
+        assert_eq!(run(args).0, Some(2), "{args:?}");
+    }
+    let (code, _, stderr) = run(&["run", "fork", &text, "--at", "900"]);
+    assert!(code == Some(1) && stderr.contains("there is no transition 900"), "{stderr}");
+    let (code, stdout, stderr) = run(&["run", "fork", &text, "--step", "rest", "--json"]);
+    assert_eq!(code, Some(0), "{stderr}");
+    let fork: serde_json::Value = serde_json::from_str(&stdout).unwrap();
+    let fork: RunId = fork["run_id"].as_str().unwrap().parse().unwrap();
+    assert!(run(&["run", "show", &fork.to_string()]).1.contains(&format!("from {text} after transition 2")));
+    let (code, stdout, stderr) = run(&["run", "reset", &fork.to_string(), "--at", "2", "--json"]);
+    assert_eq!(code, Some(0), "{stderr}");
+    let reset: serde_json::Value = serde_json::from_str(&stdout).unwrap();
+    until(reset["run_id"].as_str().unwrap().parse().unwrap(), RunStatus::Completed).await;
+    worker.drain(Duration::from_secs(10)).await;
+}

@@ -23,7 +23,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     (
         "sqlx",
         &[
-            "engine/src/client.rs",
+            "engine/src/client",
             "engine/src/committer.rs",
             "engine/src/embedded/",
             "engine/src/error.rs",

@@ -1,9 +1,14 @@
-//! Commands that move a run as a whole: pause, resume.
+//! Commands that move a run as a whole: pause, resume, fork, reset.
 
 use super::SENDER;
 use crate::{app::App, cli::print};
-use loopwright_engine::{client::Why, ids::RunId, view::RunStatus};
-use serde_json::json;
+use anyhow::{Context as _, ensure};
+use loopwright_engine::{
+    client::{At, Forked, Why},
+    ids::{DefinitionHash, RunId},
+    view::RunStatus,
+};
+use serde_json::{Map, Value, json};
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
@@ -19,6 +24,47 @@ pub(super) enum Command {
         #[arg(long, default_value = "resumed by the operator")]
         reason: String,
     },
+    /// Start another run from the middle of this one; what had ended there is not done again
+    Fork {
+        run: RunId,
+        #[command(flatten)]
+        place: Place,
+        #[command(flatten)]
+        changes: Changes,
+        #[arg(long, default_value = "forked by the operator")]
+        reason: String,
+    },
+    /// Fork a run and end the old one; the new one takes its business key
+    Reset {
+        run: RunId,
+        #[command(flatten)]
+        place: Place,
+        #[command(flatten)]
+        changes: Changes,
+        #[arg(long, default_value = "reset by the operator")]
+        reason: String,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+#[group(required = true, multiple = false)]
+pub(super) struct Place {
+    /// After this transition; see `run history`
+    #[arg(long, value_name = "SEQ")]
+    at: Option<u64>,
+    /// Where this step began; it begins anew
+    #[arg(long, value_name = "PATH")]
+    step: Option<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Changes {
+    /// Replace an input; JSON, or words
+    #[arg(long = "input", value_name = "NAME=VALUE")]
+    inputs: Vec<String>,
+    /// Go on under this deployed definition
+    #[arg(long, value_name = "HASH")]
+    definition: Option<DefinitionHash>,
 }
 
 pub(super) async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<()> {
@@ -40,5 +86,49 @@ pub(super) async fn act(command: Command, app: &App, json: bool) -> anyhow::Resu
                 if quarantined { "Given back to the workers.".into() } else { "Asked to go on.".into() }
             })
         }
+        Command::Fork { run, place, changes, reason } => {
+            let forked = client.fork(run, asked(place, changes, reason)?).await?;
+            let report = json!({"run_id": forked.run_id, "forked_from": run});
+            print(json, &report, |_| format!("Run {} goes on from there; {run} is as it was.", forked.run_id))
+        }
+        Command::Reset { run, place, changes, reason } => {
+            let reset = client.reset(run, asked(place, changes, reason)?).await?;
+            let report = json!({"run_id": reset.run_id, "forked_from": run, "terminated": reset.terminated});
+            print(json, &report, |_| format!("Run {} goes on from there; {run} has ended.", reset.run_id))
+        }
+    }
+}
+
+fn asked(place: Place, changes: Changes, reason: String) -> anyhow::Result<Forked> {
+    let at = match (place.at, place.step) {
+        (Some(seq), _) => At::Seq(seq),
+        (None, Some(path)) => At::Step(path),
+        (None, None) => anyhow::bail!("say where: --at SEQ or --step PATH"),
+    };
+    let mut inputs = Map::new();
+    for text in changes.inputs {
+        let (name, value) =
+            text.split_once('=').with_context(|| format!("`{text}` is no input; write --input name=value"))?;
+        ensure!(!name.is_empty(), "`{text}` is no input; write --input name=value");
+        let value = serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.to_owned()));
+        inputs.insert(name.to_owned(), value);
+    }
+    Ok(Forked { run_id: None, at, inputs, definition: changes.definition, reason })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn inputs_are_json_or_words() {
+        let asked = |texts: &[&str]| {
+            let place = Place { at: Some(3), step: None };
+            let changes = Changes { inputs: texts.iter().map(|t| (*t).to_owned()).collect(), definition: None };
+            asked(place, changes, String::new())
+        };
+        let inputs = asked(&["n=5", "idea=make it a=b", "list=[1]", "empty="]).unwrap().inputs;
+        assert_eq!(Value::Object(inputs), json!({"n": 5, "idea": "make it a=b", "list": [1], "empty": ""}));
+        assert!(asked(&["n"]).is_err() && asked(&["=5"]).is_err());
     }
 }

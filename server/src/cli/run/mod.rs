@@ -1,5 +1,6 @@
 //! `loopwright run`: for whoever operates this installation, over all users.
 
+mod archive;
 mod flow;
 
 use super::{Context, print, table};
@@ -10,7 +11,7 @@ use loopwright_engine::{
     ids::RunId,
     view::{HistoryRow, RunView},
 };
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 use uuid::Uuid;
 
 /// Sender of what is sent from here.
@@ -68,6 +69,19 @@ enum Command {
     },
     #[command(flatten)]
     Flow(flow::Command),
+    /// Write a run with its history, definition and checkpoints to standard output
+    Export { run: RunId },
+    /// Read an exported run into this database; it can be looked at, never executed
+    Import { file: PathBuf },
+    /// Decide a history again and show the first difference; exit code 1 if there is one
+    Replay {
+        /// A run of the database, or an exported one
+        #[arg(value_name = "RUN|FILE")]
+        target: String,
+        /// Under another definition: a deployed one's hash for a run, a definition's file for an exported run
+        #[arg(long, value_name = "HASH|FILE")]
+        definition: Option<String>,
+    },
     /// Ask a run to stop; what it has to clean up, it does
     Cancel {
         run: RunId,
@@ -89,12 +103,15 @@ enum Verdict {
     ChangesRequested,
 }
 
-pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<()> {
+pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<u8> {
     let json = context.json;
+    if let Command::Replay { target, definition } = &args.command {
+        return archive::replay(target, definition.as_deref(), context).await;
+    }
     let app = context.open().await?;
     let done = act(args.command, &app, json).await;
     app.close().await;
-    done
+    done.map(|()| 0)
 }
 
 async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<()> {
@@ -157,6 +174,9 @@ async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<()> {
             })
         }
         Command::Flow(command) => flow::act(command, app, json).await,
+        Command::Export { run } => archive::export(run, app).await,
+        Command::Import { file } => archive::import(&file, app, json).await,
+        Command::Replay { .. } => anyhow::bail!("`replay` is done before a database is opened"),
         Command::Cancel { run, reason } => {
             client.cancel(run, &reason).await?;
             print(json, &serde_json::json!({"status": "cancelling"}), |_| "Asked to stop.".into())
@@ -219,6 +239,12 @@ fn show(view: &RunView) -> String {
     );
     if let Some(closed) = view.closed_at {
         out.push_str(&format!("closed    {}\n", closed.format("%F %T UTC")));
+    }
+    if let Some(origin) = view.forked_from {
+        out.push_str(&format!("forked    from {} after transition {}\n", origin.run_id, origin.seq));
+    }
+    if let Some(at) = view.imported_at {
+        out.push_str(&format!("imported  {}: never executed here\n", at.format("%F %T UTC")));
     }
     out.push_str(&format!("seq       {}\n\n", view.seq));
     let rows: Vec<_> = view
