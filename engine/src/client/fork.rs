@@ -227,14 +227,14 @@ impl Client {
 impl Decided {
     async fn insert(&self, conn: &mut PgConnection) -> Result<bool> {
         let state = serde_json::to_value(&self.state).map_err(|e| Error::Invariant(e.to_string()))?;
-        store::forks::insert(conn, &self.new(&state)).await
+        store::forks::insert(conn, &self.row(&state)).await
     }
 
     async fn is_there(&self, conn: &mut PgConnection) -> Result<bool> {
-        store::forks::is_there(conn, &self.new(&serde_json::Value::Null)).await
+        store::forks::is_there(conn, &self.row(&serde_json::Value::Null)).await
     }
 
-    fn new<'a>(&'a self, state: &'a Value) -> store::forks::New<'a> {
+    fn row<'a>(&'a self, state: &'a Value) -> store::forks::New<'a> {
         store::forks::New {
             run: self.run,
             maker: &self.maker,

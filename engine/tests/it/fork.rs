@@ -168,6 +168,10 @@ async fn a_reset_ends_the_old_run_and_takes_its_key() {
     let view = bench.closed(reset.run_id).await;
     assert_eq!((view.status, view.workflow_id.as_deref()), (RunStatus::Completed, Some("project:1")));
     assert_eq!(bench.client.open_run("project:1").await.expect("key"), None);
+    // The request comes again, because its answer was lost.
+    let again = Forked { run_id: Some(reset.run_id), ..seq(1) };
+    let again = bench.client.reset(run, again).await.expect("done before");
+    assert_eq!(again, reset);
     // A run that has ended is reset, too; its key is free.
     let second = bench.client.reset(reset.run_id, at(At::Step("c".into()))).await.expect("reset");
     assert!(!second.terminated);

@@ -16,7 +16,7 @@ fn branch_with(
     let mut other = Bench::start(definition);
     let id = RunId::new();
     (other.state, other.mirror, other.now) = (RunState::new(id), RunState::new(id), run.now);
-    (other.rows, other.children) = (run.rows[..seq].to_vec(), Vec::new());
+    (other.rows, other.children, other.n) = (run.rows[..seq].to_vec(), Vec::new(), run.n);
     other.live.clear();
     for event in run.rows[..seq].iter().flat_map(|r| &r.events) {
         let event: Event = serde_json::from_value(event.clone()).expect("event");
@@ -46,6 +46,14 @@ fn branch_with(
     };
     let event = fork(&other.definition, &other.state, asked, &moment)?;
     fold(&mut other.state, &event).expect("legal");
+    let stored = serde_json::to_value(&event).expect("json");
+    other.rows.push(crate::view::HistoryRow {
+        seq: seq as u64 + 1,
+        epoch: 0,
+        format: event.format(),
+        events: vec![stored],
+        at: other.now,
+    });
     other.mirror = other.state.clone();
     other.input(Input::TakenOver);
     Ok(other)
@@ -170,4 +178,39 @@ fn a_fork_of_a_paused_run_goes_on() {
     run.ok("a", json!({}));
     let other = branch(&run, 3, |_| {}).expect("forks");
     assert_eq!((other.state.status, other.live()), (RunStatus::Running, vec!["b"]));
+}
+
+#[test]
+fn a_fork_anywhere_in_any_history_comes_to_its_end_and_starts_nothing_twice() {
+    let (mut forked, mut refused) = (0, 0);
+    for seed in 0..60 {
+        let run = random::disturbed(seed);
+        for seq in (0..=run.rows.len()).step_by(3) {
+            let mut other = match branch(&run, seq, |_| {}) {
+                Ok(other) => other,
+                Err(why) => {
+                    let expected = why[0].starts_with("the run was ending") || why[0].starts_with("the run had not");
+                    assert!(expected && why.len() == 1, "seed {seed}, fork after {seq}: {why:?}");
+                    refused += 1;
+                    continue;
+                }
+            };
+            forked += 1;
+            random::to_the_end(&mut other, seed);
+            let ids = |rows: &[crate::view::HistoryRow]| -> Vec<Value> {
+                let events = rows.iter().flat_map(|r| &r.events);
+                events.filter(|e| e["type"] == "attempt_started").map(|e| e["attempt_id"].clone()).collect()
+            };
+            let (shared, own) = (ids(&other.rows[..seq]), ids(&other.rows[seq..]));
+            assert!(own.iter().all(|id| !shared.contains(id)), "seed {seed}, fork after {seq}");
+            let ended = |id: &Value| {
+                let own = other.rows[seq..].iter().flat_map(|r| &r.events);
+                own.filter(|e| e["type"] == "attempt_ended" && e["attempt_id"] == *id).count()
+            };
+            assert!(shared.iter().all(|id| ended(id) == 0), "seed {seed}: the parent's attempts are its own to end");
+            assert!(own.iter().all(|id| ended(id) == 1), "seed {seed}, fork after {seq}");
+            assert_eq!(other.replayed(&other.definition, seq as u64).divergence, None, "seed {seed}, fork after {seq}");
+        }
+    }
+    assert!(forked > 100 && refused > 60, "{forked} {refused}");
 }

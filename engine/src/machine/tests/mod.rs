@@ -194,8 +194,8 @@ impl Bench {
         self.input(Input::Messages(vec![message]));
     }
     /// Decides the whole history again.
-    fn replayed(&self, definition: &Definition) -> super::replay::Replayed {
-        let mut replay = super::replay::Replay::new(definition, self.state.run_id, self.depth, 0);
+    fn replayed(&self, definition: &Definition, shared: u64) -> super::replay::Replayed {
+        let mut replay = super::replay::Replay::new(definition, self.state.run_id, self.depth, shared);
         for row in &self.rows {
             if !replay.row(row).expect("folds") {
                 break;

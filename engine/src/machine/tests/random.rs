@@ -138,37 +138,48 @@ fn disturb(run: &mut Bench, random: &mut fastrand::Rng) {
     }
 }
 
+/// A run to which anything has happened.
+pub(super) fn disturbed(seed: u64) -> Bench {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut run = Bench::start_with(everything(), json!({"q": "?"}));
+    for _ in 0..random.usize(5..120) {
+        disturb(&mut run, &mut random);
+    }
+    run
+}
+
+/// From now on the world behaves: the run comes to its end.
+pub(super) fn to_the_end(run: &mut Bench, seed: u64) {
+    (run.permits, run.refused) = (100, None);
+    let go_on = Inbound::Resume { reason: String::new(), by: None, halted: None };
+    run.input(Input::Messages(vec![Inbound::Unblock, go_on]));
+    let mut turns = 0;
+    while !run.state.status.is_closed() {
+        turns += 1;
+        assert!(turns < 300, "seed {seed} does not end: {:#?}", waiting(&run.definition, &run.state));
+        let live: Vec<String> = run.live.keys().cloned().collect();
+        for path in live {
+            if run.live.contains_key(&path) {
+                run.ok(&path, json!({"v": 1}));
+            }
+        }
+        while !run.children.is_empty() {
+            child_ended(run, true);
+        }
+        if run.live.is_empty() && !run.state.status.is_closed() {
+            run.now = next_due(&run.definition, &run.state);
+            run.input(Input::Tick);
+        }
+    }
+    assert!(run.live.is_empty(), "seed {seed}");
+}
+
 #[test]
 fn whatever_happens_every_run_ends_and_closes_what_it_started() {
     for seed in 0..200 {
-        let mut random = fastrand::Rng::with_seed(seed);
-        let mut run = Bench::start_with(everything(), json!({"q": "?"}));
-        for _ in 0..random.usize(5..120) {
-            disturb(&mut run, &mut random);
-        }
-        (run.permits, run.refused) = (100, None);
-        let go_on = Inbound::Resume { reason: String::new(), by: None, halted: None };
-        run.input(Input::Messages(vec![Inbound::Unblock, go_on]));
-        let mut turns = 0;
-        while !run.state.status.is_closed() {
-            turns += 1;
-            assert!(turns < 300, "seed {seed} does not end: {:#?}", waiting(&run.definition, &run.state));
-            let live: Vec<String> = run.live.keys().cloned().collect();
-            for path in live {
-                if run.live.contains_key(&path) {
-                    run.ok(&path, json!({"v": 1}));
-                }
-            }
-            while !run.children.is_empty() {
-                child_ended(&mut run, true);
-            }
-            if run.live.is_empty() && !run.state.status.is_closed() {
-                run.now = next_due(&run.definition, &run.state);
-                run.input(Input::Tick);
-            }
-        }
-        assert!(run.live.is_empty(), "seed {seed}");
-        let replayed = run.replayed(&run.definition);
+        let mut run = disturbed(seed);
+        to_the_end(&mut run, seed);
+        let replayed = run.replayed(&run.definition, 0);
         assert_eq!(replayed.divergence, None, "seed {seed}");
         assert_eq!(replayed.decided, run.rows.len() as u64);
     }

@@ -23,7 +23,7 @@ fn small() -> Bench {
 #[test]
 fn an_unchanged_definition_decides_as_recorded() {
     let run = small();
-    let replayed = run.replayed(&run.definition);
+    let replayed = run.replayed(&run.definition, 0);
     assert_eq!((replayed.divergence, replayed.decided, replayed.folded), (None, 4, 0));
 }
 
@@ -32,19 +32,19 @@ fn the_first_thing_that_another_definition_does_otherwise_is_named() {
     let run = small();
     let mut other = run.definition.clone();
     other.steps[1] = set("b", "m", x("steps.a.output.m + 2"));
-    let found = run.replayed(&other).divergence.expect("diverges");
+    let found = run.replayed(&other, 0).divergence.expect("diverges");
     assert_eq!((found.seq, found.event), (4, 3), "{found:?}");
     let output = |v: &Option<Value>| v.as_ref().map(|v| v["output"]["m"].clone());
     assert_eq!((output(&found.expected), output(&found.found)), (Some(json!(4)), Some(json!(3))));
     let mut other = run.definition.clone();
     other.steps[0].retry.attempts = 1;
-    assert_eq!(diverges(&run.replayed(&other)), (2, 1), "there is no retry");
+    assert_eq!(diverges(&run.replayed(&other, 0)), (2, 1), "there is no retry");
     let mut other = run.definition.clone();
     other.steps.remove(0);
-    assert_eq!(diverges(&run.replayed(&other)).0, 1);
+    assert_eq!(diverges(&run.replayed(&other, 0)).0, 1);
     let mut other = run.definition.clone();
     other.steps.push(act("c", &[]));
-    let found = run.replayed(&other).divergence.expect("diverges");
+    let found = run.replayed(&other, 0).divergence.expect("diverges");
     assert_eq!(found.found.expect("the run ends")["type"], "run_ending");
 }
 
@@ -58,7 +58,7 @@ fn a_retry_whose_delay_no_draw_gives_is_found() {
             }
         }
     }
-    assert_eq!(diverges(&run.replayed(&run.definition)), (2, 1));
+    assert_eq!(diverges(&run.replayed(&run.definition, 0)), (2, 1));
 }
 
 #[test]
@@ -79,16 +79,16 @@ fn refusals_lost_workers_children_and_cancels_are_told_from_their_events() {
     run.input(Input::Messages(vec![Inbound::Cancel { reason: "enough".into() }]));
     run.ok("!finally/clean", json!({}));
     assert_eq!(run.state.status, RunStatus::Cancelled);
-    assert_eq!(run.replayed(&run.definition).divergence, None);
+    assert_eq!(run.replayed(&run.definition, 0).divergence, None);
     // A refusal for good fails the step.
     let mut run = Bench::start(definition(vec![act("a", &[])]));
     run.refused = Some(("budget.run".into(), "used up".into()));
     run.input(Input::TakenOver);
     assert_eq!(run.failed_code(), "budget.run");
-    assert_eq!(run.replayed(&run.definition).divergence, None);
+    assert_eq!(run.replayed(&run.definition, 0).divergence, None);
     let mut run = Bench::start(definition(vec![act("a", &[])]));
     run.input(Input::Terminated { reason: "now".into() });
-    assert_eq!(run.replayed(&run.definition).divergence, None);
+    assert_eq!(run.replayed(&run.definition, 0).divergence, None);
 }
 
 #[test]
