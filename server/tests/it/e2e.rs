@@ -94,6 +94,13 @@ async fn audited(pool: &PgPool) {
                   where o.run_id = h.run_id and x->>'type' = 'attempt_ended' and x->>'attempt_id' = e->>'attempt_id')";
     let open: Vec<String> = sqlx::query_scalar(open).fetch_all(pool).await.unwrap();
     assert!(open.is_empty(), "{open:?}");
+    // What was decided would be decided again.
+    let client = Client::new(pool.clone(), Arc::new(LedgerHook::new(BillingSettings::default())));
+    let runs: Vec<Uuid> = sqlx::query_scalar("select run_id from runs").fetch_all(pool).await.unwrap();
+    for run in runs {
+        let replayed = client.replay(RunId(run), None).await.unwrap();
+        assert!(replayed.divergence.is_none() && replayed.decided > 0, "run {run}: {replayed:#?}");
+    }
 }
 
 /// A run of the shipped loop over the greeter's rehearsal, and the part of its owner.
