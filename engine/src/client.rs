@@ -5,7 +5,7 @@ mod fork;
 mod pause;
 
 pub use archive::Export;
-pub use fork::{At, Forked, Reset};
+pub use fork::{At, Fork, Reset};
 pub use pause::Why;
 
 use crate::{

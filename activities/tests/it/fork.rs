@@ -13,7 +13,7 @@ use loopwright_engine::{
     Failure,
     activity::{Activity, Context, Registry},
     archive::Archive,
-    client::{At, Client, Deploy, Forked, Start, Why},
+    client::{At, Client, Deploy, Fork, Start, Why},
     definition::{Bundle, Data, Definition, FORMAT, Kind, RetryPolicy, Step, Timeouts},
     embedded::testing::database,
     ids::RunId,
@@ -204,8 +204,8 @@ impl Bench {
     }
 }
 
-fn after(seq: u64) -> Forked {
-    Forked { run_id: None, at: At::Seq(seq), inputs: Map::new(), definition: None, reason: "try".into() }
+fn after(seq: u64) -> Fork {
+    Fork { run_id: None, at: At::Seq(seq), inputs: Map::new(), definition: None, reason: "try".into() }
 }
 
 #[tokio::test(flavor = "multi_thread")]

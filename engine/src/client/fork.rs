@@ -7,7 +7,7 @@ use crate::{
     definition::inputs::prepare,
     event::Event,
     ids::{DefinitionHash, RunId},
-    machine::{self, Fork, Moment, RunState, fold},
+    machine::{self, Moment, RunState, fold},
     signature::Catalog,
     store::{self, definitions::Pinned, forks::Maker},
 };
@@ -29,7 +29,7 @@ pub enum At {
 
 /// A request to fork a run.
 #[derive(Clone, Debug)]
-pub struct Forked {
+pub struct Fork {
     /// Given by callers who must name the new run themselves. An existing run with this id is returned.
     pub run_id: Option<RunId>,
     pub at: At,
@@ -74,7 +74,7 @@ impl Client {
     /// `run_not_found`, `definition_not_found`, `input_invalid`, `too_large`; `fork_invalid` with every reason.
     /// # Transaction
     /// One: run, first transition, queue row. Idempotent by `run_id`.
-    pub async fn fork(&self, run: RunId, asked: Forked) -> Result<Started> {
+    pub async fn fork(&self, run: RunId, asked: Fork) -> Result<Started> {
         let decided = Arc::new(self.decide_fork(run, &asked).await?);
         let created = in_transaction(&self.pool, |conn| {
             let decided = decided.clone();
@@ -94,7 +94,7 @@ impl Client {
     /// # Transaction
     /// One: everything or nothing. Lock order: the old run, what the hook locks, the key. Idempotent by `run_id`: a second
     /// request finds the old run closed and its fork there.
-    pub async fn reset(&self, run: RunId, asked: Forked) -> Result<Reset> {
+    pub async fn reset(&self, run: RunId, asked: Fork) -> Result<Reset> {
         let mut conn = self.pool.acquire().await?;
         let standing = store::runs::standing(&mut conn, run).await?;
         if standing.imported {
@@ -138,7 +138,7 @@ impl Client {
         Ok(Reset { run_id: decided.run, terminated })
     }
 
-    async fn decide_fork(&self, run: RunId, asked: &Forked) -> Result<Decided> {
+    async fn decide_fork(&self, run: RunId, asked: &Fork) -> Result<Decided> {
         let reason = checked(&asked.reason)?;
         let (seq, again) = match &asked.at {
             At::Seq(seq) => (*seq, None),
@@ -172,7 +172,7 @@ impl Client {
             depth: u32::try_from(maker.depth).unwrap_or(u32::MAX),
             workflow: &pinned.definition.name,
         };
-        let fork = Fork {
+        let fork = machine::Fork {
             parent: maker.run,
             seq,
             reason,

@@ -137,7 +137,7 @@ impl<'a> Replay<'a> {
             now,
             draw: draw(self.definition, &self.state, found, now),
             permits: Cell::new(told.permits),
-            refused: told.refused.clone(),
+            refused: told.refused.values().next().cloned(),
             catalog: &told.catalog,
             calls: told.calls.as_ref().unwrap_or(&self.state.calls),
             depth: self.depth,
@@ -166,7 +166,8 @@ impl<'a> Replay<'a> {
 struct Told {
     input: Input,
     permits: u32,
-    refused: Option<(String, String)>,
+    /// Reason and message of the hook, by step path.
+    refused: BTreeMap<String, (String, String)>,
     catalog: Catalog,
     calls: Option<BTreeMap<String, crate::ids::DefinitionHash>>,
     /// The row was not decided before.
@@ -176,12 +177,12 @@ struct Told {
 fn told(before: &RunState, events: &[Event]) -> Result<Told, Illegal> {
     let mut state = before.clone();
     let (input, used, earliest) = input(&mut state, events)?;
-    let mut refused = None;
+    let mut refused = BTreeMap::new();
     let mut metered = Vec::new();
     for event in &events[used..] {
         match event {
             Event::AttemptBlocked { path, reason, message, .. } => {
-                refused = Some((reason.clone(), message.clone()));
+                refused.insert(path.clone(), (reason.clone(), message.clone()));
                 metered.extend(queued(&state, path));
             }
             Event::StepEnded { path, status: StepStatus::Failed, failure: Some(failure), .. }
@@ -191,7 +192,7 @@ fn told(before: &RunState, events: &[Event]) -> Result<Told, Illegal> {
                 // The failure of an attempt is its own.
                 let ended = |e: &Event| matches!(e, Event::AttemptEnded { path: p, outcome: Outcome::Failed | Outcome::TimedOut, .. } if p == path);
                 if let (Some(activity), false) = (queued(&state, path), events.iter().any(ended)) {
-                    refused = Some((failure.code.clone(), failure.message.clone()));
+                    refused.insert(path.clone(), (failure.code.clone(), failure.message.clone()));
                     metered.push(activity);
                 }
             }
@@ -257,10 +258,13 @@ fn input(state: &mut RunState, events: &[Event]) -> Result<(Input, usize, DateTi
             }
             Event::AttemptEnded { outcome, failure, path, attempt, .. } => {
                 if closes_terminated(events).is_none() && !taken_over(*outcome, failure.as_ref()) {
-                    let result = match (outcome, failure, next) {
-                        (Outcome::Succeeded, _, Some(Event::StepEnded { output, .. })) => {
-                            Ok(output.clone().unwrap_or(Value::Null))
-                        }
+                    // The output is in the step's end.
+                    let output = events[used..].iter().find_map(|e| match e {
+                        Event::StepEnded { path: p, output, .. } if p == path => Some(output.clone()),
+                        _ => None,
+                    });
+                    let result = match (outcome, failure, output) {
+                        (Outcome::Succeeded, _, Some(output)) => Ok(output.unwrap_or(Value::Null)),
                         (_, Some(failure), _) => Err(failure.clone()),
                         _ => return Err(Illegal(format!("the end of an attempt of `{path}` has no result"))),
                     };
@@ -271,7 +275,8 @@ fn input(state: &mut RunState, events: &[Event]) -> Result<(Input, usize, DateTi
                     first.push(Input::TakenOver);
                 }
             }
-            Event::RunClosed { status: RunStatus::Terminated, .. } => {}
+            // What an ended attempt leaves to others, or what came due: decided, and no input follows what the tree decides.
+            Event::AttemptReady { .. } | Event::RunClosed { status: RunStatus::Terminated, .. } => {}
             Event::SignalReceived { n, name, payload, sender, at } => {
                 earliest = earliest.max(*at);
                 messages.push(Inbound::Signal {

@@ -17,7 +17,11 @@ const BATCH: usize = 100;
 pub(crate) async fn header(conn: &mut PgConnection, run: RunId) -> Result<Header> {
     let row = sqlx::query(
         "select r.workflow, r.workflow_id, r.status, r.seq, r.queue, r.attributes, r.inputs, r.output, r.failure, r.depth,
-                r.parent_run_id, coalesce(r.forked_seq, 0) as forked_seq, r.started_at, r.closed_at, engine_now() as now,
+                r.parent_run_id, r.started_at, r.closed_at, engine_now() as now,
+                -- An imported fork has the shared rows itself; where they end stands in its history.
+                coalesce(r.forked_seq, case when r.imported_at is not null then
+                  (select max(h.seq) - 1 from history h where h.shard = r.shard and h.run_id = r.run_id
+                     and h.events @> '[{\"type\": \"run_forked\"}]') end, 0) as forked_seq,
                 d.hash, d.name, d.version, d.source, d.bundle, d.ir, d.author, d.message
          from runs r join definitions d on d.hash = r.definition where r.shard = $1 and r.run_id = $2",
     )

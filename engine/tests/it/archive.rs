@@ -4,7 +4,7 @@ use crate::bench::{Bench, Gate, definition, e, step, work};
 use loopwright_engine::{
     Error, Failure,
     archive::Archive,
-    client::{At, Forked, Signal, Why},
+    client::{At, Fork, Signal, Why},
     definition::{Data, Definition, Kind, OnItemFailure, WaitUntil},
     ids::RunId,
     view::RunStatus,
@@ -138,7 +138,7 @@ async fn an_exported_run_is_read_elsewhere_and_nothing_of_it_is_ever_executed() 
         "definition_not_found"
     );
     // It may be forked: that is another run.
-    let fork = Forked { run_id: None, at: At::Seq(1), inputs: Map::new(), definition: None, reason: "try".into() };
+    let fork = Fork { run_id: None, at: At::Seq(1), inputs: Map::new(), definition: None, reason: "try".into() };
     let fork = there.client.fork(open, fork).await.expect("fork").run_id;
     there.until(fork, "waits", |v| !v.waiting.is_empty()).await;
     there.client.terminate(fork, "enough").await.expect("terminate");

@@ -6,7 +6,7 @@ use crate::{
 };
 use loopwright_engine::{
     archive::Archive,
-    client::{At, Forked},
+    client::{At, Fork},
     definition::{CallVersion, Data, Input, Kind, OnCancel, WaitUntil},
     ids::RunId,
     view::{Origin, RunStatus},
@@ -20,11 +20,11 @@ use std::{
 
 const GRACE: Duration = Duration::from_secs(10);
 
-fn at(at: At) -> Forked {
-    Forked { run_id: None, at, inputs: Map::new(), definition: None, reason: "try".into() }
+fn at(at: At) -> Fork {
+    Fork { run_id: None, at, inputs: Map::new(), definition: None, reason: "try".into() }
 }
 
-fn seq(seq: u64) -> Forked {
+fn seq(seq: u64) -> Fork {
     at(At::Seq(seq))
 }
 
@@ -73,7 +73,7 @@ async fn a_fork_shares_the_past_and_has_a_future_of_its_own() {
     gate.arrived(1).await;
     // The parent is in its second step, and stays there.
     let inputs = json!({"n": 10}).as_object().expect("map").clone();
-    let fork = Forked { run_id: Some(RunId::new()), inputs, ..seq(2) };
+    let fork = Fork { run_id: Some(RunId::new()), inputs, ..seq(2) };
     let started = bench.client.fork(run, fork.clone()).await.expect("fork");
     assert!(started.created);
     let again = bench.client.fork(run, fork).await.expect("fork");
@@ -104,11 +104,16 @@ async fn a_fork_shares_the_past_and_has_a_future_of_its_own() {
         assert_eq!(page[..], ours[from..(from + limit as usize).min(ours.len())], "{after} {limit}");
     }
     assert_eq!(count(&bench, "select count(*) from test_starts").await, 5, "a b c, b c");
-    assert_eq!(bench.client.replay(started.run_id, None).await.expect("folds").divergence, None);
     let replayed = bench.client.replay(started.run_id, None).await.expect("folds");
-    assert_eq!((replayed.folded, replayed.decided), (3, child.seq - 3));
+    assert_eq!((&replayed.divergence, replayed.folded, replayed.decided), (&None, 3, child.seq - 3));
     let archive = Archive::read(exported(&bench, started.run_id).await.as_bytes()).expect("needs no other");
     assert_eq!(archive.replay(None).expect("folds").divergence, None);
+    // Imported, it has the shared rows itself, and they are still its parent's to be decided.
+    let there = Bench::new().await;
+    let run = there.client.import(archive).await.expect("import");
+    assert_eq!(there.client.replay(run, None).await.expect("folds"), replayed);
+    let again = Archive::read(exported(&there, run).await.as_bytes()).expect("valid");
+    assert_eq!(again.replay(None).expect("folds"), replayed);
     worker.drain(GRACE).await;
     bench.audit().await;
 }
@@ -125,7 +130,7 @@ async fn a_step_begins_anew_by_its_path_under_another_definition() {
     let mut other = three();
     other.steps[1] = work("b", &[("n", Data::Literal(json!(99)))]);
     let other = bench.deploy(other).await;
-    let fork = Forked { definition: Some(other), ..at(At::Step("b".into())) };
+    let fork = Fork { definition: Some(other), ..at(At::Step("b".into())) };
     let fork = bench.client.fork(run, fork).await.expect("fork").run_id;
     let view = bench.closed(fork).await;
     assert_eq!((view.output, view.definition), (Some(json!({"b": 99})), other));
@@ -169,7 +174,7 @@ async fn a_reset_ends_the_old_run_and_takes_its_key() {
     assert_eq!((view.status, view.workflow_id.as_deref()), (RunStatus::Completed, Some("project:1")));
     assert_eq!(bench.client.open_run("project:1").await.expect("key"), None);
     // The request comes again, because its answer was lost.
-    let again = Forked { run_id: Some(reset.run_id), ..seq(1) };
+    let again = Fork { run_id: Some(reset.run_id), ..seq(1) };
     let again = bench.client.reset(run, again).await.expect("done before");
     assert_eq!(again, reset);
     // A run that has ended is reset, too; its key is free.
@@ -196,7 +201,7 @@ async fn a_reset_that_cannot_be_stored_leaves_the_old_run_as_it_was() {
     let worker = bench.worker().await;
     let run = bench.start(three(), json!({"n": 1})).await;
     gate.arrived(1).await;
-    let taken = Forked { run_id: Some(run), ..seq(1) };
+    let taken = Fork { run_id: Some(run), ..seq(1) };
     assert_eq!(bench.client.reset(run, taken).await.expect_err("taken").code(), "run_exists");
     gate.open(10);
     let view = bench.closed(run).await;
@@ -262,12 +267,9 @@ async fn nonsense_is_refused_with_a_code_and_leaves_nothing() {
         (seq(view.seq + 1), "fork_invalid"),
         (seq(u64::MAX), "fork_invalid"),
         (at(At::Step("nowhere".into())), "fork_invalid"),
-        (Forked { inputs: wrong, ..seq(1) }, "input_invalid"),
-        (
-            Forked { definition: Some(loopwright_engine::ids::DefinitionHash([0; 32])), ..seq(1) },
-            "definition_not_found",
-        ),
-        (Forked { reason: "x".repeat(5_000), ..seq(1) }, "too_large"),
+        (Fork { inputs: wrong, ..seq(1) }, "input_invalid"),
+        (Fork { definition: Some(loopwright_engine::ids::DefinitionHash([0; 32])), ..seq(1) }, "definition_not_found"),
+        (Fork { reason: "x".repeat(5_000), ..seq(1) }, "too_large"),
     ] {
         let what = format!("{asked:?}");
         assert_eq!(bench.client.fork(run, asked.clone()).await.expect_err("refused").code(), code, "{what}");
@@ -279,7 +281,7 @@ async fn nonsense_is_refused_with_a_code_and_leaves_nothing() {
     }
     assert_eq!(count(&bench, "select count(*) from runs").await, 1);
     // A definition in which nothing that had ended has a place, and nothing is open, ends at once.
-    let fork = bench.client.fork(run, Forked { definition: Some(strange), ..seq(1) }).await.expect("fork").run_id;
+    let fork = bench.client.fork(run, Fork { definition: Some(strange), ..seq(1) }).await.expect("fork").run_id;
     assert_eq!(bench.closed(fork).await.status, RunStatus::Completed);
     worker.drain(GRACE).await;
     bench.audit().await;

@@ -4,7 +4,7 @@ use super::SENDER;
 use crate::{app::App, cli::print};
 use anyhow::{Context as _, ensure};
 use loopwright_engine::{
-    client::{At, Forked, Why},
+    client::{At, Fork, Why},
     ids::{DefinitionHash, RunId},
     view::RunStatus,
 };
@@ -99,7 +99,7 @@ pub(super) async fn act(command: Command, app: &App, json: bool) -> anyhow::Resu
     }
 }
 
-fn asked(place: Place, changes: Changes, reason: String) -> anyhow::Result<Forked> {
+fn asked(place: Place, changes: Changes, reason: String) -> anyhow::Result<Fork> {
     let at = match (place.at, place.step) {
         (Some(seq), _) => At::Seq(seq),
         (None, Some(path)) => At::Step(path),
@@ -113,7 +113,7 @@ fn asked(place: Place, changes: Changes, reason: String) -> anyhow::Result<Forke
         let value = serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.to_owned()));
         inputs.insert(name.to_owned(), value);
     }
-    Ok(Forked { run_id: None, at, inputs, definition: changes.definition, reason })
+    Ok(Fork { run_id: None, at, inputs, definition: changes.definition, reason })
 }
 
 #[cfg(test)]
