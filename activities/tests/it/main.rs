@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod billing;
+mod billing_worker;
 mod fake_provider;
 mod loop_steps;
 mod orchestrator;

@@ -12,12 +12,14 @@
 
 mod fold;
 mod react;
+mod refusal;
 mod scope;
 mod state;
 mod timer;
 mod view;
 mod walk;
 
+pub use refusal::Refusals;
 pub use state::{Frame, Live, Message, Node, Phase, RunState};
 pub use timer::next_due;
 pub use view::{live_attempts, nodes, waiting, waiting_reason};
@@ -87,8 +89,8 @@ pub struct Moment<'a> {
     pub draw: u64,
     /// Attempts that may start now.
     pub permits: Cell<u32>,
-    /// When the hook refused a former version of this decision: why. No metered attempt starts then.
-    pub refused: Option<(String, String)>,
+    /// What the hook refused of former versions of this decision.
+    pub refused: &'a Refusals,
     /// What this worker can run.
     pub catalog: &'a Catalog,
     /// Where each `call` of the definition leads, by `name@version` as written.
@@ -107,6 +109,8 @@ pub enum Command {
         attempt: u32,
         attempt_id: AttemptId,
         activity: String,
+        /// As [`crate::activity::AttemptInfo::counted`].
+        counted: u32,
         input: Value,
         deadline: DateTime<Utc>,
         heartbeat_ms: Option<u64>,

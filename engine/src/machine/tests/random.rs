@@ -97,7 +97,8 @@ fn child_ended(run: &mut Bench, completed: bool) {
 }
 
 fn disturb(run: &mut Bench, random: &mut fastrand::Rng) {
-    run.permits = random.u32(0..4);
+    run.permits = random.usize(0..4);
+    run.room = (random.u8(0..3) == 0).then(|| random.usize(0..3));
     run.refused = (random.u8(0..6) == 0).then(|| ("credits".into(), "none left".into()));
     match random.u8(0..20) {
         0..=8 => {
@@ -138,7 +139,7 @@ fn whatever_happens_every_run_ends_and_closes_what_it_started() {
         for _ in 0..random.usize(5..120) {
             disturb(&mut run, &mut random);
         }
-        (run.permits, run.refused) = (100, None);
+        (run.permits, run.refused, run.room) = (100, None, Some(1));
         run.input(Input::Messages(vec![Inbound::Unblock]));
         let mut turns = 0;
         while !run.state.status.is_closed() {
