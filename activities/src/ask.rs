@@ -3,7 +3,8 @@
 use crate::orchestrator::{Message, Orchestrator, Reply, Request};
 use loopwright_engine::{Failure, activity::Context};
 
-/// New answers that one attempt may buy: the second, with a complaint, cures what can be cured.
+/// New answers that one attempt may buy: the second, with a complaint, cures what can be cured. An attempt that carries
+/// on for a lost one shares its number.
 const ANSWERS_PER_ATTEMPT: u32 = 2;
 
 /// Asks under `key`, `key-2`, `key-3` … until `judge` accepts an answer. Recorded answers of earlier attempts are judged
@@ -19,7 +20,7 @@ pub(crate) async fn ask<T>(
     judge: impl Fn(&Reply) -> Result<T, String>,
 ) -> Result<(T, Reply), Failure> {
     let mut complaint = String::new();
-    for n in 1..=ANSWERS_PER_ATTEMPT.saturating_mul(ctx.info().attempt) {
+    for n in 1..=ANSWERS_PER_ATTEMPT.saturating_mul(ctx.info().counted) {
         let key = if n == 1 { key.to_owned() } else { format!("{key}-{n}") };
         let reply = orchestrator.call(ctx, &key, request.clone()).await?;
         match judge(&reply) {

@@ -134,7 +134,7 @@ async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, 
             break (text, results, reply.model);
         }
         // Recorded versions are judged again by a later attempt, which may buy as many new ones.
-        if version >= VERSIONS_MAX.saturating_mul(info.attempt) {
+        if version >= VERSIONS_MAX.saturating_mul(info.counted) {
             return Err(Failure::retryable("model.output_invalid", "the model wrote no README.md that can be used"));
         }
         messages.push(reply.to_message());

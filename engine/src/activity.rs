@@ -80,6 +80,9 @@ pub struct AttemptInfo {
     pub path: String,
     /// 1-based; lost and blocked attempts count here.
     pub attempt: u32,
+    /// 1-based number among the attempts that the retry policy counts: lost and blocked ones are left out, so an attempt
+    /// that carries on for a lost one has its number.
+    pub counted: u32,
     /// Stable over all attempts of this step: hash of run and step path.
     pub idempotency_key: String,
     /// Attributes of the run, given at its start.
@@ -264,6 +267,7 @@ pub mod detached {
             activity: activity.to_owned(),
             path: "step".to_owned(),
             attempt: 1,
+            counted: 1,
             idempotency_key: "test".to_owned(),
             attributes: Arc::new(attributes),
             started_at: now,

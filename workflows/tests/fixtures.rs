@@ -135,6 +135,14 @@ fn listed() -> Vec<String> {
     codes
 }
 
+/// The texts of the files of a folder and of the folders in it.
+fn sources(folder: &Path) -> Vec<String> {
+    let paths = fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("entry").path());
+    paths
+        .flat_map(|path| if path.is_dir() { sources(&path) } else { vec![fs::read_to_string(path).expect("text")] })
+        .collect()
+}
+
 #[test]
 fn every_listed_finding_has_a_fixture_and_every_finding_is_listed() {
     let listed = listed();
@@ -152,8 +160,7 @@ fn every_listed_finding_has_a_fixture_and_every_finding_is_listed() {
     assert!(missing.is_empty(), "no fixture shows {missing:?}");
     // The sources name their codes as literals.
     let mut used = std::collections::BTreeSet::new();
-    for entry in fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("src")).expect("src") {
-        let text = fs::read_to_string(entry.expect("entry").path()).expect("text");
+    for text in sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src")) {
         for (at, _) in text.match_indices("\"WF") {
             used.insert(text[at + 1..].chars().take_while(char::is_ascii_alphanumeric).collect::<String>());
         }

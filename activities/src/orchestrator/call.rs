@@ -77,7 +77,46 @@ enum Verdict {
 #[derive(Default)]
 struct Progress {
     requests: u32,
-    repaired: bool,
+    /// What has to be repaired, or could not be.
+    unusable: Option<Unusable>,
+}
+
+/// A finished answer that did not have the required shape. It has been paid for, so it is recorded like a usable one: an
+/// attempt that carries on for a lost one begins where that one was.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+struct Unusable {
+    provider: String,
+    model: String,
+    text: String,
+    errors: Vec<String>,
+}
+
+impl Unusable {
+    /// Checkpoint of the `n`-th unusable answer, 1 or 2, of the attempts that count as one for the retry policy.
+    fn key(ctx: &Context, key: &str, n: u32) -> String {
+        format!("call:{key}~unusable.{}.{n}", ctx.info().counted)
+    }
+
+    fn is_from(&self, candidate: &Candidate) -> bool {
+        (self.provider.as_str(), self.model.as_str()) == (candidate.provider.as_str(), candidate.model.as_str())
+    }
+
+    async fn recorded(ctx: &Context, key: &str, n: u32) -> Result<Option<Self>, Failure> {
+        let found = ctx.checkpoint(&Self::key(ctx, key, n)).await?;
+        found.map(serde_json::from_value).transpose().map_err(|error| unreadable(key, &error))
+    }
+
+    /// How the call ends when the repair was unusable too.
+    fn twice(self) -> Failure {
+        let text = format!("{} answered twice without the required shape", self.model);
+        Failure::retryable("model.output_invalid", text).with_detail(json!({ "errors": self.errors }))
+    }
+}
+
+/// Asking again would pay twice, so an unreadable record is an error and not a miss.
+fn unreadable(key: &str, error: &serde_json::Error) -> Failure {
+    let text = format!("the recorded answer {key} cannot be read: {error}");
+    Failure::permanent("model.record_unreadable", text)
 }
 
 /// The parts of one call that its candidates share.
@@ -147,7 +186,7 @@ impl Orchestrator {
     /// # Shape
     /// `key` names the call inside its step and is stable over attempts: an answer recorded under it is returned and
     /// nothing is bought. Request `k` of attempt `a` is metered as `<key>.a<a>.<k>`; the answer is the checkpoint
-    /// `call:<key>`.
+    /// `call:<key>`; an answer without the required shape is the checkpoint `call:<key>~unusable.<a>.<n>`.
     /// # Errors
     /// The codes that `README.md` lists under "Providers and orchestrator"; a refusal of the hook or the engine as it is.
     /// # Transaction
@@ -155,21 +194,26 @@ impl Orchestrator {
     pub async fn call(&self, ctx: &Context, key: &str, request: Request) -> Result<Reply, Failure> {
         let saved = format!("call:{key}");
         if let Some(recorded) = ctx.checkpoint(&saved).await? {
-            return serde_json::from_value(recorded).map_err(|error| {
-                // Asking again would pay twice, so an unreadable record is an error and not a miss.
-                Failure::permanent(
-                    "model.record_unreadable",
-                    format!("the recorded answer {key} cannot be read: {error}"),
-                )
-            });
+            return serde_json::from_value(recorded).map_err(|error| unreadable(key, &error));
         }
         let shape = request.output_schema.as_ref().map(Shape::new).transpose()?;
-        let candidates = self.usable(ctx, &request);
+        let mut candidates = self.usable(ctx, &request);
         if candidates.is_empty() {
             return Err(self.no_candidate(request.role));
         }
+        let mut unusable = None;
+        // Only a former attempt can have left one that this one does not know.
+        if shape.is_some() && ctx.info().attempt > 1 {
+            unusable = Unusable::recorded(ctx, key, 1).await?;
+            if let (Some(_), Some(second)) = (&unusable, Unusable::recorded(ctx, key, 2).await?) {
+                return Err(second.twice());
+            }
+        }
+        if let Some(first) = &unusable {
+            candidates.sort_by_key(|c| !first.is_from(c));
+        }
         let task = Task { ctx, key, saved, request, shape };
-        let mut progress = Progress { requests: self.requests_so_far(ctx, key), ..Progress::default() };
+        let mut progress = Progress { requests: self.requests_so_far(ctx, key), unusable };
         let outcome = self.ask_all(&task, &candidates, &mut progress).await;
         if outcome.is_err() {
             self.count(ctx, key, progress.requests);
@@ -243,6 +287,10 @@ impl Orchestrator {
         };
         let mut request = task.request.clone();
         let mut repairing = false;
+        if let Some(first) = progress.unusable.as_ref().filter(|first| first.is_from(candidate)) {
+            repairing = true;
+            append_repair(&mut request, &first.text, &first.errors);
+        }
         let mut limit = output_limit(candidate, request.max_output_tokens);
         let mut tries_left = TRIES_PER_CANDIDATE;
         loop {
@@ -271,17 +319,13 @@ impl Orchestrator {
             drop(probe);
             let error = match outcome {
                 Ok(Judged::Reply(reply)) => return Verdict::Answered(reply),
-                Ok(Judged::Invalid { text, errors }) => {
-                    if progress.repaired {
-                        let failure = Failure::retryable(
-                            "model.output_invalid",
-                            format!("{} answered twice without the required shape", candidate.model),
-                        );
-                        return Verdict::Stop(failure.with_detail(json!({ "errors": errors })));
+                Ok(Judged::Unusable(answer)) => {
+                    if progress.unusable.is_some() {
+                        return Verdict::Stop(answer.twice());
                     }
-                    progress.repaired = true;
                     repairing = true;
-                    append_repair(&mut request, text, &errors);
+                    append_repair(&mut request, &answer.text, &answer.errors);
+                    progress.unusable = Some(answer);
                     tries_left = tries_left.max(1);
                     continue;
                 }
@@ -362,16 +406,16 @@ impl Orchestrator {
             Ok(completion) => {
                 let judged = judge(task, candidate, &completion);
                 let mut closed = closed_well(&completion, &request_id);
-                let checkpoint = match &judged {
-                    Judged::Reply(reply) => Some(to_value(reply)?),
-                    Judged::Invalid { errors, .. } => {
-                        tracing::warn!(provider = %candidate.provider, model = %candidate.model, ?errors, "unusable answer");
+                let (saved, value) = match &judged {
+                    Judged::Reply(reply) => (task.saved.clone(), to_value(reply)?),
+                    Judged::Unusable(answer) => {
+                        tracing::warn!(provider = %candidate.provider, model = %candidate.model, errors = ?answer.errors, "unusable answer");
                         closed.error_class = Some("model.output_invalid".to_owned());
-                        None
+                        let n = if progress.unusable.is_none() { 1 } else { 2 };
+                        (Unusable::key(ctx, task.key, n), to_value(answer)?)
                     }
                 };
-                self.close(ctx, &meter_key, &closed, checkpoint.as_ref().map(|value| (task.saved.as_str(), value)))
-                    .await?;
+                self.close(ctx, &meter_key, &closed, Some((&saved, &value))).await?;
                 Ok(judged)
             }
             Err(error) => {
@@ -437,7 +481,7 @@ impl Orchestrator {
 /// An answer, held against what was asked for.
 enum Judged {
     Reply(Reply),
-    Invalid { text: String, errors: Vec<String> },
+    Unusable(Unusable),
 }
 
 /// Why a request brought nothing.
@@ -503,7 +547,14 @@ fn judge(task: &Task<'_>, candidate: &Candidate, completion: &Completion) -> Jud
         // A model that calls tools first will answer later.
         Some(shape) if completion.tool_calls.is_empty() => match shape.read(&completion.text) {
             Ok(json) => Some(json),
-            Err(errors) => return Judged::Invalid { text: completion.text.clone(), errors },
+            Err(errors) => {
+                return Judged::Unusable(Unusable {
+                    provider: candidate.provider.clone(),
+                    model: candidate.model.clone(),
+                    text: recordable(&completion.text).chars().take(REPAIR_CHARS_MAX).collect(),
+                    errors: errors.iter().map(|error| recordable(error)).collect(),
+                });
+            }
         },
         _ => None,
     };
@@ -536,13 +587,17 @@ fn without_nul(value: Value) -> Value {
     }
 }
 
-/// Most of an unusable answer that is shown to the model again, in characters.
+/// Most of an unusable answer that is kept and shown to the model again, in characters.
 const REPAIR_CHARS_MAX: usize = 8_000;
 
-fn append_repair(request: &mut Request, text: String, errors: &[String]) {
-    let text: String = text.chars().take(REPAIR_CHARS_MAX).collect();
+fn append_repair(request: &mut Request, text: &str, errors: &[String]) {
     if !text.trim().is_empty() {
-        request.messages.push(Message::Model { text, tool_calls: vec![], parts: Value::Null, provider: String::new() });
+        request.messages.push(Message::Model {
+            text: text.to_owned(),
+            tool_calls: vec![],
+            parts: Value::Null,
+            provider: String::new(),
+        });
     }
     let text = format!(
         "This answer cannot be used:\n- {}\nAnswer again, completely, with exactly one JSON value that satisfies the \

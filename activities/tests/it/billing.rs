@@ -1,6 +1,5 @@
 //! Money on a real Postgres: random interleavings, deliberate corruptions, the bugs that others shipped.
 
-use futures_util::future::BoxFuture;
 use loopwright_activities::{
     MIGRATIONS,
     billing::{
@@ -10,28 +9,20 @@ use loopwright_activities::{
     usage::{CallClosed, CallOpened, CallState, PlannedCall, Reserve, Usage, UsageSource},
 };
 use loopwright_engine::{
-    Failure,
-    activity::{Activity, Context, Registry},
-    client::{Client, Deploy, Start},
-    definition::{Bundle, Definition, FORMAT},
     embedded::testing::database,
     hook::{AttemptEnd, AttemptRef, AttemptStart, Outcome, Phase, Reading, Transition, TransitionHook, Verdict},
     ids::{AttemptId, RunId},
-    signature::Signature,
-    view::RunStatus,
-    worker::{self, WorkerConfig},
 };
 use serde_json::{Value, json};
 use sqlx::PgPool;
-use std::{sync::Arc, time::Duration};
-use tokio::sync::Notify;
+use std::sync::Arc;
 use uuid::Uuid;
 
-struct Bench {
-    pool: PgPool,
-    hook: LedgerHook,
-    user: Uuid,
-    project: Uuid,
+pub(crate) struct Bench {
+    pub(crate) pool: PgPool,
+    pub(crate) hook: LedgerHook,
+    pub(crate) user: Uuid,
+    pub(crate) project: Uuid,
 }
 
 /// The start of an attempt that plans so many calls of 1.44 credits.
@@ -42,7 +33,7 @@ fn planning(attempt: &AttemptRef, count: u32) -> AttemptStart {
 }
 
 impl Bench {
-    async fn new(credits: i64) -> Self {
+    pub(crate) async fn new(credits: i64) -> Self {
         let pool = database(MIGRATIONS).await;
         let settings = BillingSettings { welcome: MicroCredits::from_credits(credits), ..BillingSettings::default() };
         let mut tx = pool.begin().await.expect("tx");
@@ -150,13 +141,13 @@ impl Bench {
         done.expect("grant")
     }
 
-    async fn balance(&self) -> (i64, i64) {
+    pub(crate) async fn balance(&self) -> (i64, i64) {
         let mut conn = self.pool.acquire().await.expect("conn");
         let balance = ledger::balance(&mut conn, self.user).await.expect("balance");
         (balance.balance.0, balance.held.0)
     }
 
-    async fn violations(&self) -> Vec<&'static str> {
+    pub(crate) async fn violations(&self) -> Vec<&'static str> {
         let mut conn = self.pool.acquire().await.expect("conn");
         let mut names: Vec<_> = audit::run(&mut conn).await.expect("audit").into_iter().map(|v| v.invariant).collect();
         names.dedup();
@@ -168,13 +159,13 @@ fn model() -> (String, String) {
     ("rehearsed".into(), "rehearsed/architect".into())
 }
 
-fn one_call() -> Reserve {
+pub(crate) fn one_call() -> Reserve {
     Reserve {
         calls: vec![PlannedCall { candidates: vec![model()], count: 1, input_tokens: 1_000, output_tokens: 1_000 }],
     }
 }
 
-fn opening(output_tokens: u64) -> Value {
+pub(crate) fn opening(output_tokens: u64) -> Value {
     let (provider, model) = model();
     let call = CallOpened {
         provider,
@@ -189,7 +180,7 @@ fn opening(output_tokens: u64) -> Value {
     serde_json::to_value(call).expect("json")
 }
 
-fn closing(state: CallState, prompt: u64, output: u64) -> Value {
+pub(crate) fn closing(state: CallState, prompt: u64, output: u64) -> Value {
     let usage =
         Usage { tokens_prompt: prompt, tokens_output: output, source: UsageSource::Provider, ..Usage::default() };
     let call = CallClosed {
@@ -206,7 +197,7 @@ fn closing(state: CallState, prompt: u64, output: u64) -> Value {
 }
 
 /// 1,000 prompt and 100 output tokens at 2 and 10 USD per million, 120 credits per USD.
-const CALL_UCR: i64 = (1_000 * 2 + 100 * 10) * 120;
+pub(crate) const CALL_UCR: i64 = (1_000 * 2 + 100 * 10) * 120;
 
 #[tokio::test]
 async fn an_attempt_is_held_priced_and_captured_once() {
@@ -628,123 +619,4 @@ async fn every_invariant_catches_its_corruption() {
         drop(conn);
         assert!(bench.violations().await.contains(&invariant), "{invariant} did not see it");
     }
-}
-
-/// An activity with one model call whose answer is saved. Its first attempt says when the call is open, and waits.
-struct Asks {
-    opened: Arc<Notify>,
-    answered: Arc<Notify>,
-}
-
-impl Activity for Asks {
-    fn signature(&self) -> Signature {
-        Signature {
-            name: "asks@1".into(),
-            summary: "one model call".into(),
-            input_schema: json!({"type": "object"}),
-            output_schema: json!({}),
-            run_timeout_ms: 60_000,
-            heartbeat_timeout_ms: None,
-            metered: true,
-            idempotent: true,
-            failure_codes: vec![],
-        }
-    }
-    fn run(&self, ctx: Context, _input: Value) -> BoxFuture<'static, Result<Value, Failure>> {
-        let (opened, answered) = (self.opened.clone(), self.answered.clone());
-        Box::pin(async move {
-            if let Some(answer) = ctx.checkpoint("a.0").await? {
-                return Ok(answer);
-            }
-            ctx.meter_open("a.0", &opening(1_000)).await?;
-            if ctx.info().attempt == 1 {
-                opened.notify_one();
-                answered.notified().await;
-            }
-            let closed = ctx
-                .meter_close(
-                    "a.0",
-                    &closing(CallState::Succeeded, 1_000, 100),
-                    Some(("a.0", &json!(ctx.info().attempt))),
-                )
-                .await;
-            if ctx.info().attempt == 1 {
-                assert_eq!(closed.as_ref().expect_err("stale").code, "transient.lease_lost");
-                opened.notify_one();
-            }
-            closed?;
-            Ok(json!(ctx.info().attempt))
-        })
-    }
-    fn reserve(&self, _input: &Value) -> Value {
-        serde_json::to_value(one_call()).expect("json")
-    }
-}
-
-#[tokio::test]
-async fn a_call_whose_answer_is_thrown_away_with_the_lease_is_free_and_its_repetition_is_charged_once() {
-    let bench = Bench::new(100).await;
-    let (opened, answered) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
-    let hook = Arc::new(LedgerHook::new(BillingSettings::default()));
-    let registry = Registry::new().with(Asks { opened: opened.clone(), answered: answered.clone() });
-    let mut config = WorkerConfig::new(bench.pool.clone(), registry);
-    (config.hook, config.lease) = (hook.clone(), Duration::from_secs(10));
-    let worker = worker::start(config).await.expect("worker");
-    let client = Client::new(bench.pool.clone(), hook);
-    let definition: Definition = serde_json::from_value(json!({
-        "format": FORMAT, "name": "asks", "timeout_ms": 600_000, "executions_max": 100,
-        "steps": [{"id": "ask", "kind": {"activity": {"name": "asks@1", "with": {}}}}],
-    }))
-    .expect("definition");
-    let deploy = Deploy { definition, bundle: Bundle::new(), source: String::new(), author: None, message: None };
-    let start = Start {
-        run_id: None,
-        definition: client.deploy(deploy).await.expect("deploy").hash,
-        inputs: json!({}),
-        workflow_id: None,
-        attributes: json!({"user_id": bench.user.to_string(), "project_id": bench.project.to_string()}),
-        queue: String::new(),
-        topic: None,
-    };
-    let run = client.start(start).await.expect("start").run_id;
-    opened.notified().await;
-    // The first statement of a takeover, by a worker that has not committed the rest of it.
-    sqlx::query("update runs set owner = null, epoch = epoch + 1, parked = true where run_id = $1")
-        .bind(run.0)
-        .execute(&bench.pool)
-        .await
-        .expect("taken");
-    answered.notify_one();
-    opened.notified().await;
-    let charged: (String, bool, i64, Option<i64>) =
-        sqlx::query_as("select state, late, cost_pusd, tokens_prompt from api_key_usage")
-            .fetch_one(&bench.pool)
-            .await
-            .expect("row");
-    assert_eq!(charged, ("succeeded".into(), true, 0, Some(1_000)), "the fact is kept, the answer is not paid for");
-    sqlx::query("insert into ready (shard, run_id, queue) select shard, run_id, queue from runs where run_id = $1")
-        .bind(run.0)
-        .execute(&bench.pool)
-        .await
-        .expect("queued");
-    let mut seq = 0;
-    let view = loop {
-        let view = client.describe(run).await.expect("run");
-        if view.status.is_closed() {
-            break view;
-        }
-        seq = seq.max(view.seq);
-        client.wait_change(run, seq, Duration::from_secs(1)).await.expect("run");
-    };
-    assert_eq!(view.status, RunStatus::Completed);
-    worker.drain(Duration::from_secs(10)).await;
-    let charges: (i64, i64) = sqlx::query_as(
-        "select count(*), count(*) filter (where cost_pusd > 0) from api_key_usage where call_key = 'a.0'",
-    )
-    .fetch_one(&bench.pool)
-    .await
-    .expect("count");
-    assert_eq!(charges, (2, 1), "made twice, charged once");
-    assert_eq!(bench.balance().await, (100_000_000 - CALL_UCR, 0));
-    assert_eq!(bench.violations().await, [""; 0]);
 }

@@ -56,6 +56,8 @@ struct Bench {
     model: Arc<Model>,
     run: RunId,
     recorders: Mutex<BTreeMap<String, Arc<Recorder>>>,
+    /// Attempts of a step that failed, and so count for the next ones.
+    failures: Mutex<BTreeMap<String, u32>>,
 }
 
 impl Bench {
@@ -73,7 +75,7 @@ impl Bench {
             rate: Rate { credits_per_usd: 100, markup_bps: 0 },
         });
         let run = RunId::new();
-        Self { place, registry: registry(toolbox), model, run, recorders: Mutex::default() }
+        Self { place, registry: registry(toolbox), model, run, recorders: Mutex::default(), failures: Mutex::default() }
     }
 
     /// One attempt of a step; what its earlier attempts saved is there.
@@ -84,13 +86,18 @@ impl Bench {
             attempt_id: AttemptId::derive(self.run, path, attempt),
             path: path.to_owned(),
             attempt,
+            counted: 1 + self.failures.lock().unwrap().get(path).copied().unwrap_or(0),
             idempotency_key: format!("{}/{path}", self.run),
             ..detached::info(activity, json!({}))
         };
         let mut input = input.clone();
         input["project_id"] = json!(self.place.project);
         let ctx = detached::context(info, BTreeMap::new(), recorder);
-        self.registry.get(activity).unwrap().run(ctx, input).await
+        let result = self.registry.get(activity).unwrap().run(ctx, input).await;
+        if result.is_err() {
+            *self.failures.lock().unwrap().entry(path.to_owned()).or_default() += 1;
+        }
+        result
     }
 
     /// A step that died before its result was recorded and is executed again, twice: nothing happens twice.

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod billing;
+mod billing_worker;
 mod fake_provider;
 mod fork;
 mod loop_steps;

@@ -137,7 +137,11 @@ impl Bench {
     }
     /// A context of attempt `attempt` over what earlier attempts recorded.
     fn attempt(recorder: &Arc<Recorder>, attempt: u32) -> Self {
-        let info = AttemptInfo { attempt, ..detached::info("plan@1", json!({})) };
+        Self::counted(recorder, attempt, attempt)
+    }
+    /// The same after `attempt - counted` lost ones.
+    fn counted(recorder: &Arc<Recorder>, attempt: u32, counted: u32) -> Self {
+        let info = AttemptInfo { attempt, counted, ..detached::info("plan@1", json!({})) };
         let ctx = detached::context(info, BTreeMap::new(), Arc::clone(recorder));
         Self { recorder: Arc::clone(recorder), ctx }
     }
@@ -321,6 +325,46 @@ async fn a_second_invalid_answer_ends_the_call() {
     assert_eq!(stub.count(), 2);
     assert!(!bench.recorder.checkpoints.lock().unwrap().contains_key("call:plan"));
     assert_eq!(bench.closed().len(), 2);
+    // The worker died before it could say so: nothing is bought by the attempt that carries on.
+    let again = Bench::counted(&bench.recorder, 2, 1);
+    let repeated = orchestrator.call(&again.ctx, "plan", with_schema()).await.unwrap_err();
+    assert_eq!((repeated.code, repeated.message, repeated.kind), (failure.code, failure.message, failure.kind));
+    assert_eq!(stub.count(), 2);
+    // It had said so, and the policy wants another attempt: that one asks anew.
+    let next = Bench::counted(&bench.recorder, 3, 2);
+    orchestrator.call(&next.ctx, "plan", with_schema()).await.unwrap_err();
+    let calls = stub.calls.lock().unwrap();
+    assert!(calls.len() == 4 && calls[2].1 == calls[0].1, "{calls:?}");
+}
+
+#[tokio::test]
+async fn an_unusable_answer_is_not_bought_again_when_its_repair_is_lost() {
+    let stub = Stub::new("gemini", |call, n| match n {
+        0 => Ok(said("{\"a\": \"one\"}")),
+        1 => Err(failed("transient.overloaded", Advice::OtherModel)),
+        2 => Err(failed("transient.http", Advice::Stop)),
+        _ => {
+            assert_eq!((call.model, call.key), ("b", "plan~repair"));
+            Ok(said("{\"a\": 1}"))
+        }
+    });
+    // The first candidate is away, the second answers badly, its repair goes under with the worker.
+    let away = Stub::new("openrouter", |_, _| Err(failed("transient.overloaded", Advice::OtherProvider)));
+    let orchestrator = orchestrator(
+        &[candidate("openrouter", "a"), candidate("gemini", "b")],
+        &[Arc::clone(&away), Arc::clone(&stub)],
+    );
+    let bench = Bench::new();
+    orchestrator.call(&bench.ctx, "plan", with_schema()).await.unwrap_err();
+    assert_eq!((away.count(), stub.count()), (1, 2));
+    let again = Bench::counted(&bench.recorder, 2, 1);
+    orchestrator.call(&again.ctx, "plan", with_schema()).await.unwrap_err();
+    let again = Bench::counted(&bench.recorder, 3, 1);
+    let reply = orchestrator.call(&again.ctx, "plan", with_schema()).await.unwrap();
+    assert_eq!((reply.json, reply.model.as_str()), (Some(json!({"a": 1})), "served"));
+    assert_eq!((away.count(), stub.count()), (1, 4), "the repair, and nothing before it");
+    let calls = stub.calls.lock().unwrap();
+    assert!(calls[1].1 == calls[2].1 && calls[2].1 == calls[3].1, "the same repair each time");
 }
 
 #[tokio::test]

@@ -166,7 +166,7 @@ impl Client {
             now,
             draw: 0,
             permits: Cell::new(0),
-            refused: None,
+            refused: &machine::Refusals::default(),
             catalog: &catalog,
             calls: &calls,
             depth: u32::try_from(maker.depth).unwrap_or(u32::MAX),

@@ -40,7 +40,7 @@ const FOLDER_PREFIX: &str = "loopwright-test-";
 /// When there is no Postgres: a test without a database cannot go on, and the message says what helps.
 pub async fn database(migrations: &[Migration]) -> PgPool {
     match create(migrations).await {
-        Ok(options) => pool(options),
+        Ok(pool) => pool,
         Err(error) => panic!("no test database: {error}"),
     }
 }
@@ -62,7 +62,7 @@ fn pool(options: PgConnectOptions) -> PgPool {
         .connect_lazy_with(options)
 }
 
-async fn create(migrations: &[Migration]) -> Result<PgConnectOptions, Error> {
+async fn create(migrations: &[Migration]) -> Result<PgPool, Error> {
     static CALLS: AtomicU64 = AtomicU64::new(0);
     let sql = |e: sqlx::Error| Error::failed("making a test database", e);
     let base = base().await?;
@@ -74,9 +74,13 @@ async fn create(migrations: &[Migration]) -> Result<PgConnectOptions, Error> {
     let name = format!("lw_test_{seconds}_{}_{call}", std::process::id());
     drop_unused(&mut conn, call, seconds).await.map_err(sql)?;
     execute(&mut conn, format!("create database {name} template {template}")).await.map_err(sql)?;
+    let pool = pool(base.clone().database(&name));
+    // One session from the beginning: a test may leave its database to other processes, and between two of them nobody
+    // else would hold it.
+    drop(pool.acquire().await.map_err(sql)?);
     // Ending the session releases the lock.
     conn.close().await.map_err(sql)?;
-    Ok(base.database(&name))
+    Ok(pool)
 }
 
 async fn execute(conn: &mut PgConnection, sql: String) -> Result<(), sqlx::Error> {
@@ -242,6 +246,7 @@ mod tests {
     #[tokio::test]
     async fn a_long_suite_gives_its_databases_back() {
         let kept = database(&[]).await;
+        let untouched = database(&[T]).await;
         sqlx::query("create table mine ()").execute(&kept).await.unwrap();
         for _ in 0..YOUNG + 8 {
             drop(database(&[]).await);
@@ -253,5 +258,6 @@ mod tests {
         // Other tests of this process add theirs.
         assert!(left < 2 * i64::try_from(YOUNG).unwrap() + 16, "{left}");
         sqlx::query("select * from mine").fetch_all(&kept).await.unwrap();
+        sqlx::query("select * from t").fetch_all(&untouched).await.unwrap();
     }
 }

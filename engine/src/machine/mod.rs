@@ -13,6 +13,7 @@
 mod fold;
 mod fork;
 mod react;
+mod refusal;
 pub mod replay;
 mod scope;
 mod state;
@@ -21,6 +22,7 @@ mod view;
 mod walk;
 
 pub use fork::{Fork, fork};
+pub use refusal::Refusals;
 pub use state::{Frame, Live, Message, Node, Phase, RunState};
 pub use timer::next_due;
 pub use view::{live_attempts, nodes, waiting, waiting_reason};
@@ -129,8 +131,8 @@ pub struct Moment<'a> {
     pub draw: u64,
     /// Attempts that may start now.
     pub permits: Cell<u32>,
-    /// When the hook refused a former version of this decision: why. No metered attempt starts then.
-    pub refused: Option<(String, String)>,
+    /// What the hook refused of former versions of this decision.
+    pub refused: &'a Refusals,
     /// What this worker can run.
     pub catalog: &'a Catalog,
     /// Where each `call` of the definition leads, by `name@version` as written.
@@ -149,6 +151,8 @@ pub enum Command {
         attempt: u32,
         attempt_id: AttemptId,
         activity: String,
+        /// As [`crate::activity::AttemptInfo::counted`].
+        counted: u32,
         input: Value,
         deadline: DateTime<Utc>,
         heartbeat_ms: Option<u64>,

@@ -35,6 +35,7 @@ pub(super) fn react(
                 let failure =
                     Failure::new(FailureKind::Lost, "transient.worker_lost", "the worker that ran it is gone");
                 emit(state, attempt.ended(Outcome::Lost, Some(failure), moment.now), decision)?;
+                ready_blocked(state, &attempt.path, decision)?;
             }
             Ok(())
         }
@@ -167,6 +168,7 @@ fn attempt_ended(
     let failure = match result {
         Ok(output) => {
             emit(state, current.ended(Outcome::Succeeded, None, now), decision)?;
+            ready_blocked(state, path, decision)?;
             return emit(state, step_ended(path, StepStatus::Succeeded, Some(output), None, now), decision);
         }
         Err(failure) => failure,
@@ -184,6 +186,10 @@ fn attempt_ended(
         FailureKind::Retryable | FailureKind::Permanent | FailureKind::Panicked => Outcome::Failed,
     };
     emit(state, current.ended(outcome, Some(failure.clone()), now), decision)?;
+    if outcome != Outcome::Blocked {
+        // Of two steps that stop each other in the middle, each would start the other again for ever.
+        ready_blocked(state, path, decision)?;
+    }
     if matches!(outcome, Outcome::Lost | Outcome::Blocked) {
         return Ok(());
     }
@@ -198,6 +204,20 @@ fn attempt_ended(
         emit(state, event, decision)?;
     }
     Ok(())
+}
+
+/// What an attempt held is free once it has ended: the steps that the hook refused may ask again at once.
+fn ready_blocked(state: &mut RunState, ended: &str, decision: &mut Decision) -> Result<(), Illegal> {
+    let mut blocked = Vec::new();
+    state.visit_live(&mut |path, node| {
+        if path != ended
+            && !node.stopping
+            && matches!(node.live, Some(Live::Activity { phase: Phase::Blocked { .. }, .. }))
+        {
+            blocked.push(path.to_owned());
+        }
+    });
+    blocked.into_iter().try_for_each(|path| emit(state, Event::AttemptReady { path }, decision))
 }
 
 /// An attempt that ran until the step's or the run's own deadline did not exceed its `run` timeout but theirs.

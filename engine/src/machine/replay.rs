@@ -18,7 +18,7 @@
 //! are the parent's, under its definition, and are only folded.
 
 use super::{
-    Illegal, Inbound, Input, Moment, RunState,
+    Illegal, Inbound, Input, Moment, Refusals, RunState,
     react::delay_ms,
     scope::find_step,
     state::{Live, Phase},
@@ -137,7 +137,7 @@ impl<'a> Replay<'a> {
             now,
             draw: draw(self.definition, &self.state, found, now),
             permits: Cell::new(told.permits),
-            refused: told.refused.values().next().cloned(),
+            refused: &told.refused,
             catalog: &told.catalog,
             calls: told.calls.as_ref().unwrap_or(&self.state.calls),
             depth: self.depth,
@@ -166,8 +166,7 @@ impl<'a> Replay<'a> {
 struct Told {
     input: Input,
     permits: u32,
-    /// Reason and message of the hook, by step path.
-    refused: BTreeMap<String, (String, String)>,
+    refused: Refusals,
     catalog: Catalog,
     calls: Option<BTreeMap<String, crate::ids::DefinitionHash>>,
     /// The row was not decided before.
@@ -177,12 +176,12 @@ struct Told {
 fn told(before: &RunState, events: &[Event]) -> Result<Told, Illegal> {
     let mut state = before.clone();
     let (input, used, earliest) = input(&mut state, events)?;
-    let mut refused = BTreeMap::new();
+    let mut refused = Refusals::default();
     let mut metered = Vec::new();
     for event in &events[used..] {
         match event {
             Event::AttemptBlocked { path, reason, message, .. } => {
-                refused.insert(path.clone(), (reason.clone(), message.clone()));
+                refused.add(path, reason, message);
                 metered.extend(queued(&state, path));
             }
             Event::StepEnded { path, status: StepStatus::Failed, failure: Some(failure), .. }
@@ -192,7 +191,7 @@ fn told(before: &RunState, events: &[Event]) -> Result<Told, Illegal> {
                 // The failure of an attempt is its own.
                 let ended = |e: &Event| matches!(e, Event::AttemptEnded { path: p, outcome: Outcome::Failed | Outcome::TimedOut, .. } if p == path);
                 if let (Some(activity), false) = (queued(&state, path), events.iter().any(ended)) {
-                    refused.insert(path.clone(), (failure.code.clone(), failure.message.clone()));
+                    refused.add(path, &failure.code, &failure.message);
                     metered.push(activity);
                 }
             }

@@ -395,15 +395,15 @@ impl Walk<'_> {
                     return Ok(Progress::Emit(self.fail(step, path, failure)?));
                 }
                 let Some(signature) = self.moment.catalog.get(activity) else { return Ok(Progress::Idle) };
-                if let (true, Some((reason, message))) = (signature.metered, &self.moment.refused) {
+                if let (true, Some((reason, message))) = (signature.metered, self.moment.refused.of(path)) {
                     if is_final(reason) {
-                        let failure = Failure::permanent(reason.clone(), message.clone());
+                        let failure = Failure::permanent(reason, message);
                         return Ok(Progress::Emit(self.fail(step, path, failure)?));
                     }
                     return Ok(Progress::Emit(vec![Event::AttemptBlocked {
                         path: path.to_owned(),
-                        reason: reason.clone(),
-                        message: message.clone(),
+                        reason: reason.to_owned(),
+                        message: message.to_owned(),
                         at: now,
                     }]));
                 }
@@ -430,6 +430,7 @@ impl Walk<'_> {
                     attempt: number,
                     attempt_id,
                     activity: activity.clone(),
+                    counted: counted + 1,
                     input,
                     deadline,
                     heartbeat_ms: step.timeouts.heartbeat_ms.or(signature.heartbeat_timeout_ms),

@@ -14,7 +14,7 @@ use crate::{
     failure::Failure,
     hook::{AttemptEnd, AttemptRef, AttemptStart},
     ids::{AttemptId, DefinitionHash, RunId},
-    machine::{self, Command, Decision, Input, Live, Moment, Phase, RunState},
+    machine::{self, Command, Decision, Input, Live, Moment, Phase, Refusals, RunState},
     store::{
         self,
         definitions::Pinned,
@@ -234,7 +234,7 @@ impl Driver {
 
     /// Decides, commits, acts. `in_hand` is room for attempts that is in hand already; what is not used is given back.
     async fn step_in(&mut self, mut input: Input, mut in_hand: Vec<OwnedSemaphorePermit>) -> Result<Next> {
-        let mut refused = None;
+        let mut refused = Refusals::default();
         loop {
             let mut permits = std::mem::take(&mut in_hand);
             while !self.draining && permits.len() < self.width {
@@ -242,7 +242,7 @@ impl Driver {
                 permits.push(permit);
             }
             let inbox_moved = input.reads_inbox();
-            let decision = self.decide(input.clone(), permits.len(), refused.clone())?;
+            let decision = self.decide(input.clone(), refused.permits(permits.len()), &refused)?;
             if decision.events.is_empty() && !inbox_moved {
                 return self.nothing_happened().await;
             }
@@ -269,24 +269,28 @@ impl Driver {
                     if !decision.more {
                         return Ok(Next::Goes);
                     }
-                    (input, refused) = (Input::Tick, None);
+                    (input, refused) = (Input::Tick, Refusals::default());
                 }
                 Committed::Refused { reason, message } => {
                     // The same input again, on the state as it was, with the hook's answer known.
                     tracing::info!(run_id = %self.run.run_id, reason, "starts refused");
+                    if !refused.note(&decision.commands, &reason, &message) {
+                        return Err(Error::Invariant(format!(
+                            "the hook refused a transition without starts: {message}"
+                        )));
+                    }
                     let mut conn = self.shared.pool.acquire().await?;
                     let fresh = store::runs::load(&mut conn, self.run.run_id).await?;
                     if fresh.owner != Some(self.shared.id) || fresh.epoch != self.run.epoch {
                         return Err(Error::LeaseLost);
                     }
                     self.run.state = fresh.state;
-                    refused = Some((reason, message));
                 }
             }
         }
     }
 
-    fn decide(&mut self, input: Input, permits: usize, refused: Option<(String, String)>) -> Result<Decision> {
+    fn decide(&mut self, input: Input, permits: usize, refused: &Refusals) -> Result<Decision> {
         let moment = Moment {
             now: self.shared.clock.now(),
             draw: fastrand::u64(..),
@@ -490,7 +494,16 @@ impl Driver {
     fn act(&mut self, commands: Vec<Command>, mut permits: Vec<OwnedSemaphorePermit>) {
         for command in commands {
             match command {
-                Command::StartAttempt { path, attempt, attempt_id, activity, input, deadline, heartbeat_ms } => {
+                Command::StartAttempt {
+                    path,
+                    attempt,
+                    attempt_id,
+                    activity,
+                    counted,
+                    input,
+                    deadline,
+                    heartbeat_ms,
+                } => {
                     let permit = permits.pop();
                     let (Some(code), Some(signature)) = (
                         self.shared.registry.get(&activity).cloned(),
@@ -506,6 +519,7 @@ impl Driver {
                         activity: activity.clone(),
                         path: path.clone(),
                         attempt,
+                        counted,
                         idempotency_key: idempotency_key(self.run.run_id, &path),
                         attributes: self.attributes.clone(),
                         started_at: self.shared.clock.now(),

@@ -73,7 +73,7 @@ async fn closing(conn: &mut PgConnection, run: RunId, reason: &str) -> Result<It
         now,
         draw: 0,
         permits: Cell::new(0),
-        refused: None,
+        refused: &machine::Refusals::default(),
         catalog: &catalog,
         calls: &calls,
         depth: u32::try_from(loaded.depth).unwrap_or(u32::MAX),

@@ -172,6 +172,11 @@ pub fn parse(raw: &Value, redacted: bool) -> Option<Incoming> {
             };
             Some(Incoming { chat_id: from, from, intent })
         }
+        UpdateKind::Error(_) => {
+            // Of a kind that we know, in a shape that we do not: somebody waits for an answer.
+            tracing::warn!(update_id = update.id.0, "an update cannot be read and is left out");
+            None
+        }
         _ => None,
     }
 }

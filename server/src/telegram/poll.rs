@@ -9,6 +9,7 @@ use super::{
 };
 use crate::store::telegram::lease::Lease;
 use serde_json::{Value, json};
+use std::time::Instant;
 
 /// Most updates of one answer. Telegram's limit.
 const BATCH: u32 = 100;
@@ -30,6 +31,7 @@ pub(super) async fn run(session: &Session, lease: &mut Lease) -> Result<(), Erro
         if let Some(offset) = offset {
             body["offset"] = json!(offset);
         }
+        let began = Instant::now();
         let polled = tokio::select! {
             // What was on its way comes again: it is not confirmed.
             _ = stop.wait_for(|stop| *stop) => break,
@@ -41,10 +43,11 @@ pub(super) async fn run(session: &Session, lease: &mut Lease) -> Result<(), Erro
                 let came = updates.as_array().is_some_and(|updates| !updates.is_empty());
                 let (next, new) = store(session, updates).await?;
                 offset = next.or(offset);
-                if new || !came {
+                let waited = began.elapsed() >= pace.poll / 2;
+                if new || (!came && waited) {
                     continue;
                 }
-                // Nothing but repeats: not again at once.
+                // Nothing but repeats, or a server that does not hold the question: not again at once.
                 pace.look
             }
             Err(Fault::Token) => return Err(Error::Token),

@@ -84,7 +84,7 @@ fn where_a_call_leads_is_settled_when_the_run_starts() {
         now: run.now,
         draw: 0,
         permits: Cell::new(1),
-        refused: None,
+        refused: &Refusals::default(),
         catalog: &run.catalog,
         calls: &other,
         depth: 0,

@@ -38,7 +38,7 @@ fn branch_with(
         now: other.now,
         draw: 0,
         permits: Cell::new(0),
-        refused: None,
+        refused: &Refusals::default(),
         catalog: &catalog,
         calls: &calls,
         depth: 0,

@@ -71,9 +71,12 @@ struct Bench {
     mirror: RunState,
     now: DateTime<Utc>,
     catalog: Catalog,
-    permits: u32,
+    permits: usize,
     depth: u32,
+    /// With this the hook refuses every start.
     refused: Option<(String, String)>,
+    /// The hook refuses a transition that makes it hold more than this, one for each attempt that runs.
+    room: Option<usize>,
     /// Attempts that were started and not ended: path → (attempt, input).
     live: BTreeMap<String, (u32, Value)>,
     cancels: Vec<String>,
@@ -113,6 +116,7 @@ impl Bench {
             permits: 100,
             depth: 0,
             refused: None,
+            room: None,
             live: BTreeMap::new(),
             cancels: Vec::new(),
             children: Vec::new(),
@@ -122,20 +126,41 @@ impl Bench {
         bench.input(Input::Started { inputs });
         bench
     }
-    fn input(&mut self, input: Input) -> Vec<Event> {
+    /// Decides until the hook lets the decision pass, as a worker does.
+    fn decide(&mut self, input: &Input) -> Decision {
         let calls = BTreeMap::from([("child@latest".to_owned(), DefinitionHash([7; 32]))]);
-        let moment = Moment {
-            now: self.now,
-            draw: 0,
-            permits: Cell::new(self.permits),
-            refused: self.refused.clone(),
-            catalog: &self.catalog,
-            calls: &calls,
-            depth: self.depth,
-            workflow: "test",
-        };
+        let mut refused = Refusals::default();
+        loop {
+            let moment = Moment {
+                now: self.now,
+                draw: 0,
+                permits: Cell::new(u32::try_from(refused.permits(self.permits)).expect("small")),
+                refused: &refused,
+                catalog: &self.catalog,
+                calls: &calls,
+                depth: self.depth,
+                workflow: "test",
+            };
+            let mut state = self.state.clone();
+            let decision = decide(&self.definition, &mut state, input.clone(), &moment).expect("legal");
+            let starts = decision.commands.iter().filter(|c| matches!(c, Command::StartAttempt { .. })).count();
+            let ends = decision.events.iter().filter(|e| matches!(e, Event::AttemptEnded { .. })).count();
+            let full = self.room.is_some_and(|room| self.live.len() + starts - ends > room);
+            let answer = match &self.refused {
+                Some((reason, message)) => Some((reason.as_str(), message.as_str())),
+                None if full => Some(("credits", "no room")),
+                None => None,
+            };
+            let Some((reason, message)) = answer.filter(|_| starts > 0) else {
+                self.state = state;
+                return decision;
+            };
+            assert!(refused.note(&decision.commands, reason, message), "a refusal that changes nothing");
+        }
+    }
+    fn input(&mut self, input: Input) -> Vec<Event> {
         let paused = self.state.status == RunStatus::Paused;
-        let decision = decide(&self.definition, &mut self.state, input, &moment).expect("legal");
+        let decision = self.decide(&input);
         if paused && self.state.status == RunStatus::Paused {
             assert!(!decision.more && decision.commands.iter().all(|c| !matches!(c, Command::StartChild { .. })));
             let begins = |e: &Event| matches!(e, Event::StepStarted { .. } | Event::AttemptStarted { .. });
@@ -306,6 +331,65 @@ fn a_refused_start_blocks_and_goes_on_when_unblocked_or_by_itself() {
     run.refused = None;
     run.later(BLOCKED_RETRY_MS);
     assert_eq!(run.live(), ["b"]);
+}
+
+/// `n` branches `b1` …, each of one activity `a`.
+fn branches(n: usize) -> Step {
+    let branch = |i| crate::definition::Branch { name: format!("b{i}"), steps: vec![act("a", &[])] };
+    step("p", Kind::Parallel { branches: (1..=n).map(branch).collect(), join: Join::All, fail_fast: true })
+}
+
+#[test]
+fn starts_that_are_too_many_together_are_tried_one_by_one() {
+    let mut run = Bench::start(definition(vec![step("w", Kind::Wait { until: WaitUntil::For(1) }), branches(3)]));
+    run.room = Some(1);
+    run.later(1);
+    assert_eq!(run.live(), ["p:b1/a"], "the first has room alone");
+    run.input(Input::Tick);
+    assert_eq!(run.live(), ["p:b1/a"]);
+    let blocked = waiting_reason(&waiting(&run.definition, &run.state));
+    assert_eq!(blocked.as_deref(), Some("credits"), "the others wait for what the first one holds");
+    run.ok("p:b1/a", json!(1));
+    assert_eq!(run.live(), ["p:b2/a"], "and need no clock to go on");
+    run.end("p:b2/a", Err(Failure::retryable("transient.network", "x")));
+    assert_eq!(run.live(), ["p:b3/a"]);
+    run.ok("p:b3/a", json!(3));
+    run.later(5_000);
+    run.ok("p:b2/a", json!(2));
+    assert_eq!(run.state.status, RunStatus::Completed);
+}
+
+#[test]
+fn a_final_refusal_of_one_start_fails_that_step_alone() {
+    let mut wide = branches(2);
+    if let Kind::Parallel { join, .. } = &mut wide.kind {
+        *join = Join::Settled;
+    }
+    let mut d = definition(vec![step("w", Kind::Wait { until: WaitUntil::For(1) }), wide]);
+    d.outputs.insert("branches".into(), x("steps.p.output.branches"));
+    let mut run = Bench::start(d);
+    run.permits = 1;
+    run.later(1);
+    assert_eq!(run.live(), ["p:b1/a"]);
+    (run.permits, run.refused) = (2, Some(("budget.run".into(), "used up".into())));
+    run.input(Input::Tick);
+    run.ok("p:b1/a", json!(1));
+    assert_eq!(run.state.status, RunStatus::Completed);
+    let branches = &run.state.output.expect("output")["branches"];
+    assert_eq!(
+        (&branches["b1"]["status"], &branches["b2"]["error"]["type"]),
+        (&json!("succeeded"), &json!("budget.run"))
+    );
+}
+
+#[test]
+fn two_steps_that_stop_each_other_in_the_middle_do_not_start_each_other() {
+    let mut run = Bench::start(definition(vec![branches(2)]));
+    run.end("p:b1/a", Err(Failure::blocked("credits", "none")));
+    run.end("p:b2/a", Err(Failure::blocked("credits", "none")));
+    assert!(run.live().is_empty());
+    run.later(BLOCKED_RETRY_MS);
+    assert_eq!(run.live(), ["p:b1/a", "p:b2/a"]);
 }
 
 #[test]

@@ -97,7 +97,8 @@ fn child_ended(run: &mut Bench, completed: bool) {
 }
 
 fn disturb(run: &mut Bench, random: &mut fastrand::Rng) {
-    run.permits = random.u32(0..4);
+    run.permits = random.usize(0..4);
+    run.room = (random.u8(0..3) == 0).then(|| random.usize(0..3));
     run.refused = (random.u8(0..6) == 0).then(|| ("credits".into(), "none left".into()));
     match random.u8(0..21) {
         0..=8 => {
@@ -150,7 +151,7 @@ pub(super) fn disturbed(seed: u64) -> Bench {
 
 /// From now on the world behaves: the run comes to its end.
 pub(super) fn to_the_end(run: &mut Bench, seed: u64) {
-    (run.permits, run.refused) = (100, None);
+    (run.permits, run.refused, run.room) = (100, None, Some(1));
     let go_on = Inbound::Resume { reason: String::new(), by: None, halted: None };
     run.input(Input::Messages(vec![Inbound::Unblock, go_on]));
     let mut turns = 0;

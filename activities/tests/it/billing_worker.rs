@@ -1,0 +1,203 @@
+//! The ledger in the hands of a real worker.
+
+use crate::billing::{Bench, CALL_UCR, closing, one_call, opening};
+use futures_util::future::BoxFuture;
+use loopwright_activities::{
+    billing::{BillingSettings, LedgerHook},
+    usage::CallState,
+};
+use loopwright_engine::{
+    Failure,
+    activity::{Activity, Context, Registry},
+    client::{Client, Deploy, Start},
+    definition::{Bundle, Definition, FORMAT},
+    ids::RunId,
+    signature::Signature,
+    view::RunStatus,
+    worker::{self, WorkerConfig},
+};
+use serde_json::{Value, json};
+use std::{sync::Arc, time::Duration};
+use tokio::sync::Notify;
+
+/// Nothing here takes that long, and it is below the time after which a blocked step asks again by itself.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn signature() -> Signature {
+    Signature {
+        name: "asks@1".into(),
+        summary: "one model call".into(),
+        input_schema: json!({"type": "object"}),
+        output_schema: json!({}),
+        run_timeout_ms: 60_000,
+        heartbeat_timeout_ms: None,
+        metered: true,
+        idempotent: true,
+        failure_codes: vec![],
+    }
+}
+
+/// An activity with one model call whose answer is saved. Its first attempt says when the call is open, and waits.
+struct Asks {
+    opened: Arc<Notify>,
+    answered: Arc<Notify>,
+}
+
+impl Activity for Asks {
+    fn signature(&self) -> Signature {
+        signature()
+    }
+    fn run(&self, ctx: Context, _input: Value) -> BoxFuture<'static, Result<Value, Failure>> {
+        let (opened, answered) = (self.opened.clone(), self.answered.clone());
+        Box::pin(async move {
+            if let Some(answer) = ctx.checkpoint("a.0").await? {
+                return Ok(answer);
+            }
+            ctx.meter_open("a.0", &opening(1_000)).await?;
+            if ctx.info().attempt == 1 {
+                opened.notify_one();
+                answered.notified().await;
+            }
+            let closed = ctx
+                .meter_close(
+                    "a.0",
+                    &closing(CallState::Succeeded, 1_000, 100),
+                    Some(("a.0", &json!(ctx.info().attempt))),
+                )
+                .await;
+            if ctx.info().attempt == 1 {
+                assert_eq!(closed.as_ref().expect_err("stale").code, "transient.lease_lost");
+                opened.notify_one();
+            }
+            closed?;
+            Ok(json!(ctx.info().attempt))
+        })
+    }
+    fn reserve(&self, _input: &Value) -> Value {
+        serde_json::to_value(one_call()).expect("json")
+    }
+}
+
+async fn start(bench: &Bench, client: &Client, steps: Value) -> RunId {
+    let definition: Definition = serde_json::from_value(
+        json!({"format": FORMAT, "name": "asks", "timeout_ms": 600_000, "executions_max": 100, "steps": steps}),
+    )
+    .expect("definition");
+    let deploy = Deploy { definition, bundle: Bundle::new(), source: String::new(), author: None, message: None };
+    let start = Start {
+        run_id: None,
+        definition: client.deploy(deploy).await.expect("deploy").hash,
+        inputs: json!({}),
+        workflow_id: None,
+        attributes: json!({"user_id": bench.user.to_string(), "project_id": bench.project.to_string()}),
+        queue: String::new(),
+        topic: None,
+    };
+    client.start(start).await.expect("start").run_id
+}
+
+/// How the run ends.
+async fn closed(client: &Client, run: RunId) -> RunStatus {
+    let ended = async {
+        let mut seq = 0;
+        loop {
+            let view = client.describe(run).await.expect("run");
+            if view.status.is_closed() {
+                return view.status;
+            }
+            seq = seq.max(view.seq);
+            client.wait_change(run, seq, Duration::from_secs(1)).await.expect("run");
+        }
+    };
+    tokio::time::timeout(PATIENCE, ended).await.expect("the run does not end")
+}
+
+#[tokio::test]
+async fn a_call_whose_answer_is_thrown_away_with_the_lease_is_free_and_its_repetition_is_charged_once() {
+    let bench = Bench::new(100).await;
+    let (opened, answered) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+    let hook = Arc::new(LedgerHook::new(BillingSettings::default()));
+    let registry = Registry::new().with(Asks { opened: opened.clone(), answered: answered.clone() });
+    let mut config = WorkerConfig::new(bench.pool.clone(), registry);
+    (config.hook, config.lease) = (hook.clone(), Duration::from_secs(10));
+    let worker = worker::start(config).await.expect("worker");
+    let client = Client::new(bench.pool.clone(), hook);
+    let step = json!({"id": "ask", "kind": {"activity": {"name": "asks@1", "with": {}}}});
+    let run = start(&bench, &client, json!([step])).await;
+    opened.notified().await;
+    // The first statement of a takeover, by a worker that has not committed the rest of it.
+    sqlx::query("update runs set owner = null, epoch = epoch + 1, parked = true where run_id = $1")
+        .bind(run.0)
+        .execute(&bench.pool)
+        .await
+        .expect("taken");
+    answered.notify_one();
+    opened.notified().await;
+    let charged: (String, bool, i64, Option<i64>) =
+        sqlx::query_as("select state, late, cost_pusd, tokens_prompt from api_key_usage")
+            .fetch_one(&bench.pool)
+            .await
+            .expect("row");
+    assert_eq!(charged, ("succeeded".into(), true, 0, Some(1_000)), "the fact is kept, the answer is not paid for");
+    sqlx::query("insert into ready (shard, run_id, queue) select shard, run_id, queue from runs where run_id = $1")
+        .bind(run.0)
+        .execute(&bench.pool)
+        .await
+        .expect("queued");
+    assert_eq!(closed(&client, run).await, RunStatus::Completed);
+    worker.drain(Duration::from_secs(10)).await;
+    let charges: (i64, i64) = sqlx::query_as(
+        "select count(*), count(*) filter (where cost_pusd > 0) from api_key_usage where call_key = 'a.0'",
+    )
+    .fetch_one(&bench.pool)
+    .await
+    .expect("count");
+    assert_eq!(charges, (2, 1), "made twice, charged once");
+    assert_eq!(bench.balance().await, (100_000_000 - CALL_UCR, 0));
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+/// An activity with one model call, which it makes at once.
+struct Calls;
+
+impl Activity for Calls {
+    fn signature(&self) -> Signature {
+        Signature { name: "calls@1".into(), ..signature() }
+    }
+    fn run(&self, ctx: Context, _input: Value) -> BoxFuture<'static, Result<Value, Failure>> {
+        Box::pin(async move {
+            ctx.meter_open("a.0", &opening(1_000)).await?;
+            ctx.meter_close("a.0", &closing(CallState::Succeeded, 1_000, 100), None).await?;
+            Ok(json!({}))
+        })
+    }
+    fn reserve(&self, _input: &Value) -> Value {
+        serde_json::to_value(one_call()).expect("json")
+    }
+}
+
+#[tokio::test]
+async fn branches_that_cannot_all_be_paid_together_take_turns() {
+    // Each needs 1.44 credits before it may start and uses 0.36.
+    for (balance, branches) in [(2, 2), (3, 5)] {
+        let bench = Bench::new(balance).await;
+        let hook = Arc::new(LedgerHook::new(BillingSettings::default()));
+        let mut config = WorkerConfig::new(bench.pool.clone(), Registry::new().with(Calls));
+        config.hook = hook.clone();
+        let worker = worker::start(config).await.expect("worker");
+        let client = Client::new(bench.pool.clone(), hook);
+        let branches: Vec<Value> = (0..branches)
+            .map(|n| {
+                let step = json!({"id": "call", "kind": {"activity": {"name": "calls@1", "with": {}}}});
+                json!({"name": format!("b{n}"), "steps": [step]})
+            })
+            .collect();
+        let count = i64::try_from(branches.len()).expect("few");
+        let parallel = json!({"branches": branches, "join": "all", "fail_fast": true});
+        let run = start(&bench, &client, json!([{"id": "all", "kind": {"parallel": parallel}}])).await;
+        assert_eq!(closed(&client, run).await, RunStatus::Completed);
+        worker.drain(Duration::from_secs(10)).await;
+        assert_eq!(bench.balance().await, (balance * 1_000_000 - count * CALL_UCR, 0));
+        assert_eq!(bench.violations().await, [""; 0]);
+    }
+}
