@@ -6,6 +6,7 @@ pub mod event;
 pub mod failure;
 pub mod ids;
 pub mod machine;
+pub mod schedule;
 pub mod signature;
 pub mod view;
 
