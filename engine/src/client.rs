@@ -130,7 +130,7 @@ pub struct Filter {
 /// Largest payload of a signal, in bytes of JSON.
 const PAYLOAD_BYTES_MAX: usize = 256 << 10;
 /// Largest attributes of a run, in bytes of JSON.
-const ATTRIBUTES_BYTES_MAX: usize = 8 << 10;
+pub(crate) const ATTRIBUTES_BYTES_MAX: usize = 8 << 10;
 /// How often a waiting caller looks.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
@@ -146,6 +146,16 @@ impl Client {
     #[must_use]
     pub fn new(pool: PgPool, hook: Arc<dyn TransitionHook>) -> Self {
         Self { pool, hook }
+    }
+
+    /// Recurring starts of runs.
+    #[must_use]
+    pub fn schedules(&self) -> crate::schedule::door::Schedules {
+        crate::schedule::door::Schedules::new(self.clone())
+    }
+
+    pub(crate) fn pool(&self) -> &PgPool {
+        &self.pool
     }
 
     /// Stores a definition, gives it the next version number of its name and moves `current` to it.
@@ -441,6 +451,6 @@ fn check(definition: &Definition, signal: &Signal) -> std::result::Result<(), Ve
     Err(problems)
 }
 
-fn json_len(value: &Value) -> usize {
+pub(crate) fn json_len(value: &Value) -> usize {
     serde_json::to_string(value).map_or(usize::MAX, |t| t.len())
 }

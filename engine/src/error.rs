@@ -17,6 +17,12 @@ pub enum Error {
     SignalInvalid(Vec<String>),
     #[error("run {0} does not wait for an approval `{1}`")]
     ApprovalNotWaiting(String, String),
+    #[error("no schedule `{0}`")]
+    ScheduleNotFound(String),
+    #[error("there is a schedule `{0}` already")]
+    ScheduleExists(String),
+    #[error("the schedule is not valid: {}", .0.join("; "))]
+    ScheduleInvalid(Vec<String>),
     #[error("{what} is {actual} bytes; the limit is {limit}")]
     TooLarge { what: &'static str, actual: usize, limit: usize },
     #[error("another worker owns the run now")]
@@ -44,6 +50,9 @@ impl Error {
             Self::InputInvalid(_) => "input_invalid",
             Self::SignalInvalid(_) => "signal_invalid",
             Self::ApprovalNotWaiting(..) => "approval_not_waiting",
+            Self::ScheduleNotFound(_) => "schedule_not_found",
+            Self::ScheduleExists(_) => "schedule_exists",
+            Self::ScheduleInvalid(_) => "schedule_invalid",
             Self::TooLarge { .. } => "too_large",
             Self::LeaseLost => "lease_lost",
             Self::Refused { .. } => "refused",
@@ -82,7 +91,7 @@ mod tests {
             .filter_map(|(_, r)| r.split('"').next())
             .map(str::to_owned)
             .collect();
-        assert_eq!(codes.len(), 13, "{codes:?}");
+        assert_eq!(codes.len(), 16, "{codes:?}");
         assert_eq!(listed("Errors"), codes);
     }
 

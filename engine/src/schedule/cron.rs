@@ -236,7 +236,7 @@ impl Field {
             } else if let Some((low, high)) = range.split_once('-').filter(|(low, _)| !low.is_empty()) {
                 let high_at = at + low.chars().count() + 1;
                 let (first, mut last) = (self.value(low, at)?, self.value(high, high_at)?);
-                if self.names.len() == 7 && last == 0 {
+                if self.names.len() == 7 && last == 0 && first > 0 {
                     last = 7;
                 }
                 if first > last {

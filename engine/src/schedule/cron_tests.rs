@@ -23,7 +23,7 @@ fn next(expression: &str, zone: &str, after: &str, n: usize) -> Vec<String> {
 
 #[test]
 fn sunday_is_0_and_7_and_monday_is_1() {
-    for expression in ["0 9 * * 0", "0 9 * * 7", "0 9 * * sun", "0 9 * * SUN"] {
+    for expression in ["0 9 * * 0", "0 9 * * 7", "0 9 * * sun", "0 9 * * SUN", "0 9 * * 0-0", "0 9 * * sun-sun"] {
         assert_eq!(next(expression, "UTC", "2026-11-25T00:00:00Z", 1), ["Sun 11-29 09:00 +0000"], "{expression}");
     }
     assert_eq!(next("0 9 * * 1", "UTC", "2026-11-25T00:00:00Z", 1), ["Mon 11-30 09:00 +0000"]);
@@ -184,12 +184,12 @@ fn field(min: u8, max: u8) -> impl Strategy<Value = (String, BTreeSet<u8>)> {
         }),
         (min..=max, min..=max, 1..=7u8).prop_map(|(a, b, s)| {
             let (a, b) = (a.min(b), a.max(b));
-            (format!("{a}-{b}/{s}"), (a..=b).filter(|n| (n - a) % s == 0).collect())
+            (format!("{a}-{b}/{s}"), (a..=b).filter(|n| (n - a).is_multiple_of(s)).collect())
         }),
     ];
     prop_oneof![
         3 => Just(("*".to_owned(), all)),
-        1 => (1..=7u8).prop_map(move |s| (format!("*/{s}"), (min..=max).filter(|n| (n - min) % s == 0).collect())),
+        1 => (1..=7u8).prop_map(move |s| (format!("*/{s}"), (min..=max).filter(|n| (n - min).is_multiple_of(s)).collect())),
         4 => prop::collection::vec(item, 1..4).prop_map(|items| {
             let text = items.iter().map(|(t, _)| t.as_str()).collect::<Vec<_>>().join(",");
             (text, items.into_iter().flat_map(|(_, s)| s).collect())

@@ -7,6 +7,7 @@ pub(crate) mod history;
 pub(crate) mod inbox;
 pub(crate) mod ready;
 pub(crate) mod runs;
+pub(crate) mod schedules;
 pub(crate) mod transitions;
 pub(crate) mod workers;
 

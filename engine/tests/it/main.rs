@@ -5,3 +5,4 @@ mod client;
 mod faults;
 mod passing;
 mod runs;
+mod schedules;
