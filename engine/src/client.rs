@@ -7,6 +7,7 @@ use crate::{
         Bundle, Definition, Kind,
         inputs::{prepare, violations},
     },
+    filter::Query,
     hook::TransitionHook,
     ids::{DefinitionHash, RunId},
     machine,
@@ -123,6 +124,8 @@ pub struct Filter {
     pub workflow: Option<String>,
     pub open_only: bool,
     pub after: Option<RunId>,
+    /// What else must hold; see [`Query`].
+    pub matching: Option<Query>,
     /// At most 200.
     pub limit: u32,
 }
@@ -350,8 +353,19 @@ impl Client {
     }
 
     /// Runs that match, newest first.
+    ///
+    /// # Errors
+    /// `filter_invalid` if finding them takes more than 10 s.
     pub async fn list(&self, filter: Filter) -> Result<Vec<RunSummary>> {
         store::runs::list(&self.pool, &filter).await
+    }
+
+    /// How many runs match, whatever `after` and `limit` are.
+    ///
+    /// # Errors
+    /// `filter_invalid` if counting them takes more than 10 s.
+    pub async fn count(&self, filter: &Filter) -> Result<u64> {
+        store::runs::count(&self.pool, filter).await
     }
 
     /// Waits until the run has more than `seq` transitions, or `timeout` is over. Returns its newest seq.

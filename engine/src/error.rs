@@ -23,6 +23,8 @@ pub enum Error {
     ScheduleExists(String),
     #[error("the schedule is not valid: {}", .0.join("; "))]
     ScheduleInvalid(Vec<String>),
+    #[error("the filter is not valid: {0}")]
+    FilterInvalid(#[from] crate::filter::FilterError),
     #[error("{what} is {actual} bytes; the limit is {limit}")]
     TooLarge { what: &'static str, actual: usize, limit: usize },
     #[error("another worker owns the run now")]
@@ -53,6 +55,7 @@ impl Error {
             Self::ScheduleNotFound(_) => "schedule_not_found",
             Self::ScheduleExists(_) => "schedule_exists",
             Self::ScheduleInvalid(_) => "schedule_invalid",
+            Self::FilterInvalid(_) => "filter_invalid",
             Self::TooLarge { .. } => "too_large",
             Self::LeaseLost => "lease_lost",
             Self::Refused { .. } => "refused",
@@ -91,7 +94,7 @@ mod tests {
             .filter_map(|(_, r)| r.split('"').next())
             .map(str::to_owned)
             .collect();
-        assert_eq!(codes.len(), 16, "{codes:?}");
+        assert_eq!(codes.len(), 17, "{codes:?}");
         assert_eq!(listed("Errors"), codes);
     }
 

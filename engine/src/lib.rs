@@ -4,6 +4,7 @@ pub mod definition;
 pub mod error;
 pub mod event;
 pub mod failure;
+pub mod filter;
 pub mod ids;
 pub mod machine;
 pub mod schedule;

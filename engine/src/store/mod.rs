@@ -3,6 +3,7 @@
 
 pub(crate) mod checkpoints;
 pub(crate) mod definitions;
+pub(crate) mod filter;
 pub(crate) mod history;
 pub(crate) mod inbox;
 pub(crate) mod ready;

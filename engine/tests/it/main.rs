@@ -3,6 +3,7 @@
 mod bench;
 mod client;
 mod faults;
+mod filter;
 mod passing;
 mod runs;
 mod schedules;
