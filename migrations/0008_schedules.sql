@@ -14,6 +14,7 @@ create table schedules (
   attributes jsonb not null,            -- of every run that it starts
   queue text not null,
   topic text,
+  workflow_id text,                     -- business key of its runs
   timing jsonb not null,                -- {"cron": {"expression", "timezone"}} or {"every": {"ms", "offset_ms"}}
   overlap text not null check (overlap in ('skip','buffer_one','buffer_all','cancel_other','terminate_other','allow_all')),
   catchup_ms bigint not null check (catchup_ms >= 0),

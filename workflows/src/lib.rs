@@ -13,6 +13,7 @@ mod steps;
 pub use diagnostic::{Diagnostic, FINDINGS_MAX, Severity, Span};
 pub use document::BYTES_MAX;
 pub use graph::mermaid;
+pub use read::parse_duration;
 
 use loopwright_engine::{
     definition::{Bundle, Definition},

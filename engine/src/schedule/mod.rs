@@ -61,6 +61,9 @@ pub struct Spec {
     pub queue: String,
     #[serde(default)]
     pub topic: Option<String>,
+    /// Business key of its runs: while an open run has it, whoever started that one, an instant is skipped.
+    #[serde(default)]
+    pub workflow_id: Option<String>,
     pub when: When,
     #[serde(default)]
     pub overlap: Overlap,
@@ -93,6 +96,7 @@ impl Spec {
             attributes: empty(),
             queue: String::new(),
             topic: None,
+            workflow_id: None,
             when,
             overlap: Overlap::default(),
             catchup_ms: 0,

@@ -9,7 +9,7 @@ use chrono::{DateTime, Utc};
 use sqlx::{AssertSqlSafe, PgConnection, PgPool, Row, postgres::PgRow, types::Json};
 use uuid::Uuid;
 
-const COLUMNS: &str = "id, name, workflow, pointer, inputs, attributes, queue, topic, timing, overlap, catchup_ms, jitter_ms, run_limit,
+const COLUMNS: &str = "id, name, workflow, pointer, inputs, attributes, queue, topic, workflow_id, timing, overlap, catchup_ms, jitter_ms, run_limit,
     runs_left, next_at, wake_at, paused_at, note, owner, action_n, started, skipped, missed, failed, created_at, updated_at";
 
 /// A schedule's row.
@@ -49,8 +49,8 @@ pub(crate) async fn insert(conn: &mut PgConnection, view: &ScheduleView, wake_at
     let spec = &view.spec;
     let inserted = sqlx::query(
         "insert into schedules (id, name, workflow, pointer, inputs, attributes, queue, topic, timing, overlap, catchup_ms, jitter_ms,
-           run_limit, runs_left, next_at, wake_at, paused_at, note, owner)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $13, $14, $15, $16, $17, $18)
+           run_limit, runs_left, next_at, wake_at, paused_at, note, owner, workflow_id)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $13, $14, $15, $16, $17, $18, $19)
          on conflict on constraint schedules_name_key do nothing",
     )
     .bind(view.id)
@@ -71,6 +71,7 @@ pub(crate) async fn insert(conn: &mut PgConnection, view: &ScheduleView, wake_at
     .bind(view.paused_at)
     .bind(&view.note)
     .bind(&view.owner)
+    .bind(&spec.workflow_id)
     .execute(conn)
     .await?;
     if inserted.rows_affected() == 0 { Err(Error::ScheduleExists(view.name.clone())) } else { Ok(()) }
@@ -85,7 +86,7 @@ pub(crate) async fn save(conn: &mut PgConnection, stored: &Stored, edited: bool)
         "update schedules set workflow = $2, pointer = $3, inputs = $4, attributes = $5, queue = $6, topic = $7, timing = $8, overlap = $9,
            catchup_ms = $10, jitter_ms = $11, run_limit = $12, runs_left = $13, next_at = $14, wake_at = $15, paused_at = $16, note = $17,
            action_n = $18, started = $19, skipped = $20, missed = $21, failed = $22,
-           updated_at = case when $23 then engine_now() else updated_at end
+           workflow_id = $24, updated_at = case when $23 then engine_now() else updated_at end
          where id = $1",
     )
     .bind(view.id)
@@ -111,6 +112,7 @@ pub(crate) async fn save(conn: &mut PgConnection, stored: &Stored, edited: bool)
     .bind(count(view.missed))
     .bind(count(view.failed))
     .bind(edited)
+    .bind(&spec.workflow_id)
     .execute(conn)
     .await?;
     Ok(())
@@ -341,6 +343,7 @@ fn read(row: &PgRow) -> Result<Stored> {
         attributes: row.try_get("attributes")?,
         queue: row.try_get("queue")?,
         topic: row.try_get("topic")?,
+        workflow_id: row.try_get("workflow_id")?,
         when,
         overlap: overlap(row.try_get("overlap")?)?,
         catchup_ms: count_of(row, "catchup_ms")?,

@@ -306,7 +306,7 @@ async fn start(
             run_id: Some(run),
             definition,
             inputs: spec.inputs.clone(),
-            workflow_id: None,
+            workflow_id: spec.workflow_id.clone(),
             attributes,
             queue: spec.queue.clone(),
             topic: spec.topic.clone(),
@@ -322,8 +322,13 @@ async fn start(
             store::settle(conn, id, action.n, ActionState::Started, Some(run), None).await?;
             Ok(Some(run))
         }
-        Ok(_) => {
-            skip(conn, stored, action.n, Some(run), "this instant has its run already").await?;
+        Ok(started) => {
+            let why = if started.run_id == run {
+                "this instant has its run already"
+            } else {
+                "an open run has its business key"
+            };
+            skip(conn, stored, action.n, Some(started.run_id), why).await?;
             Ok(None)
         }
         // The transaction is at fault, not the action.

@@ -384,6 +384,21 @@ async fn a_run_limit_ends_the_calendar_and_another_one_starts_it_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_run_of_somebody_else_under_the_same_business_key_is_in_the_way() {
+    let stage = Stage::at("2026-11-25T09:30:00Z").await;
+    stage.create("s", Spec { workflow_id: Some("project:1".into()), ..hourly(Overlap::AllowAll) }).await;
+    let definition = stage.bench.client.pointer("w", "current").await.expect("deployed");
+    let other = stage.bench.start_as(definition, json!({}), Some("project:1")).await.run_id;
+    assert_eq!(stage.set_and_fire("2026-11-25T10:00:00Z").await, 0);
+    let recent = &stage.schedules.describe("s").await.expect("schedule").recent[0];
+    assert_eq!(recent.state, A::Skipped);
+    assert!(recent.note.as_deref().is_some_and(|n| n.contains(&other.to_string())), "{recent:?}");
+    stage.close(other).await;
+    assert_eq!(stage.set_and_fire("2026-11-25T11:00:00Z").await, 1);
+    assert_eq!(stage.bench.client.open_run("project:1").await.expect("key"), Some(stage.open("s").await[0].1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_workflow_that_no_longer_takes_the_inputs_fails_the_action_and_not_the_schedule() {
     let stage = Stage::at("2026-11-25T09:30:00Z").await;
     stage.create("s", hourly(Overlap::Skip)).await;
