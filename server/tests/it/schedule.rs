@@ -132,3 +132,47 @@ async fn what_cannot_be_a_schedule_is_one_sentence() {
         assert!(found == Some(code) && text.contains(expected), "{args:?}: {found:?} {text}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_definition_s_cron_triggers_are_its_schedules() {
+    let pool = testing::database(loopwright_activities::MIGRATIONS).await;
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("sleepy.yaml");
+    let cli = Cli { dir: dir.path(), url: testing::url(&pool) };
+    let with = |on: &str| std::fs::write(&file, WORKFLOW.replace("inputs:", &format!("{on}inputs:"))).unwrap();
+    let names = |value: &Value| -> Vec<String> {
+        value.as_array().unwrap().iter().map(|s| s["name"].as_str().unwrap().to_owned()).collect()
+    };
+    with(
+        "on:
+  cron:
+    - { schedule: \"0 9 * * mon\", timezone: Europe/Berlin, overlap: queue, catchup: 2h, inputs: { n: 7 } }
+    - { schedule: \"0 10 * * *\", timezone: UTC }
+",
+    );
+    let deployed = cli.json(&["workflow", "deploy", "sleepy.yaml"]);
+    assert_eq!(names(&deployed["schedules"]), ["sleepy/cron/1", "sleepy/cron/2"]);
+    let first = cli.json(&["schedule", "show", "sleepy/cron/1"]);
+    assert_eq!(first["spec"]["when"], json!({"cron": {"expression": "0 9 * * mon", "timezone": "Europe/Berlin"}}));
+    let spec = &first["spec"];
+    assert_eq!(
+        (&spec["overlap"], &spec["catchup_ms"], &spec["inputs"]),
+        (&json!("buffer_all"), &json!(7_200_000), &json!({"n": 7}))
+    );
+    let owner = &spec["attributes"]["user_id"];
+    assert!(owner.is_string(), "{first}");
+    // Paused stays paused, changed is changed, gone is gone; whose they are stays.
+    cli.json(&["schedule", "pause", "sleepy/cron/1"]);
+    with("on: { cron: [{ schedule: \"30 9 * * mon\", timezone: Europe/Berlin }] }\n");
+    cli.json(&["workflow", "deploy", "sleepy.yaml"]);
+    assert_eq!(names(&cli.json(&["schedule", "list"])), ["sleepy/cron/1"]);
+    let changed = cli.json(&["schedule", "show", "sleepy/cron/1"]);
+    assert_eq!((&changed["id"], &changed["spec"]["attributes"]["user_id"]), (&first["id"], owner));
+    assert_eq!(changed["spec"]["when"]["cron"]["expression"], "30 9 * * mon");
+    assert!(changed["paused_at"].is_string() && changed["next_at"].is_null(), "{changed}");
+    let (_, text) = cli.text(&["workflow", "deploy", "sleepy.yaml"]);
+    assert!(text.contains("sleepy/cron/1 next at no time: paused"), "{text}");
+    with("");
+    assert_eq!(cli.json(&["workflow", "deploy", "sleepy.yaml"])["schedules"], json!([]));
+    assert_eq!(cli.json(&["schedule", "list"]), json!([]));
+}
