@@ -60,7 +60,7 @@ pub(crate) fn on(node: &Node, workflow: &str, sink: &mut Sink) -> Option<Trigger
         crons.extend(items.iter().filter_map(|item| cron(item, workflow, sink)));
         kept.insert("cron".into(), crons.iter().map(|(spec, ..)| json!(spec)).collect());
     }
-    (kept.contains_key("cron") || kept.contains_key("event")).then(|| Triggers { on: Value::Object(kept), crons })
+    (kept.contains_key("cron") || kept.contains_key("event")).then_some(Triggers { on: Value::Object(kept), crons })
 }
 
 fn cron(item: &Node, workflow: &str, sink: &mut Sink) -> Option<(Spec, Span, String)> {

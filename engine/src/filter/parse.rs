@@ -95,16 +95,16 @@ pub(super) fn parse(text: &str) -> Result<Condition, FilterError> {
         return Err(error(text, at, "a NUL".into(), "leave it out"));
     }
     let tokens = tokens(text)?;
-    let mut parser = Parser_ { text, tokens, at: 0, depth: 0, comparisons: 0 };
-    let condition = parser.or()?;
-    match parser.peek() {
+    let mut reader = Reader { text, tokens, at: 0, depth: 0, comparisons: 0 };
+    let condition = reader.or()?;
+    match reader.peek() {
         None => Ok(condition),
-        Some(Token::Symbol(")")) => Err(parser.wrong("this bracket was never opened", "take it away")),
-        Some(_) => Err(parser.wrong("something follows the condition", "join conditions by `and` or `or`")),
+        Some(Token::Symbol(")")) => Err(reader.wrong("this bracket was never opened", "take it away")),
+        Some(_) => Err(reader.wrong("something follows the condition", "join conditions by `and` or `or`")),
     }
 }
 
-struct Parser_<'s> {
+struct Reader<'s> {
     text: &'s str,
     tokens: Vec<Spanned>,
     at: usize,
@@ -114,7 +114,7 @@ struct Parser_<'s> {
 
 type Parsed = Result<Condition, FilterError>;
 
-impl Parser_<'_> {
+impl Reader<'_> {
     fn peek(&self) -> Option<&Token> {
         self.tokens.get(self.at).map(|(token, _)| token)
     }

@@ -365,3 +365,21 @@ pub(crate) async fn release(
     .await?;
     Ok(released.rows_affected() == 1)
 }
+
+#[cfg(all(test, feature = "test-util"))]
+mod tests {
+    use super::*;
+    use crate::embedded::testing;
+
+    #[tokio::test]
+    async fn a_search_that_takes_too_long_says_what_to_do() {
+        let mut conn = testing::database(&[]).await.acquire().await.unwrap();
+        sqlx::query("set statement_timeout = 20").execute(&mut *conn).await.unwrap();
+        let ended = sqlx::query("select pg_sleep(60)").execute(&mut *conn).await.unwrap_err();
+        let error = slow(ended);
+        assert_eq!(error.code(), "filter_invalid");
+        assert!(error.to_string().contains("more than 10 s; ask for an attribute"), "{error}");
+        let other = sqlx::query("select 1/0").execute(&mut *conn).await.unwrap_err();
+        assert_eq!(slow(other).code(), "database");
+    }
+}

@@ -89,6 +89,10 @@ pub(crate) async fn fire_due(client: &Client) -> Result<usize> {
             (Ok(Some(turn)), _) => {
                 crash_point("schedule.after_commit");
                 started += turn.started.len();
+                metrics::counter!("loopwright_schedule_runs_total").increment(turn.started.len() as u64);
+                for lag in &turn.lags {
+                    metrics::histogram!("loopwright_schedule_lag_seconds").record(*lag);
+                }
                 turn.follow(client).await?;
             }
             (Ok(None), _) => break,
@@ -111,6 +115,8 @@ pub(crate) struct Turn {
     schedule: Uuid,
     name: String,
     pub(crate) started: Vec<RunId>,
+    /// How late runs by the calendar were started, in seconds after their instant and its jitter.
+    lags: Vec<f64>,
     terminate: Vec<RunId>,
 }
 
@@ -144,7 +150,7 @@ pub(crate) async fn turn(conn: &mut PgConnection, client: &Client, stored: &mut 
     let waits = if more && stored.view.spec.overlap.replaces() {
         Waits::More
     } else {
-        decide(conn, client, stored, &mut turn).await?
+        decide(conn, client, &timing, stored, &mut turn).await?
     };
     if stored.view.runs_left == Some(0) {
         stored.view.next_at = None;
@@ -217,7 +223,13 @@ enum Waits {
 }
 
 /// Decides the actions that can be decided.
-async fn decide(conn: &mut PgConnection, client: &Client, stored: &mut Stored, turn: &mut Turn) -> Result<Waits> {
+async fn decide(
+    conn: &mut PgConnection,
+    client: &Client,
+    timing: &Timing,
+    stored: &mut Stored,
+    turn: &mut Turn,
+) -> Result<Waits> {
     let id = stored.view.id;
     let pending = store::pending(conn, &stored.view, JUDGED_MAX).await?;
     if pending.is_empty() {
@@ -246,6 +258,10 @@ async fn decide(conn: &mut PgConnection, client: &Client, stored: &mut Stored, t
                 if let Some(run) = start(conn, client, stored, &action).await? {
                     open.push(run);
                     turn.started.push(run);
+                    if action.kind == ActionKind::Scheduled {
+                        let late = stored.now - timing.due(id, action.instant, stored.view.spec.jitter_ms);
+                        turn.lags.push(late.as_seconds_f64().max(0.0));
+                    }
                 }
             }
             Judgement::Skip(why) => skip(conn, stored, action.n, open.first().copied(), why).await?,

@@ -173,6 +173,25 @@ async fn every_overlap_policy_does_what_its_name_says() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_termination_that_was_committed_and_not_done_is_done_by_whoever_looks_next() {
+    let stage = Stage::at("2026-11-25T09:30:00Z").await;
+    stage.create("s", hourly(Overlap::TerminateOther)).await;
+    assert_eq!(stage.set_and_fire("2026-11-25T10:00:00Z").await, 1);
+    let first = stage.open("s").await[0].1;
+    // What a worker leaves that commits the turn of eleven o'clock and dies before it terminates.
+    for sql in [
+        "insert into schedule_actions (schedule_id, n, instant, kind, state) select id, action_n + 1, next_at, 'scheduled', 'pending' from schedules",
+        "update schedules set action_n = action_n + 1, next_at = next_at + interval '1 hour', wake_at = next_at + interval '2 seconds'",
+    ] {
+        sqlx::query(sql).execute(&stage.bench.pool).await.expect("left");
+    }
+    assert_eq!(stage.set_and_fire("2026-11-25T11:00:01Z").await, 0);
+    assert_eq!(stage.set_and_fire("2026-11-25T11:00:02Z").await, 1);
+    assert_eq!(stage.bench.client.describe(first).await.expect("run").status, RunStatus::Terminated);
+    assert_eq!(stage.open("s").await[0].0, "2026-11-25T11:00:00Z");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn after_a_downtime_the_window_is_caught_up_and_the_rest_is_missed_in_one_jump() {
     let stage = Stage::at("2025-11-25T09:30:00Z").await;
     let wide = Spec { catchup_ms: 3 * 3_600_000, ..hourly(Overlap::AllowAll) };
