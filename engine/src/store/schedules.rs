@@ -224,6 +224,19 @@ pub(crate) async fn pending(conn: &mut PgConnection, schedule: &ScheduleView, li
     rows.iter().map(action).collect()
 }
 
+/// Number of the newest pending action that ends what is open.
+pub(crate) async fn newest_replacing(conn: &mut PgConnection, schedule: &ScheduleView) -> Result<Option<i64>> {
+    let replacing: Vec<&str> = Overlap::ALL.iter().filter(|o| o.replaces()).map(|o| o.as_str()).collect();
+    Ok(sqlx::query_scalar(
+        "select max(n) from schedule_actions where schedule_id = $1 and state = 'pending' and coalesce(overlap, $2) = any($3)",
+    )
+    .bind(schedule.id)
+    .bind(schedule.spec.overlap.as_str())
+    .bind(replacing)
+    .fetch_one(conn)
+    .await?)
+}
+
 /// How many actions of the calendar wait.
 pub(crate) async fn waiting(conn: &mut PgConnection, schedule: Uuid) -> Result<i64> {
     Ok(sqlx::query_scalar(

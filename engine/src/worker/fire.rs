@@ -53,6 +53,8 @@ pub(crate) const KEPT: i64 = 100;
 const TURNS_MAX: usize = 1_000;
 /// How long a schedule rests that cannot be dealt with because of a fault of ours, in seconds.
 const REST: f64 = 30.0;
+/// The same because of a fault of the server's, which may pass.
+const REST_SHORT: f64 = 3.0;
 
 /// Looks for due schedules until the worker drains.
 pub(crate) async fn keep(client: Client, draining: CancellationToken) {
@@ -96,9 +98,11 @@ pub(crate) async fn fire_due(client: &Client) -> Result<usize> {
                 turn.follow(client).await?;
             }
             (Ok(None), _) => break,
-            (Err(error), Some(id)) if !matches!(&error, Error::Sql(e) if is_transient(e)) => {
+            // It must not be in the way of the others, whatever it is.
+            (Err(error), Some(id)) => {
+                let passes = matches!(&error, Error::Sql(e) if is_transient(e));
                 tracing::error!(schedule_id = %id, %error, "a schedule cannot be dealt with; it rests for a while");
-                store::defer(client.pool(), id, REST).await?;
+                store::defer(client.pool(), id, if passes { REST_SHORT } else { REST }).await?;
             }
             (Err(error), _) => return Err(error),
         }
@@ -176,7 +180,7 @@ async fn advance(conn: &mut PgConnection, timing: &Timing, stored: &mut Stored) 
             break;
         }
         if actions.len() >= BATCH {
-            store::add(conn, stored.view.id, &actions).await?;
+            keep_newest(conn, stored, actions).await?;
             return Ok(true);
         }
         let spec = &stored.view.spec;
@@ -209,8 +213,26 @@ async fn advance(conn: &mut PgConnection, timing: &Timing, stored: &mut Stored) 
         let kind = ActionKind::Scheduled;
         actions.push(NewAction { n: stored.action_n, instant: at, kind, overlap: None, state, note });
     }
-    store::add(conn, stored.view.id, &actions).await?;
+    keep_newest(conn, stored, actions).await?;
     Ok(false)
+}
+
+/// Stores new actions of the calendar. Of those that replace each other, here and among what waits, only the newest stays.
+async fn keep_newest(conn: &mut PgConnection, stored: &mut Stored, mut actions: Vec<NewAction>) -> Result<()> {
+    const WHY: &str = "a newer one took its place";
+    let id = stored.view.id;
+    let is_pending = |action: &NewAction| action.state == ActionState::Pending;
+    if stored.view.spec.overlap.replaces()
+        && let Some(newest) = actions.iter().rposition(is_pending)
+    {
+        stored.view.skipped += store::skip_waiting(conn, id, WHY).await?;
+        for action in actions[..newest].iter_mut().filter(|a| is_pending(a)) {
+            stored.view.skipped += 1;
+            (action.state, action.note) = (ActionState::Skipped, Some(WHY.into()));
+        }
+    }
+    store::add(conn, id, &actions).await?;
+    Ok(())
 }
 
 /// What is left of the actions.
@@ -238,8 +260,8 @@ async fn decide(
     let all = i64::try_from(pending.len()).is_ok_and(|n| n < JUDGED_MAX);
     let mut open = store::open_runs(conn, id, OPEN_MAX).await?;
     let mut waiting = 0;
-    let policy_of = |action: &Action, stored: &Stored| action.overlap.unwrap_or(stored.view.spec.overlap);
-    let newest = pending.iter().filter(|a| policy_of(a, stored).replaces()).map(|a| a.n).max();
+    // Also of those that are not among the ones that were read.
+    let newest = store::newest_replacing(conn, &stored.view).await?;
     for action in pending {
         if turn.started.len() >= BATCH {
             return Ok(Waits::More);
@@ -248,7 +270,7 @@ async fn decide(
             skip(conn, stored, action.n, None, "the run limit was reached").await?;
             continue;
         }
-        let policy = policy_of(&action, stored);
+        let policy = action.overlap.unwrap_or(stored.view.spec.overlap);
         if policy.replaces() && newest != Some(action.n) {
             skip(conn, stored, action.n, None, "a newer one took its place").await?;
             continue;

@@ -198,7 +198,7 @@ async fn after_a_downtime_the_window_is_caught_up_and_the_rest_is_missed_in_one_
     stage.create("wide", wide).await;
     stage.create("none", Spec { catchup_ms: 0, ..hourly(Overlap::AllowAll) }).await;
     stage.create("skip", Spec { catchup_ms: 3 * 3_600_000, ..hourly(Overlap::Skip) }).await;
-    stage.create("newest", Spec { catchup_ms: 200 * 3_600_000, ..hourly(Overlap::CancelOther) }).await;
+    stage.create("newest", Spec { catchup_ms: 500 * 3_600_000, ..hourly(Overlap::CancelOther) }).await;
     // A year later.
     assert_eq!(stage.set_and_fire("2026-11-25T10:30:00Z").await, 3 + 1 + 1);
     let hours: Vec<String> = stage.open("wide").await.into_iter().map(|(at, _)| at).collect();
@@ -207,11 +207,11 @@ async fn after_a_downtime_the_window_is_caught_up_and_the_rest_is_missed_in_one_
     assert_eq!(stage.states("none").await, [A::Missed]);
     assert_eq!(stage.states("skip").await, [A::Missed, A::Started, A::Skipped, A::Skipped]);
     assert_eq!(stage.open("skip").await[0].0, "2026-11-25T08:00:00Z");
-    // Of two hundred that replace each other, only the newest.
+    // Of five hundred that replace each other, only the newest.
     assert_eq!(stage.open("newest").await.len(), 1);
     assert_eq!(stage.open("newest").await[0].0, "2026-11-25T10:00:00Z");
     let view = stage.schedules.describe("newest").await.expect("schedule").schedule;
-    assert_eq!((view.started, view.skipped, view.missed), (1, 199, 1));
+    assert_eq!((view.started, view.skipped, view.missed), (1, 499, 1));
     // What is late by less than a minute is on time without a window as well.
     assert_eq!(stage.set_and_fire("2026-11-25T11:00:59Z").await, 2, "wide and none; skip skips, newest waits");
     assert_eq!(stage.states("none").await, [A::Missed, A::Started]);
@@ -257,6 +257,12 @@ async fn a_backfill_fills_in_what_has_no_run_however_often_it_is_sent() {
     assert_eq!(filled.added, 4);
     assert_eq!(stage.schedules.fire_due().await.expect("fire"), 0);
     assert_eq!(stage.states("s").await, [A::Skipped; 4]);
+    // Of a range whose runs replace each other, the newest is left.
+    let (from, to) = (at("2026-10-01T00:00:00Z"), at("2026-10-20T23:00:00Z"));
+    let filled = stage.schedules.backfill("s", from, to, Some(Overlap::TerminateOther)).await.expect("backfill");
+    assert_eq!(filled.added, 480);
+    assert_eq!(stage.schedules.fire_due().await.expect("fire"), 1);
+    assert_eq!(stage.open("s").await[0].0, "2026-10-20T23:00:00Z");
     // It does not count against the calendar, and its own order is that of the instants.
     assert_eq!(
         stage.schedules.describe("s").await.expect("schedule").schedule.next_at,
