@@ -17,10 +17,12 @@ pub struct Migration {
 }
 
 /// The tables of the engine alone.
-pub const MIGRATIONS: &[Migration] = &[
-    Migration { version: 1, name: "engine", sql: include_str!("../../migrations/0001_engine.sql") },
-    Migration { version: 8, name: "schedules", sql: include_str!("../../migrations/0008_schedules.sql") },
-];
+pub const MIGRATIONS: &[Migration] =
+    &[Migration { version: 1, name: "engine", sql: include_str!("../../migrations/0001_engine.sql") }, SCHEDULES];
+
+/// The tables of schedules.
+pub const SCHEDULES: Migration =
+    Migration { version: 8, name: "schedules", sql: include_str!("../../migrations/0008_schedules.sql") };
 
 /// Why a database could not be brought to the schema of this program.
 #[derive(Debug, thiserror::Error)]
