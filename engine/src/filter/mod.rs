@@ -1,7 +1,7 @@
 //! The language in which people ask for runs: `status = 'running' and attributes.project_id = '…' and started_at > '2026-11-01'`.
 //!
 //! Text becomes a tree here ([`Query::parse`]), and the tree becomes a condition with bound parameters in `store::filter`; no
-//! character of the text reaches SQL. Pure. Start reading at [`Condition`].
+//! character of the text reaches SQL. Pure. Start reading at [`Query`].
 
 mod parse;
 
