@@ -43,7 +43,8 @@ pub const MIGRATIONS: &[Migration] = &[
     Migration { version: 4, name: "telegram", sql: include_str!("../../migrations/0004_telegram.sql") },
     Migration { version: 5, name: "rest", sql: include_str!("../../migrations/0005_rest.sql") },
     Migration { version: 6, name: "loop", sql: include_str!("../../migrations/0006_loop.sql") },
-    loopwright_engine::MIGRATIONS[1],
+    loopwright_engine::migrate::FLOW,
+    loopwright_engine::migrate::SCHEDULES,
 ];
 
 /// Contracts of all activities.

@@ -15,6 +15,7 @@ use crate::{
         Bundle, Definition, Kind,
         inputs::{prepare, violations},
     },
+    filter::Query,
     hook::TransitionHook,
     ids::{DefinitionHash, RunId},
     machine,
@@ -132,6 +133,8 @@ pub struct Filter {
     pub workflow: Option<String>,
     pub open_only: bool,
     pub after: Option<RunId>,
+    /// What else must hold; see [`Query`].
+    pub matching: Option<Query>,
     /// At most 200.
     pub limit: u32,
 }
@@ -139,7 +142,7 @@ pub struct Filter {
 /// Largest payload of a signal, in bytes of JSON.
 const PAYLOAD_BYTES_MAX: usize = 256 << 10;
 /// Largest attributes of a run, in bytes of JSON.
-const ATTRIBUTES_BYTES_MAX: usize = 8 << 10;
+pub(crate) const ATTRIBUTES_BYTES_MAX: usize = 8 << 10;
 /// How often a waiting caller looks.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
@@ -155,6 +158,16 @@ impl Client {
     #[must_use]
     pub fn new(pool: PgPool, hook: Arc<dyn TransitionHook>) -> Self {
         Self { pool, hook }
+    }
+
+    /// Recurring starts of runs.
+    #[must_use]
+    pub fn schedules(&self) -> crate::schedule::door::Schedules {
+        crate::schedule::door::Schedules::new(self.clone())
+    }
+
+    pub(crate) fn pool(&self) -> &PgPool {
+        &self.pool
     }
 
     /// Stores a definition, gives it the next version number of its name and moves `current` to it.
@@ -354,8 +367,19 @@ impl Client {
     }
 
     /// Runs that match, newest first.
+    ///
+    /// # Errors
+    /// `filter_invalid` if finding them takes more than 10 s.
     pub async fn list(&self, filter: Filter) -> Result<Vec<RunSummary>> {
         store::runs::list(&self.pool, &filter).await
+    }
+
+    /// How many runs match, whatever `after` and `limit` are.
+    ///
+    /// # Errors
+    /// `filter_invalid` if counting them takes more than 10 s.
+    pub async fn count(&self, filter: &Filter) -> Result<u64> {
+        store::runs::count(&self.pool, filter).await
     }
 
     /// Waits until the run has more than `seq` transitions, or `timeout` is over. Returns its newest seq.
@@ -448,6 +472,6 @@ fn check(definition: &Definition, signal: &Signal) -> std::result::Result<(), Ve
     Err(problems)
 }
 
-fn json_len(value: &Value) -> usize {
+pub(crate) fn json_len(value: &Value) -> usize {
     serde_json::to_string(value).map_or(usize::MAX, |t| t.len())
 }

@@ -27,6 +27,14 @@ pub enum Error {
     SignalInvalid(Vec<String>),
     #[error("run {0} does not wait for an approval `{1}`")]
     ApprovalNotWaiting(String, String),
+    #[error("no schedule `{0}`")]
+    ScheduleNotFound(String),
+    #[error("there is a schedule `{0}` already")]
+    ScheduleExists(String),
+    #[error("the schedule is not valid: {}", .0.join("; "))]
+    ScheduleInvalid(Vec<String>),
+    #[error("the filter is not valid: {0}")]
+    FilterInvalid(#[from] crate::filter::FilterError),
     #[error("{what} is {actual} bytes; the limit is {limit}")]
     TooLarge { what: &'static str, actual: usize, limit: usize },
     #[error("another worker owns the run now")]
@@ -59,6 +67,10 @@ impl Error {
             Self::InputInvalid(_) => "input_invalid",
             Self::SignalInvalid(_) => "signal_invalid",
             Self::ApprovalNotWaiting(..) => "approval_not_waiting",
+            Self::ScheduleNotFound(_) => "schedule_not_found",
+            Self::ScheduleExists(_) => "schedule_exists",
+            Self::ScheduleInvalid(_) => "schedule_invalid",
+            Self::FilterInvalid(_) => "filter_invalid",
             Self::TooLarge { .. } => "too_large",
             Self::LeaseLost => "lease_lost",
             Self::Refused { .. } => "refused",

@@ -5,8 +5,10 @@ pub mod definition;
 pub mod error;
 pub mod event;
 pub mod failure;
+pub mod filter;
 pub mod ids;
 pub mod machine;
+pub mod schedule;
 pub mod signature;
 pub mod view;
 

@@ -17,10 +17,15 @@ pub struct Migration {
 }
 
 /// The tables of the engine alone.
-pub const MIGRATIONS: &[Migration] = &[
-    Migration { version: 1, name: "engine", sql: include_str!("../../migrations/0001_engine.sql") },
-    Migration { version: 7, name: "flow", sql: include_str!("../../migrations/0007_flow.sql") },
-];
+pub const MIGRATIONS: &[Migration] =
+    &[Migration { version: 1, name: "engine", sql: include_str!("../../migrations/0001_engine.sql") }, FLOW, SCHEDULES];
+
+/// The columns and tables of pauses, forks and imports.
+pub const FLOW: Migration = Migration { version: 7, name: "flow", sql: include_str!("../../migrations/0007_flow.sql") };
+
+/// The tables of schedules.
+pub const SCHEDULES: Migration =
+    Migration { version: 8, name: "schedules", sql: include_str!("../../migrations/0008_schedules.sql") };
 
 /// Why a database could not be brought to the schema of this program.
 #[derive(Debug, thiserror::Error)]

@@ -14,6 +14,8 @@ pub const CRASH_POINTS: &[&str] = &[
     "commit.after_commit",
     "meter.before_commit",
     "meter.after_commit",
+    "schedule.before_commit",
+    "schedule.after_commit",
     "takeover.after_bury",
 ];
 

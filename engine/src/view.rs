@@ -48,22 +48,23 @@ impl RunStatus {
             Self::Quarantined => "quarantined",
         }
     }
+    /// All of them.
+    pub const ALL: [Self; 9] = [
+        Self::Pending,
+        Self::Running,
+        Self::Paused,
+        Self::Cancelling,
+        Self::Completed,
+        Self::Failed,
+        Self::Cancelled,
+        Self::Terminated,
+        Self::Quarantined,
+    ];
+
     /// The inverse of [`Self::as_str`].
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
-        [
-            Self::Pending,
-            Self::Running,
-            Self::Paused,
-            Self::Cancelling,
-            Self::Completed,
-            Self::Failed,
-            Self::Cancelled,
-            Self::Terminated,
-            Self::Quarantined,
-        ]
-        .into_iter()
-        .find(|s| s.as_str() == text)
+        Self::ALL.into_iter().find(|s| s.as_str() == text)
     }
 }
 

@@ -271,6 +271,7 @@ fn remedy(code: &str) -> Option<&'static str> {
         "WF801" => "see the arguments of the activity's contract",
         "WF802" => "write `name@3`, `name@latest` or `name@sha256:<64 hex digits>`",
         "WF805" => "write `name@3` to pin a version in the document",
+        "WF905" => "give them under `inputs` of the trigger, or give the workflow's inputs defaults",
         _ => return None,
     })
 }

@@ -9,10 +9,13 @@ mod lower;
 mod read;
 mod scope;
 mod steps;
+mod trigger;
 
 pub use diagnostic::{Diagnostic, FINDINGS_MAX, Severity, Span};
 pub use document::BYTES_MAX;
 pub use graph::mermaid;
+pub use read::parse_duration;
+pub use trigger::schedules;
 
 use loopwright_engine::{
     definition::{Bundle, Definition},

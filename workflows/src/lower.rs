@@ -7,6 +7,7 @@ use crate::{
     read::{Fields, data},
     scope::Scope,
     steps::Steps,
+    trigger::{self, Triggers},
 };
 use loopwright_engine::{
     definition::{Bundle, Data, Definition, Escalate, FORMAT, Input, RetryPolicy, Timeouts},
@@ -101,7 +102,8 @@ pub(crate) fn document(root: &Node, files: &Bundle, catalog: &Catalog, sink: &mu
     let mut scope = Scope { inputs: inputs.keys().cloned().collect(), all_steps: all_ids(&top), ..Scope::default() };
     let env = map_of_data(top.get("env"), &scope, sink);
     let timeout_ms = timeout(&top, sink);
-    let extras = extras(&top, sink);
+    let triggers = top.get("on").and_then(|node| trigger::on(node, &name, sink));
+    let extras = extras(&top, triggers.as_ref(), sink);
     let budget = budget(&top, sink);
     let limit = top
         .get("limits")
@@ -142,6 +144,9 @@ pub(crate) fn document(root: &Node, files: &Bundle, catalog: &Catalog, sink: &mu
         outputs,
         extras,
     };
+    if let Some(triggers) = triggers {
+        triggers.check_inputs(&definition, sink);
+    }
     bound::check(&definition, limit, top.key_span("steps"), sink);
     Some(definition)
 }
@@ -245,18 +250,10 @@ fn inputs(top: &Fields<'_>, sink: &mut Sink) -> BTreeMap<String, Input> {
 }
 
 /// Triggers, models and presentation: kept for those who read them, outside of what the engine interprets.
-fn extras(top: &Fields<'_>, sink: &mut Sink) -> Value {
+fn extras(top: &Fields<'_>, triggers: Option<&Triggers>, sink: &mut Sink) -> Value {
     let mut extras = Map::new();
-    if let Some(node) = top.get("on")
-        && let Some(on) = Fields::new(node, "`on`", &["manual", "cron", "event"], sink)
-        && (on.has("cron") || on.has("event"))
-    {
-        for trigger in ["cron", "event"].into_iter().filter(|t| on.has(t)) {
-            let message = format!("nothing starts a run by `{trigger}` yet; it is kept for a later version");
-            let help = "start runs with `loopwright run`, the REST API or the bot";
-            sink.add("WF224", Severity::Warning, on.key_span(trigger), &node.path, message, Some(help.to_owned()));
-        }
-        extras.insert("on".into(), node.value());
+    if let Some(triggers) = triggers {
+        extras.insert("on".into(), triggers.on.clone());
     }
     if let Some(node) = top.get("models") {
         check::models(node, sink);

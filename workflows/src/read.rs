@@ -203,7 +203,9 @@ pub(crate) fn duration(node: &Node, sink: &mut Sink) -> Option<u64> {
     parsed
 }
 
-fn parse_duration(text: &str) -> Option<u64> {
+/// `1h30m`, `250ms`, `7d` in milliseconds.
+#[must_use]
+pub fn parse_duration(text: &str) -> Option<u64> {
     let mut rest = text;
     let mut total = 0u64;
     if rest.is_empty() {

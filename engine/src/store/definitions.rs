@@ -82,12 +82,12 @@ pub(crate) async fn load(conn: &mut PgConnection, hash: DefinitionHash) -> Resul
     Ok(Pinned { definition, bundle })
 }
 
-pub(crate) async fn pointer(pool: &PgPool, name: &str, pointer: &str) -> Result<DefinitionHash> {
+pub(crate) async fn pointer(db: impl sqlx::PgExecutor<'_>, name: &str, pointer: &str) -> Result<DefinitionHash> {
     let bytes: Option<Vec<u8>> =
         sqlx::query_scalar("select hash from definition_pointers where name = $1 and pointer = $2")
             .bind(name)
             .bind(pointer)
-            .fetch_optional(pool)
+            .fetch_optional(db)
             .await?;
     bytes.and_then(hash_of).ok_or_else(|| Error::DefinitionNotFound(format!("{name}@{pointer}")))
 }

@@ -4,11 +4,13 @@
 pub(crate) mod archive;
 pub(crate) mod checkpoints;
 pub(crate) mod definitions;
+pub(crate) mod filter;
 pub(crate) mod forks;
 pub(crate) mod history;
 pub(crate) mod inbox;
 pub(crate) mod ready;
 pub(crate) mod runs;
+pub(crate) mod schedules;
 pub(crate) mod transitions;
 pub(crate) mod workers;
 

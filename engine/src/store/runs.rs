@@ -6,13 +6,17 @@ use crate::{
     client::{Filter, Start, Started},
     definition::Definition,
     event::Event,
+    filter::FilterError,
     ids::{DefinitionHash, RunId, WorkerId},
     machine::{RunState, fold},
     view::{Origin, RunStatus, RunSummary},
 };
 use chrono::{DateTime, Utc};
 use serde_json::Value;
-use sqlx::{Connection, PgConnection, PgPool, Row, postgres::PgRow};
+use sqlx::{Connection, PgConnection, PgPool, Postgres, QueryBuilder, Row, postgres::PgRow};
+
+/// Longest search for runs. Chosen: whoever waits longer has gone.
+const LIST_TIMEOUT_MS: u32 = 10_000;
 
 /// A run's row with its state, folded up to `seq`.
 pub(crate) struct Loaded {
@@ -219,19 +223,16 @@ pub(super) fn status(row: &PgRow) -> Result<RunStatus> {
 
 /// Newest first.
 pub(crate) async fn list(pool: &PgPool, filter: &Filter) -> Result<Vec<RunSummary>> {
-    let rows = sqlx::query(
-        "select run_id, workflow, workflow_id, status, waiting, attributes, seq, started_at, closed_at from runs
-         where ($1::jsonb is null or attributes @> $1) and ($2::text is null or workflow = $2)
-           and (not $3 or closed_at is null) and ($4::uuid is null or run_id < $4)
-         order by run_id desc limit $5",
-    )
-    .bind(&filter.attributes)
-    .bind(&filter.workflow)
-    .bind(filter.open_only)
-    .bind(filter.after.map(|id| id.0))
-    .bind(i64::from(filter.limit.clamp(1, 200)))
-    .fetch_all(pool)
-    .await?;
+    let mut sql = QueryBuilder::new(
+        "select run_id, workflow, workflow_id, status, waiting, attributes, seq, started_at, closed_at from runs where ",
+    );
+    matching(&mut sql, filter);
+    sql.push(" and (").push_bind(filter.after.map(|id| id.0)).push("::uuid is null or run_id < ");
+    sql.push_bind(filter.after.map(|id| id.0)).push(") order by run_id desc limit ");
+    sql.push_bind(i64::from(filter.limit.clamp(1, 200)));
+    let mut tx = bounded(pool).await?;
+    let rows = sql.build().fetch_all(&mut *tx).await.map_err(slow)?;
+    tx.commit().await?;
     rows.into_iter()
         .map(|row| {
             Ok(RunSummary {
@@ -247,6 +248,56 @@ pub(crate) async fn list(pool: &PgPool, filter: &Filter) -> Result<Vec<RunSummar
             })
         })
         .collect()
+}
+
+/// How many runs match.
+pub(crate) async fn count(pool: &PgPool, filter: &Filter) -> Result<u64> {
+    let mut sql = QueryBuilder::new("select count(*) from runs where ");
+    matching(&mut sql, filter);
+    let mut tx = bounded(pool).await?;
+    let n: i64 = sql.build_query_scalar().fetch_one(&mut *tx).await.map_err(slow)?;
+    tx.commit().await?;
+    Ok(u64::try_from(n).unwrap_or(0))
+}
+
+fn matching(sql: &mut QueryBuilder<Postgres>, filter: &Filter) {
+    sql.push("true");
+    if let Some(attributes) = &filter.attributes {
+        sql.push(" and attributes @> ").push_bind(attributes.clone());
+    }
+    if let Some(workflow) = &filter.workflow {
+        sql.push(" and workflow = ").push_bind(workflow.clone());
+    }
+    if filter.open_only {
+        sql.push(" and closed_at is null");
+    }
+    if let Some(query) = &filter.matching {
+        sql.push(" and ");
+        super::filter::push(sql, query);
+    }
+}
+
+/// A transaction whose statements end after [`LIST_TIMEOUT_MS`]: a filter may look at every run that there is.
+async fn bounded(pool: &PgPool) -> Result<sqlx::Transaction<'static, Postgres>> {
+    let mut tx = pool.begin().await?;
+    sqlx::query("select set_config('statement_timeout', $1, true)")
+        .bind(LIST_TIMEOUT_MS.to_string())
+        .execute(&mut *tx)
+        .await?;
+    Ok(tx)
+}
+
+/// Says what to do about a statement that took too long.
+fn slow(error: sqlx::Error) -> Error {
+    match &error {
+        sqlx::Error::Database(e) if e.code().as_deref() == Some("57014") => FilterError {
+            column: 0,
+            message: format!("finding the runs took more than {} s", LIST_TIMEOUT_MS / 1000),
+            help: "ask for an attribute by `=`, which has an index".into(),
+        }
+        .into(),
+        _ => Error::Sql(error),
+    }
 }
 
 /// Sets a run aside because an invariant broke. An operator decides; other runs go on. Nothing happens if the epoch moved:
@@ -400,4 +451,22 @@ pub(crate) async fn release(
     .execute(pool)
     .await?;
     Ok(released.rows_affected() == 1)
+}
+
+#[cfg(all(test, feature = "test-util"))]
+mod tests {
+    use super::*;
+    use crate::embedded::testing;
+
+    #[tokio::test]
+    async fn a_search_that_takes_too_long_says_what_to_do() {
+        let mut conn = testing::database(&[]).await.acquire().await.unwrap();
+        sqlx::query("set statement_timeout = 20").execute(&mut *conn).await.unwrap();
+        let ended = sqlx::query("select pg_sleep(60)").execute(&mut *conn).await.unwrap_err();
+        let error = slow(ended);
+        assert_eq!(error.code(), "filter_invalid");
+        assert!(error.to_string().contains("more than 10 s; ask for an attribute"), "{error}");
+        let other = sqlx::query("select 1/0").execute(&mut *conn).await.unwrap_err();
+        assert_eq!(slow(other).code(), "database");
+    }
 }

@@ -6,12 +6,13 @@
 //!   ▲                │  ▲                               │
 //!   │ wake           ▼  │ result                        ▼
 //! listener        executor (one task per attempt)    verdicts
-//! lease thread: heartbeat · sweep: dead workers
+//! lease thread: heartbeat · sweep: dead workers · fire: schedules
 //! ```
 
 mod context;
 mod drive;
 mod executor;
+pub(crate) mod fire;
 mod lease;
 mod terminate;
 
@@ -20,6 +21,7 @@ pub(crate) use terminate::{terminate, terminate_in};
 use crate::{
     Error, Result,
     activity::Registry,
+    client::Client,
     clock::Clock,
     committer::{Committer, crash_point},
     hook::{NoHook, TransitionHook},
@@ -167,6 +169,8 @@ pub async fn start(config: WorkerConfig) -> Result<WorkerHandle> {
     tasks.spawn(until(Box::pin(listen(shared.clone()))));
     tasks.spawn(until(Box::pin(sweep(shared.clone(), (config.lease / 4).min(SWEEP_MAX)))));
     tasks.spawn(until(Box::pin(write_progress(shared.clone()))));
+    let client = Client::new(shared.pool.clone(), shared.hook.clone());
+    tasks.spawn(until(Box::pin(fire::keep(client, shared.draining.clone()))));
     tracing::info!(worker_id = %id, "worker started");
     Ok(WorkerHandle { shared, tasks, stopped })
 }

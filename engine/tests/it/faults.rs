@@ -1,12 +1,14 @@
 //! Processes that die, freeze and come back, on a real Postgres.
 
 use crate::bench::{Bench, Gate, PATIENCE, definition, e, step, work};
+use chrono::{DateTime, Utc};
 use loopwright_engine::{
     Failure,
     activity::Context,
     definition::{Data, Definition, Kind, OnItemFailure},
     embedded::testing::url,
     ids::RunId,
+    schedule::{Spec, When, door::NewSchedule, run_id},
     testing::CRASH_POINTS,
     view::RunStatus,
 };
@@ -223,12 +225,26 @@ async fn ended(mut child: Child) -> Option<i32> {
     .expect("joined")
 }
 
+/// A schedule of `points` whose only instant has come; the run that it starts.
+async fn scheduled(bench: &Bench) -> RunId {
+    let spec = Spec { run_limit: Some(1), ..Spec::new("points", When::Every { ms: 3_600_000, offset_ms: 0 }) };
+    let new = NewSchedule { name: "due".into(), spec, paused: false, note: None, owner: None };
+    let id = bench.client.schedules().create(new).await.expect("schedule").id;
+    let instant: DateTime<Utc> = sqlx::query_scalar(
+        "update schedules set next_at = date_trunc('second', engine_now()), wake_at = engine_now() returning next_at",
+    )
+    .fetch_one(&bench.pool)
+    .await
+    .expect("due");
+    run_id(id, instant, None)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_death_at_every_crash_point_leaves_a_database_that_others_go_on_with() {
     for point in CRASH_POINTS {
         for nth in [1, 4] {
-            // A worker claims and buries rarely: the fourth time would not come.
-            if nth > 1 && (point.starts_with("claim") || point.starts_with("takeover")) {
+            // A worker claims, buries and looks after schedules rarely: the fourth time would not come.
+            if nth > 1 && ["claim", "takeover", "schedule"].iter().any(|rare| point.starts_with(rare)) {
                 continue;
             }
             let bench = Bench::new().await;
@@ -245,9 +261,13 @@ async fn a_death_at_every_crash_point_leaves_a_database_that_others_go_on_with()
             for _ in 0..3 {
                 runs.push(bench.start_as(hash, json!({}), None).await.run_id);
             }
+            if point.starts_with("schedule") {
+                runs.push(scheduled(&bench).await);
+            }
             let code = ended(child(&bench, Some(&format!("{point}:{nth}")))).await;
             assert_eq!(code, None, "{point}: the child dies of its crash point");
             let last = bench.worker_with(LONG, 32).await;
+            reaches(&bench.pool, "select count(*) from runs", i64::try_from(runs.len()).expect("few")).await;
             for run in &runs {
                 assert_eq!(bench.closed(*run).await.status, RunStatus::Completed, "{point}");
             }

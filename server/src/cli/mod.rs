@@ -13,6 +13,7 @@ mod index;
 mod migrate;
 mod project;
 mod run;
+mod schedule;
 mod server;
 mod token;
 mod worker;
@@ -67,6 +68,8 @@ enum Command {
     Token(token::Args),
     /// Look at runs and act on them
     Run(run::Args),
+    /// Start runs by the clock
+    Schedule(schedule::Args),
     /// Look at projects, make new ones
     Project(project::Args),
     /// Check definitions, draw them, deploy them
@@ -129,6 +132,7 @@ async fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Doctor(args) => return doctor::run(args, context).await,
         Command::Token(args) => token::run(args, context),
         Command::Run(args) => return run::run(args, context).await,
+        Command::Schedule(args) => schedule::run(args, context).await,
         Command::Project(args) => project::run(args, context).await,
         Command::Workflow(args) => return workflow::run(args, context).await,
         Command::Credits(args) => return credits::run(args, context).await,

@@ -1,15 +1,18 @@
 //! `loopwright workflow`: definitions as files and as deployed versions. Checking needs no database.
 
-use super::{Context, EXIT_FAILED, print, table};
+use super::{Context, EXIT_FAILED, print, schedule::belongs_to, table};
 use crate::app::{self, App};
 use anyhow::{Context as _, bail, ensure};
 use loopwright_engine::{
+    Error,
     client::{Deploy, Version},
     definition::Bundle,
+    schedule::{ScheduleView, Spec, door::NewSchedule},
 };
-use loopwright_workflows::{Compiled, Diagnostic, Severity, compile, mermaid, render};
+use loopwright_workflows::{Compiled, Diagnostic, Severity, compile, mermaid, render, schedules};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
+use uuid::Uuid;
 
 /// Author of what is deployed from here.
 const AUTHOR: &str = "operator";
@@ -41,16 +44,29 @@ enum Command {
         /// What changed, for the list of versions
         #[arg(long, value_name = "TEXT")]
         message: Option<String>,
+        #[command(flatten)]
+        whose: Whose,
     },
     /// List the deployed versions of a definition, newest first
     Versions { name: String },
+}
+
+/// Whose the runs of `on: cron` are.
+#[derive(Debug, clap::Args)]
+struct Whose {
+    /// Whose the runs of `on: cron` are, and who pays for them [default: as before, else the developer]
+    #[arg(long, value_name = "UUID")]
+    user: Option<Uuid>,
+    /// A project of that user, whose they are and never two at a time
+    #[arg(long, value_name = "UUID")]
+    project: Option<Uuid>,
 }
 
 pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<u8> {
     match args.command {
         Command::Lint { files } => lint(&files, context.json),
         Command::Graph { file } => graph(&file, context.json),
-        Command::Deploy { file, message } => deploy(&file, message, context).await,
+        Command::Deploy { file, message, whose } => deploy(&file, message, whose, context).await,
         Command::Versions { name } => {
             let json = context.json;
             let app = context.open().await?;
@@ -145,7 +161,7 @@ fn graph(file: &Path, json: bool) -> anyhow::Result<u8> {
     Ok(0)
 }
 
-async fn deploy(file: &Path, message: Option<String>, context: Context) -> anyhow::Result<u8> {
+async fn deploy(file: &Path, message: Option<String>, whose: Whose, context: Context) -> anyhow::Result<u8> {
     let json = context.json;
     let Some((compiled, source)) = check(file)?.accept(json)? else {
         if !json {
@@ -154,20 +170,82 @@ async fn deploy(file: &Path, message: Option<String>, context: Context) -> anyho
         return Ok(EXIT_FAILED);
     };
     let app = context.open().await?;
-    let name = compiled.definition.name.clone();
-    let Compiled { definition, bundle } = compiled;
-    let deploy = Deploy { definition, bundle, source, author: Some(AUTHOR.into()), message };
-    let deployed = app.client.deploy(deploy).await;
+    let deployed = deploy_in(&app, compiled, source, message, whose).await;
     app.close().await;
-    let deployed = deployed?;
-    let report = json!({
-        "name": name, "version": deployed.version, "hash": deployed.hash.to_string(), "created": deployed.created,
-    });
-    print(json, &report, |_| {
-        let how = if deployed.created { "new" } else { "was deployed before" };
-        format!("{name} version {} is current ({how})\n{}", deployed.version, deployed.hash)
+    print(json, &deployed?, |report| {
+        let text = |key: &str| report[key].as_str().unwrap_or_default().to_owned();
+        let how = if report["created"] == true { "new" } else { "was deployed before" };
+        let mut out = format!("{} version {} is current ({how})\n{}", text("name"), report["version"], text("hash"));
+        for schedule in report["schedules"].as_array().into_iter().flatten() {
+            let next = schedule["next_at"].as_str().unwrap_or("no time: paused");
+            out.push_str(&format!("\n{} next at {next}", schedule["name"].as_str().unwrap_or_default()));
+        }
+        out
     })?;
     Ok(0)
+}
+
+async fn deploy_in(
+    app: &App,
+    compiled: Compiled,
+    source: String,
+    message: Option<String>,
+    whose: Whose,
+) -> anyhow::Result<Value> {
+    let name = compiled.definition.name.clone();
+    let crons = schedules(&compiled.definition);
+    let Compiled { definition, bundle } = compiled;
+    let deploy = Deploy { definition, bundle, source, author: Some(AUTHOR.into()), message };
+    let deployed = app.client.deploy(deploy).await?;
+    // If we die here, the schedules are those of the version before until the same command is given again.
+    let kept = keep_schedules(app, &name, crons, &whose)
+        .await
+        .context("the definition is deployed, its schedules are not yet; deploy again")?;
+    let kept: Vec<_> = kept.iter().map(|s| json!({"name": s.name, "next_at": s.next_at})).collect();
+    Ok(json!({
+        "name": name, "version": deployed.version, "hash": deployed.hash.to_string(), "created": deployed.created,
+        "schedules": kept,
+    }))
+}
+
+/// Makes, changes and deletes the schedules of a definition's `on: cron`. Idempotent.
+async fn keep_schedules(
+    app: &App,
+    workflow: &str,
+    crons: Vec<Spec>,
+    whose: &Whose,
+) -> anyhow::Result<Vec<ScheduleView>> {
+    let door = app.client.schedules();
+    let named = |n: usize| format!("{workflow}/cron/{n}");
+    let mut kept = Vec::new();
+    for (n, mut spec) in (1..).zip(crons) {
+        let before = match door.describe(&named(n)).await {
+            Ok(detail) => Some(detail.schedule),
+            Err(Error::ScheduleNotFound(_)) => None,
+            Err(error) => return Err(error.into()),
+        };
+        (spec.attributes, spec.workflow_id) = match &before {
+            Some(view) if whose.user.is_none() && whose.project.is_none() => {
+                (view.spec.attributes.clone(), view.spec.workflow_id.clone())
+            }
+            _ => belongs_to(app, whose.user, whose.project).await?,
+        };
+        kept.push(match before {
+            Some(view) => door.update(&view.name, spec).await?,
+            None => {
+                let owner = Some(AUTHOR.to_owned());
+                door.create(NewSchedule { name: named(n), spec, paused: false, note: None, owner }).await?
+            }
+        });
+    }
+    for gone in kept.len() + 1.. {
+        match door.delete(&named(gone)).await {
+            Ok(()) => {}
+            Err(Error::ScheduleNotFound(_)) => break,
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(kept)
 }
 
 async fn versions(name: &str, app: &App, json: bool) -> anyhow::Result<u8> {

@@ -11,6 +11,7 @@ mod limits;
 mod loop_run;
 mod projects;
 mod runs;
+mod schedule;
 mod shipped;
 mod support;
 mod telegram;

@@ -8,6 +8,7 @@ use crate::{app::App, read::task};
 use anyhow::Context as _;
 use loopwright_engine::{
     client::{Decision, Filter, Signal},
+    filter::Query,
     ids::RunId,
     view::{HistoryRow, RunView},
 };
@@ -35,6 +36,12 @@ enum Command {
         /// Open ones only
         #[arg(long)]
         open: bool,
+        /// That satisfy a condition, for example "status = 'running' and started_at > '2026-11-25'"
+        #[arg(long = "where", value_name = "FILTER")]
+        matching: Option<Query>,
+        /// Print how many there are instead
+        #[arg(long)]
+        count: bool,
         #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=200))]
         limit: u32,
     },
@@ -117,9 +124,14 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<u8> {
 async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<()> {
     let client = &app.client;
     match command {
-        Command::List { project, open, limit } => {
+        Command::List { project, open, matching, count, limit } => {
             let attributes = project.map(|p| serde_json::json!({"project_id": p.to_string()}));
-            let runs = client.list(Filter { attributes, open_only: open, limit, ..Filter::default() }).await?;
+            let filter = Filter { attributes, open_only: open, matching, limit, ..Filter::default() };
+            if count {
+                let count = serde_json::json!({"count": client.count(&filter).await?});
+                return print(json, &count, |count| count["count"].to_string());
+            }
+            let runs = client.list(filter).await?;
             print(json, &runs, |runs| {
                 let rows: Vec<_> = runs
                     .iter()
