@@ -23,6 +23,8 @@ pub mod embedded;
 pub mod hook;
 #[cfg(feature = "runtime")]
 pub mod migrate;
+#[cfg(feature = "test-util")]
+pub mod sim;
 #[cfg(feature = "runtime")]
 mod store;
 #[cfg(feature = "test-util")]

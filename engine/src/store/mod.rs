@@ -5,6 +5,8 @@ pub(crate) mod checkpoints;
 pub(crate) mod definitions;
 pub(crate) mod history;
 pub(crate) mod inbox;
+#[cfg(feature = "test-util")]
+pub(crate) mod memory;
 pub(crate) mod ready;
 pub(crate) mod runs;
 pub(crate) mod transitions;
