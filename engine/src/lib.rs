@@ -11,6 +11,8 @@ pub mod view;
 
 #[cfg(feature = "runtime")]
 pub mod activity;
+#[cfg(feature = "bench")]
+pub mod bench;
 #[cfg(feature = "runtime")]
 pub mod client;
 #[cfg(feature = "runtime")]
