@@ -1,6 +1,8 @@
 //! The seeded simulator: the same seeds every time, some new ones every time, and the proof that the auditor would notice.
 //! One seed alone: `SIM_SEED=7 cargo test -p loopwright-engine --test sim`. For hours: `cargo sim -- --hours 1`.
 
+mod matrix;
+
 use loopwright_engine::sim::{Happened, Mutant, Outcome, simulate};
 
 /// Seeds that are always simulated.
