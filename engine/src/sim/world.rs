@@ -466,7 +466,7 @@ impl World {
             // One that was asked to stop may have finished before it heard of it.
             _ if stopped && luck > 3 => Err(Failure::cancelled()),
             0..=7 => Ok(json!({ "n": attempt })),
-            8 => Err(Failure::retryable("transient.network", "x")),
+            8 => Err(Failure::retryable("transient.store", "x")),
             9 => Err(Failure::permanent("user.bad", "x")),
             10 => Err(Failure::new(FailureKind::TimedOut, "timeout.run", "x")),
             _ => Err(Failure::blocked("credits", "none")),
