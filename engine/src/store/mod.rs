@@ -2,6 +2,8 @@
 //! compare-and-sets are theirs, choices are the machine's.
 
 pub(crate) mod checkpoints;
+#[cfg(test)]
+mod conformance;
 pub(crate) mod definitions;
 pub(crate) mod history;
 pub(crate) mod inbox;
