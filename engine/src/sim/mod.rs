@@ -1,5 +1,5 @@
 //! A simulator of many workers over the store's contract in memory: seeded, without a clock, a thread or a Postgres. The
-//! machine is the real one; the store is [`crate::store::memory`], which passes the same conformance suite as Postgres; the
+//! machine is the real one; the store is `store::memory`, which passes the same conformance suite as Postgres; the
 //! workers follow `worker::drive` instruction by instruction, but every answer may be lost, late or doubled, and every worker
 //! may die, freeze and come back.
 //!
