@@ -5,7 +5,7 @@
 //! earlier attempts left. Start reading at [`Activity`].
 
 use crate::{
-    definition::Bundle,
+    definition::{Bundle, inputs::Schema},
     failure::{Failure, FailureKind},
     ids::{AttemptId, RunId},
     signature::{Catalog, Signature},
@@ -39,6 +39,16 @@ pub trait Activity: Send + Sync + 'static {
 pub struct Registry {
     activities: BTreeMap<String, Arc<dyn Activity>>,
     signatures: BTreeMap<String, Signature>,
+    checks: BTreeMap<String, Arc<Checks>>,
+}
+
+/// What an attempt's input and output are checked against, read once.
+#[derive(Debug)]
+pub(crate) struct Checks {
+    /// Contract name.
+    pub(crate) name: String,
+    pub(crate) input: Schema,
+    pub(crate) output: Schema,
 }
 
 impl Registry {
@@ -50,7 +60,13 @@ impl Registry {
     #[must_use]
     pub fn with(mut self, activity: impl Activity) -> Self {
         let signature = activity.signature();
+        let checks = Checks {
+            name: signature.name.clone(),
+            input: Schema::new(&signature.input_schema),
+            output: Schema::new(&signature.output_schema),
+        };
         self.activities.insert(signature.name.clone(), Arc::new(activity));
+        self.checks.insert(signature.name.clone(), Arc::new(checks));
         self.signatures.insert(signature.name.clone(), signature);
         self
     }
@@ -61,6 +77,9 @@ impl Registry {
     #[must_use]
     pub fn signature(&self, name: &str) -> Option<&Signature> {
         self.signatures.get(name)
+    }
+    pub(crate) fn checks(&self, name: &str) -> Option<&Arc<Checks>> {
+        self.checks.get(name)
     }
     /// The contracts, as pure data for a front end.
     #[must_use]

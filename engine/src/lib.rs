@@ -14,6 +14,8 @@ pub mod view;
 
 #[cfg(feature = "runtime")]
 pub mod activity;
+#[cfg(feature = "bench")]
+pub mod bench;
 #[cfg(feature = "runtime")]
 pub mod client;
 #[cfg(feature = "runtime")]
@@ -26,6 +28,8 @@ pub mod embedded;
 pub mod hook;
 #[cfg(feature = "runtime")]
 pub mod migrate;
+#[cfg(feature = "test-util")]
+pub mod sim;
 #[cfg(feature = "runtime")]
 mod store;
 #[cfg(feature = "test-util")]

@@ -131,6 +131,12 @@ impl Loaded {
         if !damage.is_empty() {
             return Err(damaged(format!("{} files are damaged", damage.len())));
         }
+        // The check above goes by a list of files that may itself be damaged and still be readable.
+        for file in index.load_metas()?.list_segment_files() {
+            if folder.join(&file).exists() && !index.directory().validate_checksum(&file)? {
+                return Err(damaged(format!("{} is damaged", file.display())));
+            }
+        }
         // Tokenizers are not stored.
         index.tokenizers().register("code", CodeTokenizer);
         let reader = index.reader_builder().reload_policy(ReloadPolicy::Manual).num_warming_threads(0).try_into()?;

@@ -43,16 +43,36 @@ pub fn prepare(definition: &Definition, inputs: &Value) -> Result<Value, Vec<Str
 /// How a value violates a JSON Schema, one sentence each, at most ten.
 #[must_use]
 pub fn violations(schema: &Value, value: &Value) -> Vec<String> {
-    match jsonschema::validator_for(schema) {
-        Ok(validator) => validator
-            .iter_errors(value)
-            .take(10)
-            .map(|error| {
-                let at = error.instance_path().to_string();
-                let text: String = error.to_string().chars().take(300).collect();
-                if at.is_empty() { text } else { format!("at {at}: {text}") }
-            })
-            .collect(),
-        Err(error) => vec![format!("cannot be checked, its schema is broken: {error}")],
+    Schema::new(schema).violations(value)
+}
+
+/// A JSON Schema that is checked more than once: reading it takes longer than most checks.
+#[derive(Debug)]
+pub struct Schema(Result<jsonschema::Validator, String>);
+
+impl Schema {
+    /// Reads it; a broken one says so at every check.
+    #[must_use]
+    pub fn new(schema: &Value) -> Self {
+        Self(jsonschema::validator_for(schema).map_err(|error| error.to_string()))
+    }
+
+    /// [`violations`].
+    #[must_use]
+    pub fn violations(&self, value: &Value) -> Vec<String> {
+        match &self.0 {
+            // Without the list of errors, which costs even when it is empty.
+            Ok(validator) if validator.is_valid(value) => Vec::new(),
+            Ok(validator) => validator
+                .iter_errors(value)
+                .take(10)
+                .map(|error| {
+                    let at = error.instance_path().to_string();
+                    let text: String = error.to_string().chars().take(300).collect();
+                    if at.is_empty() { text } else { format!("at {at}: {text}") }
+                })
+                .collect(),
+            Err(error) => vec![format!("cannot be checked, its schema is broken: {error}")],
+        }
     }
 }

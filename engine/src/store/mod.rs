@@ -3,11 +3,15 @@
 
 pub(crate) mod archive;
 pub(crate) mod checkpoints;
+#[cfg(test)]
+mod conformance;
 pub(crate) mod definitions;
 pub(crate) mod filter;
 pub(crate) mod forks;
 pub(crate) mod history;
 pub(crate) mod inbox;
+#[cfg(feature = "test-util")]
+pub(crate) mod memory;
 pub(crate) mod ready;
 pub(crate) mod runs;
 pub(crate) mod schedules;

@@ -8,7 +8,7 @@ use crate::{
 };
 use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
-use sqlx::{PgConnection, Row};
+use sqlx::{PgConnection, Row, types::Json};
 
 /// One transition of one run.
 #[derive(Clone, Debug)]
@@ -78,9 +78,24 @@ impl Item {
     }
     /// Approximate size on the wire, in bytes.
     pub(crate) fn bytes(&self) -> usize {
-        let text = |v: &Value| serde_json::to_string(v).map_or(0, |t| t.len());
-        256 + text(&self.events) + self.cursor.as_ref().map_or(0, text)
+        256 + size(&self.events) + self.cursor.as_ref().map_or(0, size)
     }
+}
+
+/// Length of a value as JSON, to within its escapes. Nothing is written: every transition is measured.
+fn size(value: &Value) -> usize {
+    match value {
+        Value::Null | Value::Bool(_) => 5,
+        Value::Number(_) => 8,
+        Value::String(text) => text.len() + 3,
+        Value::Array(items) => 2 + items.iter().map(size).sum::<usize>(),
+        Value::Object(map) => 2 + map.iter().map(|(key, item)| key.len() + 4 + size(item)).sum::<usize>(),
+    }
+}
+
+/// A column of optional JSON, by reference: a copy of every event is dear.
+fn optional<'a>(items: &'a [Item], of: impl Fn(&'a Item) -> Option<&'a Value>) -> Vec<Option<Json<&'a Value>>> {
+    items.iter().map(|item| of(item).map(Json)).collect()
 }
 
 /// What became of one item.
@@ -112,18 +127,19 @@ pub(crate) async fn send(conn: &mut PgConnection, items: &[Item]) -> Result<Vec<
                     from b where r.shard = b.shard and r.run_id = b.run_id
                       and r.epoch = b.epoch and r.seq = b.seq and r.closed_at is null
                       and (not b.parked or r.inbox_n = b.inbox_seen)
-                    returning b.ord, r.shard, r.run_id, r.seq, r.inbox_n, r.closed_at),
+                    returning b.ord, r.shard, r.run_id, r.seq, r.inbox_n, r.closed_at, r.workflow_id),
               h as (insert into history (shard, run_id, seq, epoch, format, events)
                     select u.shard, u.run_id, u.seq, b.epoch, b.format, b.events from u join b using (ord)),
               q as (insert into ready (shard, run_id, queue, due_at)
                     select b.shard, b.run_id, b.queue, b.due_at from u join b using (ord) where b.parked
                     on conflict (shard, run_id) do update set due_at = least(ready.due_at, excluded.due_at)),
               z as (delete from ready q using u where u.closed_at is not null and q.shard = u.shard and q.run_id = u.run_id),
-              k as (delete from workflow_ids w using u where u.closed_at is not null and w.run_id = u.run_id),
+              k as (delete from workflow_ids w using u where u.closed_at is not null and w.workflow_id = u.workflow_id and w.run_id = u.run_id),
               p as (delete from attempt_progress a using u where u.closed_at is not null and a.shard = u.shard and a.run_id = u.run_id),
               o as (insert into outbox (topic, shard, run_id, seq)
                     select b.topic, u.shard, u.run_id, u.seq from u join b using (ord) where b.topic is not null)
-         select b.ord, u.ord is not null as accepted, coalesce(u.inbox_n, r.inbox_n) as inbox_n, r.epoch, r.seq
+         select b.ord, u.ord is not null as accepted, coalesce(u.inbox_n, r.inbox_n) as inbox_n, r.epoch, r.seq,
+                r.closed_at is null as open
          from b left join u using (ord) left join runs r on r.shard = b.shard and r.run_id = b.run_id order by b.ord",
     )
     .bind(ords)
@@ -131,17 +147,17 @@ pub(crate) async fn send(conn: &mut PgConnection, items: &[Item]) -> Result<Vec<
     .bind(items.iter().map(|i| i.run_id.0).collect::<Vec<_>>())
     .bind(items.iter().map(|i| i.epoch).collect::<Vec<_>>())
     .bind(items.iter().map(|i| i.seq).collect::<Vec<_>>())
-    .bind(items.iter().map(|i| i.status.to_owned()).collect::<Vec<_>>())
+    .bind(items.iter().map(|i| i.status).collect::<Vec<_>>())
     .bind(items.iter().map(|i| i.parked).collect::<Vec<_>>())
     .bind(items.iter().map(|i| i.inbox_seen).collect::<Vec<_>>())
-    .bind(items.iter().map(|i| i.cursor.clone()).collect::<Vec<_>>())
-    .bind(items.iter().map(|i| i.events.clone()).collect::<Vec<_>>())
-    .bind(items.iter().map(|i| i.waiting.clone()).collect::<Vec<_>>())
+    .bind(optional(items, |i| i.cursor.as_ref()))
+    .bind(items.iter().map(|i| Json(&i.events)).collect::<Vec<_>>())
+    .bind(items.iter().map(|i| i.waiting.as_deref()).collect::<Vec<_>>())
     .bind(items.iter().map(|i| i.due).collect::<Vec<_>>())
-    .bind(items.iter().map(|i| i.queue.clone()).collect::<Vec<_>>())
-    .bind(items.iter().map(|i| i.output.clone()).collect::<Vec<_>>())
-    .bind(items.iter().map(|i| i.failure.clone()).collect::<Vec<_>>())
-    .bind(items.iter().map(|i| i.topic.clone()).collect::<Vec<_>>())
+    .bind(items.iter().map(|i| i.queue.as_str()).collect::<Vec<_>>())
+    .bind(optional(items, |i| i.output.as_ref()))
+    .bind(optional(items, |i| i.failure.as_ref()))
+    .bind(items.iter().map(|i| i.topic.as_deref()).collect::<Vec<_>>())
     .bind(items.iter().map(|i| i16::try_from(i.format).unwrap_or(i16::MAX)).collect::<Vec<i16>>())
     .fetch_all(conn)
     .await?;
@@ -154,7 +170,8 @@ pub(crate) async fn send(conn: &mut PgConnection, items: &[Item]) -> Result<Vec<
             }
             let epoch: i64 = row.try_get::<Option<i64>, _>("epoch")?.unwrap_or(-1);
             let seq: i64 = row.try_get::<Option<i64>, _>("seq")?.unwrap_or(-1);
-            if item.parked && epoch == item.epoch && seq == item.seq {
+            let open: bool = row.try_get("open")?;
+            if item.parked && open && epoch == item.epoch && seq == item.seq {
                 return Ok(Verdict::Unread { inbox_n: inbox_n.unwrap_or(0) });
             }
             Ok(Verdict::Stale { epoch, seq })

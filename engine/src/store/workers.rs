@@ -88,12 +88,16 @@ pub(crate) async fn take_over(conn: &mut PgConnection, limit: i64) -> Result<Vec
     Ok(freed.into_iter().map(RunId).collect())
 }
 
-/// Owned runs that have messages they have not read, with the number of messages.
-pub(crate) async fn unread(conn: &mut PgConnection, worker: WorkerId) -> Result<Vec<(RunId, i64)>> {
-    let rows: Vec<(uuid::Uuid, i64)> =
-        sqlx::query_as("select run_id, inbox_n from runs where owner = $1 and inbox_n > inbox_seen")
-            .bind(worker.0)
-            .fetch_all(conn)
-            .await?;
+/// Those of `driven` that have messages they have not read, with the number of messages. By their keys, not by their owner:
+/// while somebody's old snapshot keeps dead rows, the index of owners leads to every run that this worker ever had.
+pub(crate) async fn unread(conn: &mut PgConnection, driven: &[RunId]) -> Result<Vec<(RunId, i64)>> {
+    let rows: Vec<(uuid::Uuid, i64)> = sqlx::query_as(
+        "select r.run_id, r.inbox_n from unnest($1::smallint[], $2::uuid[]) d(shard, run_id)
+         join runs r on r.shard = d.shard and r.run_id = d.run_id where r.inbox_n > r.inbox_seen",
+    )
+    .bind(driven.iter().map(|run| run.shard()).collect::<Vec<i16>>())
+    .bind(driven.iter().map(|run| run.0).collect::<Vec<_>>())
+    .fetch_all(conn)
+    .await?;
     Ok(rows.into_iter().map(|(id, n)| (RunId(id), n)).collect())
 }

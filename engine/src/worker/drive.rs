@@ -505,10 +505,9 @@ impl Driver {
                     heartbeat_ms,
                 } => {
                     let permit = permits.pop();
-                    let (Some(code), Some(signature)) = (
-                        self.shared.registry.get(&activity).cloned(),
-                        self.shared.registry.signature(&activity).cloned(),
-                    ) else {
+                    let (Some(code), Some(checks)) =
+                        (self.shared.registry.get(&activity).cloned(), self.shared.registry.checks(&activity).cloned())
+                    else {
                         continue;
                     };
                     let token = CancellationToken::new();
@@ -543,7 +542,7 @@ impl Driver {
                     self.running.insert(path.clone(), Running { attempt, token: token.clone() });
                     let work = Attempt {
                         activity: code,
-                        signature,
+                        checks,
                         context,
                         input,
                         timeout: self.shared.clock.until(deadline),

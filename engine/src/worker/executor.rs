@@ -1,10 +1,8 @@
 //! One attempt, from its input to its result: checked, timed, watched, caught.
 
 use crate::{
-    activity::{Activity, Context, panic_failure},
-    definition::inputs::violations,
+    activity::{Activity, Checks, Context, panic_failure},
     failure::{Failure, FailureKind},
-    signature::Signature,
 };
 use futures_util::FutureExt;
 use serde_json::Value;
@@ -20,7 +18,7 @@ const CANCEL_GRACE: Duration = Duration::from_secs(20);
 /// Everything that one attempt needs.
 pub(super) struct Attempt {
     pub(super) activity: Arc<dyn Activity>,
-    pub(super) signature: Signature,
+    pub(super) checks: Arc<Checks>,
     pub(super) context: Context,
     pub(super) input: Value,
     /// From now.
@@ -31,10 +29,10 @@ pub(super) struct Attempt {
 
 /// Runs it. Never panics, always ends within its timeout.
 pub(super) async fn execute(attempt: Attempt) -> Result<Value, Failure> {
-    let Attempt { activity, signature, context, input, timeout, heartbeat, beat } = attempt;
-    let wrong = violations(&signature.input_schema, &input);
+    let Attempt { activity, checks, context, input, timeout, heartbeat, beat } = attempt;
+    let wrong = checks.input.violations(&input);
     if !wrong.is_empty() {
-        return Err(Failure::permanent("input.invalid", format!("{}: {}", signature.name, wrong.join("; "))));
+        return Err(Failure::permanent("input.invalid", format!("{}: {}", checks.name, wrong.join("; "))));
     }
     let token = context.cancellation().clone();
     let work = AssertUnwindSafe(async move { activity.run(context, input).await }).catch_unwind();
@@ -65,9 +63,9 @@ pub(super) async fn execute(attempt: Attempt) -> Result<Value, Failure> {
         Ok(result) => result?,
         Err(payload) => return Err(panic_failure(payload.as_ref())),
     };
-    let wrong = violations(&signature.output_schema, &output);
+    let wrong = checks.output.violations(&output);
     if !wrong.is_empty() {
-        return Err(Failure::retryable("output.invalid", format!("{}: {}", signature.name, wrong.join("; "))));
+        return Err(Failure::retryable("output.invalid", format!("{}: {}", checks.name, wrong.join("; "))));
     }
     Ok(output)
 }

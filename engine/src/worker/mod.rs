@@ -14,6 +14,7 @@ mod drive;
 mod executor;
 pub(crate) mod fire;
 mod lease;
+mod pace;
 mod terminate;
 
 pub(crate) use terminate::{terminate, terminate_in};
@@ -29,6 +30,7 @@ use crate::{
     signature::Catalog,
     store::{self, checkpoints::Progress, definitions::Pinned, ready::Which},
 };
+use pace::{Looks, Pace};
 use sqlx::PgPool;
 use std::{
     collections::{HashMap, HashSet},
@@ -234,17 +236,19 @@ async fn leave(shared: &Shared) -> Result<()> {
 
 /// Claims due runs and passes messages on, at every wake-up and at the latest every [`POLL`].
 async fn poll(shared: Arc<Shared>, queues: Vec<String>, tasks: TaskTracker) {
-    let (mut suspects, mut looked) = (HashSet::new(), Instant::now());
+    let (mut suspects, mut strays, mut looks) = (HashSet::new(), Pace::new(STRAYS_LOOK), Looks::new());
+    strays.looked(Instant::now());
     loop {
         let woken = shared.wake.notified();
-        if looked.elapsed() >= STRAYS_LOOK {
-            looked = Instant::now();
+        if strays.is_due() {
+            let began = Instant::now();
             match give_back_strays(&shared, &suspects).await {
                 Ok(found) => suspects = found,
                 Err(error) => tracing::warn!(%error, "cannot look for runs without a driver"),
             }
+            strays.looked(began);
         }
-        match poll_once(&shared, &queues, &tasks).await {
+        match poll_once(&shared, &queues, &tasks, &mut looks).await {
             Ok(true) => continue,
             Ok(false) => {}
             Err(Error::LeaseLost) => {
@@ -256,7 +260,7 @@ async fn poll(shared: Arc<Shared>, queues: Vec<String>, tasks: TaskTracker) {
         }
         tokio::select! {
             () = woken => {}
-            () = tokio::time::sleep(POLL) => {}
+            () = tokio::time::sleep(looks.pause()) => {}
         }
     }
 }
@@ -287,14 +291,20 @@ async fn give_back_strays(shared: &Shared, suspects: &HashSet<(RunId, i64)>) -> 
 }
 
 /// True if there may be more to claim at once.
-async fn poll_once(shared: &Arc<Shared>, queues: &[String], tasks: &TaskTracker) -> Result<bool> {
+async fn poll_once(shared: &Arc<Shared>, queues: &[String], tasks: &TaskTracker, looks: &mut Looks) -> Result<bool> {
     let mut conn = shared.pool.acquire().await?;
-    for (run, _) in store::workers::unread(&mut conn, shared.id).await? {
-        if let Some(notify) = shared.drivers.lock().expect("no panic while held").get(&run) {
-            notify.notify_one();
+    let driven: Vec<RunId> = shared.drivers.lock().expect("no panic while held").keys().copied().collect();
+    let owned = driven.len();
+    looks.owed = owned > 0 && !looks.messages.is_due();
+    if owned > 0 && !looks.owed {
+        let began = Instant::now();
+        for (run, _) in store::workers::unread(&mut conn, &driven).await? {
+            if let Some(notify) = shared.drivers.lock().expect("no panic while held").get(&run) {
+                notify.notify_one();
+            }
         }
+        looks.messages.looked(began);
     }
-    let owned = shared.drivers.lock().expect("no panic while held").len();
     if shared.draining.is_cancelled() || shared.fenced.is_cancelled() || owned >= RUNS_MAX {
         return Ok(false);
     }
@@ -303,8 +313,29 @@ async fn poll_once(shared: &Arc<Shared>, queues: &[String], tasks: &TaskTracker)
     let (which, limit) =
         if room > 0 { (Which::Any, room.min(RUNS_MAX - owned)) } else { (Which::Messaged, RUNS_MAX - owned) };
     let limit = limit.min(CLAIM_MAX);
-    let claimed = store::ready::claim(&mut conn, shared.id, queues, which, i64::try_from(limit).unwrap_or(1)).await?;
+    if which == Which::Messaged && !looks.crowded.is_due() {
+        looks.owed = true;
+        shared.full.store(true, Ordering::Relaxed);
+        return Ok(false);
+    }
+    let whole = which == Which::Messaged || looks.whole.is_due();
+    let (since, began) = (looks.since.filter(|_| !whole), Instant::now());
+    let most = i64::try_from(limit).unwrap_or(1);
+    let claimed = store::ready::claim(&mut conn, shared.id, queues, which, since, most).await?;
     drop(conn);
+    match which {
+        Which::Messaged => looks.crowded.looked(began),
+        Which::Any => {
+            if whole {
+                looks.whole.looked(began);
+            }
+            // All that is due has been claimed, or all up to the last of these.
+            let all = claimed.runs.len() < limit;
+            let upto = if all { Some(shared.clock.now()) } else { claimed.newest };
+            looks.since = upto.map(|at| at - pace::LATE);
+        }
+    }
+    let claimed = claimed.runs;
     if !claimed.is_empty() {
         crash_point("claim.after_commit");
     }

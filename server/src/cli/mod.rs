@@ -4,6 +4,7 @@
 //! 0 done; 1 it could not be done, or a check found something; 2 wrong usage or configuration; 3 the machine lacks
 //! something (database, port, folder, git, sandbox); 130 interrupted.
 
+mod bench;
 mod completion;
 mod credits;
 mod demo;
@@ -78,6 +79,8 @@ enum Command {
     Credits(credits::Args),
     /// Look into the code index of a folder
     Index(index::Args),
+    /// Measure the engine beside the limits of this machine's Postgres
+    Bench(bench::Args),
     /// Print a completion script for a shell
     Completion(completion::Args),
 }
@@ -137,6 +140,7 @@ async fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Workflow(args) => return workflow::run(args, context).await,
         Command::Credits(args) => return credits::run(args, context).await,
         Command::Index(args) => index::run(args, context).await,
+        Command::Bench(args) => return bench::run(args, context).await,
         Command::Completion(_) => Ok(()),
     };
     done.map(|()| 0)

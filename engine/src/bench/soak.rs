@@ -1,0 +1,144 @@
+//! Long ones: does a pinned snapshot, or a run with very many steps, slow the engine down?
+
+use super::{
+    Error, Options, Result,
+    host::Host,
+    report::{Figure, Report},
+    scene,
+};
+use crate::{
+    definition::{Exhausted, Expr, Kind, RepeatCondition},
+    ids::DefinitionHash,
+    worker::{self, WorkerConfig},
+};
+use serde_json::json;
+use sqlx::Connection;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+/// Runs that are kept in the queue.
+const BACKLOG: usize = 1_000;
+/// Steps of the long run.
+const LONG: u32 = 10_000;
+/// Steps of the long run whose rate is its rate at the start and at the end.
+const EDGE: i64 = 1_000;
+const PATIENCE: Duration = Duration::from_secs(3_600);
+/// Largest part of the throughput that may be lost.
+const LOSS_MAX: f64 = 1.0 / 3.0;
+const GOAL: &str = "not a third below the rate before";
+
+pub(super) async fn measure(
+    host: &Host,
+    options: &Options,
+    progress: &dyn Fn(&str),
+    report: &mut Report,
+) -> Result<()> {
+    let duration = options.soak.unwrap_or(super::SOAK);
+    progress("a run of 10,000 steps");
+    long_run(host, options, report).await?;
+    pinned(host, duration, progress, report).await
+}
+
+/// One run of 10,000 steps: its first thousand and its last.
+async fn long_run(host: &Host, options: &Options, report: &mut Report) -> Result<()> {
+    let rounds = u32::try_from(options.share(LONG as usize)).unwrap_or(LONG).max(100);
+    let kind = Kind::Repeat {
+        steps: vec![scene::noop("one")],
+        max_rounds: rounds,
+        condition: RepeatCondition::Until(Expr("false".into())),
+        delay_ms: 0,
+        exhausted: Exhausted::Continue,
+        transparent: false,
+        gate: None,
+        outputs: None,
+    };
+    let definition = scene::deploy(host, scene::definition("long", vec![scene::step("rounds", kind)])).await?;
+    let worker = worker::start(WorkerConfig::new(host.pool.clone(), scene::registry())).await?;
+    scene::start(host, definition, &json!({}), "", 1).await?;
+    host.until_none("the end of the long run", scene::OPEN, PATIENCE).await?;
+    worker.drain(Duration::from_secs(5)).await;
+    let edge = EDGE.min(i64::from(rounds) / 4);
+    let (first, last): (f64, f64) = sqlx::query_as(
+        "select extract(epoch from (select at from history where seq = $1 + 2) - (select at from history where seq = 2))::float8,
+                extract(epoch from max(at) - (select at from history where seq = (select max(seq) - $1 from history)))::float8
+         from history",
+    )
+    .bind(edge)
+    .fetch_one(&host.pool)
+    .await?;
+    let (first, last) = (edge as f64 / first, edge as f64 / last);
+    report.figures.push(
+        Figure::new("last steps of a run of 10,000", last, "/s")
+            .limit("its first steps", first)
+            .goal(GOAL, last >= first * (1.0 - LOSS_MAX))
+            .detail("steps", f64::from(rounds), ""),
+    );
+    scene::reset(host).await
+}
+
+/// Steady load, first alone, then beside a transaction that keeps an old snapshot.
+async fn pinned(host: &Host, duration: Duration, progress: &dyn Fn(&str), report: &mut Report) -> Result<()> {
+    let definition = scene::deploy(host, scene::chain("soak", 10)).await?;
+    let steps = Arc::new(AtomicU64::new(0));
+    let counted = steps.clone();
+    let registry = scene::registry_of(move |_| {
+        counted.fetch_add(1, Ordering::Relaxed);
+    });
+    let mut config = WorkerConfig::new(host.pool.clone(), registry);
+    config.slots = 512;
+    let worker = worker::start(config).await?;
+    let before = (duration / 10).clamp(Duration::from_secs(5), Duration::from_secs(120));
+    progress("steady load");
+    // The first moments fill caches and the first connections.
+    load(host, definition, &steps, before / 5).await?;
+    let alone = load(host, definition, &steps, before).await?;
+    let mut old = host.pool.acquire().await?;
+    let mut tx = old.begin_with("begin isolation level repeatable read").await?;
+    sqlx::query("select count(*) from runs").execute(&mut *tx).await?;
+    progress("steady load beside a pinned snapshot");
+    let mut rates = Vec::new();
+    for _ in 0..10 {
+        rates.push(load(host, definition, &steps, duration / 10).await?);
+    }
+    tx.rollback().await?;
+    drop(old);
+    worker.drain(Duration::from_secs(10)).await;
+    let last = rates.last().copied().unwrap_or(f64::NAN);
+    let worst = rates.iter().copied().fold(f64::INFINITY, f64::min);
+    let dead: i64 =
+        sqlx::query_scalar("select coalesce(n_dead_tup, 0) from pg_stat_user_tables where relname = 'ready'")
+            .fetch_one(&host.pool)
+            .await?;
+    report.figures.push(
+        Figure::new("steps/s in the last tenth of a pinned snapshot", last, "/s")
+            .limit("before it", alone)
+            .goal(GOAL, last >= alone * (1.0 - LOSS_MAX))
+            .detail("worst tenth", worst, "/s")
+            .detail("length", duration.as_secs_f64(), "s")
+            .detail("dead rows in `ready`", dead as f64, ""),
+    );
+    scene::reset(host).await
+}
+
+/// Keeps a backlog of runs for that long. Steps per second.
+async fn load(host: &Host, definition: DefinitionHash, steps: &AtomicU64, length: Duration) -> Result<f64> {
+    let (begun, before) = (Instant::now(), steps.load(Ordering::Relaxed));
+    while begun.elapsed() < length {
+        // Not by asking the tables: that would be one more load that grows with the dead rows.
+        let taken = steps.load(Ordering::Relaxed);
+        scene::start(host, definition, &json!({}), "", BACKLOG / 2).await?;
+        let wanted = taken + (BACKLOG as u64 / 2) * 10 * 9 / 10;
+        while steps.load(Ordering::Relaxed) < wanted && begun.elapsed() < length {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        if begun.elapsed() > length + PATIENCE {
+            return Err(Error::TooSlow("the steady load", PATIENCE.as_secs()));
+        }
+    }
+    Ok((steps.load(Ordering::Relaxed) - before) as f64 / begun.elapsed().as_secs_f64())
+}

@@ -1,0 +1,221 @@
+//! Judges a finished history by its rows alone. It knows the words of the events and nothing of the code that wrote them.
+
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// What a simulation leaves behind.
+#[derive(Debug, Default)]
+pub(super) struct Evidence {
+    pub(super) runs: Vec<RunFact>,
+    /// (run, seq, epoch, events), by run, in the order of writing.
+    pub(super) history: Vec<(String, i64, i64, Value)>,
+    /// Attempts that the hook was told to start and to settle, in order.
+    pub(super) hook_started: Vec<String>,
+    pub(super) hook_ended: Vec<String>,
+    /// Attempts whose code really ran.
+    pub(super) acted: Vec<String>,
+    /// (run, number, sender's id).
+    pub(super) messages: Vec<(String, i64, Option<String>)>,
+}
+
+/// A run, as its row says.
+#[derive(Debug)]
+pub(super) struct RunFact {
+    pub(super) id: String,
+    pub(super) status: String,
+    pub(super) owned: bool,
+    pub(super) queued: bool,
+    pub(super) seq: i64,
+    pub(super) epoch: i64,
+    pub(super) inbox_n: i64,
+}
+
+impl Evidence {
+    /// How often a text stands in the history.
+    pub(super) fn count(&self, text: &str) -> u32 {
+        let all = self.history.iter().map(|(.., events)| events.to_string().matches(text).count());
+        u32::try_from(all.sum::<usize>()).unwrap_or(u32::MAX)
+    }
+}
+
+/// One attempt, as the history tells of it.
+#[derive(Default)]
+struct Attempt {
+    run: String,
+    path: String,
+    starts: u32,
+    ends: u32,
+    started_in: i64,
+}
+
+/// Everything that is wrong, a sentence each. Empty is good.
+pub(super) fn audit(evidence: &Evidence) -> Vec<String> {
+    let mut findings = Vec::new();
+    let mut attempts: BTreeMap<String, Attempt> = BTreeMap::new();
+    for run in &evidence.runs {
+        audit_row(run, &mut findings);
+        audit_history(run, evidence, &mut attempts, &mut findings);
+    }
+    let closed: BTreeSet<&str> = evidence.runs.iter().filter(|r| is_closed(&r.status)).map(|r| r.id.as_str()).collect();
+    for (id, attempt) in &attempts {
+        let ends = u32::from(closed.contains(attempt.run.as_str()));
+        if attempt.starts != 1 || attempt.ends > 1 || attempt.ends < ends {
+            findings.push(format!(
+                "attempt {id} of {} was started {} and ended {} times",
+                attempt.path, attempt.starts, attempt.ends
+            ));
+        }
+    }
+    audit_hook(evidence, &attempts, &mut findings);
+    audit_acts(evidence, &attempts, &mut findings);
+    audit_messages(evidence, &mut findings);
+    findings
+}
+
+fn is_closed(status: &str) -> bool {
+    ["completed", "failed", "cancelled", "terminated"].contains(&status)
+}
+
+fn audit_row(run: &RunFact, findings: &mut Vec<String>) {
+    let RunFact { id, status, owned, queued, .. } = run;
+    if is_closed(status) && (*owned || *queued) {
+        findings.push(format!("run {id} is {status} and has an owner or a place in the queue"));
+    }
+    if !is_closed(status) && status != "quarantined" && !owned && !queued {
+        findings.push(format!("run {id} is {status}, and nobody owns or may claim it"));
+    }
+}
+
+fn text<'a>(event: &'a Value, field: &str) -> &'a str {
+    event[field].as_str().unwrap_or_default()
+}
+
+fn audit_history(
+    run: &RunFact,
+    evidence: &Evidence,
+    attempts: &mut BTreeMap<String, Attempt>,
+    findings: &mut Vec<String>,
+) {
+    let id = &run.id;
+    let (mut next, mut newest, mut closed) = (1, 0, None);
+    let (mut open, mut ended) = (BTreeSet::new(), BTreeSet::new());
+    let mut ending = false;
+    let (mut received, mut used, mut numbers) = (BTreeSet::new(), BTreeSet::new(), BTreeMap::<String, u64>::new());
+    for (_, seq, epoch, events) in evidence.history.iter().filter(|(of, ..)| of == id) {
+        if *seq != next {
+            findings.push(format!("the history of run {id} goes from {} to {seq}", next - 1));
+        }
+        next = seq + 1;
+        if *epoch < newest || *epoch > run.epoch {
+            findings.push(format!("row {seq} of run {id} was written under epoch {epoch}, after {newest}"));
+        }
+        newest = newest.max(*epoch);
+        for event in events.as_array().map_or(&[][..], Vec::as_slice) {
+            let (kind, path) = (text(event, "type"), text(event, "path"));
+            if closed.is_some() {
+                findings.push(format!("run {id} closed, and then {kind} {path}"));
+            }
+            match kind {
+                "run_closed" => closed = Some(text(event, "status").to_owned()),
+                "run_ending" => ending = true,
+                "step_started" if !open.insert(path.to_owned()) || ended.contains(path) => {
+                    findings.push(format!("step {path} of run {id} began twice"));
+                }
+                "step_ended" => {
+                    let unstarted = !open.contains(path);
+                    if unstarted || !ended.insert(path.to_owned()) {
+                        findings.push(format!("step {path} of run {id} ended without being open"));
+                    }
+                }
+                "attempt_started" => {
+                    let attempt = attempts.entry(text(event, "attempt_id").to_owned()).or_default();
+                    (attempt.run, attempt.path) = (id.clone(), path.to_owned());
+                    attempt.starts += 1;
+                    attempt.started_in = *epoch;
+                    if ended.contains(path) || (ending && !path.starts_with("!finally/")) {
+                        findings.push(format!("an attempt of {path} of run {id} started after its end"));
+                    }
+                    let number = numbers.entry(path.to_owned()).or_default();
+                    *number += 1;
+                    if event["attempt"].as_u64() != Some(*number) {
+                        findings.push(format!("attempt {} of {path} of run {id} is its {number}th", event["attempt"]));
+                    }
+                }
+                "attempt_ended" => {
+                    let attempt = attempts.entry(text(event, "attempt_id").to_owned()).or_default();
+                    attempt.ends += 1;
+                    if attempt.starts == 0 {
+                        findings.push(format!("an attempt of {path} of run {id} ended before it started"));
+                    }
+                    let outcome = text(event, "outcome");
+                    // Only its own owner knows how it went; whoever comes later may say that it is lost or stopped.
+                    if attempt.started_in != *epoch && !["lost", "cancelled"].contains(&outcome) {
+                        findings.push(format!(
+                            "an attempt of {path} of run {id} of epoch {} {outcome} in {epoch}",
+                            attempt.started_in
+                        ));
+                    }
+                }
+                "signal_received" | "signal_dropped" => {
+                    let n = event["n"].as_i64().unwrap_or(-1);
+                    if !received.insert(n) || n > run.inbox_n {
+                        findings.push(format!("message {n} of run {id} was received twice or never sent"));
+                    }
+                }
+                "signal_consumed" | "decision_counted" => {
+                    let n = event["n"].as_i64().unwrap_or(-1);
+                    if !used.insert(n) || !received.contains(&n) {
+                        findings.push(format!("message {n} of run {id} was consumed twice or before it came"));
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+    if next - 1 != run.seq {
+        findings.push(format!("run {id} counts {} transitions and has {}", run.seq, next - 1));
+    }
+    if is_closed(&run.status) && closed.as_deref() != Some(run.status.as_str()) {
+        findings.push(format!("run {id} is {}, its history says {closed:?}", run.status));
+    }
+}
+
+fn audit_hook(evidence: &Evidence, attempts: &BTreeMap<String, Attempt>, findings: &mut Vec<String>) {
+    for (what, told, wanted) in [
+        ("started", &evidence.hook_started, attempts.iter().filter(|(_, a)| a.starts > 0).map(|(id, _)| id).collect()),
+        (
+            "ended",
+            &evidence.hook_ended,
+            attempts.iter().filter(|(_, a)| a.ends > 0).map(|(id, _)| id).collect::<BTreeSet<_>>(),
+        ),
+    ] {
+        let once: BTreeSet<&String> = told.iter().collect();
+        if once.len() != told.len() {
+            findings.push(format!("the hook was told twice that an attempt {what}"));
+        }
+        if let Some(odd) = once.symmetric_difference(&wanted).next() {
+            findings.push(format!("hook and history do not agree that attempt {odd} {what}"));
+        }
+    }
+}
+
+fn audit_acts(evidence: &Evidence, attempts: &BTreeMap<String, Attempt>, findings: &mut Vec<String>) {
+    let mut seen = BTreeSet::new();
+    for id in &evidence.acted {
+        if !seen.insert(id) {
+            findings.push(format!("the code of attempt {id} ran twice"));
+        }
+        if attempts.get(id).is_none_or(|a| a.starts == 0) {
+            findings.push(format!("attempt {id} ran, and no history knows of it"));
+        }
+    }
+}
+
+fn audit_messages(evidence: &Evidence, findings: &mut Vec<String>) {
+    let mut seen = BTreeSet::new();
+    for (run, n, dedupe_id) in &evidence.messages {
+        if dedupe_id.as_ref().is_some_and(|key| !seen.insert((run, key))) {
+            findings.push(format!("message {n} of run {run} is there twice"));
+        }
+    }
+}

@@ -1,0 +1,532 @@
+//! The store's contract in memory: what the statements of this folder promise, without Postgres. For the simulator; the
+//! conformance suite beside it runs on both, so that neither says what the other does not.
+//!
+//! One call is one transaction. [`Mutant`]s are the mistakes that a statement could make; tests break one promise after the
+//! other and expect the auditor to see it.
+
+use super::{
+    inbox::{ChildResult, Kind, Sent},
+    ready::Which,
+    transitions::{Child, Item, Verdict},
+};
+use crate::{
+    hook::AttemptRef,
+    ids::{RunId, WorkerId},
+    machine::Inbound,
+};
+use chrono::{DateTime, Duration, Utc};
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// A promise that is broken on purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mutant {
+    /// A commit does not look at the epoch.
+    NoEpochFence,
+    /// A commit does not look at the sequence number.
+    NoSeqFence,
+    /// A run parks although it has unread messages.
+    ParksPastMessages,
+    /// A parked run gets no place in the queue.
+    ForgetsToQueue,
+    /// What the hook wrote stays when its transaction is rolled back.
+    KeepsRefusedStarts,
+    /// A takeover frees a run under its old epoch.
+    TakesOverSilently,
+    /// A worker that was declared dead may claim.
+    DeadMayClaim,
+    /// A claim leaves the epoch as it is.
+    ClaimsSilently,
+    /// A sender's second message with one id is stored.
+    StoresDuplicates,
+    /// A message is handed out again.
+    RepeatsMessages,
+    /// A transition is counted and not written.
+    LosesHistory,
+    /// A message to a parked run does not wake it.
+    SleepsOn,
+    /// A closed run keeps its place in the queue.
+    LeavesQueued,
+    /// An attempt starts before its start is committed. The worker's, not the store's.
+    ActsEarly,
+    /// A lost answer is taken for a success. The worker's, not the store's.
+    TrustsLostAnswers,
+}
+
+impl Mutant {
+    /// All of them.
+    pub const ALL: &[Self] = &[
+        Self::NoEpochFence,
+        Self::NoSeqFence,
+        Self::ParksPastMessages,
+        Self::ForgetsToQueue,
+        Self::KeepsRefusedStarts,
+        Self::TakesOverSilently,
+        Self::DeadMayClaim,
+        Self::ClaimsSilently,
+        Self::StoresDuplicates,
+        Self::RepeatsMessages,
+        Self::LosesHistory,
+        Self::SleepsOn,
+        Self::LeavesQueued,
+        Self::ActsEarly,
+        Self::TrustsLostAnswers,
+    ];
+}
+
+/// A row of `runs`.
+#[derive(Clone, Debug)]
+pub(crate) struct Row {
+    pub(crate) workflow: String,
+    pub(crate) status: String,
+    pub(crate) parked: bool,
+    pub(crate) owner: Option<WorkerId>,
+    pub(crate) epoch: i64,
+    pub(crate) seq: i64,
+    pub(crate) inbox_n: i64,
+    pub(crate) inbox_seen: i64,
+    pub(crate) queue: String,
+    pub(crate) cursor: Option<Value>,
+    pub(crate) cursor_seq: i64,
+    pub(crate) parent: Option<RunId>,
+    pub(crate) depth: i32,
+    pub(crate) inputs: Value,
+    pub(crate) closed: bool,
+}
+
+impl Row {
+    fn is_claimable(&self) -> bool {
+        self.owner.is_none() && !self.closed && self.status != "quarantined"
+    }
+}
+
+/// A row of `inbox`.
+#[derive(Clone, Debug)]
+pub(crate) struct Message {
+    pub(crate) n: i64,
+    pub(crate) kind: Kind,
+    pub(crate) name: String,
+    pub(crate) payload: Value,
+    pub(crate) dedupe_id: Option<String>,
+    pub(crate) at: DateTime<Utc>,
+}
+
+/// A row of `history`.
+#[derive(Clone, Debug)]
+pub(crate) struct HistoryRow {
+    pub(crate) seq: i64,
+    pub(crate) epoch: i64,
+    pub(crate) events: Value,
+}
+
+/// A message that somebody sends.
+#[derive(Clone, Debug)]
+pub(crate) struct Post {
+    pub(crate) run: RunId,
+    pub(crate) kind: Kind,
+    pub(crate) name: String,
+    pub(crate) payload: Value,
+    pub(crate) dedupe_id: Option<String>,
+}
+
+/// What the hook has written, in the store's transactions.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Accounts {
+    pub(crate) started: Vec<crate::ids::AttemptId>,
+    pub(crate) ended: Vec<crate::ids::AttemptId>,
+}
+
+/// The tables.
+#[derive(Clone, Debug)]
+pub(crate) struct Memory {
+    pub(crate) now: DateTime<Utc>,
+    pub(crate) runs: BTreeMap<RunId, Row>,
+    pub(crate) ready: BTreeMap<RunId, DateTime<Utc>>,
+    pub(crate) history: BTreeMap<RunId, Vec<HistoryRow>>,
+    pub(crate) inbox: BTreeMap<RunId, Vec<Message>>,
+    /// Last heartbeat and length of the lease.
+    pub(crate) workers: BTreeMap<WorkerId, (DateTime<Utc>, Duration)>,
+    /// Whether its runs were taken.
+    pub(crate) dead: BTreeMap<WorkerId, bool>,
+    pub(crate) accounts: Accounts,
+    pub(crate) mutant: Option<Mutant>,
+}
+
+impl Memory {
+    pub(crate) fn new(now: DateTime<Utc>) -> Self {
+        Self {
+            now,
+            runs: BTreeMap::new(),
+            ready: BTreeMap::new(),
+            history: BTreeMap::new(),
+            inbox: BTreeMap::new(),
+            workers: BTreeMap::new(),
+            dead: BTreeMap::new(),
+            accounts: Accounts::default(),
+            mutant: None,
+        }
+    }
+
+    fn is(&self, mutant: Mutant) -> bool {
+        self.mutant == Some(mutant)
+    }
+
+    fn queue(&mut self, run: RunId, due: DateTime<Utc>) {
+        let at = self.ready.entry(run).or_insert(due);
+        *at = due.min(*at);
+    }
+
+    /// [`super::runs::start`] without a business key. False if the run is there already.
+    pub(crate) fn start(&mut self, run: RunId, workflow: &str, queue: &str, inputs: Value) -> bool {
+        self.insert(run, workflow, queue, inputs, None, 0)
+    }
+
+    fn insert(
+        &mut self,
+        run: RunId,
+        workflow: &str,
+        queue: &str,
+        inputs: Value,
+        parent: Option<RunId>,
+        depth: i32,
+    ) -> bool {
+        if self.runs.contains_key(&run) {
+            return false;
+        }
+        let row = Row {
+            workflow: workflow.to_owned(),
+            status: "pending".to_owned(),
+            parked: true,
+            owner: None,
+            epoch: 0,
+            seq: 0,
+            inbox_n: 0,
+            inbox_seen: 0,
+            queue: queue.to_owned(),
+            cursor: None,
+            cursor_seq: 0,
+            parent,
+            depth,
+            inputs,
+            closed: false,
+        };
+        self.runs.insert(run, row);
+        self.queue(run, self.now);
+        true
+    }
+
+    /// [`super::transitions::send`].
+    pub(crate) fn commit(&mut self, items: &[Item]) -> Vec<Verdict> {
+        items.iter().map(|item| self.commit_one(item)).collect()
+    }
+
+    fn commit_one(&mut self, item: &Item) -> Verdict {
+        let (any_epoch, any_seq) = (self.is(Mutant::NoEpochFence), self.is(Mutant::NoSeqFence));
+        let blind = self.is(Mutant::ParksPastMessages);
+        let Some(row) = self.runs.get_mut(&item.run_id) else { return Verdict::Stale { epoch: -1, seq: -1 } };
+        let fenced = (row.epoch != item.epoch && !any_epoch) || (row.seq != item.seq && !any_seq) || row.closed;
+        if fenced {
+            return Verdict::Stale { epoch: row.epoch, seq: row.seq };
+        }
+        if item.parked && row.inbox_n != item.inbox_seen && !blind {
+            return Verdict::Unread { inbox_n: row.inbox_n };
+        }
+        let closed = item.is_closed();
+        row.seq += 1;
+        row.status = item.status.to_owned();
+        row.parked = item.parked;
+        row.inbox_seen = item.inbox_seen;
+        row.closed = closed;
+        if item.parked || closed {
+            row.owner = None;
+        }
+        if let Some(cursor) = &item.cursor {
+            (row.cursor, row.cursor_seq) = (Some(cursor.clone()), row.seq);
+        }
+        let (seq, inbox_n) = (row.seq, row.inbox_n);
+        let rows = self.history.entry(item.run_id).or_default();
+        if self.mutant != Some(Mutant::LosesHistory) || seq % 5 != 4 {
+            rows.push(HistoryRow { seq, epoch: item.epoch, events: item.events.clone() });
+        }
+        if let (true, Some(due), false) = (item.parked, item.due, self.is(Mutant::ForgetsToQueue)) {
+            self.queue(item.run_id, due);
+        }
+        if closed && !self.is(Mutant::LeavesQueued) {
+            self.ready.remove(&item.run_id);
+        }
+        Verdict::Accepted { inbox_n }
+    }
+
+    /// The committer's transaction: a batch, what it does beside its own rows, and the hook last. `refuses` says which
+    /// starts the hook does not allow; then everything is rolled back and the answer is their positions.
+    pub(crate) fn commit_with_effects(
+        &mut self,
+        items: &[Item],
+        refuses: &dyn Fn(&AttemptRef) -> bool,
+    ) -> Result<Vec<Verdict>, Vec<usize>> {
+        // A copy of everything is dear; without a refusal nothing is rolled back.
+        let may_refuse = items.iter().flat_map(|i| &i.effects.started).any(|s| refuses(&s.attempt));
+        let before = may_refuse.then(|| self.clone());
+        let verdicts = self.commit(items);
+        let accepted: Vec<&Item> = items
+            .iter()
+            .zip(&verdicts)
+            .filter(|(_, v)| matches!(v, Verdict::Accepted { .. }))
+            .map(|(i, _)| i)
+            .collect();
+        for item in &accepted {
+            for Child { run_id, workflow, queue, inputs, depth, .. } in &item.effects.children {
+                self.insert(*run_id, workflow, queue, inputs.clone(), Some(item.run_id), *depth);
+            }
+            for child in &item.effects.cancelled_children {
+                self.post(&Post::new(*child, Kind::Cancel, "", json!("its parent was cancelled")));
+            }
+            if let Some((parent, result)) = &item.effects.parent {
+                self.post(&Post::new(*parent, Kind::Child, "", result.clone()));
+            }
+        }
+        for item in &accepted {
+            self.accounts.ended.extend(item.effects.ended.iter().map(|e| e.attempt.attempt_id));
+            self.accounts.started.extend(item.effects.started.iter().map(|s| s.attempt.attempt_id));
+        }
+        let refused: Vec<usize> = (0..items.len())
+            .filter(|i| matches!(verdicts[*i], Verdict::Accepted { .. }))
+            .filter(|i| items[*i].effects.started.iter().any(|s| refuses(&s.attempt)))
+            .collect();
+        let Some(before) = before.filter(|_| !refused.is_empty()) else { return Ok(verdicts) };
+        let accounts = std::mem::take(&mut self.accounts);
+        *self = before;
+        if self.is(Mutant::KeepsRefusedStarts) {
+            self.accounts = accounts;
+        }
+        Err(refused)
+    }
+
+    /// [`super::inbox::send`].
+    pub(crate) fn post(&mut self, post: &Post) -> Sent {
+        let Some(row) = self.runs.get_mut(&post.run).filter(|r| !r.closed) else { return Sent::NoOpenRun };
+        let messages = self.inbox.entry(post.run).or_default();
+        let seen = post.dedupe_id.is_some() && messages.iter().any(|m| m.dedupe_id == post.dedupe_id);
+        if seen && self.mutant != Some(Mutant::StoresDuplicates) {
+            return Sent::Duplicate;
+        }
+        row.inbox_n += 1;
+        messages.push(Message {
+            n: row.inbox_n,
+            kind: post.kind,
+            name: post.name.clone(),
+            payload: post.payload.clone(),
+            dedupe_id: post.dedupe_id.clone(),
+            at: self.now,
+        });
+        if row.parked && self.mutant != Some(Mutant::SleepsOn) {
+            self.queue(post.run, self.now);
+        }
+        Sent::Stored
+    }
+
+    /// [`super::inbox::read`].
+    pub(crate) fn read(&self, run: RunId, after: i64, up_to: i64) -> Vec<Inbound> {
+        let after = if self.is(Mutant::RepeatsMessages) { (after - 1).max(0) } else { after };
+        let messages = self.inbox.get(&run).map_or(&[][..], Vec::as_slice);
+        messages.iter().filter(|m| m.n > after && m.n <= up_to).map(Message::inbound).collect()
+    }
+
+    /// [`super::workers::unread`].
+    pub(crate) fn unread(&self, worker: WorkerId) -> BTreeSet<RunId> {
+        self.runs
+            .iter()
+            .filter(|(_, r)| r.owner == Some(worker) && r.inbox_n > r.inbox_seen)
+            .map(|(id, _)| *id)
+            .collect()
+    }
+
+    /// [`super::ready::claim`]. `None` if this worker was declared dead.
+    pub(crate) fn claim(
+        &mut self,
+        worker: WorkerId,
+        queues: &[&str],
+        which: Which,
+        limit: usize,
+    ) -> Option<Vec<(RunId, i64)>> {
+        if !self.workers.contains_key(&worker) && !self.is(Mutant::DeadMayClaim) {
+            return None;
+        }
+        let mut due: Vec<(DateTime<Utc>, RunId)> = self
+            .ready
+            .iter()
+            .filter(|(_, at)| **at <= self.now)
+            .filter(|(id, _)| {
+                self.runs.get(id).is_some_and(|r| {
+                    r.is_claimable()
+                        && queues.contains(&r.queue.as_str())
+                        && (which == Which::Any || r.inbox_n > r.inbox_seen)
+                })
+            })
+            .map(|(id, at)| (*at, *id))
+            .collect();
+        due.sort_unstable();
+        due.truncate(limit);
+        let silently = self.is(Mutant::ClaimsSilently);
+        let mut claimed = Vec::with_capacity(due.len());
+        for (_, run) in due {
+            self.ready.remove(&run);
+            let Some(row) = self.runs.get_mut(&run) else { continue };
+            row.owner = Some(worker);
+            row.parked = false;
+            row.epoch += i64::from(!silently);
+            claimed.push((run, row.epoch));
+        }
+        Some(claimed)
+    }
+
+    /// [`super::workers::register`].
+    pub(crate) fn register(&mut self, worker: WorkerId, lease: Duration) {
+        self.workers.insert(worker, (self.now, lease));
+    }
+
+    /// [`super::workers::heartbeat`]. False if this worker was declared dead.
+    pub(crate) fn heartbeat(&mut self, worker: WorkerId) -> bool {
+        match self.workers.get_mut(&worker) {
+            Some((at, _)) => {
+                *at = self.now;
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// [`super::workers::bury`]: how many.
+    pub(crate) fn bury(&mut self) -> usize {
+        let now = self.now;
+        let late: Vec<WorkerId> =
+            self.workers.iter().filter(|(_, (at, lease))| *at + *lease < now).map(|(id, _)| *id).collect();
+        for worker in &late {
+            self.workers.remove(worker);
+            self.dead.entry(*worker).or_insert(false);
+        }
+        late.len()
+    }
+
+    /// [`super::workers::leave`].
+    pub(crate) fn leave(&mut self, worker: WorkerId) {
+        if self.workers.remove(&worker).is_some() {
+            self.dead.entry(worker).or_insert(false);
+        }
+    }
+
+    /// [`super::workers::take_over`].
+    pub(crate) fn take_over(&mut self, limit: usize) -> Vec<RunId> {
+        let orphans: Vec<RunId> = self
+            .runs
+            .iter()
+            .filter(|(_, r)| r.owner.is_some_and(|o| self.dead.get(&o) == Some(&false)))
+            .map(|(id, _)| *id)
+            .take(limit)
+            .collect();
+        let silently = self.is(Mutant::TakesOverSilently);
+        for run in &orphans {
+            if let Some(row) = self.runs.get_mut(run) {
+                row.owner = None;
+                row.parked = true;
+                row.epoch += i64::from(!silently);
+            }
+            self.queue(*run, self.now);
+        }
+        if orphans.is_empty() {
+            let owners: BTreeSet<WorkerId> = self.runs.values().filter_map(|r| r.owner).collect();
+            self.dead.iter_mut().filter(|(id, _)| !owners.contains(id)).for_each(|(_, taken)| *taken = true);
+        }
+        orphans
+    }
+
+    /// [`super::runs::give_back`].
+    pub(crate) fn give_back(&mut self, run: RunId, owner: WorkerId, epoch: i64) -> bool {
+        let Some(row) = self.runs.get_mut(&run) else { return false };
+        if row.owner != Some(owner) || row.epoch != epoch || row.closed {
+            return false;
+        }
+        (row.owner, row.parked) = (None, true);
+        row.epoch += 1;
+        self.queue(run, self.now + Duration::seconds(1));
+        true
+    }
+
+    /// [`super::runs::strays`].
+    pub(crate) fn strays(&self, worker: WorkerId, driven: &BTreeSet<RunId>) -> Vec<(RunId, i64)> {
+        self.runs
+            .iter()
+            .filter(|(id, r)| r.owner == Some(worker) && !driven.contains(id))
+            .map(|(id, r)| (*id, r.epoch))
+            .collect()
+    }
+
+    /// [`super::runs::seize`].
+    pub(crate) fn seize(&mut self, run: RunId) -> bool {
+        let Some(row) = self.runs.get_mut(&run).filter(|r| !r.closed) else { return false };
+        (row.owner, row.parked) = (None, true);
+        row.epoch += 1;
+        let due = self.now + Duration::seconds(30);
+        let at = self.ready.entry(run).or_insert(due);
+        *at = due.max(*at);
+        true
+    }
+
+    /// [`super::runs::release`].
+    pub(crate) fn release(&mut self, run: RunId, epoch: i64, inbox_seen: i64, due: DateTime<Utc>) -> bool {
+        let Some(row) = self.runs.get_mut(&run) else { return false };
+        if row.epoch != epoch || row.inbox_n != inbox_seen || row.closed {
+            return false;
+        }
+        (row.owner, row.parked) = (None, true);
+        self.queue(run, due);
+        true
+    }
+
+    /// [`super::runs::quarantine`].
+    pub(crate) fn quarantine(&mut self, run: RunId, epoch: i64) {
+        if let Some(row) = self.runs.get_mut(&run).filter(|r| r.epoch == epoch && !r.closed) {
+            row.status = "quarantined".to_owned();
+            (row.owner, row.parked) = (None, true);
+            row.epoch += 1;
+            self.ready.remove(&run);
+        }
+    }
+}
+
+impl Post {
+    pub(crate) fn new(run: RunId, kind: Kind, name: &str, payload: Value) -> Self {
+        Self { run, kind, name: name.to_owned(), payload, dedupe_id: None }
+    }
+}
+
+impl Message {
+    fn inbound(&self) -> Inbound {
+        match self.kind {
+            Kind::Cancel => {
+                Inbound::Cancel { reason: self.payload.as_str().unwrap_or("cancelled on request").to_owned() }
+            }
+            Kind::Unblock => Inbound::Unblock,
+            Kind::Pause => Inbound::Pause { reason: "paused".into(), by: None },
+            Kind::Resume => Inbound::Resume { reason: "resumed".into(), by: None, halted: None },
+            Kind::Child => match serde_json::from_value::<ChildResult>(self.payload.clone()) {
+                Ok(child) => Inbound::Child {
+                    run_id: child.run_id,
+                    completed: child.completed,
+                    cancelled: child.cancelled,
+                    output: child.output,
+                    failure: child.failure,
+                },
+                // Only this module and `transitions` write such messages.
+                Err(error) => Inbound::Cancel { reason: error.to_string() },
+            },
+            Kind::Signal => Inbound::Signal {
+                n: u64::try_from(self.n).unwrap_or(0),
+                name: self.name.clone(),
+                payload: self.payload.clone(),
+                sender: None,
+                at: self.at,
+            },
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! How often a worker looks for what may be dear to find: seldom enough that looking is a small part of its work.
+
+use super::POLL;
+use chrono::{DateTime, Utc};
+use std::time::{Duration, Instant};
+
+/// A look that took so long is repeated after at least this many times as long: 5 % of the time.
+const REST: u32 = 20;
+/// Shortest pause between two looks at the whole queue.
+const WHOLE: Duration = Duration::from_secs(1);
+/// Shortest pause between two looks for messages to runs that are driven here; a commit brings them as well.
+const MESSAGES: Duration = Duration::from_millis(20);
+/// How late a run may come into the queue with a due instant that has passed: its transaction was open, or a timer was over
+/// when it parked. What comes even later is found by the next look at the whole queue.
+pub(super) const LATE: chrono::Duration = chrono::Duration::seconds(2);
+
+/// When to look next.
+#[derive(Debug)]
+pub(super) struct Pace {
+    least: Duration,
+    next: Instant,
+}
+
+impl Pace {
+    pub(super) fn new(least: Duration) -> Self {
+        Self { least, next: Instant::now() }
+    }
+    pub(super) fn is_due(&self) -> bool {
+        Instant::now() >= self.next
+    }
+    /// How long it is until then.
+    pub(super) fn rest(&self) -> Duration {
+        self.next.saturating_duration_since(Instant::now())
+    }
+    /// A look has ended that began at `began`.
+    pub(super) fn looked(&mut self, began: Instant) {
+        let now = Instant::now();
+        self.next = now + self.least.max((now - began) * REST);
+    }
+}
+
+/// What the poll remembers from look to look.
+#[derive(Debug)]
+pub(super) struct Looks {
+    /// Everything that was due before is claimed, or was locked by another worker that claims it.
+    pub(super) since: Option<DateTime<Utc>>,
+    pub(super) whole: Pace,
+    pub(super) messages: Pace,
+    /// For runs with a message while there is no room: they may be anywhere in the queue.
+    pub(super) crowded: Pace,
+    /// One of the last two was wanted and not due yet.
+    pub(super) owed: bool,
+}
+
+impl Looks {
+    pub(super) fn new() -> Self {
+        Self {
+            since: None,
+            whole: Pace::new(WHOLE),
+            messages: Pace::new(MESSAGES),
+            crowded: Pace::new(POLL / 4),
+            owed: false,
+        }
+    }
+
+    /// Longest pause before the next poll.
+    pub(super) fn pause(&self) -> Duration {
+        if self.owed { self.messages.rest().max(self.crowded.rest()).min(POLL) } else { POLL }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dear_look_is_repeated_later_than_a_cheap_one() {
+        let mut pace = Pace::new(Duration::from_millis(10));
+        assert!(pace.is_due());
+        pace.looked(Instant::now());
+        let cheap = pace.next;
+        let began = Instant::now().checked_sub(Duration::from_secs(1)).expect("uptime");
+        pace.looked(began);
+        assert!(pace.next >= cheap + Duration::from_secs(19), "{pace:?}");
+        assert!(!pace.is_due());
+    }
+}
