@@ -109,7 +109,7 @@ mod tests {
             .filter_map(|(_, r)| r.split('"').next())
             .map(str::to_owned)
             .collect();
-        assert_eq!(codes.len(), 18, "{codes:?}");
+        assert_eq!(codes.len(), 22, "{codes:?}");
         assert_eq!(listed("Errors"), codes);
     }
 
