@@ -207,8 +207,8 @@ impl World {
             if !row.closed && row.owner.is_none() && !row.parked {
                 self.complaints.push(format!("run {id} moves, and nobody owns it"));
             }
-            // An operator who takes a run to end it has half a minute.
-            let soon = now + Duration::seconds(30);
+            // An operator who takes a run to end it has half a minute, and the clock may be set back meanwhile.
+            let soon = now + Duration::seconds(60);
             if row.parked && row.inbox_n > row.inbox_seen && due.is_some_and(|at| *at > soon) {
                 self.complaints.push(format!("run {id} sleeps over a message"));
             }
@@ -423,7 +423,7 @@ impl World {
                 Err(refused) => {
                     self.happened.refused_starts += 1;
                     for i in refused {
-                        let refusal = Verdict::Refused { reason: "credits".into(), message: "none left".into() };
+                        let refusal = Verdict::Refused { reason: "quota".into(), message: "none left".into() };
                         verdicts[rest[i]] = Some(refusal);
                     }
                 }
@@ -471,7 +471,7 @@ impl World {
             8 => Err(Failure::retryable("transient.store", "x")),
             9 => Err(Failure::permanent("user.bad", "x")),
             10 => Err(Failure::new(FailureKind::TimedOut, "timeout.run", "x")),
-            _ => Err(Failure::blocked("credits", "none")),
+            _ => Err(Failure::blocked("quota", "none")),
         };
         driver.finished.push_back((path, attempt, result));
     }

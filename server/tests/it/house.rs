@@ -23,6 +23,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     (
         "sqlx",
         &[
+            "engine/src/bench/",
             "engine/src/client",
             "engine/src/committer.rs",
             "engine/src/embedded/",
