@@ -13,8 +13,9 @@ use tokio::{
     process::{Child, ChildStdin, Command},
 };
 
-/// Makes this program a worker: JSON of what it is to do.
-pub const CHILD: &str = "LOOPWRIGHT_BENCH_WORKER";
+/// Makes this program a worker: JSON of what it is to do. With an underscore: what begins with the product's name is
+/// configuration, and an unknown one is refused.
+pub const CHILD: &str = "_LOOPWRIGHT_BENCH_WORKER";
 /// Longest wait for a child to register.
 const START_PATIENCE: Duration = Duration::from_secs(30);
 /// Longest wait for a child to hand its runs back.
@@ -33,7 +34,8 @@ struct Task {
 /// When the worker cannot start.
 pub async fn child() -> Result<bool> {
     let Ok(text) = std::env::var(CHILD) else { return Ok(false) };
-    let task: Task = serde_json::from_str(&text).map_err(|e| Error::failed("reading LOOPWRIGHT_BENCH_WORKER", e))?;
+    let task: Task =
+        serde_json::from_str(&text).map_err(|e| Error::failed("reading the task of a worker process", e))?;
     let options = task.url.parse().map_err(Error::from)?;
     let mut config = WorkerConfig::new(host::pool(options), scene::registry());
     (config.slots, config.lease) = (task.slots, Duration::from_millis(task.lease_ms));
