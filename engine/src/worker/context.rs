@@ -12,7 +12,6 @@ use crate::{
 };
 use futures_util::future::BoxFuture;
 use serde_json::Value;
-use sqlx::Connection;
 use std::{
     sync::{Arc, Mutex},
     time::Instant,
@@ -60,8 +59,7 @@ impl Backend {
 
     async fn save_once(&self, key: &str, value: &Value) -> Result<(), Error> {
         Self::limit(value)?;
-        let mut conn = self.shared.pool.acquire().await?;
-        let mut tx = conn.begin().await?;
+        let mut tx = store::begin(&self.shared.pool).await?;
         if !store::checkpoints::fence(&mut tx, self.attempt.run_id, self.epoch).await? {
             return Err(Error::LeaseLost);
         }
@@ -71,8 +69,7 @@ impl Backend {
     }
 
     async fn open_once(&self, key: &str, reading: &Value) -> Result<(), Error> {
-        let mut conn = self.shared.pool.acquire().await?;
-        let mut tx = conn.begin().await?;
+        let mut tx = store::begin(&self.shared.pool).await?;
         if !store::checkpoints::fence(&mut tx, self.attempt.run_id, self.epoch).await? {
             return Err(Error::LeaseLost);
         }
@@ -90,8 +87,7 @@ impl Backend {
         if let Some((_, value)) = checkpoint {
             Self::limit(value)?;
         }
-        let mut conn = self.shared.pool.acquire().await?;
-        let mut tx = conn.begin().await?;
+        let mut tx = store::begin(&self.shared.pool).await?;
         let owned = store::checkpoints::fence(&mut tx, self.attempt.run_id, self.epoch).await?;
         // The reading is a fact about the outside: it is stored even when the attempt is stale. Its result is not,
         // and the hook is told so: nobody should pay for what is thrown away.
