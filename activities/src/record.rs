@@ -4,7 +4,7 @@
 //! under its own identity, so a second execution writes nothing.
 
 use crate::{fact::Outcome, todo::State};
-use loopwright_engine::{Failure, activity::AttemptInfo};
+use loopwright_engine::{Failure, activity::AttemptInfo, transaction};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use sqlx::PgPool;
@@ -174,7 +174,7 @@ pub async fn say(
     dedupe: &str,
     info: &AttemptInfo,
 ) -> Result<(), Failure> {
-    let mut tx = pool.begin().await.map_err(|e| store(&e))?;
+    let mut tx = transaction::begin(pool).await.map_err(|e| store(&e))?;
     let user: Option<Uuid> = sqlx::query_scalar("select user_id from projects where id = $1 for no key update")
         .bind(project)
         .fetch_optional(&mut *tx)

@@ -14,10 +14,10 @@ use crate::{
     sandbox,
 };
 use chrono::{DateTime, Utc};
-use loopwright_engine::{Failure, ids::AttemptId};
+use loopwright_engine::{Failure, ids::AttemptId, transaction};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use sqlx::{Connection, PgPool};
+use sqlx::PgPool;
 use std::{
     fs::File,
     io::ErrorKind,
@@ -619,8 +619,7 @@ impl Workspace {
         files: &[(String, Option<Vec<u8>>)],
         attempt: AttemptId,
     ) -> Result<bool, Failure> {
-        let mut conn = self.pool.acquire().await.map_err(|e| store(&e))?;
-        let mut tx = conn.begin().await.map_err(|e| store(&e))?;
+        let mut tx = transaction::begin(&self.pool).await.map_err(|e| store(&e))?;
         // Two first commits of one project: the row to lock does not exist yet.
         sqlx::query("select pg_advisory_xact_lock(hashtext('project_refs'), hashtext($1))")
             .bind(self.project.to_string())

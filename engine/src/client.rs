@@ -10,7 +10,6 @@ pub use pause::Why;
 
 use crate::{
     Error, Result,
-    committer::in_transaction,
     definition::{
         Bundle, Definition, Kind,
         inputs::{prepare, violations},
@@ -24,6 +23,7 @@ use crate::{
         inbox::{Kind as Message, Outgoing, Sent},
         runs::Standing,
     },
+    transaction::in_transaction,
     view::{HistoryRow, RunSummary, RunView, Waiting},
 };
 use serde_json::{Value, json};

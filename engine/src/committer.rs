@@ -7,14 +7,15 @@
 //! ```
 
 use crate::{
-    Error, Result,
+    Error,
     hook::{HookError, TransitionHook},
     store::{
         is_transient, retry_pause,
         transitions::{self, Item, Verdict},
     },
+    transaction::begin,
 };
-use sqlx::{Connection, PgConnection, PgPool};
+use sqlx::PgPool;
 use std::{future::Future, pin::Pin, sync::Arc};
 use tokio::sync::{mpsc, oneshot};
 
@@ -154,11 +155,11 @@ async fn without_refused(
 }
 
 async fn send(pool: &PgPool, hook: &dyn TransitionHook, items: &[Item]) -> std::result::Result<Sent, HookError> {
-    let mut conn = pool.acquire().await?;
     if items.iter().all(|i| i.effects.is_empty()) {
+        let mut conn = pool.acquire().await?;
         return Ok(Sent::Done(transitions::send(&mut conn, items).await.map_err(hook_error)?));
     }
-    let mut tx = conn.begin().await?;
+    let mut tx = begin(pool).await?;
     let verdicts = transitions::send(&mut tx, items).await.map_err(hook_error)?;
     crash_point("commit.after_transitions");
     let refused = transitions::apply_effects(&mut tx, items, &verdicts, hook).await?;
@@ -185,32 +186,4 @@ pub(crate) fn crash_point(name: &'static str) {
     crate::testing::crash_point(name);
     #[cfg(not(feature = "test-util"))]
     let _ = name;
-}
-
-/// Runs a closure in a transaction, again when Postgres asks for it.
-pub(crate) async fn in_transaction<T, F>(pool: &PgPool, work: F) -> Result<T>
-where
-    F: for<'c> Fn(&'c mut PgConnection) -> Pin<Box<dyn Future<Output = Result<T>> + Send + 'c>> + Send + Sync,
-    T: Send,
-{
-    let mut tries = 0;
-    loop {
-        let attempt = async {
-            let mut conn = pool.acquire().await?;
-            let mut tx = conn.begin().await?;
-            let value = work(&mut tx).await?;
-            tx.commit().await?;
-            Ok(value)
-        };
-        match attempt.await {
-            Err(Error::Sql(error)) if is_transient(&error) => match retry_pause(tries) {
-                Some(pause) => {
-                    tries += 1;
-                    tokio::time::sleep(pause).await;
-                }
-                None => return Err(Error::Sql(error)),
-            },
-            other => return other,
-        }
-    }
 }

@@ -35,6 +35,8 @@ mod store;
 #[cfg(feature = "test-util")]
 pub mod testing;
 #[cfg(feature = "runtime")]
+pub mod transaction;
+#[cfg(feature = "runtime")]
 pub mod worker;
 
 pub use error::{Error, Result};

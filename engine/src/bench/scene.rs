@@ -11,10 +11,10 @@ use crate::{
     failure::Failure,
     ids::{DefinitionHash, RunId},
     signature::Signature,
+    transaction,
 };
 use futures_util::future::{BoxFuture, try_join_all};
 use serde_json::{Value, json};
-use sqlx::Connection;
 use std::{collections::BTreeMap, time::Duration};
 
 /// Runs that one transaction starts.
@@ -187,9 +187,8 @@ pub(super) async fn start(
 ) -> Result<Vec<RunId>> {
     let lane = |mut left: usize| async move {
         let mut started = Vec::with_capacity(left);
-        let mut conn = host.pool.acquire().await?;
         while left > 0 {
-            let mut tx = conn.begin().await?;
+            let mut tx = transaction::begin(&host.pool).await?;
             for _ in 0..left.min(START_BATCH) {
                 let start = Start {
                     run_id: None,

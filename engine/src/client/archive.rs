@@ -4,7 +4,6 @@ use super::Client;
 use crate::{
     Error, Result,
     archive::{Archive, Header, Record, Writer},
-    committer::in_transaction,
     event::{self, Event},
     ids::{DefinitionHash, RunId},
     machine::{
@@ -12,6 +11,7 @@ use crate::{
         replay::{Replay, Replayed},
     },
     store,
+    transaction::in_transaction,
 };
 use std::{collections::VecDeque, sync::Arc};
 

@@ -3,13 +3,13 @@
 use super::{Client, Started, pause::checked};
 use crate::{
     Error, Result,
-    committer::in_transaction,
     definition::inputs::prepare,
     event::Event,
     ids::{DefinitionHash, RunId},
     machine::{self, Moment, RunState, fold},
     signature::Catalog,
     store::{self, definitions::Pinned, forks::Maker},
+    transaction::in_transaction,
 };
 use serde_json::{Map, Value};
 use sqlx::PgConnection;

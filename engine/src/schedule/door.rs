@@ -7,8 +7,8 @@ use super::{
 use crate::{
     Error, Result,
     client::{ATTRIBUTES_BYTES_MAX, Client, json_len},
-    committer::in_transaction,
     store::schedules::{self as store, NewAction, Stored},
+    transaction::in_transaction,
     worker::fire,
 };
 use chrono::{DateTime, Duration, Utc};

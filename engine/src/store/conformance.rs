@@ -18,6 +18,7 @@ use crate::{
     definition::{Bundle, Definition, FORMAT},
     embedded::testing::database,
     ids::{DefinitionHash, RunId, WorkerId},
+    transaction::begin,
 };
 use chrono::{DateTime, Duration, Utc};
 use serde_json::{Value, json};
@@ -214,14 +215,16 @@ impl Pair {
                     queue: String::new(),
                     topic: None,
                 };
-                let there = runs::start(&mut conn, &start, &self.definition, &json!({})).await.expect("start").created;
+                let mut tx = begin(&pool).await.expect("begin");
+                let there = runs::start(&mut tx, &start, &self.definition, &json!({})).await.expect("start").created;
+                tx.commit().await.expect("commit");
                 said("start", &there, &self.memory.start(run, "conformance", "default", json!({})))
             }
             12..=29 => {
                 let which = if self.random.bool() { Which::Any } else { Which::Messaged };
                 let queue = ["default", "other"][usize::from(self.random.u8(0..8) == 0)];
                 let many = i64::try_from(MANY).expect("small");
-                let there = ready::claim(&mut conn, worker, &[queue.to_owned()], which, None, many).await;
+                let there = ready::claim(&pool, worker, &[queue.to_owned()], which, None, many).await;
                 let there = there.ok().map(|claimed| claimed.runs.into_iter().collect::<BTreeSet<_>>());
                 let here = self.memory.claim(worker, &[queue], which, MANY).map(BTreeSet::from_iter);
                 said(&format!("claim {which:?} {queue}"), &there, &here)

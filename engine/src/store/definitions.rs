@@ -5,9 +5,10 @@ use crate::{
     client::{Deploy, Deployed, Version},
     definition::{Bundle, Definition},
     ids::DefinitionHash,
+    transaction,
 };
 use serde_json::Value;
-use sqlx::{Connection, PgConnection, PgPool, Row, types::Json};
+use sqlx::{PgConnection, PgPool, Row, types::Json};
 use std::collections::BTreeMap;
 
 /// A definition with its bundle, as runs are pinned to it.
@@ -21,8 +22,7 @@ pub(crate) async fn deploy(pool: &PgPool, deploy: Deploy) -> Result<Deployed> {
     let hash = deploy.definition.hash(&deploy.bundle);
     let name = deploy.definition.name.clone();
     let ir = serde_json::to_value(&deploy.definition).map_err(|e| Error::DefinitionInvalid(e.to_string()))?;
-    let mut conn = pool.acquire().await?;
-    let mut tx = conn.begin().await?;
+    let mut tx = transaction::begin(pool).await?;
     // Version numbers of one name are given one after the other.
     sqlx::query("select pg_advisory_xact_lock(hashtext($1))").bind(&name).execute(&mut *tx).await?;
     let known: Option<i32> = sqlx::query_scalar("select version from definitions where hash = $1")

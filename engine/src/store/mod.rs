@@ -23,15 +23,6 @@ use std::time::Duration;
 
 /// Wake-ups sent through this channel; the poll is the truth and right without it.
 pub(crate) const WAKE_CHANNEL: &str = "loopwright_ready";
-/// Begins a transaction in a task of its own.
-///
-/// A caller may be dropped at any await. sqlx queues no ROLLBACK for a BEGIN whose answer it has not seen, so a session would
-/// go back to the pool inside an open transaction, and the next one there would be told of commits that are none.
-pub(crate) async fn begin(pool: &sqlx::PgPool) -> crate::Result<sqlx::Transaction<'static, sqlx::Postgres>> {
-    let pool = pool.clone();
-    let begun = tokio::spawn(async move { pool.begin().await });
-    Ok(begun.await.map_err(|e| crate::Error::Invariant(format!("a transaction could not begin: {e}")))??)
-}
 
 /// Attempts of one transaction that Postgres refused for serialization, deadlock or a broken connection.
 const TRANSACTION_TRIES: u32 = 5;

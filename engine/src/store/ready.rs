@@ -3,9 +3,10 @@
 use crate::{
     Error, Result,
     ids::{RunId, WorkerId},
+    transaction,
 };
 use chrono::{DateTime, Utc};
-use sqlx::{Connection, PgConnection};
+use sqlx::PgPool;
 
 /// Which due runs to claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,14 +36,14 @@ pub(crate) struct Claimed {
 /// # Transaction
 /// One. Holds the worker's own row for key share, so that a takeover of this worker waits and then sees these claims.
 pub(crate) async fn claim(
-    conn: &mut PgConnection,
+    pool: &PgPool,
     worker: WorkerId,
     queues: &[String],
     which: Which,
     since: Option<DateTime<Utc>>,
     limit: i64,
 ) -> Result<Claimed> {
-    let mut tx = conn.begin().await?;
+    let mut tx = transaction::begin(pool).await?;
     let alive: Option<i32> = sqlx::query_scalar("select 1 from workers where id = $1 for key share")
         .bind(worker.0)
         .fetch_optional(&mut *tx)

@@ -9,11 +9,12 @@ use crate::{
     filter::FilterError,
     ids::{DefinitionHash, RunId, WorkerId},
     machine::{RunState, fold},
+    transaction,
     view::{Origin, RunStatus, RunSummary},
 };
 use chrono::{DateTime, Utc};
 use serde_json::Value;
-use sqlx::{Connection, PgConnection, PgPool, Postgres, QueryBuilder, Row, postgres::PgRow};
+use sqlx::{PgConnection, PgPool, Postgres, QueryBuilder, Row, postgres::PgRow};
 
 /// Longest search for runs. Chosen: whoever waits longer has gone.
 const LIST_TIMEOUT_MS: u32 = 10_000;
@@ -48,6 +49,9 @@ pub(crate) struct Loaded {
 }
 
 /// Inserts the run, its place in the queue and its business key; or finds the run that is there already.
+///
+/// # Transaction
+/// Must be inside one: it sets a savepoint.
 pub(crate) async fn start(
     conn: &mut PgConnection,
     start: &Start,
@@ -56,8 +60,8 @@ pub(crate) async fn start(
 ) -> Result<Started> {
     let run_id = start.run_id.unwrap_or_default();
     let queue = if start.queue.is_empty() { "default" } else { &start.queue };
-    // A savepoint inside the caller's transaction: a run whose key turns out to be taken was never there.
-    let mut tx = conn.begin().await?;
+    // A run whose key turns out to be taken was never there.
+    sqlx::query("savepoint start").execute(&mut *conn).await?;
     let inserted = sqlx::query(
         "with r as (insert into runs (shard, run_id, workflow, definition, workflow_id, status, parked, queue, attributes, topic, inputs)
            values ($1, $2, $3, $4, $5, 'pending', true, $6, $7, $8, $9) on conflict do nothing returning shard, run_id, queue)
@@ -72,12 +76,11 @@ pub(crate) async fn start(
     .bind(&start.attributes)
     .bind(&start.topic)
     .bind(inputs)
-    .execute(&mut *tx)
+    .execute(&mut *conn)
     .await?
     .rows_affected();
     if inserted == 0 {
         // Started before, and perhaps closed since: its key, if it had one, is none of our business.
-        tx.commit().await?;
         return Ok(Started { run_id, created: false });
     }
     if let Some(key) = &start.workflow_id {
@@ -89,14 +92,14 @@ pub(crate) async fn start(
         .bind(key)
         .bind(run_id.shard())
         .bind(run_id.0)
-        .fetch_optional(&mut *tx)
+        .fetch_optional(&mut *conn)
         .await?;
         if let Some(open) = taken {
-            tx.rollback().await?;
+            sqlx::query("rollback to savepoint start").execute(&mut *conn).await?;
             return Ok(Started { run_id: RunId(open), created: false });
         }
     }
-    tx.commit().await?;
+    sqlx::query("release savepoint start").execute(&mut *conn).await?;
     Ok(Started { run_id, created: true })
 }
 
@@ -279,7 +282,7 @@ fn matching(sql: &mut QueryBuilder<Postgres>, filter: &Filter) {
 
 /// A transaction whose statements end after [`LIST_TIMEOUT_MS`]: a filter may look at every run that there is.
 async fn bounded(pool: &PgPool) -> Result<sqlx::Transaction<'static, Postgres>> {
-    let mut tx = pool.begin().await?;
+    let mut tx = transaction::begin(pool).await?;
     sqlx::query("select set_config('statement_timeout', $1, true)")
         .bind(LIST_TIMEOUT_MS.to_string())
         .execute(&mut *tx)

@@ -5,7 +5,7 @@ use crate::{
     ids::{RunId, WorkerId},
 };
 use chrono::{DateTime, Utc};
-use sqlx::{Connection, PgConnection, PgPool};
+use sqlx::{PgConnection, PgPool};
 
 pub(crate) async fn register(
     pool: &PgPool,
@@ -29,15 +29,10 @@ pub(crate) async fn register(
 
 /// Renews the lease. `None` if this worker was declared dead. The database's time comes back with it.
 pub(crate) async fn heartbeat(conn: &mut PgConnection, worker: WorkerId) -> Result<Option<DateTime<Utc>>> {
-    let mut tx = conn.begin().await?;
     // A lost heartbeat costs a takeover, never a transition: no reason to wait for the disk.
-    sqlx::query("set local synchronous_commit = off").execute(&mut *tx).await?;
-    let now = sqlx::query_scalar("update workers set heartbeat_at = engine_now() where id = $1 returning engine_now()")
-        .bind(worker.0)
-        .fetch_optional(&mut *tx)
-        .await?;
-    tx.commit().await?;
-    Ok(now)
+    let beat = "update workers set heartbeat_at = engine_now()
+                where id = $1 and set_config('synchronous_commit', 'off', true) = 'off' returning engine_now()";
+    Ok(sqlx::query_scalar(beat).bind(worker.0).fetch_optional(conn).await?)
 }
 
 /// Declares workers dead whose lease is over. First of the two statements of a takeover: it waits for claims in flight.

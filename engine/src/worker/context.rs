@@ -9,6 +9,7 @@ use crate::{
     hook::{AttemptRef, HookError, Phase, Reading, Verdict},
     machine,
     store::{self, checkpoints::Progress},
+    transaction,
 };
 use futures_util::future::BoxFuture;
 use serde_json::Value;
@@ -59,7 +60,7 @@ impl Backend {
 
     async fn save_once(&self, key: &str, value: &Value) -> Result<(), Error> {
         Self::limit(value)?;
-        let mut tx = store::begin(&self.shared.pool).await?;
+        let mut tx = transaction::begin(&self.shared.pool).await?;
         if !store::checkpoints::fence(&mut tx, self.attempt.run_id, self.epoch).await? {
             return Err(Error::LeaseLost);
         }
@@ -69,7 +70,7 @@ impl Backend {
     }
 
     async fn open_once(&self, key: &str, reading: &Value) -> Result<(), Error> {
-        let mut tx = store::begin(&self.shared.pool).await?;
+        let mut tx = transaction::begin(&self.shared.pool).await?;
         if !store::checkpoints::fence(&mut tx, self.attempt.run_id, self.epoch).await? {
             return Err(Error::LeaseLost);
         }
@@ -87,7 +88,7 @@ impl Backend {
         if let Some((_, value)) = checkpoint {
             Self::limit(value)?;
         }
-        let mut tx = store::begin(&self.shared.pool).await?;
+        let mut tx = transaction::begin(&self.shared.pool).await?;
         let owned = store::checkpoints::fence(&mut tx, self.attempt.run_id, self.epoch).await?;
         // The reading is a fact about the outside: it is stored even when the attempt is stale. Its result is not,
         // and the hook is told so: nobody should pay for what is thrown away.

@@ -12,7 +12,7 @@
 use crate::{
     Error, Result,
     client::{Client, Start},
-    committer::{crash_point, in_transaction},
+    committer::crash_point,
     definition::inputs::prepare,
     ids::RunId,
     schedule::{
@@ -26,6 +26,7 @@ use crate::{
         is_transient,
         schedules::{self as store, NewAction, Stored},
     },
+    transaction::in_transaction,
 };
 use chrono::{DateTime, Duration, Utc};
 use serde_json::{Value, json};

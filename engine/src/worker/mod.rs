@@ -292,13 +292,13 @@ async fn give_back_strays(shared: &Shared, suspects: &HashSet<(RunId, i64)>) -> 
 
 /// True if there may be more to claim at once.
 async fn poll_once(shared: &Arc<Shared>, queues: &[String], tasks: &TaskTracker, looks: &mut Looks) -> Result<bool> {
-    let mut conn = shared.pool.acquire().await?;
     let driven: Vec<RunId> = shared.drivers.lock().expect("no panic while held").keys().copied().collect();
     let owned = driven.len();
     looks.owed = owned > 0 && !looks.messages.is_due();
     if owned > 0 && !looks.owed {
         let began = Instant::now();
-        for (run, _) in store::workers::unread(&mut conn, &driven).await? {
+        let unread = store::workers::unread(&mut *shared.pool.acquire().await?, &driven).await?;
+        for (run, _) in unread {
             if let Some(notify) = shared.drivers.lock().expect("no panic while held").get(&run) {
                 notify.notify_one();
             }
@@ -321,8 +321,7 @@ async fn poll_once(shared: &Arc<Shared>, queues: &[String], tasks: &TaskTracker,
     let whole = which == Which::Messaged || looks.whole.is_due();
     let (since, began) = (looks.since.filter(|_| !whole), Instant::now());
     let most = i64::try_from(limit).unwrap_or(1);
-    let claimed = store::ready::claim(&mut conn, shared.id, queues, which, since, most).await?;
-    drop(conn);
+    let claimed = store::ready::claim(&shared.pool, shared.id, queues, which, since, most).await?;
     match which {
         Which::Messaged => looks.crowded.looked(began),
         Which::Any => {

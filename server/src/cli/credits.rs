@@ -13,6 +13,7 @@ use loopwright_activities::billing::{
     MicroCredits,
     ledger::{self, GrantSource},
 };
+use loopwright_engine::transaction;
 use serde_json::json;
 use uuid::Uuid;
 
@@ -137,7 +138,7 @@ async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<u8> {
 /// # Transaction
 /// One; locks runs, then the account. Waking first is not too early: the runs hear of it with the commit.
 async fn grant(app: &App, user: Uuid, amount: MicroCredits, reference: &str) -> anyhow::Result<bool> {
-    let mut tx = app.pool.begin().await?;
+    let mut tx = transaction::begin(&app.pool).await?;
     app.client.unblock_in(&mut tx, &json!({"user_id": user.to_string()})).await?;
     let granted = ledger::grant(&mut tx, user, GrantSource::Promo, reference, amount, None).await?;
     tx.commit().await?;

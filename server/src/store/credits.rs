@@ -3,6 +3,7 @@
 use super::{Error, Page, Store};
 use chrono::{DateTime, Utc};
 use loopwright_activities::billing::audit::{self, Violation};
+use loopwright_engine::transaction;
 use serde::Serialize;
 use sqlx::PgExecutor;
 use uuid::Uuid;
@@ -107,7 +108,7 @@ impl Store {
     /// # Transaction
     /// One snapshot, so that work going on does not look like a difference. Read only.
     pub async fn audit(&self) -> Result<Vec<Violation>, Error> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = transaction::begin(&self.pool).await?;
         sqlx::query("set transaction isolation level repeatable read, read only").execute(&mut *tx).await?;
         let found = audit::run(&mut tx).await?;
         tx.rollback().await?;

@@ -2,7 +2,7 @@
 
 use super::{Error, Page, Store};
 use chrono::{DateTime, Utc};
-use loopwright_engine::{client::Start, ids::DefinitionHash};
+use loopwright_engine::{client::Start, ids::DefinitionHash, transaction};
 use serde::Serialize;
 use sqlx::PgExecutor;
 use uuid::Uuid;
@@ -205,7 +205,7 @@ impl Store {
         client: &loopwright_engine::client::Client,
         project: Uuid,
     ) -> Result<u64, loopwright_engine::Error> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = transaction::begin(&self.pool).await?;
         let woken = client.unblock_in(&mut tx, &serde_json::json!({ "project_id": project.to_string() })).await?;
         tx.commit().await?;
         client.wake().await;

@@ -2,6 +2,7 @@
 
 use super::{Error, Store};
 use loopwright_activities::billing::ledger::{self, Identity};
+use loopwright_engine::transaction;
 use uuid::Uuid;
 
 /// A user as the edges need it.
@@ -38,7 +39,7 @@ impl Store {
 
     async fn create_user(&self, issuer: &str, subject: &str) -> Result<User, Error> {
         let identity = Identity::Token { issuer: issuer.to_owned(), subject: subject.to_owned() };
-        let mut tx = self.pool.begin().await?;
+        let mut tx = transaction::begin(&self.pool).await?;
         let (id, _) = ledger::ensure_user(&mut tx, &identity, self.welcome).await?;
         tx.commit().await?;
         Ok(User { id, blocked: false })

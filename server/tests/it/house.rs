@@ -237,6 +237,21 @@ fn modules_do_not_reach_over_their_walls() {
     none(&problems);
 }
 
+/// `loopwright_engine::transaction` says why.
+#[test]
+fn transactions_begin_in_one_place() {
+    let mut problems = Vec::new();
+    for (file, code) in all_sources().into_iter().filter(|(file, _)| file != "engine/src/transaction.rs") {
+        for (n, line) in code.lines().enumerate().filter(|(_, line)| !is_comment(line)) {
+            let its_own = line.contains("store.begin()") || line.contains("self.begin()");
+            if (line.contains(".begin()") && !its_own) || line.contains(".begin_with(") {
+                problems.push(format!("{file}:{}: a transaction begins by `transaction::begin`", n + 1));
+            }
+        }
+    }
+    none(&problems);
+}
+
 #[test]
 fn the_engine_knows_no_word_of_its_users() {
     let mut problems = Vec::new();

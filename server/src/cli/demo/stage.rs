@@ -13,6 +13,7 @@ use loopwright_activities::billing::{
 use loopwright_engine::{
     client::{Decision, Filter, Signal, Start},
     ids::RunId,
+    transaction,
     view::{RunView, Waiting},
 };
 use serde_json::{Value, json};
@@ -126,7 +127,7 @@ impl Stage {
         app.store.create_project_as(project, user, &subject.name, &subject.idea, crate::rest::WORKFLOW).await?;
         let known = app.store.project(user, project).await?.context("the demo's project is gone")?;
         if !subject.rehearsed {
-            let mut tx = app.pool.begin().await?;
+            let mut tx = transaction::begin(&app.pool).await?;
             let have = ledger::balance(&mut tx, user).await?.available();
             let missing = MicroCredits(MicroCredits::from_credits(IDEA_CREDITS).0 - have.0);
             if missing.0 > 0 {

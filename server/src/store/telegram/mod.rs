@@ -9,6 +9,7 @@ pub mod orders;
 pub mod outbox;
 
 use super::{Error, Store};
+use loopwright_engine::transaction;
 
 /// A transaction over the bot's, the ledger's and the engine's rows.
 pub type Tx = sqlx::Transaction<'static, sqlx::Postgres>;
@@ -16,7 +17,7 @@ pub type Tx = sqlx::Transaction<'static, sqlx::Postgres>;
 impl Store {
     /// Begins a transaction. Dropping it undoes everything.
     pub async fn begin(&self) -> Result<Tx, Error> {
-        Ok(self.pool.begin().await?)
+        Ok(transaction::begin(&self.pool).await?)
     }
 }
 
