@@ -23,7 +23,7 @@ use crate::{
         inbox::{Kind as Message, Outgoing, Sent},
         runs::Standing,
     },
-    transaction::in_transaction,
+    transaction::{self, in_transaction},
     view::{HistoryRow, RunSummary, RunView, Waiting},
 };
 use serde_json::{Value, json};
@@ -312,6 +312,21 @@ impl Client {
     /// transaction, for example the one that grants credits. Returns how many; call [`Self::wake`] after the commit.
     pub async fn unblock_in(&self, conn: &mut PgConnection, attributes: &Value) -> Result<u64> {
         store::inbox::unblock(conn, attributes).await
+    }
+
+    /// Wakes the oldest `limit` runs whose attributes match and that are parked for one of `reasons`, the words of a hook's
+    /// refusals: when somebody gives back a little of what many wait for. Returns how many.
+    ///
+    /// # Transaction
+    /// One; locks the runs.
+    pub async fn unblock_waiting(&self, attributes: &Value, reasons: &[&str], limit: u32) -> Result<u64> {
+        let mut tx = transaction::begin(&self.pool).await?;
+        let woken = store::inbox::unblock_waiting(&mut tx, attributes, reasons, limit).await?;
+        tx.commit().await?;
+        if woken > 0 {
+            self.wake().await;
+        }
+        Ok(woken)
     }
 
     /// Tells workers of all processes to look for due runs now. Best effort: they look by themselves soon.

@@ -26,7 +26,6 @@ use loopwright_activities::{
 };
 use loopwright_engine::{
     client::Client,
-    hook::TransitionHook,
     signature::Catalog,
     worker::{self, WorkerConfig, WorkerHandle},
 };
@@ -57,7 +56,7 @@ pub struct App {
     pub client: Client,
     pub store: Store,
     /// The ledger; the same for workers and client.
-    pub hook: Arc<dyn TransitionHook>,
+    pub hook: Arc<LedgerHook>,
     /// Address of the database, for child processes.
     pub database_url: String,
     server: Option<loopwright_engine::embedded::Server>,
@@ -298,6 +297,7 @@ pub async fn run_worker(app: &App, models: &Models, mut stop: watch::Receiver<bo
             () = worker.fenced() => true,
             // Nobody left to say so means stop as well.
             _ = async { stop.wait_for(|stop| *stop).await.is_ok() } => false,
+            never = app.hook.wake_waiting(&app.client) => match never {},
         };
         worker.drain(if fenced { Duration::ZERO } else { grace }).await;
         if !fenced {
@@ -379,6 +379,6 @@ pub fn billing(config: &Config) -> BillingSettings {
 }
 
 /// The ledger's part in the engine's transactions.
-fn hook(config: &Config) -> Arc<dyn TransitionHook> {
+fn hook(config: &Config) -> Arc<LedgerHook> {
     Arc::new(LedgerHook::new(billing(config)))
 }

@@ -6,16 +6,20 @@ use super::{
     ledger::{self, LedgerError},
     money::{MicroCredits, Rate},
     price,
+    returned::Returned,
 };
 use crate::usage::{CallClosed, CallOpened, CallState, PlannedCall, Reserve};
 use chrono::{DateTime, Utc};
 use futures_util::future::BoxFuture;
-use loopwright_engine::hook::{
-    AttemptRef, AttemptStart, HookError, Outcome, Phase, Reading, Refusal, Transition, TransitionHook, Verdict,
+use loopwright_engine::{
+    client::Client,
+    hook::{
+        AttemptRef, AttemptStart, HookError, Outcome, Phase, Reading, Refusal, Transition, TransitionHook, Verdict,
+    },
 };
 use serde_json::Value;
 use sqlx::PgConnection;
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, convert::Infallible};
 use uuid::Uuid;
 
 /// Smallest hold, in micro-credits: an attempt that expects no call still may make a cheap one.
@@ -24,8 +28,11 @@ const HOLD_MIN_UCR: i64 = 10_000;
 /// Failure code of a run whose budget is used up: nothing that it could wait for gives it more.
 const BUDGET: &str = "budget.run";
 
+/// What a step waits for when the user has too few credits.
+pub(super) const CREDITS: &str = "credits";
+
 /// What a step waits for when others hold the rest of the budget.
-const BUDGET_HELD: &str = "budget";
+pub(super) const BUDGET_HELD: &str = "budget";
 
 /// How credits are counted.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +51,7 @@ impl Default for BillingSettings {
 /// Implements the engine's hook over the ledger.
 pub struct LedgerHook {
     settings: BillingSettings,
+    returned: Returned,
 }
 
 /// Whose credits an attempt uses.
@@ -55,7 +63,13 @@ struct Owner {
 impl LedgerHook {
     #[must_use]
     pub fn new(settings: BillingSettings) -> Self {
-        Self { settings }
+        Self { settings, returned: Returned::default() }
+    }
+
+    /// Wakes runs that wait for credits which others of their user have given back by ending an attempt in this process.
+    /// Never returns. Without it such a run looks again every [`loopwright_engine::machine::BLOCKED_RETRY_MS`].
+    pub async fn wake_waiting(&self, client: &Client) -> Infallible {
+        self.returned.wake(client).await
     }
 
     /// Places the first hold of an attempt. `others` is what its siblings of the same transition need at least: it is left
@@ -93,7 +107,7 @@ impl LedgerHook {
                 "needs {} credits, {available} are available; add credits and it goes on by itself",
                 MicroCredits(needed)
             );
-            return Ok(Some(("credits".into(), message)));
+            return Ok(Some((CREDITS.into(), message)));
         }
         let budget = budget_left(conn, attempt).await?;
         if budget.is_some_and(|left| left.0 < needed) {
@@ -176,7 +190,7 @@ impl LedgerHook {
             let available = hold::reservable(conn, owner.user, balance).await?;
             if available < more {
                 return refused(
-                    "credits",
+                    CREDITS,
                     format!(
                         "the next call needs {more} credits more, {available} are available; add credits and it goes on by itself"
                     ),
@@ -423,6 +437,9 @@ impl TransitionHook for LedgerHook {
                     Outcome::Failed | Outcome::TimedOut | Outcome::Cancelled | Outcome::Blocked => "failed",
                 };
                 hold::settle(conn, end.attempt.attempt_id.0, state).await.map_err(hook_error)?;
+                if let Some(owner) = owner(&end.attempt) {
+                    self.returned.add(owner.user);
+                }
             }
             let mut refusals = Vec::new();
             for transition in transitions {

@@ -10,6 +10,7 @@ pub mod hook;
 pub mod ledger;
 pub mod money;
 pub mod price;
+mod returned;
 
 pub use hook::{BillingSettings, LedgerHook};
 pub use money::{MicroCredits, PicoUsd, Rate};

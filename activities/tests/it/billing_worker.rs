@@ -9,7 +9,7 @@ use loopwright_activities::{
 use loopwright_engine::{
     Failure,
     activity::{Activity, Context, Registry},
-    client::{Client, Deploy, Start},
+    client::{Client, Deploy, Filter, Start},
     definition::{Bundle, Definition, FORMAT},
     ids::RunId,
     signature::Signature,
@@ -200,4 +200,58 @@ async fn branches_that_cannot_all_be_paid_together_take_turns() {
         assert_eq!(bench.balance().await, (balance * 1_000_000 - count * CALL_UCR, 0));
         assert_eq!(bench.violations().await, [""; 0]);
     }
+}
+
+/// [`Calls`], which says when it has begun and goes on when it is told.
+struct Holds {
+    began: Arc<Notify>,
+    go: Arc<Notify>,
+}
+
+impl Activity for Holds {
+    fn signature(&self) -> Signature {
+        Signature { name: "holds@1".into(), ..signature() }
+    }
+    fn run(&self, ctx: Context, input: Value) -> BoxFuture<'static, Result<Value, Failure>> {
+        let (began, go) = (self.began.clone(), self.go.clone());
+        Box::pin(async move {
+            began.notify_one();
+            go.notified().await;
+            Calls.run(ctx, input).await
+        })
+    }
+    fn reserve(&self, input: &Value) -> Value {
+        Calls.reserve(input)
+    }
+}
+
+#[tokio::test]
+async fn a_run_goes_on_when_another_one_of_its_user_gives_back_what_it_held() {
+    // Each needs 1.44 credits before it may start and uses 0.36.
+    let bench = Bench::new(2).await;
+    let (began, go) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+    let hook = Arc::new(LedgerHook::new(BillingSettings::default()));
+    let registry = Registry::new().with(Calls).with(Holds { began: began.clone(), go: go.clone() });
+    let mut config = WorkerConfig::new(bench.pool.clone(), registry);
+    config.hook = hook.clone();
+    let worker = worker::start(config).await.expect("worker");
+    let client = Client::new(bench.pool.clone(), hook.clone());
+    let step = |name: &str| json!([{"id": "call", "kind": {"activity": {"name": name, "with": {}}}}]);
+    let holder = start(&bench, &client, step("holds@1")).await;
+    began.notified().await;
+    let waiter = start(&bench, &client, step("calls@1")).await;
+    let mut seq = 0;
+    while client.list(Filter::default()).await.expect("runs").iter().all(|r| r.waiting.as_deref() != Some("credits")) {
+        seq = client.wait_change(waiter, seq, Duration::from_secs(1)).await.expect("run");
+    }
+    go.notify_one();
+    let both = async { (closed(&client, holder).await, closed(&client, waiter).await) };
+    let ends = tokio::select! {
+        ends = both => ends,
+        never = hook.wake_waiting(&client) => match never {},
+    };
+    assert_eq!(ends, (RunStatus::Completed, RunStatus::Completed));
+    worker.drain(Duration::from_secs(10)).await;
+    assert_eq!(bench.balance().await, (2_000_000 - 2 * CALL_UCR, 0));
+    assert_eq!(bench.violations().await, [""; 0]);
 }

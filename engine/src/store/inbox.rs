@@ -154,7 +154,7 @@ fn text(payload: &Value, key: &str) -> String {
     payload.get(key).and_then(Value::as_str).unwrap_or_default().to_owned()
 }
 
-/// Wakes the parked runs that wait as blocked and whose attributes match. Returns how many.
+/// Wakes the open runs whose attributes match, at most 10,000. Returns how many.
 pub(crate) async fn unblock(conn: &mut PgConnection, attributes: &Value) -> Result<u64> {
     let runs: Vec<uuid::Uuid> = sqlx::query_scalar(
         "select run_id from runs where attributes @> $1 and closed_at is null and status <> 'quarantined' order by run_id limit 10000",
@@ -162,6 +162,29 @@ pub(crate) async fn unblock(conn: &mut PgConnection, attributes: &Value) -> Resu
     .bind(attributes)
     .fetch_all(&mut *conn)
     .await?;
+    unblock_all(conn, runs).await
+}
+
+/// Wakes the oldest `limit` parked runs that wait for one of `reasons` and whose attributes match. Returns how many.
+pub(crate) async fn unblock_waiting(
+    conn: &mut PgConnection,
+    attributes: &Value,
+    reasons: &[&str],
+    limit: u32,
+) -> Result<u64> {
+    let runs: Vec<uuid::Uuid> = sqlx::query_scalar(
+        "select run_id from runs where attributes @> $1 and closed_at is null and parked and waiting = any($2)
+           and status <> 'quarantined' order by run_id limit $3",
+    )
+    .bind(attributes)
+    .bind(reasons)
+    .bind(i64::from(limit))
+    .fetch_all(&mut *conn)
+    .await?;
+    unblock_all(conn, runs).await
+}
+
+async fn unblock_all(conn: &mut PgConnection, runs: Vec<uuid::Uuid>) -> Result<u64> {
     let mut woken = 0;
     for run in runs {
         let message = Outgoing {
