@@ -9,10 +9,10 @@ use super::{
 use crate::{
     definition::{Exhausted, Expr, Kind, RepeatCondition},
     ids::DefinitionHash,
+    transaction,
     worker::{self, WorkerConfig},
 };
 use serde_json::json;
-use sqlx::Connection;
 use std::{
     sync::{
         Arc,
@@ -97,8 +97,8 @@ async fn pinned(host: &Host, duration: Duration, progress: &dyn Fn(&str), report
     // The first moments fill caches and the first connections.
     load(host, definition, &steps, before / 5).await?;
     let alone = load(host, definition, &steps, before).await?;
-    let mut old = host.pool.acquire().await?;
-    let mut tx = old.begin_with("begin isolation level repeatable read").await?;
+    let mut tx = transaction::begin(&host.pool).await?;
+    sqlx::query("set transaction isolation level repeatable read").execute(&mut *tx).await?;
     sqlx::query("select count(*) from runs").execute(&mut *tx).await?;
     progress("steady load beside a pinned snapshot");
     let mut rates = Vec::new();
@@ -106,7 +106,6 @@ async fn pinned(host: &Host, duration: Duration, progress: &dyn Fn(&str), report
         rates.push(load(host, definition, &steps, duration / 10).await?);
     }
     tx.rollback().await?;
-    drop(old);
     worker.drain(Duration::from_secs(10)).await;
     let last = rates.last().copied().unwrap_or(f64::NAN);
     let worst = rates.iter().copied().fold(f64::INFINITY, f64::min);

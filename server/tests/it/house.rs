@@ -31,6 +31,7 @@ const ROOMS: &[(&str, &[&str])] = &[
             "engine/src/hook.rs",
             "engine/src/migrate.rs",
             "engine/src/store/",
+            "engine/src/transaction.rs",
             "engine/src/worker/",
             "activities/src/billing/",
             // The stores of activities: files and commits, facts and conversation, the project's state, what they share.
