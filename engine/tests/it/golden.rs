@@ -1,0 +1,267 @@
+//! Histories that earlier releases wrote, kept in `tests/golden`, one archive a line of the folder: every release folds them
+//! to what they were and decides them again as they were decided.
+//!
+//! A new kind of event needs a history that holds it: let a scenario below meet it, then
+//! `GOLDEN=<name> cargo test -p loopwright-engine --test it golden -- --ignored` writes `tests/golden/<name>-*.jsonl`.
+//! Files that are there stay as they are: they are the evidence of what was once stored.
+
+use crate::{
+    archive::exported,
+    bench::{Bench, Gate, definition, e, step, work},
+};
+use loopwright_engine::{
+    Failure,
+    archive::Archive,
+    client::{At, Decision, Fork, Signal, Why},
+    definition::{
+        Approval, Await, Branch, CallVersion, Catch, Data, Definition, Exhausted, Join, Kind, OnCancel, OnItemFailure,
+        OnTimeout, RepeatCondition, Step, WaitUntil,
+    },
+    event::Event,
+    ids::RunId,
+    view::{RunStatus, RunView},
+};
+use serde_json::{Map, Value, json};
+use std::{collections::BTreeSet, fs, path::PathBuf, sync::atomic::Ordering, time::Duration};
+
+fn folder() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
+}
+
+/// Name and text of every archive.
+fn golden() -> Vec<(String, String)> {
+    let mut found: Vec<_> = fs::read_dir(folder())
+        .expect("folder")
+        .map(|entry| entry.expect("entry").path())
+        .map(|path| (path.file_name().expect("name").display().to_string(), fs::read_to_string(&path).expect("text")))
+        .collect();
+    found.sort();
+    found
+}
+
+/// Words of the vocabulary, from the one place where none can be left out.
+fn vocabulary() -> BTreeSet<String> {
+    let source = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/src/event.rs")).expect("source");
+    let body = source.split("pub enum Event {").nth(1).expect("enum").split("\n}\n").next().expect("end");
+    let variants = body.lines().filter_map(|l| l.strip_prefix("    ")).filter(|l| l.starts_with(char::is_uppercase));
+    let snake = |name: &str| {
+        name.chars().enumerate().fold(String::new(), |mut word, (i, c)| {
+            if c.is_uppercase() && i > 0 {
+                word.push('_');
+            }
+            word.push(c.to_ascii_lowercase());
+            word
+        })
+    };
+    variants.map(|l| snake(l.split([' ', '{', ',']).next().expect("name"))).collect()
+}
+
+#[test]
+fn every_golden_history_folds_and_is_decided_again() {
+    let mut words = BTreeSet::new();
+    for (name, text) in golden() {
+        let archive = Archive::read(text.as_bytes()).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let replayed = archive.replay(None).unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert_eq!(replayed.divergence, None, "{name}");
+        words.extend(archive.history.iter().flat_map(|row| events(&row.events)).map(word));
+    }
+    let missing: Vec<_> = vocabulary().into_iter().filter(|w| !words.contains(w)).collect();
+    assert_eq!(missing, [String::new(); 0], "no golden history holds these: see the top of this file");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_golden_history_is_imported_and_shows_what_it_did() {
+    let bench = Bench::new().await;
+    for (name, text) in golden() {
+        let archive = Archive::read(text.as_bytes()).expect("valid");
+        let stored = archive.header.run.status;
+        let run = bench.client.import(archive.clone()).await.unwrap_or_else(|error| panic!("{name}: {error}"));
+        let view = bench.client.describe(run).await.expect("run");
+        let closed = archive.history.iter().flat_map(|row| events(&row.events)).find_map(|event| match event {
+            Event::RunClosed { status, output, .. } => Some((status, output)),
+            _ => None,
+        });
+        let (status, output) = closed.expect("golden runs are closed");
+        assert_eq!((view.status, &view.output), (status, &output), "{name}");
+        assert_eq!(status, stored, "{name}");
+        assert_eq!(bench.client.replay(run, None).await.expect("folds").divergence, None, "{name}");
+    }
+}
+
+fn events(stored: &[Value]) -> Vec<Event> {
+    stored.iter().map(|event| serde_json::from_value(event.clone()).expect("event")).collect()
+}
+
+fn word(event: Event) -> String {
+    serde_json::to_value(event).expect("json")["type"].as_str().expect("tag").to_owned()
+}
+
+fn awaits(id: &str, remind_ms: Vec<u64>, approval: Option<Approval>) -> Step {
+    step(
+        id,
+        Kind::Await(Box::new(Await {
+            signal: id.into(),
+            timeout_ms: 600_000,
+            form: None,
+            show: None,
+            to: vec![],
+            filter: None,
+            remind_ms,
+            on_timeout: OnTimeout::Fail,
+            default: None,
+            approval,
+        })),
+    )
+}
+
+/// Nearly everything that a run can do.
+fn everything() -> Definition {
+    let literal = |value: Value| vec![("is", Data::Literal(value))];
+    let mut skipped = work("skipped", &[]);
+    skipped.condition = Some(e("false"));
+    let mut caught = work("caught", &literal(json!("permanent")));
+    caught.catch = vec![Catch { on: vec!["*".into()], condition: None, steps: vec![work("handler", &[])] }];
+    let mut endures = work("endures", &literal(json!("permanent")));
+    endures.continue_on_error = true;
+    let branch = |name: &str, steps| Branch { name: name.into(), steps };
+    let parallel = Kind::Parallel {
+        branches: vec![branch("l", vec![work("l1", &[])]), branch("r", vec![endures])],
+        join: Join::Settled,
+        fail_fast: false,
+    };
+    let race = Kind::Parallel {
+        branches: vec![branch("won", vec![work("w", &[])]), branch("lost", vec![work("s", &literal(json!("slow")))])],
+        join: Join::First,
+        fail_fast: false,
+    };
+    let each = Kind::Foreach {
+        list: e("[1, 2, 3]"),
+        key: None,
+        max_items: 3,
+        concurrency: 2,
+        on_item_failure: OnItemFailure::Continue,
+        steps: vec![work("i", &[("n", Data::Expr(e("item")))])],
+        outputs: None,
+    };
+    let rounds = Kind::Repeat {
+        steps: vec![work("draft", &[])],
+        max_rounds: 2,
+        condition: RepeatCondition::While(e("true")),
+        delay_ms: 20,
+        exhausted: Exhausted::Continue,
+        transparent: false,
+        gate: None,
+        outputs: None,
+    };
+    let call = Kind::Call {
+        workflow: "part".into(),
+        version: CallVersion::Latest,
+        with: Default::default(),
+        on_cancel: OnCancel::Propagate,
+    };
+    let mut all = definition(
+        "everything",
+        vec![
+            skipped,
+            work("flaky", &literal(json!("retryable"))),
+            caught,
+            step("both", parallel),
+            step("race", race),
+            step("each", each),
+            step("rounds", rounds),
+            step("pause", Kind::Wait { until: WaitUntil::For(20) }),
+            awaits("word", vec![10], None),
+            awaits("release", vec![], Some(Approval { quorum: 2, fail_on_reject: false })),
+            step("part", call),
+            work("last", &[]),
+        ],
+    );
+    all.finally = vec![work("clean", &[])];
+    all
+}
+
+async fn says(bench: &Bench, run: RunId, name: &str, id: &str) {
+    let signal = Signal { name: name.into(), payload: json!({"text": id}), dedupe_id: Some(id.into()), sender: None };
+    bench.client.signal(run, signal).await.expect("signal");
+}
+
+fn waits_at(view: &RunView, path: &str) -> bool {
+    view.nodes.iter().any(|node| node.path == path) && !view.waiting.is_empty()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "writes files: see the top"]
+async fn write_golden() {
+    let name = std::env::var("GOLDEN").expect("GOLDEN=<name>");
+    let bench = Bench::new().await;
+    let gate = Gate::new();
+    let held = gate.clone();
+    bench.script(move |ctx, input| {
+        let gate = held.clone();
+        async move {
+            match input["is"].as_str() {
+                Some("retryable") if ctx.info().attempt == 1 => Err(Failure::retryable("transient.network", "x")),
+                Some("permanent") => Err(Failure::permanent("check.failed", "x")),
+                Some("slow") => {
+                    ctx.cancellation().cancelled().await;
+                    Err(Failure::permanent("cancelled", "x"))
+                }
+                Some("held") => {
+                    gate.pass().await;
+                    Ok(input)
+                }
+                _ => Ok(input),
+            }
+        }
+    });
+    bench.deploy(definition("part", vec![work("inner", &[])])).await;
+    bench.hook.refuse.store(true, Ordering::SeqCst);
+    let worker = bench.worker().await;
+    let whole = bench.start(everything(), json!({})).await;
+    bench.until(whole, "blocked", |v| !v.waiting.is_empty()).await;
+    for n in 0..=100 {
+        says(&bench, whole, "word", &format!("{n}")).await;
+    }
+    bench.client.pause(whole, Why { reason: "look".into(), ..Why::default() }).await.expect("pause");
+    bench.until(whole, "paused", |v| v.status == RunStatus::Paused).await;
+    bench.hook.refuse.store(false, Ordering::SeqCst);
+    bench.client.resume(whole, Why::default()).await.expect("resume");
+    let mut tx = loopwright_engine::transaction::begin(&bench.pool).await.expect("begin");
+    bench.client.unblock_in(&mut tx, &json!({})).await.expect("unblock");
+    tx.commit().await.expect("commit");
+    bench.client.wake().await;
+    bench.until(whole, "approval", |v| waits_at(v, "release")).await;
+    for person in ["ada", "bob"] {
+        bench
+            .client
+            .approve(whole, "release", Decision::Approved, None, Some(person.into()), Some(person.into()))
+            .await
+            .expect("approve");
+    }
+    bench.closed(whole).await;
+
+    let fork =
+        Fork { run_id: None, at: At::Step("part".into()), inputs: Map::new(), definition: None, reason: "try".into() };
+    let forked = bench.client.fork(whole, fork).await.expect("fork").run_id;
+    bench.closed(forked).await;
+
+    let patient = definition("patient", vec![awaits("word", vec![10], None), work("never", &[])]);
+    let cancelled = bench.start(patient, json!({})).await;
+    bench.until(cancelled, "reminded", |v| !v.waiting.is_empty() && v.seq >= 2).await;
+    bench.client.cancel(cancelled, "enough").await.expect("cancel");
+    bench.closed(cancelled).await;
+
+    let busy = definition("busy", vec![work("held", &[("is", Data::Literal(json!("held")))])]);
+    let ended = bench.start(busy, json!({})).await;
+    gate.arrived(1).await;
+    bench.client.terminate(ended, "at once").await.expect("terminate");
+    bench.closed(ended).await;
+    gate.open(1);
+
+    fs::create_dir_all(folder()).expect("folder");
+    for (what, run) in [("everything", whole), ("fork", forked), ("cancelled", cancelled), ("terminated", ended)] {
+        let path = folder().join(format!("{name}-{what}.jsonl"));
+        fs::write(path, exported(&bench, run).await).expect("written");
+    }
+    worker.drain(Duration::from_secs(10)).await;
+}
