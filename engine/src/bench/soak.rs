@@ -99,6 +99,7 @@ async fn pinned(host: &Host, duration: Duration, progress: &dyn Fn(&str), report
     let alone = load(host, definition, &steps, before).await?;
     let mut tx = transaction::begin(&host.pool).await?;
     sqlx::query("set transaction isolation level repeatable read").execute(&mut *tx).await?;
+    sqlx::query("set local idle_in_transaction_session_timeout = 0").execute(&mut *tx).await?;
     sqlx::query("select count(*) from runs").execute(&mut *tx).await?;
     progress("steady load beside a pinned snapshot");
     let mut rates = Vec::new();

@@ -59,7 +59,7 @@ fn pool(options: PgConnectOptions) -> PgPool {
         .max_lifetime(None)
         .acquire_timeout(Duration::from_secs(30))
         .test_before_acquire(false)
-        .connect_lazy_with(options)
+        .connect_lazy_with(crate::transaction::session(options))
 }
 
 async fn create(migrations: &[Migration]) -> Result<PgPool, Error> {

@@ -13,7 +13,10 @@ pub(crate) async fn register(
     queues: &[String],
     lease_ms: i32,
 ) -> Result<DateTime<Utc>> {
-    let host = std::env::var("HOSTNAME").unwrap_or_default();
+    // The kernel knows it; a shell's HOSTNAME is seldom exported, and stands in where there is no /proc.
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname")
+        .or_else(|_| std::env::var("HOSTNAME"))
+        .map_or_else(|_| String::new(), |name| name.trim().to_owned());
     Ok(sqlx::query_scalar(
         "insert into workers (id, host, pid, version, queues, lease_ms) values ($1, $2, $3, $4, $5, $6) returning engine_now()",
     )

@@ -18,14 +18,18 @@ use sqlx::{
     PgPool,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, UnixStream},
 };
+use tokio_util::sync::CancellationToken;
 
 /// From now on nobody can read a definition: the statement fails with `code` until table `test_fault` is empty. Sequence
 /// `test_failed` counts, because no rollback takes its numbers back.
@@ -173,6 +177,76 @@ async fn broken_way(pool: &PgPool, armed: Arc<AtomicBool>) -> PgPool {
         .username(options.get_username())
         .database(options.get_database().expect("database"));
     PgPoolOptions::new().max_connections(2).connect_with(options).await.expect("pool")
+}
+
+/// A way to the database of `pool` on which nothing moves any more, on no connection, once somebody has executed
+/// a statement that says `word`. Returns
+/// it with a signal for that moment.
+async fn way_that_dies(pool: &PgPool, word: &'static [u8]) -> (PgPool, CancellationToken) {
+    let options = pool.connect_options();
+    let socket = options.get_socket().expect("socket").join(format!(".s.PGSQL.{}", options.get_port()));
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("listener");
+    let port = listener.local_addr().expect("address").port();
+    let dead = CancellationToken::new();
+    let died = dead.clone();
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = listener.accept().await {
+            let (socket, dead) = (socket.clone(), dead.clone());
+            tokio::spawn(async move {
+                let mut server = UnixStream::connect(socket).await.expect("server");
+                let (mut asked, mut answered, mut prepared) = (vec![0; 1 << 16], vec![0; 1 << 16], false);
+                loop {
+                    tokio::select! {
+                        biased;
+                        // Both ends stay open, as they do when a wire is cut.
+                        () = dead.cancelled() => std::future::pending().await,
+                        Ok(n) = client.read(&mut asked) => {
+                            if n == 0 {
+                                return;
+                            }
+                            server.write_all(&asked[..n]).await.expect("server");
+                            // A statement is prepared, and then executed by a message that does not repeat its text.
+                            if prepared {
+                                dead.cancel();
+                            }
+                            prepared = asked[..n].windows(word.len()).any(|part| part == word);
+                        }
+                        Ok(n) = server.read(&mut answered) => {
+                            if n == 0 || client.write_all(&answered[..n]).await.is_err() {
+                                return;
+                            }
+                        }
+                        else => return,
+                    }
+                }
+            });
+        }
+    });
+    let options = PgConnectOptions::new_without_pgpass()
+        .host("127.0.0.1")
+        .port(port)
+        .username(options.get_username())
+        .database(options.get_database().expect("database"));
+    let options = loopwright_engine::transaction::session(options);
+    (PgPoolOptions::new().max_connections(4).connect_with(options).await.expect("pool"), died)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_vanishes_in_the_middle_of_a_claim_keeps_nobody_from_taking_over() {
+    let bench = Bench::new().await;
+    let (way, died) = way_that_dies(&bench.pool, b"for key share").await;
+    let mut config =
+        WorkerConfig::new(way, Registry::new().with(Work(Arc::new(|_, input| Box::pin(async { Ok(input) })))));
+    (config.hook, config.lease) = (bench.hook.clone(), Duration::from_secs(1));
+    let _gone = worker::start(config).await.expect("worker");
+    died.cancelled().await;
+    let run = bench.start(definition("left", vec![work("a", &[])]), json!({})).await;
+    let there = bench.worker().await;
+    // It holds the lock on its own row until Postgres ends its session; then it is declared dead.
+    reaches(&bench.pool, "select count(*) from dead_workers", 1).await;
+    assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
+    there.drain(GRACE).await;
+    bench.audit().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,7 +1,7 @@
 //! The way to the database: the one that is configured, or the embedded one.
 
 use crate::{config::Config, telemetry::redact};
-use loopwright_engine::embedded;
+use loopwright_engine::{embedded, transaction};
 use secrecy::ExposeSecret;
 use sqlx::{
     ConnectOptions, Connection, PgConnection, PgPool,
@@ -62,7 +62,8 @@ pub async fn open(config: &Config, fallback: Fallback) -> Result<Database, Error
         }
     };
     let options: PgConnectOptions = url.parse().map_err(|e: sqlx::Error| Error::Address(e.to_string()))?;
-    let options = options.log_slow_statements(tracing::log::LevelFilter::Warn, Duration::from_secs(2));
+    let options =
+        transaction::session(options).log_slow_statements(tracing::log::LevelFilter::Warn, Duration::from_secs(2));
     reach(&options)
         .await
         .map_err(|reason| Error::Unreachable { address: redact(&url).into_owned(), reason: one_line(&reason) })?;

@@ -13,7 +13,7 @@ use loopwright_server::{app, shipped, store::Store};
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::Arc,
     time::Duration,
@@ -23,9 +23,9 @@ use uuid::Uuid;
 /// Workers that are killed.
 const KILLS: u32 = 20;
 /// The loop has to end within that time, however slow the machine.
-const PATIENCE: Duration = Duration::from_secs(480);
+pub const PATIENCE: Duration = Duration::from_secs(480);
 
-fn binary(data_dir: &Path, pool: &PgPool) -> Command {
+pub fn binary(data_dir: &Path, pool: &PgPool) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_loopwright"));
     command
         .env_clear()
@@ -36,8 +36,13 @@ fn binary(data_dir: &Path, pool: &PgPool) -> Command {
     command
 }
 
+/// What the model says.
+pub fn rehearsal() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/rehearsal/greeter.yaml")
+}
+
 /// A folder that the account of confined commands can reach.
-fn folder() -> tempfile::TempDir {
+pub fn folder() -> tempfile::TempDir {
     tempfile::Builder::new().prefix("loopwright-e2e-").tempdir().unwrap()
 }
 
@@ -78,7 +83,7 @@ fn git(dir: &Path, args: &[&str]) -> String {
 }
 
 /// Nothing in the ledger or in any history is broken.
-async fn audited(pool: &PgPool) {
+pub async fn audited(pool: &PgPool) {
     let broken = audit::run(&mut pool.acquire().await.unwrap()).await.unwrap();
     assert!(broken.is_empty(), "{broken:?}");
     let gaps = "select run_id::text, count(*), max(seq) from history group by run_id having count(*) <> max(seq)";
@@ -104,7 +109,7 @@ async fn audited(pool: &PgPool) {
 }
 
 /// A run of the shipped loop over the greeter's rehearsal, and the part of its owner.
-struct Loop {
+pub struct Loop {
     client: Client,
     run: RunId,
     project: Uuid,
@@ -112,7 +117,7 @@ struct Loop {
 }
 
 impl Loop {
-    async fn start(pool: &PgPool, run: RunId) -> Self {
+    pub async fn start(pool: &PgPool, run: RunId) -> Self {
         Self::start_with(pool, run, BillingSettings::default()).await
     }
 
@@ -137,12 +142,12 @@ impl Loop {
         Self { client, run, project, user }
     }
 
-    async fn view(&self) -> RunView {
+    pub async fn view(&self) -> RunView {
         self.client.describe(self.run).await.unwrap()
     }
 
     /// Answers and approves whatever waits; saying it twice is harmless.
-    async fn play_the_owner(&self, view: &RunView) {
+    pub async fn play_the_owner(&self, view: &RunView) {
         for waiting in &view.waiting {
             match waiting {
                 Waiting::Signal { path, signal, .. } => {
@@ -165,7 +170,7 @@ impl Loop {
     }
 
     /// Commits, finished calls, charged micro-credits.
-    async fn facts(&self, pool: &PgPool) -> (Vec<String>, i64, i64) {
+    pub async fn facts(&self, pool: &PgPool) -> (Vec<String>, i64, i64) {
         let store = Store::new(pool.clone(), BillingSettings::default().welcome);
         let commits = "select oid from project_bundles b where project_id = $1 and exists (
                          select from project_refs r where r.project_id = b.project_id and r.oid = b.oid)";
@@ -185,13 +190,12 @@ struct Workers<'a> {
 impl Workers<'_> {
     fn start(&mut self) -> Child {
         self.started += 1;
-        let rehearsal = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/rehearsal/greeter.yaml");
         let dir = self.dir.join(self.started.to_string());
         let log = std::fs::File::create(self.dir.join(format!("{}.log", self.started))).unwrap();
         binary(&dir, self.pool)
             .env("LOOPWRIGHT_WORKER_LEASE_MS", "1000")
             .args(["worker", "--rehearsal"])
-            .arg(rehearsal)
+            .arg(rehearsal())
             .stdout(Stdio::null())
             .stderr(log)
             .spawn()

@@ -6,6 +6,7 @@ mod auth;
 mod cli;
 mod e2e;
 mod fake_telegram;
+mod hosts;
 mod house;
 mod limits;
 mod loop_run;

@@ -1,0 +1,202 @@
+//! Two hosts: workers in network namespaces of their own, each with its own wire to Postgres and no folder in common. They
+//! share the load; one is cut off and the other takes over from it; then the wire is mended.
+//!
+//! Needs root and `ip` for the namespaces; elsewhere it says that it was left out.
+
+use crate::e2e::{Loop, PATIENCE, audited, binary, folder, rehearsal};
+use loopwright_engine::{embedded::testing, ids::RunId, view::RunStatus};
+use sqlx::PgPool;
+use std::{
+    collections::BTreeSet,
+    fs,
+    net::Ipv4Addr,
+    os::unix::fs::MetadataExt,
+    path::Path,
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+use tokio::net::{TcpListener, UnixStream};
+
+/// Runs under way at once: more than one host takes at its first look.
+const RUNS: usize = 4;
+
+fn run(command: &mut Command) -> String {
+    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn words(text: &str) -> Vec<&str> {
+    text.split(' ').collect()
+}
+
+/// A process that lives in namespaces of its own for network and host name, and the wire to it.
+struct Host {
+    holder: Child,
+    wire: String,
+    /// Where this side of the wire listens.
+    near: Ipv4Addr,
+    worker: Option<Child>,
+}
+
+impl Host {
+    /// The `n`th host of this process.
+    fn new(n: u8) -> Self {
+        let mut holder = Command::new("unshare")
+            .args(["--net", "--uts", "sh", "-c"])
+            .arg(format!("hostname host{n} && echo there && exec sleep 900"))
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut there = [0; 6];
+        std::io::Read::read_exact(holder.stdout.as_mut().unwrap(), &mut there).unwrap();
+        // Short, and of this process: names of interfaces have 15 characters.
+        let wire = format!("lw{}n{n}", std::process::id());
+        // A network for documentation, cut by the process's id: two test programs at once use different wires.
+        let [.., high, low] = std::process::id().to_be_bytes();
+        let (near, far) = (Ipv4Addr::new(198, 18, high, (low & 0b0001_1111) * 8 + n * 4 + 1), n);
+        let mut octets = near.octets();
+        octets[3] += 1;
+        let far_address = Ipv4Addr::from(octets);
+        let pid = holder.id().to_string();
+        let ip = |args: &str| run(Command::new("ip").args(words(args)));
+        let inside = |args: &str| run(Command::new("nsenter").args(["--target", &pid, "--net"]).args(words(args)));
+        ip(&format!("link add {wire} type veth peer name far{far} netns {pid}"));
+        ip(&format!("address add {near}/30 dev {wire}"));
+        ip(&format!("link set {wire} up"));
+        inside(&format!("ip address add {far_address}/30 dev far{far}"));
+        inside(&format!("ip link set far{far} up"));
+        inside("ip link set lo up");
+        Self { holder, wire, near, worker: None }
+    }
+
+    fn wire(&self, state: &str) {
+        run(Command::new("ip").args(["link", "set", &self.wire, state]));
+    }
+
+    /// A way from the near end of the wire to the tests' Postgres, which listens on a socket file. Returns its port.
+    async fn way(&self, pool: &PgPool) -> u16 {
+        let options = pool.connect_options();
+        let socket = options.get_socket().expect("socket").join(format!(".s.PGSQL.{}", options.get_port()));
+        let listener = TcpListener::bind((self.near, 0)).await.expect("listener");
+        let port = listener.local_addr().expect("address").port();
+        tokio::spawn(async move {
+            while let Ok((mut client, _)) = listener.accept().await {
+                let socket = socket.clone();
+                tokio::spawn(async move {
+                    let mut server = UnixStream::connect(socket).await.expect("server");
+                    // A wire that is cut is none of its business.
+                    drop(tokio::io::copy_bidirectional(&mut client, &mut server).await);
+                });
+            }
+        });
+        port
+    }
+
+    async fn start_worker(&mut self, pool: &PgPool, dir: &Path) {
+        let options = pool.connect_options();
+        let (user, database) = (options.get_username(), options.get_database().expect("database"));
+        let url = format!("postgres://{user}@{}:{}/{database}", self.near, self.way(pool).await);
+        fs::create_dir_all(dir).unwrap();
+        let log = fs::File::create(dir.join("log")).unwrap();
+        let plain = binary(&dir.join("data"), pool);
+        let mut inside = Command::new("nsenter");
+        inside
+            .args(["--target", &self.holder.id().to_string(), "--net", "--uts"])
+            .arg(plain.get_program())
+            .env_clear()
+            .envs(plain.get_envs().filter_map(|(name, value)| Some((name, value?))))
+            .env("DATABASE_URL", url)
+            .env("LOOPWRIGHT_WORKER_LEASE_MS", "2000")
+            .env("LOOPWRIGHT_WORKER_SLOTS", "2")
+            .args(["worker", "--rehearsal"])
+            .arg(rehearsal());
+        self.worker = Some(inside.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap());
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        for child in self.worker.iter_mut().chain([&mut self.holder]) {
+            drop(child.kill());
+            drop(child.wait());
+        }
+        // The wire goes with the last process of its far end, a moment later or now.
+        drop(Command::new("ip").args(["link", "delete", &self.wire]).stderr(Stdio::null()).status());
+    }
+}
+
+/// Whether this machine lets us make hosts.
+fn possible() -> bool {
+    let root = fs::metadata("/proc/self").is_ok_and(|own| own.uid() == 0);
+    let works = |command: &mut Command| command.output().is_ok_and(|output| output.status.success());
+    root && works(Command::new("ip").arg("-V")) && works(Command::new("unshare").args(["--net", "--uts", "true"]))
+}
+
+/// Names of hosts whose workers own runs now.
+async fn owners(pool: &PgPool) -> BTreeSet<String> {
+    let sql = "select distinct w.host from runs r join workers w on w.id = r.owner where r.closed_at is null";
+    sqlx::query_scalar::<_, String>(sql).fetch_all(pool).await.unwrap().into_iter().collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_hosts_share_the_load_and_take_over_from_each_other() {
+    if !possible() {
+        eprintln!("left out: network namespaces need root and the programs ip and unshare");
+        return;
+    }
+    let pool = testing::database(crate::support::MIGRATIONS).await;
+    let dir = folder();
+    let mut loops = Vec::new();
+    for _ in 0..RUNS {
+        loops.push(Loop::start(&pool, RunId::new()).await);
+    }
+    let mut hosts = [Host::new(0), Host::new(1)];
+    for (n, host) in hosts.iter_mut().enumerate() {
+        host.start_worker(&pool, &dir.path().join(n.to_string())).await;
+    }
+    // Shared, cut, taken over, mended: each is seen before the next begins.
+    let (mut seen, mut cut, mut mended) = (BTreeSet::new(), None, false);
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    loop {
+        let mut open = 0;
+        for it in &loops {
+            let view = it.view().await;
+            assert!(!view.status.is_closed() || view.status == RunStatus::Completed, "{:?}", view.failure);
+            open += usize::from(!view.status.is_closed());
+            it.play_the_owner(&view).await;
+        }
+        let now = owners(&pool).await;
+        seen.extend(now.iter().cloned());
+        match &cut {
+            None if seen.len() == 2 && now.contains("host0") => {
+                hosts[0].wire("down");
+                cut = Some("host0");
+            }
+            // Others have taken what it had: its lease is over.
+            Some(host) if !mended && !now.contains(*host) => {
+                hosts[0].wire("up");
+                mended = true;
+            }
+            _ => {}
+        }
+        if open == 0 {
+            break;
+        }
+        assert!(
+            tokio::time::Instant::now() < deadline,
+            "{open} runs are open; owners {now:?}, seen {seen:?}, cut {cut:?}"
+        );
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!(seen.iter().map(String::as_str).collect::<Vec<_>>(), ["host0", "host1"], "both have worked");
+    assert!(mended, "one was cut off while it had runs, and lost them");
+    let mut commits = BTreeSet::new();
+    for it in &loops {
+        let (made, ..) = it.facts(&pool).await;
+        assert_eq!(made.len(), 1, "the head of its project");
+        commits.extend(made);
+    }
+    assert_eq!(commits.len(), RUNS);
+    audited(&pool).await;
+}
