@@ -36,7 +36,7 @@ pub(crate) enum Broken {
 }
 
 type Answer = std::result::Result<Verdict, Broken>;
-struct Queued(Item, oneshot::Sender<Answer>);
+struct Queued(Arc<Item>, oneshot::Sender<Answer>);
 
 /// Hands transitions to the committer. Cheap to clone.
 #[derive(Clone)]
@@ -55,8 +55,8 @@ impl Committer {
         Self { plain, effects }
     }
 
-    /// Commits one transition.
-    pub(crate) async fn commit(&self, item: Item) -> Answer {
+    /// Commits one transition. Shared, because whoever waits for the answer may send it again.
+    pub(crate) async fn commit(&self, item: Arc<Item>) -> Answer {
         let lane = if item.effects.is_empty() { &self.plain } else { &self.effects };
         let (answer, verdict) = oneshot::channel();
         let gone = || Broken::Unreachable(Error::Invariant("the committer has ended".into()));
@@ -75,7 +75,7 @@ async fn lane(pool: PgPool, hook: Arc<dyn TransitionHook>, mut queue: mpsc::Rece
             batch.push(next);
         }
         metrics::histogram!("loopwright_commit_batch_items").record(f64::from(u32::try_from(batch.len()).unwrap_or(0)));
-        let (items, answers): (Vec<Item>, Vec<_>) =
+        let (items, answers): (Vec<Arc<Item>>, Vec<_>) =
             batch.into_iter().map(|Queued(item, answer)| (item, answer)).unzip();
         let verdicts = commit_batch(&pool, hook.as_ref(), items).await;
         for (answer, verdict) in answers.into_iter().zip(verdicts) {
@@ -90,7 +90,7 @@ async fn lane(pool: PgPool, hook: Arc<dyn TransitionHook>, mut queue: mpsc::Rece
 fn commit_batch<'a>(
     pool: &'a PgPool,
     hook: &'a dyn TransitionHook,
-    items: Vec<Item>,
+    items: Vec<Arc<Item>>,
 ) -> Pin<Box<dyn Future<Output = Vec<Answer>> + Send + 'a>> {
     Box::pin(async move {
         let mut tries = 0;
@@ -133,7 +133,7 @@ enum Sent {
 async fn without_refused(
     pool: &PgPool,
     hook: &dyn TransitionHook,
-    items: Vec<Item>,
+    items: Vec<Arc<Item>>,
     refused: Vec<(usize, String, String)>,
 ) -> Vec<Answer> {
     let mut answers: Vec<Option<Answer>> = items.iter().map(|_| None).collect();
@@ -142,7 +142,7 @@ async fn without_refused(
             *slot = Some(Ok(Verdict::Refused { reason, message }));
         }
     }
-    let rest: Vec<Item> =
+    let rest: Vec<Arc<Item>> =
         items.into_iter().zip(&answers).filter(|(_, answer)| answer.is_none()).map(|(item, _)| item).collect();
     let mut others = if rest.is_empty() { Vec::new() } else { commit_batch(pool, hook, rest).await }.into_iter();
     answers
@@ -154,7 +154,7 @@ async fn without_refused(
         .collect()
 }
 
-async fn send(pool: &PgPool, hook: &dyn TransitionHook, items: &[Item]) -> std::result::Result<Sent, HookError> {
+async fn send(pool: &PgPool, hook: &dyn TransitionHook, items: &[Arc<Item>]) -> std::result::Result<Sent, HookError> {
     if items.iter().all(|i| i.effects.is_empty()) {
         let mut conn = pool.acquire().await?;
         return Ok(Sent::Done(transitions::send(&mut conn, items).await.map_err(hook_error)?));

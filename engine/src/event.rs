@@ -240,10 +240,10 @@ pub enum Event {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         failure: Option<Failure>,
         /// The block goes on although the step failed.
-        #[serde(default)]
+        #[serde(default, skip_serializing_if = "is_default")]
         tolerated: bool,
         /// The steps of the last round become visible beside the step.
-        #[serde(default)]
+        #[serde(default, skip_serializing_if = "is_default")]
         hoist: bool,
         /// Kind-specific fields beside `output` (for example `by` of an await).
         #[serde(default, skip_serializing_if = "Value::is_null")]
@@ -302,6 +302,11 @@ pub enum Event {
     },
 }
 
+/// What is not said is the default: and takes no room in every row of a history.
+pub(crate) fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
 impl Event {
     /// The number of the vocabulary that brought this event.
     #[must_use]
@@ -317,4 +322,30 @@ impl Event {
 #[must_use]
 pub fn format_of(events: &[Event]) -> u16 {
     events.iter().map(Event::format).max().unwrap_or(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// Rows of earlier releases say the defaults; they mean the same and are read for ever.
+    #[test]
+    fn what_is_not_said_is_the_default() {
+        let said = json!({"type": "step_ended", "path": "a", "status": "succeeded", "output": 1, "tolerated": false,
+                          "hoist": false, "at": "2026-11-25T10:00:00.123456789Z"});
+        let event: Event = serde_json::from_value(said.clone()).expect("an old row");
+        let mut short = said;
+        for default in ["tolerated", "hoist"] {
+            short.as_object_mut().expect("object").remove(default);
+        }
+        assert_eq!(serde_json::to_value(&event).expect("JSON"), short);
+        assert_eq!(serde_json::from_value::<Event>(short.clone()).expect("a new row"), event);
+        for said in ["tolerated", "hoist"] {
+            short[said] = json!(true);
+        }
+        let event: Event = serde_json::from_value(short.clone()).expect("an event");
+        assert!(matches!(event, Event::StepEnded { tolerated: true, hoist: true, .. }));
+        assert_eq!(serde_json::to_value(&event).expect("JSON"), short);
+    }
 }

@@ -54,6 +54,7 @@ pub(super) async fn batch(host: &Host, size: usize, events: &Value) -> Result<f6
     let definition = scene::deploy(host, scene::chain("raw", 1)).await?;
     let runs = scene::start(host, definition, &serde_json::json!({}), "raw", size * 4).await?;
     let mut conn = host.pool.acquire().await?;
+    let events = transitions::text(events)?;
     let item = |run_id: RunId, seq: i64| Item {
         run_id,
         epoch: 0,

@@ -141,6 +141,19 @@ fn running(state: &RunState) -> Vec<Running> {
     found
 }
 
+/// The attempt that runs for the step at `path`.
+fn running_at(state: &RunState, path: &str) -> Option<Running> {
+    match &state.node(path)?.live {
+        Some(Live::Activity { activity, attempt, phase: Phase::Running { attempt_id, .. }, .. }) => Some(Running {
+            path: path.to_owned(),
+            attempt: *attempt,
+            attempt_id: *attempt_id,
+            activity: activity.clone(),
+        }),
+        _ => None,
+    }
+}
+
 fn attempt_ended(
     definition: &Definition,
     state: &mut RunState,
@@ -151,9 +164,7 @@ fn attempt_ended(
     decision: &mut Decision,
 ) -> Result<(), Illegal> {
     // A result that comes late, for an attempt that was closed meanwhile, never happened.
-    let Some(current) = running(state).into_iter().find(|r| r.path == path && r.attempt == attempt) else {
-        return Ok(());
-    };
+    let Some(current) = running_at(state, path).filter(|r| r.attempt == attempt) else { return Ok(()) };
     let result = result.and_then(|output| {
         let bytes = serde_json::to_string(&output).map_or(usize::MAX, |t| t.len());
         if bytes > OUTPUT_BYTES_MAX {

@@ -255,20 +255,9 @@ fn input(state: &mut RunState, events: &[Event]) -> Result<(Input, usize, DateTi
                 first.push(Input::Started { inputs: inputs.clone() });
                 takes += usize::from(matches!(next, Some(Event::RunEnding { ending: Ending::Failed { .. }, .. })));
             }
-            Event::AttemptEnded { outcome, failure, path, attempt, .. } => {
+            Event::AttemptEnded { outcome, failure, .. } => {
                 if closes_terminated(events).is_none() && !taken_over(*outcome, failure.as_ref()) {
-                    // The output is in the step's end.
-                    let output = events[used..].iter().find_map(|e| match e {
-                        Event::StepEnded { path: p, output, .. } if p == path => Some(output.clone()),
-                        _ => None,
-                    });
-                    let result = match (outcome, failure, output) {
-                        (Outcome::Succeeded, _, Some(output)) => Ok(output.unwrap_or(Value::Null)),
-                        (_, Some(failure), _) => Err(failure.clone()),
-                        _ => return Err(Illegal(format!("the end of an attempt of `{path}` has no result"))),
-                    };
-                    let input = Input::AttemptEnded { path: path.clone(), attempt: *attempt, result };
-                    return Ok((input, used, earliest));
+                    return Ok((results(&events[used..])?, used, earliest));
                 }
                 if taken_over(*outcome, failure.as_ref()) && first.is_empty() {
                     first.push(Input::TakenOver);
@@ -340,6 +329,26 @@ fn input(state: &mut RunState, events: &[Event]) -> Result<(Input, usize, DateTi
         _ => Input::Several(first),
     };
     Ok((input, used, earliest))
+}
+
+/// The results that a row tells: every attempt that ends in it, in order.
+fn results(events: &[Event]) -> Result<Input, Illegal> {
+    let mut found = Vec::new();
+    for (i, event) in events.iter().enumerate() {
+        let Event::AttemptEnded { outcome, failure, path, attempt, .. } = event else { continue };
+        // The output is in the step's end.
+        let output = events[i..].iter().find_map(|e| match e {
+            Event::StepEnded { path: p, output, .. } if p == path => Some(output.clone()),
+            _ => None,
+        });
+        let result = match (outcome, failure, output) {
+            (Outcome::Succeeded, _, Some(output)) => Ok(output.unwrap_or(Value::Null)),
+            (_, Some(failure), _) => Err(failure.clone()),
+            _ => return Err(Illegal(format!("the end of an attempt of `{path}` has no result"))),
+        };
+        found.push(Input::AttemptEnded { path: path.clone(), attempt: *attempt, result });
+    }
+    Ok(if found.len() == 1 { found.remove(0) } else { Input::Several(found) })
 }
 
 /// Whether that is how a takeover closes an attempt.

@@ -3,7 +3,7 @@
 
 use super::Illegal;
 use crate::{
-    event::{Ending, StepStatus},
+    event::{Ending, StepStatus, is_default},
     failure::Failure,
     ids::{AttemptId, DefinitionHash, RunId},
     view::RunStatus,
@@ -69,14 +69,14 @@ pub struct Node {
     /// Why it was skipped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub tolerated: bool,
     /// It must stop; no new step below it begins.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub stopping: bool,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub attempts: u32,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub rounds: u32,
     #[serde(default, skip_serializing_if = "Value::is_null")]
     pub extras: Value,

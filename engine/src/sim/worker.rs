@@ -12,11 +12,12 @@ use crate::{
     signature::Catalog,
     store::{
         memory::{Memory, Mutant},
-        transitions::{Child, Effects, Item, Verdict, child_result},
+        transitions::{Child, Effects, Item, Text, Verdict, child_result, size, text},
     },
     view::RunStatus,
 };
 use chrono::{DateTime, Duration, Utc};
+use serde::Serialize;
 use serde_json::Value;
 use std::{
     cell::Cell,
@@ -26,6 +27,8 @@ use std::{
 
 /// As in `worker::drive`, but small: the simulator should load half-written states often.
 const CURSOR_EVERY: i64 = 4;
+/// As in `worker::drive`, but small.
+const ENDED_BYTES: usize = 40;
 /// Attempts that one decision may start.
 const WIDTH: u32 = 3;
 
@@ -170,11 +173,8 @@ impl Driver {
         if let Some(first) = self.first.take() {
             return Some(first);
         }
-        if let Some((path, attempt, result)) = self.finished.pop_front() {
-            if self.running.get(&path).is_some_and(|(a, _)| *a == attempt) {
-                self.running.remove(&path);
-            }
-            return Some(Input::AttemptEnded { path, attempt, result });
+        if let Some(ended) = self.ended() {
+            return Some(ended);
         }
         if std::mem::take(&mut self.notified) {
             let up_to = store.runs.get(&self.run).map_or(0, |r| r.inbox_n);
@@ -187,6 +187,20 @@ impl Driver {
         }
         let waits_for_room = free > 0 && !self.paused() && self.phases().contains(&Phase::Queued);
         (waits_for_room || self.next_due(library) <= now).then_some(Input::Tick)
+    }
+
+    /// As `Driver::ended`: every result that is there, up to a failure.
+    fn ended(&mut self) -> Option<Input> {
+        let (mut inputs, mut bytes) = (Vec::new(), 0);
+        while bytes < ENDED_BYTES {
+            let Some((path, attempt, result)) = self.finished.pop_front() else { break };
+            if self.running.get(&path).is_some_and(|(a, _)| *a == attempt) {
+                self.running.remove(&path);
+            }
+            bytes += result.as_ref().map_or(ENDED_BYTES, size);
+            inputs.push(Input::AttemptEnded { path, attempt, result });
+        }
+        if inputs.len() > 1 { Some(Input::Several(inputs)) } else { inputs.pop() }
     }
 
     /// When time alone moves the run.
@@ -262,7 +276,7 @@ impl Driver {
         let state = &self.state;
         let closed = state.status.is_closed();
         let due = if closed || decision.more { None } else { self.park_until(library, moment) };
-        let write_cursor = closed || due.is_some() || self.seq + 1 - self.cursor_seq >= CURSOR_EVERY;
+        let write_cursor = self.seq + 1 - self.cursor_seq >= CURSOR_EVERY;
         Item {
             run_id: self.run,
             epoch: self.epoch,
@@ -274,10 +288,10 @@ impl Driver {
             inbox_seen: self.inbox_seen,
             queue: self.queue.clone(),
             topic: None,
-            cursor: write_cursor.then(|| serde_json::to_value(state).unwrap_or(Value::Null)),
+            cursor: write_cursor.then(|| json(state)),
             format: format_of(&decision.events),
-            events: serde_json::to_value(&decision.events).unwrap_or(Value::Null),
-            output: state.output.clone(),
+            events: json(&decision.events),
+            output: state.output.as_ref().map(json),
             failure: None,
             effects: self.effects(decision),
         }
@@ -429,6 +443,10 @@ impl At {
     }
 }
 
+fn json(value: &impl Serialize) -> Text {
+    text(value).expect("what is stored can be written")
+}
+
 /// As `store::runs::load`: the cursor, and what has happened since.
 fn load_state(store: &Memory, run: RunId) -> Result<RunState, String> {
     let row = store.runs.get(&run).ok_or_else(|| format!("no run {run}"))?;
@@ -506,9 +524,9 @@ pub(super) fn termination(library: &Library, store: &Memory, run: RunId, at: &At
         inbox_seen: row.inbox_seen,
         queue: row.queue.clone(),
         topic: None,
-        cursor: serde_json::to_value(&state).ok(),
+        cursor: Some(json(&state)),
         format: format_of(&decision.events),
-        events: serde_json::to_value(&decision.events).unwrap_or(Value::Null),
+        events: json(&decision.events),
         output: None,
         failure: None,
         effects,

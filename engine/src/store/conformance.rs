@@ -9,7 +9,7 @@ use super::{
     memory::{Memory, Post},
     ready::{self, Which},
     runs, transitions,
-    transitions::{Effects, Item},
+    transitions::{Effects, Item, text},
     workers,
 };
 use crate::{
@@ -159,9 +159,9 @@ impl Pair {
             inbox_seen: seen,
             queue: "default".into(),
             topic: None,
-            cursor: cursor.then(|| json!({})),
+            cursor: cursor.then(|| text(&json!({})).expect("JSON")),
             format: crate::event::FORMAT,
-            events: json!([]),
+            events: text(&json!([])).expect("JSON"),
             output: None,
             failure: None,
             effects: Effects::default(),

@@ -3,19 +3,23 @@
 use crate::{
     Error, Result,
     client::{Deploy, Deployed, Version},
-    definition::{Bundle, Definition},
+    definition::{Bundle, Definition, Kind},
     ids::DefinitionHash,
     transaction,
 };
 use serde_json::Value;
 use sqlx::{PgConnection, PgPool, Row, types::Json};
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 /// A definition with its bundle, as runs are pinned to it.
 #[derive(Debug)]
 pub(crate) struct Pinned {
     pub(crate) definition: Definition,
-    pub(crate) bundle: Bundle,
+    pub(crate) bundle: Arc<Bundle>,
+    pub(crate) budget: Arc<Value>,
+    pub(crate) extras: Arc<Value>,
+    /// Whether there are `call`s in it.
+    pub(crate) calls: bool,
 }
 
 pub(crate) async fn deploy(pool: &PgPool, deploy: Deploy) -> Result<Deployed> {
@@ -79,7 +83,10 @@ pub(crate) async fn load(conn: &mut PgConnection, hash: DefinitionHash) -> Resul
         )));
     }
     let Json(bundle) = row.try_get::<Json<Bundle>, _>("bundle")?;
-    Ok(Pinned { definition, bundle })
+    let mut calls = false;
+    definition.walk(&mut |step| calls |= matches!(step.kind, Kind::Call { .. }));
+    let (budget, extras) = (Arc::new(definition.budget.clone()), Arc::new(definition.extras.clone()));
+    Ok(Pinned { definition, bundle: Arc::new(bundle), budget, extras, calls })
 }
 
 pub(crate) async fn pointer(db: impl sqlx::PgExecutor<'_>, name: &str, pointer: &str) -> Result<DefinitionHash> {
@@ -121,7 +128,7 @@ pub(crate) async fn resolve_calls(
     conn: &mut PgConnection,
     definition: &Definition,
 ) -> Result<BTreeMap<String, DefinitionHash>> {
-    use crate::definition::{CallVersion as V, Kind};
+    use crate::definition::CallVersion as V;
     let mut calls = Vec::new();
     definition.walk(&mut |step| {
         if let Kind::Call { workflow, version, .. } = &step.kind {

@@ -7,7 +7,7 @@
 use super::{
     inbox::{ChildResult, Kind, Sent},
     ready::Which,
-    transitions::{Child, Item, Verdict},
+    transitions::{Child, Item, Text, Verdict},
 };
 use crate::{
     hook::AttemptRef,
@@ -98,6 +98,11 @@ impl Row {
     fn is_claimable(&self) -> bool {
         self.owner.is_none() && !self.closed && self.status != "quarantined"
     }
+}
+
+/// What Postgres makes of a text.
+fn parsed(text: &Text) -> Value {
+    serde_json::from_str(text.get()).expect("a written value")
 }
 
 /// A row of `inbox`.
@@ -241,12 +246,12 @@ impl Memory {
             row.owner = None;
         }
         if let Some(cursor) = &item.cursor {
-            (row.cursor, row.cursor_seq) = (Some(cursor.clone()), row.seq);
+            (row.cursor, row.cursor_seq) = (Some(parsed(cursor)), row.seq);
         }
         let (seq, inbox_n) = (row.seq, row.inbox_n);
         let rows = self.history.entry(item.run_id).or_default();
         if self.mutant != Some(Mutant::LosesHistory) || seq % 5 != 4 {
-            rows.push(HistoryRow { seq, epoch: item.epoch, events: item.events.clone() });
+            rows.push(HistoryRow { seq, epoch: item.epoch, events: parsed(&item.events) });
         }
         if let (true, Some(due), false) = (item.parked, item.due, self.is(Mutant::ForgetsToQueue)) {
             self.queue(item.run_id, due);

@@ -13,8 +13,9 @@ use crate::{
     view::{Origin, RunStatus, RunSummary},
 };
 use chrono::{DateTime, Utc};
-use serde_json::Value;
-use sqlx::{PgConnection, PgPool, Postgres, QueryBuilder, Row, postgres::PgRow};
+use serde_json::{Value, value::RawValue};
+use sqlx::{PgConnection, PgPool, Postgres, QueryBuilder, Row, postgres::PgRow, types::Json};
+use std::collections::HashMap;
 
 /// Longest search for runs. Chosen: whoever waits longer has gone.
 const LIST_TIMEOUT_MS: u32 = 10_000;
@@ -30,6 +31,8 @@ pub(crate) struct Loaded {
     pub(crate) epoch: i64,
     pub(crate) seq: i64,
     pub(crate) cursor_seq: i64,
+    /// Events of the rows after the cursor.
+    pub(crate) tail_events: usize,
     pub(crate) inbox_n: i64,
     pub(crate) inbox_seen: i64,
     pub(crate) queue: String,
@@ -105,48 +108,90 @@ pub(crate) async fn start(
 
 /// Loads a run and folds what its cursor does not hold yet.
 pub(crate) async fn load(conn: &mut PgConnection, run: RunId) -> Result<Loaded> {
-    let row = sqlx::query(
-        "select workflow, workflow_id, definition, status, owner, epoch, seq, inbox_n, inbox_seen, queue, attributes, topic,
-                parent_run_id, parent_path, depth, inputs, cursor, cursor_seq, output, failure, started_at, closed_at,
-                forked_from, forked_seq, imported_at
-         from runs where shard = $1 and run_id = $2",
+    load_all(conn, &[run]).await?.remove(&run).unwrap_or_else(|| Err(Error::RunNotFound(run.to_string())))
+}
+
+/// Loads runs together: two statements, or one if none has a tail. What is wrong with one of them is that one's result; one
+/// that does not exist is absent.
+///
+/// # Errors
+/// Those of the statements.
+pub(crate) async fn load_all(conn: &mut PgConnection, runs: &[RunId]) -> Result<HashMap<RunId, Result<Loaded>>> {
+    // `offset 0` keeps the planner at one look into the key's index for each.
+    let rows = sqlx::query(
+        "select r.* from unnest($1::smallint[], $2::uuid[]) k(shard, run_id)
+         cross join lateral (select run_id, workflow, workflow_id, definition, status, owner, epoch, seq, inbox_n, inbox_seen, queue,
+                attributes, topic, parent_run_id, parent_path, depth, inputs, cursor, cursor_seq, output, failure, started_at,
+                closed_at, forked_from, forked_seq, imported_at
+              from runs r where r.shard = k.shard and r.run_id = k.run_id offset 0) r",
     )
-    .bind(run.shard())
-    .bind(run.0)
-    .fetch_optional(&mut *conn)
-    .await?
-    .ok_or_else(|| Error::RunNotFound(run.to_string()))?;
-    let seq: i64 = row.try_get("seq")?;
-    let cursor_seq: i64 = row.try_get("cursor_seq")?;
-    let mut state = match row.try_get::<Option<Value>, _>("cursor")? {
-        Some(cursor) => {
-            serde_json::from_value(cursor).map_err(|e| Error::Invariant(format!("cursor of run {run}: {e}")))?
+    .bind(runs.iter().map(|run| run.shard()).collect::<Vec<i16>>())
+    .bind(runs.iter().map(|run| run.0).collect::<Vec<_>>())
+    .fetch_all(&mut *conn)
+    .await?;
+    let mut tails: HashMap<RunId, Vec<PgRow>> = HashMap::new();
+    let (mut long, mut after, mut upto) = (Vec::new(), Vec::new(), Vec::new());
+    for row in &rows {
+        let (seq, cursor_seq): (i64, i64) = (row.try_get("seq")?, row.try_get("cursor_seq")?);
+        if seq > cursor_seq {
+            long.push(RunId(row.try_get("run_id")?));
+            after.push(cursor_seq);
+            upto.push(seq);
+        }
+    }
+    if !long.is_empty() {
+        let found = sqlx::query(
+            "select h.* from unnest($1::smallint[], $2::uuid[], $3::bigint[], $4::bigint[]) k(shard, run_id, after, upto)
+             cross join lateral (select run_id, seq, format, events from history h where h.shard = k.shard and h.run_id = k.run_id
+                                   and h.seq > k.after and h.seq <= k.upto order by h.seq offset 0) h",
+        )
+        .bind(long.iter().map(|run| run.shard()).collect::<Vec<i16>>())
+        .bind(long.iter().map(|run| run.0).collect::<Vec<_>>())
+        .bind(after)
+        .bind(upto)
+        .fetch_all(&mut *conn)
+        .await?;
+        for row in found {
+            tails.entry(RunId(row.try_get("run_id")?)).or_default().push(row);
+        }
+    }
+    rows.iter()
+        .map(|row| {
+            let run = RunId(row.try_get("run_id")?);
+            Ok((run, loaded(run, row, &tails.remove(&run).unwrap_or_default())))
+        })
+        .collect()
+}
+
+/// A row of `runs` with the rows of history after its cursor, in order.
+fn loaded(run: RunId, row: &PgRow, tail: &[PgRow]) -> Result<Loaded> {
+    let (seq, cursor_seq): (i64, i64) = (row.try_get("seq")?, row.try_get("cursor_seq")?);
+    let mut state = match row.try_get::<Option<Json<&RawValue>>, _>("cursor")? {
+        Some(Json(cursor)) => {
+            serde_json::from_str(cursor.get()).map_err(|e| Error::Invariant(format!("cursor of run {run}: {e}")))?
         }
         None => RunState::new(run),
     };
-    let tail: Vec<(i64, i16, Value)> = sqlx::query_as(
-        "select seq, format, events from history where shard = $1 and run_id = $2 and seq > $3 and seq <= $4 order by seq",
-    )
-    .bind(run.shard())
-    .bind(run.0)
-    .bind(cursor_seq)
-    .bind(seq)
-    .fetch_all(&mut *conn)
-    .await?;
+    let mut tail_events = 0;
+    for (row, expected) in tail.iter().zip(cursor_seq + 1..) {
+        let at: i64 = row.try_get("seq")?;
+        let wrong = |what: String| Error::Invariant(format!("history row {at} of run {run}{what}"));
+        if at != expected {
+            return Err(Error::Invariant(format!("the history of run {run} has a gap after {}", expected - 1)));
+        }
+        let format: i16 = row.try_get("format")?;
+        if u16::try_from(format).map_or(true, |f| f > crate::event::FORMAT) {
+            return Err(wrong(format!(" was written by a newer release (format {format})")));
+        }
+        let Json(events) = row.try_get::<Json<&RawValue>, _>("events")?;
+        let events: Vec<Event> = serde_json::from_str(events.get()).map_err(|e| wrong(format!(": {e}")))?;
+        tail_events += events.len();
+        for event in &events {
+            fold(&mut state, event).map_err(|e| wrong(format!(": {e}")))?;
+        }
+    }
     if i64::try_from(tail.len()).ok() != Some(seq - cursor_seq) {
         return Err(Error::Invariant(format!("the history of run {run} has a gap after {cursor_seq}")));
-    }
-    for (at, format, events) in tail {
-        if u16::try_from(format).map_or(true, |f| f > crate::event::FORMAT) {
-            return Err(Error::Invariant(format!(
-                "history row {at} of run {run} was written by a newer release (format {format})"
-            )));
-        }
-        let events: Vec<Event> = serde_json::from_value(events)
-            .map_err(|e| Error::Invariant(format!("history row {at} of run {run}: {e}")))?;
-        for event in &events {
-            fold(&mut state, event).map_err(|e| Error::Invariant(format!("history row {at} of run {run}: {e}")))?;
-        }
     }
     Ok(Loaded {
         run_id: run,
@@ -154,11 +199,12 @@ pub(crate) async fn load(conn: &mut PgConnection, run: RunId) -> Result<Loaded> 
         workflow_id: row.try_get("workflow_id")?,
         definition: hash_of(row.try_get("definition")?)
             .ok_or_else(|| Error::Invariant("a definition's hash".into()))?,
-        status: status(&row)?,
+        status: status(row)?,
         owner: row.try_get::<Option<uuid::Uuid>, _>("owner")?.map(WorkerId),
         epoch: row.try_get("epoch")?,
         seq,
         cursor_seq,
+        tail_events,
         inbox_n: row.try_get("inbox_n")?,
         inbox_seen: row.try_get("inbox_seen")?,
         queue: row.try_get("queue")?,

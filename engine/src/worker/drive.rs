@@ -1,7 +1,7 @@
 //! Drives one owned run: waits for an input, decides, commits, acts. Ends when the run closes, parks or is lost.
 
 use super::{
-    Counted, Shared,
+    Counted, Driven, Shared,
     context::Backend,
     executor::{self, Attempt},
 };
@@ -18,7 +18,8 @@ use crate::{
     store::{
         self,
         definitions::Pinned,
-        transitions::{Child, Effects, Item, Verdict, child_result},
+        runs::Loaded,
+        transitions::{Child, Effects, Item, Verdict, child_result, size, text},
     },
     view::RunStatus,
 };
@@ -28,14 +29,22 @@ use sha2::{Digest, Sha256};
 use std::{
     cell::Cell,
     collections::{BTreeMap, HashMap},
+    fmt::Write,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc};
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-/// Transitions between two writings of the folded state: loading a run folds at most that many rows.
+/// Transitions between two writings of the folded state: loading a run folds at most that many rows. A run that parks or
+/// closes before writes none: its history says the same, and the state of a short run is larger than its rows are dear to fold.
 const CURSOR_EVERY: i64 = 32;
+/// Events after which a run that leaves memory writes its state although its rows are few.
+const CURSOR_EVENTS: usize = 256;
+/// Bytes of results that one transition takes up: a history row stays below a few hundred kilobytes, or is one result.
+const ENDED_BYTES: usize = 256 << 10;
+/// Results of one transition. Each is two or three events.
+const ENDED_MAX: usize = 256;
 /// When a run that waits for an activity which no worker here offers is looked at again.
 const UNOFFERED_RETRY: chrono::Duration = chrono::Duration::seconds(30);
 /// Attempts that one decision may start.
@@ -45,9 +54,32 @@ const UNREACHABLE_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// Pause between two tries to give a run back.
 const GIVE_BACK_PAUSE: Duration = Duration::from_secs(1);
 
+/// A run that was claimed and is to be driven.
+pub(super) struct Claim {
+    pub(super) driven: Driven,
+    pub(super) epoch: i64,
+    pub(super) settling: Counted,
+}
+
+/// Loads the runs of one claim together and drives each in a task of its own.
+pub(super) async fn drive_all(shared: Arc<Shared>, claims: Vec<Claim>, tasks: TaskTracker) {
+    let runs: Vec<RunId> = claims.iter().map(|claim| claim.driven.run).collect();
+    let loaded = async { store::runs::load_all(&mut *shared.pool.acquire().await?, &runs).await };
+    // Whatever is wrong concerns perhaps one of them: each is loaded alone then.
+    let mut loaded = loaded.await.unwrap_or_else(|error| {
+        tracing::warn!(runs = runs.len(), %error, "runs cannot be loaded together");
+        HashMap::new()
+    });
+    for Claim { driven, epoch, settling } in claims {
+        let loaded = loaded.remove(&driven.run);
+        tasks.spawn(async move { drive(&driven, epoch, loaded, settling).await });
+    }
+}
+
 /// Drives a run claimed with `epoch` to its end, to its next park or to the loss of its lease.
-pub(super) async fn drive(shared: &Arc<Shared>, run: RunId, epoch: i64, messages: Arc<Notify>, settling: Counted) {
-    let outcome = match Driver::load(shared.clone(), run, epoch, messages).await {
+async fn drive(driven: &Driven, epoch: i64, loaded: Option<Result<Loaded>>, settling: Counted) {
+    let (shared, run) = (&driven.shared, driven.run);
+    let outcome = match Driver::load(shared.clone(), run, epoch, loaded, driven.messages.clone()).await {
         Ok(Some(driver)) => driver.run(settling).await,
         Ok(None) => Ok(()),
         Err(error) => Err(error),
@@ -98,13 +130,10 @@ struct Finished {
 
 struct Driver {
     shared: Arc<Shared>,
-    run: store::runs::Loaded,
+    run: Loaded,
     pinned: Arc<Pinned>,
     calls: BTreeMap<String, DefinitionHash>,
     attributes: Arc<Value>,
-    budget: Arc<Value>,
-    extras: Arc<Value>,
-    bundle: Arc<crate::definition::Bundle>,
     messages: Arc<Notify>,
     running: HashMap<String, Running>,
     finished: mpsc::UnboundedReceiver<Finished>,
@@ -128,23 +157,31 @@ enum Next {
 }
 
 impl Driver {
-    async fn load(shared: Arc<Shared>, run: RunId, epoch: i64, messages: Arc<Notify>) -> Result<Option<Self>> {
-        let mut conn = shared.pool.acquire().await?;
-        let loaded = store::runs::load(&mut conn, run).await?;
+    /// `loaded`: what is known of the run since it was claimed.
+    async fn load(
+        shared: Arc<Shared>,
+        run: RunId,
+        epoch: i64,
+        loaded: Option<Result<Loaded>>,
+        messages: Arc<Notify>,
+    ) -> Result<Option<Self>> {
+        let loaded = match loaded {
+            Some(loaded) => loaded?,
+            None => store::runs::load(&mut *shared.pool.acquire().await?, run).await?,
+        };
         if loaded.owner != Some(shared.id) || loaded.epoch != epoch || loaded.status.is_closed() {
             return Ok(None);
         }
-        drop(conn);
         let pinned = shared.pinned(loaded.definition).await?;
-        let mut conn = shared.pool.acquire().await?;
-        let calls = store::definitions::resolve_calls(&mut conn, &pinned.definition).await?;
-        drop(conn);
+        let calls = if pinned.calls {
+            let mut conn = shared.pool.acquire().await?;
+            store::definitions::resolve_calls(&mut conn, &pinned.definition).await?
+        } else {
+            BTreeMap::new()
+        };
         let (finish, finished) = mpsc::unbounded_channel();
         Ok(Some(Self {
             attributes: Arc::new(loaded.attributes.clone()),
-            budget: Arc::new(pinned.definition.budget.clone()),
-            extras: Arc::new(pinned.definition.extras.clone()),
-            bundle: Arc::new(pinned.bundle.clone()),
             run: loaded,
             shared,
             width: width(&pinned.definition.steps).max(width(&pinned.definition.finally)).clamp(1, STARTS_MAX),
@@ -202,11 +239,21 @@ impl Driver {
         }
     }
 
+    /// Takes what has ended meanwhile into the same transition, up to a failure: the draw of a decision is one retry's.
     async fn ended(&mut self, done: Finished) -> Result<Next> {
-        if self.running.get(&done.path).is_some_and(|r| r.attempt == done.attempt) {
-            self.running.remove(&done.path);
+        let (mut inputs, mut bytes, mut done) = (Vec::new(), 0, Some(done));
+        while let Some(Finished { path, attempt, result }) = done.take() {
+            if self.running.get(&path).is_some_and(|r| r.attempt == attempt) {
+                self.running.remove(&path);
+            }
+            bytes += result.as_ref().map_or(ENDED_BYTES, size);
+            inputs.push(Input::AttemptEnded { path, attempt, result });
+            if bytes < ENDED_BYTES && inputs.len() < ENDED_MAX {
+                done = self.finished.try_recv().ok();
+            }
         }
-        self.step(Input::AttemptEnded { path: done.path, attempt: done.attempt, result: done.result }).await
+        let input = if inputs.len() == 1 { inputs.remove(0) } else { Input::Several(inputs) };
+        self.step(input).await
     }
 
     async fn read_messages(&mut self) -> Result<Next> {
@@ -246,12 +293,13 @@ impl Driver {
             if decision.events.is_empty() && !inbox_moved {
                 return self.nothing_happened().await;
             }
-            let mut item = self.item(&decision);
+            let mut item = Arc::new(self.item(&decision)?);
             match self.commit(&mut item).await? {
                 Committed::Accepted { inbox_n } => {
                     self.run.seq += 1;
+                    self.run.tail_events += decision.events.len();
                     if item.cursor.is_some() {
-                        self.run.cursor_seq = self.run.seq;
+                        (self.run.cursor_seq, self.run.tail_events) = (self.run.seq, 0);
                     }
                     if inbox_n > self.run.inbox_seen {
                         self.messages.notify_one();
@@ -365,13 +413,15 @@ impl Driver {
         machine::waiting_reason(&machine::waiting(&self.pinned.definition, &self.run.state))
     }
 
-    fn item(&self, decision: &Decision) -> Item {
+    fn item(&self, decision: &Decision) -> Result<Item> {
         let state = &self.run.state;
         let closed = state.status.is_closed();
         let due = if closed || decision.more { None } else { self.park_until() };
         let waiting = due.and_then(|_| self.waiting());
-        let write_cursor = closed || due.is_some() || self.run.seq + 1 - self.run.cursor_seq >= CURSOR_EVERY;
-        Item {
+        let leaves = closed || due.is_some();
+        let write_cursor = self.run.seq + 1 - self.run.cursor_seq >= CURSOR_EVERY
+            || (leaves && self.run.tail_events + decision.events.len() >= CURSOR_EVENTS);
+        Ok(Item {
             run_id: self.run.run_id,
             epoch: self.run.epoch,
             seq: self.run.seq,
@@ -382,13 +432,13 @@ impl Driver {
             inbox_seen: self.run.inbox_seen,
             queue: self.run.queue.clone(),
             topic: self.run.topic.clone(),
-            cursor: write_cursor.then(|| serde_json::to_value(state).unwrap_or(Value::Null)),
+            cursor: write_cursor.then(|| text(state)).transpose()?,
             format: format_of(&decision.events),
-            events: serde_json::to_value(&decision.events).unwrap_or(Value::Null),
-            output: state.output.clone(),
-            failure: state.failure.as_ref().and_then(|f| serde_json::to_value(f).ok()),
+            events: text(&decision.events)?,
+            output: state.output.as_ref().map(text).transpose()?,
+            failure: state.failure.as_ref().map(text).transpose()?,
             effects: self.effects(decision),
-        }
+        })
     }
 
     fn effects(&self, decision: &Decision) -> Effects {
@@ -454,18 +504,19 @@ impl Driver {
             path: path.to_owned(),
             attempt,
             attributes: self.attributes.clone(),
-            budget: self.budget.clone(),
+            budget: self.pinned.budget.clone(),
             deadline,
         }
     }
 
     /// Commits, however long Postgres is away: what was decided is decided, and sending it twice is harmless.
-    async fn commit(&self, item: &mut Item) -> Result<Committed> {
+    async fn commit(&self, item: &mut Arc<Item>) -> Result<Committed> {
         let mut pause = Duration::from_millis(50);
         loop {
             match self.shared.committer.commit(item.clone()).await {
                 Ok(Verdict::Accepted { inbox_n }) => return Ok(Committed::Accepted { inbox_n }),
                 Ok(Verdict::Unread { .. }) => {
+                    let item = Arc::make_mut(item);
                     item.parked = false;
                     item.due = None;
                     item.waiting = None;
@@ -524,8 +575,8 @@ impl Driver {
                         started_at: self.shared.clock.now(),
                         run_started_at: self.run.state.started_at,
                         deadline,
-                        extras: self.extras.clone(),
-                        budget: self.budget.clone(),
+                        extras: self.pinned.extras.clone(),
+                        budget: self.pinned.budget.clone(),
                     };
                     let backend = Backend {
                         shared: self.shared.clone(),
@@ -535,7 +586,7 @@ impl Driver {
                     };
                     let context = Context {
                         info: Arc::new(info),
-                        bundle: self.bundle.clone(),
+                        bundle: self.pinned.bundle.clone(),
                         cancellation: token.clone(),
                         backend: Arc::new(backend),
                     };
@@ -609,5 +660,9 @@ fn each_activity(state: &RunState, visit: &mut dyn FnMut(&str, &Phase)) {
 /// The key that an activity hands to the outside: the same for all attempts of a step.
 fn idempotency_key(run: RunId, path: &str) -> String {
     let digest = Sha256::digest(format!("{run}/{path}").as_bytes());
-    digest.iter().take(16).map(|b| format!("{b:02x}")).collect()
+    digest.iter().take(16).fold(String::with_capacity(32), |mut key, byte| {
+        // Writing to a text does not fail.
+        let _ = write!(key, "{byte:02x}");
+        key
+    })
 }

@@ -30,6 +30,7 @@ use crate::{
     signature::Catalog,
     store::{self, checkpoints::Progress, definitions::Pinned, ready::Which},
 };
+use drive::Claim;
 use pace::{Looks, Pace};
 use sqlx::PgPool;
 use std::{
@@ -342,15 +343,15 @@ async fn poll_once(shared: &Arc<Shared>, queues: &[String], tasks: &TaskTracker,
     if more || room == 0 {
         shared.full.store(true, Ordering::Relaxed);
     }
+    let mut claims = Vec::with_capacity(claimed.len());
     for (run, epoch) in claimed {
         let messages = Arc::new(Notify::new());
         shared.drivers.lock().expect("no panic while held").insert(run, messages.clone());
-        let shared = shared.clone();
-        let settling = Counted::up(&shared, |s| &s.settling);
-        tasks.spawn(async move {
-            let driven = Driven { shared, run, messages };
-            drive::drive(&driven.shared, run, epoch, driven.messages.clone(), settling).await;
-        });
+        let settling = Counted::up(shared, |s| &s.settling);
+        claims.push(Claim { driven: Driven { shared: shared.clone(), run, messages }, epoch, settling });
+    }
+    if !claims.is_empty() {
+        tasks.spawn(drive::drive_all(shared.clone(), claims, tasks.clone()));
     }
     Ok(more)
 }

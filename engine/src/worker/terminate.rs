@@ -9,10 +9,9 @@ use crate::{
     machine::{self, Command, Input, Moment},
     store::{
         self,
-        transitions::{self, Effects, Item, Verdict, child_result},
+        transitions::{self, Effects, Item, Verdict, child_result, text},
     },
 };
-use serde_json::Value;
 use sqlx::PgConnection;
 use std::{cell::Cell, collections::BTreeMap, sync::Arc};
 
@@ -27,7 +26,7 @@ pub(crate) async fn terminate(
     let item = closing(&mut conn, run, reason).await?;
     drop(conn);
     let (epoch, seq) = (item.epoch, item.seq);
-    match Committer::start(pool.clone(), hook).commit(item).await {
+    match Committer::start(pool.clone(), hook).commit(Arc::new(item)).await {
         Ok(Verdict::Accepted { .. }) => Ok(()),
         // An earlier sending had succeeded and its answer was lost.
         Ok(Verdict::Stale { epoch: at, seq: newest }) if at == epoch && newest == seq + 1 => Ok(()),
@@ -126,11 +125,11 @@ async fn closing(conn: &mut PgConnection, run: RunId, reason: &str) -> Result<It
         inbox_seen: loaded.inbox_seen,
         queue: loaded.queue,
         topic: loaded.topic,
-        cursor: serde_json::to_value(&state).ok(),
+        cursor: Some(text(&state)?),
         format: format_of(&decision.events),
-        events: serde_json::to_value(&decision.events).unwrap_or(Value::Null),
+        events: text(&decision.events)?,
         output: None,
-        failure: state.failure.as_ref().and_then(|f| serde_json::to_value(f).ok()),
+        failure: state.failure.as_ref().map(text).transpose()?,
         effects,
     })
 }

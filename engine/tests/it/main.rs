@@ -11,3 +11,4 @@ mod passing;
 mod pause;
 mod runs;
 mod schedules;
+mod together;

@@ -85,6 +85,23 @@ fn outcome(random: &mut fastrand::Rng) -> Result<Value, Failure> {
     }
 }
 
+/// As a driver takes them: every result that is there, up to a failure.
+fn together(run: &mut Bench, live: Vec<String>, random: &mut fastrand::Rng) {
+    let mut inputs = Vec::new();
+    for path in live {
+        let (attempt, _) = run.live[&path];
+        let result = outcome(random);
+        let failed = result.is_err();
+        inputs.push(Input::AttemptEnded { path, attempt, result });
+        if failed {
+            break;
+        }
+    }
+    if !inputs.is_empty() {
+        run.input(Input::Several(inputs));
+    }
+}
+
 fn child_ended(run: &mut Bench, completed: bool) {
     let Some(child) = run.children.pop() else { return };
     run.input(Input::Messages(vec![Inbound::Child {
@@ -103,7 +120,9 @@ fn disturb(run: &mut Bench, random: &mut fastrand::Rng) {
     match random.u8(0..21) {
         0..=8 => {
             let live: Vec<String> = run.live.keys().cloned().collect();
-            if let Some(path) = random.choice(&live) {
+            if random.bool() {
+                together(run, live, random);
+            } else if let Some(path) = random.choice(&live) {
                 run.end(path, outcome(random));
             }
         }
