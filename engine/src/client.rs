@@ -10,6 +10,7 @@ pub use pause::Why;
 
 use crate::{
     Error, Result,
+    admission::Admission,
     definition::{
         Bundle, Definition, Kind,
         inputs::{prepare, violations},
@@ -46,6 +47,8 @@ pub struct Start {
     pub queue: String,
     /// Outbox topic that hears of every transition.
     pub topic: Option<String>,
+    /// How urgent it is and whose turn it takes.
+    pub admission: Admission,
 }
 
 /// What a start came to.
@@ -214,6 +217,7 @@ impl Client {
         if size > ATTRIBUTES_BYTES_MAX {
             return Err(Error::TooLarge { what: "attributes", actual: size, limit: ATTRIBUTES_BYTES_MAX });
         }
+        start.admission.check(&start.attributes)?;
         let pinned = store::definitions::load(conn, start.definition).await?;
         let inputs = prepare(&pinned.definition, &start.inputs).map_err(Error::InputInvalid)?;
         store::runs::start(conn, &start, &pinned.definition, &inputs).await

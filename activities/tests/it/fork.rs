@@ -155,6 +155,7 @@ impl Bench {
             attributes: json!({"user_id": self.user.to_string()}),
             queue: String::new(),
             topic: None,
+            admission: Default::default(),
         };
         self.client.start(start).await.expect("start").run_id
     }

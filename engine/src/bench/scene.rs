@@ -3,6 +3,7 @@
 use super::{Result, host::Host};
 use crate::{
     activity::{Activity, Context, Registry},
+    admission::Admission,
     client::{Deploy, Start},
     definition::{
         Await, Bundle, Data, Definition, Expr, FORMAT, Input, Kind, OnItemFailure, OnTimeout, RetryPolicy, Step,
@@ -198,6 +199,7 @@ pub(super) async fn start(
                     attributes: json!({}),
                     queue: queue.to_owned(),
                     topic: None,
+                    admission: Admission::default(),
                 };
                 started.push(host.client.start_in(&mut tx, start).await?.run_id);
             }

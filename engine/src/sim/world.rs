@@ -13,8 +13,8 @@ use crate::{
     store::{
         inbox::{Kind, Sent},
         memory::{Memory, Mutant, Post},
-        ready::Which,
         transitions::{Item, Verdict},
+        turns::Turns,
     },
 };
 use chrono::{Duration, TimeZone, Utc};
@@ -251,7 +251,8 @@ impl World {
         if self.happened.runs < RUNS_MAX {
             self.happened.runs += 1;
             let run = RunId(self.uuid());
-            self.store.start(run, scenario::PARENT, "default", json!({}));
+            let turn = (self.random.i16(1..6), self.random.i32(0..3));
+            self.store.start(run, scenario::PARENT, "default", turn, json!({}));
         }
     }
 
@@ -272,8 +273,13 @@ impl World {
             return;
         }
         let room = self.workers[at].free() as usize + 1;
-        let which = if !self.calm && self.random.u8(0..8) == 0 { Which::Messaged } else { Which::Any };
-        let Some(claimed) = self.store.claim(id, &["default"], which, room) else {
+        let messaged = !self.calm && self.random.u8(0..8) == 0;
+        let claimed = if messaged {
+            self.store.claim_messaged(id, &["default"], room)
+        } else {
+            self.store.claim(id, &["default"], &self.turns(at), room)
+        };
+        let Some(claimed) = claimed else {
             self.workers.remove(at);
             return;
         };
@@ -289,6 +295,15 @@ impl World {
                 Err(text) => self.set_aside(run, epoch, &text),
             }
         }
+    }
+
+    /// Whose runs this worker has.
+    fn turns(&self, at: usize) -> Turns {
+        let mut turns = Turns::default();
+        for run in self.workers[at].drivers.keys() {
+            turns.took(self.store.runs.get(run).map_or(0, |r| r.lane));
+        }
+        turns
     }
 
     fn set_aside(&mut self, run: RunId, epoch: i64, why: &str) {

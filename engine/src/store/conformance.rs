@@ -7,13 +7,14 @@ use super::{
     definitions, inbox,
     inbox::{Kind, Outgoing},
     memory::{Memory, Post},
-    ready::{self, Which},
-    runs, transitions,
+    ready, runs, transitions,
     transitions::{Effects, Item},
+    turns::Turns,
     workers,
 };
 use crate::{
     MIGRATIONS,
+    admission::{Admission, Priority},
     client::{Deploy, Start},
     definition::{Bundle, Definition, FORMAT},
     embedded::testing::database,
@@ -206,6 +207,12 @@ impl Pair {
         };
         match self.random.u8(0..100) {
             0..=11 => {
+                let key = ["a", "b"][usize::from(self.random.bool())];
+                let priority = self.random.i16(1..6);
+                let admission = Admission {
+                    priority: Priority::new(priority).expect("priority"),
+                    fairness_key: Some(key.to_owned()),
+                };
                 let start = Start {
                     run_id: Some(run),
                     definition: self.hash,
@@ -214,20 +221,34 @@ impl Pair {
                     attributes: json!({}),
                     queue: String::new(),
                     topic: None,
+                    admission,
                 };
                 let mut tx = begin(&pool).await.expect("begin");
                 let there = runs::start(&mut tx, &start, &self.definition, &json!({})).await.expect("start").created;
                 tx.commit().await.expect("commit");
-                said("start", &there, &self.memory.start(run, "conformance", "default", json!({})))
+                let turn = (priority, crate::admission::lane(key));
+                said("start", &there, &self.memory.start(run, "conformance", "default", turn, json!({})))
             }
             12..=29 => {
-                let which = if self.random.bool() { Which::Any } else { Which::Messaged };
                 let queue = ["default", "other"][usize::from(self.random.u8(0..8) == 0)];
-                let many = i64::try_from(MANY).expect("small");
-                let there = ready::claim(&pool, worker, &[queue.to_owned()], which, None, many).await;
-                let there = there.ok().map(|claimed| claimed.runs.into_iter().collect::<BTreeSet<_>>());
-                let here = self.memory.claim(worker, &[queue], which, MANY).map(BTreeSet::from_iter);
-                said(&format!("claim {which:?} {queue}"), &there, &here)
+                let (queues, any) = ([queue.to_owned()], self.random.bool());
+                // Whose turn it is shows when there is one place only.
+                let limit = if self.random.bool() { 1 } else { MANY };
+                let many = i64::try_from(if any { limit } else { MANY }).expect("small");
+                let (there, here) = if any {
+                    let mut turns = Turns::default();
+                    (0..self.random.u8(0..3)).for_each(|_| turns.took(7));
+                    let look = ready::due(&pool, &queues, None, many).await.expect("look");
+                    let order: Vec<RunId> = turns.order(look.due).iter().map(|d| d.run).collect();
+                    let there = ready::take(&pool, worker, &order, many).await.ok();
+                    (there, self.memory.claim(worker, &[queue], &turns, limit))
+                } else {
+                    let there = ready::take_messaged(&pool, worker, &queues, many).await.ok();
+                    let there = there.map(|all| all.into_iter().map(|(run, epoch, _)| (run, epoch)).collect());
+                    (there, self.memory.claim_messaged(worker, &[queue], MANY))
+                };
+                let (there, here) = (there.map(BTreeSet::from_iter), here.map(BTreeSet::from_iter));
+                said(&format!("claim {any} {limit} {queue}"), &there, &here)
             }
             30..=54 => {
                 let (there, here) = self.item(run);

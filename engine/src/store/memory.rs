@@ -6,8 +6,8 @@
 
 use super::{
     inbox::{ChildResult, Kind, Sent},
-    ready::Which,
     transitions::{Child, Item, Verdict},
+    turns::{Due, Turns},
 };
 use crate::{
     hook::AttemptRef,
@@ -90,6 +90,8 @@ pub(crate) struct Row {
     pub(crate) cursor_seq: i64,
     pub(crate) parent: Option<RunId>,
     pub(crate) depth: i32,
+    pub(crate) priority: i16,
+    pub(crate) lane: i32,
     pub(crate) inputs: Value,
     pub(crate) closed: bool,
 }
@@ -176,9 +178,9 @@ impl Memory {
         *at = due.min(*at);
     }
 
-    /// [`super::runs::start`] without a business key. False if the run is there already.
-    pub(crate) fn start(&mut self, run: RunId, workflow: &str, queue: &str, inputs: Value) -> bool {
-        self.insert(run, workflow, queue, inputs, None, 0)
+    /// [`super::runs::start`] without a business key, of a priority and a lane. False if the run is there already.
+    pub(crate) fn start(&mut self, run: RunId, workflow: &str, queue: &str, turn: (i16, i32), inputs: Value) -> bool {
+        self.insert(run, workflow, queue, turn, inputs, None, 0)
     }
 
     fn insert(
@@ -186,6 +188,7 @@ impl Memory {
         run: RunId,
         workflow: &str,
         queue: &str,
+        (priority, lane): (i16, i32),
         inputs: Value,
         parent: Option<RunId>,
         depth: i32,
@@ -207,6 +210,8 @@ impl Memory {
             cursor_seq: 0,
             parent,
             depth,
+            priority,
+            lane,
             inputs,
             closed: false,
         };
@@ -276,7 +281,8 @@ impl Memory {
             .collect();
         for item in &accepted {
             for Child { run_id, workflow, queue, inputs, depth, .. } in &item.effects.children {
-                self.insert(*run_id, workflow, queue, inputs.clone(), Some(item.run_id), *depth);
+                let turn = self.runs.get(&item.run_id).map_or((3, 0), |r| (r.priority, r.lane));
+                self.insert(*run_id, workflow, queue, turn, inputs.clone(), Some(item.run_id), *depth);
             }
             for child in &item.effects.cancelled_children {
                 self.post(&Post::new(*child, Kind::Cancel, "", json!("its parent was cancelled")));
@@ -341,41 +347,57 @@ impl Memory {
             .collect()
     }
 
-    /// [`super::ready::claim`]. `None` if this worker was declared dead.
+    /// [`super::ready::due`], of a queue that is not too long for a window.
+    pub(crate) fn due(&self, queues: &[&str]) -> Vec<Due> {
+        let waiting = self.ready.iter().filter(|(_, at)| **at <= self.now);
+        let due = waiting.filter_map(|(id, at)| {
+            let row = self.runs.get(id).filter(|r| queues.contains(&r.queue.as_str()))?;
+            Some(Due { run: *id, priority: row.priority, lane: row.lane, due_at: *at })
+        });
+        due.collect()
+    }
+
+    /// A look, its order and [`super::ready::take`]. `None` if this worker was declared dead and something is due.
     pub(crate) fn claim(
         &mut self,
         worker: WorkerId,
         queues: &[&str],
-        which: Which,
+        turns: &Turns,
         limit: usize,
     ) -> Option<Vec<(RunId, i64)>> {
+        let order = turns.order(self.due(queues));
+        if order.is_empty() { Some(Vec::new()) } else { self.take(worker, &order, limit) }
+    }
+
+    /// [`super::ready::take_messaged`]. `None` if this worker was declared dead.
+    pub(crate) fn claim_messaged(
+        &mut self,
+        worker: WorkerId,
+        queues: &[&str],
+        limit: usize,
+    ) -> Option<Vec<(RunId, i64)>> {
+        let mut due = self.due(queues);
+        due.retain(|d| self.runs.get(&d.run).is_some_and(|r| r.inbox_n > r.inbox_seen));
+        due.sort_unstable_by_key(|d| (d.due_at, d.run));
+        self.take(worker, &due, limit)
+    }
+
+    fn take(&mut self, worker: WorkerId, order: &[Due], limit: usize) -> Option<Vec<(RunId, i64)>> {
         if !self.workers.contains_key(&worker) && !self.is(Mutant::DeadMayClaim) {
             return None;
         }
-        let mut due: Vec<(DateTime<Utc>, RunId)> = self
-            .ready
-            .iter()
-            .filter(|(_, at)| **at <= self.now)
-            .filter(|(id, _)| {
-                self.runs.get(id).is_some_and(|r| {
-                    r.is_claimable()
-                        && queues.contains(&r.queue.as_str())
-                        && (which == Which::Any || r.inbox_n > r.inbox_seen)
-                })
-            })
-            .map(|(id, at)| (*at, *id))
-            .collect();
-        due.sort_unstable();
-        due.truncate(limit);
         let silently = self.is(Mutant::ClaimsSilently);
-        let mut claimed = Vec::with_capacity(due.len());
-        for (_, run) in due {
-            self.ready.remove(&run);
-            let Some(row) = self.runs.get_mut(&run) else { continue };
+        let mut claimed = Vec::new();
+        for due in order {
+            let Some(row) = self.runs.get_mut(&due.run).filter(|r| r.is_claimable()) else { continue };
+            if claimed.len() == limit {
+                break;
+            }
             row.owner = Some(worker);
             row.parked = false;
             row.epoch += i64::from(!silently);
-            claimed.push((run, row.epoch));
+            claimed.push((due.run, row.epoch));
+            self.ready.remove(&due.run);
         }
         Some(claimed)
     }

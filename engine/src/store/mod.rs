@@ -16,6 +16,7 @@ pub(crate) mod ready;
 pub(crate) mod runs;
 pub(crate) mod schedules;
 pub(crate) mod transitions;
+pub(crate) mod turns;
 pub(crate) mod workers;
 
 use sqlx::PgPool;

@@ -3,6 +3,7 @@
 use super::definitions::hash_of;
 use crate::{
     Error, Result,
+    admission::lane,
     client::{Filter, Start, Started},
     definition::Definition,
     event::Event,
@@ -38,6 +39,10 @@ pub(crate) struct Loaded {
     pub(crate) parent: Option<(RunId, String)>,
     /// How many runs stand above it.
     pub(crate) depth: i32,
+    /// 1 is first.
+    pub(crate) priority: i16,
+    /// Of its fairness key.
+    pub(crate) lane: i32,
     pub(crate) inputs: Value,
     pub(crate) output: Option<Value>,
     pub(crate) failure: Option<Value>,
@@ -59,13 +64,15 @@ pub(crate) async fn start(
     inputs: &Value,
 ) -> Result<Started> {
     let run_id = start.run_id.unwrap_or_default();
+    let key = start.admission.key(&start.attributes);
     let queue = if start.queue.is_empty() { "default" } else { &start.queue };
     // A run whose key turns out to be taken was never there.
     sqlx::query("savepoint start").execute(&mut *conn).await?;
     let inserted = sqlx::query(
-        "with r as (insert into runs (shard, run_id, workflow, definition, workflow_id, status, parked, queue, attributes, topic, inputs)
-           values ($1, $2, $3, $4, $5, 'pending', true, $6, $7, $8, $9) on conflict do nothing returning shard, run_id, queue)
-         insert into ready (shard, run_id, queue) select shard, run_id, queue from r",
+        "with r as (insert into runs (shard, run_id, workflow, definition, workflow_id, status, parked, queue, attributes, topic, inputs,
+                                      priority, fairness_key, lane)
+           values ($1, $2, $3, $4, $5, 'pending', true, $6, $7, $8, $9, $10, $11, $12) on conflict do nothing returning shard, run_id, queue, priority, lane)
+         insert into ready (shard, run_id, queue, priority, lane) select shard, run_id, queue, priority, lane from r",
     )
     .bind(run_id.shard())
     .bind(run_id.0)
@@ -76,6 +83,9 @@ pub(crate) async fn start(
     .bind(&start.attributes)
     .bind(&start.topic)
     .bind(inputs)
+    .bind(start.admission.priority.number())
+    .bind(key)
+    .bind(lane(key))
     .execute(&mut *conn)
     .await?
     .rows_affected();
@@ -107,7 +117,7 @@ pub(crate) async fn start(
 pub(crate) async fn load(conn: &mut PgConnection, run: RunId) -> Result<Loaded> {
     let row = sqlx::query(
         "select workflow, workflow_id, definition, status, owner, epoch, seq, inbox_n, inbox_seen, queue, attributes, topic,
-                parent_run_id, parent_path, depth, inputs, cursor, cursor_seq, output, failure, started_at, closed_at,
+                parent_run_id, parent_path, depth, priority, lane, inputs, cursor, cursor_seq, output, failure, started_at, closed_at,
                 forked_from, forked_seq, imported_at
          from runs where shard = $1 and run_id = $2",
     )
@@ -172,6 +182,8 @@ pub(crate) async fn load(conn: &mut PgConnection, run: RunId) -> Result<Loaded> 
             _ => None,
         },
         depth: row.try_get("depth")?,
+        priority: row.try_get("priority")?,
+        lane: row.try_get("lane")?,
         inputs: row.try_get("inputs")?,
         output: row.try_get("output")?,
         failure: row.try_get("failure")?,
@@ -342,10 +354,10 @@ pub(crate) async fn unquarantine(
                     where shard = $1 and run_id = $2 and epoch = $3 and status = 'quarantined' and imported_at is null for no key update),
               u as (update runs r set status = $4, epoch = r.epoch + 1, inbox_n = r.inbox_n + 1, waiting = 'worker'
                     from q where r.shard = q.shard and r.run_id = q.run_id
-                    returning r.shard, r.run_id, r.inbox_n, r.queue, q.waiting as halted),
+                    returning r.shard, r.run_id, r.inbox_n, r.queue, r.priority, r.lane, q.waiting as halted),
               m as (insert into inbox (shard, run_id, n, kind, payload, sender)
                     select shard, run_id, inbox_n, 'resume', jsonb_build_object('reason', $5::text, 'halted', coalesce(halted, '')), $6 from u)
-         insert into ready (shard, run_id, queue) select shard, run_id, queue from u
+         insert into ready (shard, run_id, queue, priority, lane) select shard, run_id, queue, priority, lane from u
          on conflict (shard, run_id) do update set due_at = least(ready.due_at, excluded.due_at)",
     )
     .bind(run.shard())
@@ -398,8 +410,9 @@ pub(crate) async fn give_back(pool: &PgPool, run: RunId, owner: WorkerId, epoch:
     let freed = sqlx::query(
         "with u as (update runs set owner = null, parked = true, epoch = epoch + 1, waiting = 'worker'
            where shard = $1 and run_id = $2 and owner = $3 and epoch = $4 and closed_at is null
-           returning shard, run_id, queue)
-         insert into ready (shard, run_id, queue, due_at) select shard, run_id, queue, engine_now() + interval '1 second' from u
+           returning shard, run_id, queue, priority, lane)
+         insert into ready (shard, run_id, queue, priority, lane, timed, due_at)
+           select shard, run_id, queue, priority, lane, true, engine_now() + interval '1 second' from u
          on conflict (shard, run_id) do update set due_at = least(ready.due_at, excluded.due_at)",
     )
     .bind(run.shard())
@@ -418,8 +431,9 @@ pub(crate) async fn give_back(pool: &PgPool, run: RunId, owner: WorkerId, epoch:
 pub(crate) async fn seize(conn: &mut PgConnection, run: RunId) -> Result<bool> {
     let seized = sqlx::query(
         "with u as (update runs set epoch = epoch + 1, owner = null, parked = true
-           where shard = $1 and run_id = $2 and closed_at is null and imported_at is null returning shard, run_id, queue)
-         insert into ready (shard, run_id, queue, due_at) select shard, run_id, queue, engine_now() + interval '30 seconds' from u
+           where shard = $1 and run_id = $2 and closed_at is null and imported_at is null returning shard, run_id, queue, priority, lane)
+         insert into ready (shard, run_id, queue, priority, lane, timed, due_at)
+           select shard, run_id, queue, priority, lane, true, engine_now() + interval '30 seconds' from u
          on conflict (shard, run_id) do update set due_at = greatest(ready.due_at, excluded.due_at)",
     )
     .bind(run.shard())
@@ -441,8 +455,9 @@ pub(crate) async fn release(
 ) -> Result<bool> {
     let released = sqlx::query(
         "with u as (update runs set owner = null, parked = true, waiting = $6
-           where shard = $1 and run_id = $2 and epoch = $3 and inbox_n = $4 and closed_at is null returning shard, run_id, queue)
-         insert into ready (shard, run_id, queue, due_at) select shard, run_id, queue, $5 from u
+           where shard = $1 and run_id = $2 and epoch = $3 and inbox_n = $4 and closed_at is null returning shard, run_id, queue, priority, lane)
+         insert into ready (shard, run_id, queue, priority, lane, timed, due_at)
+           select shard, run_id, queue, priority, lane, $5 > engine_now(), $5 from u
          on conflict (shard, run_id) do update set due_at = least(ready.due_at, excluded.due_at)",
     )
     .bind(run.shard())

@@ -127,11 +127,11 @@ pub(crate) async fn send(conn: &mut PgConnection, items: &[Item]) -> Result<Vec<
                     from b where r.shard = b.shard and r.run_id = b.run_id
                       and r.epoch = b.epoch and r.seq = b.seq and r.closed_at is null
                       and (not b.parked or r.inbox_n = b.inbox_seen)
-                    returning b.ord, r.shard, r.run_id, r.seq, r.inbox_n, r.closed_at, r.workflow_id),
+                    returning b.ord, r.shard, r.run_id, r.seq, r.inbox_n, r.closed_at, r.workflow_id, r.priority, r.lane),
               h as (insert into history (shard, run_id, seq, epoch, format, events)
                     select u.shard, u.run_id, u.seq, b.epoch, b.format, b.events from u join b using (ord)),
-              q as (insert into ready (shard, run_id, queue, due_at)
-                    select b.shard, b.run_id, b.queue, b.due_at from u join b using (ord) where b.parked
+              q as (insert into ready (shard, run_id, queue, priority, lane, timed, due_at)
+                    select b.shard, b.run_id, b.queue, u.priority, u.lane, b.due_at > engine_now(), b.due_at from u join b using (ord) where b.parked
                     on conflict (shard, run_id) do update set due_at = least(ready.due_at, excluded.due_at)),
               z as (delete from ready q using u where u.closed_at is not null and q.shard = u.shard and q.run_id = u.run_id),
               k as (delete from workflow_ids w using u where u.closed_at is not null and w.workflow_id = u.workflow_id and w.run_id = u.run_id),
@@ -229,10 +229,11 @@ fn sql_of(error: crate::Error) -> crate::hook::HookError {
 async fn start_child(conn: &mut PgConnection, parent: &Item, child: &Child) -> std::result::Result<(), sqlx::Error> {
     sqlx::query(
         "with r as (insert into runs (shard, run_id, workflow, definition, status, parked, queue, attributes, topic, inputs,
-                      parent_shard, parent_run_id, parent_path, depth)
-                    values ($1, $2, $3, $4, 'pending', true, $5, $6, $7, $8, $9, $10, $11, $12) on conflict do nothing
-                    returning shard, run_id, queue)
-         insert into ready (shard, run_id, queue) select shard, run_id, queue from r",
+                      parent_shard, parent_run_id, parent_path, depth, priority, fairness_key, lane)
+                    select $1, $2, $3, $4, 'pending', true, $5, $6, $7, $8, $9, $10, $11, $12, priority, fairness_key, lane
+                    from runs where shard = $9 and run_id = $10 on conflict do nothing
+                    returning shard, run_id, queue, priority, lane)
+         insert into ready (shard, run_id, queue, priority, lane) select shard, run_id, queue, priority, lane from r",
     )
     .bind(child.run_id.shard())
     .bind(child.run_id.0)

@@ -184,6 +184,7 @@ impl Bench {
             attributes: json!({"user_id": "u1"}),
             queue: String::new(),
             topic: None,
+            admission: Default::default(),
         };
         self.client.start(start).await.expect("start")
     }

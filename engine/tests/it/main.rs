@@ -8,5 +8,6 @@ mod filter;
 mod fork;
 mod passing;
 mod pause;
+mod queues;
 mod runs;
 mod schedules;
