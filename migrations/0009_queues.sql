@@ -14,3 +14,37 @@ alter table ready
   add timed boolean not null default false;
 update ready set priority = 3;
 create index ready_turn on ready (queue, priority, lane, due_at) where not timed;
+
+-- Runs that begin when there is a place, or when it is time. A run that is not admitted has no place in `ready` and nobody may
+-- claim it. `admissions` holds its terms from its start to its end: `n` is its number of arrival, given under the lock of its
+-- group's row; `place` is the number of its place, unique in the group and at most `places`, the limit it came with: never are
+-- there more holders than the limit. `place` is null while it waits. The row goes with the transition that closes the run.
+
+alter table runs add admitted boolean not null default true;
+
+create table concurrency_groups (
+  name text primary key,
+  arrivals bigint not null
+) with (fillfactor = 50);
+
+create table admissions (
+  shard smallint not null, run_id uuid not null,
+  group_name text,                      -- null: it waits for its time only
+  n bigint, places int, place int,
+  on_conflict text check (on_conflict in ('queue','cancel-running','fail')),
+  not_before timestamptz,               -- its rate limit
+  primary key (shard, run_id),
+  constraint admissions_group_check check (
+    (group_name is null) = (n is null) and (group_name is null) = (places is null) and (group_name is null) = (on_conflict is null)
+    and (group_name is not null or not_before is not null)),
+  constraint admissions_place_check check (place between 1 and places),
+  constraint admissions_place_key unique (group_name, place)
+) with (fillfactor = 70);
+create index admissions_group on admissions (group_name, n);
+create index admissions_waiting on admissions (group_name, n) where place is null;
+
+-- The newest starts under a rate, oldest first; planned ones included.
+create table rate_limits (
+  key text primary key,
+  starts timestamptz[] not null default '{}'
+) with (fillfactor = 50);

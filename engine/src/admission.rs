@@ -1,13 +1,23 @@
 //! On what terms a run comes into the queue: how urgent it is and whose turn it takes.
 
+#[cfg(feature = "runtime")]
+use crate::definition::Definition;
+pub use crate::definition::OnConflict;
 use crate::{Error, Result};
 use serde_json::Value;
+#[cfg(feature = "runtime")]
 use sha2::{Digest, Sha256};
 
 /// The attribute that names whose turn a run takes, if its start does not.
 pub const FAIRNESS_ATTRIBUTE: &str = "user_id";
 /// Longest fairness key, in bytes. Chosen: an id or a name.
-const KEY_BYTES_MAX: usize = 200;
+pub(crate) const KEY_BYTES_MAX: usize = 200;
+#[cfg(feature = "runtime")]
+/// Largest limit of a group, and most starts of a period. Source: section 3 of the workflow language.
+const LIMIT_MAX: u32 = 1_000;
+#[cfg(feature = "runtime")]
+/// Longest period of a rate.
+const PERIOD_MS_MAX: i64 = 30 * 86_400_000;
 
 /// How urgent a run is. Of the runs that are due, those of a smaller number are claimed first, whoever else waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -36,6 +46,24 @@ impl Default for Priority {
     }
 }
 
+/// A group that a run takes part in: at most `limit` of its runs are under way at the same time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The same text is the same group, whatever the workflow.
+    pub group: String,
+    pub limit: u32,
+    pub on_conflict: OnConflict,
+}
+
+/// At most `starts` runs of a key begin in any period of `per_ms`; the others wait for their time, in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rate {
+    pub key: String,
+    /// 1 to 1,000.
+    pub starts: u32,
+    pub per_ms: i64,
+}
+
 /// The terms of one start.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Admission {
@@ -43,6 +71,9 @@ pub struct Admission {
     /// Runs of one priority take turns by this key, for example a user's id: who has 10,000 runs does not delay who has one.
     /// `None`: the attribute [`FAIRNESS_ATTRIBUTE`], and nobody's if there is none. Children and forks have their parent's.
     pub fairness_key: Option<String>,
+    /// `None`: the definition's `concurrency`, if it has one.
+    pub place: Option<Place>,
+    pub rate: Option<Rate>,
 }
 
 impl Admission {
@@ -53,9 +84,42 @@ impl Admission {
         named.or_else(|| attributes.get(FAIRNESS_ATTRIBUTE).and_then(Value::as_str)).unwrap_or_default()
     }
 
+    /// The place that a run with these inputs needs.
+    ///
     /// # Errors
-    /// `too_large`.
+    /// `input_invalid`: the definition's group cannot be evaluated.
+    #[cfg(feature = "runtime")]
+    pub(crate) fn place(&self, definition: &Definition, inputs: &Value) -> Result<Option<Place>> {
+        let named = self.place.clone().map(Ok);
+        let place = named.or_else(|| definition.concurrency.as_ref().map(|group| group.place(inputs)));
+        place
+            .transpose()
+            .map_err(|failure| Error::InputInvalid(vec![format!("concurrency.group: {}", failure.message)]))
+    }
+
+    /// # Errors
+    /// `too_large`, `input_invalid`.
+    #[cfg(feature = "runtime")]
     pub(crate) fn check(&self, attributes: &Value) -> Result<()> {
+        let mut wrong = Vec::new();
+        if let Some(Place { group, limit, .. }) = &self.place
+            && (group.is_empty() || group.len() > KEY_BYTES_MAX || !(1..=LIMIT_MAX).contains(limit))
+        {
+            wrong.push(format!("concurrency: a group of 1 to {KEY_BYTES_MAX} bytes and a limit of 1 to {LIMIT_MAX}"));
+        }
+        if let Some(Rate { key, starts, per_ms }) = &self.rate
+            && (key.is_empty()
+                || key.len() > KEY_BYTES_MAX
+                || !(1..=LIMIT_MAX).contains(starts)
+                || !(1..=PERIOD_MS_MAX).contains(per_ms))
+        {
+            wrong.push(format!(
+                "rate: a key of 1 to {KEY_BYTES_MAX} bytes, 1 to {LIMIT_MAX} starts, a period up to 30 days"
+            ));
+        }
+        if !wrong.is_empty() {
+            return Err(Error::InputInvalid(wrong));
+        }
         match self.key(attributes).len() {
             ..=KEY_BYTES_MAX => Ok(()),
             actual => Err(Error::TooLarge { what: "the fairness key", actual, limit: KEY_BYTES_MAX }),
@@ -64,6 +128,7 @@ impl Admission {
 }
 
 /// The lane of a fairness key: a hash, so that lanes are spread evenly. Two keys in one lane share their turns.
+#[cfg(feature = "runtime")]
 pub(crate) fn lane(key: &str) -> i32 {
     if key.is_empty() {
         return 0;
@@ -72,7 +137,7 @@ pub(crate) fn lane(key: &str) -> i32 {
     i32::from_be_bytes([digest[0], digest[1], digest[2], digest[3]])
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "runtime"))]
 mod tests {
     use super::*;
     use serde_json::json;

@@ -197,9 +197,9 @@ impl Client {
     /// Starts a run, or returns the open one that has the same business key.
     ///
     /// # Errors
-    /// `input_invalid`, `definition_not_found`, `too_large`.
+    /// `input_invalid`, `definition_not_found`, `too_large`, `concurrency_full`.
     /// # Transaction
-    /// One: business key, run, queue row.
+    /// One: business key, run, queue row or place in its group.
     pub async fn start(&self, start: Start) -> Result<Started> {
         let started = in_transaction(&self.pool, |conn| {
             let start = start.clone();
@@ -331,6 +331,8 @@ impl Client {
         let mut conn = self.pool.acquire().await?;
         let loaded = store::runs::load(&mut conn, run).await?;
         let pinned = store::definitions::load(&mut conn, loaded.definition).await?;
+        let open = !loaded.status.is_closed();
+        let held = if open { store::groups::held(&mut conn, run).await? } else { None };
         drop(conn);
         let mut live = machine::live_attempts(&loaded.state);
         if !live.is_empty() {
@@ -345,6 +347,7 @@ impl Client {
             }
         }
         Ok(RunView {
+            held,
             run_id: run,
             workflow: loaded.workflow,
             definition: loaded.definition,

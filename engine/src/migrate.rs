@@ -31,7 +31,7 @@ pub const FLOW: Migration = Migration { version: 7, name: "flow", sql: include_s
 pub const SCHEDULES: Migration =
     Migration { version: 8, name: "schedules", sql: include_str!("../../migrations/0008_schedules.sql") };
 
-/// The columns of priorities and turns.
+/// The columns and tables of priorities, turns, concurrency groups and rates.
 pub const QUEUES: Migration =
     Migration { version: 9, name: "queues", sql: include_str!("../../migrations/0009_queues.sql") };
 

@@ -140,6 +140,7 @@ impl Bench {
             env: BTreeMap::new(),
             timeout_ms: 600_000,
             budget: json!({"credits": 10}),
+            concurrency: None,
             executions_max: 100,
             steps: vec![step("a", false), step("b", true), step("c", false)],
             finally: vec![],

@@ -113,6 +113,7 @@ pub(super) fn definition(name: &str, steps: Vec<Step>) -> Definition {
         env: BTreeMap::new(),
         timeout_ms: 24 * 3_600_000,
         budget: Value::Null,
+        concurrency: None,
         executions_max: 100_000,
         steps,
         finally: Vec::new(),

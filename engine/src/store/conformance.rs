@@ -4,7 +4,9 @@
 //! Time stands still but for whole minutes: what is due at a half one is due on both or on neither, however long a call takes.
 
 use super::{
-    definitions, inbox,
+    definitions,
+    groups::{self, Arrival},
+    inbox,
     inbox::{Kind, Outgoing},
     memory::{Memory, Post},
     ready, runs, transitions,
@@ -14,7 +16,7 @@ use super::{
 };
 use crate::{
     MIGRATIONS,
-    admission::{Admission, Priority},
+    admission::{Admission, OnConflict, Place, Priority},
     client::{Deploy, Start},
     definition::{Bundle, Definition, FORMAT},
     embedded::testing::database,
@@ -34,6 +36,7 @@ const WORKERS: usize = 3;
 /// A lease: over after two minutes, not after one.
 const LEASE_MS: i32 = 90_000;
 const MANY: usize = 100;
+const GROUP: &str = "group";
 
 /// A run's row, as far as both stores must agree: id, status, parked, owner, epoch, seq, inbox_n, inbox_seen, cursor_seq,
 /// closed, whether it is due (`None`: not in the queue), the epochs of its history.
@@ -70,6 +73,7 @@ impl Pair {
             env: BTreeMap::new(),
             timeout_ms: 1_000,
             budget: Value::Null,
+            concurrency: None,
             executions_max: 1,
             steps: Vec::new(),
             finally: Vec::new(),
@@ -184,6 +188,12 @@ impl Pair {
         .expect("rows")
     }
 
+    /// Who has which place.
+    async fn places(&self) -> (Vec<(Uuid, Option<i32>)>, Vec<(Uuid, Option<i32>)>) {
+        let there = sqlx::query_as("select run_id, place from admissions order by 1").fetch_all(&self.pool).await;
+        (there.expect("places"), self.memory.seats.iter().map(|(run, seat)| (run.0, seat.place)).collect())
+    }
+
     fn in_memory(&self) -> Vec<Seen> {
         let memory = &self.memory;
         let due = |run: &RunId| memory.ready.get(run).map(|at| *at <= memory.now);
@@ -209,9 +219,14 @@ impl Pair {
             0..=11 => {
                 let key = ["a", "b"][usize::from(self.random.bool())];
                 let priority = self.random.i16(1..6);
+                let on_conflict = [OnConflict::Queue, OnConflict::Fail][usize::from(self.random.u8(0..4) == 0)];
+                let place = Place { group: GROUP.into(), limit: self.random.u32(1..3), on_conflict };
+                let place = self.random.bool().then_some(place);
                 let admission = Admission {
                     priority: Priority::new(priority).expect("priority"),
                     fairness_key: Some(key.to_owned()),
+                    place: place.clone(),
+                    rate: None,
                 };
                 let start = Start {
                     run_id: Some(run),
@@ -224,10 +239,19 @@ impl Pair {
                     admission,
                 };
                 let mut tx = begin(&pool).await.expect("begin");
-                let there = runs::start(&mut tx, &start, &self.definition, &json!({})).await.expect("start").created;
+                let there = runs::start(&mut tx, &start, &self.definition, &json!({})).await;
                 tx.commit().await.expect("commit");
                 let turn = (priority, crate::admission::lane(key));
-                said("start", &there, &self.memory.start(run, "conformance", "default", turn, json!({})))
+                // What is refused was never there.
+                let there = there.map(|started| started.created).map_err(|error| error.code());
+                let here = match place {
+                    None => Ok(self.memory.start(run, "conformance", "default", turn, json!({}))),
+                    Some(place) => match self.memory.start_in_group(run, "conformance", turn, json!({}), &place) {
+                        Some(Arrival::Refused) => Err("concurrency_full"),
+                        arrival => Ok(arrival.is_some()),
+                    },
+                };
+                said("start", &there, &here)
             }
             12..=29 => {
                 let queue = ["default", "other"][usize::from(self.random.u8(0..8) == 0)];
@@ -334,7 +358,13 @@ impl Pair {
                 self.pass(1).await;
                 said("give back", &answer, &here)
             }
-            93 | 94 => {
+            93 => {
+                let mut tx = begin(&pool).await.expect("begin");
+                let there = groups::let_in(&mut tx, GROUP).await.expect("let in");
+                tx.commit().await.expect("commit");
+                said("let in", &there, &self.memory.let_in(GROUP))
+            }
+            94 => {
                 let there = runs::seize(&mut conn, run).await.expect("seize");
                 said("seize", &there, &self.memory.seize(run))
             }
@@ -362,8 +392,10 @@ async fn postgres_and_memory_answer_alike_and_hold_the_same_rows() {
             let (what, there, here) = pair.call().await;
             assert_eq!(there, here, "seed {seed}, call {n}: Postgres and memory answer differently: {what}");
             assert_eq!(pair.on_postgres().await, pair.in_memory(), "seed {seed}, call {n}: rows after: {what}");
+            let (there_places, here_places) = pair.places().await;
+            assert_eq!(there_places, here_places, "seed {seed}, call {n}: places after: {what}");
             let kind = what.split(' ').next().unwrap_or_default();
-            for answer in ["Accepted", "Unread", "Stale", "Duplicate", "NoOpenRun"] {
+            for answer in ["Accepted", "Unread", "Stale", "Duplicate", "NoOpenRun", "concurrency_full"] {
                 *kinds.entry(answer.to_owned()).or_default() += u32::from(there.contains(answer));
             }
             *kinds.entry(kind.to_owned()).or_default() += 1;
@@ -376,7 +408,20 @@ async fn postgres_and_memory_answer_alike_and_hold_the_same_rows() {
         assert_eq!(taken, here, "seed {seed}: dead workers");
     }
     // A suite that never came to a case has not tried it.
-    for kind in ["Accepted", "Unread", "Stale", "Duplicate", "NoOpenRun", "claim", "take", "seize", "give", "release"] {
+    for kind in [
+        "Accepted",
+        "Unread",
+        "Stale",
+        "Duplicate",
+        "NoOpenRun",
+        "concurrency_full",
+        "let",
+        "claim",
+        "take",
+        "seize",
+        "give",
+        "release",
+    ] {
         assert!(kinds.get(kind).is_some_and(|n| *n > 0), "{kind}: {kinds:?}");
     }
 }

@@ -8,6 +8,7 @@ mod conformance;
 pub(crate) mod definitions;
 pub(crate) mod filter;
 pub(crate) mod forks;
+pub(crate) mod groups;
 pub(crate) mod history;
 pub(crate) mod inbox;
 #[cfg(feature = "test-util")]

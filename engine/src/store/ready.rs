@@ -138,7 +138,7 @@ pub(crate) async fn take(pool: &PgPool, worker: WorkerId, runs: &[RunId], limit:
         "with w as (select * from unnest($2::smallint[], $3::uuid[]) with ordinality t(shard, run_id, ord)),
               c as (select q.shard, q.run_id from w join ready q on q.shard = w.shard and q.run_id = w.run_id
                     join runs r on r.shard = q.shard and r.run_id = q.run_id
-                    where q.due_at <= engine_now() and r.owner is null and r.closed_at is null and r.status <> 'quarantined'
+                    where q.due_at <= engine_now() and r.owner is null and r.closed_at is null and r.status <> 'quarantined' and r.admitted
                     order by w.ord limit $4 for update of q, r skip locked),
               d as (delete from ready q using c where q.shard = c.shard and q.run_id = c.run_id)
          update runs r set owner = $1, epoch = r.epoch + 1, parked = false, waiting = null
@@ -166,7 +166,7 @@ pub(crate) async fn take_messaged(
     let claimed: Vec<(uuid::Uuid, i64, i32)> = sqlx::query_as(
         "with c as (select q.shard, q.run_id from ready q join runs r on r.shard = q.shard and r.run_id = q.run_id
                     where q.queue = any($2) and q.due_at <= engine_now() and r.owner is null and r.closed_at is null
-                      and r.status <> 'quarantined' and r.inbox_n > r.inbox_seen
+                      and r.status <> 'quarantined' and r.admitted and r.inbox_n > r.inbox_seen
                     order by q.due_at limit $3 for update of q, r skip locked),
               d as (delete from ready q using c where q.shard = c.shard and q.run_id = c.run_id)
          update runs r set owner = $1, epoch = r.epoch + 1, parked = false, waiting = null

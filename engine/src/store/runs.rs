@@ -1,6 +1,9 @@
 //! Table `runs`: starting, reading, listing, quarantining.
 
-use super::definitions::hash_of;
+use super::{
+    definitions::hash_of,
+    groups::{self, Arrival},
+};
 use crate::{
     Error, Result,
     admission::lane,
@@ -57,22 +60,29 @@ pub(crate) struct Loaded {
 ///
 /// # Transaction
 /// Must be inside one: it sets a savepoint.
+/// # Errors
+/// `concurrency_full`; then it was never there.
 pub(crate) async fn start(
     conn: &mut PgConnection,
     start: &Start,
     definition: &Definition,
     inputs: &Value,
 ) -> Result<Started> {
+    let place = start.admission.place(definition, inputs)?;
+    let held = place.is_some() || start.admission.rate.is_some();
     let run_id = start.run_id.unwrap_or_default();
     let key = start.admission.key(&start.attributes);
     let queue = if start.queue.is_empty() { "default" } else { &start.queue };
     // A run whose key turns out to be taken was never there.
     sqlx::query("savepoint start").execute(&mut *conn).await?;
-    let inserted = sqlx::query(
+    let inserted: Option<i32> = sqlx::query_scalar(
         "with r as (insert into runs (shard, run_id, workflow, definition, workflow_id, status, parked, queue, attributes, topic, inputs,
-                                      priority, fairness_key, lane)
-           values ($1, $2, $3, $4, $5, 'pending', true, $6, $7, $8, $9, $10, $11, $12) on conflict do nothing returning shard, run_id, queue, priority, lane)
-         insert into ready (shard, run_id, queue, priority, lane) select shard, run_id, queue, priority, lane from r",
+                                      priority, fairness_key, lane, admitted, waiting)
+           values ($1, $2, $3, $4, $5, 'pending', true, $6, $7, $8, $9, $10, $11, $12, not $13, case when $13 then 'concurrency' end)
+           on conflict do nothing returning shard, run_id, queue, priority, lane),
+              q as (insert into ready (shard, run_id, queue, priority, lane)
+                    select shard, run_id, queue, priority, lane from r where not $13)
+         select 1 from r",
     )
     .bind(run_id.shard())
     .bind(run_id.0)
@@ -86,10 +96,10 @@ pub(crate) async fn start(
     .bind(start.admission.priority.number())
     .bind(key)
     .bind(lane(key))
-    .execute(&mut *conn)
-    .await?
-    .rows_affected();
-    if inserted == 0 {
+    .bind(held)
+    .fetch_optional(&mut *conn)
+    .await?;
+    if inserted.is_none() {
         // Started before, and perhaps closed since: its key, if it had one, is none of our business.
         return Ok(Started { run_id, created: false });
     }
@@ -107,6 +117,16 @@ pub(crate) async fn start(
         if let Some(open) = taken {
             sqlx::query("rollback to savepoint start").execute(&mut *conn).await?;
             return Ok(Started { run_id: RunId(open), created: false });
+        }
+    }
+    if held {
+        let not_before = match &start.admission.rate {
+            Some(rate) => groups::next_start(conn, &rate.key, rate.starts, rate.per_ms).await?,
+            None => None,
+        };
+        if groups::arrive(conn, run_id, place.as_ref(), not_before, true).await? == Arrival::Refused {
+            sqlx::query("rollback to savepoint start").execute(&mut *conn).await?;
+            return Err(Error::ConcurrencyFull(place.map(|p| p.group).unwrap_or_default()));
         }
     }
     sqlx::query("release savepoint start").execute(&mut *conn).await?;
@@ -429,18 +449,19 @@ pub(crate) async fn give_back(pool: &PgPool, run: RunId, owner: WorkerId, epoch:
 /// # Transaction
 /// One statement. If the caller dies before it ends the run, a worker goes on with it after half a minute.
 pub(crate) async fn seize(conn: &mut PgConnection, run: RunId) -> Result<bool> {
-    let seized = sqlx::query(
+    let seized: Option<i32> = sqlx::query_scalar(
         "with u as (update runs set epoch = epoch + 1, owner = null, parked = true
-           where shard = $1 and run_id = $2 and closed_at is null and imported_at is null returning shard, run_id, queue, priority, lane)
-         insert into ready (shard, run_id, queue, priority, lane, timed, due_at)
-           select shard, run_id, queue, priority, lane, true, engine_now() + interval '30 seconds' from u
-         on conflict (shard, run_id) do update set due_at = greatest(ready.due_at, excluded.due_at)",
+           where shard = $1 and run_id = $2 and closed_at is null and imported_at is null returning shard, run_id, queue, priority, lane, admitted),
+              q as (insert into ready (shard, run_id, queue, priority, lane, timed, due_at)
+                    select shard, run_id, queue, priority, lane, true, engine_now() + interval '30 seconds' from u where admitted
+                    on conflict (shard, run_id) do update set due_at = greatest(ready.due_at, excluded.due_at))
+         select 1 from u",
     )
     .bind(run.shard())
     .bind(run.0)
-    .execute(conn)
+    .fetch_optional(conn)
     .await?;
-    Ok(seized.rows_affected() == 1)
+    Ok(seized.is_some())
 }
 
 /// Gives up ownership without a transition: nothing happened, the run waits until `due` or for a message.

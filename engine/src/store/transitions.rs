@@ -4,7 +4,10 @@ use crate::{
     Result,
     hook::{AttemptEnd, AttemptStart, Refusal, Transition, TransitionHook},
     ids::{DefinitionHash, RunId},
-    store::inbox::{self, ChildResult, Kind, Outgoing},
+    store::{
+        definitions, groups,
+        inbox::{self, ChildResult, Kind, Outgoing},
+    },
 };
 use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
@@ -133,6 +136,7 @@ pub(crate) async fn send(conn: &mut PgConnection, items: &[Item]) -> Result<Vec<
               q as (insert into ready (shard, run_id, queue, priority, lane, timed, due_at)
                     select b.shard, b.run_id, b.queue, u.priority, u.lane, b.due_at > engine_now(), b.due_at from u join b using (ord) where b.parked
                     on conflict (shard, run_id) do update set due_at = least(ready.due_at, excluded.due_at)),
+              g as (delete from admissions a using u where u.closed_at is not null and a.shard = u.shard and a.run_id = u.run_id),
               z as (delete from ready q using u where u.closed_at is not null and q.shard = u.shard and q.run_id = u.run_id),
               k as (delete from workflow_ids w using u where u.closed_at is not null and w.workflow_id = u.workflow_id and w.run_id = u.run_id),
               p as (delete from attempt_progress a using u where u.closed_at is not null and a.shard = u.shard and a.run_id = u.run_id),
@@ -191,7 +195,7 @@ pub(crate) async fn apply_effects(
     };
     for (_, item) in accepted() {
         for child in &item.effects.children {
-            start_child(conn, item, child).await?;
+            start_child(conn, item, child).await.map_err(sql_of)?;
         }
     }
     // Other runs' rows are locked in one order, so that two batches cannot wait for each other.
@@ -226,8 +230,8 @@ fn sql_of(error: crate::Error) -> crate::hook::HookError {
     }
 }
 
-async fn start_child(conn: &mut PgConnection, parent: &Item, child: &Child) -> std::result::Result<(), sqlx::Error> {
-    sqlx::query(
+async fn start_child(conn: &mut PgConnection, parent: &Item, child: &Child) -> Result<()> {
+    let inserted = sqlx::query(
         "with r as (insert into runs (shard, run_id, workflow, definition, status, parked, queue, attributes, topic, inputs,
                       parent_shard, parent_run_id, parent_path, depth, priority, fairness_key, lane)
                     select $1, $2, $3, $4, 'pending', true, $5, $6, $7, $8, $9, $10, $11, $12, priority, fairness_key, lane
@@ -247,8 +251,16 @@ async fn start_child(conn: &mut PgConnection, parent: &Item, child: &Child) -> s
     .bind(parent.run_id.0)
     .bind(&child.path)
     .bind(child.depth)
-    .execute(conn)
+    .execute(&mut *conn)
     .await?;
+    if inserted.rows_affected() == 1
+        && let Some(group) = definitions::concurrency(conn, child.definition).await?
+    {
+        groups::hold_back(conn, child.run_id).await?;
+        // A child is never turned away: its parent waits for it.
+        let place = group.place(&child.inputs).unwrap_or_else(|_| group.fallback(&child.workflow));
+        groups::arrive(conn, child.run_id, Some(&place), None, false).await?;
+    }
     Ok(())
 }
 

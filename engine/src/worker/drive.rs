@@ -264,6 +264,9 @@ impl Driver {
                     {
                         self.shared.wake.notify_one();
                     }
+                    if item.is_closed() && self.pinned.definition.concurrency.is_some() {
+                        self.shared.freed.notify_one();
+                    }
                     if item.parked || item.is_closed() {
                         return Ok(Next::Ends);
                     }

@@ -6,9 +6,10 @@
 //!   ▲                │  ▲                               │
 //!   │ wake           ▼  │ result                        ▼
 //! listener        executor (one task per attempt)    verdicts
-//! lease thread: heartbeat · sweep: dead workers · fire: schedules
+//! lease thread: heartbeat · sweep: dead workers · fire: schedules · admit: concurrency groups
 //! ```
 
+mod admit;
 mod context;
 mod drive;
 mod executor;
@@ -130,6 +131,8 @@ pub(crate) struct Shared {
     progress: Mutex<HashMap<(RunId, String), Progress>>,
     /// Look for due runs now.
     wake: Notify,
+    /// A place in a group is free.
+    freed: Arc<Notify>,
     /// No new claims, no new attempts; running ones are asked to stop.
     draining: CancellationToken,
     /// The lease is gone: nothing that this worker does counts any more.
@@ -169,6 +172,7 @@ pub async fn start(config: WorkerConfig) -> Result<WorkerHandle> {
         drivers: Mutex::default(),
         progress: Mutex::default(),
         wake: Notify::new(),
+        freed: Arc::default(),
         draining: CancellationToken::new(),
         fenced: CancellationToken::new(),
     });
@@ -186,6 +190,8 @@ pub async fn start(config: WorkerConfig) -> Result<WorkerHandle> {
     tasks.spawn(until(Box::pin(sweep(shared.clone(), (config.lease / 4).min(SWEEP_MAX)))));
     tasks.spawn(until(Box::pin(write_progress(shared.clone()))));
     let client = Client::new(shared.pool.clone(), shared.hook.clone());
+    let admit = admit::keep(client.clone(), shared.freed.clone(), shared.draining.clone());
+    tasks.spawn(until(Box::pin(admit)));
     tasks.spawn(until(Box::pin(fire::keep(client, shared.draining.clone()))));
     tracing::info!(worker_id = %id, "worker started");
     Ok(WorkerHandle { shared, tasks, stopped })

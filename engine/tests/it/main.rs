@@ -6,6 +6,7 @@ mod client;
 mod faults;
 mod filter;
 mod fork;
+mod groups;
 mod passing;
 mod pause;
 mod queues;
