@@ -189,6 +189,43 @@ async fn alive(conn: &mut sqlx::PgConnection, worker: WorkerId) -> Result<()> {
     alive.map(drop).ok_or(Error::LeaseLost)
 }
 
+/// How much waits in one queue.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Depth {
+    pub(crate) queue: String,
+    /// Runs that are due; counted up to [`DEPTH_MAX`].
+    pub(crate) due: i64,
+    /// How long the first of them has been due, in seconds.
+    pub(crate) oldest_s: f64,
+}
+
+/// Runs of a queue beyond which it is just deep.
+const DEPTH_MAX: i64 = 10_000;
+/// Queues of one look.
+const QUEUES_MAX: i64 = 100;
+
+/// How much waits in each queue that has a row. Goes from queue to queue by descents of the index and counts index entries, at
+/// most [`DEPTH_MAX`] of each.
+pub(crate) async fn depths(pool: &PgPool) -> Result<Vec<Depth>> {
+    let rows: Vec<(String, i64, f64)> = sqlx::query_as(
+        "with recursive names (queue, n) as (
+           (select queue, 1 from ready order by queue limit 1)
+           union all
+           select (select q.queue from ready q where q.queue > names.queue order by q.queue limit 1), n + 1
+           from names where names.queue is not null and n < $1)
+         select s.queue, d.due, coalesce(extract(epoch from engine_now() - d.oldest), 0)::float8
+         from names s cross join lateral
+           (select count(*) as due, min(x.due_at) as oldest from
+             (select q.due_at from ready q where q.queue = s.queue and q.due_at <= (select engine_now()) order by q.due_at limit $2) x) d
+         where s.queue is not null",
+    )
+    .bind(QUEUES_MAX)
+    .bind(DEPTH_MAX)
+    .fetch_all(pool)
+    .await?;
+    Ok(rows.into_iter().map(|(queue, due, oldest_s)| Depth { queue, due, oldest_s }).collect())
+}
+
 #[cfg(all(test, feature = "test-util"))]
 #[path = "ready_tests.rs"]
 mod tests;

@@ -105,3 +105,22 @@ async fn priorities_go_first_and_timers_that_are_over_wait_like_the_rest() {
     assert!(order[..3].iter().all(|d| d.priority == 1) && order[3..].iter().all(|d| d.priority == 3));
     assert!(order[3..5].iter().any(|d| d.lane == lane("late")));
 }
+
+#[tokio::test]
+async fn the_depth_of_a_queue_is_what_is_due_and_for_how_long() {
+    let pool = database(MIGRATIONS).await;
+    assert_eq!(depths(&pool).await.unwrap(), []);
+    queue(&pool, "a", 3, 3, false, 60).await;
+    queue(&pool, "b", 5, 3, true, -60).await;
+    sqlx::query("insert into ready (shard, run_id, queue, timed, due_at) values (0, gen_random_uuid(), 'gpu', true, engine_now() + interval '1 hour')")
+        .execute(&pool)
+        .await
+        .unwrap();
+    let found = depths(&pool).await.unwrap();
+    let seen: Vec<(&str, i64)> = found.iter().map(|d| (d.queue.as_str(), d.due)).collect();
+    assert_eq!(seen, [("default", 3), ("gpu", 0)]);
+    assert!((59.0..120.0).contains(&found[0].oldest_s) && found[1].oldest_s == 0.0, "{found:?}");
+    // Deep is deep enough.
+    queue(&pool, "a", 11_000, 3, false, 10).await;
+    assert_eq!(depths(&pool).await.unwrap()[0].due, DEPTH_MAX);
+}

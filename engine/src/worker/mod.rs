@@ -11,6 +11,7 @@
 
 mod admit;
 mod context;
+mod depth;
 mod drive;
 mod executor;
 pub(crate) mod fire;
@@ -19,6 +20,7 @@ mod pace;
 mod slots;
 mod terminate;
 
+pub use depth::publish_queue_depths;
 pub(crate) use terminate::{terminate, terminate_in};
 
 use crate::{
@@ -185,6 +187,7 @@ pub async fn start(config: WorkerConfig) -> Result<WorkerHandle> {
             tokio::select! { () = stopped.cancelled() => {}, () = task => {} }
         }
     };
+    tasks.spawn(until(Box::pin(publish_queue_depths(shared.pool.clone(), config.queues.clone()))));
     tasks.spawn(until(Box::pin(poll(shared.clone(), config.queues, tasks.clone()))));
     tasks.spawn(until(Box::pin(listen(shared.clone()))));
     tasks.spawn(until(Box::pin(sweep(shared.clone(), (config.lease / 4).min(SWEEP_MAX)))));
