@@ -303,6 +303,7 @@ mod tests {
             env: BTreeMap::new(),
             timeout_ms: 1_000,
             budget: Value::Null,
+            concurrency: None,
             executions_max: 10,
             steps: vec![],
             finally: vec![],

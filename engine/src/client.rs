@@ -10,6 +10,7 @@ pub use pause::Why;
 
 use crate::{
     Error, Result,
+    admission::Admission,
     definition::{
         Bundle, Definition, Kind,
         inputs::{prepare, violations},
@@ -46,6 +47,8 @@ pub struct Start {
     pub queue: String,
     /// Outbox topic that hears of every transition.
     pub topic: Option<String>,
+    /// How urgent it is and whose turn it takes.
+    pub admission: Admission,
 }
 
 /// What a start came to.
@@ -194,9 +197,9 @@ impl Client {
     /// Starts a run, or returns the open one that has the same business key.
     ///
     /// # Errors
-    /// `input_invalid`, `definition_not_found`, `too_large`.
+    /// `input_invalid`, `definition_not_found`, `too_large`, `concurrency_full`.
     /// # Transaction
-    /// One: business key, run, queue row.
+    /// One: business key, run, queue row or place in its group.
     pub async fn start(&self, start: Start) -> Result<Started> {
         let started = in_transaction(&self.pool, |conn| {
             let start = start.clone();
@@ -214,6 +217,7 @@ impl Client {
         if size > ATTRIBUTES_BYTES_MAX {
             return Err(Error::TooLarge { what: "attributes", actual: size, limit: ATTRIBUTES_BYTES_MAX });
         }
+        start.admission.check(&start.attributes)?;
         let pinned = store::definitions::load(conn, start.definition).await?;
         let inputs = prepare(&pinned.definition, &start.inputs).map_err(Error::InputInvalid)?;
         store::runs::start(conn, &start, &pinned.definition, &inputs).await
@@ -342,6 +346,8 @@ impl Client {
         let mut conn = self.pool.acquire().await?;
         let loaded = store::runs::load(&mut conn, run).await?;
         let pinned = store::definitions::load(&mut conn, loaded.definition).await?;
+        let open = !loaded.status.is_closed();
+        let held = if open { store::groups::held(&mut conn, run).await? } else { None };
         drop(conn);
         let mut live = machine::live_attempts(&loaded.state);
         if !live.is_empty() {
@@ -356,6 +362,7 @@ impl Client {
             }
         }
         Ok(RunView {
+            held,
             run_id: run,
             workflow: loaded.workflow,
             definition: loaded.definition,

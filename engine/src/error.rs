@@ -11,6 +11,8 @@ pub enum Error {
     RunQuarantined(String),
     #[error("run {0} came from a file: it can be read and forked, nothing else")]
     RunImported(String),
+    #[error("concurrency group `{0}` has no place: wait for one of its runs, or cancel it")]
+    ConcurrencyFull(String),
     #[error("there is a run {0} in this database already")]
     RunExists(String),
     #[error("the run cannot be forked there: {}", .0.join("; "))]
@@ -59,6 +61,7 @@ impl Error {
             Self::RunClosed(_) => "run_closed",
             Self::RunQuarantined(_) => "run_quarantined",
             Self::RunImported(_) => "run_imported",
+            Self::ConcurrencyFull(_) => "concurrency_full",
             Self::RunExists(_) => "run_exists",
             Self::ForkInvalid(_) => "fork_invalid",
             Self::ArchiveInvalid { .. } => "archive_invalid",
@@ -109,7 +112,7 @@ mod tests {
             .filter_map(|(_, r)| r.split('"').next())
             .map(str::to_owned)
             .collect();
-        assert_eq!(codes.len(), 22, "{codes:?}");
+        assert_eq!(codes.len(), 23, "{codes:?}");
         assert_eq!(listed("Errors"), codes);
     }
 

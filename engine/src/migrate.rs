@@ -21,6 +21,7 @@ pub const MIGRATIONS: &[Migration] = &[
     Migration { version: 1, name: "engine", sql: include_str!("../../migrations/0001_engine.sql") },
     FLOW,
     SCHEDULES,
+    QUEUES,
     ROOM,
 ];
 
@@ -30,6 +31,10 @@ pub const FLOW: Migration = Migration { version: 7, name: "flow", sql: include_s
 /// The tables of schedules.
 pub const SCHEDULES: Migration =
     Migration { version: 8, name: "schedules", sql: include_str!("../../migrations/0008_schedules.sql") };
+
+/// The columns and tables of priorities, turns, concurrency groups and rates.
+pub const QUEUES: Migration =
+    Migration { version: 9, name: "queues", sql: include_str!("../../migrations/0009_queues.sql") };
 
 /// Room in the pages of `runs`.
 pub const ROOM: Migration =

@@ -147,6 +147,9 @@ pub struct RunView {
     /// When it came from a file: it can be read and forked, nothing else.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub imported_at: Option<DateTime<Utc>>,
+    /// What else it waits for before it may begin: `for a place in concurrency group …`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held: Option<String>,
 }
 
 /// The place in another run where a fork begins.

@@ -113,8 +113,11 @@ impl App {
 pub async fn serve_http(app: &App, listener: TcpListener, stop: watch::Receiver<bool>) -> anyhow::Result<()> {
     let state = rest_state(app, stop.clone())?;
     let upkeep = tokio::spawn(telemetry::metrics_upkeep());
+    let depths = worker::publish_queue_depths(app.pool.clone(), app.config.worker.queues.clone());
+    let depths = tokio::spawn(depths);
     serve::serve(listener, &app.config.http, state, stop).await;
     upkeep.abort();
+    depths.abort();
     Ok(())
 }
 

@@ -10,7 +10,7 @@ use crate::{
     trigger::{self, Triggers},
 };
 use loopwright_engine::{
-    definition::{Bundle, Data, Definition, Escalate, FORMAT, Input, RetryPolicy, Timeouts},
+    definition::{Bundle, Concurrency, Data, Definition, Escalate, FORMAT, Input, OnConflict, RetryPolicy, Timeouts},
     signature::{Catalog, Signature},
 };
 use serde_json::{Map, Value, json};
@@ -41,6 +41,8 @@ const RUN_TIMEOUT_MS: u64 = 7 * 86_400_000;
 const RUN_TIMEOUT_MAX_MS: u64 = 90 * 86_400_000;
 const EXECUTIONS: u32 = 10_000;
 const EXECUTIONS_MAX: u32 = 100_000;
+/// Largest limit of a concurrency group.
+const CONCURRENCY_MAX: u32 = 1_000;
 /// Largest budget of a run, in credits: in micro-credits it is far from the end of 64 bits.
 const BUDGET_CREDITS_MAX: u32 = 1_000_000_000;
 /// Attempts of a `uses` step whose retry policy says nothing.
@@ -95,13 +97,12 @@ pub(crate) fn document(root: &Node, files: &Bundle, catalog: &Catalog, sink: &mu
             "lower-case letters, digits and hyphens, at most 63, starting with a letter",
         );
     }
-    for later in ["secrets", "concurrency"] {
-        top.refuse_later(later, sink);
-    }
+    top.refuse_later("secrets", sink);
     let inputs = inputs(&top, sink);
     let mut scope = Scope { inputs: inputs.keys().cloned().collect(), all_steps: all_ids(&top), ..Scope::default() };
     let env = map_of_data(top.get("env"), &scope, sink);
     let timeout_ms = timeout(&top, sink);
+    let concurrency = concurrency(&top, &scope, sink);
     let triggers = top.get("on").and_then(|node| trigger::on(node, &name, sink));
     let extras = extras(&top, triggers.as_ref(), sink);
     let budget = budget(&top, sink);
@@ -138,6 +139,7 @@ pub(crate) fn document(root: &Node, files: &Bundle, catalog: &Catalog, sink: &mu
         env,
         timeout_ms,
         budget,
+        concurrency,
         executions_max: limit,
         steps: body,
         finally: finally.unwrap_or_default(),
@@ -155,6 +157,31 @@ fn is_name(text: &str) -> bool {
     text.len() <= 63
         && text.starts_with(|c: char| c.is_ascii_lowercase())
         && text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
+}
+
+/// How many runs of a group may be under way. The group is evaluated before the run begins, so it sees its inputs alone.
+fn concurrency(top: &Fields<'_>, scope: &Scope, sink: &mut Sink) -> Option<Concurrency> {
+    let node = top.get("concurrency")?;
+    let fields = Fields::new(node, "`concurrency`", &["group", "limit", "on-conflict"], sink)?;
+    for key in ["group", "limit"] {
+        if !fields.has(key) {
+            let help = "for example `{ group: \"${{ inputs.project_id }}\", limit: 1 }`";
+            sink.error_help("WF106", node.span, &node.path, format!("`concurrency` needs `{key}`"), help);
+        }
+    }
+    let limit = fields.integer("limit", 1..=CONCURRENCY_MAX, sink).unwrap_or(1);
+    let words =
+        [("queue", OnConflict::Queue), ("cancel-running", OnConflict::CancelRunning), ("fail", OnConflict::Fail)];
+    let on_conflict = fields.word("on-conflict", &words, OnConflict::Queue, sink);
+    let group = fields.get("group")?;
+    let mut sites = Vec::new();
+    let lowered = data(group, &mut sites, sink);
+    sites.iter().for_each(|site| scope.check(site, sink));
+    if matches!(lowered, Data::List(_) | Data::Map(_) | Data::Literal(Value::Array(_) | Value::Object(_) | Value::Null))
+    {
+        sink.error("WF106", group.span, &group.path, "a group is a text");
+    }
+    Some(Concurrency { group: lowered, limit, on_conflict })
 }
 
 /// What a run may cost. A budget that caps nothing would be believed, so it says how many credits.

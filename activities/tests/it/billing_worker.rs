@@ -92,6 +92,7 @@ async fn start(bench: &Bench, client: &Client, steps: Value) -> RunId {
         attributes: json!({"user_id": bench.user.to_string(), "project_id": bench.project.to_string()}),
         queue: String::new(),
         topic: None,
+        admission: Default::default(),
     };
     client.start(start).await.expect("start").run_id
 }

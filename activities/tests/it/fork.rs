@@ -140,6 +140,7 @@ impl Bench {
             env: BTreeMap::new(),
             timeout_ms: 600_000,
             budget: json!({"credits": 10}),
+            concurrency: None,
             executions_max: 100,
             steps: vec![step("a", false), step("b", true), step("c", false)],
             finally: vec![],
@@ -155,6 +156,7 @@ impl Bench {
             attributes: json!({"user_id": self.user.to_string()}),
             queue: String::new(),
             topic: None,
+            admission: Default::default(),
         };
         self.client.start(start).await.expect("start").run_id
     }

@@ -3,6 +3,7 @@
 use super::{Result, host::Host};
 use crate::{
     activity::{Activity, Context, Registry},
+    admission::Admission,
     client::{Deploy, Start},
     definition::{
         Await, Bundle, Data, Definition, Expr, FORMAT, Input, Kind, OnItemFailure, OnTimeout, RetryPolicy, Step,
@@ -112,6 +113,7 @@ pub(super) fn definition(name: &str, steps: Vec<Step>) -> Definition {
         env: BTreeMap::new(),
         timeout_ms: 24 * 3_600_000,
         budget: Value::Null,
+        concurrency: None,
         executions_max: 100_000,
         steps,
         finally: Vec::new(),
@@ -198,6 +200,7 @@ pub(super) async fn start(
                     attributes: json!({}),
                     queue: queue.to_owned(),
                     topic: None,
+                    admission: Admission::default(),
                 };
                 started.push(host.client.start_in(&mut tx, start).await?.run_id);
             }

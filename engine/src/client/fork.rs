@@ -227,7 +227,14 @@ impl Client {
 impl Decided {
     async fn insert(&self, conn: &mut PgConnection) -> Result<bool> {
         let state = serde_json::to_value(&self.state).map_err(|e| Error::Invariant(e.to_string()))?;
-        store::forks::insert(conn, &self.row(&state)).await
+        let inserted = store::forks::insert(conn, &self.row(&state)).await?;
+        if inserted && let Some(group) = store::definitions::concurrency(conn, self.definition).await? {
+            // It waits for a place like any other run, but it is not turned away: somebody has asked for just this one.
+            let place = group.place(&self.state.inputs).unwrap_or_else(|_| group.fallback(&self.workflow));
+            store::groups::hold_back(conn, self.run).await?;
+            store::groups::arrive(conn, self.run, Some(&place), None, false).await?;
+        }
+        Ok(inserted)
     }
 
     async fn is_there(&self, conn: &mut PgConnection) -> Result<bool> {

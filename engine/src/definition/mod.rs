@@ -9,7 +9,11 @@ pub mod expr;
 pub mod inputs;
 pub mod template;
 
-use crate::ids::DefinitionHash;
+use crate::{
+    admission::{KEY_BYTES_MAX, Place},
+    failure::Failure,
+    ids::DefinitionHash,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -31,6 +35,9 @@ pub struct Definition {
     /// Opaque to the engine: the transition hook reads it from the run's attributes.
     #[serde(default, skip_serializing_if = "Value::is_null")]
     pub budget: Value,
+    /// How many of its runs may be under way at the same time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub concurrency: Option<Concurrency>,
     /// Most executions (attempts, waits, blocks) that one run may make.
     pub executions_max: u32,
     pub steps: Vec<Step>,
@@ -45,6 +52,78 @@ pub struct Definition {
 
 /// Files deployed with a definition, by relative path (prompts, schemas). Part of its hash.
 pub type Bundle = BTreeMap<String, String>;
+
+/// At most `limit` runs of a group at the same time.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Concurrency {
+    /// Over `inputs`; evaluated once, at the start. The same text is the same group, whatever the workflow.
+    pub group: Data,
+    /// 1 to 1,000.
+    pub limit: u32,
+    pub on_conflict: OnConflict,
+}
+
+/// What a run does that finds no place in its group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnConflict {
+    /// It waits, in the order of arrival.
+    Queue,
+    /// The oldest are cancelled; it begins when they have closed, their `finally` included.
+    CancelRunning,
+    /// It is not started.
+    Fail,
+}
+
+impl OnConflict {
+    /// As in documents.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Queue => "queue",
+            Self::CancelRunning => "cancel-running",
+            Self::Fail => "fail",
+        }
+    }
+}
+
+impl Concurrency {
+    /// The place that a run with these inputs needs.
+    ///
+    /// # Errors
+    /// What the evaluation of the group says; `limit.size` if it is no text of 1 to 200 bytes.
+    pub fn place(&self, inputs: &Value) -> Result<Place, Failure> {
+        let scope = serde_json::Map::from_iter([("inputs".to_owned(), inputs.clone())]);
+        let group = joined(&self.group, &scope)?;
+        if group.is_empty() || group.len() > KEY_BYTES_MAX {
+            let text = format!("a group is a text of 1 to {KEY_BYTES_MAX} bytes, not `{group}`");
+            return Err(Failure::permanent("limit.size", text.chars().take(300).collect::<String>()));
+        }
+        Ok(Place { group, limit: self.limit, on_conflict: self.on_conflict })
+    }
+
+    /// The place of a run whose group cannot be evaluated: one for all of its workflow.
+    #[cfg(feature = "runtime")]
+    pub(crate) fn fallback(&self, workflow: &str) -> Place {
+        Place { group: workflow.to_owned(), limit: self.limit, on_conflict: self.on_conflict }
+    }
+}
+
+/// Text of literals and expressions.
+fn joined(data: &Data, scope: &serde_json::Map<String, Value>) -> Result<String, Failure> {
+    let value = match data {
+        Data::Concat(parts) => return parts.iter().map(|part| joined(part, scope)).collect(),
+        Data::Literal(value) => value.clone(),
+        Data::Expr(text) => expr::evaluate(text, scope)?,
+        Data::List(_) | Data::Map(_) | Data::Template(_) => Value::Null,
+    };
+    match value {
+        Value::String(text) => Ok(text),
+        Value::Number(n) => Ok(n.to_string()),
+        Value::Bool(b) => Ok(b.to_string()),
+        other => Err(Failure::permanent("expr.type", format!("a group is a text, not {}", expr::type_name(&other)))),
+    }
+}
 
 /// One declared input.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -45,6 +45,8 @@ pub struct Happened {
     pub clock_jumps: u32,
     pub lost_attempts: u32,
     pub signals: u32,
+    /// Runs that had to wait for a place in their group.
+    pub held_back: u32,
 }
 
 impl std::ops::AddAssign for Happened {
@@ -63,6 +65,7 @@ impl std::ops::AddAssign for Happened {
         self.clock_jumps += other.clock_jumps;
         self.lost_attempts += other.lost_attempts;
         self.signals += other.signals;
+        self.held_back += other.held_back;
     }
 }
 

@@ -79,6 +79,7 @@ fn definition(name: &str, steps: Vec<Step>, finally: Vec<Step>) -> Definition {
         env: BTreeMap::new(),
         timeout_ms: 3_600_000,
         budget: Value::Null,
+        concurrency: None,
         executions_max: 10_000,
         steps,
         finally,

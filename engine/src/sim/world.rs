@@ -7,14 +7,16 @@ use super::{
     worker::{Answer, At, Driver, Library, Next, Worker, termination},
 };
 use crate::{
+    admission::{OnConflict, Place},
     failure::{Failure, FailureKind},
     ids::{AttemptId, RunId, WorkerId},
     machine::Refusals,
     store::{
+        groups::Arrival,
         inbox::{Kind, Sent},
         memory::{Memory, Mutant, Post},
-        ready::Which,
         transitions::{Item, Verdict},
+        turns::Turns,
     },
 };
 use chrono::{Duration, TimeZone, Utc};
@@ -28,6 +30,9 @@ const ACTIONS: u32 = 1_200;
 const TURNS: u32 = 3_000;
 const WORKERS_MAX: usize = 4;
 const RUNS_MAX: u32 = 6;
+/// The group of most runs.
+const GROUP: &str = "group";
+const GROUP_LIMIT: usize = 2;
 /// Length of a lease, in seconds.
 const LEASE: i64 = 15;
 
@@ -41,6 +46,8 @@ pub(super) struct World {
     /// Transitions of operators who are between seizing a run and ending it.
     terminations: Vec<Item>,
     posts: Vec<Post>,
+    /// Runs of [`GROUP`].
+    grouped: BTreeSet<RunId>,
     /// Attempts that really started, in order.
     acted: Vec<AttemptId>,
     /// The hook refuses starts.
@@ -64,6 +71,7 @@ impl World {
             air: Vec::new(),
             terminations: Vec::new(),
             posts: Vec::new(),
+            grouped: BTreeSet::new(),
             acted: Vec::new(),
             refusing: false,
             calm: false,
@@ -146,6 +154,7 @@ impl World {
         for at in (0..self.workers.len()).rev() {
             self.heartbeat(at);
         }
+        self.look_after_groups();
         self.store.bury();
         while !self.store.take_over(100).is_empty() {}
         for at in (0..self.workers.len()).rev() {
@@ -200,7 +209,9 @@ impl World {
         let now = self.store.now;
         for (id, row) in &self.store.runs {
             let due = self.store.ready.get(id);
-            if !row.closed && row.owner.is_none() && row.status != "quarantined" && due.is_none() {
+            let seat = self.store.seats.get(id);
+            let waits = !row.admitted && seat.is_some_and(|s| s.place.is_none());
+            if !row.closed && row.owner.is_none() && row.status != "quarantined" && due.is_none() && !waits {
                 self.complaints.push(format!("run {id} is open, and nobody owns or may claim it"));
             }
             // Somebody who was fenced off has moved it all the same.
@@ -212,6 +223,16 @@ impl World {
             if row.parked && row.inbox_n > row.inbox_seen && due.is_some_and(|at| *at > soon) {
                 self.complaints.push(format!("run {id} sleeps over a message"));
             }
+        }
+        // By what they do, not by what their places say.
+        let under_way = self
+            .store
+            .runs
+            .iter()
+            .filter(|(id, row)| self.grouped.contains(id) && !row.closed && (row.owner.is_some() || row.seq > 0));
+        let under_way = under_way.count();
+        if under_way > GROUP_LIMIT {
+            self.complaints.push(format!("{under_way} runs of a group of {GROUP_LIMIT} are under way"));
         }
         // One is enough, and the later ones repeat it.
         self.complaints.truncate(1);
@@ -251,7 +272,16 @@ impl World {
         if self.happened.runs < RUNS_MAX {
             self.happened.runs += 1;
             let run = RunId(self.uuid());
-            self.store.start(run, scenario::PARENT, "default", json!({}));
+            let turn = (self.random.i16(1..6), self.random.i32(0..3));
+            if self.random.u8(0..3) == 0 {
+                self.store.start(run, scenario::PARENT, "default", turn, json!({}));
+            } else {
+                let limit = u32::try_from(GROUP_LIMIT).unwrap_or(1);
+                let group = Place { group: GROUP.into(), limit, on_conflict: OnConflict::Queue };
+                let arrival = self.store.start_in_group(run, scenario::PARENT, turn, json!({}), &group);
+                self.happened.held_back += u32::from(arrival == Some(Arrival::Waits));
+                self.grouped.insert(run);
+            }
         }
     }
 
@@ -272,8 +302,13 @@ impl World {
             return;
         }
         let room = self.workers[at].free() as usize + 1;
-        let which = if !self.calm && self.random.u8(0..8) == 0 { Which::Messaged } else { Which::Any };
-        let Some(claimed) = self.store.claim(id, &["default"], which, room) else {
+        let messaged = !self.calm && self.random.u8(0..8) == 0;
+        let claimed = if messaged {
+            self.store.claim_messaged(id, &["default"], room)
+        } else {
+            self.store.claim(id, &["default"], &self.turns(at), room)
+        };
+        let Some(claimed) = claimed else {
             self.workers.remove(at);
             return;
         };
@@ -289,6 +324,15 @@ impl World {
                 Err(text) => self.set_aside(run, epoch, &text),
             }
         }
+    }
+
+    /// Whose runs this worker has.
+    fn turns(&self, at: usize) -> Turns {
+        let mut turns = Turns::default();
+        for run in self.workers[at].drivers.keys() {
+            turns.took(self.store.runs.get(run).map_or(0, |r| r.lane));
+        }
+        turns
     }
 
     fn set_aside(&mut self, run: RunId, epoch: i64, why: &str) {
@@ -483,9 +527,23 @@ impl World {
         }
     }
 
+    /// As `groups::advance`.
+    fn look_after_groups(&mut self) {
+        for run in self.store.cancelled_before() {
+            self.store.seize(run);
+            let at = At { worker: WorkerId(Uuid::nil()), now: self.store.now, draw: 0, free: 0, draining: false };
+            if let Some(item) = termination(&self.library, &self.store, run, &at) {
+                self.execute(&[item]);
+            }
+        }
+        self.store.let_in(GROUP);
+    }
+
     /// Two statements; anything may happen between them.
     fn sweep(&mut self) {
-        if self.random.bool() {
+        if self.random.u8(0..3) == 0 {
+            self.look_after_groups();
+        } else if self.random.bool() {
             self.store.bury();
         } else if !self.store.take_over(self.random.usize(1..4)).is_empty() {
             self.happened.takeovers += 1;

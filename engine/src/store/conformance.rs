@@ -4,16 +4,19 @@
 //! Time stands still but for whole minutes: what is due at a half one is due on both or on neither, however long a call takes.
 
 use super::{
-    definitions, inbox,
+    definitions,
+    groups::{self, Arrival},
+    inbox,
     inbox::{Kind, Outgoing},
     memory::{Memory, Post},
-    ready::{self, Which},
-    runs, transitions,
+    ready, runs, transitions,
     transitions::{Effects, Item, text},
+    turns::Turns,
     workers,
 };
 use crate::{
     MIGRATIONS,
+    admission::{Admission, OnConflict, Place, Priority},
     client::{Deploy, Start},
     definition::{Bundle, Definition, FORMAT},
     embedded::testing::database,
@@ -33,6 +36,7 @@ const WORKERS: usize = 3;
 /// A lease: over after two minutes, not after one.
 const LEASE_MS: i32 = 90_000;
 const MANY: usize = 100;
+const GROUP: &str = "group";
 
 /// A run's row, as far as both stores must agree: id, status, parked, owner, epoch, seq, inbox_n, inbox_seen, cursor_seq,
 /// closed, whether it is due (`None`: not in the queue), the epochs of its history.
@@ -69,6 +73,7 @@ impl Pair {
             env: BTreeMap::new(),
             timeout_ms: 1_000,
             budget: Value::Null,
+            concurrency: None,
             executions_max: 1,
             steps: Vec::new(),
             finally: Vec::new(),
@@ -183,6 +188,12 @@ impl Pair {
         .expect("rows")
     }
 
+    /// Who has which place.
+    async fn places(&self) -> (Vec<(Uuid, Option<i32>)>, Vec<(Uuid, Option<i32>)>) {
+        let there = sqlx::query_as("select run_id, place from admissions order by 1").fetch_all(&self.pool).await;
+        (there.expect("places"), self.memory.seats.iter().map(|(run, seat)| (run.0, seat.place)).collect())
+    }
+
     fn in_memory(&self) -> Vec<Seen> {
         let memory = &self.memory;
         let due = |run: &RunId| memory.ready.get(run).map(|at| *at <= memory.now);
@@ -206,6 +217,17 @@ impl Pair {
         };
         match self.random.u8(0..100) {
             0..=11 => {
+                let key = ["a", "b"][usize::from(self.random.bool())];
+                let priority = self.random.i16(1..6);
+                let on_conflict = [OnConflict::Queue, OnConflict::Fail][usize::from(self.random.u8(0..4) == 0)];
+                let place = Place { group: GROUP.into(), limit: self.random.u32(1..3), on_conflict };
+                let place = self.random.bool().then_some(place);
+                let admission = Admission {
+                    priority: Priority::new(priority).expect("priority"),
+                    fairness_key: Some(key.to_owned()),
+                    place: place.clone(),
+                    rate: None,
+                };
                 let start = Start {
                     run_id: Some(run),
                     definition: self.hash,
@@ -214,20 +236,43 @@ impl Pair {
                     attributes: json!({}),
                     queue: String::new(),
                     topic: None,
+                    admission,
                 };
                 let mut tx = begin(&pool).await.expect("begin");
-                let there = runs::start(&mut tx, &start, &self.definition, &json!({})).await.expect("start").created;
+                let there = runs::start(&mut tx, &start, &self.definition, &json!({})).await;
                 tx.commit().await.expect("commit");
-                said("start", &there, &self.memory.start(run, "conformance", "default", json!({})))
+                let turn = (priority, crate::admission::lane(key));
+                // What is refused was never there.
+                let there = there.map(|started| started.created).map_err(|error| error.code());
+                let here = match place {
+                    None => Ok(self.memory.start(run, "conformance", "default", turn, json!({}))),
+                    Some(place) => match self.memory.start_in_group(run, "conformance", turn, json!({}), &place) {
+                        Some(Arrival::Refused) => Err("concurrency_full"),
+                        arrival => Ok(arrival.is_some()),
+                    },
+                };
+                said("start", &there, &here)
             }
             12..=29 => {
-                let which = if self.random.bool() { Which::Any } else { Which::Messaged };
                 let queue = ["default", "other"][usize::from(self.random.u8(0..8) == 0)];
-                let many = i64::try_from(MANY).expect("small");
-                let there = ready::claim(&pool, worker, &[queue.to_owned()], which, None, many).await;
-                let there = there.ok().map(|claimed| claimed.runs.into_iter().collect::<BTreeSet<_>>());
-                let here = self.memory.claim(worker, &[queue], which, MANY).map(BTreeSet::from_iter);
-                said(&format!("claim {which:?} {queue}"), &there, &here)
+                let (queues, any) = ([queue.to_owned()], self.random.bool());
+                // Whose turn it is shows when there is one place only.
+                let limit = if self.random.bool() { 1 } else { MANY };
+                let many = i64::try_from(if any { limit } else { MANY }).expect("small");
+                let (there, here) = if any {
+                    let mut turns = Turns::default();
+                    (0..self.random.u8(0..3)).for_each(|_| turns.took(7));
+                    let look = ready::due(&pool, &queues, None, many).await.expect("look");
+                    let order: Vec<RunId> = turns.order(look.due).iter().map(|d| d.run).collect();
+                    let there = ready::take(&pool, worker, &order, many).await.ok();
+                    (there, self.memory.claim(worker, &[queue], &turns, limit))
+                } else {
+                    let there = ready::take_messaged(&pool, worker, &queues, many).await.ok();
+                    let there = there.map(|all| all.into_iter().map(|(run, epoch, _)| (run, epoch)).collect());
+                    (there, self.memory.claim_messaged(worker, &[queue], MANY))
+                };
+                let (there, here) = (there.map(BTreeSet::from_iter), here.map(BTreeSet::from_iter));
+                said(&format!("claim {any} {limit} {queue}"), &there, &here)
             }
             30..=54 => {
                 let (there, here) = self.item(run);
@@ -313,7 +358,13 @@ impl Pair {
                 self.pass(1).await;
                 said("give back", &answer, &here)
             }
-            93 | 94 => {
+            93 => {
+                let mut tx = begin(&pool).await.expect("begin");
+                let there = groups::let_in(&mut tx, GROUP).await.expect("let in");
+                tx.commit().await.expect("commit");
+                said("let in", &there, &self.memory.let_in(GROUP))
+            }
+            94 => {
                 let there = runs::seize(&mut conn, run).await.expect("seize");
                 said("seize", &there, &self.memory.seize(run))
             }
@@ -341,8 +392,10 @@ async fn postgres_and_memory_answer_alike_and_hold_the_same_rows() {
             let (what, there, here) = pair.call().await;
             assert_eq!(there, here, "seed {seed}, call {n}: Postgres and memory answer differently: {what}");
             assert_eq!(pair.on_postgres().await, pair.in_memory(), "seed {seed}, call {n}: rows after: {what}");
+            let (there_places, here_places) = pair.places().await;
+            assert_eq!(there_places, here_places, "seed {seed}, call {n}: places after: {what}");
             let kind = what.split(' ').next().unwrap_or_default();
-            for answer in ["Accepted", "Unread", "Stale", "Duplicate", "NoOpenRun"] {
+            for answer in ["Accepted", "Unread", "Stale", "Duplicate", "NoOpenRun", "concurrency_full"] {
                 *kinds.entry(answer.to_owned()).or_default() += u32::from(there.contains(answer));
             }
             *kinds.entry(kind.to_owned()).or_default() += 1;
@@ -355,7 +408,20 @@ async fn postgres_and_memory_answer_alike_and_hold_the_same_rows() {
         assert_eq!(taken, here, "seed {seed}: dead workers");
     }
     // A suite that never came to a case has not tried it.
-    for kind in ["Accepted", "Unread", "Stale", "Duplicate", "NoOpenRun", "claim", "take", "seize", "give", "release"] {
+    for kind in [
+        "Accepted",
+        "Unread",
+        "Stale",
+        "Duplicate",
+        "NoOpenRun",
+        "concurrency_full",
+        "let",
+        "claim",
+        "take",
+        "seize",
+        "give",
+        "release",
+    ] {
         assert!(kinds.get(kind).is_some_and(|n| *n > 0), "{kind}: {kinds:?}");
     }
 }

@@ -3,7 +3,7 @@
 use crate::{
     Error, Result,
     client::{Deploy, Deployed, Version},
-    definition::{Bundle, Definition, Kind},
+    definition::{Bundle, Concurrency, Definition, Kind},
     ids::DefinitionHash,
     transaction,
 };
@@ -169,4 +169,17 @@ pub(crate) async fn resolve_calls(
 /// A stored hash; `None` if it does not have 32 bytes.
 pub(crate) fn hash_of(bytes: Vec<u8>) -> Option<DefinitionHash> {
     bytes.try_into().ok().map(DefinitionHash)
+}
+
+/// What a definition says of how many of its runs may be under way.
+pub(crate) async fn concurrency(conn: &mut PgConnection, hash: DefinitionHash) -> Result<Option<Concurrency>> {
+    let found: Option<Value> =
+        sqlx::query_scalar("select ir->'concurrency' from definitions where hash = $1 and ir ? 'concurrency'")
+            .bind(&hash.0[..])
+            .fetch_optional(conn)
+            .await?;
+    found
+        .map(serde_json::from_value)
+        .transpose()
+        .map_err(|e| Error::Invariant(format!("a definition's concurrency: {e}")))
 }

@@ -72,12 +72,13 @@ pub(crate) async fn insert(conn: &mut PgConnection, new: &New<'_>) -> Result<boo
     let events = serde_json::to_value([new.event]).map_err(|e| Error::Invariant(e.to_string()))?;
     let inserted = sqlx::query(
         "with r as (insert into runs (shard, run_id, workflow, definition, status, parked, queue, attributes, topic, inputs, depth, seq,
-                                      inbox_n, inbox_seen, cursor, cursor_seq, forked_shard, forked_from, forked_seq)
-                    select $1, $2, $3, $4, 'running', true, queue, attributes, topic, $5, $6, $7 + 1, $8, $8, $9, $7 + 1, $10, $11, $7
+                                      inbox_n, inbox_seen, cursor, cursor_seq, forked_shard, forked_from, forked_seq,
+                                      priority, fairness_key, lane)
+                    select $1, $2, $3, $4, 'running', true, queue, attributes, topic, $5, $6, $7 + 1, $8, $8, $9, $7 + 1, $10, $11, $7, priority, fairness_key, lane
                     from runs where shard = $12 and run_id = $13
-                    on conflict do nothing returning shard, run_id, queue, seq),
+                    on conflict do nothing returning shard, run_id, queue, priority, lane, seq),
               h as (insert into history (shard, run_id, seq, epoch, format, events) select shard, run_id, seq, 0, $14, $15 from r)
-         insert into ready (shard, run_id, queue) select shard, run_id, queue from r",
+         insert into ready (shard, run_id, queue, priority, lane) select shard, run_id, queue, priority, lane from r",
     )
     .bind(new.run.shard())
     .bind(new.run.0)

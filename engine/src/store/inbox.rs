@@ -67,12 +67,13 @@ pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Res
               seen as (select 1 from inbox i join target t using (shard, run_id) where $6::text is not null and i.dedupe_id = $6),
               u as (update runs r set inbox_n = r.inbox_n + 1 from target t
                     where r.shard = t.shard and r.run_id = t.run_id and not exists (select from seen)
-                    returning r.shard, r.run_id, r.inbox_n, r.queue, r.parked),
+                    returning r.shard, r.run_id, r.inbox_n, r.queue, r.priority, r.lane, r.parked and r.admitted as wakes),
               m as (insert into inbox (shard, run_id, n, kind, name, payload, dedupe_id, sender)
                     select shard, run_id, inbox_n, $3, $4, $5, $6, $7 from u
                     on conflict on constraint inbox_dedupe_key do nothing returning 1),
-              w as (insert into ready (shard, run_id, queue, due_at) select shard, run_id, queue, engine_now() from u where parked
-                    on conflict (shard, run_id) do update set due_at = least(ready.due_at, excluded.due_at))
+              w as (insert into ready (shard, run_id, queue, priority, lane, due_at)
+                      select shard, run_id, queue, priority, lane, engine_now() from u where wakes
+                    on conflict (shard, run_id) do update set timed = false, due_at = least(ready.due_at, excluded.due_at))
          select exists (select from target) as open, exists (select from m) as stored",
     )
     .bind(message.run.shard())

@@ -5,11 +5,13 @@
 //! other and expect the auditor to see it.
 
 use super::{
+    groups::{self, Arrival},
     inbox::{ChildResult, Kind, Sent},
-    ready::Which,
     transitions::{Child, Item, Text, Verdict},
+    turns::{Due, Turns},
 };
 use crate::{
+    admission::{OnConflict, Place},
     hook::AttemptRef,
     ids::{RunId, WorkerId},
     machine::Inbound,
@@ -47,6 +49,12 @@ pub enum Mutant {
     SleepsOn,
     /// A closed run keeps its place in the queue.
     LeavesQueued,
+    /// A closed run keeps its place in its group.
+    LeavesSeated,
+    /// A group takes in one more than its limit.
+    Overfills,
+    /// A message to a run that waits for a place wakes it.
+    WakesHeldBack,
     /// An attempt starts before its start is committed. The worker's, not the store's.
     ActsEarly,
     /// A lost answer is taken for a success. The worker's, not the store's.
@@ -69,6 +77,9 @@ impl Mutant {
         Self::LosesHistory,
         Self::SleepsOn,
         Self::LeavesQueued,
+        Self::LeavesSeated,
+        Self::Overfills,
+        Self::WakesHeldBack,
         Self::ActsEarly,
         Self::TrustsLostAnswers,
     ];
@@ -90,13 +101,27 @@ pub(crate) struct Row {
     pub(crate) cursor_seq: i64,
     pub(crate) parent: Option<RunId>,
     pub(crate) depth: i32,
+    pub(crate) priority: i16,
+    pub(crate) lane: i32,
     pub(crate) inputs: Value,
     pub(crate) closed: bool,
+    /// Not held back.
+    pub(crate) admitted: bool,
+}
+
+/// A row of `admissions`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Seat {
+    pub(crate) group: String,
+    /// Number of arrival.
+    n: u64,
+    places: u32,
+    pub(crate) place: Option<i32>,
 }
 
 impl Row {
     fn is_claimable(&self) -> bool {
-        self.owner.is_none() && !self.closed && self.status != "quarantined"
+        self.owner.is_none() && !self.closed && self.status != "quarantined" && self.admitted
     }
 }
 
@@ -153,6 +178,9 @@ pub(crate) struct Memory {
     pub(crate) workers: BTreeMap<WorkerId, (DateTime<Utc>, Duration)>,
     /// Whether its runs were taken.
     pub(crate) dead: BTreeMap<WorkerId, bool>,
+    pub(crate) seats: BTreeMap<RunId, Seat>,
+    /// Arrivals at each group.
+    arrivals: BTreeMap<String, u64>,
     pub(crate) accounts: Accounts,
     pub(crate) mutant: Option<Mutant>,
 }
@@ -167,6 +195,8 @@ impl Memory {
             inbox: BTreeMap::new(),
             workers: BTreeMap::new(),
             dead: BTreeMap::new(),
+            seats: BTreeMap::new(),
+            arrivals: BTreeMap::new(),
             accounts: Accounts::default(),
             mutant: None,
         }
@@ -181,9 +211,82 @@ impl Memory {
         *at = due.min(*at);
     }
 
-    /// [`super::runs::start`] without a business key. False if the run is there already.
-    pub(crate) fn start(&mut self, run: RunId, workflow: &str, queue: &str, inputs: Value) -> bool {
-        self.insert(run, workflow, queue, inputs, None, 0)
+    /// [`super::runs::start`] without a business key, of a priority and a lane. False if the run is there already.
+    pub(crate) fn start(&mut self, run: RunId, workflow: &str, queue: &str, turn: (i16, i32), inputs: Value) -> bool {
+        self.insert(run, workflow, queue, turn, inputs, None, 0)
+    }
+
+    /// [`super::runs::start`] of a run with a group. `None` if the run is there already.
+    pub(crate) fn start_in_group(
+        &mut self,
+        run: RunId,
+        workflow: &str,
+        turn: (i16, i32),
+        inputs: Value,
+        group: &Place,
+    ) -> Option<Arrival> {
+        if self.runs.contains_key(&run) {
+            return None;
+        }
+        let n = self.arrivals.entry(group.group.clone()).or_default();
+        *n += 1;
+        let n = *n;
+        let taken = self.taken(&group.group);
+        let waiting = self.seats.values().filter(|s| s.group == group.group && s.place.is_none()).count();
+        let place = groups::free_place(&taken, group.limit).filter(|_| waiting == 0);
+        if place.is_none() && group.on_conflict == OnConflict::Fail {
+            // Nothing of it is left, its number neither.
+            self.arrivals.insert(group.group.clone(), n - 1);
+            return Some(Arrival::Refused);
+        }
+        self.insert(run, workflow, "default", turn, inputs, None, 0);
+        let seat = Seat { group: group.group.clone(), n, places: group.limit, place };
+        self.seats.insert(run, seat);
+        if place.is_some() {
+            return Some(Arrival::Admitted);
+        }
+        self.ready.remove(&run);
+        if let Some(row) = self.runs.get_mut(&run) {
+            row.admitted = false;
+        }
+        Some(Arrival::Waits)
+    }
+
+    fn taken(&self, group: &str) -> Vec<i32> {
+        self.seats.values().filter(|s| s.group == group).filter_map(|s| s.place).collect()
+    }
+
+    /// [`super::groups::let_in`].
+    pub(crate) fn let_in(&mut self, group: &str) -> usize {
+        let more = u32::from(self.is(Mutant::Overfills));
+        let mut waiting: Vec<(u64, RunId, u32)> = self
+            .seats
+            .iter()
+            .filter(|(_, s)| s.group == group && s.place.is_none())
+            .map(|(run, s)| (s.n, *run, s.places + more))
+            .collect();
+        waiting.sort_unstable();
+        let (mut taken, mut admitted) = (self.taken(group), 0);
+        for (_, run, places) in waiting {
+            let Some(place) = groups::free_place(&taken, places) else { break };
+            if let Some(seat) = self.seats.get_mut(&run) {
+                seat.place = Some(place);
+            }
+            if let Some(row) = self.runs.get_mut(&run) {
+                row.admitted = true;
+            }
+            self.queue(run, self.now);
+            taken.push(place);
+            admitted += 1;
+        }
+        admitted
+    }
+
+    /// Those that were cancelled while they waited, as [`super::groups::advance`] finds them.
+    pub(crate) fn cancelled_before(&self) -> Vec<RunId> {
+        let cancelled = |run: &RunId| self.inbox.get(run).into_iter().flatten().any(|m| m.kind == Kind::Cancel);
+        let held_back = |run: &RunId| self.runs.get(run).is_some_and(|r| !r.admitted && !r.closed);
+        self.seats.keys().filter(|run| held_back(run) && cancelled(run)).copied().collect()
     }
 
     fn insert(
@@ -191,6 +294,7 @@ impl Memory {
         run: RunId,
         workflow: &str,
         queue: &str,
+        (priority, lane): (i16, i32),
         inputs: Value,
         parent: Option<RunId>,
         depth: i32,
@@ -212,8 +316,11 @@ impl Memory {
             cursor_seq: 0,
             parent,
             depth,
+            priority,
+            lane,
             inputs,
             closed: false,
+            admitted: true,
         };
         self.runs.insert(run, row);
         self.queue(run, self.now);
@@ -256,6 +363,9 @@ impl Memory {
         if let (true, Some(due), false) = (item.parked, item.due, self.is(Mutant::ForgetsToQueue)) {
             self.queue(item.run_id, due);
         }
+        if closed && !self.is(Mutant::LeavesSeated) {
+            self.seats.remove(&item.run_id);
+        }
         if closed && !self.is(Mutant::LeavesQueued) {
             self.ready.remove(&item.run_id);
         }
@@ -281,7 +391,8 @@ impl Memory {
             .collect();
         for item in &accepted {
             for Child { run_id, workflow, queue, inputs, depth, .. } in &item.effects.children {
-                self.insert(*run_id, workflow, queue, inputs.clone(), Some(item.run_id), *depth);
+                let turn = self.runs.get(&item.run_id).map_or((3, 0), |r| (r.priority, r.lane));
+                self.insert(*run_id, workflow, queue, turn, inputs.clone(), Some(item.run_id), *depth);
             }
             for child in &item.effects.cancelled_children {
                 self.post(&Post::new(*child, Kind::Cancel, "", json!("its parent was cancelled")));
@@ -324,7 +435,11 @@ impl Memory {
             dedupe_id: post.dedupe_id.clone(),
             at: self.now,
         });
-        if row.parked && self.mutant != Some(Mutant::SleepsOn) {
+        let held_back = !row.admitted && self.mutant != Some(Mutant::WakesHeldBack);
+        if self.mutant == Some(Mutant::WakesHeldBack) {
+            row.admitted = true;
+        }
+        if row.parked && !held_back && self.mutant != Some(Mutant::SleepsOn) {
             self.queue(post.run, self.now);
         }
         Sent::Stored
@@ -346,41 +461,57 @@ impl Memory {
             .collect()
     }
 
-    /// [`super::ready::claim`]. `None` if this worker was declared dead.
+    /// [`super::ready::due`], of a queue that is not too long for a window.
+    pub(crate) fn due(&self, queues: &[&str]) -> Vec<Due> {
+        let waiting = self.ready.iter().filter(|(_, at)| **at <= self.now);
+        let due = waiting.filter_map(|(id, at)| {
+            let row = self.runs.get(id).filter(|r| queues.contains(&r.queue.as_str()))?;
+            Some(Due { run: *id, priority: row.priority, lane: row.lane, due_at: *at })
+        });
+        due.collect()
+    }
+
+    /// A look, its order and [`super::ready::take`]. `None` if this worker was declared dead and something is due.
     pub(crate) fn claim(
         &mut self,
         worker: WorkerId,
         queues: &[&str],
-        which: Which,
+        turns: &Turns,
         limit: usize,
     ) -> Option<Vec<(RunId, i64)>> {
+        let order = turns.order(self.due(queues));
+        if order.is_empty() { Some(Vec::new()) } else { self.take(worker, &order, limit) }
+    }
+
+    /// [`super::ready::take_messaged`]. `None` if this worker was declared dead.
+    pub(crate) fn claim_messaged(
+        &mut self,
+        worker: WorkerId,
+        queues: &[&str],
+        limit: usize,
+    ) -> Option<Vec<(RunId, i64)>> {
+        let mut due = self.due(queues);
+        due.retain(|d| self.runs.get(&d.run).is_some_and(|r| r.inbox_n > r.inbox_seen));
+        due.sort_unstable_by_key(|d| (d.due_at, d.run));
+        self.take(worker, &due, limit)
+    }
+
+    fn take(&mut self, worker: WorkerId, order: &[Due], limit: usize) -> Option<Vec<(RunId, i64)>> {
         if !self.workers.contains_key(&worker) && !self.is(Mutant::DeadMayClaim) {
             return None;
         }
-        let mut due: Vec<(DateTime<Utc>, RunId)> = self
-            .ready
-            .iter()
-            .filter(|(_, at)| **at <= self.now)
-            .filter(|(id, _)| {
-                self.runs.get(id).is_some_and(|r| {
-                    r.is_claimable()
-                        && queues.contains(&r.queue.as_str())
-                        && (which == Which::Any || r.inbox_n > r.inbox_seen)
-                })
-            })
-            .map(|(id, at)| (*at, *id))
-            .collect();
-        due.sort_unstable();
-        due.truncate(limit);
         let silently = self.is(Mutant::ClaimsSilently);
-        let mut claimed = Vec::with_capacity(due.len());
-        for (_, run) in due {
-            self.ready.remove(&run);
-            let Some(row) = self.runs.get_mut(&run) else { continue };
+        let mut claimed = Vec::new();
+        for due in order {
+            let Some(row) = self.runs.get_mut(&due.run).filter(|r| r.is_claimable()) else { continue };
+            if claimed.len() == limit {
+                break;
+            }
             row.owner = Some(worker);
             row.parked = false;
             row.epoch += i64::from(!silently);
-            claimed.push((run, row.epoch));
+            claimed.push((due.run, row.epoch));
+            self.ready.remove(&due.run);
         }
         Some(claimed)
     }
@@ -471,6 +602,9 @@ impl Memory {
         let Some(row) = self.runs.get_mut(&run).filter(|r| !r.closed) else { return false };
         (row.owner, row.parked) = (None, true);
         row.epoch += 1;
+        if !row.admitted {
+            return true;
+        }
         let due = self.now + Duration::seconds(30);
         let at = self.ready.entry(run).or_insert(due);
         *at = due.max(*at);

@@ -8,6 +8,7 @@ mod conformance;
 pub(crate) mod definitions;
 pub(crate) mod filter;
 pub(crate) mod forks;
+pub(crate) mod groups;
 pub(crate) mod history;
 pub(crate) mod inbox;
 #[cfg(feature = "test-util")]
@@ -16,6 +17,7 @@ pub(crate) mod ready;
 pub(crate) mod runs;
 pub(crate) mod schedules;
 pub(crate) mod transitions;
+pub(crate) mod turns;
 pub(crate) mod workers;
 
 use sqlx::PgPool;

@@ -1,8 +1,12 @@
 //! Table `runs`: starting, reading, listing, quarantining.
 
-use super::definitions::hash_of;
+use super::{
+    definitions::hash_of,
+    groups::{self, Arrival},
+};
 use crate::{
     Error, Result,
+    admission::lane,
     client::{Filter, Start, Started},
     definition::Definition,
     event::Event,
@@ -41,6 +45,10 @@ pub(crate) struct Loaded {
     pub(crate) parent: Option<(RunId, String)>,
     /// How many runs stand above it.
     pub(crate) depth: i32,
+    /// 1 is first.
+    pub(crate) priority: i16,
+    /// Of its fairness key.
+    pub(crate) lane: i32,
     pub(crate) inputs: Value,
     pub(crate) output: Option<Value>,
     pub(crate) failure: Option<Value>,
@@ -55,20 +63,29 @@ pub(crate) struct Loaded {
 ///
 /// # Transaction
 /// Must be inside one: it sets a savepoint.
+/// # Errors
+/// `concurrency_full`; then it was never there.
 pub(crate) async fn start(
     conn: &mut PgConnection,
     start: &Start,
     definition: &Definition,
     inputs: &Value,
 ) -> Result<Started> {
+    let place = start.admission.place(definition, inputs)?;
+    let held = place.is_some() || start.admission.rate.is_some();
     let run_id = start.run_id.unwrap_or_default();
+    let key = start.admission.key(&start.attributes);
     let queue = if start.queue.is_empty() { "default" } else { &start.queue };
     // A run whose key turns out to be taken was never there.
     sqlx::query("savepoint start").execute(&mut *conn).await?;
-    let inserted = sqlx::query(
-        "with r as (insert into runs (shard, run_id, workflow, definition, workflow_id, status, parked, queue, attributes, topic, inputs)
-           values ($1, $2, $3, $4, $5, 'pending', true, $6, $7, $8, $9) on conflict do nothing returning shard, run_id, queue)
-         insert into ready (shard, run_id, queue) select shard, run_id, queue from r",
+    let inserted: Option<i32> = sqlx::query_scalar(
+        "with r as (insert into runs (shard, run_id, workflow, definition, workflow_id, status, parked, queue, attributes, topic, inputs,
+                                      priority, fairness_key, lane, admitted, waiting)
+           values ($1, $2, $3, $4, $5, 'pending', true, $6, $7, $8, $9, $10, $11, $12, not $13, case when $13 then 'concurrency' end)
+           on conflict do nothing returning shard, run_id, queue, priority, lane),
+              q as (insert into ready (shard, run_id, queue, priority, lane)
+                    select shard, run_id, queue, priority, lane from r where not $13)
+         select 1 from r",
     )
     .bind(run_id.shard())
     .bind(run_id.0)
@@ -79,10 +96,13 @@ pub(crate) async fn start(
     .bind(&start.attributes)
     .bind(&start.topic)
     .bind(inputs)
-    .execute(&mut *conn)
-    .await?
-    .rows_affected();
-    if inserted == 0 {
+    .bind(start.admission.priority.number())
+    .bind(key)
+    .bind(lane(key))
+    .bind(held)
+    .fetch_optional(&mut *conn)
+    .await?;
+    if inserted.is_none() {
         // Started before, and perhaps closed since: its key, if it had one, is none of our business.
         return Ok(Started { run_id, created: false });
     }
@@ -100,6 +120,16 @@ pub(crate) async fn start(
         if let Some(open) = taken {
             sqlx::query("rollback to savepoint start").execute(&mut *conn).await?;
             return Ok(Started { run_id: RunId(open), created: false });
+        }
+    }
+    if held {
+        let not_before = match &start.admission.rate {
+            Some(rate) => groups::next_start(conn, &rate.key, rate.starts, rate.per_ms).await?,
+            None => None,
+        };
+        if groups::arrive(conn, run_id, place.as_ref(), not_before, true).await? == Arrival::Refused {
+            sqlx::query("rollback to savepoint start").execute(&mut *conn).await?;
+            return Err(Error::ConcurrencyFull(place.map(|p| p.group).unwrap_or_default()));
         }
     }
     sqlx::query("release savepoint start").execute(&mut *conn).await?;
@@ -121,7 +151,7 @@ pub(crate) async fn load_all(conn: &mut PgConnection, runs: &[RunId]) -> Result<
     let rows = sqlx::query(
         "select r.* from unnest($1::smallint[], $2::uuid[]) k(shard, run_id)
          cross join lateral (select run_id, workflow, workflow_id, definition, status, owner, epoch, seq, inbox_n, inbox_seen, queue,
-                attributes, topic, parent_run_id, parent_path, depth, inputs, cursor, cursor_seq, output, failure, started_at,
+                attributes, topic, parent_run_id, parent_path, depth, priority, lane, inputs, cursor, cursor_seq, output, failure, started_at,
                 closed_at, forked_from, forked_seq, imported_at
               from runs r where r.shard = k.shard and r.run_id = k.run_id offset 0) r",
     )
@@ -218,6 +248,8 @@ fn loaded(run: RunId, row: &PgRow, tail: &[PgRow]) -> Result<Loaded> {
             _ => None,
         },
         depth: row.try_get("depth")?,
+        priority: row.try_get("priority")?,
+        lane: row.try_get("lane")?,
         inputs: row.try_get("inputs")?,
         output: row.try_get("output")?,
         failure: row.try_get("failure")?,
@@ -388,10 +420,10 @@ pub(crate) async fn unquarantine(
                     where shard = $1 and run_id = $2 and epoch = $3 and status = 'quarantined' and imported_at is null for no key update),
               u as (update runs r set status = $4, epoch = r.epoch + 1, inbox_n = r.inbox_n + 1, waiting = 'worker'
                     from q where r.shard = q.shard and r.run_id = q.run_id
-                    returning r.shard, r.run_id, r.inbox_n, r.queue, q.waiting as halted),
+                    returning r.shard, r.run_id, r.inbox_n, r.queue, r.priority, r.lane, q.waiting as halted),
               m as (insert into inbox (shard, run_id, n, kind, payload, sender)
                     select shard, run_id, inbox_n, 'resume', jsonb_build_object('reason', $5::text, 'halted', coalesce(halted, '')), $6 from u)
-         insert into ready (shard, run_id, queue) select shard, run_id, queue from u
+         insert into ready (shard, run_id, queue, priority, lane) select shard, run_id, queue, priority, lane from u
          on conflict (shard, run_id) do update set due_at = least(ready.due_at, excluded.due_at)",
     )
     .bind(run.shard())
@@ -444,8 +476,9 @@ pub(crate) async fn give_back(pool: &PgPool, run: RunId, owner: WorkerId, epoch:
     let freed = sqlx::query(
         "with u as (update runs set owner = null, parked = true, epoch = epoch + 1, waiting = 'worker'
            where shard = $1 and run_id = $2 and owner = $3 and epoch = $4 and closed_at is null
-           returning shard, run_id, queue)
-         insert into ready (shard, run_id, queue, due_at) select shard, run_id, queue, engine_now() + interval '1 second' from u
+           returning shard, run_id, queue, priority, lane)
+         insert into ready (shard, run_id, queue, priority, lane, timed, due_at)
+           select shard, run_id, queue, priority, lane, true, engine_now() + interval '1 second' from u
          on conflict (shard, run_id) do update set due_at = least(ready.due_at, excluded.due_at)",
     )
     .bind(run.shard())
@@ -462,17 +495,19 @@ pub(crate) async fn give_back(pool: &PgPool, run: RunId, owner: WorkerId, epoch:
 /// # Transaction
 /// One statement. If the caller dies before it ends the run, a worker goes on with it after half a minute.
 pub(crate) async fn seize(conn: &mut PgConnection, run: RunId) -> Result<bool> {
-    let seized = sqlx::query(
+    let seized: Option<i32> = sqlx::query_scalar(
         "with u as (update runs set epoch = epoch + 1, owner = null, parked = true
-           where shard = $1 and run_id = $2 and closed_at is null and imported_at is null returning shard, run_id, queue)
-         insert into ready (shard, run_id, queue, due_at) select shard, run_id, queue, engine_now() + interval '30 seconds' from u
-         on conflict (shard, run_id) do update set due_at = greatest(ready.due_at, excluded.due_at)",
+           where shard = $1 and run_id = $2 and closed_at is null and imported_at is null returning shard, run_id, queue, priority, lane, admitted),
+              q as (insert into ready (shard, run_id, queue, priority, lane, timed, due_at)
+                    select shard, run_id, queue, priority, lane, true, engine_now() + interval '30 seconds' from u where admitted
+                    on conflict (shard, run_id) do update set due_at = greatest(ready.due_at, excluded.due_at))
+         select 1 from u",
     )
     .bind(run.shard())
     .bind(run.0)
-    .execute(conn)
+    .fetch_optional(conn)
     .await?;
-    Ok(seized.rows_affected() == 1)
+    Ok(seized.is_some())
 }
 
 /// Gives up ownership without a transition: nothing happened, the run waits until `due` or for a message.
@@ -487,8 +522,9 @@ pub(crate) async fn release(
 ) -> Result<bool> {
     let released = sqlx::query(
         "with u as (update runs set owner = null, parked = true, waiting = $6
-           where shard = $1 and run_id = $2 and epoch = $3 and inbox_n = $4 and closed_at is null returning shard, run_id, queue)
-         insert into ready (shard, run_id, queue, due_at) select shard, run_id, queue, $5 from u
+           where shard = $1 and run_id = $2 and epoch = $3 and inbox_n = $4 and closed_at is null returning shard, run_id, queue, priority, lane)
+         insert into ready (shard, run_id, queue, priority, lane, timed, due_at)
+           select shard, run_id, queue, priority, lane, $5 > engine_now(), $5 from u
          on conflict (shard, run_id) do update set due_at = least(ready.due_at, excluded.due_at)",
     )
     .bind(run.shard())

@@ -4,7 +4,10 @@ use crate::{
     Error, Result,
     hook::{AttemptEnd, AttemptStart, Refusal, Transition, TransitionHook},
     ids::{DefinitionHash, RunId},
-    store::inbox::{self, ChildResult, Kind, Outgoing},
+    store::{
+        definitions, groups,
+        inbox::{self, ChildResult, Kind, Outgoing},
+    },
 };
 use chrono::{DateTime, Utc};
 use serde::Serialize;
@@ -156,12 +159,14 @@ const SEND: &str = "
                where b.ord = b.ord + 0 and r.shard = b.shard and r.run_id = b.run_id
                  and r.epoch = b.epoch and r.seq = b.seq and r.closed_at is null
                  and (not b.parked or r.inbox_n = b.inbox_seen)
-               returning b.ord, r.shard, r.run_id, r.epoch, r.seq, r.inbox_n, r.parked, r.closed_at, r.workflow_id),
+               returning b.ord, r.shard, r.run_id, r.epoch, r.seq, r.inbox_n, r.parked, r.closed_at, r.workflow_id, r.priority, r.lane),
          h as (insert into history (shard, run_id, seq, epoch, format, events, at)
                select shard, run_id, seq, epoch, ($13::smallint[])[ord], ($14::jsonb[])[ord], (select at from n) from u),
-         q as (insert into ready (shard, run_id, queue, due_at)
-               select shard, run_id, ($15::text[])[ord], ($16::timestamptz[])[ord] from u where parked
+         q as (insert into ready (shard, run_id, queue, priority, lane, timed, due_at)
+               select shard, run_id, ($15::text[])[ord], priority, lane, ($16::timestamptz[])[ord] > (select at from n), ($16::timestamptz[])[ord]
+               from u where parked
                on conflict (shard, run_id) do update set due_at = least(ready.due_at, excluded.due_at)),
+         g as (delete from admissions a using u where u.closed_at is not null and a.shard = u.shard and a.run_id = u.run_id),
          z as (delete from ready q using u where u.closed_at is not null and q.shard = u.shard and q.run_id = u.run_id),
          k as (delete from workflow_ids w using u where u.closed_at is not null and w.workflow_id = u.workflow_id and w.run_id = u.run_id),
          p as (delete from attempt_progress a using u where u.closed_at is not null and a.shard = u.shard and a.run_id = u.run_id),
@@ -247,7 +252,7 @@ pub(crate) async fn apply_effects<I: Borrow<Item>>(
     };
     for (_, item) in accepted() {
         for child in &item.effects.children {
-            start_child(conn, item, child).await?;
+            start_child(conn, item, child).await.map_err(sql_of)?;
         }
     }
     // Other runs' rows are locked in one order, so that two batches cannot wait for each other.
@@ -282,13 +287,14 @@ fn sql_of(error: crate::Error) -> crate::hook::HookError {
     }
 }
 
-async fn start_child(conn: &mut PgConnection, parent: &Item, child: &Child) -> std::result::Result<(), sqlx::Error> {
-    sqlx::query(
+async fn start_child(conn: &mut PgConnection, parent: &Item, child: &Child) -> Result<()> {
+    let inserted = sqlx::query(
         "with r as (insert into runs (shard, run_id, workflow, definition, status, parked, queue, attributes, topic, inputs,
-                      parent_shard, parent_run_id, parent_path, depth)
-                    values ($1, $2, $3, $4, 'pending', true, $5, $6, $7, $8, $9, $10, $11, $12) on conflict do nothing
-                    returning shard, run_id, queue)
-         insert into ready (shard, run_id, queue) select shard, run_id, queue from r",
+                      parent_shard, parent_run_id, parent_path, depth, priority, fairness_key, lane)
+                    select $1, $2, $3, $4, 'pending', true, $5, $6, $7, $8, $9, $10, $11, $12, priority, fairness_key, lane
+                    from runs where shard = $9 and run_id = $10 on conflict do nothing
+                    returning shard, run_id, queue, priority, lane)
+         insert into ready (shard, run_id, queue, priority, lane) select shard, run_id, queue, priority, lane from r",
     )
     .bind(child.run_id.shard())
     .bind(child.run_id.0)
@@ -302,8 +308,16 @@ async fn start_child(conn: &mut PgConnection, parent: &Item, child: &Child) -> s
     .bind(parent.run_id.0)
     .bind(&child.path)
     .bind(child.depth)
-    .execute(conn)
+    .execute(&mut *conn)
     .await?;
+    if inserted.rows_affected() == 1
+        && let Some(group) = definitions::concurrency(conn, child.definition).await?
+    {
+        groups::hold_back(conn, child.run_id).await?;
+        // A child is never turned away: its parent waits for it.
+        let place = group.place(&child.inputs).unwrap_or_else(|_| group.fallback(&child.workflow));
+        groups::arrive(conn, child.run_id, Some(&place), None, false).await?;
+    }
     Ok(())
 }
 

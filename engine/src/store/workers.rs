@@ -68,8 +68,8 @@ pub(crate) async fn take_over(conn: &mut PgConnection, limit: i64) -> Result<Vec
         "with orphans as (select r.shard, r.run_id from runs r join dead_workers d on d.id = r.owner
                           where not d.runs_taken limit $1 for update of r skip locked),
               u as (update runs r set owner = null, epoch = r.epoch + 1, parked = true, waiting = 'worker'
-                    from orphans o where r.shard = o.shard and r.run_id = o.run_id returning r.shard, r.run_id, r.queue),
-              q as (insert into ready (shard, run_id, queue) select shard, run_id, queue from u
+                    from orphans o where r.shard = o.shard and r.run_id = o.run_id returning r.shard, r.run_id, r.queue, r.priority, r.lane),
+              q as (insert into ready (shard, run_id, queue, priority, lane) select shard, run_id, queue, priority, lane from u
                     on conflict (shard, run_id) do update set due_at = least(ready.due_at, excluded.due_at))
          select run_id from u",
     )

@@ -4,6 +4,7 @@ use super::{
     Counted, Driven, Shared,
     context::Backend,
     executor::{self, Attempt},
+    slots::Permit,
 };
 use crate::{
     Error, Result,
@@ -33,7 +34,7 @@ use std::{
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
-use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc};
+use tokio::sync::{Notify, mpsc};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 /// Transitions between two writings of the folded state: loading a run folds at most that many rows. A run that parks or
@@ -234,7 +235,7 @@ impl Driver {
             }
             () = self.messages.notified() => self.read_messages().await,
             // The permit stays in hand: given back, it would go to the next run in the queue, and from there to the next.
-            Ok(permit) = shared.slots.clone().acquire_owned(), if wants_room => self.step_in(Input::Tick, vec![permit]).await,
+            permit = shared.slots.clone().acquire(self.run.priority, self.run.lane), if wants_room => self.step_in(Input::Tick, vec![permit]).await,
             () = tokio::time::sleep(due) => self.step(Input::Tick).await,
         }
     }
@@ -280,12 +281,12 @@ impl Driver {
     }
 
     /// Decides, commits, acts. `in_hand` is room for attempts that is in hand already; what is not used is given back.
-    async fn step_in(&mut self, mut input: Input, mut in_hand: Vec<OwnedSemaphorePermit>) -> Result<Next> {
+    async fn step_in(&mut self, mut input: Input, mut in_hand: Vec<Permit>) -> Result<Next> {
         let mut refused = Refusals::default();
         loop {
             let mut permits = std::mem::take(&mut in_hand);
             while !self.draining && permits.len() < self.width {
-                let Ok(permit) = self.shared.slots.clone().try_acquire_owned() else { break };
+                let Some(permit) = self.shared.slots.try_acquire(self.run.lane) else { break };
                 permits.push(permit);
             }
             let inbox_moved = input.reads_inbox();
@@ -310,6 +311,9 @@ impl Driver {
                         || item.effects.parent.is_some()
                     {
                         self.shared.wake.notify_one();
+                    }
+                    if item.is_closed() && self.pinned.definition.concurrency.is_some() {
+                        self.shared.freed.notify_one();
                     }
                     if item.parked || item.is_closed() {
                         return Ok(Next::Ends);
@@ -542,7 +546,7 @@ impl Driver {
     }
 
     /// Carries out what a committed decision asks for.
-    fn act(&mut self, commands: Vec<Command>, mut permits: Vec<OwnedSemaphorePermit>) {
+    fn act(&mut self, commands: Vec<Command>, mut permits: Vec<Permit>) {
         for command in commands {
             match command {
                 Command::StartAttempt {

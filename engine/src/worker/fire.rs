@@ -11,6 +11,7 @@
 
 use crate::{
     Error, Result,
+    admission::Admission,
     client::{Client, Start},
     committer::crash_point,
     definition::inputs::prepare,
@@ -349,6 +350,7 @@ async fn start(
             attributes,
             queue: spec.queue.clone(),
             topic: spec.topic.clone(),
+            admission: Admission::default(),
         };
         client.start_in(&mut *conn, start).await
     };

@@ -6,17 +6,21 @@
 //!   ▲                │  ▲                               │
 //!   │ wake           ▼  │ result                        ▼
 //! listener        executor (one task per attempt)    verdicts
-//! lease thread: heartbeat · sweep: dead workers · fire: schedules
+//! lease thread: heartbeat · sweep: dead workers · fire: schedules · admit: concurrency groups
 //! ```
 
+mod admit;
 mod context;
+mod depth;
 mod drive;
 mod executor;
 pub(crate) mod fire;
 mod lease;
 mod pace;
+mod slots;
 mod terminate;
 
+pub use depth::publish_queue_depths;
 pub(crate) use terminate::{terminate, terminate_in};
 
 use crate::{
@@ -28,20 +32,26 @@ use crate::{
     hook::{NoHook, TransitionHook},
     ids::{DefinitionHash, RunId, WorkerId},
     signature::Catalog,
-    store::{self, checkpoints::Progress, definitions::Pinned, ready::Which},
+    store::{
+        self,
+        checkpoints::Progress,
+        definitions::Pinned,
+        turns::{Due, Turns},
+    },
 };
 use drive::Claim;
 use pace::{Looks, Pace};
+use slots::Slots;
 use sqlx::PgPool;
 use std::{
     collections::{HashMap, HashSet},
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, MutexGuard,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::Notify;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 /// How often a worker looks for due runs and messages when nothing wakes it.
@@ -57,6 +67,10 @@ const RUNS_MAX: usize = 4096;
 const CLAIM_SPARE: usize = 16;
 /// Most runs of one claim.
 const CLAIM_MAX: usize = 256;
+/// Runs that a worker without room claims beyond that: the first of those who have nothing here, so that they are next.
+const STRANGERS_MAX: usize = 16;
+/// How long such a run has waited already: a worker with room would have taken it.
+const STRANGERS_AFTER: Duration = POLL.saturating_mul(2);
 /// Definitions kept in memory.
 const DEFINITIONS_MAX: usize = 256;
 /// Shortest pause between two looks for runs that are ours and that nobody here drives, and for those that are driven here
@@ -105,7 +119,9 @@ pub(crate) struct Shared {
     hook: Arc<dyn TransitionHook>,
     committer: Committer,
     clock: Arc<Clock>,
-    slots: Arc<Semaphore>,
+    slots: Arc<Slots>,
+    /// Whose runs are here.
+    turns: Mutex<Turns>,
     /// Claimed runs that have not made their first step: nobody knows yet whether they need a slot.
     settling: AtomicUsize,
     /// Runs that wait for a slot.
@@ -118,6 +134,8 @@ pub(crate) struct Shared {
     progress: Mutex<HashMap<(RunId, String), Progress>>,
     /// Look for due runs now.
     wake: Notify,
+    /// A place in a group is free.
+    freed: Arc<Notify>,
     /// No new claims, no new attempts; running ones are asked to stop.
     draining: CancellationToken,
     /// The lease is gone: nothing that this worker does counts any more.
@@ -148,7 +166,8 @@ pub async fn start(config: WorkerConfig) -> Result<WorkerHandle> {
         hook: config.hook,
         pool: config.pool,
         clock,
-        slots: Arc::new(Semaphore::new(config.slots.max(1) as usize)),
+        slots: Slots::new(config.slots.max(1) as usize),
+        turns: Mutex::default(),
         settling: AtomicUsize::new(0),
         waiting: AtomicUsize::new(0),
         full: AtomicBool::new(false),
@@ -156,6 +175,7 @@ pub async fn start(config: WorkerConfig) -> Result<WorkerHandle> {
         drivers: Mutex::default(),
         progress: Mutex::default(),
         wake: Notify::new(),
+        freed: Arc::default(),
         draining: CancellationToken::new(),
         fenced: CancellationToken::new(),
     });
@@ -168,11 +188,14 @@ pub async fn start(config: WorkerConfig) -> Result<WorkerHandle> {
             tokio::select! { () = stopped.cancelled() => {}, () = task => {} }
         }
     };
+    tasks.spawn(until(Box::pin(publish_queue_depths(shared.pool.clone(), config.queues.clone()))));
     tasks.spawn(until(Box::pin(poll(shared.clone(), config.queues, tasks.clone()))));
     tasks.spawn(until(Box::pin(listen(shared.clone()))));
     tasks.spawn(until(Box::pin(sweep(shared.clone(), (config.lease / 4).min(SWEEP_MAX)))));
     tasks.spawn(until(Box::pin(write_progress(shared.clone()))));
     let client = Client::new(shared.pool.clone(), shared.hook.clone());
+    let admit = admit::keep(client.clone(), shared.freed.clone(), shared.draining.clone());
+    tasks.spawn(until(Box::pin(admit)));
     tasks.spawn(until(Box::pin(fire::keep(client, shared.draining.clone()))));
     tracing::info!(worker_id = %id, "worker started");
     Ok(WorkerHandle { shared, tasks, stopped })
@@ -310,32 +333,19 @@ async fn poll_once(shared: &Arc<Shared>, queues: &[String], tasks: &TaskTracker,
         return Ok(false);
     }
     let room = shared.room();
-    // A cancel or a signal does not wait until the long work of others is done.
-    let (which, limit) =
-        if room > 0 { (Which::Any, room.min(RUNS_MAX - owned)) } else { (Which::Messaged, RUNS_MAX - owned) };
-    let limit = limit.min(CLAIM_MAX);
-    if which == Which::Messaged && !looks.crowded.is_due() {
+    let limit = if room > 0 { room.min(RUNS_MAX - owned) } else { RUNS_MAX - owned }.min(CLAIM_MAX);
+    let claimed = if room > 0 {
+        claim(shared, queues, looks, limit).await?
+    } else if looks.crowded.is_due() {
+        let began = Instant::now();
+        let claimed = claim_crowded(shared, queues, limit).await?;
+        looks.crowded.looked(began);
+        claimed
+    } else {
         looks.owed = true;
         shared.full.store(true, Ordering::Relaxed);
         return Ok(false);
-    }
-    let whole = which == Which::Messaged || looks.whole.is_due();
-    let (since, began) = (looks.since.filter(|_| !whole), Instant::now());
-    let most = i64::try_from(limit).unwrap_or(1);
-    let claimed = store::ready::claim(&shared.pool, shared.id, queues, which, since, most).await?;
-    match which {
-        Which::Messaged => looks.crowded.looked(began),
-        Which::Any => {
-            if whole {
-                looks.whole.looked(began);
-            }
-            // All that is due has been claimed, or all up to the last of these.
-            let all = claimed.runs.len() < limit;
-            let upto = if all { Some(shared.clock.now()) } else { claimed.newest };
-            looks.since = upto.map(|at| at - pace::LATE);
-        }
-    }
-    let claimed = claimed.runs;
+    };
     if !claimed.is_empty() {
         crash_point("claim.after_commit");
     }
@@ -344,16 +354,70 @@ async fn poll_once(shared: &Arc<Shared>, queues: &[String], tasks: &TaskTracker,
         shared.full.store(true, Ordering::Relaxed);
     }
     let mut claims = Vec::with_capacity(claimed.len());
-    for (run, epoch) in claimed {
+    for (run, epoch, lane) in claimed {
         let messages = Arc::new(Notify::new());
         shared.drivers.lock().expect("no panic while held").insert(run, messages.clone());
+        shared.turns().took(lane);
         let settling = Counted::up(shared, |s| &s.settling);
-        claims.push(Claim { driven: Driven { shared: shared.clone(), run, messages }, epoch, settling });
+        claims.push(Claim { driven: Driven { shared: shared.clone(), run, lane, messages }, epoch, settling });
     }
     if !claims.is_empty() {
         tasks.spawn(drive::drive_all(shared.clone(), claims, tasks.clone()));
     }
     Ok(more)
+}
+
+/// A claimed run: its epoch and its lane.
+type Claimed = (RunId, i64, i32);
+
+/// Claims due runs in the order of their turns.
+async fn claim(shared: &Shared, queues: &[String], looks: &mut Looks, limit: usize) -> Result<Vec<Claimed>> {
+    let whole = looks.whole.is_due();
+    let (since, began) = (looks.since.filter(|_| !whole), Instant::now());
+    let look = store::ready::due(&shared.pool, queues, since, most(limit)).await?;
+    let order = shared.turns().order(look.due);
+    let claimed = take(shared, &order, limit).await?;
+    if whole {
+        looks.whole.looked(began);
+    }
+    if look.all {
+        // What is left is this worker's next, or another worker has it.
+        let taken: HashSet<RunId> = claimed.iter().map(|(run, ..)| *run).collect();
+        let left = order.iter().filter(|due| !taken.contains(&due.run)).map(|due| due.due_at).min();
+        let upto = if claimed.len() < limit { None } else { left };
+        looks.since = Some(upto.unwrap_or_else(|| shared.clock.now()) - pace::LATE);
+    }
+    Ok(claimed)
+}
+
+/// Without room: a cancel or a signal does not wait until the long work of others is done, and who has nothing here comes in
+/// to be the next.
+async fn claim_crowded(shared: &Shared, queues: &[String], limit: usize) -> Result<Vec<Claimed>> {
+    let mut claimed = store::ready::take_messaged(&shared.pool, shared.id, queues, most(limit)).await?;
+    let strangers = shared.room_for(CLAIM_SPARE + STRANGERS_MAX).min(limit - claimed.len());
+    if strangers > 0 {
+        let look = store::ready::due(&shared.pool, queues, None, most(strangers)).await?;
+        let before = shared.clock.now() - STRANGERS_AFTER;
+        let order = {
+            let turns = shared.turns();
+            let mut lanes = HashSet::new();
+            let strange = |due: &Due| turns.held(due.lane) == 0 && due.due_at <= before && lanes.insert(due.lane);
+            turns.order(look.due).into_iter().filter(strange).collect::<Vec<_>>()
+        };
+        claimed.extend(take(shared, &order, strangers).await?);
+    }
+    Ok(claimed)
+}
+
+async fn take(shared: &Shared, order: &[Due], limit: usize) -> Result<Vec<Claimed>> {
+    let runs: Vec<RunId> = order.iter().map(|due| due.run).collect();
+    let lanes: HashMap<RunId, i32> = order.iter().map(|due| (due.run, due.lane)).collect();
+    let taken = store::ready::take(&shared.pool, shared.id, &runs, most(limit)).await?;
+    Ok(taken.into_iter().map(|(run, epoch)| (run, epoch, lanes.get(&run).copied().unwrap_or(0))).collect())
+}
+
+fn most(limit: usize) -> i64 {
+    i64::try_from(limit).unwrap_or(1)
 }
 
 /// Turns wake-ups of other processes into local ones. The poll is right without it.
@@ -428,6 +492,7 @@ async fn write_progress(shared: Arc<Shared>) {
 struct Driven {
     shared: Arc<Shared>,
     run: RunId,
+    lane: i32,
     messages: Arc<Notify>,
 }
 
@@ -439,6 +504,7 @@ impl Drop for Driven {
             drivers.remove(&self.run);
         }
         drop(drivers);
+        self.shared.turns().gave_back(self.lane);
         self.shared.look_again();
     }
 }
@@ -463,8 +529,17 @@ impl Drop for Counted {
 impl Shared {
     /// How many more runs may be claimed.
     fn room(&self) -> usize {
+        self.room_for(CLAIM_SPARE)
+    }
+
+    /// The same, if so many may wait for a slot.
+    fn room_for(&self, spare: usize) -> usize {
         let taken = self.settling.load(Ordering::Relaxed) + self.waiting.load(Ordering::Relaxed);
-        (self.slots.available_permits() + CLAIM_SPARE).saturating_sub(taken)
+        (self.slots.free() + spare).saturating_sub(taken)
+    }
+
+    fn turns(&self) -> MutexGuard<'_, Turns> {
+        self.turns.lock().expect("no panic while held")
     }
 
     /// Looks for runs again if some were left in the queue and there is room now.

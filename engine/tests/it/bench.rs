@@ -184,6 +184,7 @@ impl Bench {
             attributes: json!({"user_id": "u1"}),
             queue: String::new(),
             topic: None,
+            admission: Default::default(),
         };
         self.client.start(start).await.expect("start")
     }
@@ -241,7 +242,18 @@ impl Bench {
             (
                 "open run that nobody owns and nobody may claim",
                 "select count(*) from runs r where closed_at is null and owner is null and imported_at is null
-                    and not exists (select from ready q where q.run_id = r.run_id)",
+                    and not exists (select from ready q where q.run_id = r.run_id)
+                    and not exists (select from admissions a where a.run_id = r.run_id and a.place is null and not r.admitted)",
+            ),
+            (
+                "place of a closed run, or a run that is held back and waits for nothing",
+                "select count(*) from runs r left join admissions a using (shard, run_id)
+                 where (r.closed_at is not null and a.run_id is not null)
+                    or (r.closed_at is null and not r.admitted and (a.run_id is null or a.place is not null))",
+            ),
+            (
+                "group with more holders than its largest limit",
+                "select count(*) from (select group_name from admissions where place is not null group by 1 having count(*) > max(places)) g",
             ),
         ] {
             let n: i64 = sqlx::query_scalar(sql).fetch_one(&self.pool).await.expect("audit");
@@ -288,6 +300,7 @@ pub fn definition(name: &str, steps: Vec<Step>) -> Definition {
         env: BTreeMap::new(),
         timeout_ms: 3_600_000,
         budget: Value::Null,
+        concurrency: None,
         executions_max: 10_000,
         steps,
         finally: vec![],

@@ -26,6 +26,7 @@ async fn a_start_that_is_sent_again_finds_its_run_open_or_closed() {
         attributes: json!({}),
         queue: String::new(),
         topic: None,
+        admission: Default::default(),
     };
     let first = bench.client.start(start.clone()).await.expect("start");
     let again = bench.client.start(start.clone()).await.expect("start");

@@ -212,8 +212,16 @@ async fn runs(bench: &Bench, rng: &mut Rng, n: usize) -> Vec<Run> {
         let key = rng.bool().then(|| format!("{}{i}", pick(rng, &TEXTS)));
         let queue = pick(rng, &["", "a", "it's"]).to_owned();
         let definition = pick(rng, &definitions);
-        let start =
-            Start { run_id: None, definition, inputs: json!({}), workflow_id: key, attributes, queue, topic: None };
+        let start = Start {
+            run_id: None,
+            definition,
+            inputs: json!({}),
+            workflow_id: key,
+            attributes,
+            queue,
+            topic: None,
+            admission: Default::default(),
+        };
         let run = bench.client.start(start).await.expect("start").run_id;
         let status = pick(rng, &RunStatus::ALL);
         sqlx::query(
@@ -339,6 +347,7 @@ async fn a_filter_goes_with_the_other_wishes_and_pages() {
             attributes: json!({"n": n, "user_id": if n % 2 == 0 { "even" } else { "odd" }}),
             queue: String::new(),
             topic: None,
+            admission: Default::default(),
         };
         started.push(bench.client.start(start).await.expect("start").run_id);
     }

@@ -194,6 +194,7 @@ async fn nonsense_is_refused_with_a_code() {
         attributes: json!({}),
         queue: String::new(),
         topic: None,
+        admission: Default::default(),
     };
     let run = bench.client.start(start).await.expect("start").run_id;
     let long = Why { reason: "x".repeat(5_000), ..Why::default() };

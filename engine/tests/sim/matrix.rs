@@ -47,6 +47,7 @@ fn definition(first: Step) -> Definition {
         env: BTreeMap::new(),
         timeout_ms: 3_600_000,
         budget: Value::Null,
+        concurrency: None,
         executions_max: 100,
         steps: vec![first, work("b")],
         finally: vec![work("clean")],

@@ -2,7 +2,7 @@
 
 use super::{Error, Page, Store};
 use chrono::{DateTime, Utc};
-use loopwright_engine::{client::Start, ids::DefinitionHash, transaction};
+use loopwright_engine::{admission::Admission, client::Start, ids::DefinitionHash, transaction};
 use serde::Serialize;
 use sqlx::PgExecutor;
 use uuid::Uuid;
@@ -36,6 +36,8 @@ impl Project {
             attributes: serde_json::json!({"user_id": user.to_string(), "project_id": self.id.to_string()}),
             queue: String::new(),
             topic: None,
+            // Its owner's turn.
+            admission: Admission { fairness_key: Some(user.to_string()), ..Admission::default() },
         }
     }
 }

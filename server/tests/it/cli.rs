@@ -348,6 +348,7 @@ async fn a_run_is_paused_forked_exported_and_decided_again_from_the_command_line
         attributes: json!({}),
         queue: String::new(),
         topic: None,
+        admission: Default::default(),
     };
     let id = client.start(start).await.unwrap().run_id;
     let until = async |id: RunId, what: RunStatus| {

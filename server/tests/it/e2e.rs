@@ -137,6 +137,7 @@ impl Loop {
             attributes: json!({"user_id": user, "project_id": project}),
             queue: String::new(),
             topic: None,
+            admission: Default::default(),
         };
         client.start(start).await.unwrap();
         Self { client, run, project, user }

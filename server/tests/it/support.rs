@@ -191,6 +191,7 @@ impl Server {
             env: BTreeMap::new(),
             timeout_ms: 3_600_000,
             budget: Value::Null,
+            concurrency: None,
             executions_max: 1000,
             steps,
             finally: vec![],

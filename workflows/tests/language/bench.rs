@@ -202,6 +202,7 @@ impl Bench {
             attributes: json!({}),
             queue: String::new(),
             topic: None,
+            admission: Default::default(),
         }
     }
 

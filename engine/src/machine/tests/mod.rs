@@ -56,6 +56,7 @@ fn definition(steps: Vec<Step>) -> Definition {
         env: BTreeMap::new(),
         timeout_ms: 7 * 86_400_000,
         budget: Value::Null,
+        concurrency: None,
         executions_max: 10_000,
         steps,
         finally: Vec::new(),

@@ -1,0 +1,345 @@
+//! Tables `admissions` and `concurrency_groups`: runs that begin when there is a place, or when it is time.
+//!
+//! A run of a group has a row from its start to its end; its `place` is a number that no other run of the group has, and
+//! `null` while it waits. The row goes with the transition that closes the run, so a place is free in the commit that ends its
+//! holder, and never before. Who waits is let in by [`advance`], in the order of arrival; whoever dies in the middle of it
+//! leaves it to the next pass, of any worker.
+//!
+//! Lock order: the group's row, then runs, then their rows here. A closing transition takes no group's row.
+
+use crate::{
+    Result,
+    admission::{OnConflict, Place},
+    client::Client,
+    ids::RunId,
+    store::inbox::{self, Kind, Outgoing},
+    transaction::in_transaction,
+};
+use chrono::{DateTime, Utc};
+use serde_json::json;
+use sqlx::{PgConnection, PgPool};
+
+/// Runs of a group that may wait; a start beyond that is refused. Source: section 12 of the workflow language.
+pub(crate) const WAITING_MAX: i64 = 100;
+/// Groups of one pass, and runs of each other kind. The rest waits for the next.
+const PASS_MAX: i64 = 100;
+
+/// What becomes of a run that arrives at its group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Arrival {
+    Admitted,
+    Waits,
+    /// There is no place, and it may not wait.
+    Refused,
+}
+
+/// Lets a run arrive whose row says that it is not admitted. `refuses`: whether it may be turned away; one that may not be
+/// waits in any case.
+///
+/// # Transaction
+/// Must be the one that inserts the run. Locks the group's row.
+pub(crate) async fn arrive(
+    conn: &mut PgConnection,
+    run: RunId,
+    place: Option<&Place>,
+    not_before: Option<DateTime<Utc>>,
+    refuses: bool,
+) -> Result<Arrival> {
+    let Some(group) = place else {
+        insert(conn, run, None, not_before).await?;
+        return Ok(Arrival::Waits);
+    };
+    let n: i64 = sqlx::query_scalar(
+        "insert into concurrency_groups (name, arrivals) values ($1, 1)
+         on conflict (name) do update set arrivals = concurrency_groups.arrivals + 1 returning arrivals",
+    )
+    .bind(&group.group)
+    .fetch_one(&mut *conn)
+    .await?;
+    let (taken, waiting): (Vec<i32>, i64) = sqlx::query_as(
+        "select coalesce(array_agg(place) filter (where place is not null), '{}'), count(*) filter (where place is null)
+         from admissions where group_name = $1",
+    )
+    .bind(&group.group)
+    .fetch_one(&mut *conn)
+    .await?;
+    let free = free_place(&taken, group.limit).filter(|_| waiting == 0 && not_before.is_none());
+    if refuses && free.is_none() && (group.on_conflict == OnConflict::Fail || waiting >= WAITING_MAX) {
+        return Ok(Arrival::Refused);
+    }
+    insert(conn, run, Some((group, n, free)), not_before).await?;
+    if free.is_none() {
+        return Ok(Arrival::Waits);
+    }
+    admit(conn, run).await?;
+    Ok(Arrival::Admitted)
+}
+
+/// The lowest number up to `limit` that nobody has.
+pub(crate) fn free_place(taken: &[i32], limit: u32) -> Option<i32> {
+    (1..=i32::try_from(limit).unwrap_or(i32::MAX)).find(|place| !taken.contains(place))
+}
+
+async fn insert(
+    conn: &mut PgConnection,
+    run: RunId,
+    group: Option<(&Place, i64, Option<i32>)>,
+    not_before: Option<DateTime<Utc>>,
+) -> Result<()> {
+    sqlx::query(
+        "insert into admissions (shard, run_id, group_name, n, places, place, on_conflict, not_before)
+         values ($1, $2, $3, $4, $5, $6, $7, $8)",
+    )
+    .bind(run.shard())
+    .bind(run.0)
+    .bind(group.map(|(g, ..)| g.group.as_str()))
+    .bind(group.map(|(_, n, _)| n))
+    .bind(group.map(|(g, ..)| i32::try_from(g.limit).unwrap_or(i32::MAX)))
+    .bind(group.and_then(|(.., place)| place))
+    .bind(group.map(|(g, ..)| g.on_conflict.as_str()))
+    .bind(not_before)
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Makes a run claimable that was held back. False if it is closed.
+async fn admit(conn: &mut PgConnection, run: RunId) -> Result<bool> {
+    let admitted = sqlx::query(
+        "with u as (update runs set admitted = true, waiting = 'worker' where shard = $1 and run_id = $2 and closed_at is null
+                    returning shard, run_id, queue, priority, lane)
+         insert into ready (shard, run_id, queue, priority, lane) select shard, run_id, queue, priority, lane from u
+         on conflict (shard, run_id) do update set due_at = least(ready.due_at, excluded.due_at), timed = false",
+    )
+    .bind(run.shard())
+    .bind(run.0)
+    .execute(conn)
+    .await?;
+    Ok(admitted.rows_affected() == 1)
+}
+
+/// Takes back what makes a run claimable that was inserted in this transaction, so that it can [`arrive`].
+pub(crate) async fn hold_back(conn: &mut PgConnection, run: RunId) -> Result<()> {
+    sqlx::query(
+        "with d as (delete from ready where shard = $1 and run_id = $2)
+         update runs set admitted = false, waiting = 'concurrency' where shard = $1 and run_id = $2",
+    )
+    .bind(run.shard())
+    .bind(run.0)
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// When the next start under a rate may be: at most `starts` of them in any `per_ms`. `None` is now. The start counts from
+/// then on, whatever becomes of it.
+///
+/// # Transaction
+/// Locks the key's row.
+pub(crate) async fn next_start(
+    conn: &mut PgConnection,
+    key: &str,
+    starts: u32,
+    per_ms: i64,
+) -> Result<Option<DateTime<Utc>>> {
+    // The newest `starts` instants: the next is a period after the oldest of them, and never before the newest.
+    sqlx::query("insert into rate_limits (key) values ($1) on conflict do nothing")
+        .bind(key)
+        .execute(&mut *conn)
+        .await?;
+    let (mut newest, now): (Vec<DateTime<Utc>>, DateTime<Utc>) =
+        sqlx::query_as("select starts, engine_now() from rate_limits where key = $1 for update")
+            .bind(key)
+            .fetch_one(&mut *conn)
+            .await?;
+    let (starts, per) = (starts as usize, chrono::Duration::milliseconds(per_ms));
+    let excess = newest.len().saturating_sub(starts);
+    newest.drain(..excess);
+    let full = newest.len() == starts;
+    let at = newest.first().filter(|_| full).map_or(now, |oldest| (*oldest + per).max(now));
+    let at = newest.last().map_or(at, |last| at.max(*last));
+    if full {
+        newest.remove(0);
+    }
+    newest.push(at);
+    sqlx::query("update rate_limits set starts = $2 where key = $1").bind(key).bind(newest).execute(conn).await?;
+    Ok((at > now).then_some(at))
+}
+
+/// Whether somebody waits here: a pass has something to do.
+pub(crate) async fn anybody_waits(pool: &PgPool) -> Result<bool> {
+    Ok(sqlx::query_scalar("select exists (select from admissions where place is null)").fetch_one(pool).await?)
+}
+
+/// One pass: cancels those who must make room, ends those who were cancelled while they waited, lets in who may. Returns how
+/// many came in.
+///
+/// # Errors
+/// `database`. What was done stays done; the next pass does the rest.
+pub(crate) async fn advance(client: &Client) -> Result<usize> {
+    let pool = client.pool();
+    if !anybody_waits(pool).await? {
+        return Ok(0);
+    }
+    make_room(pool).await?;
+    end_cancelled(client).await?;
+    let mut admitted = let_in_timed(pool).await?;
+    let groups: Vec<String> = sqlx::query_scalar(
+        "select group_name from admissions where place is null and group_name is not null group by 1 order by min(n) limit $1",
+    )
+    .bind(PASS_MAX)
+    .fetch_all(pool)
+    .await?;
+    for group in groups {
+        admitted += in_transaction(pool, |conn| {
+            let group = group.clone();
+            Box::pin(async move { let_in(conn, &group).await })
+        })
+        .await?;
+    }
+    if admitted > 0 {
+        client.wake().await;
+    }
+    Ok(admitted)
+}
+
+/// Lets in who waits at a group, in the order of arrival, until there is no place.
+pub(super) async fn let_in(conn: &mut PgConnection, group: &str) -> Result<usize> {
+    let locked: Option<i32> =
+        sqlx::query_scalar("select 1 from concurrency_groups where name = $1 for update skip locked")
+            .bind(group)
+            .fetch_optional(&mut *conn)
+            .await?;
+    if locked.is_none() {
+        // Somebody else is at it, or arrives just now; the next pass is soon.
+        return Ok(0);
+    }
+    let mut taken: Vec<i32> =
+        sqlx::query_scalar("select place from admissions where group_name = $1 and place is not null")
+            .bind(group)
+            .fetch_all(&mut *conn)
+            .await?;
+    let waiting: Vec<(uuid::Uuid, i32)> = sqlx::query_as(
+        "select run_id, places from admissions
+         where group_name = $1 and place is null and coalesce(not_before, '-infinity') <= engine_now() order by n limit $2",
+    )
+    .bind(group)
+    .bind(WAITING_MAX)
+    .fetch_all(&mut *conn)
+    .await?;
+    let mut admitted = 0;
+    for (run, places) in waiting {
+        let Some(place) = free_place(&taken, places.unsigned_abs()) else { break };
+        let run = RunId(run);
+        // The run first, as a closing transition does.
+        if !admit(conn, run).await? {
+            continue;
+        }
+        sqlx::query("update admissions set place = $3 where shard = $1 and run_id = $2")
+            .bind(run.shard())
+            .bind(run.0)
+            .bind(place)
+            .execute(&mut *conn)
+            .await?;
+        taken.push(place);
+        admitted += 1;
+    }
+    Ok(admitted)
+}
+
+/// Lets in who waited for its time only.
+async fn let_in_timed(pool: &PgPool) -> Result<usize> {
+    let due: Vec<uuid::Uuid> = sqlx::query_scalar(
+        "select run_id from admissions where place is null and group_name is null and not_before <= engine_now()
+         order by not_before limit $1",
+    )
+    .bind(PASS_MAX)
+    .fetch_all(pool)
+    .await?;
+    let many = due.len();
+    for run in due {
+        in_transaction(pool, |conn| {
+            Box::pin(async move {
+                let run = RunId(run);
+                if admit(conn, run).await? {
+                    sqlx::query("delete from admissions where shard = $1 and run_id = $2")
+                        .bind(run.shard())
+                        .bind(run.0)
+                        .execute(conn)
+                        .await?;
+                }
+                Ok(())
+            })
+        })
+        .await?;
+    }
+    Ok(many)
+}
+
+/// Where the newest who waits wants the others cancelled: all but the newest that have room together with it.
+async fn make_room(pool: &PgPool) -> Result<()> {
+    let old: Vec<(uuid::Uuid, uuid::Uuid)> = sqlx::query_as(
+        "select o.run_id, w.run_id from
+           (select distinct on (group_name) group_name, run_id, n, places, on_conflict from admissions
+            where place is null and group_name is not null order by group_name, n desc) w
+         cross join lateral (select run_id from admissions a where a.group_name = w.group_name and a.n < w.n
+                             order by a.n desc offset w.places - 1) o
+         where w.on_conflict = 'cancel-running' order by o.run_id limit $1",
+    )
+    .bind(PASS_MAX)
+    .fetch_all(pool)
+    .await?;
+    for (run, newer) in old {
+        let payload = json!(format!("run {newer} of the same concurrency group takes its place"));
+        // Each pass says it again as long as it is there; it hears it once.
+        let id = format!("concurrency:{newer}");
+        let message = Outgoing {
+            run: RunId(run),
+            kind: Kind::Cancel,
+            name: "",
+            payload: &payload,
+            dedupe_id: Some(&id),
+            sender: None,
+        };
+        let mut conn = pool.acquire().await?;
+        inbox::send(&mut conn, &message).await?;
+    }
+    Ok(())
+}
+
+/// Ends the runs that were cancelled while they waited. They have begun nothing, so there is nothing to clean up.
+async fn end_cancelled(client: &Client) -> Result<()> {
+    let cancelled: Vec<uuid::Uuid> = sqlx::query_scalar(
+        "select a.run_id from admissions a join runs r on r.shard = a.shard and r.run_id = a.run_id
+         where a.place is null and r.inbox_n > r.inbox_seen and not r.admitted
+           and exists (select from inbox i where i.shard = r.shard and i.run_id = r.run_id and i.kind = 'cancel') limit $1",
+    )
+    .bind(PASS_MAX)
+    .fetch_all(client.pool())
+    .await?;
+    for run in cancelled {
+        match client.terminate(RunId(run), "cancelled before there was a place for it").await {
+            Ok(()) | Err(crate::Error::RunClosed(_) | crate::Error::LeaseLost) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Why a run is held back, for people. `None` if it is not.
+pub(crate) async fn held(conn: &mut PgConnection, run: RunId) -> Result<Option<String>> {
+    let row: Option<(Option<String>, i64, Option<DateTime<Utc>>)> = sqlx::query_as(
+        "select a.group_name, (select count(*) from admissions b where b.group_name = a.group_name and b.place is null and b.n < a.n),
+                case when a.not_before > engine_now() then a.not_before end
+         from admissions a where a.shard = $1 and a.run_id = $2 and a.place is null",
+    )
+    .bind(run.shard())
+    .bind(run.0)
+    .fetch_optional(conn)
+    .await?;
+    Ok(row.map(|(group, before, until)| match (group, until) {
+        (_, Some(at)) => format!("for its rate limit, until {}", at.to_rfc3339()),
+        (Some(group), None) => format!("for a place in concurrency group `{group}`, behind {before} others"),
+        (None, None) => "for its turn".to_owned(),
+    }))
+}

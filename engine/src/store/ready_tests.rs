@@ -1,0 +1,126 @@
+use super::*;
+use crate::{MIGRATIONS, admission::lane, embedded::testing::database, store::turns::Turns};
+use serde_json::Value;
+use std::collections::BTreeMap;
+
+/// `n` runs of a key in the queue, due `ago` seconds ago.
+async fn queue(pool: &PgPool, key: &str, n: i32, priority: i16, timed: bool, ago: i32) {
+    sqlx::query(
+        "insert into ready (shard, run_id, queue, priority, lane, timed, due_at)
+         select 0, gen_random_uuid(), 'default', $3, $2, $4, engine_now() - $5 * interval '1 second' + i * interval '1 microsecond'
+         from generate_series(1, $1) i",
+    )
+    .bind(n)
+    .bind(lane(key))
+    .bind(priority)
+    .bind(timed)
+    .bind(ago)
+    .execute(pool)
+    .await
+    .unwrap();
+}
+
+fn by_key(due: &[Due], keys: &[&str]) -> BTreeMap<String, usize> {
+    keys.iter().map(|key| ((*key).to_owned(), due.iter().filter(|d| d.lane == lane(key)).count())).collect()
+}
+
+/// Pages that a statement touches.
+async fn pages(pool: &PgPool, sql: &str, since: Option<DateTime<Utc>>, more: &[i64]) -> i64 {
+    let explain = format!("explain (analyze, buffers, format json) {sql}");
+    let mut query = sqlx::query_scalar(sqlx::AssertSqlSafe(explain)).bind(vec!["default".to_owned()]).bind(since);
+    for n in more {
+        query = query.bind(*n);
+    }
+    let plan: Value = query.fetch_one(pool).await.unwrap();
+    let plan = &plan[0]["Plan"];
+    plan["Shared Hit Blocks"].as_i64().unwrap() + plan["Shared Read Blocks"].as_i64().unwrap()
+}
+
+#[tokio::test]
+async fn a_key_with_100_000_runs_does_not_hide_a_key_with_one() {
+    let pool = database(MIGRATIONS).await;
+    queue(&pool, "big", 100_000, 3, false, 100).await;
+    // Parked runs of others, whose instants lie ahead, are not in the way.
+    for n in 0..100 {
+        queue(&pool, &format!("parked-{n}"), 200, 3, true, -3_600).await;
+    }
+    queue(&pool, "small", 1, 3, false, 1).await;
+    sqlx::query("analyze ready").execute(&pool).await.unwrap();
+    let queues = ["default".to_owned()];
+    for limit in [1, 256] {
+        let look = due(&pool, &queues, None, limit).await.unwrap();
+        assert!(!look.all);
+        assert_eq!(by_key(&look.due, &["small", "big"])["small"], 1, "limit {limit}");
+        let order = Turns::default().order(look.due);
+        assert!(order.iter().take(2).any(|d| d.lane == lane("small")), "limit {limit}: in the first two turns");
+    }
+    // Whoever has much here already comes later, also when there is one place only.
+    let mut turns = Turns::default();
+    turns.took(lane("big"));
+    let look = due(&pool, &queues, None, 1).await.unwrap();
+    assert_eq!(turns.order(look.due)[0].lane, lane("small"));
+
+    // Bounded: 513 rows in the window; a few descents and rows for each of five priorities. The table has 120,001 rows.
+    let window = pages(&pool, WINDOW_SQL, None, &[513]).await;
+    assert!(window < 1_000, "the window touches {window} pages");
+    let lanes = pages(
+        &pool,
+        &BY_LANE_SQL.replace("$3::int", "$3::int8::int").replace("$3 - 1", "$3::int8::int - 1"),
+        None,
+        &[0, LANES, 256],
+    )
+    .await;
+    assert!(lanes < 1_500, "from lane to lane touches {lanes} pages");
+}
+
+#[tokio::test]
+async fn a_look_at_many_lanes_begins_anywhere_and_leaves_nobody_out() {
+    let pool = database(MIGRATIONS).await;
+    let keys: Vec<String> = (0..600).map(|n| format!("key-{n}")).collect();
+    for key in &keys {
+        queue(&pool, key, 2, 3, false, 10).await;
+    }
+    let queues = ["default".to_owned()];
+    let mut seen = std::collections::BTreeSet::new();
+    for first in (i32::MIN..=i32::MAX).step_by(1 << 25) {
+        let found = by_lane(&pool, &queues, None, 8, first).await.unwrap();
+        let lanes: std::collections::BTreeSet<i32> = found.iter().map(|d| d.lane).collect();
+        assert!(lanes.len() >= 64 && lanes.len() <= 128, "{}", lanes.len());
+        seen.extend(lanes);
+    }
+    assert_eq!(seen.len(), 600);
+}
+
+#[tokio::test]
+async fn priorities_go_first_and_timers_that_are_over_wait_like_the_rest() {
+    let pool = database(MIGRATIONS).await;
+    queue(&pool, "big", 2_000, 3, false, 100).await;
+    queue(&pool, "late", 1, 3, true, 1).await;
+    queue(&pool, "urgent", 3, 1, false, 0).await;
+    let queues = ["default".to_owned()];
+    let look = due(&pool, &queues, None, 16).await.unwrap();
+    let found = by_key(&look.due, &["late", "urgent", "big"]);
+    assert_eq!((found["late"], found["urgent"]), (1, 3), "{found:?}");
+    let order = Turns::default().order(look.due);
+    assert!(order[..3].iter().all(|d| d.priority == 1) && order[3..].iter().all(|d| d.priority == 3));
+    assert!(order[3..5].iter().any(|d| d.lane == lane("late")));
+}
+
+#[tokio::test]
+async fn the_depth_of_a_queue_is_what_is_due_and_for_how_long() {
+    let pool = database(MIGRATIONS).await;
+    assert_eq!(depths(&pool).await.unwrap(), []);
+    queue(&pool, "a", 3, 3, false, 60).await;
+    queue(&pool, "b", 5, 3, true, -60).await;
+    sqlx::query("insert into ready (shard, run_id, queue, timed, due_at) values (0, gen_random_uuid(), 'gpu', true, engine_now() + interval '1 hour')")
+        .execute(&pool)
+        .await
+        .unwrap();
+    let found = depths(&pool).await.unwrap();
+    let seen: Vec<(&str, i64)> = found.iter().map(|d| (d.queue.as_str(), d.due)).collect();
+    assert_eq!(seen, [("default", 3), ("gpu", 0)]);
+    assert!((59.0..120.0).contains(&found[0].oldest_s) && found[1].oldest_s == 0.0, "{found:?}");
+    // Deep is deep enough.
+    queue(&pool, "a", 11_000, 3, false, 10).await;
+    assert_eq!(depths(&pool).await.unwrap()[0].due, DEPTH_MAX);
+}

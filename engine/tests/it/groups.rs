@@ -1,0 +1,229 @@
+//! Runs that begin when there is a place, or when it is time.
+
+use crate::{
+    bench::{Bench, Gate, definition, e, step, work},
+    faults::{GRACE, LONG},
+};
+use loopwright_engine::{
+    Error,
+    admission::{Admission, OnConflict, Place, Rate},
+    client::{Start, Why},
+    definition::{CallVersion, Concurrency, Data, Definition, Kind, OnCancel},
+    ids::{DefinitionHash, RunId},
+    view::RunStatus,
+};
+use serde_json::json;
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+/// A definition whose runs share a group of that limit.
+fn grouped(name: &str, limit: u32, on_conflict: OnConflict) -> Definition {
+    let mut definition = definition(name, vec![work("a", &[]), work("b", &[])]);
+    let group = Data::Concat(vec![Data::Literal(json!("deploy-")), Data::Expr(e("1 + 1"))]);
+    definition.concurrency = Some(Concurrency { group, limit, on_conflict });
+    definition
+}
+
+fn request(definition: DefinitionHash, admission: Admission) -> Start {
+    Start {
+        run_id: None,
+        definition,
+        inputs: json!({}),
+        workflow_id: None,
+        attributes: json!({ "user_id": "u1" }),
+        queue: String::new(),
+        topic: None,
+        admission,
+    }
+}
+
+async fn start(bench: &Bench, definition: DefinitionHash) -> RunId {
+    bench.client.start(request(definition, Admission::default())).await.expect("start").run_id
+}
+
+/// Attempts wait at the gate; the most that were there at the same time.
+fn counted(bench: &Bench, gate: &Gate) -> Arc<AtomicUsize> {
+    let (now, most): (Arc<AtomicUsize>, Arc<AtomicUsize>) = Default::default();
+    let (gate, seen) = (gate.clone(), most.clone());
+    bench.script(move |_, _| {
+        let (gate, now, most) = (gate.clone(), now.clone(), seen.clone());
+        async move {
+            most.fetch_max(now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            gate.pass().await;
+            now.fetch_sub(1, Ordering::SeqCst);
+            Ok(json!({}))
+        }
+    });
+    most
+}
+
+#[tokio::test]
+async fn a_group_is_never_fuller_than_its_limit_and_goes_on_in_the_order_of_arrival() {
+    let (bench, gate) = (Bench::new().await, Gate::new());
+    let most = counted(&bench, &gate);
+    let hash = bench.deploy(grouped("deploys", 2, OnConflict::Queue)).await;
+    let mut runs = Vec::new();
+    for _ in 0..5 {
+        runs.push(start(&bench, hash).await);
+    }
+    let worker = bench.worker_with(LONG, 8).await;
+    gate.arrived(2).await;
+    let last = bench.client.describe(runs[4]).await.unwrap();
+    assert_eq!(last.status, RunStatus::Pending);
+    assert_eq!(last.held.as_deref(), Some("for a place in concurrency group `deploy-2`, behind 2 others"));
+    // A message does not let it in.
+    bench.client.pause(runs[4], Why::default()).await.unwrap();
+    bench.client.resume(runs[4], Why::default()).await.unwrap();
+    gate.open(1_000);
+    let mut begun = Vec::new();
+    for run in &runs {
+        assert_eq!(bench.closed(*run).await.status, RunStatus::Completed);
+        let first = bench.client.history(*run, 0, 1).await.unwrap();
+        begun.push(first[0].at);
+    }
+    assert!(begun[1] <= begun[2] && begun[2] <= begun[3] && begun[3] <= begun[4], "{begun:?}");
+    assert_eq!(most.load(Ordering::SeqCst), 2);
+    worker.drain(GRACE).await;
+    bench.audit().await;
+    let left: i64 = sqlx::query_scalar("select count(*) from admissions").fetch_one(&bench.pool).await.unwrap();
+    assert_eq!(left, 0);
+}
+
+#[tokio::test]
+async fn a_place_outlives_its_holders_worker_and_goes_with_its_holder() {
+    let (bench, gate) = (Bench::new().await, Gate::new());
+    let most = counted(&bench, &gate);
+    let hash = bench.deploy(grouped("deploys", 1, OnConflict::Queue)).await;
+    let (first, cancelled, second, third) =
+        (start(&bench, hash).await, start(&bench, hash).await, start(&bench, hash).await, start(&bench, hash).await);
+    let worker = bench.worker().await;
+    gate.arrived(1).await;
+    worker.crash();
+    // Who waits and is cancelled is gone, without a place; its worker is dead, another one sees to it.
+    bench.client.cancel(cancelled, "not needed").await.unwrap();
+    let worker = bench.worker_with(LONG, 8).await;
+    assert_eq!(bench.closed(cancelled).await.status, RunStatus::Terminated);
+    // The first was taken over with its place; nobody else has begun.
+    gate.arrived(1).await;
+    assert_eq!(bench.client.describe(second).await.unwrap().status, RunStatus::Pending);
+    bench.client.terminate(first, "enough").await.unwrap();
+    gate.arrived(1).await;
+    assert_ne!(bench.client.describe(second).await.unwrap().status, RunStatus::Pending);
+    assert_eq!(bench.client.describe(third).await.unwrap().status, RunStatus::Pending);
+    gate.open(1_000);
+    assert_eq!(bench.closed(third).await.status, RunStatus::Completed);
+    assert_eq!(bench.closed(second).await.status, RunStatus::Completed);
+    worker.drain(GRACE).await;
+    bench.audit().await;
+    // The attempt of the dead worker never left the gate.
+    assert!(most.load(Ordering::SeqCst) <= 3);
+}
+
+#[tokio::test]
+async fn the_newest_takes_the_place_or_is_refused() {
+    let (bench, gate) = (Bench::new().await, Gate::new());
+    counted(&bench, &gate);
+    gate.open(1_000);
+    let hash = bench.deploy(grouped("previews", 1, OnConflict::CancelRunning)).await;
+    let mut runs = Vec::new();
+    for _ in 0..3 {
+        runs.push(start(&bench, hash).await);
+    }
+    let worker = bench.worker_with(LONG, 8).await;
+    assert_eq!(bench.closed(runs[2]).await.status, RunStatus::Completed);
+    assert_eq!(bench.closed(runs[1]).await.status, RunStatus::Terminated, "it waited");
+    let oldest = bench.closed(runs[0]).await.status;
+    assert!([RunStatus::Cancelled, RunStatus::Completed].contains(&oldest), "{oldest:?}");
+
+    let place = Place { group: "strict".into(), limit: 1, on_conflict: OnConflict::Fail };
+    let strict = Admission { place: Some(place), ..Admission::default() };
+    let awaits = definition(
+        "waits",
+        vec![step("pause", Kind::Wait { until: loopwright_engine::definition::WaitUntil::For(3_600_000) })],
+    );
+    let hash = bench.deploy(awaits).await;
+    let held = bench.client.start(request(hash, strict.clone())).await.unwrap().run_id;
+    let refused = bench.client.start(request(hash, strict.clone())).await.unwrap_err();
+    assert_eq!(refused.code(), "concurrency_full");
+    assert!(matches!(&refused, Error::ConcurrencyFull(group) if group == "strict"));
+    // Asked again for the run that there is: no second place.
+    let again = bench.client.start(Start { run_id: Some(held), ..request(hash, strict.clone()) }).await.unwrap();
+    assert!(!again.created);
+    bench.client.terminate(held, "done").await.unwrap();
+    let next = bench.client.start(request(hash, strict)).await.unwrap().run_id;
+    bench.client.terminate(next, "done").await.unwrap();
+    worker.drain(GRACE).await;
+    bench.audit().await;
+}
+
+#[tokio::test]
+async fn a_child_and_a_fork_wait_for_a_place_too() {
+    let (bench, gate) = (Bench::new().await, Gate::new());
+    let most = counted(&bench, &gate);
+    bench.deploy(grouped("child", 1, OnConflict::Fail)).await;
+    let call = |id: &str| {
+        step(
+            id,
+            Kind::Call {
+                workflow: "child".into(),
+                version: CallVersion::Latest,
+                with: BTreeMap::new(),
+                on_cancel: OnCancel::Propagate,
+            },
+        )
+    };
+    let hash = bench.deploy(definition("parent", vec![call("sub")])).await;
+    let parents = [start(&bench, hash).await, start(&bench, hash).await];
+    gate.open(1_000);
+    let worker = bench.worker_with(LONG, 8).await;
+    for parent in parents {
+        assert_eq!(bench.closed(parent).await.status, RunStatus::Completed);
+    }
+    assert_eq!(most.load(Ordering::SeqCst), 1);
+    worker.drain(GRACE).await;
+    bench.audit().await;
+}
+
+#[tokio::test]
+async fn a_rate_spreads_starts_and_no_message_makes_one_earlier() {
+    let bench = Bench::new().await;
+    let hash = bench.deploy(definition("limited", vec![work("a", &[])])).await;
+    let hourly = Rate { key: "u1".into(), starts: 2, per_ms: 3_600_000 };
+    let admission = Admission { rate: Some(hourly), ..Admission::default() };
+    let mut runs = Vec::new();
+    for _ in 0..5 {
+        runs.push(bench.client.start(request(hash, admission.clone())).await.unwrap().run_id);
+    }
+    let worker = bench.worker_with(LONG, 8).await;
+    bench.closed(runs[0]).await;
+    bench.closed(runs[1]).await;
+    let instants: Vec<chrono::DateTime<chrono::Utc>> =
+        sqlx::query_scalar("select not_before from admissions order by 1").fetch_all(&bench.pool).await.unwrap();
+    assert_eq!(instants.len(), 3);
+    let minutes = |from: usize, to: usize| (instants[to] - instants[from]).num_minutes();
+    assert_eq!((minutes(0, 1), minutes(0, 2)), (0, 60), "two in each hour: {instants:?}");
+    bench.client.pause(runs[2], Why::default()).await.unwrap();
+    bench.client.resume(runs[2], Why::default()).await.unwrap();
+    let held = bench.client.describe(runs[2]).await.unwrap().held.unwrap();
+    assert!(held.starts_with("for its rate limit, until "), "{held}");
+    // The hour is over.
+    sqlx::query("update admissions set not_before = engine_now() where run_id = $1")
+        .bind(runs[2].0)
+        .execute(&bench.pool)
+        .await
+        .unwrap();
+    assert_eq!(bench.closed(runs[2]).await.status, RunStatus::Completed);
+    for run in &runs[3..] {
+        bench.client.cancel(*run, "not needed").await.unwrap();
+        assert_eq!(bench.closed(*run).await.status, RunStatus::Terminated);
+    }
+    let wrong = Admission { rate: Some(Rate { key: String::new(), starts: 0, per_ms: 0 }), ..Admission::default() };
+    assert_eq!(bench.client.start(request(hash, wrong)).await.unwrap_err().code(), "input_invalid");
+    worker.drain(GRACE).await;
+    bench.audit().await;
+}
