@@ -7,6 +7,10 @@
 //! # Limits
 //! 256 MiB in all, 64 MiB a line. Chosen: a file is held in memory to be verified before anything of it is believed.
 
+#[cfg(feature = "runtime")]
+pub(crate) mod check;
+mod instants;
+
 use crate::{
     Error, Result,
     definition::{Bundle, Definition},
@@ -69,7 +73,8 @@ pub struct Run {
     /// How many runs stood above it.
     pub depth: u32,
     pub parent: Option<RunId>,
-    /// Rows up to here were another run's, from which this one was forked; 0 if it was not.
+    /// Rows up to here were another run's, from which this one was forked; 0 if it was not. For readers: whoever decides
+    /// looks at the history.
     #[serde(default)]
     pub forked_seq: u64,
     pub started_at: DateTime<Utc>,
@@ -210,6 +215,12 @@ impl Archive {
         }
     }
 
+    /// Rows up to here were another run's, by the history: the last `run_forked` is the run's own.
+    pub(crate) fn forked_seq(&self) -> u64 {
+        let forks = |row: &&HistoryRow| row.events.iter().any(|e| e["type"] == "run_forked");
+        self.history.iter().rev().find(forks).map_or(0, |row| row.seq.saturating_sub(1))
+    }
+
     /// Decides the history again, under its own definition or another.
     ///
     /// # Errors
@@ -217,8 +228,12 @@ impl Archive {
     pub fn replay(&self, definition: Option<&Definition>) -> Result<Replayed> {
         let run = &self.header.run;
         let definition = definition.unwrap_or(&self.definition);
-        let mut replay = Replay::new(definition, run.run_id, run.depth, run.forked_seq);
+        let mut replay = Replay::new(definition, run.run_id, run.depth, self.forked_seq());
         for (row, line) in self.history.iter().zip(2..) {
+            // What cannot be read as an event is the replay's to say.
+            let told = row.events.iter().filter_map(|e| serde_json::from_value(e.clone()).ok());
+            instants::sane(told.flat_map(|event| instants::of(&event)).chain([row.at]))
+                .map_err(|why| Error::ArchiveInvalid { line, why })?;
             match replay.row(row) {
                 Ok(true) => {}
                 Ok(false) => break,

@@ -163,12 +163,6 @@ impl Client {
         Self { pool, hook }
     }
 
-    /// Recurring starts of runs.
-    #[must_use]
-    pub fn schedules(&self) -> crate::schedule::door::Schedules {
-        crate::schedule::door::Schedules::new(self.clone())
-    }
-
     pub(crate) fn pool(&self) -> &PgPool {
         &self.pool
     }

@@ -1,11 +1,17 @@
-//! Transactions of Postgres, so that nobody leaves one open: neither a caller that is dropped nor a host that vanishes.
+//! Transactions of Postgres, so that nobody leaves one open, neither a caller that is dropped nor a host that vanishes, and each
+//! is done once although the answer to a COMMIT may be lost.
 
 use crate::{
     Error, Result,
     store::{is_transient, retry_pause},
 };
 use sqlx::{PgConnection, PgPool, Postgres, Transaction, postgres::PgConnectOptions};
-use std::pin::Pin;
+use std::{pin::Pin, time::Duration};
+
+/// How often Postgres is asked what became of a COMMIT that had no answer. With the pause: five seconds, in which the session
+/// that it was sent through has noticed that its client is gone.
+const ASKED_MAX: u32 = 50;
+const ASK_PAUSE: Duration = Duration::from_millis(100);
 
 /// What Postgres is told of every session.
 const SESSION: [(&str, &str); 4] = [
@@ -40,7 +46,10 @@ pub async fn begin(pool: &PgPool) -> sqlx::Result<Transaction<'static, Postgres>
     tokio::spawn(async move { pool.begin().await }).await.map_err(|_| sqlx::Error::WorkerCrashed)?
 }
 
-/// Runs a closure in a transaction, again when Postgres asks for it.
+/// Runs a closure in a transaction, again when Postgres asks for it, and commits it once.
+///
+/// # Errors
+/// Those of the closure. `database` if Postgres stays away; then, if it went away during the COMMIT, that may have been done.
 pub(crate) async fn in_transaction<T, F>(pool: &PgPool, work: F) -> Result<T>
 where
     F: for<'c> Fn(&'c mut PgConnection) -> Pin<Box<dyn Future<Output = Result<T>> + Send + 'c>> + Send + Sync,
@@ -51,20 +60,72 @@ where
         let attempt = async {
             let mut tx = begin(pool).await?;
             let value = work(&mut tx).await?;
-            tx.commit().await?;
-            Ok(value)
+            // What was done without an answer must not be done again: a start would be a second run.
+            let id: Option<String> =
+                sqlx::query_scalar("select pg_current_xact_id_if_assigned()::text").fetch_one(&mut *tx).await?;
+            match (tx.commit().await, id) {
+                (Ok(()), _) => Ok(value),
+                (Err(error), Some(id)) if is_transient(&error) => match was_committed(pool, &id).await {
+                    Some(true) => Ok(value),
+                    Some(false) => Err(Error::Sql(error)),
+                    None => return Err(Unsent::InDoubt(error)),
+                },
+                (Err(error), _) => Err(Error::Sql(error)),
+            }
+            .map_err(Unsent::Failed)
         };
         match attempt.await {
-            Err(Error::Sql(error)) if is_transient(&error) => match retry_pause(tries) {
+            Ok(value) => return Ok(value),
+            Err(Unsent::Failed(Error::Sql(error))) if is_transient(&error) => match retry_pause(tries) {
                 Some(pause) => {
                     tries += 1;
                     tokio::time::sleep(pause).await;
                 }
                 None => return Err(Error::Sql(error)),
             },
-            other => return other,
+            Err(Unsent::Failed(error)) => return Err(error),
+            Err(Unsent::InDoubt(error)) => return Err(Error::Sql(error)),
         }
     }
+}
+
+/// Why a transaction has no value.
+enum Unsent {
+    /// Nothing of it was done.
+    Failed(Error),
+    /// Nobody can say whether it was done.
+    InDoubt(sqlx::Error),
+}
+
+impl From<Error> for Unsent {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl From<sqlx::Error> for Unsent {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Failed(Error::Sql(error))
+    }
+}
+
+/// Whether a transaction was committed whose COMMIT had no answer. `None` if nobody can say.
+async fn was_committed(pool: &PgPool, id: &str) -> Option<bool> {
+    for _ in 0..ASKED_MAX {
+        let status: sqlx::Result<Option<String>> =
+            sqlx::query_scalar("select pg_xact_status($1::text::xid8)").bind(id).fetch_one(pool).await;
+        match status.as_ref().map(Option::as_deref) {
+            Ok(Some("committed")) => return Some(true),
+            Ok(Some("aborted")) => return Some(false),
+            // Its session has not noticed yet that nobody listens.
+            Ok(Some("in progress")) => {}
+            Err(error) if is_transient(error) => {}
+            // Another server than the one that was asked to commit, or too long ago.
+            Ok(_) | Err(_) => return None,
+        }
+        tokio::time::sleep(ASK_PAUSE).await;
+    }
+    None
 }
 
 #[cfg(test)]

@@ -207,7 +207,14 @@ impl Bench {
 }
 
 fn after(seq: u64) -> Fork {
-    Fork { run_id: None, at: At::Seq(seq), inputs: Map::new(), definition: None, reason: "try".into() }
+    Fork {
+        run_id: None,
+        at: At::Seq(seq),
+        inputs: Map::new(),
+        definition: None,
+        attributes: None,
+        reason: "try".into(),
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,13 +3,9 @@
 use super::Client;
 use crate::{
     Error, Result,
-    archive::{Archive, Header, Record, Writer},
-    event::{self, Event},
+    archive::{Archive, Header, Record, Writer, check},
     ids::{DefinitionHash, RunId},
-    machine::{
-        RunState, fold,
-        replay::{Replay, Replayed},
-    },
+    machine::replay::{Replay, Replayed},
     store,
     transaction::in_transaction,
 };
@@ -99,20 +95,26 @@ impl Client {
     /// that was open is `quarantined` here and cannot be released.
     ///
     /// # Errors
-    /// `archive_invalid` if its history does not fold to what its row says, `run_exists`.
+    /// `archive_invalid` if its history does not fold to what its row says or something in it cannot be kept, `too_large`,
+    /// `run_exists`.
     /// # Transaction
-    /// One: definition (if it is not there; `current` stays), run, history, checkpoints.
+    /// One, everything or nothing: definition (if it is not there; `current` stays), run, history, checkpoints.
     pub async fn import(&self, archive: Archive) -> Result<RunId> {
         let run = archive.header.run.run_id;
-        let state = state_of(&archive)?;
-        let state = serde_json::to_value(state).map_err(|e| Error::Invariant(e.to_string()))?;
+        let checked = check::check(&archive)?;
+        let state = serde_json::to_value(checked.state).map_err(|e| Error::Invariant(e.to_string()))?;
         let shared = Arc::new((archive, state));
-        let inserted = in_transaction(&self.pool, |conn| {
+        in_transaction(&self.pool, |conn| {
             let shared = shared.clone();
-            Box::pin(async move { store::archive::insert(conn, &shared.0, &shared.1).await })
+            Box::pin(async move {
+                if store::archive::insert(conn, &shared.0, &shared.1, checked.messages).await? {
+                    return Ok(run);
+                }
+                // An error, so that the definition is not left behind.
+                Err(Error::RunExists(run.to_string()))
+            })
         })
-        .await?;
-        if inserted { Ok(run) } else { Err(Error::RunExists(run.to_string())) }
+        .await
     }
 
     /// Decides the history of a run again, under the definition it is pinned to or under another, and says where it differs
@@ -142,26 +144,4 @@ impl Client {
         }
         Ok(replay.done())
     }
-}
-
-/// Folds an archive's history and compares the result with its row.
-fn state_of(archive: &Archive) -> Result<RunState> {
-    let mut state = RunState::new(archive.header.run.run_id);
-    for (row, line) in archive.history.iter().zip(2..) {
-        let invalid = |why: String| Error::ArchiveInvalid { line, why };
-        if row.format > event::FORMAT {
-            return Err(invalid(format!("written by a newer release (format {}): use that", row.format)));
-        }
-        for event in &row.events {
-            let event: Event = serde_json::from_value(event.clone()).map_err(|e| invalid(e.to_string()))?;
-            fold(&mut state, &event).map_err(|e| invalid(format!("row {} cannot follow: {e}", row.seq)))?;
-        }
-    }
-    let run = &archive.header.run;
-    let says = (run.status.is_closed(), run.closed_at.is_some());
-    if says != (state.status.is_closed(), state.status.is_closed()) || (says.0 && run.status != state.status) {
-        let why = format!("the header says `{}`, the history says `{}`", run.status.as_str(), state.status.as_str());
-        return Err(Error::ArchiveInvalid { line: 1, why });
-    }
-    Ok(state)
 }

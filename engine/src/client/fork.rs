@@ -3,6 +3,7 @@
 use super::{Client, Started, pause::checked};
 use crate::{
     Error, Result,
+    archive::check,
     definition::inputs::prepare,
     event::Event,
     ids::{DefinitionHash, RunId},
@@ -37,6 +38,9 @@ pub struct Fork {
     pub inputs: Map<String, Value>,
     /// Another definition: one that has a place for every block that is open at the fork.
     pub definition: Option<DefinitionHash>,
+    /// Instead of the run's: whose the new run is. A fork of a run that came from a file needs them, because whoever is named
+    /// there has not asked for it. A flat JSON object, at most 8 KiB.
+    pub attributes: Option<Value>,
     /// At most 4 KiB.
     pub reason: String,
 }
@@ -57,6 +61,8 @@ struct Decided {
     seq: i64,
     definition: DefinitionHash,
     workflow: String,
+    /// Instead of those of `like`.
+    attributes: Option<Value>,
     event: Event,
     state: RunState,
 }
@@ -65,8 +71,8 @@ impl Client {
     /// Starts a run whose state is that of another after one of its transitions. Both share the history up to there by
     /// reference; steps that had ended keep their outputs, attempts, checkpoints and cost under the old run and are not done
     /// again. Steps that were under way begin anew, with attempts and children of their own; the old run ends and settles
-    /// its own. The new run has the old one's queue, attributes and outbox topic, neither its business key nor its parent,
-    /// and its whole timeout from now on. Signals that waited at the fork wait in both.
+    /// its own. The new run has the old one's queue, attributes (unless others are given) and outbox topic, neither its business
+    /// key nor its parent, and its whole timeout from now on. Signals that waited at the fork wait in both.
     ///
     /// A fork before a former fork is one of the run that made that transition.
     ///
@@ -86,13 +92,14 @@ impl Client {
     }
 
     /// Forks a run and ends the old one, if it is still open, as terminated: its attempts are closed and settled, its
-    /// business key goes to the new run.
+    /// business key goes to the new run. If a schedule had started it, the new run is in its place there as well: as long as it
+    /// is open, the overlap policy counts it.
     ///
     /// # Errors
     /// Those of [`Self::fork`]; `fork_invalid` also for a child run, whose parent waits for it, and for a closed run whose
     /// business key another open run has; `run_exists` if `run_id` is taken; `run_imported`.
     /// # Transaction
-    /// One: everything or nothing. Lock order: the old run, what the hook locks, the key. Idempotent by `run_id`: a second
+    /// One: everything or nothing. Lock order: the old run, what the hook locks, the key, the schedule's action. Idempotent by `run_id`: a second
     /// request finds the old run closed and its fork there.
     pub async fn reset(&self, run: RunId, asked: Fork) -> Result<Reset> {
         let mut conn = self.pool.acquire().await?;
@@ -130,6 +137,7 @@ impl Client {
                     let why = format!("another open run has the business key `{key}`: end it first, or fork");
                     return Err(Error::ForkInvalid(vec![why]));
                 }
+                store::schedules::hand_over(conn, run, decided.run).await?;
                 Ok(terminated)
             })
         })
@@ -147,6 +155,17 @@ impl Client {
         let new = asked.run_id.unwrap_or_default();
         let mut conn = self.pool.acquire().await?;
         let maker = store::forks::maker(&mut conn, run, i64::try_from(seq).unwrap_or(i64::MAX)).await?;
+        match &asked.attributes {
+            Some(attributes) => check::attributes(attributes).map_err(|error| {
+                error.unwrap_or_else(|| Error::ForkInvalid(vec!["the attributes are no JSON object".into()]))
+            })?,
+            // Whoever a file names has not asked for the fork and would pay for it.
+            None if store::runs::standing(&mut conn, run).await?.imported => {
+                let why = "the run came from a file: say whose the fork is, by its attributes";
+                return Err(Error::ForkInvalid(vec![why.into()]));
+            }
+            None => {}
+        }
         let definition = asked.definition.unwrap_or(maker.definition);
         let pinned: Pinned = store::definitions::load(&mut conn, definition).await?;
         let calls = store::definitions::resolve_calls(&mut conn, &pinned.definition).await?;
@@ -184,7 +203,8 @@ impl Client {
         let event = machine::fork(&pinned.definition, &state, fork, &moment).map_err(Error::ForkInvalid)?;
         fold(&mut state, &event).map_err(|e| Error::Invariant(format!("fork of run {run}: {e}")))?;
         let seq = i64::try_from(seq).unwrap_or(i64::MAX);
-        Ok(Decided { run: new, like: run, maker, seq, definition, workflow: pinned.definition.name, event, state })
+        let (workflow, attributes) = (pinned.definition.name, asked.attributes.clone());
+        Ok(Decided { run: new, like: run, maker, seq, definition, workflow, attributes, event, state })
     }
 
     /// The fold of a run's first `seq` rows, under another id.
@@ -249,6 +269,7 @@ impl Decided {
             like: self.like,
             workflow: &self.workflow,
             definition: self.definition,
+            attributes: self.attributes.as_ref(),
             inputs: &self.state.inputs,
             event: &self.event,
             state,

@@ -132,7 +132,7 @@ impl Field {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Value {
     Text(String),
-    /// Decimal, as written.
+    /// Decimal, as JSON writes it.
     Number(String),
     Bool(bool),
     Id(Uuid),

@@ -328,7 +328,7 @@ impl Reader<'_> {
     fn value(&mut self, field: &Field) -> Result<Value, FilterError> {
         let found = match self.peek().cloned() {
             Some(Token::Text(text)) => Value::Text(text),
-            Some(Token::Number(number)) if number.len() <= NUMBER_CHARS_MAX => Value::Number(number),
+            Some(Token::Number(number)) if number.len() <= NUMBER_CHARS_MAX => Value::Number(decimal(&number)),
             Some(Token::Number(_)) => {
                 return Err(self.wrong("a long number", format!("at most {NUMBER_CHARS_MAX} characters")));
             }
@@ -375,6 +375,14 @@ impl Reader<'_> {
         self.at += 1;
         Ok(typed)
     }
+}
+
+/// A number as JSON writes it: without zeros before it.
+fn decimal(written: &str) -> String {
+    let (sign, digits) = written.strip_prefix('-').map_or(("", written), |rest| ("-", rest));
+    let plain = digits.trim_start_matches('0');
+    let zero = if plain.is_empty() || plain.starts_with('.') { "0" } else { "" };
+    format!("{sign}{zero}{plain}")
 }
 
 fn negated(not: bool, condition: Condition) -> Condition {

@@ -118,3 +118,11 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_number_is_the_same_however_many_zeros_stand_before_it() {
+    for (written, meant) in [("007", "7"), ("-007.50", "-7.50"), ("000", "0"), ("00.5", "0.5")] {
+        let parsed = |number: &str| read(&format!("attributes.n = {number}"));
+        assert_eq!(parsed(written), parsed(meant));
+    }
+}

@@ -118,6 +118,8 @@ fn after(definition: &Definition, state: &RunState, path: &str) -> Option<Vec<St
         let (id, below) = split_segment(segment);
         let step = steps.iter().find(|s| s.id == id)?;
         let live = frame.nodes.get(id)?.live.as_ref()?;
+        // A round that is over has the same steps as the present one.
+        live.frames().iter().find(|(suffix, _)| *suffix == segment[id.len()..])?;
         steps = live_children(step, live, below)?;
         frame = live.frame(below)?;
     }

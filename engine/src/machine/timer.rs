@@ -85,7 +85,8 @@ fn moves(definition: &Definition, state: &RunState, path: &str, node: &Node, at:
     }
 }
 
-/// Milliseconds as a duration; what does not fit is the longest one.
+/// Milliseconds as a duration; a hundred years at most, so that no sum of an instant and a few of them overflows.
 pub(super) fn millis(ms: u64) -> Duration {
-    i64::try_from(ms).ok().and_then(Duration::try_milliseconds).unwrap_or(Duration::days(36_500))
+    let longest = Duration::days(36_500);
+    i64::try_from(ms).ok().and_then(Duration::try_milliseconds).map_or(longest, |d| d.min(longest))
 }

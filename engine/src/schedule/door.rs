@@ -50,11 +50,16 @@ pub struct Schedules {
     client: Client,
 }
 
-impl Schedules {
-    pub(crate) fn new(client: Client) -> Self {
-        Self { client }
+// Here, so that the client need not know of schedules, which start runs through it.
+impl Client {
+    /// Recurring starts of runs.
+    #[must_use]
+    pub fn schedules(&self) -> Schedules {
+        Schedules { client: self.clone() }
     }
+}
 
+impl Schedules {
     /// Makes a schedule. Its first instant is the first after now.
     ///
     /// # Errors
@@ -168,12 +173,18 @@ impl Schedules {
     /// `started` with its run, `pending`, `skipped` or `failed`.
     ///
     /// # Errors
-    /// `schedule_not_found`.
+    /// `schedule_not_found`; `schedule_invalid` if 10,000 actions wait.
     pub async fn trigger(&self, name: &str, overlap: Option<Overlap>) -> Result<Action> {
         let (action, turn) = in_transaction(self.client.pool(), |conn| {
             let (client, name) = (self.client.clone(), name.to_owned());
             Box::pin(async move {
                 let mut stored = store::lock(conn, &name).await?;
+                let waits = store::pending_count(conn, stored.view.id).await?;
+                if usize::try_from(waits).is_ok_and(|n| n >= BACKFILL_MAX) {
+                    let why =
+                        format!("{waits} actions wait; let the open runs end first, or choose another overlap policy");
+                    return Err(Error::ScheduleInvalid(vec![why]));
+                }
                 stored.action_n += 1;
                 let (n, id) = (stored.action_n, stored.view.id);
                 let (kind, state) = (ActionKind::Manual, ActionState::Pending);
@@ -185,7 +196,7 @@ impl Schedules {
             })
         })
         .await?;
-        turn.follow(&self.client).await?;
+        turn.follow(&self.client).await;
         self.client.wake().await;
         Ok(action)
     }
@@ -218,6 +229,8 @@ impl Schedules {
                 let instants: Vec<_> = timing
                     .upcoming(from - Duration::milliseconds(1), BACKFILL_MAX + 1)
                     .into_iter()
+                    // Instants are whole milliseconds, the range may begin between two.
+                    .skip_while(|at| *at < from)
                     .take_while(|at| *at <= to)
                     .collect();
                 let waits = usize::try_from(store::pending_count(conn, stored.view.id).await?).unwrap_or(usize::MAX);

@@ -31,7 +31,7 @@ pub const JITTER_MS_MAX: u64 = 86_400_000;
 pub const NAME_CHARS_MAX: usize = 100;
 /// Longest note, in characters. Chosen.
 pub const NOTE_CHARS_MAX: usize = 500;
-/// Most instants of one backfill. Chosen: a week of minutes; each is a row.
+/// Most actions of backfills and by hand that wait, and instants of one backfill. Chosen: a week of minutes; each is a row.
 pub const BACKFILL_MAX: usize = 10_000;
 /// Most schedules of a database. Chosen, not measured.
 pub const SCHEDULES_MAX: i64 = 10_000;

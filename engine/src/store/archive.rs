@@ -13,6 +13,8 @@ use sqlx::{PgConnection, Row, types::Json};
 
 /// History rows of one statement. Chosen: some hundred kilobytes each at most.
 const BATCH: usize = 100;
+/// Checkpoints of one statement: each may have 8 MiB.
+const CHECKPOINTS: usize = 8;
 
 pub(crate) async fn header(conn: &mut PgConnection, run: RunId) -> Result<Header> {
     let row = sqlx::query(
@@ -96,11 +98,12 @@ pub(crate) async fn checkpoints(
         .collect()
 }
 
-/// Stores an archive as a run that nobody will execute. `state` is the fold of its history. False if there is such a run.
+/// Stores an archive as a run that nobody will execute. `state` is the fold of its history, `messages` the number of its newest
+/// message: those that a fork is sent are counted on from there. False if there is such a run.
 ///
 /// # Transaction
 /// The caller's. No place in the queue, no business key, no parent, no outbox topic; `current` of the definition stays.
-pub(crate) async fn insert(conn: &mut PgConnection, archive: &Archive, state: &Value) -> Result<bool> {
+pub(crate) async fn insert(conn: &mut PgConnection, archive: &Archive, state: &Value, messages: u64) -> Result<bool> {
     let (run, definition) = (&archive.header.run, &archive.header.definition);
     sqlx::query("select pg_advisory_xact_lock(hashtext($1))").bind(&definition.name).execute(&mut *conn).await?;
     sqlx::query(
@@ -118,12 +121,12 @@ pub(crate) async fn insert(conn: &mut PgConnection, archive: &Archive, state: &V
     .bind(&definition.message)
     .execute(&mut *conn)
     .await?;
+    let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
     let status = if run.closed_at.is_some() { run.status } else { RunStatus::Quarantined };
-    let seq = i64::try_from(run.seq).unwrap_or(i64::MAX);
     let inserted = sqlx::query(
         "insert into runs (shard, run_id, workflow, definition, workflow_id, status, parked, seq, queue, attributes, inputs, depth,
-                           cursor, cursor_seq, waiting, output, failure, started_at, closed_at, imported_at)
-         values ($1, $2, $3, $4, $5, $6, true, $7, $8, $9, $10, $11, $12, $7, 'imported', $13, $14, $15, $16, engine_now())
+                           cursor, cursor_seq, waiting, output, failure, started_at, closed_at, imported_at, inbox_n, inbox_seen)
+         values ($1, $2, $3, $4, $5, $6, true, $7, $8, $9, $10, $11, $12, $7, 'imported', $13, $14, $15, $16, engine_now(), $17, $17)
          on conflict do nothing",
     )
     .bind(run.run_id.shard())
@@ -132,7 +135,7 @@ pub(crate) async fn insert(conn: &mut PgConnection, archive: &Archive, state: &V
     .bind(&definition.hash.0[..])
     .bind(&run.workflow_id)
     .bind(status.as_str())
-    .bind(seq)
+    .bind(number(run.seq))
     .bind(&run.queue)
     .bind(&run.attributes)
     .bind(&run.inputs)
@@ -142,12 +145,12 @@ pub(crate) async fn insert(conn: &mut PgConnection, archive: &Archive, state: &V
     .bind(&run.failure)
     .bind(run.started_at)
     .bind(run.closed_at)
+    .bind(number(messages))
     .execute(&mut *conn)
     .await?;
     if inserted.rows_affected() == 0 {
         return Ok(false);
     }
-    let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
     for rows in archive.history.chunks(BATCH) {
         sqlx::query(
             "insert into history (shard, run_id, seq, epoch, format, events, at)
@@ -163,16 +166,17 @@ pub(crate) async fn insert(conn: &mut PgConnection, archive: &Archive, state: &V
         .execute(&mut *conn)
         .await?;
     }
-    for checkpoint in &archive.checkpoints {
+    for some in archive.checkpoints.chunks(CHECKPOINTS) {
         sqlx::query(
-            "insert into checkpoints (shard, run_id, path, key, value, created_at) values ($1, $2, $3, $4, $5, $6) on conflict do nothing",
+            "insert into checkpoints (shard, run_id, path, key, value, created_at)
+             select $1, $2, * from unnest($3::text[], $4::text[], $5::jsonb[], $6::timestamptz[])",
         )
         .bind(run.run_id.shard())
         .bind(run.run_id.0)
-        .bind(&checkpoint.path)
-        .bind(&checkpoint.key)
-        .bind(&checkpoint.value)
-        .bind(checkpoint.created_at)
+        .bind(some.iter().map(|c| c.path.as_str()).collect::<Vec<_>>())
+        .bind(some.iter().map(|c| c.key.as_str()).collect::<Vec<_>>())
+        .bind(some.iter().map(|c| Json(&c.value)).collect::<Vec<_>>())
+        .bind(some.iter().map(|c| c.created_at).collect::<Vec<_>>())
         .execute(&mut *conn)
         .await?;
     }

@@ -61,6 +61,8 @@ pub(crate) struct New<'a> {
     pub(crate) like: RunId,
     pub(crate) workflow: &'a str,
     pub(crate) definition: DefinitionHash,
+    /// Instead of those of `like`.
+    pub(crate) attributes: Option<&'a Value>,
     pub(crate) inputs: &'a Value,
     /// Its first own event, and the state after it.
     pub(crate) event: &'a Event,
@@ -74,7 +76,7 @@ pub(crate) async fn insert(conn: &mut PgConnection, new: &New<'_>) -> Result<boo
         "with r as (insert into runs (shard, run_id, workflow, definition, status, parked, queue, attributes, topic, inputs, depth, seq,
                                       inbox_n, inbox_seen, cursor, cursor_seq, forked_shard, forked_from, forked_seq,
                                       priority, fairness_key, lane)
-                    select $1, $2, $3, $4, 'running', true, queue, attributes, topic, $5, $6, $7 + 1, $8, $8, $9, $7 + 1, $10, $11, $7, priority, fairness_key, lane
+                    select $1, $2, $3, $4, 'running', true, queue, coalesce($16, attributes), topic, $5, $6, $7 + 1, $8, $8, $9, $7 + 1, $10, $11, $7, priority, fairness_key, lane
                     from runs where shard = $12 and run_id = $13
                     on conflict do nothing returning shard, run_id, queue, priority, lane, seq),
               h as (insert into history (shard, run_id, seq, epoch, format, events) select shard, run_id, seq, 0, $14, $15 from r)
@@ -95,6 +97,7 @@ pub(crate) async fn insert(conn: &mut PgConnection, new: &New<'_>) -> Result<boo
     .bind(new.like.0)
     .bind(i16::try_from(format_of(std::slice::from_ref(new.event))).unwrap_or(i16::MAX))
     .bind(events)
+    .bind(new.attributes)
     .execute(conn)
     .await?;
     Ok(inserted.rows_affected() == 1)

@@ -305,6 +305,25 @@ pub(crate) async fn settle(
     Ok(())
 }
 
+/// Puts a run in the place of another that a schedule had started, if one had: what is open is counted by it.
+///
+/// # Transaction
+/// Locks the action and not its schedule: nobody who holds that lock waits for the run and changes a started action.
+pub(crate) async fn hand_over(conn: &mut PgConnection, from: RunId, to: RunId) -> Result<()> {
+    sqlx::query(
+        "update schedule_actions a set shard = $3, run_id = $4, note = 'a reset took the place of run ' || $2::text
+         from runs r join schedules s on s.name = r.attributes ->> 'schedule'
+         where r.shard = $1 and r.run_id = $2 and a.schedule_id = s.id and a.run_id = r.run_id and a.state = 'started'",
+    )
+    .bind(from.shard())
+    .bind(from.0)
+    .bind(to.shard())
+    .bind(to.0)
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
 /// Skips the actions of the calendar that wait. Returns how many.
 pub(crate) async fn skip_waiting(conn: &mut PgConnection, schedule: Uuid, note: &str) -> Result<u64> {
     let skipped = sqlx::query(

@@ -97,7 +97,7 @@ pub(crate) async fn fire_due(client: &Client) -> Result<usize> {
                 for lag in &turn.lags {
                     metrics::histogram!("loopwright_schedule_lag_seconds").record(*lag);
                 }
-                turn.follow(client).await?;
+                turn.follow(client).await;
             }
             (Ok(None), _) => break,
             // It must not be in the way of the others, whatever it is.
@@ -127,19 +127,22 @@ pub(crate) struct Turn {
 }
 
 impl Turn {
-    /// What follows the commit.
-    pub(crate) async fn follow(self, client: &Client) -> Result<()> {
+    /// What follows the commit. Whatever fails here is asked for again by the next look: the action still waits.
+    pub(crate) async fn follow(self, client: &Client) {
+        let mut ended = !self.terminate.is_empty();
         for run in &self.terminate {
             match client.terminate(*run, &reason(&self.name)).await {
                 Ok(()) | Err(Error::RunClosed(_) | Error::RunNotFound(_)) => {}
-                // The action still waits: whoever looks next asks again.
-                Err(error) => tracing::warn!(run_id = %run, %error, "could not be terminated for its schedule yet"),
+                Err(error) => {
+                    tracing::warn!(run_id = %run, %error, "could not be terminated for its schedule yet");
+                    ended = false;
+                }
             }
         }
-        if !self.terminate.is_empty() {
-            store::poke(client.pool(), self.schedule).await?;
+        // Not after a failure: a run that can never be terminated would be tried without a pause.
+        if ended && let Err(error) = store::poke(client.pool(), self.schedule).await {
+            tracing::warn!(schedule_id = %self.schedule, %error, "the next run of a schedule is two seconds late");
         }
-        Ok(())
     }
 }
 

@@ -1,10 +1,10 @@
 //! Runs out into files, in from files, and decided again: on a real database.
 
-use crate::bench::{Bench, Gate, definition, e, step, work};
+use crate::bench::{Bench, Gate, definition, e, step, waits_for, work};
 use loopwright_engine::{
     Error, Failure,
     archive::Archive,
-    client::{At, Fork, Signal, Why},
+    client::{At, Fork, Signal, Start, Why},
     definition::{Data, Definition, Kind, OnItemFailure, WaitUntil},
     ids::RunId,
     view::RunStatus,
@@ -138,7 +138,7 @@ async fn an_exported_run_is_read_elsewhere_and_nothing_of_it_is_ever_executed() 
         "definition_not_found"
     );
     // It may be forked: that is another run.
-    let fork = Fork { run_id: None, at: At::Seq(1), inputs: Map::new(), definition: None, reason: "try".into() };
+    let fork = Fork { attributes: Some(json!({"user_id": "me"})), ..fork_at(1) };
     let fork = there.client.fork(open, fork).await.expect("fork").run_id;
     there.until(fork, "waits", |v| !v.waiting.is_empty()).await;
     there.client.terminate(fork, "enough").await.expect("terminate");
@@ -202,4 +202,148 @@ async fn what_is_running_can_be_exported_and_ends_where_it_stood() {
     assert!(archive.checkpoints.iter().any(|c| c.path == "a" && c.value == json!(7)));
     assert!(matches!(bench.client.export(RunId::new()).await.err(), Some(Error::RunNotFound(_))));
     worker.drain(GRACE).await;
+}
+
+/// Imports are from people: what a file says of itself is compared with its history, and what cannot be kept is named.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_archive_that_lies_or_holds_what_no_table_holds_is_refused_by_name() {
+    let (here, there) = (Bench::new().await, Bench::new().await);
+    flaky(&here);
+    let worker = here.worker().await;
+    let run = here.start(definition("two", vec![work("a", &[]), work("b", &[])]), json!({})).await;
+    here.closed(run).await;
+    worker.drain(GRACE).await;
+    let good = Archive::read(exported(&here, run).await.as_bytes()).expect("valid");
+    assert!(good.checkpoints.len() > 1);
+    let far = "+262142-12-31T23:59:59Z";
+    let blocked = json!({"type": "attempt_blocked", "path": "a", "reason": "x", "message": "y", "at": far});
+    let signal = json!({"type": "signal_received", "n": u64::MAX, "name": "x", "payload": 1, "at": good.history[0].at});
+    type Change = Box<dyn Fn(&mut Archive)>;
+    let changes: Vec<(&str, &str, Change)> = vec![
+        ("archive_invalid", "`other`", Box::new(|a| a.header.run.workflow = "other".into())),
+        ("archive_invalid", "`other`", Box::new(|a| a.header.definition.name = "other".into())),
+        ("archive_invalid", "output", Box::new(|a| a.header.run.output = Some(json!({"paid": true})))),
+        ("archive_invalid", "failure", Box::new(|a| a.header.run.failure = Some(json!({"kind": "permanent"})))),
+        ("archive_invalid", "forked", Box::new(|a| a.header.run.forked_seq = 2)),
+        ("archive_invalid", "object", Box::new(|a| a.header.run.attributes = json!([1]))),
+        ("too_large", "attributes", Box::new(|a| a.header.run.attributes = json!({"x": "y".repeat(9_000)}))),
+        ("archive_invalid", "instant", Box::new(move |a| a.header.run.started_at = far.parse().expect("instant"))),
+        ("archive_invalid", "instant", Box::new(move |a| a.history[1].at = far.parse().expect("instant"))),
+        ("archive_invalid", "instant", Box::new(move |a| a.history[0].events.insert(2, blocked.clone()))),
+        ("archive_invalid", "instant", Box::new(move |a| a.history[0].events[0]["deadline"] = json!(far))),
+        ("archive_invalid", "signal", Box::new(move |a| a.history[0].events.push(signal.clone()))),
+        ("archive_invalid", "NUL", Box::new(|a| a.header.run.queue = "a\0b".into())),
+        ("archive_invalid", "NUL", Box::new(|a| a.header.run.attributes = json!({"x": "\0"}))),
+        ("archive_invalid", "NUL", Box::new(|a| a.checkpoints[0].key = "\0".into())),
+        ("archive_invalid", "NUL", Box::new(|a| a.history[0].events[0]["inputs"] = json!({"x": "\0"}))),
+        ("archive_invalid", "twice", Box::new(|a| a.checkpoints[1] = a.checkpoints[0].clone())),
+    ];
+    for (code, word, change) in changes {
+        let mut bad = good.clone();
+        change(&mut bad);
+        let error = there.client.import(bad).await.expect_err(word);
+        assert_eq!(error.code(), code, "{word}: {error}");
+        assert!(error.to_string().contains(word), "{word}: {error}");
+    }
+    let rows: i64 = sqlx::query_scalar("select (select count(*) from runs) + (select count(*) from definitions)")
+        .fetch_one(&there.pool)
+        .await
+        .expect("count");
+    assert_eq!(rows, 0, "nothing of it is there");
+    // Nor is it replayed.
+    let mut late = good.clone();
+    late.history[0].events[0]["deadline"] = json!(far);
+    assert_eq!(late.replay(None).expect_err("refused").code(), "archive_invalid");
+    // Whose rows are only folded is read from the history, whatever the header says.
+    let mut lies = good.clone();
+    lies.header.run.forked_seq = good.header.run.seq;
+    assert_eq!(lies.replay(None).expect("folds").decided, good.header.run.seq);
+    there.client.import(good).await.expect("import");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_import_under_a_taken_id_leaves_no_definition_behind() {
+    let (here, elsewhere, there) = (Bench::new().await, Bench::new().await, Bench::new().await);
+    let id = RunId::new();
+    let mut files = Vec::new();
+    for (bench, name) in [(&here, "one"), (&elsewhere, "two")] {
+        let definition = bench.deploy(definition(name, vec![work("a", &[])])).await;
+        let start = Start {
+            run_id: Some(id),
+            definition,
+            inputs: json!({}),
+            workflow_id: None,
+            attributes: json!({}),
+            queue: String::new(),
+            topic: None,
+        };
+        let worker = bench.worker().await;
+        bench.client.start(start).await.expect("start");
+        bench.closed(id).await;
+        worker.drain(GRACE).await;
+        files.push(Archive::read(exported(bench, id).await.as_bytes()).expect("valid"));
+    }
+    let second = files.remove(1);
+    there.client.import(files.remove(0)).await.expect("import");
+    assert_eq!(there.client.import(second).await.expect_err("taken").code(), "run_exists");
+    let names: Vec<String> =
+        sqlx::query_scalar("select name from definitions").fetch_all(&there.pool).await.expect("names");
+    assert_eq!(names, ["one"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fork_of_a_file_takes_signals_beside_those_that_waited_in_it() {
+    let (here, there) = (Bench::new().await, Bench::new().await);
+    let await_for = |name| step(name, Kind::Await(Box::new(waits_for(name))));
+    let run = here.start(definition("asks", vec![await_for("go"), await_for("later")]), json!({})).await;
+    let signal = |name: &str| Signal { name: name.into(), payload: json!({"x": name}), ..Signal::default() };
+    here.client.signal(run, signal("later")).await.expect("sent");
+    let worker = here.worker().await;
+    here.until(run, "waits", |v| !v.waiting.is_empty()).await;
+    worker.drain(GRACE).await;
+    let archive = Archive::read(exported(&here, run).await.as_bytes()).expect("valid");
+    let seq = archive.header.run.seq;
+    there.client.import(archive).await.expect("import");
+    let asked = Fork { attributes: Some(json!({"user_id": "me"})), ..fork_at(seq) };
+    let fork = there.client.fork(run, asked).await.expect("fork").run_id;
+    let worker = there.worker().await;
+    there.client.signal(fork, signal("go")).await.expect("sent");
+    let view = there.until(fork, "ended", |v| v.status.is_closed() || v.status == RunStatus::Quarantined).await;
+    assert_eq!(view.status, RunStatus::Completed);
+    worker.drain(GRACE).await;
+    there.audit().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_a_file_names_does_not_pay_for_what_is_made_of_it() {
+    let (here, there) = (Bench::new().await, Bench::new().await);
+    let run = here
+        .start(definition("waits", vec![step("w", Kind::Wait { until: WaitUntil::For(3_600_000) })]), json!({}))
+        .await;
+    let worker = here.worker().await;
+    here.until(run, "waits", |v| !v.waiting.is_empty()).await;
+    worker.drain(GRACE).await;
+    there.client.import(Archive::read(exported(&here, run).await.as_bytes()).expect("valid")).await.expect("import");
+    let error = there.client.fork(run, fork_at(1)).await.expect_err("whose?");
+    assert_eq!(error.code(), "fork_invalid");
+    assert!(error.to_string().contains("say whose"), "{error}");
+    for (attributes, code) in [(json!(5), "fork_invalid"), (json!({"x": "y".repeat(9_000)}), "too_large")] {
+        let asked = Fork { attributes: Some(attributes), ..fork_at(1) };
+        assert_eq!(there.client.fork(run, asked).await.expect_err("refused").code(), code);
+    }
+    let asked = Fork { attributes: Some(json!({"user_id": "me"})), ..fork_at(1) };
+    let fork = there.client.fork(run, asked).await.expect("fork").run_id;
+    assert_eq!(there.client.describe(fork).await.expect("run").attributes, json!({"user_id": "me"}));
+    there.client.terminate(fork, "enough").await.expect("terminate");
+}
+
+fn fork_at(seq: u64) -> Fork {
+    Fork {
+        run_id: None,
+        at: At::Seq(seq),
+        inputs: Map::new(),
+        definition: None,
+        attributes: None,
+        reason: "try".into(),
+    }
 }

@@ -5,7 +5,7 @@ use loopwright_engine::{
     Failure, MIGRATIONS,
     activity::{Activity, Context, Registry},
     client::{Client, Deploy, Start, Started},
-    definition::{Bundle, Data, Definition, Expr, FORMAT, Kind, RetryPolicy, Step, Timeouts},
+    definition::{Await, Bundle, Data, Definition, Expr, FORMAT, Kind, OnTimeout, RetryPolicy, Step, Timeouts},
     embedded::testing::database,
     hook::{HookError, Reading, Refusal, Transition, TransitionHook, Verdict},
     ids::RunId,
@@ -306,6 +306,22 @@ pub fn definition(name: &str, steps: Vec<Step>) -> Definition {
         finally: vec![],
         outputs: BTreeMap::new(),
         extras: Value::Null,
+    }
+}
+
+/// Waits an hour for a signal of any form, then fails.
+pub fn waits_for(signal: &str) -> Await {
+    Await {
+        signal: signal.into(),
+        timeout_ms: 3_600_000,
+        form: None,
+        show: None,
+        to: vec![],
+        filter: None,
+        remind_ms: vec![],
+        on_timeout: OnTimeout::Fail,
+        default: None,
+        approval: None,
     }
 }
 

@@ -6,7 +6,7 @@ use crate::{
 };
 use loopwright_engine::{
     archive::Archive,
-    client::{At, Fork},
+    client::{At, Fork, Start},
     definition::{CallVersion, Data, Input, Kind, OnCancel, WaitUntil},
     ids::RunId,
     view::{Origin, RunStatus},
@@ -21,7 +21,7 @@ use std::{
 const GRACE: Duration = Duration::from_secs(10);
 
 fn at(at: At) -> Fork {
-    Fork { run_id: None, at, inputs: Map::new(), definition: None, reason: "try".into() }
+    Fork { run_id: None, at, inputs: Map::new(), definition: None, attributes: None, reason: "try".into() }
 }
 
 fn seq(seq: u64) -> Fork {
@@ -182,11 +182,21 @@ async fn a_reset_ends_the_old_run_and_takes_its_key() {
     assert!(!second.terminated);
     assert_eq!(bench.closed(second.run_id).await.status, RunStatus::Completed);
     // Not if somebody else has the key by now; then nothing happened.
-    let taken = bench.start_as(hash, json!({"n": 5}), Some("project:1")).await.run_id;
+    let taken = Start {
+        run_id: None,
+        definition: hash,
+        inputs: json!({"n": 5}),
+        workflow_id: Some("project:1".into()),
+        attributes: json!({}),
+        // Of no worker here, so that it stays open.
+        queue: "nowhere".into(),
+        topic: None,
+    };
+    let taken = bench.client.start(taken).await.expect("start").run_id;
     let runs = count(&bench, "select count(*) from runs").await;
     assert_eq!(bench.client.reset(run, seq(1)).await.expect_err("taken").code(), "fork_invalid");
     assert_eq!(count(&bench, "select count(*) from runs").await, runs);
-    bench.closed(taken).await;
+    bench.client.terminate(taken, "enough").await.expect("terminate");
     worker.drain(GRACE).await;
     bench.audit().await;
     let outcomes = bench.outcomes().await;

@@ -1,14 +1,16 @@
 //! Answers that are lost and faults that pass, on a real Postgres: every run goes on.
 
 use crate::{
-    bench::{Bench, Gate, Work, definition, work},
+    bench::{Bench, Gate, Work, definition, step, work},
     faults::{GRACE, LONG, reaches},
 };
 use futures_util::future::BoxFuture;
 use loopwright_engine::{
     Failure,
     activity::{Activity, Context, Registry},
-    client::Client,
+    client::{Client, Signal, Start},
+    definition::Kind,
+    schedule::{ActionState, Overlap, Spec, When, door::NewSchedule},
     signature::Signature,
     view::RunStatus,
     worker::{self, WorkerConfig},
@@ -135,8 +137,16 @@ async fn a_run_whose_driver_panicked_is_found_by_its_owner() {
     bench.audit().await;
 }
 
-/// A way to the database of `pool` that, once `armed`, breaks when a commit is done and before its answer is back.
-async fn broken_way(pool: &PgPool, armed: Arc<AtomicBool>) -> PgPool {
+/// What a way to the database loses.
+#[derive(Clone, Copy, PartialEq)]
+enum Lost {
+    Commit,
+    Answer,
+}
+
+/// A way to the database of `pool` that, once `armed`, breaks at a commit: before it arrives, or when it is done and before
+/// its answer is back.
+async fn broken_way(pool: &PgPool, armed: Arc<AtomicBool>, lost: Lost) -> PgPool {
     let options = pool.connect_options();
     let socket = options.get_socket().expect("socket").join(format!(".s.PGSQL.{}", options.get_port()));
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("listener");
@@ -153,9 +163,13 @@ async fn broken_way(pool: &PgPool, armed: Arc<AtomicBool>) -> PgPool {
                             if n == 0 {
                                 return;
                             }
-                            server.write_all(&asked[..n]).await.expect("server");
                             // The frontend sends it alone and waits, so it is never cut in two.
-                            if asked[..n].ends_with(b"COMMIT\0") && armed.swap(false, Ordering::SeqCst) {
+                            let commits = asked[..n].ends_with(b"COMMIT\0") && armed.swap(false, Ordering::SeqCst);
+                            if commits && lost == Lost::Commit {
+                                return;
+                            }
+                            server.write_all(&asked[..n]).await.expect("server");
+                            if commits && lost == Lost::Answer {
                                 assert!(server.read(&mut answered).await.expect("answer") > 0);
                                 return;
                             }
@@ -267,7 +281,7 @@ async fn a_termination_whose_answer_was_lost_is_done() {
     let run = bench.start(definition("ended", vec![work("a", &[])]), json!({})).await;
     gate.arrived(1).await;
     let armed = Arc::new(AtomicBool::new(false));
-    let client = Client::new(broken_way(&bench.pool, armed.clone()).await, bench.hook.clone());
+    let client = Client::new(broken_way(&bench.pool, armed.clone(), Lost::Answer).await, bench.hook.clone());
     armed.store(true, Ordering::SeqCst);
     client.terminate(run, "over").await.expect("terminated");
     assert!(!armed.load(Ordering::SeqCst), "an answer was lost");
@@ -275,4 +289,45 @@ async fn a_termination_whose_answer_was_lost_is_done() {
     gate.open(1);
     worker.drain(GRACE).await;
     bench.audit().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_asked_once_is_done_once_although_a_commit_or_its_answer_is_lost() {
+    let bench = Bench::new().await;
+    let waits = Kind::Await(Box::new(crate::bench::waits_for("go")));
+    let hash = bench.deploy(definition("asked", vec![step("w", waits)])).await;
+    let count =
+        async |sql: &'static str| -> i64 { sqlx::query_scalar(sql).fetch_one(&bench.pool).await.expect("count") };
+    for (n, lost) in [(1, Lost::Answer), (2, Lost::Commit)] {
+        let armed = Arc::new(AtomicBool::new(false));
+        let client = Client::new(broken_way(&bench.pool, armed.clone(), lost).await, bench.hook.clone());
+        let start = Start {
+            run_id: None,
+            definition: hash,
+            inputs: json!({}),
+            workflow_id: None,
+            attributes: json!({}),
+            queue: String::new(),
+            topic: None,
+        };
+        armed.store(true, Ordering::SeqCst);
+        let started = client.start(start).await.expect("start");
+        assert!(started.created && !armed.load(Ordering::SeqCst));
+        assert_eq!(count("select count(*) from runs where attributes = '{}'").await, n);
+
+        armed.store(true, Ordering::SeqCst);
+        let signal = Signal { name: "go".into(), ..Signal::default() };
+        assert!(client.signal(started.run_id, signal).await.expect("signal") && !armed.load(Ordering::SeqCst));
+        assert_eq!(count("select count(*) from inbox where kind = 'signal'").await, n);
+
+        let spec =
+            Spec { overlap: Overlap::AllowAll, ..Spec::new("asked", When::Every { ms: 86_400_000, offset_ms: 0 }) };
+        let new = NewSchedule { name: format!("s{n}"), spec, paused: true, note: None, owner: None };
+        armed.store(true, Ordering::SeqCst);
+        client.schedules().create(new).await.expect("create");
+        armed.store(true, Ordering::SeqCst);
+        let action = client.schedules().trigger(&format!("s{n}"), None).await.expect("trigger");
+        assert_eq!((action.state, armed.load(Ordering::SeqCst)), (ActionState::Started, false));
+        assert_eq!(count("select count(*) from runs where attributes ? 'schedule'").await, n);
+    }
 }

@@ -4,7 +4,7 @@ use crate::bench::{Bench, definition, step, work};
 use chrono::{DateTime, Duration, Utc};
 use loopwright_engine::{
     Error,
-    client::Filter,
+    client::{At, Filter, Fork},
     definition::{Input, Kind, WaitUntil},
     ids::RunId,
     schedule::{
@@ -14,7 +14,7 @@ use loopwright_engine::{
     },
     view::RunStatus,
 };
-use serde_json::json;
+use serde_json::{Map, json};
 use std::{collections::BTreeSet, time::Duration as StdDuration};
 
 const GRACE: StdDuration = StdDuration::from_secs(10);
@@ -192,6 +192,74 @@ async fn a_termination_that_was_committed_and_not_done_is_done_by_whoever_looks_
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_cannot_be_terminated_is_tried_once_a_look() {
+    let stage = Stage::at("2026-11-25T09:30:00Z").await;
+    stage.create("s", hourly(Overlap::TerminateOther)).await;
+    assert_eq!(stage.set_and_fire("2026-11-25T10:00:00Z").await, 1);
+    let broken = stage.open("s").await[0].1;
+    sqlx::query("update runs set cursor = '{}'").execute(&stage.bench.pool).await.expect("broken");
+    let epoch = async || -> i64 {
+        sqlx::query_scalar("select epoch from runs where run_id = $1")
+            .bind(broken.0)
+            .fetch_one(&stage.bench.pool)
+            .await
+            .expect("epoch")
+    };
+    assert_eq!(stage.set_and_fire("2026-11-25T11:00:00Z").await, 0);
+    assert_eq!(epoch().await, 1, "its worker is told once that it is taken away");
+    assert_eq!(stage.set_and_fire("2026-11-25T11:00:01Z").await, 0);
+    assert_eq!(epoch().await, 1);
+    assert_eq!(stage.set_and_fire("2026-11-25T11:00:02Z").await, 0);
+    assert_eq!(epoch().await, 2, "and again when the schedule is looked at again");
+    sqlx::query("update runs set cursor = null").execute(&stage.bench.pool).await.expect("mended");
+    assert_eq!(stage.set_and_fire("2026-11-25T11:00:04Z").await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_was_reset_is_in_the_way_of_the_next_one_as_before() {
+    let stage = Stage::at("2026-11-25T09:30:00Z").await;
+    stage.create("s", hourly(Overlap::Skip)).await;
+    assert_eq!(stage.set_and_fire("2026-11-25T10:00:00Z").await, 1);
+    let run = stage.open("s").await[0].1;
+    let worker = stage.bench.worker().await;
+    stage.bench.until(run, "waits", |v| !v.waiting.is_empty()).await;
+    let asked = Fork {
+        run_id: None,
+        at: At::Seq(1),
+        inputs: Map::new(),
+        definition: None,
+        attributes: None,
+        reason: "again".into(),
+    };
+    let reset = stage.bench.client.reset(run, asked).await.expect("reset");
+    // Its wait is over when the clock moves, and nobody is to see that.
+    worker.drain(GRACE).await;
+    assert_eq!(stage.open("s").await, [("2026-11-25T10:00:00Z".to_owned(), reset.run_id)]);
+    assert_eq!(stage.set_and_fire("2026-11-25T11:00:00Z").await, 0);
+    assert_eq!(stage.states("s").await, [A::Started, A::Skipped]);
+    stage.close(reset.run_id).await;
+    assert_eq!(stage.set_and_fire("2026-11-25T12:00:00Z").await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_wanted_by_hand_is_bounded_too() {
+    let stage = Stage::at("2026-11-25T09:30:00Z").await;
+    stage.create("s", hourly(Overlap::BufferAll)).await;
+    assert_eq!(stage.set_and_fire("2026-11-25T10:00:00Z").await, 1);
+    for sql in [
+        "insert into schedule_actions (schedule_id, n, instant, kind, state)
+         select id, action_n + g, now(), 'manual', 'pending' from schedules, generate_series(1, 9999) g",
+        "update schedules set action_n = action_n + 9999",
+    ] {
+        sqlx::query(sql).execute(&stage.bench.pool).await.expect("wait");
+    }
+    assert_eq!(stage.schedules.trigger("s", None).await.expect("one more").state, A::Pending);
+    let error = stage.schedules.trigger("s", None).await.expect_err("refused");
+    assert_eq!(error.code(), "schedule_invalid");
+    assert!(error.to_string().contains("10000 actions wait"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn after_a_downtime_the_window_is_caught_up_and_the_rest_is_missed_in_one_jump() {
     let stage = Stage::at("2025-11-25T09:30:00Z").await;
     let wide = Spec { catchup_ms: 3 * 3_600_000, ..hourly(Overlap::AllowAll) };
@@ -268,6 +336,9 @@ async fn a_backfill_fills_in_what_has_no_run_however_often_it_is_sent() {
         stage.schedules.describe("s").await.expect("schedule").schedule.next_at,
         Some(at("2026-11-25T12:00:00Z"))
     );
+    let (from, to) = (at("2026-11-01T10:00:00.0005Z"), at("2026-11-01T11:00:00Z"));
+    let filled = stage.schedules.backfill("s", from, to, Some(Overlap::Skip)).await.expect("backfill");
+    assert_eq!(filled.instants, 1, "ten o'clock lies before the range");
     for (from, to, word) in [
         ("2026-11-25T11:00:00Z", "2026-11-25T10:00:00Z", "before it begins"),
         ("2026-11-25T11:00:00Z", "2026-11-25T13:00:00Z", "now"),

@@ -134,6 +134,33 @@ fn blocks_stay_open_with_what_has_ended_in_them() {
 }
 
 #[test]
+fn a_step_of_a_round_that_is_over_does_not_begin_anew_in_the_present_one() {
+    let again = step(
+        "r",
+        Kind::Repeat {
+            steps: vec![act("a", &[]), act("b", &[])],
+            max_rounds: 3,
+            condition: RepeatCondition::Until(e("false")),
+            delay_ms: 0,
+            exhausted: Exhausted::Continue,
+            transparent: false,
+            gate: None,
+            outputs: None,
+        },
+    );
+    let mut run = Bench::start(definition(vec![again]));
+    run.ok("r~1/a", json!({}));
+    run.ok("r~1/b", json!({}));
+    run.ok("r~2/a", json!({}));
+    assert_eq!(run.live(), ["r~2/b"]);
+    let rows = run.rows.len();
+    let other = branch(&run, rows, |f| f.again = Some("r~2/a".into())).expect("forks");
+    assert_eq!(other.live(), ["r~2/a"]);
+    let why = branch(&run, rows, |f| f.again = Some("r~1/a".into())).err().expect("refused");
+    assert!(why[0].contains("does not stand there"), "{why:?}");
+}
+
+#[test]
 fn a_call_under_way_is_called_again_under_the_fork() {
     let run = Bench::start(definition(vec![edges::call_step()]));
     let other = branch(&run, 1, |_| {}).expect("forks");

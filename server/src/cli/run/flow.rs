@@ -1,7 +1,10 @@
 //! Commands that move a run as a whole: pause, resume, fork, reset.
 
 use super::SENDER;
-use crate::{app::App, cli::print};
+use crate::{
+    app::App,
+    cli::{print, schedule::belongs_to},
+};
 use anyhow::{Context as _, ensure};
 use loopwright_engine::{
     client::{At, Fork, Why},
@@ -9,6 +12,7 @@ use loopwright_engine::{
     view::RunStatus,
 };
 use serde_json::{Map, Value, json};
+use uuid::Uuid;
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
@@ -65,6 +69,12 @@ pub(super) struct Changes {
     /// Go on under this deployed definition
     #[arg(long, value_name = "HASH")]
     definition: Option<DefinitionHash>,
+    /// Whose the new run is, and who pays for it [default: as before; of a run that came from a file, the developer]
+    #[arg(long, value_name = "UUID")]
+    user: Option<Uuid>,
+    /// A project of that user, whose it is
+    #[arg(long, value_name = "UUID")]
+    project: Option<Uuid>,
 }
 
 pub(super) async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<()> {
@@ -87,19 +97,31 @@ pub(super) async fn act(command: Command, app: &App, json: bool) -> anyhow::Resu
             })
         }
         Command::Fork { run, place, changes, reason } => {
-            let forked = client.fork(run, asked(place, changes, reason)?).await?;
+            let whose = whose(app, run, &changes).await?;
+            let forked = client.fork(run, asked(place, changes, whose, reason)?).await?;
             let report = json!({"run_id": forked.run_id, "forked_from": run});
             print(json, &report, |_| format!("Run {} goes on from there; {run} is as it was.", forked.run_id))
         }
         Command::Reset { run, place, changes, reason } => {
-            let reset = client.reset(run, asked(place, changes, reason)?).await?;
+            let whose = whose(app, run, &changes).await?;
+            let reset = client.reset(run, asked(place, changes, whose, reason)?).await?;
             let report = json!({"run_id": reset.run_id, "forked_from": run, "terminated": reset.terminated});
             print(json, &report, |_| format!("Run {} goes on from there; {run} has ended.", reset.run_id))
         }
     }
 }
 
-fn asked(place: Place, changes: Changes, reason: String) -> anyhow::Result<Fork> {
+/// The attributes of the new run, if they are not those of the old one.
+async fn whose(app: &App, run: RunId, changes: &Changes) -> anyhow::Result<Option<Value>> {
+    let named = changes.user.is_some() || changes.project.is_some();
+    // Whoever a file names has not asked for a fork of it.
+    if !named && app.client.describe(run).await?.imported_at.is_none() {
+        return Ok(None);
+    }
+    Ok(Some(belongs_to(app, changes.user, changes.project).await?.0))
+}
+
+fn asked(place: Place, changes: Changes, attributes: Option<Value>, reason: String) -> anyhow::Result<Fork> {
     let at = match (place.at, place.step) {
         (Some(seq), _) => At::Seq(seq),
         (None, Some(path)) => At::Step(path),
@@ -113,7 +135,7 @@ fn asked(place: Place, changes: Changes, reason: String) -> anyhow::Result<Fork>
         let value = serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.to_owned()));
         inputs.insert(name.to_owned(), value);
     }
-    Ok(Fork { run_id: None, at, inputs, definition: changes.definition, reason })
+    Ok(Fork { run_id: None, at, inputs, definition: changes.definition, attributes, reason })
 }
 
 #[cfg(test)]
@@ -124,8 +146,8 @@ mod tests {
     fn inputs_are_json_or_words() {
         let asked = |texts: &[&str]| {
             let place = Place { at: Some(3), step: None };
-            let changes = Changes { inputs: texts.iter().map(|t| (*t).to_owned()).collect(), definition: None };
-            asked(place, changes, String::new())
+            let inputs = texts.iter().map(|t| (*t).to_owned()).collect();
+            asked(place, Changes { inputs, definition: None, user: None, project: None }, None, String::new())
         };
         let inputs = asked(&["n=5", "idea=make it a=b", "list=[1]", "empty="]).unwrap().inputs;
         assert_eq!(Value::Object(inputs), json!({"n": 5, "idea": "make it a=b", "list": [1], "empty": ""}));
