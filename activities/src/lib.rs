@@ -45,6 +45,7 @@ pub const MIGRATIONS: &[Migration] = &[
     Migration { version: 6, name: "loop", sql: include_str!("../../migrations/0006_loop.sql") },
     loopwright_engine::migrate::FLOW,
     loopwright_engine::migrate::SCHEDULES,
+    loopwright_engine::migrate::UPDATES,
 ];
 
 /// Contracts of all activities.

@@ -25,6 +25,10 @@ pub enum Error {
     InputInvalid(Vec<String>),
     #[error("the signal is not valid: {}", .0.join("; "))]
     SignalInvalid(Vec<String>),
+    #[error("no update `{1}` was sent to run {0}")]
+    UpdateNotFound(String, String),
+    #[error("run {run} has not answered update `{id}` yet: {why}; ask again with the same id")]
+    UpdatePending { run: String, id: String, why: &'static str },
     #[error("run {0} does not wait for an approval `{1}`")]
     ApprovalNotWaiting(String, String),
     #[error("no schedule `{0}`")]
@@ -66,6 +70,8 @@ impl Error {
             Self::DefinitionInvalid(_) => "definition_invalid",
             Self::InputInvalid(_) => "input_invalid",
             Self::SignalInvalid(_) => "signal_invalid",
+            Self::UpdateNotFound(..) => "update_not_found",
+            Self::UpdatePending { .. } => "update_pending",
             Self::ApprovalNotWaiting(..) => "approval_not_waiting",
             Self::ScheduleNotFound(_) => "schedule_not_found",
             Self::ScheduleExists(_) => "schedule_exists",
@@ -109,7 +115,7 @@ mod tests {
             .filter_map(|(_, r)| r.split('"').next())
             .map(str::to_owned)
             .collect();
-        assert_eq!(codes.len(), 22, "{codes:?}");
+        assert_eq!(codes.len(), 24, "{codes:?}");
         assert_eq!(listed("Errors"), codes);
     }
 
@@ -124,6 +130,7 @@ mod tests {
             "input.",
             "output.",
             "signal.",
+            "update.",
             "approval.",
             "join.",
             "call.",

@@ -17,8 +17,12 @@ pub struct Migration {
 }
 
 /// The tables of the engine alone.
-pub const MIGRATIONS: &[Migration] =
-    &[Migration { version: 1, name: "engine", sql: include_str!("../../migrations/0001_engine.sql") }, FLOW, SCHEDULES];
+pub const MIGRATIONS: &[Migration] = &[
+    Migration { version: 1, name: "engine", sql: include_str!("../../migrations/0001_engine.sql") },
+    FLOW,
+    SCHEDULES,
+    UPDATES,
+];
 
 /// The columns and tables of pauses, forks and imports.
 pub const FLOW: Migration = Migration { version: 7, name: "flow", sql: include_str!("../../migrations/0007_flow.sql") };
@@ -26,6 +30,10 @@ pub const FLOW: Migration = Migration { version: 7, name: "flow", sql: include_s
 /// The tables of schedules.
 pub const SCHEDULES: Migration =
     Migration { version: 8, name: "schedules", sql: include_str!("../../migrations/0008_schedules.sql") };
+
+/// Messages that are answered, and children that end with their parents.
+pub const UPDATES: Migration =
+    Migration { version: 10, name: "update", sql: include_str!("../../migrations/0010_update.sql") };
 
 /// Why a database could not be brought to the schema of this program.
 #[derive(Debug, thiserror::Error)]

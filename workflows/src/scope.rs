@@ -172,7 +172,7 @@ impl Scope {
             let help = match root {
                 "item" | "index" => "it exists inside `foreach`",
                 "round" => "it exists inside `repeat` and in the range of a `redo`",
-                "signal" => "it exists in `await.where`",
+                "signal" => "it exists in `await.where` and `await.reply`",
                 "error" => "it exists in `catch`",
                 _ => "it exists in triggers",
             };

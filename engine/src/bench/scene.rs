@@ -168,6 +168,7 @@ pub(super) fn listener() -> Definition {
         on_timeout: OnTimeout::Fail,
         default: None,
         approval: None,
+        reply: None,
     };
     definition("listener", vec![step("wait", Kind::Await(Box::new(wait))), noop("resumed")])
 }

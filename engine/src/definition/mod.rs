@@ -252,6 +252,9 @@ pub struct Await {
     pub default: Option<Data>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub approval: Option<Approval>,
+    /// What the sender of an update is told when this step takes it, over `signal`; otherwise the payload.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reply: Option<Data>,
 }
 
 /// What makes an await an approval. Payload: `{decision: approved | rejected | changes_requested, comment?, data?}`.

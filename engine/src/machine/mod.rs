@@ -16,6 +16,7 @@ mod react;
 mod refusal;
 pub mod replay;
 mod scope;
+mod signal;
 mod state;
 mod timer;
 mod view;
@@ -23,6 +24,7 @@ mod walk;
 
 pub use fork::{Fork, fork};
 pub use refusal::Refusals;
+pub use signal::{Door, problems};
 pub use state::{Frame, Live, Message, Node, Phase, RunState};
 pub use timer::next_due;
 pub use view::{live_attempts, nodes, waiting, waiting_reason};
@@ -95,6 +97,16 @@ impl Input {
 pub enum Inbound {
     Signal {
         n: u64,
+        name: String,
+        payload: Value,
+        sender: Option<String>,
+        at: DateTime<Utc>,
+    },
+    /// A request that is answered: see [`Event::UpdateAccepted`], `UpdateRejected`, `UpdateCompleted`.
+    Update {
+        n: u64,
+        /// The sender's, under which the answer is found.
+        id: String,
         name: String,
         payload: Value,
         sender: Option<String>,

@@ -3,6 +3,7 @@
 use super::{
     Command, Decision, Illegal, Inbound, Input, LOST_MAX, MAILBOX_MAX, Moment, OUTPUT_BYTES_MAX, emit,
     scope::{Place, find_step},
+    signal::{Door, problems},
     state::{Live, Node, Phase, RunState},
     timer::millis,
     walk::fail_step,
@@ -289,11 +290,22 @@ fn message(
 ) -> Result<(), Illegal> {
     match message {
         Inbound::Signal { n, name, payload, sender, at } => {
-            let full = state.mailbox.iter().filter(|m| m.name == name).count() >= MAILBOX_MAX;
-            let event = if full {
+            let event = if is_full(state, &name) {
                 Event::SignalDropped { n, name }
             } else {
                 Event::SignalReceived { n, name, payload, sender, at }
+            };
+            emit(state, event, decision)
+        }
+        Inbound::Update { n, id, name, payload, sender, at } => {
+            let mut problems = problems(definition, &name, &payload, Door::Update);
+            if problems.is_empty() && is_full(state, &name) {
+                problems.push(format!("{MAILBOX_MAX} messages `{name}` wait already: send it later, under another id"));
+            }
+            let event = if problems.is_empty() {
+                Event::UpdateAccepted { n, id, name, payload, sender, at }
+            } else {
+                Event::UpdateRejected { n, id, name, payload, sender, problems, at }
             };
             emit(state, event, decision)
         }
@@ -350,6 +362,10 @@ fn message(
             Ok(())
         }
     }
+}
+
+fn is_full(state: &RunState, name: &str) -> bool {
+    state.mailbox.iter().filter(|m| m.name == name).count() >= MAILBOX_MAX
 }
 
 /// A step's end without frills.

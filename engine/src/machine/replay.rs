@@ -286,6 +286,18 @@ fn input(state: &mut RunState, events: &[Event]) -> Result<(Input, usize, DateTi
                     at: *at,
                 });
             }
+            Event::UpdateAccepted { n, id, name, payload, sender, at }
+            | Event::UpdateRejected { n, id, name, payload, sender, at, .. } => {
+                earliest = earliest.max(*at);
+                messages.push(Inbound::Update {
+                    n: *n,
+                    id: id.clone(),
+                    name: name.clone(),
+                    payload: payload.clone(),
+                    sender: sender.clone(),
+                    at: *at,
+                });
+            }
             Event::SignalDropped { n, name } => messages.push(Inbound::Signal {
                 n: *n,
                 name: name.clone(),
@@ -414,6 +426,9 @@ fn instant(event: &Event) -> Option<DateTime<Utc>> {
         | Event::SignalReceived { .. }
         | Event::SignalDropped { .. }
         | Event::SignalConsumed { .. }
+        | Event::UpdateAccepted { .. }
+        | Event::UpdateRejected { .. }
+        | Event::UpdateCompleted { .. }
         | Event::DecisionCounted { .. }
         | Event::Reminded { .. }
         | Event::Unblocked {}

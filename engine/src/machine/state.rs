@@ -48,6 +48,9 @@ pub struct Message {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sender: Option<String>,
     pub at: DateTime<Utc>,
+    /// Of an update that waits for its answer: its id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub update: Option<String>,
 }
 
 /// The steps of one block that have begun, by id.

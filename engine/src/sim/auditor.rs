@@ -100,6 +100,7 @@ fn audit_history(
     let (mut next, mut newest, mut closed) = (1, 0, None);
     let (mut open, mut ended) = (BTreeSet::new(), BTreeSet::new());
     let mut ending = false;
+    let mut updates = BTreeMap::new();
     let (mut received, mut used, mut numbers) = (BTreeSet::new(), BTreeSet::new(), BTreeMap::<String, u64>::new());
     for (_, seq, epoch, events) in evidence.history.iter().filter(|(of, ..)| of == id) {
         if *seq != next {
@@ -156,13 +157,13 @@ fn audit_history(
                         ));
                     }
                 }
-                "signal_received" | "signal_dropped" => {
+                "signal_received" | "signal_dropped" | "update_accepted" | "update_rejected" => {
                     let n = event["n"].as_i64().unwrap_or(-1);
                     if !received.insert(n) || n > run.inbox_n {
                         findings.push(format!("message {n} of run {id} was received twice or never sent"));
                     }
                 }
-                "signal_consumed" | "decision_counted" => {
+                "signal_consumed" | "decision_counted" | "update_completed" => {
                     let n = event["n"].as_i64().unwrap_or(-1);
                     if !used.insert(n) || !received.contains(&n) {
                         findings.push(format!("message {n} of run {id} was consumed twice or before it came"));
@@ -170,6 +171,7 @@ fn audit_history(
                 }
                 _ => {}
             }
+            audit_update(run, event, &mut updates, findings);
         }
     }
     if next - 1 != run.seq {
@@ -178,6 +180,24 @@ fn audit_history(
     if is_closed(&run.status) && closed.as_deref() != Some(run.status.as_str()) {
         findings.push(format!("run {id} is {}, its history says {closed:?}", run.status));
     }
+}
+
+/// Whoever asks twice hears the same: one verdict an id, one answer, and none without being accepted.
+fn audit_update(run: &RunFact, event: &Value, updates: &mut BTreeMap<String, Vec<String>>, findings: &mut Vec<String>) {
+    let kind = text(event, "type");
+    if !kind.starts_with("update_") {
+        return;
+    }
+    let id = text(event, "id");
+    let told = updates.entry(id.to_owned()).or_default();
+    let legal = match kind {
+        "update_completed" => told.as_slice() == ["update_accepted"],
+        _ => told.is_empty(),
+    };
+    if !legal || kind == "update_completed" && event.get("result").is_some() == event.get("failure").is_some() {
+        findings.push(format!("update {id} of run {} was {told:?}, and then {kind}", run.id));
+    }
+    told.push(kind.to_owned());
 }
 
 fn audit_hook(evidence: &Evidence, attempts: &BTreeMap<String, Attempt>, findings: &mut Vec<String>) {

@@ -45,6 +45,8 @@ pub struct Happened {
     pub clock_jumps: u32,
     pub lost_attempts: u32,
     pub signals: u32,
+    /// Updates that were answered with a result.
+    pub updates: u32,
 }
 
 impl std::ops::AddAssign for Happened {
@@ -63,6 +65,7 @@ impl std::ops::AddAssign for Happened {
         self.clock_jumps += other.clock_jumps;
         self.lost_attempts += other.lost_attempts;
         self.signals += other.signals;
+        self.updates += other.updates;
     }
 }
 
@@ -79,6 +82,7 @@ pub fn simulate(seed: u64, mutant: Option<Mutant>) -> Outcome {
     findings.extend(auditor::audit(&evidence));
     let mut happened = world.happened;
     happened.lost_attempts = evidence.count("\"outcome\":\"lost\"");
+    happened.updates = evidence.count("\"type\":\"update_completed\"");
     happened.transitions = u32::try_from(evidence.history.len()).unwrap_or(u32::MAX);
     Outcome { findings, happened }
 }

@@ -67,6 +67,7 @@ fn awaits(id: &str, signal: &str, approval: Option<Approval>, on_timeout: OnTime
         on_timeout,
         default: Some(Data::Literal(json!({"text": "nobody"}))),
         approval,
+        reply: None,
     };
     step(id, Kind::Await(Box::new(spec)))
 }

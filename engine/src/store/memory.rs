@@ -520,6 +520,14 @@ impl Message {
                 // Only this module and `transitions` write such messages.
                 Err(error) => Inbound::Cancel { reason: error.to_string() },
             },
+            Kind::Update => Inbound::Update {
+                n: u64::try_from(self.n).unwrap_or(0),
+                id: super::inbox::update_id(self.dedupe_id.as_deref().unwrap_or_default()),
+                name: self.name.clone(),
+                payload: self.payload.clone(),
+                sender: None,
+                at: self.at,
+            },
             Kind::Signal => Inbound::Signal {
                 n: u64::try_from(self.n).unwrap_or(0),
                 name: self.name.clone(),

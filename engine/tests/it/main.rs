@@ -10,3 +10,4 @@ mod passing;
 mod pause;
 mod runs;
 mod schedules;
+mod update;

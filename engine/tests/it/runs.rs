@@ -96,6 +96,7 @@ fn waits(id: &str) -> loopwright_engine::definition::Step {
             on_timeout: OnTimeout::Fail,
             default: None,
             approval: None,
+            reply: None,
         })),
     )
 }

@@ -49,6 +49,7 @@ fn fixed_seeds_end_well_and_meet_every_fault() {
         clock_jumps,
         lost_attempts,
         signals,
+        updates,
     } = sum;
     println!("{sum:#?}");
     for (what, times) in [
@@ -66,6 +67,7 @@ fn fixed_seeds_end_well_and_meet_every_fault() {
         ("clock jumps", clock_jumps),
         ("lost attempts", lost_attempts),
         ("signals", signals),
+        ("updates", updates),
     ] {
         assert!(times >= 20, "only {times} {what}: the simulator does not try hard enough");
     }

@@ -67,6 +67,7 @@ fn awaiting(approval: Option<Approval>) -> Definition {
         on_timeout: OnTimeout::Default,
         default: Some(Data::Literal(json!({}))),
         approval,
+        reply: None,
     };
     definition(step("a", Kind::Await(Box::new(spec))))
 }
@@ -143,6 +144,11 @@ fn signal(name: &str, payload: Value) -> Input {
     message(Inbound::Signal { n: 1, name: name.into(), payload, sender: None, at: now() + Duration::seconds(1) })
 }
 
+fn update(name: &str, payload: Value) -> Input {
+    let (id, at) = ("u".to_owned(), now() + Duration::seconds(1));
+    message(Inbound::Update { n: 1, id, name: name.into(), payload, sender: None, at })
+}
+
 fn states() -> Vec<(&'static str, Place)> {
     let one = || Place::new(definition(work("a")));
     let mut queued = one();
@@ -203,6 +209,8 @@ fn inputs(place: &Place) -> Vec<(&'static str, Input, DateTime<Utc>)> {
         ("signal go", signal("go", json!({})), soon),
         ("signal approved", signal("a", json!({"decision": "approved"})), soon),
         ("signal rejected", signal("a", json!({"decision": "rejected"})), soon),
+        ("update go", update("go", json!({})), soon),
+        ("update of an approval", update("a", json!({"decision": "approved"})), soon),
         ("unblock", message(Inbound::Unblock), soon),
         ("child completed", child(true), soon),
         ("child failed", child(false), soon),

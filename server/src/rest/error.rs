@@ -119,6 +119,8 @@ impl From<loopwright_engine::Error> for Error {
             E::ApprovalNotWaiting(_, step) => {
                 Self::new(Code::ApprovalNotWaiting, format!("The run does not wait for an approval `{step}` now."))
             }
+            E::UpdateNotFound(..) => Self::not_found("update"),
+            E::UpdatePending { .. } => Self::new(Code::RequestInProgress, format!("{error}.")).retry_after(5),
             E::InputInvalid(list) | E::SignalInvalid(list) => {
                 let error = Self::new(Code::InputInvalid, list.join("; "));
                 list.into_iter().fold(error, |e, text| e.at("/payload", text))

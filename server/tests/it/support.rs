@@ -172,6 +172,7 @@ pub fn question(id: &str, approval: Option<Approval>) -> Step {
             on_timeout: OnTimeout::Fail,
             default: None,
             approval,
+            reply: None,
         })),
     )
 }

@@ -7,6 +7,7 @@ mod pause;
 mod random;
 mod replay;
 mod tables;
+mod update;
 
 use super::*;
 use crate::{
@@ -216,6 +217,13 @@ impl Bench {
         self.n += 1;
         let message =
             Inbound::Signal { n: self.n, name: name.into(), payload, sender: Some("user:1".into()), at: self.now };
+        self.input(Input::Messages(vec![message]));
+    }
+    /// Sends an update whose id is its number.
+    fn update(&mut self, name: &str, payload: Value) {
+        self.n += 1;
+        let (id, sender) = (format!("u{}", self.n), Some("user:1".into()));
+        let message = Inbound::Update { n: self.n, id, name: name.into(), payload, sender, at: self.now };
         self.input(Input::Messages(vec![message]));
     }
     /// Decides the whole history again.
@@ -653,6 +661,7 @@ fn await_step(id: &str, approval: Option<Approval>, on_timeout: OnTimeout) -> St
             on_timeout,
             default: Some(lit(json!({"text": "default"}))),
             approval,
+            reply: None,
         })),
     )
 }

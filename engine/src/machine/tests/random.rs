@@ -115,6 +115,7 @@ fn disturb(run: &mut Bench, random: &mut fastrand::Rng) {
             run.input(Input::Tick);
         }
         12 | 13 => run.later(random.i64(0..4_000)),
+        14 if random.bool() => run.update("answer", json!({"text": "x"})),
         14 => run.signal("answer", json!({"text": "x"})),
         15 => {
             let decision = ["approved", "rejected", "changes_requested", "nonsense"][random.usize(0..4)];
