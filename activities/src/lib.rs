@@ -46,6 +46,7 @@ pub const MIGRATIONS: &[Migration] = &[
     loopwright_engine::migrate::FLOW,
     loopwright_engine::migrate::SCHEDULES,
     loopwright_engine::migrate::QUEUES,
+    loopwright_engine::migrate::UPDATES,
     loopwright_engine::migrate::ROOM,
 ];
 

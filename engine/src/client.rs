@@ -3,18 +3,18 @@
 mod archive;
 mod fork;
 mod pause;
+mod query;
+mod update;
 
 pub use archive::Export;
 pub use fork::{At, Fork, Reset};
 pub use pause::Why;
+pub use update::Update;
 
 use crate::{
     Error, Result,
     admission::Admission,
-    definition::{
-        Bundle, Definition, Kind,
-        inputs::{prepare, violations},
-    },
+    definition::{Bundle, Definition, inputs::prepare},
     filter::Query,
     hook::TransitionHook,
     ids::{DefinitionHash, RunId},
@@ -29,7 +29,7 @@ use crate::{
 };
 use serde_json::{Value, json};
 use sqlx::{PgConnection, PgPool};
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 /// A request to start a run.
 #[derive(Clone, Debug)]
@@ -88,10 +88,6 @@ impl Decision {
             Self::Rejected => "rejected",
             Self::ChangesRequested => "changes_requested",
         }
-    }
-
-    fn parse(value: &Value) -> Option<Self> {
-        [Self::Approved, Self::Rejected, Self::ChangesRequested].into_iter().find(|d| value == d.as_str())
     }
 }
 
@@ -243,7 +239,10 @@ impl Client {
         }
         let open = self.open(conn, run).await?;
         let pinned = store::definitions::load(conn, open.definition).await?;
-        check(&pinned.definition, &signal).map_err(Error::SignalInvalid)?;
+        let problems = machine::problems(&pinned.definition, &signal.name, &signal.payload, machine::Door::Signal);
+        if !problems.is_empty() {
+            return Err(Error::SignalInvalid(problems));
+        }
         self.send(conn, run, &signal).await
     }
 
@@ -454,38 +453,6 @@ impl Client {
             Sent::NoOpenRun => Err(Error::RunClosed(run.to_string())),
         }
     }
-}
-
-/// Whether some step of the definition takes this signal. An approval has no form: it reads `decision`.
-fn check(definition: &Definition, signal: &Signal) -> std::result::Result<(), Vec<String>> {
-    let (mut names, mut problems, mut fits) = (BTreeSet::new(), Vec::new(), false);
-    definition.walk(&mut |step| {
-        let Kind::Await(spec) = &step.kind else { return };
-        names.insert(format!("`{}`", spec.signal));
-        if spec.signal == signal.name {
-            let found = match (&spec.form, spec.approval) {
-                (_, Some(_)) if Decision::parse(&signal.payload["decision"]).is_some() => Vec::new(),
-                (_, Some(_)) => vec!["at /decision: not `approved`, `rejected` or `changes_requested`".to_owned()],
-                (Some(form), None) => violations(form, &signal.payload),
-                (None, None) => Vec::new(),
-            };
-            fits |= found.is_empty();
-            problems.extend(found);
-        }
-    });
-    if fits {
-        return Ok(());
-    }
-    if problems.is_empty() {
-        let name = &signal.name;
-        problems.push(if names.is_empty() {
-            format!("no step waits for a signal `{name}`, nor for any other")
-        } else {
-            let names: Vec<String> = names.into_iter().collect();
-            format!("no step waits for a signal `{name}`; this workflow's are {}", names.join(", "))
-        });
-    }
-    Err(problems)
 }
 
 pub(crate) fn json_len(value: &Value) -> usize {

@@ -27,6 +27,14 @@ pub enum Error {
     InputInvalid(Vec<String>),
     #[error("the signal is not valid: {}", .0.join("; "))]
     SignalInvalid(Vec<String>),
+    #[error("no update `{1}` was sent to run {0}")]
+    UpdateNotFound(String, String),
+    #[error("run {run} has not answered update `{id}` yet: {why}; ask again with the same id")]
+    UpdatePending { run: String, id: String, why: &'static str },
+    #[error("the run's workflow has no query `{name}`; {}", listed(.names))]
+    QueryNotFound { name: String, names: Vec<String> },
+    #[error("query `{name}` cannot be answered now: {}: {}", .failure.code, .failure.message)]
+    QueryFailed { name: String, failure: crate::Failure },
     #[error("run {0} does not wait for an approval `{1}`")]
     ApprovalNotWaiting(String, String),
     #[error("no schedule `{0}`")]
@@ -69,6 +77,10 @@ impl Error {
             Self::DefinitionInvalid(_) => "definition_invalid",
             Self::InputInvalid(_) => "input_invalid",
             Self::SignalInvalid(_) => "signal_invalid",
+            Self::UpdateNotFound(..) => "update_not_found",
+            Self::UpdatePending { .. } => "update_pending",
+            Self::QueryNotFound { .. } => "query_not_found",
+            Self::QueryFailed { .. } => "query_failed",
             Self::ApprovalNotWaiting(..) => "approval_not_waiting",
             Self::ScheduleNotFound(_) => "schedule_not_found",
             Self::ScheduleExists(_) => "schedule_exists",
@@ -83,6 +95,15 @@ impl Error {
             Self::Sql(_) => "database",
         }
     }
+}
+
+/// The queries that there are.
+fn listed(names: &[String]) -> String {
+    if names.is_empty() {
+        return "it has none".into();
+    }
+    let names: Vec<String> = names.iter().map(|n| format!("`{n}`")).collect();
+    format!("it has {}", names.join(", "))
 }
 
 /// Shorthand for the engine's results.
@@ -112,7 +133,7 @@ mod tests {
             .filter_map(|(_, r)| r.split('"').next())
             .map(str::to_owned)
             .collect();
-        assert_eq!(codes.len(), 23, "{codes:?}");
+        assert_eq!(codes.len(), 27, "{codes:?}");
         assert_eq!(listed("Errors"), codes);
     }
 
@@ -127,6 +148,7 @@ mod tests {
             "input.",
             "output.",
             "signal.",
+            "update.",
             "approval.",
             "join.",
             "call.",

@@ -15,7 +15,8 @@ use std::collections::BTreeMap;
 ///
 /// - 1: the first.
 /// - 2: `run_paused`, `run_resumed`, `run_forked`.
-pub const FORMAT: u16 = 2;
+/// - 3: `update_accepted`, `update_rejected`, `update_completed`; calls that `terminate` their children.
+pub const FORMAT: u16 = 3;
 
 /// How an attempt ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,8 +84,11 @@ pub enum Opened {
         inputs: Value,
         /// Definition hash, hex.
         definition: String,
-        /// Cancelled with its parent.
+        /// Stopped with its parent: asked to cancel, if `terminate` does not say more.
         propagate: bool,
+        /// Ended at once with its parent.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        terminate: bool,
     },
 }
 
@@ -217,6 +221,39 @@ pub enum Event {
         path: String,
         n: u64,
     },
+    /// A request that some step takes: it waits in the mailbox as a signal does, until that step answers it.
+    UpdateAccepted {
+        n: u64,
+        /// The sender's, unique in the run.
+        id: String,
+        name: String,
+        payload: Value,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        sender: Option<String>,
+        at: DateTime<Utc>,
+    },
+    /// A request that no step takes; nothing else follows from it.
+    UpdateRejected {
+        n: u64,
+        id: String,
+        name: String,
+        payload: Value,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        sender: Option<String>,
+        /// What is wrong with it, for people.
+        problems: Vec<String>,
+        at: DateTime<Utc>,
+    },
+    /// A step has taken the request and answers it, by a result or a failure.
+    UpdateCompleted {
+        path: String,
+        n: u64,
+        id: String,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        result: Option<Value>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        failure: Option<Failure>,
+    },
     /// One person's decision on an approval that needs more of them.
     DecisionCounted {
         path: String,
@@ -312,6 +349,10 @@ impl Event {
     #[must_use]
     pub fn format(&self) -> u16 {
         match self {
+            Self::UpdateAccepted { .. }
+            | Self::UpdateRejected { .. }
+            | Self::UpdateCompleted { .. }
+            | Self::StepStarted { opened: Opened::Call { terminate: true, .. }, .. } => 3,
             Self::RunPaused { .. } | Self::RunResumed { .. } | Self::RunForked { .. } => 2,
             _ => 1,
         }

@@ -22,6 +22,7 @@ pub const MIGRATIONS: &[Migration] = &[
     FLOW,
     SCHEDULES,
     QUEUES,
+    UPDATES,
     ROOM,
 ];
 
@@ -36,9 +37,13 @@ pub const SCHEDULES: Migration =
 pub const QUEUES: Migration =
     Migration { version: 9, name: "queues", sql: include_str!("../../migrations/0009_queues.sql") };
 
+/// Messages that are answered, and children that end with their parents.
+pub const UPDATES: Migration =
+    Migration { version: 10, name: "update", sql: include_str!("../../migrations/0010_update.sql") };
+
 /// Room in the pages of `runs`.
 pub const ROOM: Migration =
-    Migration { version: 12, name: "room", sql: include_str!("../../migrations/0012_room.sql") };
+    Migration { version: 11, name: "room", sql: include_str!("../../migrations/0011_room.sql") };
 
 /// Why a database could not be brought to the schema of this program.
 #[derive(Debug, thiserror::Error)]

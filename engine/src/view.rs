@@ -95,6 +95,37 @@ pub enum Waiting {
     Queued { path: String, activity: String },
 }
 
+/// What became of an update.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "status", rename_all = "snake_case")]
+pub enum Answer {
+    /// A step took it and says this.
+    Completed { result: Value },
+    /// No step takes it; nothing happened.
+    Rejected { problems: Vec<String> },
+    /// It was accepted and has no result: the reply failed, or the run closed before a step took it.
+    Failed { failure: Failure },
+}
+
+/// An update that is answered. The same id has the same answer for ever.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Updated {
+    pub id: String,
+    #[serde(flatten)]
+    pub answer: Answer,
+}
+
+/// What a query says.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Queried {
+    pub name: String,
+    pub result: Value,
+    /// Of the run, when it was asked.
+    pub status: RunStatus,
+    /// The run's transitions that it has seen.
+    pub seq: u64,
+}
+
 /// An attempt that runs now.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LiveAttempt {

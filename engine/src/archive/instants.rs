@@ -35,6 +35,8 @@ pub(super) fn of(event: &Event) -> Vec<DateTime<Utc>> {
         | Event::AttemptBlocked { at, .. }
         | Event::AttemptEnded { at, .. }
         | Event::SignalReceived { at, .. }
+        | Event::UpdateAccepted { at, .. }
+        | Event::UpdateRejected { at, .. }
         | Event::StepEnded { at, .. }
         | Event::RunPaused { at, .. }
         | Event::RunResumed { at, .. }
@@ -49,6 +51,7 @@ pub(super) fn of(event: &Event) -> Vec<DateTime<Utc>> {
         | Event::CatchStarted { .. }
         | Event::SignalDropped { .. }
         | Event::SignalConsumed { .. }
+        | Event::UpdateCompleted { .. }
         | Event::DecisionCounted { .. }
         | Event::Reminded { .. }
         | Event::Unblocked {}

@@ -118,6 +118,7 @@ pub(super) fn definition(name: &str, steps: Vec<Step>) -> Definition {
         steps,
         finally: Vec::new(),
         outputs: BTreeMap::new(),
+        queries: BTreeMap::new(),
         extras: Value::Null,
     }
 }
@@ -170,6 +171,7 @@ pub(super) fn listener() -> Definition {
         on_timeout: OnTimeout::Fail,
         default: None,
         approval: None,
+        reply: None,
     };
     definition("listener", vec![step("wait", Kind::Await(Box::new(wait))), noop("resumed")])
 }

@@ -147,28 +147,22 @@ pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
             node.live = Some(Live::Catch { handler: *handler, failure: failure.clone(), frame: Frame::default() });
         }
         Event::SignalReceived { n, name, payload, sender, at } => {
-            if state.mailbox.iter().filter(|m| m.name == *name).count() >= MAILBOX_MAX {
-                return Err(Illegal(format!("the mailbox of `{name}` is full")));
-            }
-            state.mailbox.push(Message {
-                n: *n,
-                name: name.clone(),
-                payload: payload.clone(),
-                sender: sender.clone(),
-                at: *at,
-            });
+            let (name, payload, sender) = (name.clone(), payload.clone(), sender.clone());
+            receive(state, Message { n: *n, name, payload, sender, at: *at, update: None })?;
         }
-        Event::SignalDropped { .. } => {}
+        Event::UpdateAccepted { n, id, name, payload, sender, at } => {
+            let (name, payload, sender) = (name.clone(), payload.clone(), sender.clone());
+            receive(state, Message { n: *n, name, payload, sender, at: *at, update: Some(id.clone()) })?;
+        }
+        Event::SignalDropped { .. } | Event::UpdateRejected { .. } => {}
+        Event::UpdateCompleted { n, id, .. } => {
+            take(state, *n, Some(id))?;
+        }
         Event::SignalConsumed { n, .. } => {
-            let before = state.mailbox.len();
-            state.mailbox.retain(|m| m.n != *n);
-            if state.mailbox.len() + 1 != before {
-                return Err(Illegal(format!("no signal {n} in the mailbox")));
-            }
+            take(state, *n, None)?;
         }
         Event::DecisionCounted { path, n } => {
-            let at = state.mailbox.iter().position(|m| m.n == *n).ok_or_else(|| Illegal(format!("no signal {n}")))?;
-            let message = state.mailbox.remove(at);
+            let message = take(state, *n, None)?;
             match &mut state.node_mut(path)?.live {
                 Some(Live::Await { counted, .. }) => counted.push(message.sender.unwrap_or_default()),
                 _ => return Err(Illegal(format!("`{path}` is no live await"))),
@@ -230,6 +224,8 @@ pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
             state.env = env.clone();
             state.calls.clone_from(calls);
             state.deadline = *deadline;
+            // Who sent an update asked the parent, which answers it.
+            state.mailbox.iter_mut().for_each(|m| m.update = None);
             begin_anew(&mut state.body, *at)?;
         }
         Event::RunEnding { ending, .. } => {
@@ -260,6 +256,22 @@ pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
         }
     }
     Ok(())
+}
+
+fn receive(state: &mut RunState, message: Message) -> Result<(), Illegal> {
+    let name = &message.name;
+    if state.mailbox.iter().filter(|m| m.name == *name).count() >= MAILBOX_MAX {
+        return Err(Illegal(format!("the mailbox of `{name}` is full")));
+    }
+    state.mailbox.push(message);
+    Ok(())
+}
+
+/// Takes a message out of the mailbox: an update only by its answer.
+fn take(state: &mut RunState, n: u64, update: Option<&String>) -> Result<Message, Illegal> {
+    let at = state.mailbox.iter().position(|m| m.n == n && m.update.as_ref() == update);
+    let at = at.ok_or_else(|| Illegal(format!("no such message {n} in the mailbox")))?;
+    Ok(state.mailbox.remove(at))
 }
 
 /// Blocks that are under way count their time from a fork; nothing below them may run in the parent's name.
@@ -334,8 +346,8 @@ fn open(opened: &Opened) -> Live {
             reminded: 0,
             counted: Vec::new(),
         },
-        Opened::Call { child, workflow, propagate, .. } => {
-            Live::Call { child: *child, workflow: workflow.clone(), propagate: *propagate }
+        Opened::Call { child, workflow, propagate, terminate, .. } => {
+            Live::Call { child: *child, workflow: workflow.clone(), propagate: *propagate, terminate: *terminate }
         }
     }
 }

@@ -12,17 +12,21 @@
 
 mod fold;
 mod fork;
+mod query;
 mod react;
 mod refusal;
 pub mod replay;
 mod scope;
+mod signal;
 mod state;
 mod timer;
 mod view;
 mod walk;
 
 pub use fork::{Fork, fork};
+pub use query::query;
 pub use refusal::Refusals;
+pub use signal::{Door, problems};
 pub use state::{Frame, Live, Message, Node, Phase, RunState};
 pub use timer::next_due;
 pub use view::{live_attempts, nodes, waiting, waiting_reason};
@@ -100,7 +104,21 @@ pub enum Inbound {
         sender: Option<String>,
         at: DateTime<Utc>,
     },
+    /// A request that is answered: see [`Event::UpdateAccepted`], `UpdateRejected`, `UpdateCompleted`.
+    Update {
+        n: u64,
+        /// The sender's, under which the answer is found.
+        id: String,
+        name: String,
+        payload: Value,
+        sender: Option<String>,
+        at: DateTime<Utc>,
+    },
     Cancel {
+        reason: String,
+    },
+    /// Its parent closed, and it was to end with it at once.
+    Terminate {
         reason: String,
     },
     Unblock,
@@ -168,6 +186,10 @@ pub enum Command {
         inputs: Value,
     },
     CancelChild {
+        run_id: RunId,
+    },
+    /// A child ends at once with its call.
+    TerminateChild {
         run_id: RunId,
     },
 }

@@ -3,6 +3,7 @@
 use super::{
     Command, Decision, Illegal, Inbound, Input, LOST_MAX, MAILBOX_MAX, Moment, OUTPUT_BYTES_MAX, emit,
     scope::{Place, find_step},
+    signal::{Door, problems},
     state::{Live, Node, Phase, RunState},
     timer::millis,
     walk::fail_step,
@@ -43,31 +44,35 @@ pub(super) fn react(
             attempt_ended(definition, state, &path, attempt, result, moment, decision)
         }
         Input::Messages(messages) => {
-            messages.into_iter().try_for_each(|m| message(definition, state, m, moment, decision))
+            // One of them may end the run; it hears nothing after that.
+            messages.into_iter().try_for_each(|m| {
+                if state.status.is_closed() { Ok(()) } else { message(definition, state, m, moment, decision) }
+            })
         }
         Input::Tick => Ok(()),
         Input::Several(inputs) => inputs.into_iter().try_for_each(|i| react(definition, state, i, moment, decision)),
-        Input::Terminated { reason } => {
-            for attempt in running(state) {
-                emit(state, attempt.ended(Outcome::Cancelled, Some(Failure::cancelled()), moment.now), decision)?;
-                decision.commands.push(Command::CancelAttempt { path: attempt.path });
-            }
-            decision
-                .commands
-                .extend(stop_commands(state, "").into_iter().filter(|c| matches!(c, Command::CancelChild { .. })));
-            let failure = Failure::permanent("cancelled", reason);
-            emit(
-                state,
-                Event::RunClosed {
-                    status: RunStatus::Terminated,
-                    output: None,
-                    failure: Some(failure),
-                    at: moment.now,
-                },
-                decision,
-            )
-        }
+        Input::Terminated { reason } => terminate(state, reason, moment, decision),
     }
+}
+
+/// Ends the run at once. Its children hear of it as their calls say.
+fn terminate(
+    state: &mut RunState,
+    reason: String,
+    moment: &Moment<'_>,
+    decision: &mut Decision,
+) -> Result<(), Illegal> {
+    for attempt in running(state) {
+        emit(state, attempt.ended(Outcome::Cancelled, Some(Failure::cancelled()), moment.now), decision)?;
+        decision.commands.push(Command::CancelAttempt { path: attempt.path });
+    }
+    state.visit_live(&mut |_, node| {
+        if let (Some(live), false) = (&node.live, node.stopping) {
+            decision.commands.extend(stop_child(live));
+        }
+    });
+    let failure = Some(Failure::permanent("cancelled", reason));
+    emit(state, Event::RunClosed { status: RunStatus::Terminated, output: None, failure, at: moment.now }, decision)
 }
 
 fn start(
@@ -300,11 +305,22 @@ fn message(
 ) -> Result<(), Illegal> {
     match message {
         Inbound::Signal { n, name, payload, sender, at } => {
-            let full = state.mailbox.iter().filter(|m| m.name == name).count() >= MAILBOX_MAX;
-            let event = if full {
+            let event = if is_full(state, &name) {
                 Event::SignalDropped { n, name }
             } else {
                 Event::SignalReceived { n, name, payload, sender, at }
+            };
+            emit(state, event, decision)
+        }
+        Inbound::Update { n, id, name, payload, sender, at } => {
+            let mut problems = problems(definition, &name, &payload, Door::Update);
+            if problems.is_empty() && is_full(state, &name) {
+                problems.push(format!("{MAILBOX_MAX} messages `{name}` wait already: send it later, under another id"));
+            }
+            let event = if problems.is_empty() {
+                Event::UpdateAccepted { n, id, name, payload, sender, at }
+            } else {
+                Event::UpdateRejected { n, id, name, payload, sender, problems, at }
             };
             emit(state, event, decision)
         }
@@ -321,6 +337,7 @@ fn message(
             }
             emit(state, Event::RunResumed { reason, by, halted, at: moment.now }, decision)
         }
+        Inbound::Terminate { reason } => terminate(state, reason, moment, decision),
         Inbound::Cancel { reason } => {
             // Who wants the run to stop wants its cleanup, too.
             if state.status == RunStatus::Paused {
@@ -363,6 +380,10 @@ fn message(
     }
 }
 
+fn is_full(state: &RunState, name: &str) -> bool {
+    state.mailbox.iter().filter(|m| m.name == name).count() >= MAILBOX_MAX
+}
+
 /// A step's end without frills.
 pub(super) fn step_ended(
     path: &str,
@@ -394,11 +415,20 @@ pub(super) fn stop_commands(state: &RunState, prefix: &str) -> Vec<Command> {
             Some(Live::Activity { phase: Phase::Running { .. }, .. }) => {
                 commands.push(Command::CancelAttempt { path: path.to_owned() });
             }
-            Some(Live::Call { child, propagate: true, .. }) => commands.push(Command::CancelChild { run_id: *child }),
-            _ => {}
+            Some(live) => commands.extend(stop_child(live)),
+            None => {}
         }
     });
     commands
+}
+
+/// What a call that is stopped asks of its child.
+pub(super) fn stop_child(live: &Live) -> Option<Command> {
+    match live {
+        Live::Call { child, terminate: true, .. } => Some(Command::TerminateChild { run_id: *child }),
+        Live::Call { child, propagate: true, .. } => Some(Command::CancelChild { run_id: *child }),
+        _ => None,
+    }
 }
 
 /// Whether a step was lost too often to be tried again.

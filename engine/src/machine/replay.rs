@@ -275,6 +275,18 @@ fn input(state: &mut RunState, events: &[Event]) -> Result<(Input, usize, DateTi
                     at: *at,
                 });
             }
+            Event::UpdateAccepted { n, id, name, payload, sender, at }
+            | Event::UpdateRejected { n, id, name, payload, sender, at, .. } => {
+                earliest = earliest.max(*at);
+                messages.push(Inbound::Update {
+                    n: *n,
+                    id: id.clone(),
+                    name: name.clone(),
+                    payload: payload.clone(),
+                    sender: sender.clone(),
+                    at: *at,
+                });
+            }
             Event::SignalDropped { n, name } => messages.push(Inbound::Signal {
                 n: *n,
                 name: name.clone(),
@@ -318,7 +330,11 @@ fn input(state: &mut RunState, events: &[Event]) -> Result<(Input, usize, DateTi
         used += takes;
     }
     if let Some(reason) = closes_terminated(events) {
-        return Ok((Input::Terminated { reason }, events.len(), earliest));
+        if first.is_empty() && messages.is_empty() {
+            return Ok((Input::Terminated { reason }, events.len(), earliest));
+        }
+        // Among others it was a message; what follows from it is the same.
+        messages.push(Inbound::Terminate { reason });
     }
     if !messages.is_empty() {
         first.push(Input::Messages(messages));
@@ -423,6 +439,9 @@ fn instant(event: &Event) -> Option<DateTime<Utc>> {
         | Event::SignalReceived { .. }
         | Event::SignalDropped { .. }
         | Event::SignalConsumed { .. }
+        | Event::UpdateAccepted { .. }
+        | Event::UpdateRejected { .. }
+        | Event::UpdateCompleted { .. }
         | Event::DecisionCounted { .. }
         | Event::Reminded { .. }
         | Event::Unblocked {}

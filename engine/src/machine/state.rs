@@ -48,6 +48,9 @@ pub struct Message {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sender: Option<String>,
     pub at: DateTime<Utc>,
+    /// Of an update that waits for its answer: its id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub update: Option<String>,
 }
 
 /// The steps of one block that have begun, by id.
@@ -151,6 +154,8 @@ pub enum Live {
         child: RunId,
         workflow: String,
         propagate: bool,
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        terminate: bool,
     },
     /// A handler runs; the failure it handles is in scope.
     Catch {

@@ -28,6 +28,8 @@ pub(super) struct RunFact {
     pub(super) seq: i64,
     pub(super) epoch: i64,
     pub(super) inbox_n: i64,
+    /// The run that called it.
+    pub(super) parent: Option<String>,
 }
 
 impl Evidence {
@@ -69,6 +71,7 @@ pub(super) fn audit(evidence: &Evidence) -> Vec<String> {
     audit_hook(evidence, &attempts, &mut findings);
     audit_acts(evidence, &attempts, &mut findings);
     audit_messages(evidence, &mut findings);
+    audit_children(evidence, &mut findings);
     findings
 }
 
@@ -100,6 +103,7 @@ fn audit_history(
     let (mut next, mut newest, mut closed) = (1, 0, None);
     let (mut open, mut ended) = (BTreeSet::new(), BTreeSet::new());
     let mut ending = false;
+    let mut updates = BTreeMap::new();
     let (mut received, mut used, mut numbers) = (BTreeSet::new(), BTreeSet::new(), BTreeMap::<String, u64>::new());
     for (_, seq, epoch, events) in evidence.history.iter().filter(|(of, ..)| of == id) {
         if *seq != next {
@@ -156,13 +160,13 @@ fn audit_history(
                         ));
                     }
                 }
-                "signal_received" | "signal_dropped" => {
+                "signal_received" | "signal_dropped" | "update_accepted" | "update_rejected" => {
                     let n = event["n"].as_i64().unwrap_or(-1);
                     if !received.insert(n) || n > run.inbox_n {
                         findings.push(format!("message {n} of run {id} was received twice or never sent"));
                     }
                 }
-                "signal_consumed" | "decision_counted" => {
+                "signal_consumed" | "decision_counted" | "update_completed" => {
                     let n = event["n"].as_i64().unwrap_or(-1);
                     if !used.insert(n) || !received.contains(&n) {
                         findings.push(format!("message {n} of run {id} was consumed twice or before it came"));
@@ -170,6 +174,7 @@ fn audit_history(
                 }
                 _ => {}
             }
+            audit_update(run, event, &mut updates, findings);
         }
     }
     if next - 1 != run.seq {
@@ -178,6 +183,24 @@ fn audit_history(
     if is_closed(&run.status) && closed.as_deref() != Some(run.status.as_str()) {
         findings.push(format!("run {id} is {}, its history says {closed:?}", run.status));
     }
+}
+
+/// Whoever asks twice hears the same: one verdict an id, one answer, and none without being accepted.
+fn audit_update(run: &RunFact, event: &Value, updates: &mut BTreeMap<String, Vec<String>>, findings: &mut Vec<String>) {
+    let kind = text(event, "type");
+    if !kind.starts_with("update_") {
+        return;
+    }
+    let id = text(event, "id");
+    let told = updates.entry(id.to_owned()).or_default();
+    let legal = match kind {
+        "update_completed" => told.as_slice() == ["update_accepted"],
+        _ => told.is_empty(),
+    };
+    if !legal || kind == "update_completed" && event.get("result").is_some() == event.get("failure").is_some() {
+        findings.push(format!("update {id} of run {} was {told:?}, and then {kind}", run.id));
+    }
+    told.push(kind.to_owned());
 }
 
 fn audit_hook(evidence: &Evidence, attempts: &BTreeMap<String, Attempt>, findings: &mut Vec<String>) {
@@ -207,6 +230,38 @@ fn audit_acts(evidence: &Evidence, attempts: &BTreeMap<String, Attempt>, finding
         }
         if attempts.get(id).is_none_or(|a| a.starts == 0) {
             findings.push(format!("attempt {id} ran, and no history knows of it"));
+        }
+    }
+}
+
+/// A child is there if and only if its parent's history calls it, and none outlives a call that ends it at once.
+fn audit_children(evidence: &Evidence, findings: &mut Vec<String>) {
+    let mut called = BTreeMap::new();
+    for (run, .., events) in &evidence.history {
+        for event in events.as_array().map_or(&[][..], Vec::as_slice) {
+            let opened = &event["opened"];
+            if let Some(child) = opened["child"].as_str() {
+                let place = (run.as_str(), text(event, "path"), opened["terminate"] == true);
+                called.insert(child, place);
+            }
+        }
+    }
+    let status = |id: &str| evidence.runs.iter().find(|r| r.id == id).map(|r| r.status.as_str());
+    for (child, (parent, path, terminates)) in &called {
+        match status(child) {
+            None => findings.push(format!("run {parent} calls {child} at {path}, and there is none")),
+            Some("running" | "pending" | "paused" | "cancelling")
+                if *terminates && status(parent).is_some_and(is_closed) =>
+            {
+                findings.push(format!("run {child} outlives its parent {parent}, whose {path} was to end it"));
+            }
+            Some(_) => {}
+        }
+    }
+    for run in evidence.runs.iter().filter(|r| r.parent.is_some()) {
+        let place = called.get(run.id.as_str()).map(|(parent, ..)| (*parent).to_owned());
+        if place != run.parent {
+            findings.push(format!("run {} has the parent {:?}, and {place:?} calls it", run.id, run.parent));
         }
     }
 }

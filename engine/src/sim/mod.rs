@@ -47,6 +47,8 @@ pub struct Happened {
     pub signals: u32,
     /// Runs that had to wait for a place in their group.
     pub held_back: u32,
+    /// Updates that were answered with a result.
+    pub updates: u32,
 }
 
 impl std::ops::AddAssign for Happened {
@@ -66,6 +68,7 @@ impl std::ops::AddAssign for Happened {
         self.lost_attempts += other.lost_attempts;
         self.signals += other.signals;
         self.held_back += other.held_back;
+        self.updates += other.updates;
     }
 }
 
@@ -82,6 +85,7 @@ pub fn simulate(seed: u64, mutant: Option<Mutant>) -> Outcome {
     findings.extend(auditor::audit(&evidence));
     let mut happened = world.happened;
     happened.lost_attempts = evidence.count("\"outcome\":\"lost\"");
+    happened.updates = evidence.count("\"type\":\"update_completed\"");
     happened.transitions = u32::try_from(evidence.history.len()).unwrap_or(u32::MAX);
     Outcome { findings, happened }
 }

@@ -582,7 +582,7 @@ impl World {
     fn post_something(&mut self) {
         let runs: Vec<RunId> = self.store.runs.keys().copied().collect();
         let Some(run) = self.random.choice(&runs).copied() else { return };
-        let mut post = match self.random.u8(0..12) {
+        let mut post = match self.random.u8(0..15) {
             0..=3 => Post::new(run, Kind::Signal, "answer", json!({"text": "x"})),
             4..=7 => {
                 let decision = ["approved", "rejected", "changes_requested"][self.random.usize(0..3)];
@@ -591,6 +591,9 @@ impl World {
             8 => Post::new(run, Kind::Unblock, "", json!(null)),
             9 => Post::new(run, Kind::Pause, "", json!(null)),
             10 => Post::new(run, Kind::Resume, "", json!(null)),
+            11..=13 => Post::new(run, Kind::Update, "answer", json!({"text": "x"})),
+            // No step takes it: an approval is no await.
+            14 => Post::new(run, Kind::Update, "ok", json!({"decision": "approved"})),
             // Rarely: the rest of the run is a cleanup then.
             _ if self.random.u8(0..4) == 0 => Post::new(run, Kind::Cancel, "", json!("enough")),
             _ => return,
@@ -598,6 +601,9 @@ impl World {
         if post.kind == Kind::Signal {
             self.happened.signals += 1;
             post.dedupe_id = Some(self.uuid().to_string());
+        }
+        if post.kind == Kind::Update {
+            post.dedupe_id = Some(crate::store::inbox::update_key(&self.uuid().to_string()));
         }
         if self.store.post(&post) == Sent::Stored && post.dedupe_id.is_some() {
             self.posts.push(post.clone());
@@ -670,6 +676,7 @@ impl World {
                     seq: row.seq,
                     epoch: row.epoch,
                     inbox_n: row.inbox_n,
+                    parent: row.parent.map(|p| p.to_string()),
                 })
                 .collect(),
             history: rows.map(|(run, r)| (run.to_string(), r.seq, r.epoch, r.events.clone())).collect(),

@@ -46,3 +46,21 @@ pub(crate) async fn page_in(conn: &mut PgConnection, run: RunId, after: u64, lim
         })
         .collect()
 }
+
+/// What a history says about an update: the events that name its id, and the end of the run; in order. Of a fork, its own
+/// rows only: updates to its parent are the parent's.
+pub(crate) async fn of_update(pool: &PgPool, run: RunId, id: &str, after: i64) -> Result<Vec<Value>> {
+    Ok(sqlx::query_scalar(
+        "select e from history h cross join lateral jsonb_array_elements(h.events) with ordinality e(e, i)
+         where h.shard = $1 and h.run_id = $2 and h.seq > $3
+           and (e->>'type' = 'run_closed'
+                or (e->>'type' in ('update_accepted', 'update_rejected', 'update_completed') and e->>'id' = $4))
+         order by h.seq, i limit 3",
+    )
+    .bind(run.shard())
+    .bind(run.0)
+    .bind(after)
+    .bind(id)
+    .fetch_all(pool)
+    .await?)
+}

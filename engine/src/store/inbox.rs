@@ -14,6 +14,8 @@ pub(crate) enum Kind {
     Pause,
     Resume,
     Child,
+    Update,
+    Terminate,
 }
 
 impl Kind {
@@ -25,6 +27,8 @@ impl Kind {
             Self::Pause => "pause",
             Self::Resume => "resume",
             Self::Child => "child",
+            Self::Update => "update",
+            Self::Terminate => "terminate",
         }
     }
 }
@@ -67,9 +71,9 @@ pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Res
               seen as (select 1 from inbox i join target t using (shard, run_id) where $6::text is not null and i.dedupe_id = $6),
               u as (update runs r set inbox_n = r.inbox_n + 1 from target t
                     where r.shard = t.shard and r.run_id = t.run_id and not exists (select from seen)
-                    returning r.shard, r.run_id, r.inbox_n, r.queue, r.priority, r.lane, r.parked and r.admitted as wakes),
-              m as (insert into inbox (shard, run_id, n, kind, name, payload, dedupe_id, sender)
-                    select shard, run_id, inbox_n, $3, $4, $5, $6, $7 from u
+                    returning r.shard, r.run_id, r.inbox_n, r.seq, r.queue, r.priority, r.lane, r.parked and r.admitted as wakes),
+              m as (insert into inbox (shard, run_id, n, kind, name, payload, dedupe_id, sender, run_seq)
+                    select shard, run_id, inbox_n, $3, $4, $5, $6, $7, seq from u
                     on conflict on constraint inbox_dedupe_key do nothing returning 1),
               w as (insert into ready (shard, run_id, queue, priority, lane, due_at)
                       select shard, run_id, queue, priority, lane, engine_now() from u where wakes
@@ -107,7 +111,7 @@ pub(crate) async fn sent(conn: &mut PgConnection, run: RunId, epoch: i64) -> Res
 /// Messages `after < n <= up_to`, in order.
 pub(crate) async fn read(conn: &mut PgConnection, run: RunId, after: i64, up_to: i64) -> Result<Vec<Inbound>> {
     let rows = sqlx::query(
-        "select n, kind, name, payload, sender, sent_at from inbox where shard = $1 and run_id = $2 and n > $3 and n <= $4 order by n",
+        "select n, kind, name, payload, dedupe_id, sender, sent_at from inbox where shard = $1 and run_id = $2 and n > $3 and n <= $4 order by n",
     )
     .bind(run.shard())
     .bind(run.0)
@@ -121,6 +125,7 @@ pub(crate) async fn read(conn: &mut PgConnection, run: RunId, after: i64, up_to:
             let kind: String = row.try_get("kind")?;
             Ok(match kind.as_str() {
                 "cancel" => Inbound::Cancel { reason: payload.as_str().unwrap_or("cancelled on request").to_owned() },
+                "terminate" => Inbound::Terminate { reason: payload.as_str().unwrap_or_default().to_owned() },
                 "unblock" => Inbound::Unblock,
                 "pause" => Inbound::Pause { reason: text(&payload, "reason"), by: row.try_get("sender")? },
                 "resume" => Inbound::Resume {
@@ -139,6 +144,14 @@ pub(crate) async fn read(conn: &mut PgConnection, run: RunId, after: i64, up_to:
                         failure: child.failure,
                     }
                 }
+                "update" => Inbound::Update {
+                    n: u64::try_from(row.try_get::<i64, _>("n")?).unwrap_or(0),
+                    id: update_id(row.try_get::<Option<String>, _>("dedupe_id")?.as_deref().unwrap_or_default()),
+                    name: row.try_get("name")?,
+                    payload,
+                    sender: row.try_get("sender")?,
+                    at: row.try_get("sent_at")?,
+                },
                 _ => Inbound::Signal {
                     n: u64::try_from(row.try_get::<i64, _>("n")?).unwrap_or(0),
                     name: row.try_get("name")?,
@@ -149,6 +162,30 @@ pub(crate) async fn read(conn: &mut PgConnection, run: RunId, after: i64, up_to:
             })
         })
         .collect()
+}
+
+/// Before the id of an update in `dedupe_id`, so that it and the id of a signal may be the same.
+const UPDATE_PREFIX: &str = "update:";
+
+/// The `dedupe_id` of an update.
+pub(crate) fn update_key(id: &str) -> String {
+    format!("{UPDATE_PREFIX}{id}")
+}
+
+pub(super) fn update_id(key: &str) -> String {
+    key.strip_prefix(UPDATE_PREFIX).unwrap_or(key).to_owned()
+}
+
+/// How many transitions a run had made when this update was sent to it; `None` if none was sent under this id.
+pub(crate) async fn update_sent(conn: &mut PgConnection, run: RunId, id: &str) -> Result<Option<i64>> {
+    Ok(sqlx::query_scalar(
+        "select run_seq from inbox where shard = $1 and run_id = $2 and dedupe_id = $3 and kind = 'update'",
+    )
+    .bind(run.shard())
+    .bind(run.0)
+    .bind(update_key(id))
+    .fetch_optional(conn)
+    .await?)
 }
 
 fn text(payload: &Value, key: &str) -> String {

@@ -397,6 +397,9 @@ impl Memory {
             for child in &item.effects.cancelled_children {
                 self.post(&Post::new(*child, Kind::Cancel, "", json!("its parent was cancelled")));
             }
+            for child in &item.effects.terminated_children {
+                self.post(&Post::new(*child, Kind::Terminate, "", json!("its parent was stopped")));
+            }
             if let Some((parent, result)) = &item.effects.parent {
                 self.post(&Post::new(*parent, Kind::Child, "", result.clone()));
             }
@@ -645,6 +648,7 @@ impl Message {
             Kind::Cancel => {
                 Inbound::Cancel { reason: self.payload.as_str().unwrap_or("cancelled on request").to_owned() }
             }
+            Kind::Terminate => Inbound::Terminate { reason: self.payload.as_str().unwrap_or_default().to_owned() },
             Kind::Unblock => Inbound::Unblock,
             Kind::Pause => Inbound::Pause { reason: "paused".into(), by: None },
             Kind::Resume => Inbound::Resume { reason: "resumed".into(), by: None, halted: None },
@@ -658,6 +662,14 @@ impl Message {
                 },
                 // Only this module and `transitions` write such messages.
                 Err(error) => Inbound::Cancel { reason: error.to_string() },
+            },
+            Kind::Update => Inbound::Update {
+                n: u64::try_from(self.n).unwrap_or(0),
+                id: super::inbox::update_id(self.dedupe_id.as_deref().unwrap_or_default()),
+                name: self.name.clone(),
+                payload: self.payload.clone(),
+                sender: None,
+                at: self.at,
             },
             Kind::Signal => Inbound::Signal {
                 n: u64::try_from(self.n).unwrap_or(0),

@@ -308,6 +308,7 @@ impl Driver {
                     self.act(decision.commands, permits);
                     if !item.effects.children.is_empty()
                         || !item.effects.cancelled_children.is_empty()
+                        || !item.effects.terminated_children.is_empty()
                         || item.effects.parent.is_some()
                     {
                         self.shared.wake.notify_one();
@@ -487,6 +488,7 @@ impl Driver {
                     inputs: inputs.clone(),
                 }),
                 Command::CancelChild { run_id } => effects.cancelled_children.push(*run_id),
+                Command::TerminateChild { run_id } => effects.terminated_children.push(*run_id),
                 Command::StartAttempt { .. } | Command::CancelAttempt { .. } => {}
             }
         }
@@ -623,7 +625,7 @@ impl Driver {
                         running.token.cancel();
                     }
                 }
-                Command::StartChild { .. } | Command::CancelChild { .. } => {}
+                Command::StartChild { .. } | Command::CancelChild { .. } | Command::TerminateChild { .. } => {}
             }
         }
     }

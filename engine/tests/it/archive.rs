@@ -3,6 +3,7 @@
 use crate::bench::{Bench, Gate, definition, e, step, waits_for, work};
 use loopwright_engine::{
     Error, Failure,
+    admission::Admission,
     archive::Archive,
     client::{At, Fork, Signal, Start, Why},
     definition::{Data, Definition, Kind, OnItemFailure, WaitUntil},
@@ -276,6 +277,7 @@ async fn an_import_under_a_taken_id_leaves_no_definition_behind() {
             attributes: json!({}),
             queue: String::new(),
             topic: None,
+            admission: Admission::default(),
         };
         let worker = bench.worker().await;
         bench.client.start(start).await.expect("start");

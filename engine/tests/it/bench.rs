@@ -305,6 +305,7 @@ pub fn definition(name: &str, steps: Vec<Step>) -> Definition {
         steps,
         finally: vec![],
         outputs: BTreeMap::new(),
+        queries: BTreeMap::new(),
         extras: Value::Null,
     }
 }
@@ -322,6 +323,7 @@ pub fn waits_for(signal: &str) -> Await {
         on_timeout: OnTimeout::Fail,
         default: None,
         approval: None,
+        reply: None,
     }
 }
 

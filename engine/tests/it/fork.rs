@@ -5,9 +5,10 @@ use crate::{
     bench::{Bench, Gate, definition, e, step, work},
 };
 use loopwright_engine::{
+    admission::Admission,
     archive::Archive,
     client::{At, Fork, Start},
-    definition::{CallVersion, Data, Input, Kind, OnCancel, WaitUntil},
+    definition::{CallVersion, Data, Input, Kind, ParentClose, WaitUntil},
     ids::RunId,
     view::{Origin, RunStatus},
 };
@@ -191,6 +192,7 @@ async fn a_reset_ends_the_old_run_and_takes_its_key() {
         // Of no worker here, so that it stays open.
         queue: "nowhere".into(),
         topic: None,
+        admission: Admission::default(),
     };
     let taken = bench.client.start(taken).await.expect("start").run_id;
     let runs = count(&bench, "select count(*) from runs").await;
@@ -231,7 +233,7 @@ async fn children_timers_and_signals_belong_to_whoever_waits_for_them() {
         workflow: "child".into(),
         version: CallVersion::Latest,
         with: BTreeMap::new(),
-        on_cancel: OnCancel::Propagate,
+        parent_close: ParentClose::Cancel,
     };
     let parent = definition("calls", vec![step("w", Kind::Wait { until: WaitUntil::For(10) }), step("c", call)]);
     let run = bench.start(parent, json!({})).await;

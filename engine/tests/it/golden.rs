@@ -12,17 +12,17 @@ use crate::{
 use loopwright_engine::{
     Failure,
     archive::Archive,
-    client::{At, Decision, Fork, Signal, Why},
+    client::{At, Decision, Fork, Signal, Update, Why},
     definition::{
-        Approval, Await, Branch, CallVersion, Catch, Data, Definition, Exhausted, Join, Kind, OnCancel, OnItemFailure,
-        OnTimeout, RepeatCondition, Step, WaitUntil,
+        Approval, Await, Branch, CallVersion, Catch, Data, Definition, Exhausted, Join, Kind, OnItemFailure, OnTimeout,
+        ParentClose, RepeatCondition, Step, WaitUntil,
     },
     event::Event,
     ids::RunId,
     view::{RunStatus, RunView},
 };
 use serde_json::{Map, Value, json};
-use std::{collections::BTreeSet, fs, path::PathBuf, sync::atomic::Ordering, time::Duration};
+use std::{collections::BTreeSet, fs, io::Write, path::PathBuf, sync::atomic::Ordering, time::Duration};
 
 fn folder() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
@@ -110,6 +110,7 @@ fn awaits(id: &str, remind_ms: Vec<u64>, approval: Option<Approval>) -> Step {
             on_timeout: OnTimeout::Fail,
             default: None,
             approval,
+            reply: None,
         })),
     )
 }
@@ -157,7 +158,7 @@ fn everything() -> Definition {
         workflow: "part".into(),
         version: CallVersion::Latest,
         with: Default::default(),
-        on_cancel: OnCancel::Propagate,
+        parent_close: ParentClose::Cancel,
     };
     let mut all = definition(
         "everything",
@@ -240,8 +241,14 @@ async fn write_golden() {
     }
     bench.closed(whole).await;
 
-    let fork =
-        Fork { run_id: None, at: At::Step("part".into()), inputs: Map::new(), definition: None, reason: "try".into() };
+    let fork = Fork {
+        run_id: None,
+        at: At::Step("part".into()),
+        inputs: Map::new(),
+        attributes: None,
+        definition: None,
+        reason: "try".into(),
+    };
     let forked = bench.client.fork(whole, fork).await.expect("fork").run_id;
     bench.closed(forked).await;
 
@@ -251,6 +258,14 @@ async fn write_golden() {
     bench.client.cancel(cancelled, "enough").await.expect("cancel");
     bench.closed(cancelled).await;
 
+    let asked = bench.start(definition("asked", vec![awaits("word", vec![], None)]), json!({})).await;
+    bench.until(asked, "waits", |v| !v.waiting.is_empty()).await;
+    for name in ["nobody", "word"] {
+        let update = Update { name: name.into(), payload: json!({"n": 1}), id: Some(name.into()), sender: None };
+        bench.client.update(asked, update, Duration::from_secs(60)).await.expect("answered");
+    }
+    bench.closed(asked).await;
+
     let busy = definition("busy", vec![work("held", &[("is", Data::Literal(json!("held")))])]);
     let ended = bench.start(busy, json!({})).await;
     gate.arrived(1).await;
@@ -259,9 +274,14 @@ async fn write_golden() {
     gate.open(1);
 
     fs::create_dir_all(folder()).expect("folder");
-    for (what, run) in [("everything", whole), ("fork", forked), ("cancelled", cancelled), ("terminated", ended)] {
+    let runs =
+        [("everything", whole), ("fork", forked), ("cancelled", cancelled), ("asked", asked), ("terminated", ended)];
+    for (what, run) in runs {
         let path = folder().join(format!("{name}-{what}.jsonl"));
-        fs::write(path, exported(&bench, run).await).expect("written");
+        // What is there stays.
+        if let Ok(mut file) = fs::File::create_new(path) {
+            file.write_all(exported(&bench, run).await.as_bytes()).expect("written");
+        }
     }
     worker.drain(Duration::from_secs(10)).await;
 }

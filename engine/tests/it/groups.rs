@@ -8,7 +8,7 @@ use loopwright_engine::{
     Error,
     admission::{Admission, OnConflict, Place, Rate},
     client::{Start, Why},
-    definition::{CallVersion, Concurrency, Data, Definition, Kind, OnCancel},
+    definition::{CallVersion, Concurrency, Data, Definition, Kind, ParentClose},
     ids::{DefinitionHash, RunId},
     view::RunStatus,
 };
@@ -173,7 +173,7 @@ async fn a_child_and_a_fork_wait_for_a_place_too() {
                 workflow: "child".into(),
                 version: CallVersion::Latest,
                 with: BTreeMap::new(),
-                on_cancel: OnCancel::Propagate,
+                parent_close: ParentClose::Cancel,
             },
         )
     };

@@ -3,6 +3,7 @@
 mod archive;
 mod bench;
 mod client;
+mod close;
 mod faults;
 mod filter;
 mod fork;
@@ -10,7 +11,9 @@ mod golden;
 mod groups;
 mod passing;
 mod pause;
+mod query;
 mod queues;
 mod runs;
 mod schedules;
 mod together;
+mod update;

@@ -8,6 +8,7 @@ use futures_util::future::BoxFuture;
 use loopwright_engine::{
     Failure,
     activity::{Activity, Context, Registry},
+    admission::Admission,
     client::{Client, Signal, Start},
     definition::Kind,
     schedule::{ActionState, Overlap, Spec, When, door::NewSchedule},
@@ -309,6 +310,7 @@ async fn what_is_asked_once_is_done_once_although_a_commit_or_its_answer_is_lost
             attributes: json!({}),
             queue: String::new(),
             topic: None,
+            admission: Admission::default(),
         };
         armed.store(true, Ordering::SeqCst);
         let started = client.start(start).await.expect("start");

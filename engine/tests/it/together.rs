@@ -180,6 +180,7 @@ async fn a_short_run_sleeps_closes_and_is_read_without_a_written_state() {
         on_timeout: OnTimeout::Fail,
         default: None,
         approval: None,
+        reply: None,
     };
     let steps = vec![work("before", &[]), step("wait", Kind::Await(Box::new(wait))), work("after", &[])];
     let worker = bench.worker_with(LONG, 4).await;

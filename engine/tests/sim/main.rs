@@ -50,6 +50,7 @@ fn fixed_seeds_end_well_and_meet_every_fault() {
         lost_attempts,
         signals,
         held_back,
+        updates,
     } = sum;
     println!("{sum:#?}");
     for (what, times) in [
@@ -68,6 +69,7 @@ fn fixed_seeds_end_well_and_meet_every_fault() {
         ("lost attempts", lost_attempts),
         ("signals", signals),
         ("runs that waited for a place", held_back),
+        ("updates", updates),
     ] {
         assert!(times >= 20, "only {times} {what}: the simulator does not try hard enough");
     }

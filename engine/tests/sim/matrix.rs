@@ -7,8 +7,8 @@ use chrono::{DateTime, Duration, TimeZone, Utc};
 use loopwright_engine::{
     Failure,
     definition::{
-        Approval, Await, CallVersion, Data, Definition, FORMAT, Kind, OnCancel, OnTimeout, RetryPolicy, Step, Timeouts,
-        WaitUntil,
+        Approval, Await, CallVersion, Data, Definition, FORMAT, Kind, OnTimeout, ParentClose, RetryPolicy, Step,
+        Timeouts, WaitUntil,
     },
     ids::{DefinitionHash, RunId},
     machine::{Command, Decision, Inbound, Input, Moment, Refusals, RunState, decide, next_due},
@@ -52,6 +52,7 @@ fn definition(first: Step) -> Definition {
         steps: vec![first, work("b")],
         finally: vec![work("clean")],
         outputs: BTreeMap::new(),
+        queries: BTreeMap::new(),
         extras: Value::Null,
     }
 }
@@ -68,6 +69,7 @@ fn awaiting(approval: Option<Approval>) -> Definition {
         on_timeout: OnTimeout::Default,
         default: Some(Data::Literal(json!({}))),
         approval,
+        reply: None,
     };
     definition(step("a", Kind::Await(Box::new(spec))))
 }
@@ -144,15 +146,18 @@ fn signal(name: &str, payload: Value) -> Input {
     message(Inbound::Signal { n: 1, name: name.into(), payload, sender: None, at: now() + Duration::seconds(1) })
 }
 
+fn update(name: &str, payload: Value) -> Input {
+    let (id, at) = ("u".to_owned(), now() + Duration::seconds(1));
+    message(Inbound::Update { n: 1, id, name: name.into(), payload, sender: None, at })
+}
+
 fn states() -> Vec<(&'static str, Place)> {
     let one = || Place::new(definition(work("a")));
     let mut queued = one();
     queued.give(started(), 0, now()).expect("legal");
-    let call = Kind::Call {
-        workflow: "child".into(),
-        version: CallVersion::Latest,
-        with: BTreeMap::new(),
-        on_cancel: OnCancel::Propagate,
+    let call = |parent_close| {
+        let (workflow, version, with) = ("child".into(), CallVersion::Latest, BTreeMap::new());
+        Place::new(definition(step("a", Kind::Call { workflow, version, with, parent_close }))).after(vec![started()])
     };
     let retryable = Failure::retryable("transient.network", "x");
     let approval = Approval { quorum: 2, fail_on_reject: true };
@@ -167,7 +172,9 @@ fn states() -> Vec<(&'static str, Place)> {
         ("timer", Place::new(definition(timer)).after(vec![started()])),
         ("await", Place::new(awaiting(None)).after(vec![started()])),
         ("approval", Place::new(awaiting(Some(approval))).after(vec![started()])),
-        ("call", Place::new(definition(step("a", call))).after(vec![started()])),
+        ("call", call(ParentClose::Cancel)),
+        ("call, terminate", call(ParentClose::Terminate)),
+        ("call, abandon", call(ParentClose::Abandon)),
         ("paused, queued", one().after(vec![started(), pause(), Input::TakenOver])),
         ("paused, running", one().after(vec![started(), pause()])),
         ("cancelling", one().after(vec![started(), cancel()])),
@@ -204,12 +211,15 @@ fn inputs(place: &Place) -> Vec<(&'static str, Input, DateTime<Utc>)> {
         ("signal go", signal("go", json!({})), soon),
         ("signal approved", signal("a", json!({"decision": "approved"})), soon),
         ("signal rejected", signal("a", json!({"decision": "rejected"})), soon),
+        ("update go", update("go", json!({})), soon),
+        ("update of an approval", update("a", json!({"decision": "approved"})), soon),
         ("unblock", message(Inbound::Unblock), soon),
         ("child completed", child(true), soon),
         ("child failed", child(false), soon),
         ("pause", pause(), soon),
         ("resume", message(Inbound::Resume { reason: "now".into(), by: None, halted: None }), soon),
         ("cancel", cancel(), soon),
+        ("terminated by its parent", message(Inbound::Terminate { reason: "parent".into() }), soon),
         ("terminated", Input::Terminated { reason: "operator".into() }, soon),
     ]
 }

@@ -100,7 +100,7 @@ impl Steps<'_> {
     }
 
     pub(super) fn awaiting(&mut self, node: &Node, scope: &Scope) -> Option<Kind> {
-        let known = ["signal", "timeout", "form", "show", "to", "where", "remind", "on-timeout", "default"];
+        let known = ["signal", "timeout", "form", "show", "to", "where", "remind", "on-timeout", "default", "reply"];
         let fields = Fields::new(node, "`await`", &known, self.sink)?;
         let Some(signal) = fields.text("signal", self.sink) else {
             self.sink.error_help(
@@ -148,6 +148,9 @@ impl Steps<'_> {
         let mut inner = scope.clone();
         inner.signal = true;
         let filter = fields.get("where").and_then(|n| self.checked(n, &inner));
+        let mut sites = Vec::new();
+        let reply = fields.get("reply").map(|n| data(n, &mut sites, self.sink));
+        sites.iter().for_each(|site| inner.check(site, self.sink));
         Some(Kind::Await(Box::new(Await {
             signal,
             timeout_ms,
@@ -159,6 +162,7 @@ impl Steps<'_> {
             on_timeout,
             default,
             approval: None,
+            reply,
         })))
     }
 
@@ -186,6 +190,7 @@ impl Steps<'_> {
             on_timeout,
             default: None,
             approval: Some(approval),
+            reply: None,
         })))
     }
 }

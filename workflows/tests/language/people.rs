@@ -3,8 +3,8 @@
 use crate::bench::Bench;
 use loopwright_engine::{
     Error,
-    client::{Decision, Signal},
-    view::{RunStatus, Waiting},
+    client::{Decision, Signal, Update},
+    view::{Answer, RunStatus, Waiting},
 };
 use serde_json::json;
 
@@ -185,5 +185,32 @@ async fn a_quorum_counts_people_not_clicks() {
     assert_eq!(bench.client.describe(run).await.expect("run").status, RunStatus::Running);
     bench.approve(run, "ok", Decision::Approved, "", "user:2").await;
     assert_eq!(bench.output(run).await["decision"], "approved");
+    bench.done().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_await_replies_to_whoever_sends_an_update() {
+    let bench = Bench::new().await;
+    let body = r#"
+inputs: { price: { type: integer, default: 3 } }
+steps:
+  - id: order
+    await:
+      signal: order
+      timeout: 1h
+      form: { type: object, required: [n], properties: { n: { type: integer } } }
+      reply: { total: "${{ signal.n * inputs.price }}", for: "${{ signal.meta.by }}" }
+outputs: { n: "${{ steps.order.output.n }}" }
+"#;
+    let run = bench.start(body, json!({})).await;
+    let send = |id: &str, payload| {
+        let update = Update { name: "order".into(), payload, id: Some(id.into()), sender: Some("user:1".into()) };
+        bench.client.update(run, update, std::time::Duration::from_secs(60))
+    };
+    let wrong = send("u0", json!({"n": "x"})).await.expect("answered");
+    assert!(matches!(wrong.answer, Answer::Rejected { .. }), "{wrong:?}");
+    let right = send("u1", json!({"n": 2})).await.expect("answered");
+    assert_eq!(right.answer, Answer::Completed { result: json!({"total": 6, "for": "user:1"}) });
+    assert_eq!(bench.output(run).await, json!({"n": 2}));
     bench.done().await;
 }

@@ -1,12 +1,15 @@
 //! The machine without a store: definitions are run in memory, and after every decision the recorded events are folded
 //! into a second state, which must be the same.
 
+mod close;
 mod edges;
 mod fork;
 mod pause;
+mod query;
 mod random;
 mod replay;
 mod tables;
+mod update;
 
 use super::*;
 use crate::{
@@ -61,6 +64,7 @@ fn definition(steps: Vec<Step>) -> Definition {
         steps,
         finally: Vec::new(),
         outputs: BTreeMap::new(),
+        queries: BTreeMap::new(),
         extras: Value::Null,
     }
 }
@@ -82,6 +86,8 @@ struct Bench {
     live: BTreeMap<String, (u32, Value)>,
     cancels: Vec<String>,
     children: Vec<RunId>,
+    /// Children that were told to end at once.
+    ended_children: Vec<RunId>,
     n: u64,
     /// What a store would hold.
     rows: Vec<crate::view::HistoryRow>,
@@ -121,6 +127,7 @@ impl Bench {
             live: BTreeMap::new(),
             cancels: Vec::new(),
             children: Vec::new(),
+            ended_children: Vec::new(),
             n: 0,
             rows: Vec::new(),
         };
@@ -191,6 +198,7 @@ impl Bench {
                 }
                 Command::CancelAttempt { path } => self.cancels.push(path),
                 Command::StartChild { run_id, .. } | Command::CancelChild { run_id } => self.children.push(run_id),
+                Command::TerminateChild { run_id } => self.ended_children.push(run_id),
             }
         }
         if self.state.status.is_closed() {
@@ -217,6 +225,13 @@ impl Bench {
         self.n += 1;
         let message =
             Inbound::Signal { n: self.n, name: name.into(), payload, sender: Some("user:1".into()), at: self.now };
+        self.input(Input::Messages(vec![message]));
+    }
+    /// Sends an update whose id is its number.
+    fn update(&mut self, name: &str, payload: Value) {
+        self.n += 1;
+        let (id, sender) = (format!("u{}", self.n), Some("user:1".into()));
+        let message = Inbound::Update { n: self.n, id, name: name.into(), payload, sender, at: self.now };
         self.input(Input::Messages(vec![message]));
     }
     /// Decides the whole history again.
@@ -654,6 +669,7 @@ fn await_step(id: &str, approval: Option<Approval>, on_timeout: OnTimeout) -> St
             on_timeout,
             default: Some(lit(json!({"text": "default"}))),
             approval,
+            reply: None,
         })),
     )
 }
@@ -778,7 +794,7 @@ fn a_child_run_returns_its_output_or_its_failure() {
             workflow: "child".into(),
             version: crate::definition::CallVersion::Latest,
             with: BTreeMap::new(),
-            on_cancel: crate::definition::OnCancel::Propagate,
+            parent_close: crate::definition::ParentClose::Cancel,
         },
     );
     let mut run = Bench::start(definition(vec![call.clone()]));

@@ -134,6 +134,7 @@ fn disturb(run: &mut Bench, random: &mut fastrand::Rng) {
             run.input(Input::Tick);
         }
         12 | 13 => run.later(random.i64(0..4_000)),
+        14 if random.bool() => run.update("answer", json!({"text": "x"})),
         14 => run.signal("answer", json!({"text": "x"})),
         15 => {
             let decision = ["approved", "rejected", "changes_requested", "nonsense"][random.usize(0..4)];
@@ -153,7 +154,11 @@ fn disturb(run: &mut Bench, random: &mut fastrand::Rng) {
         _ if random.u8(0..8) == 0 => {
             drop(run.input(Input::Messages(vec![Inbound::Cancel { reason: "enough".into() }])));
         }
-        _ if random.u8(0..30) == 0 => drop(run.input(Input::Terminated { reason: "op".into() })),
+        _ if random.u8(0..30) == 0 => {
+            let by_parent = Input::Messages(vec![Inbound::Unblock, Inbound::Terminate { reason: "parent".into() }]);
+            let by_operator = Input::Terminated { reason: "op".into() };
+            drop(run.input(if random.bool() { by_parent } else { by_operator }));
+        }
         _ => drop(run.input(Input::Tick)),
     }
 }

@@ -222,12 +222,26 @@ fn signals() {
     let held = after(empty.clone(), &[received(1)]);
     let mut full = empty.clone();
     (1..=MAILBOX_MAX as u64).for_each(|n| fold(&mut full, &received(n)).expect("legal"));
-    let states = [("none", empty), ("kept", held), ("mailbox full", full)];
+    let update = |n| Event::UpdateAccepted {
+        n,
+        id: "u".into(),
+        name: "s".into(),
+        payload: Value::Null,
+        sender: None,
+        at: now(),
+    };
+    let asked = after(empty.clone(), &[update(1)]);
+    let states = [("none", empty), ("kept", held), ("update kept", asked), ("mailbox full", full)];
     let events = [
         ("signal_received", received(1_000)),
         ("signal_dropped", Event::SignalDropped { n: 1_000, name: "s".into() }),
+        ("update_accepted", update(1_000)),
         ("signal_consumed", Event::SignalConsumed { path: "w".into(), n: 1 }),
         ("decision_counted", Event::DecisionCounted { path: "w".into(), n: 1 }),
+        (
+            "update_completed",
+            Event::UpdateCompleted { path: "w".into(), n: 1, id: "u".into(), result: Some(json!(1)), failure: None },
+        ),
     ];
     compare("signal", &states, &events, |s| format!("{} kept", s.mailbox.len()));
 }

@@ -6,7 +6,7 @@ use crate::{
     event::{Event, StepStatus},
     failure::Failure,
     machine::{
-        Illegal,
+        Illegal, OUTPUT_BYTES_MAX,
         state::{Live, Message, Node},
         timer::millis,
     },
@@ -23,17 +23,17 @@ impl Walk<'_> {
         }
         let now = self.moment.now;
         for message in self.state.mailbox.iter().filter(|m| m.name == *signal) {
+            // A signal of that name may be an await's; an update is an await's only.
+            if spec.approval.is_some() && message.update.is_some() {
+                continue;
+            }
             // Nobody decides on what was not shown yet: a second click on the plan of the round before approves nothing.
             if spec.approval.is_some() && node.started_at.is_some_and(|began| message.at < began) {
                 return Ok(Progress::Emit(vec![Event::SignalConsumed { path: path.to_owned(), n: message.n }]));
             }
             if let Some(filter) = &spec.filter {
                 let mut place = self.place(container(path))?;
-                let mut candidate = message.payload.clone();
-                if let Value::Object(map) = &mut candidate {
-                    map.insert("meta".into(), json!({ "by": message.sender }));
-                }
-                place.extra.insert("signal".into(), candidate);
+                place.extra.insert("signal".into(), candidate(message));
                 match expr::condition(filter, &place) {
                     Ok(true) => {}
                     Ok(false) => continue,
@@ -62,9 +62,19 @@ impl Walk<'_> {
         counted: &[String],
         path: &str,
     ) -> Result<Vec<Event>, Illegal> {
-        let consumed = Event::SignalConsumed { path: path.to_owned(), n: message.n };
-        // Surfaces check the form before they send; what slipped through is dropped here.
-        if spec.form.as_ref().is_some_and(|form| !jsonschema::is_valid(form, &message.payload)) {
+        // The form was checked before: when it was sent, or accepted. But of steps that wait for one name another may take it.
+        let fits = spec.form.as_ref().is_none_or(|form| jsonschema::is_valid(form, &message.payload));
+        let consumed = match &message.update {
+            None => Event::SignalConsumed { path: path.to_owned(), n: message.n },
+            Some(id) => {
+                let (result, failure) = match self.reply(spec, message, fits, path)? {
+                    Ok(result) => (Some(result), None),
+                    Err(failure) => (None, Some(failure)),
+                };
+                Event::UpdateCompleted { path: path.to_owned(), n: message.n, id: id.clone(), result, failure }
+            }
+        };
+        if !fits {
             return Ok(vec![consumed]);
         }
         let extras = json!({ "by": message.sender, "at": message.at, "timed_out": false });
@@ -117,6 +127,31 @@ impl Walk<'_> {
         }
     }
 
+    /// What the sender of an update is told by the step that takes it.
+    fn reply(
+        &self,
+        spec: &Await,
+        message: &Message,
+        fits: bool,
+        path: &str,
+    ) -> Result<Result<Value, Failure>, Illegal> {
+        if !fits {
+            let text = format!("`{path}` took it, whose form it does not satisfy: give its signal a name of its own");
+            return Ok(Err(Failure::permanent("update.form", text)));
+        }
+        let Some(reply) = &spec.reply else { return Ok(Ok(message.payload.clone())) };
+        let mut place = self.place(container(path))?;
+        place.extra.insert("signal".into(), candidate(message));
+        Ok(place.resolve(reply).and_then(|result| {
+            let bytes = serde_json::to_string(&result).map_or(usize::MAX, |t| t.len());
+            if bytes > OUTPUT_BYTES_MAX {
+                let text = format!("the reply is {bytes} bytes; the limit is {OUTPUT_BYTES_MAX}");
+                return Err(Failure::permanent("limit.size", text));
+            }
+            Ok(result)
+        }))
+    }
+
     pub(super) fn await_timed_out(&self, step: &Step, spec: &Await, path: &str) -> Result<Vec<Event>, Illegal> {
         let now = self.moment.now;
         let decided =
@@ -145,4 +180,13 @@ impl Walk<'_> {
             }]),
         }
     }
+}
+
+/// `signal` in expressions.
+fn candidate(message: &Message) -> Value {
+    let mut candidate = message.payload.clone();
+    if let Value::Object(map) = &mut candidate {
+        map.insert("meta".into(), json!({ "by": message.sender }));
+    }
+    candidate
 }

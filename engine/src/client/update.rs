@@ -1,0 +1,144 @@
+//! Updates: requests into a run that are answered.
+//!
+//! ```text
+//! update ──▶ inbox ──read──▶ accepted ──a step takes it──▶ completed (result or failure)
+//!                       └──▶ rejected                └──▶ the run closed before: failed
+//! ```
+//!
+//! The answer is in the run's history and nowhere else: it is as durable as the run, and is found under the sender's id.
+
+use super::{Client, PAYLOAD_BYTES_MAX, json_len};
+use crate::{
+    Error, Failure, Result,
+    event::Event,
+    ids::RunId,
+    store::{
+        self,
+        inbox::{Kind, Outgoing, Sent},
+    },
+    view::{Answer, RunStatus, Updated},
+};
+use serde_json::Value;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// Longest id of an update, in bytes. Chosen: two UUIDs and some words.
+const ID_BYTES_MAX: usize = 200;
+
+/// A request into a run.
+#[derive(Clone, Debug, Default)]
+pub struct Update {
+    /// The `signal` of an `await`.
+    pub name: String,
+    /// At most 256 KiB.
+    pub payload: Value,
+    /// Sender's id, at most 200 bytes; without one, a new one. A second update with the same id, whatever its name and
+    /// payload, is the first one.
+    pub id: Option<String>,
+    /// Who sent it, as `user:<id>`.
+    pub sender: Option<String>,
+}
+
+impl Client {
+    /// Sends an update and waits, at most `wait`, for its answer. The run reads it as it reads a signal and accepts it if it
+    /// satisfies the form of an `await` of that name, else rejects it; an accepted one is kept until such a step takes it,
+    /// also when it comes early. Sent again with the same id, also after the run has closed, it gives the same answer.
+    ///
+    /// # Errors
+    /// `update_pending` when the time is over: what was sent stays sent, ask again with the same id (the message names it);
+    /// `run_not_found`, `run_closed`, `run_quarantined`, `run_imported`, `too_large`. A rejection is an answer and no error.
+    /// # Transaction
+    /// One statement: a message into the inbox.
+    pub async fn update(&self, run: RunId, update: Update, wait: Duration) -> Result<Updated> {
+        let id = checked(update.id)?;
+        let size = json_len(&update.payload);
+        if size > PAYLOAD_BYTES_MAX {
+            return Err(Error::TooLarge { what: "the payload", actual: size, limit: PAYLOAD_BYTES_MAX });
+        }
+        let mut conn = self.pool.acquire().await?;
+        let key = store::inbox::update_key(&id);
+        let message = Outgoing {
+            run,
+            kind: Kind::Update,
+            name: &update.name,
+            payload: &update.payload,
+            dedupe_id: Some(&key),
+            sender: update.sender.as_deref(),
+        };
+        let standing = store::runs::standing(&mut conn, run).await?;
+        // Nobody would read it. What was sent before may be answered.
+        let sent = if standing.status == RunStatus::Quarantined && !standing.imported {
+            if store::inbox::update_sent(&mut conn, run, &id).await?.is_none() {
+                return Err(Error::RunQuarantined(run.to_string()));
+            }
+            Sent::Duplicate
+        } else {
+            store::inbox::send(&mut conn, &message).await?
+        };
+        if sent == Sent::NoOpenRun && store::inbox::update_sent(&mut conn, run, &id).await?.is_none() {
+            self.open(&mut conn, run).await?;
+            return Err(Error::RunClosed(run.to_string()));
+        }
+        drop(conn);
+        if sent == Sent::Stored {
+            self.wake().await;
+        }
+        self.updated(run, &id, wait).await
+    }
+
+    /// The answer to an update that was sent, waited for at most `wait`.
+    ///
+    /// # Errors
+    /// `update_pending`; `update_not_found`; `run_not_found`.
+    pub async fn updated(&self, run: RunId, id: &str, wait: Duration) -> Result<Updated> {
+        let until = Instant::now() + wait;
+        let mut conn = self.pool.acquire().await?;
+        let sent = store::inbox::update_sent(&mut conn, run, id).await?;
+        let Some(mut after) = sent else {
+            store::runs::standing(&mut conn, run).await?;
+            return Err(Error::UpdateNotFound(run.to_string(), id.to_owned()));
+        };
+        drop(conn);
+        let mut why = "the run has not read it";
+        loop {
+            // Read before the history: what is written in between is seen at the next look.
+            let newest = self.wait_change(run, 0, Duration::ZERO).await?;
+            for event in store::history::of_update(&self.pool, run, id, after).await? {
+                let event: Event = serde_json::from_value(event)
+                    .map_err(|e| Error::Invariant(format!("update `{id}` of run {run}: {e}")))?;
+                match answer(event) {
+                    Some(answer) => return Ok(Updated { id: id.to_owned(), answer }),
+                    None => why = "the run has accepted it, and no step has taken it",
+                }
+            }
+            after = after.max(i64::try_from(newest).unwrap_or(i64::MAX));
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Error::UpdatePending { run: run.to_string(), id: id.to_owned(), why });
+            }
+            self.wait_change(run, newest, left).await?;
+        }
+    }
+}
+
+/// What one of these events answers.
+fn answer(event: Event) -> Option<Answer> {
+    match event {
+        Event::UpdateCompleted { result: Some(result), .. } => Some(Answer::Completed { result }),
+        Event::UpdateCompleted { failure: Some(failure), .. } => Some(Answer::Failed { failure }),
+        Event::UpdateRejected { problems, .. } => Some(Answer::Rejected { problems }),
+        Event::RunClosed { status, .. } => {
+            let text = format!("the run closed as {} before a step took the update", status.as_str());
+            Some(Answer::Failed { failure: Failure::permanent("update.unanswered", text) })
+        }
+        _ => None,
+    }
+}
+
+fn checked(id: Option<String>) -> Result<String> {
+    let Some(id) = id else { return Ok(uuid::Uuid::now_v7().to_string()) };
+    if id.len() > ID_BYTES_MAX {
+        return Err(Error::TooLarge { what: "the update's id", actual: id.len(), limit: ID_BYTES_MAX });
+    }
+    Ok(id.replace('\0', " "))
+}
