@@ -44,6 +44,7 @@ pub(crate) async fn claim(
     limit: i64,
 ) -> Result<Claimed> {
     let mut tx = transaction::begin(pool).await?;
+    crate::committer::crash_point("claim.after_begin");
     let alive: Option<i32> = sqlx::query_scalar("select 1 from workers where id = $1 for key share")
         .bind(worker.0)
         .fetch_optional(&mut *tx)
@@ -51,6 +52,7 @@ pub(crate) async fn claim(
     if alive.is_none() {
         return Err(Error::LeaseLost);
     }
+    crate::committer::crash_point("claim.after_alive");
     // Both rows are locked with skip locked: a sender holds the run and wants the queue row, so waiting here could deadlock.
     let claimed: Vec<(uuid::Uuid, i64, DateTime<Utc>)> = sqlx::query_as(
         "with c as (select q.shard, q.run_id, q.due_at from ready q join runs r on r.shard = q.shard and r.run_id = q.run_id
@@ -69,6 +71,9 @@ pub(crate) async fn claim(
     .bind(since)
     .fetch_all(&mut *tx)
     .await?;
+    if !claimed.is_empty() {
+        crate::committer::crash_point("claim.before_commit");
+    }
     tx.commit().await?;
     Ok(Claimed {
         newest: claimed.iter().map(|(.., due)| *due).max(),

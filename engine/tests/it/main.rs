@@ -3,6 +3,7 @@
 mod archive;
 mod bench;
 mod client;
+mod crash;
 mod faults;
 mod filter;
 mod fork;
@@ -10,3 +11,4 @@ mod passing;
 mod pause;
 mod runs;
 mod schedules;
+mod skew;
