@@ -12,18 +12,26 @@ pub(crate) struct Clock {
 impl Clock {
     /// Takes over what the database just said.
     pub(crate) fn set(&self, database: DateTime<Utc>) {
-        let offset = (database - Utc::now()).num_microseconds().unwrap_or(0);
+        let offset = (database - local()).num_microseconds().unwrap_or(0);
         self.offset_micros.store(offset, Ordering::Relaxed);
     }
     /// Now, by the database's clock, in whole microseconds as the database has them: what is stored comes back as it was.
     pub(crate) fn now(&self) -> DateTime<Utc> {
-        let now = Utc::now() + Duration::microseconds(self.offset_micros.load(Ordering::Relaxed));
+        let now = local() + Duration::microseconds(self.offset_micros.load(Ordering::Relaxed));
         now.trunc_subsecs(6)
     }
     /// How long until `instant`; zero if it is past.
     pub(crate) fn until(&self, instant: DateTime<Utc>) -> std::time::Duration {
         (instant - self.now()).to_std().unwrap_or_default()
     }
+}
+
+/// What the clock of this machine says, right or wrong.
+fn local() -> DateTime<Utc> {
+    #[cfg(feature = "test-util")]
+    return Utc::now() + crate::testing::clock_skew();
+    #[cfg(not(feature = "test-util"))]
+    Utc::now()
 }
 
 #[cfg(test)]

@@ -78,6 +78,7 @@ async fn lane(pool: PgPool, hook: Arc<dyn TransitionHook>, mut queue: mpsc::Rece
         let (items, answers): (Vec<Arc<Item>>, Vec<_>) =
             batch.into_iter().map(|Queued(item, answer)| (item, answer)).unzip();
         let verdicts = commit_batch(&pool, hook.as_ref(), items).await;
+        crash_point("commit.before_answers");
         for (answer, verdict) in answers.into_iter().zip(verdicts) {
             // A driver that went away does not need its verdict: whoever loads the run next sees it.
             drop(answer.send(verdict));
@@ -157,14 +158,20 @@ async fn without_refused(
 async fn send(pool: &PgPool, hook: &dyn TransitionHook, items: &[Arc<Item>]) -> std::result::Result<Sent, HookError> {
     if items.iter().all(|i| i.effects.is_empty()) {
         let mut conn = pool.acquire().await?;
-        return Ok(Sent::Done(transitions::send(&mut conn, items).await.map_err(hook_error)?));
+        crash_point("commit.before_plain");
+        let verdicts = transitions::send(&mut conn, items).await.map_err(hook_error)?;
+        crash_point("commit.after_plain");
+        return Ok(Sent::Done(verdicts));
     }
     let mut tx = begin(pool).await?;
+    crash_point("commit.after_begin");
     let verdicts = transitions::send(&mut tx, items).await.map_err(hook_error)?;
     crash_point("commit.after_transitions");
     let refused = transitions::apply_effects(&mut tx, items, &verdicts, hook).await?;
     if !refused.is_empty() {
+        crash_point("commit.before_rollback");
         tx.rollback().await?;
+        crash_point("commit.after_rollback");
         return Ok(Sent::Refused(refused.into_iter().map(|r| (r.ord, r.reason, r.message)).collect()));
     }
     crash_point("commit.before_commit");

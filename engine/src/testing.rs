@@ -6,18 +6,70 @@ use std::sync::{
     atomic::{AtomicU32, Ordering},
 };
 
-/// Every crash point of the engine.
-pub const CRASH_POINTS: &[&str] = &[
-    "claim.after_commit",
-    "commit.after_transitions",
-    "commit.before_commit",
-    "commit.after_commit",
-    "meter.before_commit",
-    "meter.after_commit",
-    "schedule.before_commit",
-    "schedule.after_commit",
-    "takeover.after_bury",
+/// Every crash point of the engine and the file, below `src`, that has it: before and after each await of what commits,
+/// claims, takes over, parks, sends and settles. A test compares the table with the sources and lets a process die at each.
+pub const CRASH_POINTS: &[(&str, &str)] = &[
+    ("claim.after_begin", "store/ready.rs"),
+    ("claim.after_alive", "store/ready.rs"),
+    ("claim.before_commit", "store/ready.rs"),
+    ("claim.after_commit", "worker/mod.rs"),
+    ("load.after_run", "worker/drive.rs"),
+    ("load.after_definition", "worker/drive.rs"),
+    ("load.after_calls", "worker/drive.rs"),
+    ("messages.after_sent", "worker/drive.rs"),
+    ("messages.after_read", "worker/drive.rs"),
+    ("step.before_commit", "worker/drive.rs"),
+    ("step.after_commit", "worker/drive.rs"),
+    ("park.before_release", "worker/drive.rs"),
+    ("park.after_release", "worker/drive.rs"),
+    ("commit.before_plain", "committer.rs"),
+    ("commit.after_plain", "committer.rs"),
+    ("commit.after_begin", "committer.rs"),
+    ("commit.after_transitions", "committer.rs"),
+    ("commit.before_rollback", "committer.rs"),
+    ("commit.after_rollback", "committer.rs"),
+    ("commit.before_commit", "committer.rs"),
+    ("commit.after_commit", "committer.rs"),
+    ("commit.before_answers", "committer.rs"),
+    ("settle.after_child", "store/transitions.rs"),
+    ("settle.after_message", "store/transitions.rs"),
+    ("settle.before_hook", "store/transitions.rs"),
+    ("save.after_fence", "worker/context.rs"),
+    ("save.before_commit", "worker/context.rs"),
+    ("save.after_commit", "worker/context.rs"),
+    ("open.after_fence", "worker/context.rs"),
+    ("open.before_commit", "worker/context.rs"),
+    ("open.after_commit", "worker/context.rs"),
+    ("meter.after_fence", "worker/context.rs"),
+    ("meter.after_hook", "worker/context.rs"),
+    ("meter.before_commit", "worker/context.rs"),
+    ("meter.after_commit", "worker/context.rs"),
+    ("takeover.after_bury", "worker/mod.rs"),
+    ("takeover.after_take_over", "worker/mod.rs"),
+    ("strays.after_look", "worker/mod.rs"),
+    ("strays.after_give_back", "worker/mod.rs"),
+    ("schedule.before_commit", "worker/fire.rs"),
+    ("schedule.after_commit", "worker/fire.rs"),
+    ("signal.after_open", "client.rs"),
+    ("signal.before_commit", "client.rs"),
+    ("signal.after_commit", "client.rs"),
+    ("terminate.after_seize", "worker/terminate.rs"),
+    ("terminate.before_commit", "worker/terminate.rs"),
+    ("terminate.after_commit", "worker/terminate.rs"),
 ];
+
+/// Names how much later than the truth this process takes it to be, in ms: a clock that is wrong.
+pub const CLOCK_SKEW: &str = "LOOPWRIGHT_CLOCK_SKEW_MS";
+
+static SKEW: LazyLock<chrono::Duration> = LazyLock::new(|| {
+    let text = std::env::var(CLOCK_SKEW).unwrap_or_default();
+    chrono::Duration::milliseconds(text.parse().unwrap_or(0))
+});
+
+/// How wrong the clock of this process is.
+pub(crate) fn clock_skew() -> chrono::Duration {
+    *SKEW
+}
 
 static WANTED: LazyLock<Option<(String, u32)>> = LazyLock::new(|| {
     let text = std::env::var("LOOPWRIGHT_CRASH_POINT").ok()?;

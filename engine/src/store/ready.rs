@@ -7,6 +7,7 @@
 use super::turns::Due;
 use crate::{
     Error, Result,
+    committer::crash_point,
     ids::{RunId, WorkerId},
     transaction,
 };
@@ -132,7 +133,9 @@ pub(crate) async fn take(pool: &PgPool, worker: WorkerId, runs: &[RunId], limit:
         return Ok(Vec::new());
     }
     let mut tx = transaction::begin(pool).await?;
+    crash_point("claim.after_begin");
     alive(&mut tx, worker).await?;
+    crash_point("claim.after_alive");
     // Both rows are locked with skip locked: a sender holds the run and wants the queue row, so waiting here could deadlock.
     let claimed: Vec<(uuid::Uuid, i64)> = sqlx::query_as(
         "with w as (select * from unnest($2::smallint[], $3::uuid[]) with ordinality t(shard, run_id, ord)),
@@ -150,6 +153,9 @@ pub(crate) async fn take(pool: &PgPool, worker: WorkerId, runs: &[RunId], limit:
     .bind(limit)
     .fetch_all(&mut *tx)
     .await?;
+    if !claimed.is_empty() {
+        crash_point("claim.before_commit");
+    }
     tx.commit().await?;
     Ok(claimed.into_iter().map(|(id, epoch)| (RunId(id), epoch)).collect())
 }

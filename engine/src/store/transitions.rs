@@ -255,6 +255,7 @@ pub(crate) async fn apply_effects<I: Borrow<Item>>(
     for (_, item) in accepted() {
         for child in &item.effects.children {
             start_child(conn, item, child).await.map_err(sql_of)?;
+            crate::committer::crash_point("settle.after_child");
         }
     }
     // Other runs' rows are locked in one order, so that two batches cannot wait for each other.
@@ -271,6 +272,7 @@ pub(crate) async fn apply_effects<I: Borrow<Item>>(
     for (run, kind, payload) in &messages {
         let message = Outgoing { run: *run, kind: *kind, name: "", payload, dedupe_id: None, sender: None };
         inbox::send(conn, &message).await.map_err(sql_of)?;
+        crate::committer::crash_point("settle.after_message");
     }
     let transitions: Vec<Transition> = accepted()
         .filter(|(_, item)| !item.effects.ended.is_empty() || !item.effects.started.is_empty())
@@ -281,6 +283,7 @@ pub(crate) async fn apply_effects<I: Borrow<Item>>(
             started: item.effects.started.clone(),
         })
         .collect();
+    crate::committer::crash_point("settle.before_hook");
     if transitions.is_empty() { Ok(Vec::new()) } else { hook.apply(conn, &transitions).await }
 }
 

@@ -64,8 +64,11 @@ impl Backend {
         if !store::checkpoints::fence(&mut tx, self.attempt.run_id, self.epoch).await? {
             return Err(Error::LeaseLost);
         }
+        crash_point("save.after_fence");
         store::checkpoints::put(&mut tx, self.attempt.run_id, &self.attempt.path, key, value).await?;
+        crash_point("save.before_commit");
         tx.commit().await?;
+        crash_point("save.after_commit");
         Ok(())
     }
 
@@ -74,10 +77,13 @@ impl Backend {
         if !store::checkpoints::fence(&mut tx, self.attempt.run_id, self.epoch).await? {
             return Err(Error::LeaseLost);
         }
+        crash_point("open.after_fence");
         let reading = Reading { key, phase: Phase::Open, current: true, body: reading };
         match self.shared.hook.meter(&mut tx, &self.attempt, reading).await.map_err(of_hook)? {
             Verdict::Accepted => {
+                crash_point("open.before_commit");
                 tx.commit().await?;
+                crash_point("open.after_commit");
                 Ok(())
             }
             Verdict::Refused { reason, message } => Err(Error::Refused { reason, message }),
@@ -93,7 +99,9 @@ impl Backend {
         // The reading is a fact about the outside: it is stored even when the attempt is stale. Its result is not,
         // and the hook is told so: nobody should pay for what is thrown away.
         let reading = Reading { key, phase: Phase::Close, current: owned, body: reading };
+        crash_point("meter.after_fence");
         self.shared.hook.meter(&mut tx, &self.attempt, reading).await.map_err(of_hook)?;
+        crash_point("meter.after_hook");
         if let (true, Some((key, value))) = (owned, checkpoint) {
             store::checkpoints::put(&mut tx, self.attempt.run_id, &self.attempt.path, key, value).await?;
         }

@@ -173,13 +173,16 @@ impl Driver {
         if loaded.owner != Some(shared.id) || loaded.epoch != epoch || loaded.status.is_closed() {
             return Ok(None);
         }
+        crate::committer::crash_point("load.after_run");
         let pinned = shared.pinned(loaded.definition).await?;
+        crate::committer::crash_point("load.after_definition");
         let calls = if pinned.calls {
             let mut conn = shared.pool.acquire().await?;
             store::definitions::resolve_calls(&mut conn, &pinned.definition).await?
         } else {
             BTreeMap::new()
         };
+        crate::committer::crash_point("load.after_calls");
         let (finish, finished) = mpsc::unbounded_channel();
         Ok(Some(Self {
             attributes: Arc::new(loaded.attributes.clone()),
@@ -261,12 +264,14 @@ impl Driver {
         let mut conn = self.shared.pool.acquire().await?;
         let up_to = store::inbox::sent(&mut conn, self.run.run_id, self.run.epoch).await?;
         drop(conn);
+        crate::committer::crash_point("messages.after_sent");
         // Somebody ended it or took it: what runs here is told at once, and not when it next wants to write.
         let up_to = up_to.ok_or(Error::LeaseLost)?;
         if up_to == self.run.inbox_seen {
             return self.step(Input::Tick).await;
         }
         let unread = self.unread(up_to).await?;
+        crate::committer::crash_point("messages.after_read");
         self.run.inbox_seen = up_to;
         self.step(Input::Messages(unread)).await
     }
@@ -295,8 +300,10 @@ impl Driver {
                 return self.nothing_happened().await;
             }
             let mut item = Arc::new(self.item(&decision)?);
+            crate::committer::crash_point("step.before_commit");
             match self.commit(&mut item).await? {
                 Committed::Accepted { inbox_n } => {
+                    crate::committer::crash_point("step.after_commit");
                     self.run.seq += 1;
                     self.run.tail_events += decision.events.len();
                     if item.cursor.is_some() {
@@ -363,8 +370,10 @@ impl Driver {
         let Some(due) = self.park_until() else { return Ok(Next::Goes) };
         let reason = self.waiting();
         let (run, epoch) = (self.run.run_id, self.run.epoch);
+        crate::committer::crash_point("park.before_release");
         let released =
             store::runs::release(&self.shared.pool, run, epoch, self.run.inbox_seen, due, reason.as_deref()).await?;
+        crate::committer::crash_point("park.after_release");
         if released {
             return Ok(Next::Ends);
         }

@@ -306,7 +306,9 @@ async fn give_back_strays(shared: &Shared, suspects: &HashSet<(RunId, i64)>) -> 
         }
     }
     for (run, epoch) in found.iter().filter(|stray| suspects.contains(stray)) {
+        crash_point("strays.after_look");
         if store::runs::give_back(&shared.pool, *run, shared.id, *epoch).await? {
+            crash_point("strays.after_give_back");
             tracing::warn!(run_id = %run, "run had an owner and no driver; given back");
             metrics::counter!("loopwright_runs_stray_total").increment(1);
         }
@@ -457,6 +459,7 @@ async fn sweep(shared: Arc<Shared>, every: Duration) {
                 if runs.is_empty() {
                     break;
                 }
+                crash_point("takeover.after_take_over");
             }
             if buried > 0 || freed > 0 {
                 tracing::warn!(buried, freed, "took over from dead workers");

@@ -26,7 +26,10 @@ pub(crate) async fn terminate(
     let item = closing(&mut conn, run, reason).await?;
     drop(conn);
     let (epoch, seq) = (item.epoch, item.seq);
-    match Committer::start(pool.clone(), hook).commit(Arc::new(item)).await {
+    crate::committer::crash_point("terminate.before_commit");
+    let answer = Committer::start(pool.clone(), hook).commit(Arc::new(item)).await;
+    crate::committer::crash_point("terminate.after_commit");
+    match answer {
         Ok(Verdict::Accepted { .. }) => Ok(()),
         // An earlier sending had succeeded and its answer was lost.
         Ok(Verdict::Stale { epoch: at, seq: newest }) if at == epoch && newest == seq + 1 => Ok(()),
@@ -60,6 +63,7 @@ pub(crate) async fn terminate_in(
 async fn closing(conn: &mut PgConnection, run: RunId, reason: &str) -> Result<Item> {
     // Whoever owns it is fenced off from here on.
     let taken = store::runs::seize(&mut *conn, run).await?;
+    crate::committer::crash_point("terminate.after_seize");
     let loaded = store::runs::load(&mut *conn, run).await?;
     if !taken {
         return Err(Error::RunClosed(run.to_string()));

@@ -9,7 +9,6 @@ use loopwright_engine::{
     embedded::testing::url,
     ids::RunId,
     schedule::{Spec, When, door::NewSchedule, run_id},
-    testing::CRASH_POINTS,
     view::RunStatus,
 };
 use serde_json::{Value, json};
@@ -22,16 +21,16 @@ use std::{
 
 pub const GRACE: Duration = Duration::from_secs(10);
 /// Lease of the workers that are to lose it.
-const SHORT: Duration = Duration::from_secs(1);
+pub const SHORT: Duration = Duration::from_secs(1);
 /// Lease of the worker that brings everything to its end, however busy the machine is.
 pub const LONG: Duration = Duration::from_secs(10);
 /// Outside calls of one step.
 const CALLS: usize = 3;
 /// Tells the child process which database to work on.
-const DATABASE: &str = "LOOPWRIGHT_TEST_DATABASE";
+pub const DATABASE: &str = "LOOPWRIGHT_TEST_DATABASE";
 
 /// The outside world: it remembers every call, whatever becomes of the caller.
-async fn outside(pool: &PgPool) {
+pub async fn outside(pool: &PgPool) {
     sqlx::query("create table test_outside (run_id uuid, path text, key text, call int, attempt int, primary key (run_id, path, call, attempt))")
         .execute(pool)
         .await
@@ -40,7 +39,7 @@ async fn outside(pool: &PgPool) {
 }
 
 /// A long activity: calls the outside a few times, each call metered and its answer checkpointed.
-async fn long_work(pool: PgPool, ctx: Context) -> Result<Value, Failure> {
+pub async fn long_work(pool: PgPool, ctx: Context) -> Result<Value, Failure> {
     let info = ctx.info().clone();
     let attempt = i32::try_from(info.attempt).expect("small");
     for call in 0..CALLS {
@@ -65,7 +64,7 @@ async fn long_work(pool: PgPool, ctx: Context) -> Result<Value, Failure> {
 }
 
 /// Three steps, one of them over three items.
-fn several(name: &str) -> Definition {
+pub fn several(name: &str) -> Definition {
     let each = Kind::Foreach {
         list: e("[1, 2, 3]"),
         key: None,
@@ -79,8 +78,7 @@ fn several(name: &str) -> Definition {
 }
 
 /// What must hold about the outside when all runs are closed: every call was made, and none after its answer was saved.
-async fn audit_outside(pool: &PgPool, runs: usize) {
-    let steps = runs * 5;
+pub async fn audit_outside(pool: &PgPool, steps: usize) {
     let calls: i64 = sqlx::query_scalar("select count(distinct (run_id, path, call)) from test_outside")
         .fetch_one(pool)
         .await
@@ -165,7 +163,7 @@ async fn twenty_deaths_in_the_middle_of_the_work_lose_and_repeat_nothing() {
     }
     last.drain(GRACE).await;
     bench.audit().await;
-    audit_outside(&bench.pool, RUNS).await;
+    audit_outside(&bench.pool, RUNS * 5).await;
     let outcomes = bench.outcomes().await;
     assert_eq!(outcomes["Succeeded"], i64::try_from(RUNS * 5).expect("small"));
     assert!(outcomes["Lost"] > 0, "{outcomes:?}");
@@ -193,22 +191,19 @@ async fn child_worker() {
     worker.fenced().await;
 }
 
-fn child(bench: &Bench, crash_point: Option<&str>) -> Child {
-    let mut command = Command::new(std::env::current_exe().expect("this binary"));
-    command
+fn child(bench: &Bench) -> Child {
+    Command::new(std::env::current_exe().expect("this binary"))
         .args(["faults::child_worker", "--exact", "--ignored", "--nocapture"])
         .env(DATABASE, url(&bench.pool))
         .env_remove("LOOPWRIGHT_CRASH_POINT")
         .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    if let Some(name) = crash_point {
-        command.env("LOOPWRIGHT_CRASH_POINT", name);
-    }
-    command.spawn().expect("child")
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("child")
 }
 
 /// Waits for the end of a child; its exit code, `None` if a signal ended it.
-async fn ended(mut child: Child) -> Option<i32> {
+pub async fn ended(mut child: Child) -> Option<i32> {
     tokio::task::spawn_blocking(move || {
         let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline {
@@ -225,9 +220,9 @@ async fn ended(mut child: Child) -> Option<i32> {
     .expect("joined")
 }
 
-/// A schedule of `points` whose only instant has come; the run that it starts.
-async fn scheduled(bench: &Bench) -> RunId {
-    let spec = Spec { run_limit: Some(1), ..Spec::new("points", When::Every { ms: 3_600_000, offset_ms: 0 }) };
+/// A schedule of a workflow whose only instant has come; the run that it starts.
+pub async fn scheduled(bench: &Bench, workflow: &str) -> RunId {
+    let spec = Spec { run_limit: Some(1), ..Spec::new(workflow, When::Every { ms: 3_600_000, offset_ms: 0 }) };
     let new = NewSchedule { name: "due".into(), spec, paused: false, note: None, owner: None };
     let id = bench.client.schedules().create(new).await.expect("schedule").id;
     let instant: DateTime<Utc> = sqlx::query_scalar(
@@ -237,50 +232,6 @@ async fn scheduled(bench: &Bench) -> RunId {
     .await
     .expect("due");
     run_id(id, instant, None)
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_death_at_every_crash_point_leaves_a_database_that_others_go_on_with() {
-    for point in CRASH_POINTS {
-        for nth in [1, 4] {
-            // A worker claims, buries and looks after schedules rarely: the fourth time would not come.
-            if nth > 1 && ["claim", "takeover", "schedule"].iter().any(|rare| point.starts_with(rare)) {
-                continue;
-            }
-            let bench = Bench::new().await;
-            outside(&bench.pool).await;
-            let pool = bench.pool.clone();
-            bench.script(move |ctx, _| long_work(pool.clone(), ctx));
-            let hash = bench.deploy(several("points")).await;
-            if point.starts_with("takeover") {
-                // Somebody to bury.
-                sqlx::query("insert into workers (id, host, pid, version, queues, lease_ms, heartbeat_at) values (gen_random_uuid(), '', 0, '', '{}', 1, now() - interval '1 hour')")
-                    .execute(&bench.pool).await.expect("worker");
-            }
-            let mut runs = Vec::new();
-            for _ in 0..3 {
-                runs.push(bench.start_as(hash, json!({}), None).await.run_id);
-            }
-            if point.starts_with("schedule") {
-                runs.push(scheduled(&bench).await);
-            }
-            let code = ended(child(&bench, Some(&format!("{point}:{nth}")))).await;
-            assert_eq!(code, None, "{point}: the child dies of its crash point");
-            let last = bench.worker_with(LONG, 32).await;
-            reaches(&bench.pool, "select count(*) from runs", i64::try_from(runs.len()).expect("few")).await;
-            for run in &runs {
-                assert_eq!(bench.closed(*run).await.status, RunStatus::Completed, "{point}");
-            }
-            last.drain(GRACE).await;
-            bench.audit().await;
-            audit_outside(&bench.pool, runs.len()).await;
-            let buried: i64 = sqlx::query_scalar("select count(*) from dead_workers where not runs_taken")
-                .fetch_one(&bench.pool)
-                .await
-                .expect("count");
-            assert_eq!(buried, 0, "{point}: every dead worker's runs were taken over");
-        }
-    }
 }
 
 fn signal(child: &Child, name: &str) {
@@ -294,7 +245,7 @@ async fn a_frozen_worker_is_taken_over_within_its_lease_and_a_bit_and_its_result
     outside(&bench.pool).await;
     let pool = bench.pool.clone();
     bench.script(move |ctx, _| long_work(pool.clone(), ctx));
-    let zombie = child(&bench, None);
+    let zombie = child(&bench);
     let gate = [("gate", Data::Literal(json!(true)))];
     let run = bench.start(definition("freeze", vec![work("a", &gate)]), json!({})).await;
     reaches(&bench.pool, "select count(*) from checkpoints", 3).await;

@@ -254,8 +254,8 @@ async fn a_host_that_vanishes_in_the_middle_of_a_claim_keeps_nobody_from_taking_
         WorkerConfig::new(way, Registry::new().with(Work(Arc::new(|_, input| Box::pin(async { Ok(input) })))));
     (config.hook, config.lease) = (bench.hook.clone(), Duration::from_secs(1));
     let _gone = worker::start(config).await.expect("worker");
-    died.cancelled().await;
     let run = bench.start(definition("left", vec![work("a", &[])]), json!({})).await;
+    died.cancelled().await;
     let there = bench.worker().await;
     // It holds the lock on its own row until Postgres ends its session; then it is declared dead.
     reaches(&bench.pool, "select count(*) from dead_workers", 1).await;

@@ -5,6 +5,7 @@
 //! something (database, port, folder, git, sandbox); 130 interrupted.
 
 mod bench;
+mod chaos;
 mod completion;
 mod credits;
 mod demo;
@@ -81,6 +82,8 @@ enum Command {
     Index(index::Args),
     /// Measure the engine beside the limits of this machine's Postgres
     Bench(bench::Args),
+    /// Let processes, network and Postgres fail under real work, and audit what is left
+    Chaos(chaos::Args),
     /// Print a completion script for a shell
     Completion(completion::Args),
 }
@@ -141,6 +144,7 @@ async fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Credits(args) => return credits::run(args, context).await,
         Command::Index(args) => index::run(args, context).await,
         Command::Bench(args) => return bench::run(args, context).await,
+        Command::Chaos(args) => return chaos::run(args, context).await,
         Command::Completion(_) => Ok(()),
     };
     done.map(|()| 0)

@@ -1,0 +1,357 @@
+//! The people outside: they start, signal, cancel, terminate, pause, resume and fork runs, and remember what was
+//! acknowledged to them.
+
+use super::report::{Finding, Said};
+use fastrand::Rng;
+use loopwright_engine::{
+    Error,
+    client::{At, Client, Fork, Start},
+    ids::{DefinitionHash, RunId},
+};
+use serde_json::{Map, Value, json};
+use sqlx::PgPool;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    time::Duration,
+};
+use tokio::{sync::watch, time::Instant};
+use uuid::Uuid;
+
+/// Pause between two requests, in ms.
+const PAUSE_MS: std::ops::Range<u64> = 20..140;
+/// Most runs of one person that are open at once: few enough for a small machine to end them in the calm.
+const OPEN_MAX: usize = 10;
+/// Runs of one person that nobody answers: at the end they wait, as they should.
+const KEPT_MAX: usize = 1;
+/// Sendings of one request; then it is unknown whether it arrived.
+const TRIES: u32 = 6;
+/// Between two of them.
+const AGAIN: Duration = Duration::from_millis(400);
+/// Longest wait for an answer.
+const PATIENCE: Duration = Duration::from_secs(8);
+
+/// What somebody asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Ask {
+    Start,
+    Signal,
+    Cancel,
+    Terminate,
+    Pause,
+    Resume,
+    Fork,
+}
+
+impl Ask {
+    const ALL: [(Self, u32); 7] = [
+        (Self::Start, 40),
+        (Self::Signal, 30),
+        (Self::Cancel, 4),
+        (Self::Terminate, 4),
+        (Self::Pause, 8),
+        (Self::Resume, 9),
+        (Self::Fork, 5),
+    ];
+
+    pub(super) fn text(self) -> &'static str {
+        match self {
+            Self::Start => "start",
+            Self::Signal => "signal",
+            Self::Cancel => "cancel",
+            Self::Terminate => "terminate",
+            Self::Pause => "pause",
+            Self::Resume => "resume",
+            Self::Fork => "fork",
+        }
+    }
+}
+
+/// How a request ended.
+enum Answer {
+    Acknowledged,
+    /// By code; what the product says to a request that makes no sense.
+    Declined(String),
+    /// No answer, or one that says "later": it may have happened.
+    Unknown(String),
+}
+
+/// Somebody who has runs.
+pub(super) struct User {
+    pub(super) id: Uuid,
+    pub(super) token: String,
+}
+
+struct Known {
+    run: RunId,
+    /// Its start was acknowledged; otherwise it may not exist.
+    certain: bool,
+    /// Nobody answers it.
+    kept: bool,
+    signalled: bool,
+    closed: bool,
+}
+
+/// What was acknowledged.
+#[derive(Default)]
+pub(super) struct Promises {
+    /// Started or forked.
+    pub(super) runs: Vec<RunId>,
+    /// Signals, pauses, resumes: run and the sender's id as it is stored.
+    pub(super) messages: Vec<(RunId, String)>,
+    pub(super) cancelled: Vec<RunId>,
+    pub(super) terminated: Vec<RunId>,
+}
+
+/// One person's requests.
+pub(super) struct Traffic {
+    /// The engine's own door, past the faults of the wire but not of Postgres: for what REST does not offer.
+    client: Client,
+    pool: PgPool,
+    http: reqwest::Client,
+    server: SocketAddr,
+    user: User,
+    definition: DefinitionHash,
+    rng: Rng,
+    known: Vec<Known>,
+    asked: u64,
+    pub(super) promises: Promises,
+    pub(super) said: BTreeMap<&'static str, Said>,
+    pub(super) findings: Vec<Finding>,
+}
+
+impl Traffic {
+    pub(super) fn new(
+        client: Client,
+        pool: PgPool,
+        server: SocketAddr,
+        user: User,
+        definition: DefinitionHash,
+        rng: Rng,
+    ) -> anyhow::Result<Self> {
+        Ok(Self {
+            client,
+            pool,
+            http: reqwest::Client::builder().timeout(PATIENCE).build()?,
+            server,
+            user,
+            definition,
+            rng,
+            known: Vec::new(),
+            asked: 0,
+            promises: Promises::default(),
+            said: Ask::ALL.into_iter().map(|(ask, _)| (ask.text(), Said::default())).collect(),
+            findings: Vec::new(),
+        })
+    }
+
+    /// Asks for this and that until `end`, or until `stop` turns true.
+    pub(super) async fn go(&mut self, end: Instant, stop: &watch::Receiver<bool>) {
+        let sum: u32 = Ask::ALL.iter().map(|(_, share)| share).sum();
+        while Instant::now() < end && !*stop.borrow() {
+            let mut draw = self.rng.u32(..sum);
+            let ask = Ask::ALL.iter().find(|(_, share)| {
+                let here = draw < *share;
+                draw = draw.saturating_sub(*share);
+                here
+            });
+            let ask = ask.map_or(Ask::Start, |(ask, _)| *ask);
+            let chosen = self.rng.usize(..);
+            self.ask(ask, chosen).await;
+            let pause = Duration::from_millis(self.rng.u64(PAUSE_MS));
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    async fn ask(&mut self, ask: Ask, chosen: usize) {
+        if ask == Ask::Start {
+            return self.start(chosen).await;
+        }
+        let open: Vec<usize> = (0..self.known.len())
+            .filter(|i| {
+                let known = &self.known[*i];
+                let of_interest = ask != Ask::Signal || !known.signalled;
+                // What is kept is left to itself; a fork of it is a run like others.
+                known.certain && ((!known.closed && !known.kept && of_interest) || ask == Ask::Fork)
+            })
+            .collect();
+        let Some(&i) = open.get(chosen % open.len().max(1)) else { return };
+        if ask == Ask::Fork { self.fork(i).await } else { self.tell(ask, i).await }
+    }
+
+    async fn start(&mut self, chosen: usize) {
+        self.forget_closed().await;
+        if self.known.iter().filter(|k| !k.closed).count() >= OPEN_MAX {
+            return;
+        }
+        let run = RunId::new();
+        let kept = chosen % 8 == 0 && self.known.iter().filter(|k| k.kept).count() < KEPT_MAX;
+        let start = Start {
+            run_id: Some(run),
+            definition: self.definition,
+            inputs: json!({ "a": chosen % 4, "b": chosen / 4 % 4 }),
+            workflow_id: Some(format!("chaos:{run}")),
+            attributes: json!({ "user_id": self.user.id }),
+            queue: String::new(),
+            topic: None,
+        };
+        let client = self.client.clone();
+        let acknowledged = self.settle(Ask::Start, run, async || of(client.start(start.clone()).await)).await;
+        self.made(run, kept, acknowledged);
+    }
+
+    async fn fork(&mut self, i: usize) {
+        let (of_run, run) = (self.known[i].run, RunId::new());
+        // A run that has done nothing yet cannot be forked; one that cannot be read now is left alone.
+        let Ok(Ok(view)) = tokio::time::timeout(PATIENCE, self.client.describe(of_run)).await else { return };
+        if view.seq == 0 {
+            return;
+        }
+        let at = At::Seq(self.rng.u64(1..=view.seq));
+        let fork = Fork { run_id: Some(run), at, inputs: Map::new(), definition: None, reason: "chaos".into() };
+        let client = self.client.clone();
+        let acknowledged = self.settle(Ask::Fork, run, async || of(client.fork(of_run, fork.clone()).await)).await;
+        self.made(run, false, acknowledged);
+    }
+
+    /// A run that exists, or may.
+    fn made(&mut self, run: RunId, kept: bool, certain: bool) {
+        if certain {
+            self.promises.runs.push(run);
+        }
+        self.known.push(Known { run, certain, kept, signalled: false, closed: false });
+    }
+
+    async fn tell(&mut self, ask: Ask, i: usize) {
+        self.asked += 1;
+        let (run, key) = (self.known[i].run, format!("chaos-{}", self.asked));
+        let token = self.user.token.clone();
+        let (path, body, stored) = match ask {
+            Ask::Signal => ("signals", json!({ "name": "go", "payload": { "n": self.asked } }), format!("rest:{key}")),
+            Ask::Pause => ("pause", json!({ "reason": "chaos" }), format!("rest:pause:{key}")),
+            Ask::Resume => ("resume", json!({ "reason": "chaos" }), format!("rest:resume:{key}")),
+            Ask::Cancel => ("cancel", json!({ "reason": "chaos" }), String::new()),
+            Ask::Terminate | Ask::Start | Ask::Fork => {
+                let client = self.client.clone();
+                if self.settle(ask, run, async || of(client.terminate(run, "chaos").await)).await {
+                    self.promises.terminated.push(run);
+                }
+                return;
+            }
+        };
+        let (http, url) = (self.http.clone(), format!("http://{}/v1/runs/{run}/{path}", self.server));
+        let post = async || {
+            let request = http.post(&url).bearer_auth(&token).header("idempotency-key", &key).json(&body);
+            match request.send().await {
+                Ok(response) => of_rest(response).await,
+                Err(error) => Answer::Unknown(error.to_string()),
+            }
+        };
+        if self.settle(ask, run, post).await {
+            match ask {
+                Ask::Cancel => self.promises.cancelled.push(run),
+                _ => self.promises.messages.push((run, stored)),
+            }
+            self.known[i].signalled |= ask == Ask::Signal;
+        }
+    }
+
+    /// Sends a request until somebody answers, or until it was sent often enough. True if it was acknowledged.
+    async fn settle(&mut self, ask: Ask, run: RunId, send: impl AsyncFn() -> Answer) -> bool {
+        let mut answer = Answer::Unknown(String::new());
+        for n in 0..TRIES {
+            if n > 0 {
+                tokio::time::sleep(AGAIN).await;
+            }
+            answer = match tokio::time::timeout(PATIENCE, send()).await {
+                Ok(answer) => answer,
+                Err(_) => Answer::Unknown("no answer in time".into()),
+            };
+            if !matches!(answer, Answer::Unknown(_)) {
+                break;
+            }
+        }
+        let said = self.said.entry(ask.text()).or_default();
+        match &answer {
+            Answer::Acknowledged => said.acknowledged += 1,
+            Answer::Unknown(why) => {
+                said.unknown += 1;
+                tracing::debug!(run_id = %run, ?ask, why, "no answer");
+            }
+            Answer::Declined(code) => {
+                said.declined += 1;
+                // It had ended meanwhile, or cannot be forked there. Nothing else makes sense to somebody who has a run.
+                if !["run_closed", "fork_invalid"].contains(&code.as_str()) {
+                    let subject = format!("{} of run {run}: {code}", ask.text());
+                    self.findings.push(Finding::new("request", "a request was declined for a wrong reason", subject));
+                }
+                return false;
+            }
+        }
+        matches!(answer, Answer::Acknowledged)
+    }
+
+    /// Looks which of the known runs have ended, or never were. What cannot be seen now is seen later.
+    async fn forget_closed(&mut self) {
+        let open: Vec<Uuid> = self.known.iter().filter(|k| !k.closed).map(|k| k.run.0).collect();
+        let look = sqlx::query_scalar("select run_id from runs where run_id = any($1) and closed_at is null")
+            .bind(&open)
+            .fetch_all(&self.pool);
+        let Ok(Ok(still)) = tokio::time::timeout(PATIENCE, look).await else { return };
+        let still: BTreeSet<Uuid> = still.into_iter().collect();
+        self.known.iter_mut().filter(|k| open.contains(&k.run.0)).for_each(|k| k.closed = !still.contains(&k.run.0));
+    }
+
+    /// After the faults: answers and resumes everything that waits, until all is closed or kept. What is left, in words.
+    pub(super) async fn settle_all(&mut self) -> Vec<String> {
+        self.forget_closed().await;
+        let mut left = Vec::new();
+        for i in 0..self.known.len() {
+            let (run, kept) = (self.known[i].run, self.known[i].kept);
+            if self.known[i].closed {
+                continue;
+            }
+            let view = match self.client.describe(run).await {
+                Ok(view) => view,
+                Err(error) => {
+                    left.push(format!("run {run}: {error}"));
+                    continue;
+                }
+            };
+            let waits: Vec<String> = view.waiting.iter().map(|w| format!("{w:?}")).collect();
+            let live: Vec<&str> = view.live.iter().map(|l| l.path.as_str()).collect();
+            if view.status.as_str() == "paused" {
+                self.tell(Ask::Resume, i).await;
+            } else if !kept && !self.known[i].signalled {
+                self.tell(Ask::Signal, i).await;
+            } else if kept && view.live.is_empty() && waits.iter().all(|w| w.starts_with("Signal")) && !waits.is_empty()
+            {
+                continue;
+            }
+            left.push(format!("run {run} is {}, waits for {waits:?}, live {live:?}", view.status.as_str()));
+        }
+        left
+    }
+}
+
+fn of<T>(done: Result<T, Error>) -> Answer {
+    match done {
+        Ok(_) => Answer::Acknowledged,
+        // It moved meanwhile: ask again.
+        Err(error @ (Error::Sql(_) | Error::LeaseLost)) => Answer::Unknown(error.to_string()),
+        Err(error) => Answer::Declined(error.code().to_owned()),
+    }
+}
+
+async fn of_rest(response: reqwest::Response) -> Answer {
+    let status = response.status();
+    if status.is_success() {
+        return Answer::Acknowledged;
+    }
+    let body: Value = response.json().await.unwrap_or_default();
+    let code = body["code"].as_str().unwrap_or("no code").to_owned();
+    match (status.as_u16(), code.as_str()) {
+        (429 | 503, _) => Answer::Unknown(code),
+        _ => Answer::Declined(code),
+    }
+}
