@@ -147,13 +147,13 @@ pub(crate) async fn load(conn: &mut PgConnection, run: RunId) -> Result<Loaded> 
 /// # Errors
 /// Those of the statements.
 pub(crate) async fn load_all(conn: &mut PgConnection, runs: &[RunId]) -> Result<HashMap<RunId, Result<Loaded>>> {
-    // `offset 0` keeps the planner at one look into the key's index for each.
+    // As in `transitions`: the planner is not told how many there are.
     let rows = sqlx::query(
-        "select r.* from unnest($1::smallint[], $2::uuid[]) k(shard, run_id)
-         cross join lateral (select run_id, workflow, workflow_id, definition, status, owner, epoch, seq, inbox_n, inbox_seen, queue,
-                attributes, topic, parent_run_id, parent_path, depth, priority, lane, inputs, cursor, cursor_seq, output, failure, started_at,
-                closed_at, forked_from, forked_seq, imported_at
-              from runs r where r.shard = k.shard and r.run_id = k.run_id offset 0) r",
+        "select r.run_id, workflow, workflow_id, definition, status, owner, epoch, seq, inbox_n, inbox_seen, queue, attributes, topic,
+                parent_run_id, parent_path, depth, priority, lane, inputs, cursor, cursor_seq, output, failure, started_at, closed_at,
+                forked_from, forked_seq, imported_at
+         from unnest((select $1::smallint[]), (select $2::uuid[])) k(shard, run_id)
+         join runs r on r.shard = k.shard and r.run_id = k.run_id",
     )
     .bind(runs.iter().map(|run| run.shard()).collect::<Vec<i16>>())
     .bind(runs.iter().map(|run| run.0).collect::<Vec<_>>())
@@ -171,9 +171,9 @@ pub(crate) async fn load_all(conn: &mut PgConnection, runs: &[RunId]) -> Result<
     }
     if !long.is_empty() {
         let found = sqlx::query(
-            "select h.* from unnest($1::smallint[], $2::uuid[], $3::bigint[], $4::bigint[]) k(shard, run_id, after, upto)
-             cross join lateral (select run_id, seq, format, events from history h where h.shard = k.shard and h.run_id = k.run_id
-                                   and h.seq > k.after and h.seq <= k.upto order by h.seq offset 0) h",
+            "select h.run_id, h.seq, h.format, h.events
+             from unnest((select $1::smallint[]), (select $2::uuid[]), (select $3::bigint[]), (select $4::bigint[])) k(shard, run_id, after, upto)
+             join history h on h.shard = k.shard and h.run_id = k.run_id and h.seq > k.after and h.seq <= k.upto order by h.seq",
         )
         .bind(long.iter().map(|run| run.shard()).collect::<Vec<i16>>())
         .bind(long.iter().map(|run| run.0).collect::<Vec<_>>())

@@ -12,7 +12,7 @@ use loopwright_engine::{
     transaction,
     view::RunStatus,
 };
-use serde_json::{Value, json};
+use serde_json::json;
 
 const WIDTH: usize = 60;
 
@@ -192,7 +192,7 @@ async fn a_short_run_sleeps_closes_and_is_read_without_a_written_state() {
     // Another worker goes on with it, from its history alone.
     worker.drain(GRACE).await;
     let worker = bench.worker_with(LONG, 4).await;
-    let signal = Signal { name: "go".into(), payload: Value::Null, dedupe_id: None, sender: None };
+    let signal = Signal { name: "go".into(), payload: json!({"text": "now"}), dedupe_id: None, sender: None };
     assert!(bench.client.signal(run, signal).await.expect("sent"));
     let view = bench.closed(run).await;
     assert_eq!(view.status, RunStatus::Completed);
