@@ -376,6 +376,8 @@ type Claimed = (RunId, i64, i32);
 async fn claim(shared: &Shared, queues: &[String], looks: &mut Looks, limit: usize) -> Result<Vec<Claimed>> {
     let whole = looks.whole.is_due();
     let (since, began) = (looks.since.filter(|_| !whole), Instant::now());
+    // Before the look: what comes in while the runs are being taken is not in it.
+    let asked = shared.clock.now();
     let look = store::ready::due(&shared.pool, queues, since, most(limit)).await?;
     let order = shared.turns().order(look.due);
     let claimed = take(shared, &order, limit).await?;
@@ -387,7 +389,7 @@ async fn claim(shared: &Shared, queues: &[String], looks: &mut Looks, limit: usi
         let taken: HashSet<RunId> = claimed.iter().map(|(run, ..)| *run).collect();
         let left = order.iter().filter(|due| !taken.contains(&due.run)).map(|due| due.due_at).min();
         let upto = if claimed.len() < limit { None } else { left };
-        looks.since = Some(upto.unwrap_or_else(|| shared.clock.now()) - pace::LATE);
+        looks.since = Some(upto.unwrap_or(asked) - pace::LATE);
     }
     Ok(claimed)
 }
