@@ -5,6 +5,7 @@ use super::report::{Finding, Said};
 use fastrand::Rng;
 use loopwright_engine::{
     Error,
+    admission::Admission,
     client::{At, Client, Fork, Start},
     ids::{DefinitionHash, RunId},
 };
@@ -194,6 +195,7 @@ impl Traffic {
             attributes: json!({ "user_id": self.user.id }),
             queue: String::new(),
             topic: None,
+            admission: Admission::default(),
         };
         let client = self.client.clone();
         let acknowledged = self.settle(Ask::Start, run, async || of(client.start(start.clone()).await)).await;
@@ -208,7 +210,14 @@ impl Traffic {
             return;
         }
         let at = At::Seq(self.rng.u64(1..=view.seq));
-        let fork = Fork { run_id: Some(run), at, inputs: Map::new(), definition: None, reason: "chaos".into() };
+        let fork = Fork {
+            run_id: Some(run),
+            at,
+            inputs: Map::new(),
+            attributes: None,
+            definition: None,
+            reason: "chaos".into(),
+        };
         let client = self.client.clone();
         let acknowledged = self.settle(Ask::Fork, run, async || of(client.fork(of_run, fork.clone()).await)).await;
         self.made(run, false, acknowledged);
