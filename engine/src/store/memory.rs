@@ -213,7 +213,7 @@ impl Memory {
 
     /// [`super::runs::start`] without a business key, of a priority and a lane. False if the run is there already.
     pub(crate) fn start(&mut self, run: RunId, workflow: &str, queue: &str, turn: (i16, i32), inputs: Value) -> bool {
-        self.insert(run, workflow, queue, turn, inputs, None, 0)
+        self.insert(run, workflow, queue, turn, inputs, None)
     }
 
     /// [`super::runs::start`] of a run with a group. `None` if the run is there already.
@@ -239,7 +239,7 @@ impl Memory {
             self.arrivals.insert(group.group.clone(), n - 1);
             return Some(Arrival::Refused);
         }
-        self.insert(run, workflow, "default", turn, inputs, None, 0);
+        self.insert(run, workflow, "default", turn, inputs, None);
         let seat = Seat { group: group.group.clone(), n, places: group.limit, place };
         self.seats.insert(run, seat);
         if place.is_some() {
@@ -289,6 +289,7 @@ impl Memory {
         self.seats.keys().filter(|run| held_back(run) && cancelled(run)).copied().collect()
     }
 
+    /// `parent` comes with the depth of this run.
     fn insert(
         &mut self,
         run: RunId,
@@ -296,8 +297,7 @@ impl Memory {
         queue: &str,
         (priority, lane): (i16, i32),
         inputs: Value,
-        parent: Option<RunId>,
-        depth: i32,
+        parent: Option<(RunId, i32)>,
     ) -> bool {
         if self.runs.contains_key(&run) {
             return false;
@@ -314,8 +314,8 @@ impl Memory {
             queue: queue.to_owned(),
             cursor: None,
             cursor_seq: 0,
-            parent,
-            depth,
+            parent: parent.map(|(parent, _)| parent),
+            depth: parent.map_or(0, |(_, depth)| depth),
             priority,
             lane,
             inputs,
@@ -392,7 +392,7 @@ impl Memory {
         for item in &accepted {
             for Child { run_id, workflow, queue, inputs, depth, .. } in &item.effects.children {
                 let turn = self.runs.get(&item.run_id).map_or((3, 0), |r| (r.priority, r.lane));
-                self.insert(*run_id, workflow, queue, turn, inputs.clone(), Some(item.run_id), *depth);
+                self.insert(*run_id, workflow, queue, turn, inputs.clone(), Some((item.run_id, *depth)));
             }
             for child in &item.effects.cancelled_children {
                 self.post(&Post::new(*child, Kind::Cancel, "", json!("its parent was cancelled")));

@@ -247,7 +247,7 @@ async fn effects(conn: &mut PgConnection, seen: &[Shown], found: &mut Vec<Findin
     }
     for ((run, path), Committed { attempt, answer }) in &committed {
         let sight = usize::try_from(answer.n).ok().and_then(|n| seen.get(n.checked_sub(1)?));
-        if !sight.is_some_and(|s| (s.run, &s.path, s.attempt) == (*run, path, *attempt)) || answer.attempt != *attempt {
+        if sight.is_none_or(|s| (s.run, &s.path, s.attempt) != (*run, path, *attempt)) || answer.attempt != *attempt {
             found.push(Finding::new(
                 "effect",
                 "what was committed is no sight of the recorder",

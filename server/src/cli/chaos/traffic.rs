@@ -186,7 +186,7 @@ impl Traffic {
             return;
         }
         let run = RunId::new();
-        let kept = chosen % 8 == 0 && self.known.iter().filter(|k| k.kept).count() < KEPT_MAX;
+        let kept = chosen.is_multiple_of(8) && self.known.iter().filter(|k| k.kept).count() < KEPT_MAX;
         let start = Start {
             run_id: Some(run),
             definition: self.definition,
