@@ -46,6 +46,10 @@ pub(crate) async fn arrive(
     refuses: bool,
 ) -> Result<Arrival> {
     let Some(group) = place else {
+        if not_before.is_none() {
+            admit(conn, run).await?;
+            return Ok(Arrival::Admitted);
+        }
         insert(conn, run, None, not_before).await?;
         return Ok(Arrival::Waits);
     };
