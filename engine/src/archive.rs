@@ -307,6 +307,7 @@ mod tests {
             steps: vec![],
             finally: vec![],
             outputs: BTreeMap::new(),
+            queries: BTreeMap::new(),
             extras: Value::Null,
         };
         let now: DateTime<Utc> = "2026-11-25T12:00:00Z".parse().expect("instant");

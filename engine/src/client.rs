@@ -3,6 +3,7 @@
 mod archive;
 mod fork;
 mod pause;
+mod query;
 mod update;
 
 pub use archive::Export;

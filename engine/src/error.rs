@@ -29,6 +29,10 @@ pub enum Error {
     UpdateNotFound(String, String),
     #[error("run {run} has not answered update `{id}` yet: {why}; ask again with the same id")]
     UpdatePending { run: String, id: String, why: &'static str },
+    #[error("the run's workflow has no query `{name}`; {}", listed(.names))]
+    QueryNotFound { name: String, names: Vec<String> },
+    #[error("query `{name}` cannot be answered now: {}: {}", .failure.code, .failure.message)]
+    QueryFailed { name: String, failure: crate::Failure },
     #[error("run {0} does not wait for an approval `{1}`")]
     ApprovalNotWaiting(String, String),
     #[error("no schedule `{0}`")]
@@ -72,6 +76,8 @@ impl Error {
             Self::SignalInvalid(_) => "signal_invalid",
             Self::UpdateNotFound(..) => "update_not_found",
             Self::UpdatePending { .. } => "update_pending",
+            Self::QueryNotFound { .. } => "query_not_found",
+            Self::QueryFailed { .. } => "query_failed",
             Self::ApprovalNotWaiting(..) => "approval_not_waiting",
             Self::ScheduleNotFound(_) => "schedule_not_found",
             Self::ScheduleExists(_) => "schedule_exists",
@@ -86,6 +92,15 @@ impl Error {
             Self::Sql(_) => "database",
         }
     }
+}
+
+/// The queries that there are.
+fn listed(names: &[String]) -> String {
+    if names.is_empty() {
+        return "it has none".into();
+    }
+    let names: Vec<String> = names.iter().map(|n| format!("`{n}`")).collect();
+    format!("it has {}", names.join(", "))
 }
 
 /// Shorthand for the engine's results.
@@ -115,7 +130,7 @@ mod tests {
             .filter_map(|(_, r)| r.split('"').next())
             .map(str::to_owned)
             .collect();
-        assert_eq!(codes.len(), 24, "{codes:?}");
+        assert_eq!(codes.len(), 26, "{codes:?}");
         assert_eq!(listed("Errors"), codes);
     }
 

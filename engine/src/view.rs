@@ -115,6 +115,17 @@ pub struct Updated {
     pub answer: Answer,
 }
 
+/// What a query says.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Queried {
+    pub name: String,
+    pub result: Value,
+    /// Of the run, when it was asked.
+    pub status: RunStatus,
+    /// The run's transitions that it has seen.
+    pub seq: u64,
+}
+
 /// An attempt that runs now.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LiveAttempt {

@@ -35,6 +35,7 @@ const TOP: &[&str] = &[
     "steps",
     "finally",
     "outputs",
+    "queries",
 ];
 /// Defaults and limits of the language, in milliseconds.
 const RUN_TIMEOUT_MS: u64 = 7 * 86_400_000;
@@ -43,6 +44,8 @@ const EXECUTIONS: u32 = 10_000;
 const EXECUTIONS_MAX: u32 = 100_000;
 /// Largest budget of a run, in credits: in micro-credits it is far from the end of 64 bits.
 const BUDGET_CREDITS_MAX: u32 = 1_000_000_000;
+/// Queries of a workflow. As many as outputs.
+const QUERIES_MAX: usize = 32;
 /// Attempts of a `uses` step whose retry policy says nothing.
 const USES_ATTEMPTS: u32 = 3;
 
@@ -131,6 +134,7 @@ pub(crate) fn document(root: &Node, files: &Bundle, catalog: &Catalog, sink: &mu
     });
     let sink = steps.sink;
     let outputs = map_of_data(top.get("outputs"), &after, sink);
+    let queries = queries(&top, after, sink);
     let definition = Definition {
         format: FORMAT,
         name,
@@ -142,6 +146,7 @@ pub(crate) fn document(root: &Node, files: &Bundle, catalog: &Catalog, sink: &mu
         steps: body,
         finally: finally.unwrap_or_default(),
         outputs,
+        queries,
         extras,
     };
     if let Some(triggers) = triggers {
@@ -149,6 +154,30 @@ pub(crate) fn document(root: &Node, files: &Bundle, catalog: &Catalog, sink: &mu
     }
     bound::check(&definition, limit, top.key_span("steps"), sink);
     Some(definition)
+}
+
+/// What may be asked of a run at any time: a step that is read may not have begun.
+fn queries(top: &Fields<'_>, mut scope: Scope, sink: &mut Sink) -> BTreeMap<String, Data> {
+    let Some(node) = top.get("queries") else { return BTreeMap::new() };
+    scope.any_time = true;
+    let queries = map_of_data(Some(node), &scope, sink);
+    if queries.len() > QUERIES_MAX {
+        sink.error("WF422", node.span, &node.path, format!("at most {QUERIES_MAX} queries"));
+    }
+    if let Content::Map(entries) = &node.kind {
+        for (key, value) in entries.iter().filter(|(key, _)| !is_id(&key.name)) {
+            let message = format!("`{}` is no name of a query", key.name);
+            let help = "lower-case letters, digits and underscores, at most 40, starting with a letter";
+            sink.error_help("WF203", value.span, &value.path, message, help);
+        }
+    }
+    queries
+}
+
+fn is_id(text: &str) -> bool {
+    text.len() <= 40
+        && text.starts_with(|c: char| c.is_ascii_lowercase())
+        && text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
 }
 
 fn is_name(text: &str) -> bool {

@@ -32,6 +32,8 @@ pub(crate) struct Scope {
     pub(crate) event: bool,
     /// Reading this step needs no guard here (its own `redo.if`).
     pub(crate) guarded: Option<String>,
+    /// Evaluated whenever somebody asks: no step need have ended, or begun.
+    pub(crate) any_time: bool,
 }
 
 const ROOTS: &[&str] = &["inputs", "env", "steps", "item", "index", "round", "signal", "error", "event", "run"];
@@ -211,12 +213,18 @@ impl Scope {
                 .map_or_else(|| format!("it has {}", list.join(", ")), |s| format!("did you mean `{s}`?"));
             sink.error_help("WF303", span, at, format!("no field `{name}` in the output of `{id}`"), help);
         }
+        let guarded = text.contains("has(") || text.contains("default(");
+        if self.any_time && !guarded {
+            let help = format!("guard with `has(steps.{id})` or `default(…)`");
+            let message = format!("`{id}` may not have begun, or ended, when the query is asked");
+            sink.add("WF306", Severity::Warning, span, at, message, Some(help));
+            return;
+        }
         if let Some(line) = known.conditional
             && path.get(2).is_some_and(|f| f == "output")
             && self.guarded.as_ref() != Some(id)
             && !text.contains(&format!("steps.{id}.status"))
-            && !text.contains("has(")
-            && !text.contains("default(")
+            && !guarded
         {
             let help = format!("guard with `steps.{id}.status == 'succeeded'` or `default(…)`");
             sink.add(

@@ -144,6 +144,7 @@ impl Bench {
             steps: vec![step("a", false), step("b", true), step("c", false)],
             finally: vec![],
             outputs: BTreeMap::new(),
+            queries: BTreeMap::new(),
             extras: Value::Null,
         };
         let deploy = Deploy { definition, bundle: Bundle::new(), source: String::new(), author: None, message: None };

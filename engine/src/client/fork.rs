@@ -16,7 +16,7 @@ use sqlx::PgConnection;
 use std::{cell::Cell, sync::Arc};
 
 /// History rows read at once.
-const ROWS: u32 = 500;
+pub(super) const ROWS: u32 = 500;
 
 /// Where a run branches off.
 #[derive(Clone, Debug, PartialEq, Eq)]

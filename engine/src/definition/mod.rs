@@ -38,6 +38,9 @@ pub struct Definition {
     pub finally: Vec<Step>,
     #[serde(default)]
     pub outputs: BTreeMap<String, Data>,
+    /// What may be asked of a run at any time, by name; evaluated over the body's steps, never recorded.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub queries: BTreeMap<String, Data>,
     /// Front-end data that activities read (for example model overrides); opaque to the engine.
     #[serde(default, skip_serializing_if = "Value::is_null")]
     pub extras: Value,

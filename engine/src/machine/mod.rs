@@ -12,6 +12,7 @@
 
 mod fold;
 mod fork;
+mod query;
 mod react;
 mod refusal;
 pub mod replay;
@@ -23,6 +24,7 @@ mod view;
 mod walk;
 
 pub use fork::{Fork, fork};
+pub use query::query;
 pub use refusal::Refusals;
 pub use signal::{Door, problems};
 pub use state::{Frame, Live, Message, Node, Phase, RunState};

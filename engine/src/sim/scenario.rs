@@ -84,6 +84,7 @@ fn definition(name: &str, steps: Vec<Step>, finally: Vec<Step>) -> Definition {
         steps,
         finally,
         outputs: BTreeMap::new(),
+        queries: BTreeMap::new(),
         extras: Value::Null,
     }
 }

@@ -73,6 +73,7 @@ impl Pair {
             steps: Vec::new(),
             finally: Vec::new(),
             outputs: BTreeMap::new(),
+            queries: BTreeMap::new(),
             extras: Value::Null,
         };
         let deploy = Deploy {

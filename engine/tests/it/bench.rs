@@ -292,6 +292,7 @@ pub fn definition(name: &str, steps: Vec<Step>) -> Definition {
         steps,
         finally: vec![],
         outputs: BTreeMap::new(),
+        queries: BTreeMap::new(),
         extras: Value::Null,
     }
 }

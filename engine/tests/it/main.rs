@@ -8,6 +8,7 @@ mod filter;
 mod fork;
 mod passing;
 mod pause;
+mod query;
 mod runs;
 mod schedules;
 mod update;

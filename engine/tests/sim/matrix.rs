@@ -51,6 +51,7 @@ fn definition(first: Step) -> Definition {
         steps: vec![first, work("b")],
         finally: vec![work("clean")],
         outputs: BTreeMap::new(),
+        queries: BTreeMap::new(),
         extras: Value::Null,
     }
 }

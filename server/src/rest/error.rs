@@ -56,6 +56,7 @@ codes! {
     RunClosed = "run_closed", CONFLICT, "The run is closed";
     RunQuarantined = "run_quarantined", CONFLICT, "The run is halted";
     ApprovalNotWaiting = "approval_not_waiting", CONFLICT, "No such approval waits";
+    QueryFailed = "query_failed", CONFLICT, "The query has no answer now";
     RequestInProgress = "request_in_progress", CONFLICT, "The same request is being worked on";
     BodyTooLarge = "body_too_large", PAYLOAD_TOO_LARGE, "The body is too large";
     MediaTypeUnsupported = "media_type_unsupported", UNSUPPORTED_MEDIA_TYPE, "The body must be JSON";
@@ -119,6 +120,8 @@ impl From<loopwright_engine::Error> for Error {
             E::ApprovalNotWaiting(_, step) => {
                 Self::new(Code::ApprovalNotWaiting, format!("The run does not wait for an approval `{step}` now."))
             }
+            E::QueryNotFound { .. } => Self::new(Code::NotFound, format!("{error}.")),
+            E::QueryFailed { .. } => Self::new(Code::QueryFailed, format!("{error}.")),
             E::UpdateNotFound(..) => Self::not_found("update"),
             E::UpdatePending { .. } => Self::new(Code::RequestInProgress, format!("{error}.")).retry_after(5),
             E::InputInvalid(list) | E::SignalInvalid(list) => {

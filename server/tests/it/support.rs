@@ -196,6 +196,7 @@ impl Server {
             steps,
             finally: vec![],
             outputs: BTreeMap::new(),
+            queries: BTreeMap::new(),
             extras: Value::Null,
         };
         let deploy = Deploy { definition, bundle: BTreeMap::new(), source: String::new(), author: None, message: None };

@@ -318,3 +318,25 @@ async fn a_workflow_that_calls_itself_ends_failed_at_the_depth_limit() {
     assert_eq!(rows, (0..=8).map(|depth| (depth, "failed".to_owned())).collect::<Vec<_>>());
     bench.done().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_query_tells_how_far_a_run_is() {
+    let bench = Bench::new().await;
+    let body = r#"
+steps:
+  - { id: first, set: { v: 1 } }
+  - id: hold
+    await: { signal: go, timeout: 1h }
+queries:
+  progress: { at: "${{ run.status }}", v: "${{ default(steps.first.output.v, 0) }}" }
+"#;
+    let run = bench.start(body, json!({})).await;
+    bench.waits(run).await;
+    let asked = bench.client.query(run, "progress").await.expect("answered");
+    assert_eq!(asked.result, json!({"at": "running", "v": 1}));
+    bench.signal(run, "go", json!({})).await;
+    bench.output(run).await;
+    let asked = bench.client.query(run, "progress").await.expect("answered");
+    assert_eq!(asked.result, json!({"at": "completed", "v": 1}));
+    bench.done().await;
+}

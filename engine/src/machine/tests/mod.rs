@@ -4,6 +4,7 @@
 mod edges;
 mod fork;
 mod pause;
+mod query;
 mod random;
 mod replay;
 mod tables;
@@ -61,6 +62,7 @@ fn definition(steps: Vec<Step>) -> Definition {
         steps,
         finally: Vec::new(),
         outputs: BTreeMap::new(),
+        queries: BTreeMap::new(),
         extras: Value::Null,
     }
 }
