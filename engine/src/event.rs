@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 ///
 /// - 1: the first.
 /// - 2: `run_paused`, `run_resumed`, `run_forked`.
-/// - 3: `update_accepted`, `update_rejected`, `update_completed`.
+/// - 3: `update_accepted`, `update_rejected`, `update_completed`; calls that `terminate` their children.
 pub const FORMAT: u16 = 3;
 
 /// How an attempt ended.
@@ -84,8 +84,11 @@ pub enum Opened {
         inputs: Value,
         /// Definition hash, hex.
         definition: String,
-        /// Cancelled with its parent.
+        /// Stopped with its parent: asked to cancel, if `terminate` does not say more.
         propagate: bool,
+        /// Ended at once with its parent.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        terminate: bool,
     },
 }
 
@@ -341,7 +344,10 @@ impl Event {
     #[must_use]
     pub fn format(&self) -> u16 {
         match self {
-            Self::UpdateAccepted { .. } | Self::UpdateRejected { .. } | Self::UpdateCompleted { .. } => 3,
+            Self::UpdateAccepted { .. }
+            | Self::UpdateRejected { .. }
+            | Self::UpdateCompleted { .. }
+            | Self::StepStarted { opened: Opened::Call { terminate: true, .. }, .. } => 3,
             Self::RunPaused { .. } | Self::RunResumed { .. } | Self::RunForked { .. } => 2,
             _ => 1,
         }

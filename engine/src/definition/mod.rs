@@ -153,7 +153,14 @@ pub enum Kind {
     /// Wait for a signal. Output: its payload; for an approval the collected decision.
     Await(Box<Await>),
     /// Run another workflow as a child. Output: its outputs.
-    Call { workflow: String, version: CallVersion, with: BTreeMap<String, Data>, on_cancel: OnCancel },
+    Call {
+        workflow: String,
+        version: CallVersion,
+        with: BTreeMap<String, Data>,
+        /// `on_cancel` is its first name.
+        #[serde(rename = "on_cancel")]
+        parent_close: ParentClose,
+    },
     /// End the block with a failure whose code starts with `user.`.
     Fail {
         code: String,
@@ -290,13 +297,19 @@ pub enum CallVersion {
     Hash(DefinitionHash),
 }
 
+/// What becomes of a child that is under way when its call is stopped or its parent closes, in whatever way. The first two
+/// have in definitions the words that they were given first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum OnCancel {
-    /// The child is cancelled with its parent.
-    Propagate,
-    /// The child goes on alone.
-    Detach,
+pub enum ParentClose {
+    /// It is asked to stop and cleans up; its parent waits for it, unless it is terminated itself.
+    #[serde(rename = "propagate")]
+    Cancel,
+    /// It goes on alone.
+    #[serde(rename = "detach")]
+    Abandon,
+    /// It ends at once, without its `finally`, and so do the children that it would terminate.
+    Terminate,
 }
 
 /// When and how an activity is tried again. Every count includes the first attempt.

@@ -346,8 +346,8 @@ fn open(opened: &Opened) -> Live {
             reminded: 0,
             counted: Vec::new(),
         },
-        Opened::Call { child, workflow, propagate, .. } => {
-            Live::Call { child: *child, workflow: workflow.clone(), propagate: *propagate }
+        Opened::Call { child, workflow, propagate, terminate, .. } => {
+            Live::Call { child: *child, workflow: workflow.clone(), propagate: *propagate, terminate: *terminate }
         }
     }
 }

@@ -117,6 +117,10 @@ pub enum Inbound {
     Cancel {
         reason: String,
     },
+    /// Its parent closed, and it was to end with it at once.
+    Terminate {
+        reason: String,
+    },
     Unblock,
     /// Nothing new begins until somebody resumes the run.
     Pause {
@@ -182,6 +186,10 @@ pub enum Command {
         inputs: Value,
     },
     CancelChild {
+        run_id: RunId,
+    },
+    /// A child ends at once with its call.
+    TerminateChild {
         run_id: RunId,
     },
 }

@@ -44,31 +44,35 @@ pub(super) fn react(
             attempt_ended(definition, state, &path, attempt, result, moment, decision)
         }
         Input::Messages(messages) => {
-            messages.into_iter().try_for_each(|m| message(definition, state, m, moment, decision))
+            // One of them may end the run; it hears nothing after that.
+            messages.into_iter().try_for_each(|m| {
+                if state.status.is_closed() { Ok(()) } else { message(definition, state, m, moment, decision) }
+            })
         }
         Input::Tick => Ok(()),
         Input::Several(inputs) => inputs.into_iter().try_for_each(|i| react(definition, state, i, moment, decision)),
-        Input::Terminated { reason } => {
-            for attempt in running(state) {
-                emit(state, attempt.ended(Outcome::Cancelled, Some(Failure::cancelled()), moment.now), decision)?;
-                decision.commands.push(Command::CancelAttempt { path: attempt.path });
-            }
-            decision
-                .commands
-                .extend(stop_commands(state, "").into_iter().filter(|c| matches!(c, Command::CancelChild { .. })));
-            let failure = Failure::permanent("cancelled", reason);
-            emit(
-                state,
-                Event::RunClosed {
-                    status: RunStatus::Terminated,
-                    output: None,
-                    failure: Some(failure),
-                    at: moment.now,
-                },
-                decision,
-            )
-        }
+        Input::Terminated { reason } => terminate(state, reason, moment, decision),
     }
+}
+
+/// Ends the run at once. Its children hear of it as their calls say.
+fn terminate(
+    state: &mut RunState,
+    reason: String,
+    moment: &Moment<'_>,
+    decision: &mut Decision,
+) -> Result<(), Illegal> {
+    for attempt in running(state) {
+        emit(state, attempt.ended(Outcome::Cancelled, Some(Failure::cancelled()), moment.now), decision)?;
+        decision.commands.push(Command::CancelAttempt { path: attempt.path });
+    }
+    state.visit_live(&mut |_, node| {
+        if let (Some(live), false) = (&node.live, node.stopping) {
+            decision.commands.extend(stop_child(live));
+        }
+    });
+    let failure = Some(Failure::permanent("cancelled", reason));
+    emit(state, Event::RunClosed { status: RunStatus::Terminated, output: None, failure, at: moment.now }, decision)
 }
 
 fn start(
@@ -322,6 +326,7 @@ fn message(
             }
             emit(state, Event::RunResumed { reason, by, halted, at: moment.now }, decision)
         }
+        Inbound::Terminate { reason } => terminate(state, reason, moment, decision),
         Inbound::Cancel { reason } => {
             // Who wants the run to stop wants its cleanup, too.
             if state.status == RunStatus::Paused {
@@ -399,11 +404,20 @@ pub(super) fn stop_commands(state: &RunState, prefix: &str) -> Vec<Command> {
             Some(Live::Activity { phase: Phase::Running { .. }, .. }) => {
                 commands.push(Command::CancelAttempt { path: path.to_owned() });
             }
-            Some(Live::Call { child, propagate: true, .. }) => commands.push(Command::CancelChild { run_id: *child }),
-            _ => {}
+            Some(live) => commands.extend(stop_child(live)),
+            None => {}
         }
     });
     commands
+}
+
+/// What a call that is stopped asks of its child.
+pub(super) fn stop_child(live: &Live) -> Option<Command> {
+    match live {
+        Live::Call { child, terminate: true, .. } => Some(Command::TerminateChild { run_id: *child }),
+        Live::Call { child, propagate: true, .. } => Some(Command::CancelChild { run_id: *child }),
+        _ => None,
+    }
 }
 
 /// Whether a step was lost too often to be tried again.

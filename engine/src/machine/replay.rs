@@ -341,7 +341,11 @@ fn input(state: &mut RunState, events: &[Event]) -> Result<(Input, usize, DateTi
         used += takes;
     }
     if let Some(reason) = closes_terminated(events) {
-        return Ok((Input::Terminated { reason }, events.len(), earliest));
+        if first.is_empty() && messages.is_empty() {
+            return Ok((Input::Terminated { reason }, events.len(), earliest));
+        }
+        // Among others it was a message; what follows from it is the same.
+        messages.push(Inbound::Terminate { reason });
     }
     if !messages.is_empty() {
         first.push(Input::Messages(messages));

@@ -154,6 +154,8 @@ pub enum Live {
         child: RunId,
         workflow: String,
         propagate: bool,
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        terminate: bool,
     },
     /// A handler runs; the failure it handles is in scope.
     Catch {

@@ -28,6 +28,8 @@ pub(super) struct RunFact {
     pub(super) seq: i64,
     pub(super) epoch: i64,
     pub(super) inbox_n: i64,
+    /// The run that called it.
+    pub(super) parent: Option<String>,
 }
 
 impl Evidence {
@@ -69,6 +71,7 @@ pub(super) fn audit(evidence: &Evidence) -> Vec<String> {
     audit_hook(evidence, &attempts, &mut findings);
     audit_acts(evidence, &attempts, &mut findings);
     audit_messages(evidence, &mut findings);
+    audit_children(evidence, &mut findings);
     findings
 }
 
@@ -227,6 +230,38 @@ fn audit_acts(evidence: &Evidence, attempts: &BTreeMap<String, Attempt>, finding
         }
         if attempts.get(id).is_none_or(|a| a.starts == 0) {
             findings.push(format!("attempt {id} ran, and no history knows of it"));
+        }
+    }
+}
+
+/// A child is there if and only if its parent's history calls it, and none outlives a call that ends it at once.
+fn audit_children(evidence: &Evidence, findings: &mut Vec<String>) {
+    let mut called = BTreeMap::new();
+    for (run, .., events) in &evidence.history {
+        for event in events.as_array().map_or(&[][..], Vec::as_slice) {
+            let opened = &event["opened"];
+            if let Some(child) = opened["child"].as_str() {
+                let place = (run.as_str(), text(event, "path"), opened["terminate"] == true);
+                called.insert(child, place);
+            }
+        }
+    }
+    let status = |id: &str| evidence.runs.iter().find(|r| r.id == id).map(|r| r.status.as_str());
+    for (child, (parent, path, terminates)) in &called {
+        match status(child) {
+            None => findings.push(format!("run {parent} calls {child} at {path}, and there is none")),
+            Some("running" | "pending" | "paused" | "cancelling")
+                if *terminates && status(parent).is_some_and(is_closed) =>
+            {
+                findings.push(format!("run {child} outlives its parent {parent}, whose {path} was to end it"));
+            }
+            Some(_) => {}
+        }
+    }
+    for run in evidence.runs.iter().filter(|r| r.parent.is_some()) {
+        let place = called.get(run.id.as_str()).map(|(parent, ..)| (*parent).to_owned());
+        if place != run.parent {
+            findings.push(format!("run {} has the parent {:?}, and {place:?} calls it", run.id, run.parent));
         }
     }
 }

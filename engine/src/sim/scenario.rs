@@ -2,8 +2,8 @@
 
 use crate::{
     definition::{
-        Approval, Await, Branch, Catch, Data, Definition, Exhausted, Expr, FORMAT, Join, Kind, OnCancel, OnItemFailure,
-        OnTimeout, RepeatCondition, RetryPolicy, Step, Timeouts, WaitUntil,
+        Approval, Await, Branch, Catch, Data, Definition, Exhausted, Expr, FORMAT, Join, Kind, OnItemFailure,
+        OnTimeout, ParentClose, RepeatCondition, RetryPolicy, Step, Timeouts, WaitUntil,
     },
     ids::DefinitionHash,
     signature::{Catalog, Signature},
@@ -108,14 +108,13 @@ fn parent() -> Definition {
         steps: vec![work("a"), work("b")],
         outputs: None,
     };
-    let call = Kind::Call {
-        workflow: CHILD.into(),
-        version: crate::definition::CallVersion::Latest,
-        with: BTreeMap::new(),
-        on_cancel: OnCancel::Propagate,
+    let call = |id: &str, parent_close| {
+        let (workflow, version, with) = (CHILD.into(), crate::definition::CallVersion::Latest, BTreeMap::new());
+        let mut call = step(id, Kind::Call { workflow, version, with, parent_close });
+        call.continue_on_error = true;
+        call
     };
-    let mut sub = step("sub", call);
-    sub.continue_on_error = true;
+    let sub = call("sub", ParentClose::Cancel);
     let branch = |name: &str, steps| Branch { name: name.into(), steps };
     let mut race = step(
         "race",
@@ -124,6 +123,8 @@ fn parent() -> Definition {
                 branch("l", vec![work("l1"), work("l2")]),
                 branch("m", vec![awaits("answer", "answer", None, OnTimeout::Default), work("m1")]),
                 branch("r", vec![sub]),
+                branch("t", vec![call("short", ParentClose::Terminate)]),
+                branch("u", vec![call("long", ParentClose::Abandon)]),
             ],
             join: Join::Settled,
             fail_fast: false,

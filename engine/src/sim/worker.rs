@@ -298,6 +298,7 @@ impl Driver {
                     inputs: inputs.clone(),
                 }),
                 Command::CancelChild { run_id } => effects.cancelled_children.push(*run_id),
+                Command::TerminateChild { run_id } => effects.terminated_children.push(*run_id),
                 Command::StartAttempt { .. } | Command::CancelAttempt { .. } => {}
             }
         }
@@ -397,7 +398,7 @@ impl Driver {
                         *stopped = true;
                     }
                 }
-                Command::StartChild { .. } | Command::CancelChild { .. } => {}
+                Command::StartChild { .. } | Command::CancelChild { .. } | Command::TerminateChild { .. } => {}
             }
         }
     }
@@ -491,8 +492,10 @@ pub(super) fn termination(library: &Library, store: &Memory, run: RunId, at: &At
     let decision = machine::decide(definition, &mut state, input, &at.of(library, 0, &Refusals::default(), 0)).ok()?;
     let mut effects = effects_of(run, row.parent, &decision.events);
     for command in &decision.commands {
-        if let Command::CancelChild { run_id } = command {
-            effects.cancelled_children.push(*run_id);
+        match command {
+            Command::CancelChild { run_id } => effects.cancelled_children.push(*run_id),
+            Command::TerminateChild { run_id } => effects.terminated_children.push(*run_id),
+            Command::StartAttempt { .. } | Command::CancelAttempt { .. } | Command::StartChild { .. } => {}
         }
     }
     Some(Item {

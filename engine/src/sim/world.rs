@@ -618,6 +618,7 @@ impl World {
                     seq: row.seq,
                     epoch: row.epoch,
                     inbox_n: row.inbox_n,
+                    parent: row.parent.map(|p| p.to_string()),
                 })
                 .collect(),
             history: rows.map(|(run, r)| (run.to_string(), r.seq, r.epoch, r.events.clone())).collect(),

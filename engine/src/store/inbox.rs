@@ -15,6 +15,7 @@ pub(crate) enum Kind {
     Resume,
     Child,
     Update,
+    Terminate,
 }
 
 impl Kind {
@@ -27,6 +28,7 @@ impl Kind {
             Self::Resume => "resume",
             Self::Child => "child",
             Self::Update => "update",
+            Self::Terminate => "terminate",
         }
     }
 }
@@ -122,6 +124,7 @@ pub(crate) async fn read(conn: &mut PgConnection, run: RunId, after: i64, up_to:
             let kind: String = row.try_get("kind")?;
             Ok(match kind.as_str() {
                 "cancel" => Inbound::Cancel { reason: payload.as_str().unwrap_or("cancelled on request").to_owned() },
+                "terminate" => Inbound::Terminate { reason: payload.as_str().unwrap_or_default().to_owned() },
                 "unblock" => Inbound::Unblock,
                 "pause" => Inbound::Pause { reason: text(&payload, "reason"), by: row.try_get("sender")? },
                 "resume" => Inbound::Resume {

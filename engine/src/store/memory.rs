@@ -281,6 +281,9 @@ impl Memory {
             for child in &item.effects.cancelled_children {
                 self.post(&Post::new(*child, Kind::Cancel, "", json!("its parent was cancelled")));
             }
+            for child in &item.effects.terminated_children {
+                self.post(&Post::new(*child, Kind::Terminate, "", json!("its parent was stopped")));
+            }
             if let Some((parent, result)) = &item.effects.parent {
                 self.post(&Post::new(*parent, Kind::Child, "", result.clone()));
             }
@@ -506,6 +509,7 @@ impl Message {
             Kind::Cancel => {
                 Inbound::Cancel { reason: self.payload.as_str().unwrap_or("cancelled on request").to_owned() }
             }
+            Kind::Terminate => Inbound::Terminate { reason: self.payload.as_str().unwrap_or_default().to_owned() },
             Kind::Unblock => Inbound::Unblock,
             Kind::Pause => Inbound::Pause { reason: "paused".into(), by: None },
             Kind::Resume => Inbound::Resume { reason: "resumed".into(), by: None, halted: None },

@@ -44,6 +44,7 @@ pub(crate) struct Effects {
     pub(crate) started: Vec<AttemptStart>,
     pub(crate) children: Vec<Child>,
     pub(crate) cancelled_children: Vec<RunId>,
+    pub(crate) terminated_children: Vec<RunId>,
     /// The parent that hears of this run's end.
     pub(crate) parent: Option<(RunId, Value)>,
 }
@@ -68,6 +69,7 @@ impl Effects {
             && self.started.is_empty()
             && self.children.is_empty()
             && self.cancelled_children.is_empty()
+            && self.terminated_children.is_empty()
             && self.parent.is_none()
     }
 }
@@ -200,6 +202,8 @@ pub(crate) async fn apply_effects(
         messages.extend(
             item.effects.cancelled_children.iter().map(|c| (*c, Kind::Cancel, json!("its parent was cancelled"))),
         );
+        let terminated = item.effects.terminated_children.iter();
+        messages.extend(terminated.map(|c| (*c, Kind::Terminate, json!("its parent was stopped"))));
         messages.extend(item.effects.parent.clone().map(|(parent, result)| (parent, Kind::Child, result)));
     }
     messages.sort_by_key(|(run, ..)| *run);

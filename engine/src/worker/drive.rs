@@ -259,6 +259,7 @@ impl Driver {
                     self.act(decision.commands, permits);
                     if !item.effects.children.is_empty()
                         || !item.effects.cancelled_children.is_empty()
+                        || !item.effects.terminated_children.is_empty()
                         || item.effects.parent.is_some()
                     {
                         self.shared.wake.notify_one();
@@ -433,6 +434,7 @@ impl Driver {
                     inputs: inputs.clone(),
                 }),
                 Command::CancelChild { run_id } => effects.cancelled_children.push(*run_id),
+                Command::TerminateChild { run_id } => effects.terminated_children.push(*run_id),
                 Command::StartAttempt { .. } | Command::CancelAttempt { .. } => {}
             }
         }
@@ -568,7 +570,7 @@ impl Driver {
                         running.token.cancel();
                     }
                 }
-                Command::StartChild { .. } | Command::CancelChild { .. } => {}
+                Command::StartChild { .. } | Command::CancelChild { .. } | Command::TerminateChild { .. } => {}
             }
         }
     }

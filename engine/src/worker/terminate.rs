@@ -111,8 +111,10 @@ async fn closing(conn: &mut PgConnection, run: RunId, reason: &str) -> Result<It
         }
     }
     for command in &decision.commands {
-        if let Command::CancelChild { run_id } = command {
-            effects.cancelled_children.push(*run_id);
+        match command {
+            Command::CancelChild { run_id } => effects.cancelled_children.push(*run_id),
+            Command::TerminateChild { run_id } => effects.terminated_children.push(*run_id),
+            Command::StartAttempt { .. } | Command::CancelAttempt { .. } | Command::StartChild { .. } => {}
         }
     }
     Ok(Item {

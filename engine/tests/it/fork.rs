@@ -7,7 +7,7 @@ use crate::{
 use loopwright_engine::{
     archive::Archive,
     client::{At, Fork},
-    definition::{CallVersion, Data, Input, Kind, OnCancel, WaitUntil},
+    definition::{CallVersion, Data, Input, Kind, ParentClose, WaitUntil},
     ids::RunId,
     view::{Origin, RunStatus},
 };
@@ -221,7 +221,7 @@ async fn children_timers_and_signals_belong_to_whoever_waits_for_them() {
         workflow: "child".into(),
         version: CallVersion::Latest,
         with: BTreeMap::new(),
-        on_cancel: OnCancel::Propagate,
+        parent_close: ParentClose::Cancel,
     };
     let parent = definition("calls", vec![step("w", Kind::Wait { until: WaitUntil::For(10) }), step("c", call)]);
     let run = bench.start(parent, json!({})).await;

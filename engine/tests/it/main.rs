@@ -3,6 +3,7 @@
 mod archive;
 mod bench;
 mod client;
+mod close;
 mod faults;
 mod filter;
 mod fork;

@@ -5,7 +5,7 @@ use loopwright_engine::{
     Error, Failure,
     client::{Decision, Signal},
     definition::{
-        Approval, Await, CallVersion, Data, Input, Kind, OnCancel, OnItemFailure, OnTimeout, Template, WaitUntil,
+        Approval, Await, CallVersion, Data, Input, Kind, OnItemFailure, OnTimeout, ParentClose, Template, WaitUntil,
     },
     view::{RunStatus, Waiting},
 };
@@ -311,7 +311,7 @@ async fn a_child_run_returns_to_its_parent() {
     bench.deploy(child).await;
     let call = |x: Value| {
         let with = BTreeMap::from([("x".to_owned(), Data::Literal(x))]);
-        Kind::Call { workflow: "child".into(), version: CallVersion::Latest, with, on_cancel: OnCancel::Propagate }
+        Kind::Call { workflow: "child".into(), version: CallVersion::Latest, with, parent_close: ParentClose::Cancel }
     };
     let mut parent = definition("parent", vec![step("c", call(json!(21)))]);
     parent.outputs.insert("y".into(), Data::Expr(e("steps.c.output.y")));

@@ -7,8 +7,8 @@ use chrono::{DateTime, Duration, TimeZone, Utc};
 use loopwright_engine::{
     Failure,
     definition::{
-        Approval, Await, CallVersion, Data, Definition, FORMAT, Kind, OnCancel, OnTimeout, RetryPolicy, Step, Timeouts,
-        WaitUntil,
+        Approval, Await, CallVersion, Data, Definition, FORMAT, Kind, OnTimeout, ParentClose, RetryPolicy, Step,
+        Timeouts, WaitUntil,
     },
     ids::{DefinitionHash, RunId},
     machine::{Command, Decision, Inbound, Input, Moment, Refusals, RunState, decide, next_due},
@@ -154,11 +154,9 @@ fn states() -> Vec<(&'static str, Place)> {
     let one = || Place::new(definition(work("a")));
     let mut queued = one();
     queued.give(started(), 0, now()).expect("legal");
-    let call = Kind::Call {
-        workflow: "child".into(),
-        version: CallVersion::Latest,
-        with: BTreeMap::new(),
-        on_cancel: OnCancel::Propagate,
+    let call = |parent_close| {
+        let (workflow, version, with) = ("child".into(), CallVersion::Latest, BTreeMap::new());
+        Place::new(definition(step("a", Kind::Call { workflow, version, with, parent_close }))).after(vec![started()])
     };
     let retryable = Failure::retryable("transient.network", "x");
     let approval = Approval { quorum: 2, fail_on_reject: true };
@@ -173,7 +171,9 @@ fn states() -> Vec<(&'static str, Place)> {
         ("timer", Place::new(definition(timer)).after(vec![started()])),
         ("await", Place::new(awaiting(None)).after(vec![started()])),
         ("approval", Place::new(awaiting(Some(approval))).after(vec![started()])),
-        ("call", Place::new(definition(step("a", call))).after(vec![started()])),
+        ("call", call(ParentClose::Cancel)),
+        ("call, terminate", call(ParentClose::Terminate)),
+        ("call, abandon", call(ParentClose::Abandon)),
         ("paused, queued", one().after(vec![started(), pause(), Input::TakenOver])),
         ("paused, running", one().after(vec![started(), pause()])),
         ("cancelling", one().after(vec![started(), cancel()])),
@@ -218,6 +218,7 @@ fn inputs(place: &Place) -> Vec<(&'static str, Input, DateTime<Utc>)> {
         ("pause", pause(), soon),
         ("resume", message(Inbound::Resume { reason: "now".into(), by: None, halted: None }), soon),
         ("cancel", cancel(), soon),
+        ("terminated by its parent", message(Inbound::Terminate { reason: "parent".into() }), soon),
         ("terminated", Input::Terminated { reason: "operator".into() }, soon),
     ]
 }

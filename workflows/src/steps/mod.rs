@@ -14,7 +14,7 @@ use crate::{
     scope::{Known, Scope, fields_of},
 };
 use loopwright_engine::{
-    definition::{Bundle, CallVersion, Catch, Data, Expr, Kind, OnCancel, Step, inputs::violations},
+    definition::{Bundle, CallVersion, Catch, Data, Expr, Kind, ParentClose, Step, inputs::violations},
     signature::Catalog,
 };
 use serde_json::Value;
@@ -373,7 +373,7 @@ impl Steps<'_> {
     }
 
     fn call(&mut self, node: &Node, scope: &Scope) -> Option<Kind> {
-        let fields = Fields::new(node, "`call`", &["workflow", "with", "on-cancel"], self.sink)?;
+        let fields = Fields::new(node, "`call`", &["workflow", "with", "on-cancel", "parent-close"], self.sink)?;
         if !fields.has("workflow") {
             let help = "for example `call: { workflow: other@3 }`";
             self.sink.error_help("WF421", node.span, &node.path, "`call` needs `workflow`", help);
@@ -412,16 +412,20 @@ impl Steps<'_> {
             let message = format!("`{workflow}` calls itself: nothing bounds how often");
             self.sink.error("WF403", span, &node.path, message);
         }
+        if let (true, Some(old)) = (fields.has("parent-close"), fields.get("on-cancel")) {
+            let message = "`on-cancel` is the old word for `parent-close`: one of them";
+            self.sink.error_help("WF102", fields.key_span("on-cancel"), &old.path, message, "remove `on-cancel`");
+        }
+        let words = [("propagate", ParentClose::Cancel), ("detach", ParentClose::Abandon)];
+        let old = fields.word("on-cancel", &words, ParentClose::Cancel, self.sink);
+        let words =
+            [("cancel", ParentClose::Cancel), ("terminate", ParentClose::Terminate), ("abandon", ParentClose::Abandon)];
+        let parent_close = fields.word("parent-close", &words, old, self.sink);
         Some(Kind::Call {
             workflow: workflow.to_owned(),
             version,
             with: map_of_data(fields.get("with"), scope, self.sink),
-            on_cancel: fields.word(
-                "on-cancel",
-                &[("propagate", OnCancel::Propagate), ("detach", OnCancel::Detach)],
-                OnCancel::Propagate,
-                self.sink,
-            ),
+            parent_close,
         })
     }
 

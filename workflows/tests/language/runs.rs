@@ -60,15 +60,15 @@ async fn a_cancel_reaches_the_child_unless_it_is_detached() {
             "steps: [{ id: w, uses: work@1, with: { gate: x } }]\nfinally: [{ id: clean, uses: work@1 }]",
         ))
         .await;
-    let parent = |how: &str| format!("steps: [{{ id: c, call: {{ workflow: child@1, on-cancel: {how} }} }}]");
-    let run = bench.start(&parent("propagate"), json!({})).await;
+    let parent = |how: &str| format!("steps: [{{ id: c, call: {{ workflow: child@1, {how} }} }}]");
+    let run = bench.start(&parent("on-cancel: propagate"), json!({})).await;
     let child = child_of(&bench, run).await;
     bench.world.arrived("x", 1).await;
     bench.client.cancel(run, "enough").await.expect("cancel");
     assert_eq!(bench.closed(run).await.status, RunStatus::Cancelled);
     assert_eq!(bench.closed(child).await.status, RunStatus::Cancelled);
     assert_eq!(bench.world.paths(), ["w", "!finally/clean"], "the child's `finally` ran, before the parent ended");
-    let run = bench.start(&parent("detach"), json!({})).await;
+    let run = bench.start(&parent("on-cancel: detach"), json!({})).await;
     let child = child_of(&bench, run).await;
     bench.world.arrived("x", 1).await;
     bench.client.cancel(run, "enough").await.expect("cancel");
@@ -338,5 +338,27 @@ queries:
     bench.output(run).await;
     let asked = bench.client.query(run, "progress").await.expect("answered");
     assert_eq!(asked.result, json!({"at": "completed", "v": 1}));
+    bench.done().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_parent_s_end_ends_its_child_as_the_call_says() {
+    let bench = Bench::new().await;
+    bench
+        .deploy(&document(
+            "child",
+            "steps: [{ id: w, uses: work@1, with: { gate: x } }]\nfinally: [{ id: clean, uses: work@1 }]",
+        ))
+        .await;
+    let calls = |how: &str| format!("steps: [{{ id: c, call: {{ workflow: child@1, parent-close: {how} }} }}]");
+    for (how, wanted) in [("cancel", RunStatus::Cancelled), ("terminate", RunStatus::Terminated)] {
+        let run = bench.start(&calls(how), json!({})).await;
+        let child = child_of(&bench, run).await;
+        bench.world.arrived("x", 1).await;
+        bench.client.cancel(run, "enough").await.expect("cancel");
+        assert_eq!(bench.closed(run).await.status, RunStatus::Cancelled);
+        assert_eq!(bench.closed(child).await.status, wanted, "{how}");
+    }
+    assert_eq!(bench.world.paths(), ["w", "!finally/clean", "w"], "a terminated child does not clean up");
     bench.done().await;
 }

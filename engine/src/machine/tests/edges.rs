@@ -70,7 +70,7 @@ pub(super) fn call_step() -> Step {
             workflow: "child".into(),
             version: crate::definition::CallVersion::Latest,
             with: BTreeMap::new(),
-            on_cancel: crate::definition::OnCancel::Propagate,
+            parent_close: crate::definition::ParentClose::Cancel,
         },
     )
 }

@@ -1,6 +1,7 @@
 //! The machine without a store: definitions are run in memory, and after every decision the recorded events are folded
 //! into a second state, which must be the same.
 
+mod close;
 mod edges;
 mod fork;
 mod pause;
@@ -84,6 +85,8 @@ struct Bench {
     live: BTreeMap<String, (u32, Value)>,
     cancels: Vec<String>,
     children: Vec<RunId>,
+    /// Children that were told to end at once.
+    ended_children: Vec<RunId>,
     n: u64,
     /// What a store would hold.
     rows: Vec<crate::view::HistoryRow>,
@@ -123,6 +126,7 @@ impl Bench {
             live: BTreeMap::new(),
             cancels: Vec::new(),
             children: Vec::new(),
+            ended_children: Vec::new(),
             n: 0,
             rows: Vec::new(),
         };
@@ -193,6 +197,7 @@ impl Bench {
                 }
                 Command::CancelAttempt { path } => self.cancels.push(path),
                 Command::StartChild { run_id, .. } | Command::CancelChild { run_id } => self.children.push(run_id),
+                Command::TerminateChild { run_id } => self.ended_children.push(run_id),
             }
         }
         if self.state.status.is_closed() {
@@ -788,7 +793,7 @@ fn a_child_run_returns_its_output_or_its_failure() {
             workflow: "child".into(),
             version: crate::definition::CallVersion::Latest,
             with: BTreeMap::new(),
-            on_cancel: crate::definition::OnCancel::Propagate,
+            parent_close: crate::definition::ParentClose::Cancel,
         },
     );
     let mut run = Bench::start(definition(vec![call.clone()]));

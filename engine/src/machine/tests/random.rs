@@ -135,7 +135,11 @@ fn disturb(run: &mut Bench, random: &mut fastrand::Rng) {
         _ if random.u8(0..8) == 0 => {
             drop(run.input(Input::Messages(vec![Inbound::Cancel { reason: "enough".into() }])));
         }
-        _ if random.u8(0..30) == 0 => drop(run.input(Input::Terminated { reason: "op".into() })),
+        _ if random.u8(0..30) == 0 => {
+            let by_parent = Input::Messages(vec![Inbound::Unblock, Inbound::Terminate { reason: "parent".into() }]);
+            let by_operator = Input::Terminated { reason: "op".into() };
+            drop(run.input(if random.bool() { by_parent } else { by_operator }));
+        }
         _ => drop(run.input(Input::Tick)),
     }
 }

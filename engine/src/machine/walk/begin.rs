@@ -2,7 +2,7 @@
 
 use super::Walk;
 use crate::{
-    definition::{Expr, Kind, OnCancel, Step, WaitUntil, expr},
+    definition::{Expr, Kind, ParentClose, Step, WaitUntil, expr},
     event::{Ending, Event, Opened, StepStatus},
     failure::Failure,
     ids::RunId,
@@ -114,7 +114,7 @@ impl Walk<'_> {
                     show,
                 })]
             }),
-            Kind::Call { workflow, version, with, on_cancel } => {
+            Kind::Call { workflow, version, with, parent_close } => {
                 if self.moment.depth >= CALL_DEPTH_MAX {
                     let text = format!(
                         "`{workflow}` is not started: at most {CALL_DEPTH_MAX} runs may stand one below the other; \
@@ -141,7 +141,8 @@ impl Walk<'_> {
                         workflow: workflow.clone(),
                         inputs: Value::Object(inputs),
                         definition: definition.to_string(),
-                        propagate: *on_cancel == OnCancel::Propagate,
+                        propagate: *parent_close != ParentClose::Abandon,
+                        terminate: *parent_close == ParentClose::Terminate,
                     })]
                 })
             }

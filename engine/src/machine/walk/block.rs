@@ -7,7 +7,7 @@ use crate::{
     failure::Failure,
     machine::{
         Command, Illegal,
-        react::step_ended,
+        react::{step_ended, stop_child},
         scope::{error_value, live_children, status_name},
         state::{Branch, Ended, Frame, Live, Node, split_segment},
         timer::millis,
@@ -53,9 +53,7 @@ impl Walk<'_> {
         if idle {
             return Ok(Some(Progress::Idle));
         }
-        if let Live::Call { child, propagate: true, .. } = live {
-            commands.push(Command::CancelChild { run_id: *child });
-        }
+        commands.extend(stop_child(live));
         let failure = Failure::permanent("timeout.total", "the step took longer than its total timeout");
         Ok(Some(Progress::Emit(self.fail(step, path, failure)?)))
     }
