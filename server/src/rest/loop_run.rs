@@ -35,7 +35,7 @@ const TITLES: u64 = 100;
 
 /// How long the caller wants to wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Prefer {
+pub(super) enum Prefer {
     Wait(Duration),
     Async,
 }
@@ -223,7 +223,7 @@ async fn watch(state: &State, begun: &Begun, wait: Duration) -> Result<Task, Err
 }
 
 /// Reads `Prefer`. What is not understood is ignored, as RFC 7240 asks.
-fn prefer(call: &Call) -> Result<Prefer, Error> {
+pub(super) fn prefer(call: &Call) -> Result<Prefer, Error> {
     let mut out = Prefer::Wait(Duration::from_secs(WAIT_DEFAULT_S));
     for value in call.headers.get_all("prefer") {
         for part in value.to_str().unwrap_or_default().split([',', ';']) {

@@ -22,6 +22,7 @@ mod projects;
 mod routes;
 mod runs;
 pub mod serve;
+mod updates;
 
 pub use crate::store::projects::workflow_id;
 pub use call::Peer;

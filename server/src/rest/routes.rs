@@ -5,7 +5,7 @@ use super::{
     call::{Call, call, respond},
     credits,
     error::{Code, Error},
-    events, health, loop_run, projects, runs,
+    events, health, loop_run, projects, runs, updates,
 };
 use std::convert::Infallible;
 use uuid::Uuid;
@@ -30,6 +30,9 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("GET", "/v1/runs/{}/history"),
     ("GET", "/v1/runs/{}/events"),
     ("POST", "/v1/runs/{}/signals"),
+    ("POST", "/v1/runs/{}/updates"),
+    ("GET", "/v1/runs/{}/updates/{}"),
+    ("GET", "/v1/runs/{}/queries/{}"),
     ("POST", "/v1/runs/{}/approvals/{}"),
     ("POST", "/v1/runs/{}/cancel"),
     ("POST", "/v1/runs/{}/pause"),
@@ -115,6 +118,21 @@ fn runs(state: &State) -> BoxedFilter<(Response,)> {
         .and(c())
         .then(|id, call| respond("/v1/runs/{id}/signals", runs::signal(id, call)))
         .boxed();
+    let update = warp::path!("runs" / Uuid / "updates")
+        .and(warp::post())
+        .and(c())
+        .then(|id, call| respond("/v1/runs/{id}/updates", updates::send(id, call)))
+        .boxed();
+    let updated = warp::path!("runs" / Uuid / "updates" / String)
+        .and(warp::get())
+        .and(c())
+        .then(|id, update, call| respond("/v1/runs/{id}/updates/{update}", updates::show(id, update, call)))
+        .boxed();
+    let query = warp::path!("runs" / Uuid / "queries" / String)
+        .and(warp::get())
+        .and(c())
+        .then(|id, name, call| respond("/v1/runs/{id}/queries/{name}", updates::query(id, name, call)))
+        .boxed();
     let approve = warp::path!("runs" / Uuid / "approvals" / String)
         .and(warp::post())
         .and(c())
@@ -146,6 +164,12 @@ fn runs(state: &State) -> BoxedFilter<(Response,)> {
         .or(live)
         .unify()
         .or(signal)
+        .unify()
+        .or(update)
+        .unify()
+        .or(updated)
+        .unify()
+        .or(query)
         .unify()
         .or(approve)
         .unify()

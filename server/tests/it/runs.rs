@@ -150,12 +150,13 @@ async fn a_run_is_paused_and_resumed_by_its_owner() {
 async fn somebody_else_s_run_is_not_there() {
     let server = Server::start().await;
     let (_, run, worker) = asked(&server).await;
-    for path in ["", "/history", "/events"] {
+    for path in ["", "/history", "/events", "/updates/u", "/queries/at"] {
         let response = server.get("bob", &format!("/v1/runs/{run}{path}")).send().await.unwrap();
         problem(response, 404, "not_found").await;
     }
     for (path, body) in [
         ("signals", json!({"name": "user_message", "payload": {"text": "x"}})),
+        ("updates", json!({"name": "user_message", "payload": {"text": "x"}})),
         ("approvals/approve", json!({"decision": "approved"})),
         ("cancel", json!({})),
         ("pause", json!({})),
@@ -182,5 +183,50 @@ async fn streams_are_counted_and_end_with_the_server() {
     let reading = tokio::spawn(events(first, usize::MAX));
     tokio::time::timeout(Duration::from_secs(5), server.stop()).await.expect("an open stream does not hold it up");
     assert!(reading.await.unwrap().iter().all(|e| e.0 == "transition"));
+    worker.drain(Duration::from_secs(5)).await;
+}
+
+#[tokio::test]
+async fn an_update_is_answered_and_a_query_asked_over_rest() {
+    let server = Server::start().await;
+    let (_, run, worker) = asked(&server).await;
+    let path = format!("/v1/runs/{run}");
+    let send = |body: Value, prefer: &'static str| {
+        server.post("ann", &format!("{path}/updates"), &body).header("prefer", prefer).send()
+    };
+    let ask = |name: &str| server.get("ann", &format!("{path}/queries/{name}")).send();
+    let (status, at) = read(ask("at").await.unwrap()).await;
+    assert_eq!((status, &at["result"], &at["name"]), (200, &json!("running"), &json!("at")));
+    let body = problem(ask("nothing").await.unwrap(), 404, "not_found").await;
+    assert!(body["detail"].as_str().unwrap().contains("`at`"), "{body}");
+
+    let wrong = json!({"name": "user_message", "payload": {"text": 5}, "id": "u0"});
+    let (status, answer) = read(send(wrong.clone(), "wait=30").await.unwrap()).await;
+    assert_eq!((status, &answer["status"], &answer["id"]), (200, &json!("rejected"), &json!("u0")), "{answer}");
+    assert!(answer["problems"][0].is_string());
+    let right = json!({"name": "user_message", "payload": {"text": "blue"}, "id": "u1"});
+    let wanted = json!({"id": "u1", "status": "completed", "result": {"text": "blue"}});
+    assert_eq!(read(send(right.clone(), "wait=30").await.unwrap()).await, (200, wanted.clone()));
+    assert_eq!(read(send(right, "respond-async").await.unwrap()).await, (200, wanted.clone()));
+    let shown = server.get("ann", &format!("{path}/updates/u1")).send().await.unwrap();
+    assert_eq!(read(shown).await, (200, wanted));
+    problem(server.get("ann", &format!("{path}/updates/u9")).send().await.unwrap(), 404, "not_found").await;
+    problem(send(json!({"name": "x", "id": "a b"}), "wait=1").await.unwrap(), 422, "input_invalid").await;
+    // No step takes it any more; it is told where to ask.
+    let late = server
+        .post("ann", &format!("{path}/updates"), &json!({"name": "user_message", "payload": {"text": "red"}}))
+        .header("idempotency-key", "k1")
+        .header("prefer", "respond-async")
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(late.status(), 202);
+    assert_eq!(late.headers()["location"], format!("{path}/updates/k1").as_str());
+    assert_eq!(read(late).await.1["status"], "pending");
+    server.client().terminate(run.parse().unwrap(), "enough").await.unwrap();
+    let (status, failed) = read(server.get("ann", &format!("{path}/updates/k1")).send().await.unwrap()).await;
+    assert_eq!((status, &failed["failure"]["code"]), (200, &json!("update.unanswered")), "{failed}");
+    assert_eq!(read(ask("at").await.unwrap()).await.1["result"], "terminated");
+    problem(send(json!({"name": "user_message"}), "wait=1").await.unwrap(), 409, "run_closed").await;
     worker.drain(Duration::from_secs(5)).await;
 }

@@ -5,7 +5,9 @@ use loopwright_engine::{
     Failure,
     activity::{Activity, Context, Registry},
     client::Deploy,
-    definition::{Approval, Await, Definition, FORMAT, Input, Kind, OnTimeout, RetryPolicy, Step, Template, Timeouts},
+    definition::{
+        Approval, Await, Data, Definition, Expr, FORMAT, Input, Kind, OnTimeout, RetryPolicy, Step, Template, Timeouts,
+    },
     embedded::testing,
     hook::{NoHook, TransitionHook},
     migrate::Migration,
@@ -196,7 +198,7 @@ impl Server {
             steps,
             finally: vec![],
             outputs: BTreeMap::new(),
-            queries: BTreeMap::new(),
+            queries: BTreeMap::from([("at".to_owned(), Data::Expr(Expr("run.status".into())))]),
             extras: Value::Null,
         };
         let deploy = Deploy { definition, bundle: BTreeMap::new(), source: String::new(), author: None, message: None };

@@ -1,6 +1,7 @@
 //! `loopwright run`: for whoever operates this installation, over all users.
 
 mod archive;
+mod ask;
 mod flow;
 
 use super::{Context, print, table};
@@ -75,6 +76,8 @@ enum Command {
         comment: Option<String>,
     },
     #[command(flatten)]
+    Ask(ask::Command),
+    #[command(flatten)]
     Flow(flow::Command),
     /// Write a run with its history, definition and checkpoints to standard output
     Export { run: RunId },
@@ -116,9 +119,12 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<u8> {
         return archive::replay(target, definition.as_deref(), context).await;
     }
     let app = context.open().await?;
-    let done = act(args.command, &app, json).await;
+    let done = match args.command {
+        Command::Ask(command) => ask::act(command, &app, json).await,
+        command => act(command, &app, json).await.map(|()| 0),
+    };
     app.close().await;
-    done.map(|()| 0)
+    done
 }
 
 async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<()> {
@@ -188,7 +194,7 @@ async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<()> {
         Command::Flow(command) => flow::act(command, app, json).await,
         Command::Export { run } => archive::export(run, app).await,
         Command::Import { file } => archive::import(&file, app, json).await,
-        Command::Replay { .. } => anyhow::bail!("`replay` is done before a database is opened"),
+        Command::Replay { .. } | Command::Ask(_) => anyhow::bail!("this command is carried out elsewhere"),
         Command::Cancel { run, reason } => {
             client.cancel(run, &reason).await?;
             print(json, &serde_json::json!({"status": "cancelling"}), |_| "Asked to stop.".into())
