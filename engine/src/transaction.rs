@@ -1,9 +1,8 @@
 //! Transactions of Postgres, begun so that nobody can leave one open by being dropped.
 
-use crate::{
-    Error, Result,
-    store::{is_transient, retry_pause},
-};
+pub use crate::store::is_transient;
+
+use crate::{Error, Result, store::retry_pause};
 use sqlx::{PgConnection, PgPool, Postgres, Transaction};
 use std::pin::Pin;
 
