@@ -1,10 +1,9 @@
 //! Transactions of Postgres, so that nobody leaves one open, neither a caller that is dropped nor a host that vanishes, and each
 //! is done once although the answer to a COMMIT may be lost.
 
-use crate::{
-    Error, Result,
-    store::{is_transient, retry_pause},
-};
+pub use crate::store::is_transient;
+
+use crate::{Error, Result, store::retry_pause};
 use sqlx::{PgConnection, PgPool, Postgres, Transaction, postgres::PgConnectOptions};
 use std::{pin::Pin, time::Duration};
 

@@ -30,7 +30,7 @@ pub(crate) const WAKE_CHANNEL: &str = "loopwright_ready";
 const TRANSACTION_TRIES: u32 = 5;
 
 /// Whether the same statement may be sent again: the connection or the server is at fault, not what was sent.
-pub(crate) fn is_transient(error: &sqlx::Error) -> bool {
+pub fn is_transient(error: &sqlx::Error) -> bool {
     match error {
         // A connection that broke in the middle of an answer shows as a protocol error.
         sqlx::Error::Io(_)

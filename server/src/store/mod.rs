@@ -11,6 +11,7 @@ pub mod telegram;
 pub mod users;
 
 use loopwright_activities::billing::{MicroCredits, ledger::LedgerError};
+use loopwright_engine::transaction::is_transient;
 use sqlx::PgPool;
 
 /// Most rows of a page.
@@ -56,12 +57,8 @@ impl From<LedgerError> for Error {
 
 impl From<sqlx::Error> for Error {
     fn from(error: sqlx::Error) -> Self {
-        match error {
-            sqlx::Error::PoolTimedOut | sqlx::Error::Io(_) | sqlx::Error::PoolClosed => {
-                Self::Unavailable(error.to_string())
-            }
-            other => Self::Broken(other.to_string()),
-        }
+        // A server that stops, starts or has run out of something says so by a code, on a connection that stands.
+        if is_transient(&error) { Self::Unavailable(error.to_string()) } else { Self::Broken(error.to_string()) }
     }
 }
 
@@ -82,5 +79,23 @@ impl<T> Page<T> {
         items.truncate(limit);
         let next_cursor = if more { items.last().map(cursor) } else { None };
         Self { items, next_cursor }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Error;
+    use loopwright_engine::embedded::testing::database;
+
+    #[tokio::test]
+    async fn a_session_that_the_server_ends_is_unavailable_and_a_wrong_statement_is_ours() {
+        let pool = database(&[]).await;
+        let error = async |statement: &'static str| {
+            Error::from(sqlx::query(statement).execute(&pool).await.expect_err("refused"))
+        };
+        let ended = error("select pg_terminate_backend(pg_backend_pid())").await;
+        assert!(matches!(ended, Error::Unavailable(_)), "{ended}");
+        let wrong = error("select nothing from nowhere").await;
+        assert!(matches!(wrong, Error::Broken(_)), "{wrong}");
     }
 }

@@ -99,7 +99,7 @@ impl Postgres {
     async fn restart(&mut self) -> anyhow::Result<()> {
         if let Some(server) = self.server.take() {
             if let Ok(pid) = i32::try_from(server.pid()) {
-                // SAFETY: a child of ours that its keeper has not waited for, or has: then there is none of that id yet.
+                // SAFETY: our own child; its keeper reaps it after its end only, and that is what we bring about here.
                 unsafe { libc::kill(pid, libc::SIGQUIT) };
             }
             // The keeper waits for it, and takes care that nobody else does.
