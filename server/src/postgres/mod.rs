@@ -14,6 +14,11 @@ const POOL_MAX: u32 = 20;
 /// Longest wait for a connection. Chosen, not measured.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long a connection is trusted without a question: it was asked when it came back to the pool. Whoever takes one that
+/// broke since then gets an error; after a restart of the server all have been idle for longer. A question each time would be a
+/// round trip more for every transition.
+const TRUSTED: Duration = Duration::from_secs(1);
+
 /// Whether the embedded Postgres may stand in when no database is configured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fallback {
@@ -67,8 +72,19 @@ pub async fn open(config: &Config, fallback: Fallback) -> Result<Database, Error
     reach(&options)
         .await
         .map_err(|reason| Error::Unreachable { address: redact(&url).into_owned(), reason: one_line(&reason) })?;
-    let pool =
-        PgPoolOptions::new().max_connections(POOL_MAX).acquire_timeout(ACQUIRE_TIMEOUT).connect_lazy_with(options);
+    let pool = PgPoolOptions::new()
+        .max_connections(POOL_MAX)
+        .acquire_timeout(ACQUIRE_TIMEOUT)
+        .test_before_acquire(false)
+        .before_acquire(|connection, meta| {
+            Box::pin(async move {
+                if meta.idle_for >= TRUSTED {
+                    connection.ping().await?;
+                }
+                Ok(true)
+            })
+        })
+        .connect_lazy_with(options);
     Ok(Database { pool, url, server })
 }
 

@@ -115,6 +115,23 @@ async fn the_command_line_works_on_a_configured_database() {
     assert!(["database", "schema", "clock", "data"].iter().all(|n| state(n) == "ok"), "{doctor}");
 }
 
+/// Half a minute, most of it sleep: a lease must end and timers must come due.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_bench_measures_with_workers_that_are_this_program() {
+    let pool = testing::database(&[]).await;
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = loopwright(dir.path());
+    command.env("DATABASE_URL", testing::url(&pool)).args(["bench", "--percent", "1"]);
+    let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+    let text = text(&output);
+    assert_eq!(output.status.code(), Some(0), "{text}");
+    for figure in ["transitions/s", "WAL per step", "a sequential step", "lag of timers", "kill -9", "NOT DURABLE"] {
+        assert!(text.contains(figure), "{figure}: {text}");
+    }
+    let lost = text.lines().find(|line| line.starts_with("steps lost or done twice")).unwrap();
+    assert!(lost.contains("reached: none"), "{lost}");
+}
+
 /// A definition that needs no activity.
 const SMALL: &str = "dsl: 1
 name: small
