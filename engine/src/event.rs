@@ -151,7 +151,7 @@ pub enum Event {
         attempt_id: AttemptId,
         activity: String,
         outcome: Outcome,
-        #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
         output: Option<Value>,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         failure: Option<Failure>,
@@ -185,7 +185,7 @@ pub enum Event {
         path: String,
         index: usize,
         status: StepStatus,
-        #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
         output: Option<Value>,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         failure: Option<Failure>,
@@ -194,7 +194,7 @@ pub enum Event {
         path: String,
         branch: String,
         status: StepStatus,
-        #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
         output: Option<Value>,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         failure: Option<Failure>,
@@ -249,7 +249,7 @@ pub enum Event {
         path: String,
         n: u64,
         id: String,
-        #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
         result: Option<Value>,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         failure: Option<Failure>,
@@ -272,7 +272,7 @@ pub enum Event {
     StepEnded {
         path: String,
         status: StepStatus,
-        #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
         output: Option<Value>,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         failure: Option<Failure>,
@@ -331,7 +331,7 @@ pub enum Event {
     RunClosed {
         /// `completed`, `failed`, `cancelled` or `terminated`.
         status: crate::view::RunStatus,
-        #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
         output: Option<Value>,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         failure: Option<Failure>,
@@ -342,6 +342,12 @@ pub enum Event {
 /// What is not said is the default: and takes no room in every row of a history.
 pub(crate) fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
+}
+
+/// Reads a value that is there, `null` or not: an `Option` takes `null` for nothing, and a step whose output is null would have
+/// none after its run was loaded again.
+pub(crate) fn present<'de, D: serde::Deserializer<'de>>(stored: D) -> Result<Option<Value>, D::Error> {
+    Value::deserialize(stored).map(Some)
 }
 
 impl Event {
@@ -369,6 +375,24 @@ pub fn format_of(events: &[Event]) -> u16 {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn a_null_that_was_given_comes_back_as_one() {
+        let ended = |output: Value| {
+            let mut said =
+                json!({"type": "step_ended", "path": "a", "status": "succeeded", "at": "2026-11-25T10:00:00Z"});
+            said.as_object_mut().expect("object").extend(output.as_object().expect("object").clone());
+            let event: Event = serde_json::from_value(said).expect("an event");
+            let again: Event = serde_json::from_value(serde_json::to_value(&event).expect("json")).expect("an event");
+            assert_eq!(again, event);
+            match event {
+                Event::StepEnded { output, .. } => output,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(ended(json!({"output": null})), Some(Value::Null));
+        assert_eq!(ended(json!({})), None);
+    }
 
     /// Rows of earlier releases say the defaults; they mean the same and are read for ever.
     #[test]

@@ -135,7 +135,7 @@ pub struct Input {
     pub schema: Value,
     #[serde(default)]
     pub required: bool,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "crate::event::present", skip_serializing_if = "Option::is_none")]
     pub default: Option<Value>,
 }
 

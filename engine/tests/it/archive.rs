@@ -10,7 +10,7 @@ use loopwright_engine::{
     ids::RunId,
     view::RunStatus,
 };
-use serde_json::{Map, json};
+use serde_json::{Map, Value, json};
 use std::time::Duration;
 
 const GRACE: Duration = Duration::from_secs(10);
@@ -77,6 +77,22 @@ async fn a_run_is_decided_again_as_it_was_and_another_definition_is_told_from_it
     // A history that somebody has touched.
     sqlx::query("update history set events = events - 0 where seq = 1").execute(&bench.pool).await.expect("sql");
     assert_eq!(bench.client.replay(run, None).await.expect_err("broken").code(), "invariant");
+    worker.drain(GRACE).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_step_that_gives_null_has_an_output_also_after_its_run_was_loaded_again() {
+    let bench = Bench::new().await;
+    bench.script(|_, _| async { Ok(Value::Null) });
+    let worker = bench.worker().await;
+    let nap = step("nap", Kind::Wait { until: WaitUntil::For(30) });
+    let last = work("last", &[("was", Data::Expr(e("has(steps.first.output) && steps.first.output == null")))]);
+    let run = bench.start(definition("null", vec![work("first", &[]), nap, last]), json!({})).await;
+    assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
+    assert_eq!(bench.client.replay(run, None).await.expect("folds").divergence, None);
+    let rows = bench.client.history(run, 0, 100).await.expect("history");
+    let opened = rows.iter().flat_map(|row| &row.events).find(|e| e["path"] == "last" && e["type"] == "step_started");
+    assert_eq!(opened.expect("begun")["opened"]["input"], json!({"was": true}));
     worker.drain(GRACE).await;
 }
 

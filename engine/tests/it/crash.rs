@@ -8,7 +8,7 @@ use futures_util::{StreamExt, stream};
 use loopwright_engine::{
     Error,
     client::Signal,
-    definition::{Await, CallVersion, Definition, Kind, OnCancel, OnTimeout, WaitUntil},
+    definition::{Await, CallVersion, Definition, Kind, OnTimeout, ParentClose, WaitUntil},
     embedded::testing::url,
     ids::RunId,
     testing::CRASH_POINTS,
@@ -73,12 +73,13 @@ fn everything(name: &str) -> Definition {
         on_timeout: OnTimeout::Fail,
         default: None,
         approval: None,
+        reply: None,
     };
     let call = Kind::Call {
         workflow: "inner".into(),
         version: CallVersion::Latest,
         with: BTreeMap::new(),
-        on_cancel: OnCancel::Propagate,
+        parent_close: ParentClose::Cancel,
     };
     all.steps.insert(0, step("nap", Kind::Wait { until: WaitUntil::For(200) }));
     all.steps.push(step("question", Kind::Await(Box::new(question))));

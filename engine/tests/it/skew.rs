@@ -77,6 +77,7 @@ fn timed() -> Definition {
         on_timeout: OnTimeout::Default,
         default: Some(Data::Literal(json!("nobody"))),
         approval: None,
+        reply: None,
     };
     let mut again = work("again", &[]);
     again.retry.delay_ms = 700;
