@@ -227,7 +227,7 @@ impl Client {
             Box::pin(async move { client.signal_in(conn, run, signal).await })
         })
         .await?;
-        crate::committer::crash_point("signal.after_commit");
+        crate::committer::crash_point("send.after_commit");
         self.wake().await;
         Ok(stored)
     }
@@ -239,14 +239,14 @@ impl Client {
             return Err(Error::TooLarge { what: "the payload", actual: size, limit: PAYLOAD_BYTES_MAX });
         }
         let open = self.open(conn, run).await?;
-        crate::committer::crash_point("signal.after_open");
+        crate::committer::crash_point("send.after_open");
         let pinned = store::definitions::load(conn, open.definition).await?;
         let problems = machine::problems(&pinned.definition, &signal.name, &signal.payload, machine::Door::Signal);
         if !problems.is_empty() {
             return Err(Error::SignalInvalid(problems));
         }
         let stored = self.send(conn, run, &signal).await?;
-        crate::committer::crash_point("signal.before_commit");
+        crate::committer::crash_point("send.before_commit");
         Ok(stored)
     }
 
