@@ -51,7 +51,7 @@ enum Role {
 impl Role {
     fn of(point: &str) -> Self {
         match point.split('.').next() {
-            Some("signal") => Self::Sender,
+            Some("send") => Self::Sender,
             Some("terminate") => Self::Operator,
             _ if point.ends_with("_rollback") => Self::Refused,
             _ => Self::Worker,
