@@ -51,6 +51,9 @@ pub enum Error {
     LeaseLost,
     #[error("the run was refused: {reason}: {message}")]
     Refused { reason: String, message: String },
+    /// Nothing is wrong with it: a worker of that release goes on with it.
+    #[error("{0} was written by a newer release: bring this program up to it")]
+    NewerRelease(String),
     #[error("invariant broken: {0}")]
     Invariant(String),
     #[error("expression: {0}")]
@@ -89,6 +92,7 @@ impl Error {
             Self::TooLarge { .. } => "too_large",
             Self::LeaseLost => "lease_lost",
             Self::Refused { .. } => "refused",
+            Self::NewerRelease(_) => "newer_release",
             Self::Invariant(_) => "invariant",
             Self::Expression(_) => "expression",
             #[cfg(feature = "runtime")]
@@ -133,7 +137,7 @@ mod tests {
             .filter_map(|(_, r)| r.split('"').next())
             .map(str::to_owned)
             .collect();
-        assert_eq!(codes.len(), 27, "{codes:?}");
+        assert_eq!(codes.len(), 28, "{codes:?}");
         assert_eq!(listed("Errors"), codes);
     }
 

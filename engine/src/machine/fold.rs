@@ -15,6 +15,7 @@ pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
     if state.status.is_closed() {
         return Err(Illegal("an event after the end of the run".into()));
     }
+    state.format = state.format.max(event.format());
     match event {
         Event::RunStarted { inputs, env, calls, at, deadline } => {
             if state.status != RunStatus::Pending {

@@ -18,6 +18,9 @@ use std::collections::BTreeMap;
 pub struct RunState {
     pub run_id: RunId,
     pub status: RunStatus,
+    /// The newest vocabulary among the events that it was folded from: a release that does not know it may not go on from here.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub format: u16,
     pub inputs: Value,
     pub env: BTreeMap<String, Value>,
     /// Where the definition's `call`s led when the run started, by `name@version` as written.
@@ -212,6 +215,7 @@ impl RunState {
         Self {
             run_id,
             status: RunStatus::Pending,
+            format: 0,
             inputs: Value::Null,
             env: BTreeMap::new(),
             calls: BTreeMap::new(),

@@ -353,7 +353,9 @@ impl Pair {
             }
             90..=92 => {
                 let (epoch, _) = self.fence(run);
-                let answer = runs::give_back(&self.pool, run, worker, epoch).await.expect("give back");
+                let answer = runs::give_back(&self.pool, run, worker, epoch, std::time::Duration::from_secs(1))
+                    .await
+                    .expect("give back");
                 let here = self.memory.give_back(run, worker, epoch);
                 // It is due in a second, which may pass on one of them before it is looked at.
                 self.pass(1).await;

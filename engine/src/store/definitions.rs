@@ -73,15 +73,13 @@ pub(crate) async fn load(conn: &mut PgConnection, hash: DefinitionHash) -> Resul
         .fetch_optional(conn)
         .await?
         .ok_or_else(|| Error::DefinitionNotFound(hash.to_string()))?;
-    let definition: Definition = serde_json::from_value(row.try_get::<Value, _>("ir")?)
-        .map_err(|e| Error::DefinitionInvalid(format!("stored definition {hash}: {e}")))?;
-    if definition.format > crate::definition::FORMAT {
-        return Err(Error::DefinitionInvalid(format!(
-            "definition {hash} has format {}, this program knows up to {}: use a newer release",
-            definition.format,
-            crate::definition::FORMAT
-        )));
+    let ir: Value = row.try_get("ir")?;
+    // Before it is read: a newer release's may not be readable at all.
+    if let Some(format) = ir["format"].as_u64().filter(|format| *format > u64::from(crate::definition::FORMAT)) {
+        return Err(Error::NewerRelease(format!("definition {hash} (format {format})")));
     }
+    let definition: Definition =
+        serde_json::from_value(ir).map_err(|e| Error::DefinitionInvalid(format!("stored definition {hash}: {e}")))?;
     let Json(bundle) = row.try_get::<Json<Bundle>, _>("bundle")?;
     let mut calls = false;
     definition.walk(&mut |step| calls |= matches!(step.kind, Kind::Call { .. }));

@@ -17,7 +17,7 @@ async fn queue(pool: &PgPool, key: &str, n: i32, priority: i16, timed: bool, ago
     .bind(ago)
     .execute(pool)
     .await
-    .unwrap();
+    .expect("test");
 }
 
 fn by_key(due: &[Due], keys: &[&str]) -> BTreeMap<String, usize> {
@@ -31,9 +31,9 @@ async fn pages(pool: &PgPool, sql: &str, since: Option<DateTime<Utc>>, more: &[i
     for n in more {
         query = query.bind(*n);
     }
-    let plan: Value = query.fetch_one(pool).await.unwrap();
+    let plan: Value = query.fetch_one(pool).await.expect("sql");
     let plan = &plan[0]["Plan"];
-    plan["Shared Hit Blocks"].as_i64().unwrap() + plan["Shared Read Blocks"].as_i64().unwrap()
+    plan["Shared Hit Blocks"].as_i64().expect("pages") + plan["Shared Read Blocks"].as_i64().expect("pages")
 }
 
 #[tokio::test]
@@ -45,10 +45,10 @@ async fn a_key_with_100_000_runs_does_not_hide_a_key_with_one() {
         queue(&pool, &format!("parked-{n}"), 200, 3, true, -3_600).await;
     }
     queue(&pool, "small", 1, 3, false, 1).await;
-    sqlx::query("analyze ready").execute(&pool).await.unwrap();
+    sqlx::query("analyze ready").execute(&pool).await.expect("sql");
     let queues = ["default".to_owned()];
     for limit in [1, 256] {
-        let look = due(&pool, &queues, None, limit).await.unwrap();
+        let look = due(&pool, &queues, None, limit).await.expect("sql");
         assert!(!look.all);
         assert_eq!(by_key(&look.due, &["small", "big"])["small"], 1, "limit {limit}");
         let order = Turns::default().order(look.due);
@@ -57,7 +57,7 @@ async fn a_key_with_100_000_runs_does_not_hide_a_key_with_one() {
     // Whoever has much here already comes later, also when there is one place only.
     let mut turns = Turns::default();
     turns.took(lane("big"));
-    let look = due(&pool, &queues, None, 1).await.unwrap();
+    let look = due(&pool, &queues, None, 1).await.expect("sql");
     assert_eq!(turns.order(look.due)[0].lane, lane("small"));
 
     // Bounded: 513 rows in the window; a few descents and rows for each of five priorities. The table has 120,001 rows.
@@ -83,7 +83,7 @@ async fn a_look_at_many_lanes_begins_anywhere_and_leaves_nobody_out() {
     let queues = ["default".to_owned()];
     let mut seen = std::collections::BTreeSet::new();
     for first in (i32::MIN..=i32::MAX).step_by(1 << 25) {
-        let found = by_lane(&pool, &queues, None, 8, first).await.unwrap();
+        let found = by_lane(&pool, &queues, None, 8, first).await.expect("sql");
         let lanes: std::collections::BTreeSet<i32> = found.iter().map(|d| d.lane).collect();
         assert!(lanes.len() >= 64 && lanes.len() <= 128, "{}", lanes.len());
         seen.extend(lanes);
@@ -98,7 +98,7 @@ async fn priorities_go_first_and_timers_that_are_over_wait_like_the_rest() {
     queue(&pool, "late", 1, 3, true, 1).await;
     queue(&pool, "urgent", 3, 1, false, 0).await;
     let queues = ["default".to_owned()];
-    let look = due(&pool, &queues, None, 16).await.unwrap();
+    let look = due(&pool, &queues, None, 16).await.expect("sql");
     let found = by_key(&look.due, &["late", "urgent", "big"]);
     assert_eq!((found["late"], found["urgent"]), (1, 3), "{found:?}");
     let order = Turns::default().order(look.due);
@@ -109,18 +109,18 @@ async fn priorities_go_first_and_timers_that_are_over_wait_like_the_rest() {
 #[tokio::test]
 async fn the_depth_of_a_queue_is_what_is_due_and_for_how_long() {
     let pool = database(MIGRATIONS).await;
-    assert_eq!(depths(&pool).await.unwrap(), []);
+    assert_eq!(depths(&pool).await.expect("test"), []);
     queue(&pool, "a", 3, 3, false, 60).await;
     queue(&pool, "b", 5, 3, true, -60).await;
     sqlx::query("insert into ready (shard, run_id, queue, timed, due_at) values (0, gen_random_uuid(), 'gpu', true, engine_now() + interval '1 hour')")
         .execute(&pool)
         .await
-        .unwrap();
-    let found = depths(&pool).await.unwrap();
+        .expect("test");
+    let found = depths(&pool).await.expect("sql");
     let seen: Vec<(&str, i64)> = found.iter().map(|d| (d.queue.as_str(), d.due)).collect();
     assert_eq!(seen, [("default", 3), ("gpu", 0)]);
     assert!((59.0..120.0).contains(&found[0].oldest_s) && found[1].oldest_s == 0.0, "{found:?}");
     // Deep is deep enough.
     queue(&pool, "a", 11_000, 3, false, 10).await;
-    assert_eq!(depths(&pool).await.unwrap()[0].due, DEPTH_MAX);
+    assert_eq!(depths(&pool).await.expect("test")[0].due, DEPTH_MAX);
 }

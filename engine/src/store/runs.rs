@@ -19,7 +19,7 @@ use crate::{
 use chrono::{DateTime, Utc};
 use serde_json::{Value, value::RawValue};
 use sqlx::{PgConnection, PgPool, Postgres, QueryBuilder, Row, postgres::PgRow, types::Json};
-use std::collections::HashMap;
+use std::{collections::HashMap, time::Duration};
 
 /// Longest search for runs. Chosen: whoever waits longer has gone.
 const LIST_TIMEOUT_MS: u32 = 10_000;
@@ -193,11 +193,22 @@ pub(crate) async fn load_all(conn: &mut PgConnection, runs: &[RunId]) -> Result<
         .collect()
 }
 
+/// What is asked of a stored state before it is read: a newer release's may not be readable at all.
+#[derive(serde::Deserialize)]
+struct Vocabulary {
+    #[serde(default)]
+    format: u16,
+}
+
 /// A row of `runs` with the rows of history after its cursor, in order.
 fn loaded(run: RunId, row: &PgRow, tail: &[PgRow]) -> Result<Loaded> {
     let (seq, cursor_seq): (i64, i64) = (row.try_get("seq")?, row.try_get("cursor_seq")?);
     let mut state = match row.try_get::<Option<Json<&RawValue>>, _>("cursor")? {
         Some(Json(cursor)) => {
+            let format = serde_json::from_str(cursor.get()).map_or(0, |Vocabulary { format }| format);
+            if format > crate::event::FORMAT {
+                return Err(Error::NewerRelease(format!("the state of run {run} (format {format})")));
+            }
             serde_json::from_str(cursor.get()).map_err(|e| Error::Invariant(format!("cursor of run {run}: {e}")))?
         }
         None => RunState::new(run),
@@ -211,7 +222,7 @@ fn loaded(run: RunId, row: &PgRow, tail: &[PgRow]) -> Result<Loaded> {
         }
         let format: i16 = row.try_get("format")?;
         if u16::try_from(format).map_or(true, |f| f > crate::event::FORMAT) {
-            return Err(wrong(format!(" was written by a newer release (format {format})")));
+            return Err(Error::NewerRelease(format!("history row {at} of run {run} (format {format})")));
         }
         let Json(events) = row.try_get::<Json<&RawValue>, _>("events")?;
         let events: Vec<Event> = serde_json::from_str(events.get()).map_err(|e| wrong(format!(": {e}")))?;
@@ -470,21 +481,22 @@ pub(crate) async fn lost(conn: &mut PgConnection, worker: WorkerId, driven: &[Ru
     Ok(rows.into_iter().map(RunId).collect())
 }
 
-/// Frees a run that its owner does not drive, read messages or not: it is due in a second. False if the run is not that
+/// Frees a run that its owner does not drive, read messages or not: it is due after `pause`. False if the run is not that
 /// owner's of that epoch any more. The epoch rises: what is still under way from here is refused.
-pub(crate) async fn give_back(pool: &PgPool, run: RunId, owner: WorkerId, epoch: i64) -> Result<bool> {
+pub(crate) async fn give_back(pool: &PgPool, run: RunId, owner: WorkerId, epoch: i64, pause: Duration) -> Result<bool> {
     let freed = sqlx::query(
         "with u as (update runs set owner = null, parked = true, epoch = epoch + 1, waiting = 'worker'
            where shard = $1 and run_id = $2 and owner = $3 and epoch = $4 and closed_at is null
            returning shard, run_id, queue, priority, lane)
          insert into ready (shard, run_id, queue, priority, lane, timed, due_at)
-           select shard, run_id, queue, priority, lane, true, engine_now() + interval '1 second' from u
+           select shard, run_id, queue, priority, lane, true, engine_now() + $5 * interval '1 millisecond' from u
          on conflict (shard, run_id) do update set due_at = least(ready.due_at, excluded.due_at)",
     )
     .bind(run.shard())
     .bind(run.0)
     .bind(owner.0)
     .bind(epoch)
+    .bind(f64::from(u32::try_from(pause.as_millis()).unwrap_or(u32::MAX)))
     .execute(pool)
     .await?;
     Ok(freed.rows_affected() == 1)

@@ -52,7 +52,9 @@ const UNOFFERED_RETRY: chrono::Duration = chrono::Duration::seconds(30);
 const STARTS_MAX: usize = 64;
 /// Longest pause while Postgres cannot be reached.
 const UNREACHABLE_PAUSE_MAX: Duration = Duration::from_secs(5);
-/// Pause between two tries to give a run back.
+/// When a run that a newer release has written is looked at again.
+const NEWER_PAUSE: Duration = Duration::from_secs(5);
+/// When a run that was given back is looked at again; also the pause between two tries to give it back.
 const GIVE_BACK_PAUSE: Duration = Duration::from_secs(1);
 
 /// A run that was claimed and is to be driven.
@@ -91,22 +93,27 @@ async fn drive(driven: &Driven, epoch: i64, loaded: Option<Result<Loaded>>, sett
         Err(Error::Sql(error)) if store::is_transient(&error) => {
             // Nothing was decided.
             tracing::warn!(run_id = %run, %error, "run cannot be driven; giving it back");
-            give_back(shared, run, epoch).await;
+            give_back(shared, run, epoch, GIVE_BACK_PAUSE).await;
+        }
+        Err(error @ Error::NewerRelease(_)) => {
+            // While workers are brought up one after the other: those that are up will come to it.
+            tracing::warn!(run_id = %run, %error, "run is left to newer workers");
+            give_back(shared, run, epoch, NEWER_PAUSE).await;
         }
         Err(error) => {
             if let Err(error) = store::runs::quarantine(&shared.pool, run, epoch, &error.to_string()).await {
                 // Whoever claims it next comes to the same end, and tries again.
                 tracing::error!(run_id = %run, %error, "run cannot be quarantined; giving it back");
-                give_back(shared, run, epoch).await;
+                give_back(shared, run, epoch, GIVE_BACK_PAUSE).await;
             }
         }
     }
 }
 
 /// Frees the run for others, however long Postgres is away. Returns when it is not ours any more.
-async fn give_back(shared: &Shared, run: RunId, epoch: i64) {
+async fn give_back(shared: &Shared, run: RunId, epoch: i64, pause: Duration) {
     while !shared.fenced.is_cancelled() {
-        match store::runs::give_back(&shared.pool, run, shared.id, epoch).await {
+        match store::runs::give_back(&shared.pool, run, shared.id, epoch, pause).await {
             // True: it is free. False: an earlier sending had freed it, or somebody took it.
             Ok(_) => return,
             Err(error) => tracing::warn!(run_id = %run, %error, "run cannot be given back yet"),

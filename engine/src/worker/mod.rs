@@ -307,7 +307,7 @@ async fn give_back_strays(shared: &Shared, suspects: &HashSet<(RunId, i64)>) -> 
     }
     for (run, epoch) in found.iter().filter(|stray| suspects.contains(stray)) {
         crash_point("strays.after_look");
-        if store::runs::give_back(&shared.pool, *run, shared.id, *epoch).await? {
+        if store::runs::give_back(&shared.pool, *run, shared.id, *epoch, Duration::from_secs(1)).await? {
             crash_point("strays.after_give_back");
             tracing::warn!(run_id = %run, "run had an owner and no driver; given back");
             metrics::counter!("loopwright_runs_stray_total").increment(1);

@@ -88,6 +88,41 @@ async fn every_golden_history_is_imported_and_shows_what_it_did() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_of_a_newer_release_is_left_to_its_workers_and_the_others_go_on() {
+    let bench = Bench::new().await;
+    let worker = bench.worker().await;
+    let nap = || vec![step("nap", Kind::Wait { until: WaitUntil::For(60_000) }), work("a", &[])];
+    let newer = [
+        ("update history set format = 900 where run_id = $1", "update history set format = 1 where run_id = $1"),
+        (
+            "update runs set cursor = '{\"format\": 900, \"unheard\": \"of\"}', cursor_seq = seq where run_id = $1",
+            "update runs set cursor = null, cursor_seq = 0 where run_id = $1",
+        ),
+    ];
+    for (n, (write, take_back)) in newer.into_iter().enumerate() {
+        let run = bench.start(definition(&format!("newer{n}"), nap()), json!({})).await;
+        bench.until(run, "naps", |v| !v.waiting.is_empty()).await;
+        let execute = async |sql: &'static str| {
+            sqlx::query(sql).bind(run.0).execute(&bench.pool).await.expect("sql");
+        };
+        execute(write).await;
+        execute("update ready set due_at = engine_now() where run_id = $1").await;
+        // Claimed and given back: the epoch has risen twice, and nobody has set it aside.
+        let epochs =
+            "select coalesce(max(epoch), 0) from runs where closed_at is null and owner is null and status = 'running'";
+        crate::faults::reaches(&bench.pool, epochs, 3).await;
+        let refused = bench.client.describe(run).await.expect_err("not ours to read");
+        assert_eq!(refused.code(), "newer_release", "{refused}");
+        let other = bench.start(definition("other", vec![work("a", &[])]), json!({})).await;
+        assert_eq!(bench.closed(other).await.status, RunStatus::Completed);
+        execute(take_back).await;
+        bench.client.terminate(run, "seen").await.expect("readable again");
+    }
+    worker.drain(Duration::from_secs(10)).await;
+    bench.audit().await;
+}
+
 fn events(stored: &[Value]) -> Vec<Event> {
     stored.iter().map(|event| serde_json::from_value(event.clone()).expect("event")).collect()
 }

@@ -20,9 +20,9 @@ async fn start(bench: &Bench, definition: DefinitionHash, user: &str, priority: 
         attributes: json!({ "user_id": user }),
         queue: String::new(),
         topic: None,
-        admission: Admission { priority: Priority::new(priority).unwrap(), ..Admission::default() },
+        admission: Admission { priority: Priority::new(priority).expect("a priority"), ..Admission::default() },
     };
-    bench.client.start(start).await.unwrap().run_id
+    bench.client.start(start).await.expect("started").run_id
 }
 
 /// Attempts write down whose they are and wait at the gate.
@@ -33,7 +33,7 @@ fn noted(bench: &Bench, gate: &Gate) -> Arc<Mutex<Vec<String>>> {
         let (notes, gate) = (notes.clone(), gate.clone());
         async move {
             let user = ctx.info().attributes["user_id"].as_str().unwrap_or_default().to_owned();
-            notes.lock().unwrap().push(user);
+            notes.lock().expect("lock").push(user);
             gate.pass().await;
             Ok(json!({}))
         }

@@ -136,6 +136,11 @@ impl From<loopwright_engine::Error> for Error {
                 Self::new(Code::BodyTooLarge, format!("{what} is {actual} bytes; the limit is {limit}."))
             }
             E::Sql(error) => store::Error::from(error).into(),
+            E::NewerRelease(_) => {
+                tracing::error!(%error, "this process is older than the data");
+                Self::new(Code::Unavailable, "A newer release works on this; this server is being brought up.")
+                    .retry_after(30)
+            }
             E::RunImported(_) => Self::new(Code::RunClosed, "The run was imported and can only be read."),
             other @ (E::DefinitionNotFound(_)
             | E::RunExists(_)

@@ -264,9 +264,13 @@ impl Stage {
                             }
                         }
                     };
-                    narrator.say(&format!("        {}", decision.as_str().replace('_', " ")));
                     let dedupe = Some(format!("demo:{path}"));
-                    self.app.client.approve(self.run, step, decision, comment, dedupe, self.sender()).await?;
+                    match self.app.client.approve(self.run, step, decision, comment, dedupe, self.sender()).await {
+                        Ok(true) => narrator.say(&format!("        {}", decision.as_str().replace('_', " "))),
+                        // Said before: the run has not read it yet, or it has read it between our look and this.
+                        Ok(false) | Err(loopwright_engine::Error::ApprovalNotWaiting(..)) => {}
+                        Err(error) => return Err(error.into()),
+                    }
                 }
                 Waiting::Blocked { message, .. } => {
                     narrator.say(&format!("        waits: {message}"));
