@@ -152,6 +152,9 @@ pub struct Client {
     hook: Arc<dyn TransitionHook>,
 }
 
+/// Said of a message that no table can hold.
+const NUL: &str = "a text holds a NUL character, which cannot be stored: take it out";
+
 impl Client {
     /// A client over a pool of a migrated database. `hook` must be the workers': [`Self::terminate`] settles through it.
     #[must_use]
@@ -443,6 +446,9 @@ impl Client {
     }
 
     async fn send(&self, conn: &mut PgConnection, run: RunId, signal: &Signal) -> Result<bool> {
+        if crate::archive::check::has_nul(&signal.payload) || signal.name.contains('\0') {
+            return Err(Error::SignalInvalid(vec![NUL.into()]));
+        }
         let message = Outgoing {
             run,
             kind: Message::Signal,

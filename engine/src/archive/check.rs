@@ -105,7 +105,8 @@ fn storable(record: &impl Serialize, at: impl IntoIterator<Item = DateTime<Utc>>
     if has_nul(&value) { Err("a text contains a NUL, which Postgres cannot hold".into()) } else { Ok(()) }
 }
 
-fn has_nul(value: &Value) -> bool {
+/// Whether a text in it holds a NUL, which no text of Postgres can.
+pub(crate) fn has_nul(value: &Value) -> bool {
     match value {
         Value::String(text) => text.contains('\0'),
         Value::Array(items) => items.iter().any(has_nul),

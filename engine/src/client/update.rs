@@ -46,7 +46,7 @@ impl Client {
     ///
     /// # Errors
     /// `update_pending` when the time is over: what was sent stays sent, ask again with the same id (the message names it);
-    /// `run_not_found`, `run_closed`, `run_quarantined`, `run_imported`, `too_large`. A rejection is an answer and no error.
+    /// `run_not_found`, `run_closed`, `run_quarantined`, `run_imported`, `too_large`, `input_invalid` for a NUL. A rejection is an answer and no error.
     /// # Transaction
     /// One statement: a message into the inbox.
     pub async fn update(&self, run: RunId, update: Update, wait: Duration) -> Result<Updated> {
@@ -54,6 +54,9 @@ impl Client {
         let size = json_len(&update.payload);
         if size > PAYLOAD_BYTES_MAX {
             return Err(Error::TooLarge { what: "the payload", actual: size, limit: PAYLOAD_BYTES_MAX });
+        }
+        if crate::archive::check::has_nul(&update.payload) || update.name.contains('\0') {
+            return Err(Error::InputInvalid(vec![super::NUL.into()]));
         }
         let mut conn = self.pool.acquire().await?;
         let key = store::inbox::update_key(&id);

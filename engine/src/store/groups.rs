@@ -79,8 +79,11 @@ pub(crate) async fn arrive(
     Ok(Arrival::Admitted)
 }
 
-/// The lowest number up to `limit` that nobody has.
+/// The lowest number up to `limit` that nobody has, if fewer than `limit` are taken: others may have come under a higher one.
 pub(crate) fn free_place(taken: &[i32], limit: u32) -> Option<i32> {
+    if taken.len() >= limit as usize {
+        return None;
+    }
     (1..=i32::try_from(limit).unwrap_or(i32::MAX)).find(|place| !taken.contains(place))
 }
 
@@ -107,10 +110,12 @@ async fn insert(
     Ok(())
 }
 
-/// Makes a run claimable that was held back. False if it is closed.
+/// Makes a run claimable that was held back. False if it is not held back any more. The epoch rises: whoever is about to end the
+/// run as one that nobody may claim is refused, and finds its place in the queue when it looks again.
 async fn admit(conn: &mut PgConnection, run: RunId) -> Result<bool> {
     let admitted = sqlx::query(
-        "with u as (update runs set admitted = true, waiting = 'worker' where shard = $1 and run_id = $2 and closed_at is null
+        "with u as (update runs set admitted = true, waiting = 'worker', epoch = epoch + 1
+                    where shard = $1 and run_id = $2 and closed_at is null and not admitted
                     returning shard, run_id, queue, priority, lane)
          insert into ready (shard, run_id, queue, priority, lane) select shard, run_id, queue, priority, lane from u
          on conflict (shard, run_id) do update set due_at = least(ready.due_at, excluded.due_at), timed = false",
@@ -176,30 +181,43 @@ pub(crate) async fn anybody_waits(pool: &PgPool) -> Result<bool> {
 }
 
 /// One pass: cancels those who must make room, ends those who were cancelled while they waited, lets in who may. Returns how
-/// many came in.
+/// many came in. What cannot be done now is logged, and holds up no other run and no other group.
 ///
 /// # Errors
-/// `database`. What was done stays done; the next pass does the rest.
+/// `database`, if it cannot be asked who waits. What was done stays done; the next pass does the rest.
 pub(crate) async fn advance(client: &Client) -> Result<usize> {
     let pool = client.pool();
     if !anybody_waits(pool).await? {
         return Ok(0);
     }
-    make_room(pool).await?;
-    end_cancelled(client).await?;
-    let mut admitted = let_in_timed(pool).await?;
+    let passes = |error: &crate::Error| tracing::warn!(%error, "runs that wait for a place are looked at again soon");
+    if let Err(error) = make_room(pool).await {
+        passes(&error);
+    }
+    if let Err(error) = end_cancelled(client).await {
+        passes(&error);
+    }
+    let mut admitted = let_in_timed(pool).await.unwrap_or_else(|error| {
+        passes(&error);
+        0
+    });
     let groups: Vec<String> = sqlx::query_scalar(
-        "select group_name from admissions where place is null and group_name is not null group by 1 order by min(n) limit $1",
+        // By chance: with more groups than a pass takes, each has its turn, however many of the others are full.
+        "select group_name from admissions where place is null and group_name is not null
+           and coalesce(not_before, '-infinity') <= engine_now() group by 1 order by random() limit $1",
     )
     .bind(PASS_MAX)
     .fetch_all(pool)
     .await?;
     for group in groups {
-        admitted += in_transaction(pool, |conn| {
+        let let_in = in_transaction(pool, |conn| {
             let group = group.clone();
             Box::pin(async move { let_in(conn, &group).await })
-        })
-        .await?;
+        });
+        match let_in.await {
+            Ok(many) => admitted += many,
+            Err(error) => passes(&error),
+        }
     }
     if admitted > 0 {
         client.wake().await;
@@ -260,22 +278,23 @@ async fn let_in_timed(pool: &PgPool) -> Result<usize> {
     .bind(PASS_MAX)
     .fetch_all(pool)
     .await?;
-    let many = due.len();
+    let mut many = 0;
     for run in due {
-        in_transaction(pool, |conn| {
+        let admitted = in_transaction(pool, |conn| {
             Box::pin(async move {
                 let run = RunId(run);
-                if admit(conn, run).await? {
+                let admitted = admit(conn, run).await?;
+                if admitted {
                     sqlx::query("delete from admissions where shard = $1 and run_id = $2")
                         .bind(run.shard())
                         .bind(run.0)
                         .execute(conn)
                         .await?;
                 }
-                Ok(())
+                Ok(admitted)
             })
-        })
-        .await?;
+        });
+        many += usize::from(admitted.await?);
     }
     Ok(many)
 }
@@ -285,17 +304,20 @@ async fn make_room(pool: &PgPool) -> Result<()> {
     let old: Vec<(uuid::Uuid, uuid::Uuid)> = sqlx::query_as(
         "select o.run_id, w.run_id from
            (select distinct on (group_name) group_name, run_id, n, places, on_conflict from admissions
-            where place is null and group_name is not null order by group_name, n desc) w
-         cross join lateral (select run_id from admissions a where a.group_name = w.group_name and a.n < w.n
+            where place is null and group_name is not null and coalesce(not_before, '-infinity') <= engine_now()
+            order by group_name, n desc) w
+         cross join lateral (select shard, run_id from admissions a where a.group_name = w.group_name and a.n < w.n
                              order by a.n desc offset w.places - 1) o
-         where w.on_conflict = 'cancel-running' order by o.run_id limit $1",
+         where w.on_conflict = 'cancel-running' and not exists (
+           select from inbox i where i.shard = o.shard and i.run_id = o.run_id and i.dedupe_id = 'concurrency:' || w.run_id)
+         order by o.run_id limit $1",
     )
     .bind(PASS_MAX)
     .fetch_all(pool)
     .await?;
     for (run, newer) in old {
         let payload = json!(format!("run {newer} of the same concurrency group takes its place"));
-        // Each pass says it again as long as it is there; it hears it once.
+        // Two passes at once may both say it; it hears it once.
         let id = format!("concurrency:{newer}");
         let message = Outgoing {
             run: RunId(run),
@@ -311,12 +333,13 @@ async fn make_room(pool: &PgPool) -> Result<()> {
     Ok(())
 }
 
-/// Ends the runs that were cancelled while they waited. They have begun nothing, so there is nothing to clean up.
+/// Ends the runs that were cancelled, or told to end with their parent, while they waited. They have begun nothing, so there is nothing to clean up.
 async fn end_cancelled(client: &Client) -> Result<()> {
     let cancelled: Vec<uuid::Uuid> = sqlx::query_scalar(
         "select a.run_id from admissions a join runs r on r.shard = a.shard and r.run_id = a.run_id
          where a.place is null and r.inbox_n > r.inbox_seen and not r.admitted
-           and exists (select from inbox i where i.shard = r.shard and i.run_id = r.run_id and i.kind = 'cancel') limit $1",
+           and exists (select from inbox i where i.shard = r.shard and i.run_id = r.run_id and i.kind in ('cancel', 'terminate'))
+         order by random() limit $1",
     )
     .bind(PASS_MAX)
     .fetch_all(client.pool())
@@ -324,7 +347,7 @@ async fn end_cancelled(client: &Client) -> Result<()> {
     for run in cancelled {
         match client.terminate(RunId(run), "cancelled before there was a place for it").await {
             Ok(()) | Err(crate::Error::RunClosed(_) | crate::Error::LeaseLost) => {}
-            Err(error) => return Err(error),
+            Err(error) => tracing::warn!(%run, %error, "a run that was cancelled while it waited cannot be ended"),
         }
     }
     Ok(())

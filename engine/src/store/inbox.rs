@@ -71,7 +71,8 @@ pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Res
               seen as (select 1 from inbox i join target t using (shard, run_id) where $6::text is not null and i.dedupe_id = $6),
               u as (update runs r set inbox_n = r.inbox_n + 1 from target t
                     where r.shard = t.shard and r.run_id = t.run_id and not exists (select from seen)
-                    returning r.shard, r.run_id, r.inbox_n, r.seq, r.queue, r.priority, r.lane, r.parked and r.admitted as wakes),
+                    returning r.shard, r.run_id, r.inbox_n, r.seq, r.queue, r.priority, r.lane, 
+                              r.parked and r.admitted and r.status <> 'quarantined' as wakes),
               m as (insert into inbox (shard, run_id, n, kind, name, payload, dedupe_id, sender, run_seq)
                     select shard, run_id, inbox_n, $3, $4, $5, $6, $7, seq from u
                     on conflict on constraint inbox_dedupe_key do nothing returning 1),
@@ -152,13 +153,16 @@ pub(crate) async fn read(conn: &mut PgConnection, run: RunId, after: i64, up_to:
                     sender: row.try_get("sender")?,
                     at: row.try_get("sent_at")?,
                 },
-                _ => Inbound::Signal {
+                "signal" => Inbound::Signal {
                     n: u64::try_from(row.try_get::<i64, _>("n")?).unwrap_or(0),
                     name: row.try_get("name")?,
                     payload,
                     sender: row.try_get("sender")?,
                     at: row.try_get("sent_at")?,
                 },
+                other => {
+                    return Err(crate::Error::NewerRelease(format!("a message to run {run} (kind `{other}`)")));
+                }
             })
         })
         .collect()

@@ -243,6 +243,9 @@ impl Memory {
         let seat = Seat { group: group.group.clone(), n, places: group.limit, place };
         self.seats.insert(run, seat);
         if place.is_some() {
+            if let Some(row) = self.runs.get_mut(&run) {
+                row.epoch += 1;
+            }
             return Some(Arrival::Admitted);
         }
         self.ready.remove(&run);
@@ -274,6 +277,7 @@ impl Memory {
             }
             if let Some(row) = self.runs.get_mut(&run) {
                 row.admitted = true;
+                row.epoch += 1;
             }
             self.queue(run, self.now);
             taken.push(place);
@@ -284,7 +288,9 @@ impl Memory {
 
     /// Those that were cancelled while they waited, as [`super::groups::advance`] finds them.
     pub(crate) fn cancelled_before(&self) -> Vec<RunId> {
-        let cancelled = |run: &RunId| self.inbox.get(run).into_iter().flatten().any(|m| m.kind == Kind::Cancel);
+        let cancelled = |run: &RunId| {
+            self.inbox.get(run).into_iter().flatten().any(|m| [Kind::Cancel, Kind::Terminate].contains(&m.kind))
+        };
         let held_back = |run: &RunId| self.runs.get(run).is_some_and(|r| !r.admitted && !r.closed);
         self.seats.keys().filter(|run| held_back(run) && cancelled(run)).copied().collect()
     }
@@ -442,7 +448,7 @@ impl Memory {
         if self.mutant == Some(Mutant::WakesHeldBack) {
             row.admitted = true;
         }
-        if row.parked && !held_back && self.mutant != Some(Mutant::SleepsOn) {
+        if row.parked && row.status != "quarantined" && !held_back && self.mutant != Some(Mutant::SleepsOn) {
             self.queue(post.run, self.now);
         }
         Sent::Stored

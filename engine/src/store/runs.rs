@@ -509,9 +509,9 @@ pub(crate) async fn give_back(pool: &PgPool, run: RunId, owner: WorkerId, epoch:
 pub(crate) async fn seize(conn: &mut PgConnection, run: RunId) -> Result<bool> {
     let seized: Option<i32> = sqlx::query_scalar(
         "with u as (update runs set epoch = epoch + 1, owner = null, parked = true
-           where shard = $1 and run_id = $2 and closed_at is null and imported_at is null returning shard, run_id, queue, priority, lane, admitted),
+           where shard = $1 and run_id = $2 and closed_at is null and imported_at is null returning shard, run_id, queue, priority, lane, admitted, status),
               q as (insert into ready (shard, run_id, queue, priority, lane, timed, due_at)
-                    select shard, run_id, queue, priority, lane, true, engine_now() + interval '30 seconds' from u where admitted
+                    select shard, run_id, queue, priority, lane, true, engine_now() + interval '30 seconds' from u where admitted and status <> 'quarantined'
                     on conflict (shard, run_id) do update set due_at = greatest(ready.due_at, excluded.due_at))
          select 1 from u",
     )

@@ -190,6 +190,56 @@ async fn a_child_and_a_fork_wait_for_a_place_too() {
 }
 
 #[tokio::test]
+async fn a_child_that_waits_for_the_place_of_its_parent_ends_with_it() {
+    for parent_close in [ParentClose::Cancel, ParentClose::Terminate] {
+        let bench = Bench::new().await;
+        bench.deploy(grouped("child", 1, OnConflict::Queue)).await;
+        let call =
+            Kind::Call { workflow: "child".into(), version: CallVersion::Latest, with: BTreeMap::new(), parent_close };
+        let mut parent = grouped("parent", 1, OnConflict::Queue);
+        parent.steps = vec![step("sub", call)];
+        let hash = bench.deploy(parent).await;
+        let worker = bench.worker_with(LONG, 8).await;
+        let parent = start(&bench, hash).await;
+        let held = "select count(*) from runs where parent_run_id is not null and not admitted";
+        crate::faults::reaches(&bench.pool, held, 1).await;
+        bench.client.cancel(parent, "enough").await.expect("sent");
+        assert_eq!(bench.closed(parent).await.status, RunStatus::Cancelled, "{parent_close:?}");
+        worker.drain(GRACE).await;
+        bench.audit().await;
+    }
+}
+
+#[tokio::test]
+async fn the_last_place_under_a_lower_limit_stays_empty_until_enough_have_left() {
+    let bench = Bench::new().await;
+    let hash = bench.deploy(definition("shared", vec![work("a", &[])])).await;
+    let admission = |limit| {
+        let place = Place { group: "shared".into(), limit, on_conflict: OnConflict::Queue };
+        Admission { place: Some(place), ..Admission::default() }
+    };
+    let client = &bench.client;
+    let mut wide = Vec::new();
+    for _ in 0..3 {
+        wide.push(client.start(request(hash, admission(3))).await.expect("start").run_id);
+    }
+    let narrow = client.start(request(hash, admission(1))).await.expect("start").run_id;
+    let others = start(&bench, hash).await;
+    // The first place is free, two others are taken.
+    client.terminate(wide[0], "done").await.expect("ended");
+    let worker = bench.worker_with(LONG, 8).await;
+    for run in [others, wide[1], wide[2], narrow] {
+        assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
+    }
+    let order = "select array_agg(run_id order by closed_at) from runs where run_id = any($1)";
+    let ended: Vec<uuid::Uuid> =
+        sqlx::query_scalar(order).bind([wide[1].0, wide[2].0, narrow.0]).fetch_one(&bench.pool).await.expect("order");
+    assert_eq!(ended.last(), Some(&narrow.0), "it began when the others had left");
+    worker.drain(GRACE).await;
+    bench.audit().await;
+}
+
+#[tokio::test]
 async fn a_rate_spreads_starts_and_no_message_makes_one_earlier() {
     let bench = Bench::new().await;
     let hash = bench.deploy(definition("limited", vec![work("a", &[])])).await;

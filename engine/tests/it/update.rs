@@ -76,6 +76,10 @@ async fn a_caller_gets_the_answer_and_the_same_one_whenever_it_asks_again() {
     assert!(matches!(late, Error::RunClosed(_)), "{late}");
     let unknown = client.updated(run, "u3", LONG).await.expect_err("never sent");
     assert!(matches!(unknown, Error::UpdateNotFound(..)), "{unknown}");
+    for (name, payload) in [("a\0", json!({})), ("change", json!({"x": ["\0"]}))] {
+        let nul = Update { name: name.into(), payload, id: None, sender: None };
+        assert_eq!(client.update(run, nul, LONG).await.expect_err("not storable").code(), "input_invalid");
+    }
     let unknown = client.update(RunId::new(), update("u", json!({})), LONG).await.expect_err("no run");
     assert!(matches!(unknown, Error::RunNotFound(_)), "{unknown}");
     assert_eq!(events(&bench, run, "update_accepted").await, 1);
