@@ -6,7 +6,7 @@ use super::{
     ledger::{self, LedgerError},
     money::{MicroCredits, Rate},
     price,
-    returned::Returned,
+    returned::{BUDGET_HELD, CREDITS, Returned},
 };
 use crate::usage::{CallClosed, CallOpened, CallState, PlannedCall, Reserve};
 use chrono::{DateTime, Utc};
@@ -27,12 +27,6 @@ const HOLD_MIN_UCR: i64 = 10_000;
 
 /// Failure code of a run whose budget is used up: nothing that it could wait for gives it more.
 const BUDGET: &str = "budget.run";
-
-/// What a step waits for when the user has too few credits.
-pub(super) const CREDITS: &str = "credits";
-
-/// What a step waits for when others hold the rest of the budget.
-pub(super) const BUDGET_HELD: &str = "budget";
 
 /// How credits are counted.
 #[derive(Clone, Copy, Debug)]

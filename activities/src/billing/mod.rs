@@ -1,6 +1,6 @@
 //! Credits: prices, holds, the ledger, and the hook that makes them part of the engine's transactions.
 //!
-//! Arrows point one way: `money → price → ledger → hold → hook`. Nothing here knows a provider; what a call consumed
+//! Arrows point one way: `money → price → ledger → hold → hook`, and `returned → hook`. Nothing here knows a provider; what a call consumed
 //! arrives as [`crate::usage`].
 
 pub mod audit;

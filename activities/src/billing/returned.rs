@@ -1,6 +1,5 @@
 //! What an attempt has held and not used is there for the user's other runs: those that wait for it are woken.
 
-use super::hook::{BUDGET_HELD, CREDITS};
 use loopwright_engine::client::Client;
 use serde_json::json;
 use std::{
@@ -11,6 +10,12 @@ use std::{
 };
 use tokio::sync::Notify;
 use uuid::Uuid;
+
+/// What a step waits for when the user has too few credits.
+pub(super) const CREDITS: &str = "credits";
+
+/// What a step waits for when others hold the rest of the budget.
+pub(super) const BUDGET_HELD: &str = "budget";
 
 /// Between an attempt's end and the wake-up. A run that was refused at the same moment has recorded by then that it waits;
 /// one that has not looks again by itself some minutes later.

@@ -52,7 +52,7 @@ impl Host {
         std::io::Read::read_exact(holder.stdout.as_mut().unwrap(), &mut there).unwrap();
         // Short, and of this process: names of interfaces have 15 characters.
         let wire = format!("lw{}n{n}", std::process::id());
-        // A network for documentation, cut by the process's id: two test programs at once use different wires.
+        // A network for tests (RFC 2544), cut by the process's id: two test programs at once use different wires.
         let [.., high, low] = std::process::id().to_be_bytes();
         let (near, far) = (Ipv4Addr::new(198, 18, high, (low & 0b0001_1111) * 8 + n * 4 + 1), n);
         let mut octets = near.octets();
