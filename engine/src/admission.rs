@@ -17,7 +17,7 @@ pub(crate) const KEY_BYTES_MAX: usize = 200;
 const LIMIT_MAX: u32 = 1_000;
 #[cfg(feature = "runtime")]
 /// Longest period of a rate.
-const PERIOD_MS_MAX: i64 = 30 * 86_400_000;
+pub(crate) const PERIOD_MS_MAX: i64 = 30 * 86_400_000;
 
 /// How urgent a run is. Of the runs that are due, those of a smaller number are claimed first, whoever else waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

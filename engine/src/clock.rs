@@ -1,7 +1,10 @@
 //! The database's time, as this process knows it: the local clock plus an offset that every heartbeat renews.
 
 use chrono::{DateTime, Duration, SubsecRound, Utc};
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::{
+    sync::atomic::{AtomicI64, Ordering},
+    time::Instant,
+};
 
 /// Time of the database, to within a round trip. A worker whose own clock is wrong still agrees with the others.
 #[derive(Debug, Default)]
@@ -10,10 +13,16 @@ pub(crate) struct Clock {
 }
 
 impl Clock {
-    /// Takes over what the database just said.
-    pub(crate) fn set(&self, database: DateTime<Utc>) {
-        let offset = (database - local()).num_microseconds().unwrap_or(0);
-        self.offset_micros.store(offset, Ordering::Relaxed);
+    /// Takes over what the database has said in answer to a question that was asked at `asked`: it said so
+    /// half the way ago.
+    pub(crate) fn set(&self, asked: Instant, database: DateTime<Utc>) {
+        let way = Duration::from_std(asked.elapsed() / 2).unwrap_or_default();
+        self.offset_micros.store(offset_of(database + way), Ordering::Relaxed);
+    }
+    /// It is not earlier than the database has just said: what was due there is due here.
+    pub(crate) fn reach(&self, database: DateTime<Utc>) {
+        // What is cut off below a microsecond, here and in `now`, must not make it earlier.
+        self.offset_micros.fetch_max(offset_of(database) + 2, Ordering::Relaxed);
     }
     /// Now, by the database's clock, in whole microseconds as the database has them: what is stored comes back as it was.
     pub(crate) fn now(&self) -> DateTime<Utc> {
@@ -24,6 +33,10 @@ impl Clock {
     pub(crate) fn until(&self, instant: DateTime<Utc>) -> std::time::Duration {
         (instant - self.now()).to_std().unwrap_or_default()
     }
+}
+
+fn offset_of(database: DateTime<Utc>) -> i64 {
+    (database - local()).num_microseconds().unwrap_or(0)
 }
 
 /// What the clock of this machine says, right or wrong.
@@ -41,9 +54,22 @@ mod tests {
     #[test]
     fn an_instant_is_one_that_the_database_can_hold() {
         let clock = Clock::default();
-        clock.set(Utc::now() + Duration::nanoseconds(1_234_567));
+        clock.set(Instant::now(), Utc::now() + Duration::nanoseconds(1_234_567));
         for _ in 0..100 {
             assert_eq!(clock.now().timestamp_subsec_nanos() % 1_000, 0);
         }
+    }
+
+    #[test]
+    fn an_answer_that_was_long_under_way_is_old() {
+        let (clock, second) = (Clock::default(), std::time::Duration::from_secs(1));
+        let (asked, database) =
+            (Instant::now().checked_sub(second * 10).expect("uptime"), Utc::now() + Duration::hours(1));
+        clock.set(asked, database);
+        assert!(clock.now() >= database + Duration::seconds(5));
+        clock.reach(database);
+        assert!(clock.now() >= database + Duration::seconds(5), "it knew that already");
+        clock.reach(database + Duration::seconds(9));
+        assert!(clock.now() >= database + Duration::seconds(9));
     }
 }

@@ -13,10 +13,10 @@ use crate::{
         is_transient, retry_pause,
         transitions::{self, Item, Verdict},
     },
-    transaction::begin,
+    transaction::Session,
 };
 use sqlx::PgPool;
-use std::{future::Future, pin::Pin, sync::Arc};
+use std::{future::Future, io, pin::Pin, sync::Arc};
 use tokio::sync::{mpsc, oneshot};
 
 /// Most transitions of one batch. Chosen: beyond it throughput grows little and a refusal gets dearer.
@@ -59,13 +59,14 @@ impl Committer {
     pub(crate) async fn commit(&self, item: Arc<Item>) -> Answer {
         let lane = if item.effects.is_empty() { &self.plain } else { &self.effects };
         let (answer, verdict) = oneshot::channel();
-        let gone = || Broken::Unreachable(Error::Invariant("the committer has ended".into()));
+        let gone = || Broken::Unreachable(Error::Sql(sqlx::Error::WorkerCrashed));
         lane.send(Queued(item, answer)).await.map_err(|_| gone())?;
         verdict.await.map_err(|_| gone())?
     }
 }
 
 async fn lane(pool: PgPool, hook: Arc<dyn TransitionHook>, mut queue: mpsc::Receiver<Queued>) {
+    let mut session = Session::like(&pool);
     while let Some(first) = queue.recv().await {
         let mut bytes = first.0.bytes();
         let mut batch = vec![first];
@@ -74,10 +75,12 @@ async fn lane(pool: PgPool, hook: Arc<dyn TransitionHook>, mut queue: mpsc::Rece
             bytes += next.0.bytes();
             batch.push(next);
         }
+        // Runs are locked in the order of their ids, by everybody: two batches of two workers may mean the same runs.
+        batch.sort_unstable_by_key(|queued| queued.0.run_id);
         metrics::histogram!("loopwright_commit_batch_items").record(f64::from(u32::try_from(batch.len()).unwrap_or(0)));
         let (items, answers): (Vec<Arc<Item>>, Vec<_>) =
             batch.into_iter().map(|Queued(item, answer)| (item, answer)).unzip();
-        let verdicts = commit_batch(&pool, hook.as_ref(), items).await;
+        let verdicts = commit_batch(&mut session, hook.as_ref(), items).await;
         crash_point("commit.before_answers");
         for (answer, verdict) in answers.into_iter().zip(verdicts) {
             // A driver that went away does not need its verdict: whoever loads the run next sees it.
@@ -89,28 +92,26 @@ async fn lane(pool: PgPool, hook: Arc<dyn TransitionHook>, mut queue: mpsc::Rece
 /// Commits a batch, however many sendings that takes: transient errors are sent again, refused and poisonous items are
 /// set apart by halving.
 fn commit_batch<'a>(
-    pool: &'a PgPool,
+    session: &'a mut Session,
     hook: &'a dyn TransitionHook,
     items: Vec<Arc<Item>>,
 ) -> Pin<Box<dyn Future<Output = Vec<Answer>> + Send + 'a>> {
     Box::pin(async move {
         let mut tries = 0;
         let error = loop {
-            match send(pool, hook, &items).await {
+            match send(session, hook, &items).await {
                 Ok(Sent::Done(verdicts)) => return verdicts.into_iter().map(Ok).collect(),
-                Ok(Sent::Refused(refused)) => return without_refused(pool, hook, items, refused).await,
-                Err(HookError::Sql(error)) if is_transient(&error) => match retry_pause(tries) {
-                    Some(pause) => {
-                        tries += 1;
-                        tokio::time::sleep(pause).await;
-                    }
-                    None => {
-                        return items
-                            .iter()
-                            .map(|_| Err(Broken::Unreachable(Error::Invariant(error.to_string()))))
-                            .collect();
-                    }
-                },
+                Ok(Sent::Refused(refused)) => return without_refused(session, hook, items, refused).await,
+                Err(HookError::Sql(error)) if is_transient(&error) => {
+                    session.leave();
+                    let Some(pause) = retry_pause(tries) else {
+                        // One error for many who wait: of each, what may pass and why.
+                        let away = || Broken::Unreachable(Error::Sql(io::Error::other(error.to_string()).into()));
+                        return items.iter().map(|_| Err(away())).collect();
+                    };
+                    tries += 1;
+                    tokio::time::sleep(pause).await;
+                }
                 Err(error) => break error,
             }
         };
@@ -119,8 +120,8 @@ fn commit_batch<'a>(
         }
         let mut left = items;
         let right = left.split_off(left.len() / 2);
-        let mut answers = commit_batch(pool, hook, left).await;
-        answers.extend(commit_batch(pool, hook, right).await);
+        let mut answers = commit_batch(session, hook, left).await;
+        answers.extend(commit_batch(session, hook, right).await);
         answers
     })
 }
@@ -132,7 +133,7 @@ enum Sent {
 }
 
 async fn without_refused(
-    pool: &PgPool,
+    session: &mut Session,
     hook: &dyn TransitionHook,
     items: Vec<Arc<Item>>,
     refused: Vec<(usize, String, String)>,
@@ -145,26 +146,31 @@ async fn without_refused(
     }
     let rest: Vec<Arc<Item>> =
         items.into_iter().zip(&answers).filter(|(_, answer)| answer.is_none()).map(|(item, _)| item).collect();
-    let mut others = if rest.is_empty() { Vec::new() } else { commit_batch(pool, hook, rest).await }.into_iter();
+    let mut others = if rest.is_empty() { Vec::new() } else { commit_batch(session, hook, rest).await }.into_iter();
     answers
         .into_iter()
         .map(|slot| {
             slot.or_else(|| others.next())
-                .unwrap_or_else(|| Err(Broken::Unreachable(Error::Invariant("a transition without an answer".into()))))
+                .unwrap_or_else(|| Err(Broken::Poison("a transition without an answer".into())))
         })
         .collect()
 }
 
-async fn send(pool: &PgPool, hook: &dyn TransitionHook, items: &[Arc<Item>]) -> std::result::Result<Sent, HookError> {
+async fn send(
+    session: &mut Session,
+    hook: &dyn TransitionHook,
+    items: &[Arc<Item>],
+) -> std::result::Result<Sent, HookError> {
     if items.iter().all(|i| i.effects.is_empty()) {
-        let mut conn = pool.acquire().await?;
+        let conn = session.conn().await?;
         crash_point("commit.before_plain");
-        let verdicts = transitions::send(&mut conn, items).await.map_err(hook_error)?;
+        let verdicts = transitions::send(conn, items).await.map_err(hook_error)?;
         crash_point("commit.after_plain");
         return Ok(Sent::Done(verdicts));
     }
-    let mut tx = begin(pool).await?;
+    let mut tx = session.begin().await?;
     crash_point("commit.after_begin");
+    transitions::lock(&mut tx, items).await.map_err(hook_error)?;
     let verdicts = transitions::send(&mut tx, items).await.map_err(hook_error)?;
     crash_point("commit.after_transitions");
     let refused = transitions::apply_effects(&mut tx, items, &verdicts, hook).await?;

@@ -24,6 +24,7 @@ pub const MIGRATIONS: &[Migration] = &[
     QUEUES,
     UPDATES,
     ROOM,
+    TIMED,
 ];
 
 /// The columns and tables of pauses, forks and imports.
@@ -44,6 +45,10 @@ pub const UPDATES: Migration =
 /// Room in the pages of `runs`.
 pub const ROOM: Migration =
     Migration { version: 11, name: "room", sql: include_str!("../../migrations/0011_room.sql") };
+
+/// Runs whose due instant has come unnoticed.
+pub const TIMED: Migration =
+    Migration { version: 16, name: "timed", sql: include_str!("../../migrations/0016_timed.sql") };
 
 /// Why a database could not be brought to the schema of this program.
 #[derive(Debug, thiserror::Error)]

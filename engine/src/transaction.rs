@@ -4,13 +4,16 @@
 pub use crate::store::is_transient;
 
 use crate::{Error, Result, store::retry_pause};
-use sqlx::{PgConnection, PgPool, Postgres, Transaction, postgres::PgConnectOptions};
-use std::{pin::Pin, time::Duration};
+use sqlx::{ConnectOptions, Connection, PgConnection, PgPool, Postgres, Transaction, postgres::PgConnectOptions};
+use std::{pin::Pin, sync::Arc, time::Duration};
 
 /// How often Postgres is asked what became of a COMMIT that had no answer. With the pause: five seconds, in which the session
 /// that it was sent through has noticed that its client is gone.
 const ASKED_MAX: u32 = 50;
 const ASK_PAUSE: Duration = Duration::from_millis(100);
+
+/// Longest wait for a session of one's own.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What Postgres is told of every session.
 const SESSION: [(&str, &str); 4] = [
@@ -43,6 +46,42 @@ pub fn session(options: PgConnectOptions) -> PgConnectOptions {
 pub async fn begin(pool: &PgPool) -> sqlx::Result<Transaction<'static, Postgres>> {
     let pool = pool.clone();
     tokio::spawn(async move { pool.begin().await }).await.map_err(|_| sqlx::Error::WorkerCrashed)?
+}
+
+/// A session of one's own, for a task that sends the same statements for as long as it lives. Postgres plans a statement anew
+/// in each session, five times, and the large ones take it milliseconds; sqlx hands out the session that has rested the longest,
+/// so that in a pool of twenty each of them plans everything.
+///
+/// Whoever drops a future of it must drop the session as well: see [`begin`].
+pub(crate) struct Session {
+    options: Arc<PgConnectOptions>,
+    conn: Option<PgConnection>,
+}
+
+impl Session {
+    /// Connects as `pool` does, when it is first used.
+    pub(crate) fn like(pool: &PgPool) -> Self {
+        Self { options: pool.connect_options(), conn: None }
+    }
+
+    /// The connection, a new one after [`Self::leave`].
+    pub(crate) async fn conn(&mut self) -> sqlx::Result<&mut PgConnection> {
+        if self.conn.is_none() {
+            let connecting = tokio::time::timeout(CONNECT_TIMEOUT, self.options.connect());
+            return Ok(self.conn.insert(connecting.await.map_err(|_| sqlx::Error::PoolTimedOut)??));
+        }
+        self.conn.as_mut().ok_or(sqlx::Error::PoolClosed)
+    }
+
+    /// A transaction on it.
+    pub(crate) async fn begin(&mut self) -> sqlx::Result<Transaction<'_, Postgres>> {
+        self.conn().await?.begin().await
+    }
+
+    /// Leaves a connection that may be at fault: the next use connects anew.
+    pub(crate) fn leave(&mut self) {
+        self.conn = None;
+    }
 }
 
 /// Runs a closure in a transaction, again when Postgres asks for it, and commits it once.

@@ -3,6 +3,7 @@
 use super::{Client, Started, pause::checked};
 use crate::{
     Error, Result,
+    admission::Place,
     archive::check,
     definition::inputs::prepare,
     event::Event,
@@ -118,6 +119,10 @@ impl Client {
         let terminated = in_transaction(&self.pool, |conn| {
             let (decided, hook, key, reason) = (decided.clone(), self.hook.clone(), key.clone(), reason.clone());
             Box::pin(async move {
+                // Before the old run: whoever lets runs into the group holds its row and waits for runs.
+                if let Some(place) = decided.place(conn).await? {
+                    store::groups::lock(conn, &place.group).await?;
+                }
                 let text = format!("reset to transition {} as run {}: {reason}", decided.seq, decided.run);
                 let terminated = match crate::worker::terminate_in(conn, hook.as_ref(), run, &text).await {
                     Ok(()) => true,
@@ -248,13 +253,17 @@ impl Decided {
     async fn insert(&self, conn: &mut PgConnection) -> Result<bool> {
         let state = serde_json::to_value(&self.state).map_err(|e| Error::Invariant(e.to_string()))?;
         let inserted = store::forks::insert(conn, &self.row(&state)).await?;
-        if inserted && let Some(group) = store::definitions::concurrency(conn, self.definition).await? {
+        if inserted && let Some(place) = self.place(conn).await? {
             // It waits for a place like any other run, but it is not turned away: somebody has asked for just this one.
-            let place = group.place(&self.state.inputs).unwrap_or_else(|_| group.fallback(&self.workflow));
             store::groups::hold_back(conn, self.run).await?;
             store::groups::arrive(conn, self.run, Some(&place), None, false).await?;
         }
         Ok(inserted)
+    }
+
+    async fn place(&self, conn: &mut PgConnection) -> Result<Option<Place>> {
+        let group = store::definitions::concurrency(conn, self.definition).await?;
+        Ok(group.map(|group| group.place(&self.state.inputs).unwrap_or_else(|_| group.fallback(&self.workflow))))
     }
 
     async fn is_there(&self, conn: &mut PgConnection) -> Result<bool> {

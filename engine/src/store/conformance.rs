@@ -265,11 +265,11 @@ impl Pair {
                     (0..self.random.u8(0..3)).for_each(|_| turns.took(7));
                     let look = ready::due(&pool, &queues, None, many).await.expect("look");
                     let order: Vec<RunId> = turns.order(look.due).iter().map(|d| d.run).collect();
-                    let there = ready::take(&pool, worker, &order, many).await.ok();
+                    let there = ready::take(&pool, worker, &order, many).await.ok().map(|(all, _)| all);
                     (there, self.memory.claim(worker, &[queue], &turns, limit))
                 } else {
                     let there = ready::take_messaged(&pool, worker, &queues, many).await.ok();
-                    let there = there.map(|all| all.into_iter().map(|(run, epoch, _)| (run, epoch)).collect());
+                    let there = there.map(|(all, _)| all.into_iter().map(|(run, epoch, _)| (run, epoch)).collect());
                     (there, self.memory.claim_messaged(worker, &[queue], MANY))
                 };
                 let (there, here) = (there.map(BTreeSet::from_iter), here.map(BTreeSet::from_iter));
@@ -298,7 +298,7 @@ impl Pair {
             }
             67..=69 => {
                 let up_to = self.memory.runs.get(&run).map_or(0, |r| r.inbox_n);
-                let there = inbox::read(&mut conn, run, 1, up_to).await.expect("read");
+                let (there, _) = inbox::read(&mut conn, run, 1, up_to).await.expect("read");
                 let here = self.memory.read(run, 1, up_to);
                 // Their instants are the clocks'.
                 let kinds =

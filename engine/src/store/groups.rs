@@ -8,12 +8,12 @@
 //! Lock order: the group's row, then runs, then their rows here. A closing transition takes no group's row.
 
 use crate::{
-    Result,
-    admission::{OnConflict, Place},
+    Error, Result,
+    admission::{OnConflict, PERIOD_MS_MAX, Place},
     client::Client,
     ids::RunId,
     store::inbox::{self, Kind, Outgoing},
-    transaction::in_transaction,
+    transaction::{self, in_transaction},
 };
 use chrono::{DateTime, Utc};
 use serde_json::json;
@@ -21,6 +21,8 @@ use sqlx::{PgConnection, PgPool};
 
 /// Runs of a group that may wait; a start beyond that is refused. Source: section 12 of the workflow language.
 pub(crate) const WAITING_MAX: i64 = 100;
+/// How far ahead a rate plans starts; whoever wants more has to wait himself.
+const AHEAD_MAX: chrono::Duration = chrono::Duration::days(30);
 /// Groups of one pass, and runs of each other kind. The rest waits for the next.
 const PASS_MAX: i64 = 100;
 
@@ -77,6 +79,44 @@ pub(crate) async fn arrive(
     }
     admit(conn, run).await?;
     Ok(Arrival::Admitted)
+}
+
+/// Locks a group's row, for a transaction that locks runs before somebody [`arrive`]s: a pass holds the row and waits for runs.
+pub(crate) async fn lock(conn: &mut PgConnection, group: &str) -> Result<()> {
+    sqlx::query("select from concurrency_groups where name = $1 for update").bind(group).execute(conn).await?;
+    Ok(())
+}
+
+/// Forgets up to [`PASS_MAX`] groups that no run takes part in, and rates under which nothing has started for so long that they
+/// hold nobody back. Returns how many.
+pub(crate) async fn forget(pool: &PgPool) -> Result<u64> {
+    let mut tx = transaction::begin(pool).await?;
+    // Two statements: whoever arrives holds the row, and the second one sees who has arrived.
+    let idle: Vec<String> = sqlx::query_scalar(
+        "select g.name from concurrency_groups g where not exists (select from admissions a where a.group_name = g.name)
+         order by g.name limit $1 for update of g skip locked",
+    )
+    .bind(PASS_MAX)
+    .fetch_all(&mut *tx)
+    .await?;
+    let groups = sqlx::query(
+        "delete from concurrency_groups g where g.name = any($1) and not exists (select from admissions a where a.group_name = g.name)",
+    )
+    .bind(&idle)
+    .execute(&mut *tx)
+    .await?;
+    let rates = sqlx::query(
+        "with late as (select key from rate_limits
+                       where starts[cardinality(starts)] < engine_now() - $1 * interval '1 millisecond'
+                       limit $2 for update skip locked)
+         delete from rate_limits r using late where r.key = late.key",
+    )
+    .bind(PERIOD_MS_MAX)
+    .bind(PASS_MAX)
+    .execute(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    Ok(groups.rows_affected() + rates.rows_affected())
 }
 
 /// The lowest number up to `limit` that nobody has, if fewer than `limit` are taken: others may have come under a higher one.
@@ -143,6 +183,8 @@ pub(crate) async fn hold_back(conn: &mut PgConnection, run: RunId) -> Result<()>
 /// When the next start under a rate may be: at most `starts` of them in any `per_ms`. `None` is now. The start counts from
 /// then on, whatever becomes of it.
 ///
+/// # Errors
+/// `rate_full` if it would be more than [`AHEAD_MAX`] from now.
 /// # Transaction
 /// Locks the key's row.
 pub(crate) async fn next_start(
@@ -167,6 +209,9 @@ pub(crate) async fn next_start(
     let full = newest.len() == starts;
     let at = newest.first().filter(|_| full).map_or(now, |oldest| (*oldest + per).max(now));
     let at = newest.last().map_or(at, |last| at.max(*last));
+    if at > now + AHEAD_MAX {
+        return Err(Error::RateFull(key.to_owned()));
+    }
     if full {
         newest.remove(0);
     }
@@ -369,4 +414,33 @@ pub(crate) async fn held(conn: &mut PgConnection, run: RunId) -> Result<Option<S
         (Some(group), None) => format!("for a place in concurrency group `{group}`, behind {before} others"),
         (None, None) => "for its turn".to_owned(),
     }))
+}
+
+#[cfg(all(test, feature = "test-util"))]
+mod tests {
+    use super::*;
+    use crate::{MIGRATIONS, embedded::testing::database};
+
+    #[tokio::test]
+    async fn what_nobody_uses_is_forgotten_and_nothing_else() {
+        let pool = database(MIGRATIONS).await;
+        for sql in [
+            "insert into concurrency_groups (name, arrivals) values ('idle', 7), ('used', 1), ('arriving', 1)",
+            "insert into admissions (shard, run_id, group_name, n, places, place, on_conflict) values (0, gen_random_uuid(), 'used', 1, 1, 1, 'queue')",
+            "insert into rate_limits (key, starts) values ('old', array[engine_now() - interval '31 days']), ('planned', array[engine_now() - interval '31 days', engine_now()])",
+        ] {
+            sqlx::query(sql).execute(&pool).await.expect("sql");
+        }
+        // Somebody arrives just now: its row is locked and its run not to be seen.
+        let mut arriving = transaction::begin(&pool).await.expect("begin");
+        lock(&mut arriving, "arriving").await.expect("lock");
+        assert_eq!(forget(&pool).await.expect("forgotten"), 2);
+        arriving.commit().await.expect("commit");
+        let left: Vec<String> =
+            sqlx::query_scalar("select name from concurrency_groups union all select key from rate_limits order by 1")
+                .fetch_all(&pool)
+                .await
+                .expect("sql");
+        assert_eq!(left, ["arriving", "planned", "used"]);
+    }
 }

@@ -109,18 +109,33 @@ pub(crate) async fn sent(conn: &mut PgConnection, run: RunId, epoch: i64) -> Res
     .await?)
 }
 
-/// Messages `after < n <= up_to`, in order.
-pub(crate) async fn read(conn: &mut PgConnection, run: RunId, after: i64, up_to: i64) -> Result<Vec<Inbound>> {
+/// Messages read at once: they are events of one transition, and a history row stays small.
+const READ_MAX: i64 = 256;
+/// Bytes after which no further message is read at once.
+const READ_BYTES: i64 = 1 << 20;
+
+/// Messages `after < n <= up_to`, in order, as many as fit into one transition; and the number up to which none is left out.
+pub(crate) async fn read(conn: &mut PgConnection, run: RunId, after: i64, up_to: i64) -> Result<(Vec<Inbound>, i64)> {
     let rows = sqlx::query(
-        "select n, kind, name, payload, dedupe_id, sender, sent_at from inbox where shard = $1 and run_id = $2 and n > $3 and n <= $4 order by n",
+        "select * from
+           (select n, kind, name, payload, dedupe_id, sender, sent_at,
+                   coalesce(sum(octet_length(payload::text)) over (order by n rows between unbounded preceding and 1 preceding), 0) as before
+            from (select * from inbox where shard = $1 and run_id = $2 and n > $3 and n <= $4 order by n limit $5) first) counted
+         where before < $6 order by n",
     )
     .bind(run.shard())
     .bind(run.0)
     .bind(after)
     .bind(up_to)
-    .fetch_all(conn)
+    .bind(READ_MAX)
+    .bind(READ_BYTES)
+    .fetch_all(&mut *conn)
     .await?;
-    rows.into_iter()
+    let read: i64 = rows.last().map(|row| row.try_get("n")).transpose()?.unwrap_or(up_to);
+    // A duplicate may have left a gap behind the last one.
+    let seen = if read < up_to && left(conn, run, read, up_to).await? { read } else { up_to };
+    let messages = rows
+        .into_iter()
         .map(|row| {
             let payload: Value = row.try_get("payload")?;
             let kind: String = row.try_get("kind")?;
@@ -165,7 +180,19 @@ pub(crate) async fn read(conn: &mut PgConnection, run: RunId, after: i64, up_to:
                 }
             })
         })
-        .collect()
+        .collect::<Result<_>>()?;
+    Ok((messages, seen))
+}
+
+/// Whether there are messages `after < n <= up_to`.
+async fn left(conn: &mut PgConnection, run: RunId, after: i64, up_to: i64) -> Result<bool> {
+    Ok(sqlx::query_scalar("select exists (select from inbox where shard = $1 and run_id = $2 and n > $3 and n <= $4)")
+        .bind(run.shard())
+        .bind(run.0)
+        .bind(after)
+        .bind(up_to)
+        .fetch_one(conn)
+        .await?)
 }
 
 /// Before the id of an update in `dedupe_id`, so that it and the id of a signal may be the same.

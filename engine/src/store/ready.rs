@@ -109,35 +109,38 @@ async fn by_lane(
 
 /// Puts runs whose due instant has come into the index of turns, the oldest first.
 async fn note(pool: &PgPool, queues: &[String]) -> Result<()> {
-    sqlx::query(
-        "with late as (select q.shard, q.run_id from ready q where q.timed and q.queue = any($1) and q.due_at <= engine_now()
-                       order by q.due_at limit $2 for update skip locked)
-         update ready q set timed = false from late where q.shard = late.shard and q.run_id = late.run_id",
-    )
-    .bind(queues)
-    .bind(NOTED)
-    .execute(pool)
-    .await?;
+    sqlx::query(NOTE_SQL).bind(queues).bind(NOTED).execute(pool).await?;
     Ok(())
 }
 
+/// By the rows' places, which do not change while they are locked: a join by key of a thousand rows would read the whole table.
+const NOTE_SQL: &str = "with late as (select l.place from unnest($1::text[]) s(queue) cross join lateral
+       (select q.ctid as place from ready q where q.timed and q.queue = s.queue and q.due_at <= (select engine_now())
+        order by q.due_at limit $2 for update skip locked) l)
+     update ready q set timed = false where q.ctid = any(array(select place from late))";
+
 /// Claims up to `limit` of these runs, in this order, as far as they are still due and nobody's. Their epochs rise and come
-/// back with them; what older owners send is refused from now on.
+/// back with them; what older owners send is refused from now on. Also an instant at which all of them were due.
 ///
 /// # Errors
 /// `lease_lost` if this worker was declared dead.
 /// # Transaction
 /// One. Holds the worker's own row for key share, so that a takeover of this worker waits and then sees these claims.
-pub(crate) async fn take(pool: &PgPool, worker: WorkerId, runs: &[RunId], limit: i64) -> Result<Vec<(RunId, i64)>> {
+pub(crate) async fn take(
+    pool: &PgPool,
+    worker: WorkerId,
+    runs: &[RunId],
+    limit: i64,
+) -> Result<(Vec<(RunId, i64)>, DateTime<Utc>)> {
     if runs.is_empty() {
-        return Ok(Vec::new());
+        return Ok((Vec::new(), DateTime::UNIX_EPOCH));
     }
     let mut tx = transaction::begin(pool).await?;
     crash_point("claim.after_begin");
     alive(&mut tx, worker).await?;
     crash_point("claim.after_alive");
     // Both rows are locked with skip locked: a sender holds the run and wants the queue row, so waiting here could deadlock.
-    let claimed: Vec<(uuid::Uuid, i64)> = sqlx::query_as(
+    let claimed: Vec<(uuid::Uuid, i64, DateTime<Utc>)> = sqlx::query_as(
         "with w as (select * from unnest($2::smallint[], $3::uuid[]) with ordinality t(shard, run_id, ord)),
               c as (select q.shard, q.run_id from w join ready q on q.shard = w.shard and q.run_id = w.run_id
                     join runs r on r.shard = q.shard and r.run_id = q.run_id
@@ -145,7 +148,7 @@ pub(crate) async fn take(pool: &PgPool, worker: WorkerId, runs: &[RunId], limit:
                     order by w.ord limit $4 for update of q, r skip locked),
               d as (delete from ready q using c where q.shard = c.shard and q.run_id = c.run_id)
          update runs r set owner = $1, epoch = r.epoch + 1, parked = false, waiting = null
-         from c where r.shard = c.shard and r.run_id = c.run_id returning r.run_id, r.epoch",
+         from c where r.shard = c.shard and r.run_id = c.run_id returning r.run_id, r.epoch, engine_now()",
     )
     .bind(worker.0)
     .bind(runs.iter().map(|run| run.shard()).collect::<Vec<i16>>())
@@ -157,7 +160,8 @@ pub(crate) async fn take(pool: &PgPool, worker: WorkerId, runs: &[RunId], limit:
         crash_point("claim.before_commit");
     }
     tx.commit().await?;
-    Ok(claimed.into_iter().map(|(id, epoch)| (RunId(id), epoch)).collect())
+    let now = claimed.iter().map(|(.., now)| *now).max().unwrap_or(DateTime::UNIX_EPOCH);
+    Ok((claimed.into_iter().map(|(id, epoch, _)| (RunId(id), epoch)).collect(), now))
 }
 
 /// [`take`] of the due runs that have a message to read, wherever in the queue they are: with their lanes.
@@ -166,17 +170,17 @@ pub(crate) async fn take_messaged(
     worker: WorkerId,
     queues: &[String],
     limit: i64,
-) -> Result<Vec<(RunId, i64, i32)>> {
+) -> Result<(Vec<(RunId, i64, i32)>, DateTime<Utc>)> {
     let mut tx = transaction::begin(pool).await?;
     alive(&mut tx, worker).await?;
-    let claimed: Vec<(uuid::Uuid, i64, i32)> = sqlx::query_as(
+    let claimed: Vec<(uuid::Uuid, i64, i32, DateTime<Utc>)> = sqlx::query_as(
         "with c as (select q.shard, q.run_id from ready q join runs r on r.shard = q.shard and r.run_id = q.run_id
                     where q.queue = any($2) and q.due_at <= engine_now() and r.owner is null and r.closed_at is null
                       and r.status <> 'quarantined' and r.admitted and r.inbox_n > r.inbox_seen
                     order by q.due_at limit $3 for update of q, r skip locked),
               d as (delete from ready q using c where q.shard = c.shard and q.run_id = c.run_id)
          update runs r set owner = $1, epoch = r.epoch + 1, parked = false, waiting = null
-         from c where r.shard = c.shard and r.run_id = c.run_id returning r.run_id, r.epoch, r.lane",
+         from c where r.shard = c.shard and r.run_id = c.run_id returning r.run_id, r.epoch, r.lane, engine_now()",
     )
     .bind(worker.0)
     .bind(queues)
@@ -184,7 +188,8 @@ pub(crate) async fn take_messaged(
     .fetch_all(&mut *tx)
     .await?;
     tx.commit().await?;
-    Ok(claimed.into_iter().map(|(id, epoch, lane)| (RunId(id), epoch, lane)).collect())
+    let now = claimed.iter().map(|(.., now)| *now).max().unwrap_or(DateTime::UNIX_EPOCH);
+    Ok((claimed.into_iter().map(|(id, epoch, lane, _)| (RunId(id), epoch, lane)).collect(), now))
 }
 
 async fn alive(conn: &mut sqlx::PgConnection, worker: WorkerId) -> Result<()> {

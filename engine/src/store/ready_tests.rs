@@ -74,6 +74,27 @@ async fn a_key_with_100_000_runs_does_not_hide_a_key_with_one() {
 }
 
 #[tokio::test]
+async fn what_waits_already_is_not_read_to_find_what_has_just_come_due() {
+    let pool = database(MIGRATIONS).await;
+    queue(&pool, "waits", 50_000, 3, false, 100).await;
+    queue(&pool, "came", 10, 3, true, 1).await;
+    queue(&pool, "comes", 5_000, 3, true, -3_600).await;
+    sqlx::query("analyze ready").execute(&pool).await.expect("sql");
+    let explain = format!("explain (analyze, buffers, format json) {NOTE_SQL}");
+    let plan: Value = sqlx::query_scalar(sqlx::AssertSqlSafe(explain))
+        .bind(["default".to_owned()])
+        .bind(NOTED)
+        .fetch_one(&pool)
+        .await
+        .expect("sql");
+    let pages = plan[0]["Plan"]["Shared Hit Blocks"].as_i64().expect("pages")
+        + plan[0]["Plan"]["Shared Read Blocks"].as_i64().expect("pages");
+    assert!(pages < 300, "ten runs of 55,010 are found in {pages} pages");
+    let timed: i64 = sqlx::query_scalar("select count(*) from ready where timed").fetch_one(&pool).await.expect("sql");
+    assert_eq!(timed, 5_000, "the ten are noted");
+}
+
+#[tokio::test]
 async fn a_look_at_many_lanes_begins_anywhere_and_leaves_nobody_out() {
     let pool = database(MIGRATIONS).await;
     let keys: Vec<String> = (0..600).map(|n| format!("key-{n}")).collect();

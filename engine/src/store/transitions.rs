@@ -2,6 +2,7 @@
 
 use crate::{
     Error, Result,
+    admission::Place,
     hook::{AttemptEnd, AttemptStart, Refusal, Transition, TransitionHook},
     ids::{DefinitionHash, RunId},
     store::{
@@ -83,6 +84,12 @@ pub(crate) struct Child {
 }
 
 impl Effects {
+    /// The other runs that hear of it.
+    fn told(&self) -> impl Iterator<Item = RunId> {
+        let children = self.cancelled_children.iter().chain(&self.terminated_children).copied();
+        children.chain(self.parent.as_ref().map(|(parent, _)| *parent))
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.ended.is_empty()
             && self.started.is_empty()
@@ -97,6 +104,11 @@ impl Item {
     pub(crate) fn is_closed(&self) -> bool {
         matches!(self.status, "completed" | "failed" | "cancelled" | "terminated")
     }
+    /// It gives the run up, to the queue or for ever.
+    fn leaves(&self) -> bool {
+        self.parked || self.is_closed()
+    }
+
     /// Approximate size on the wire, in bytes.
     pub(crate) fn bytes(&self) -> usize {
         let length = |text: &Option<Text>| text.as_ref().map_or(0, |t| t.get().len());
@@ -178,29 +190,27 @@ const SEND: &str = "
                select ($17::text[])[ord], shard, run_id, seq from u where ($17::text[])[ord] is not null)
     select ord, inbox_n from u";
 
+/// What [`SEND`] does for one run that goes on in memory: most transitions of a worker that is not loaded. The batch costs three
+/// times the update and the insert themselves before its first row (0.4 ms and 0.13 ms, measured): ten writing parts and as many
+/// columns to set up.
+const SEND_ONE: &str = "
+    with u as (update runs r set seq = r.seq + 1, status = $5, parked = false, waiting = null, inbox_seen = $6,
+                 cursor = coalesce($7, r.cursor), cursor_seq = case when $7 is null then r.cursor_seq else r.seq + 1 end,
+                 output = $8, failure = $9
+               where r.shard = $1 and r.run_id = $2 and r.epoch = $3 and r.seq = $4 and r.closed_at is null
+               returning r.shard, r.run_id, r.epoch, r.seq, r.inbox_n),
+         h as (insert into history (shard, run_id, seq, epoch, format, events, at)
+               select shard, run_id, seq, epoch, $10, $11, engine_now() from u),
+         o as (insert into outbox (topic, shard, run_id, seq) select $12, shard, run_id, seq from u where $12 is not null)
+    select 1, inbox_n from u";
+
 /// Sends a batch as one statement. Refused items touch nothing; the rest is written. If there are any, a second statement
 /// asks what stands there instead.
 pub(crate) async fn send<I: Borrow<Item>>(conn: &mut PgConnection, items: &[I]) -> Result<Vec<Verdict>> {
-    let accepted: Vec<(i32, i64)> = sqlx::query_as(SEND)
-        .bind((1..).take(items.len()).collect::<Vec<i32>>())
-        .bind(each(items, |i| i.run_id.shard()))
-        .bind(each(items, |i| i.run_id.0))
-        .bind(each(items, |i| i.epoch))
-        .bind(each(items, |i| i.seq))
-        .bind(each(items, |i| i.status))
-        .bind(each(items, |i| i.parked))
-        .bind(each(items, |i| i.inbox_seen))
-        .bind(optional(items, |i| i.cursor.as_ref()))
-        .bind(each(items, |i| i.waiting.as_deref()))
-        .bind(optional(items, |i| i.output.as_ref()))
-        .bind(optional(items, |i| i.failure.as_ref()))
-        .bind(each(items, |i| i16::try_from(i.format).unwrap_or(i16::MAX)))
-        .bind(each(items, |i| Json(&*i.events)))
-        .bind(each(items, |i| i.queue.as_str()))
-        .bind(each(items, |i| i.due))
-        .bind(each(items, |i| i.topic.as_deref()))
-        .fetch_all(&mut *conn)
-        .await?;
+    let accepted = match items {
+        [item] if !item.borrow().leaves() => send_one(conn, item.borrow()).await?,
+        _ => send_all(conn, items).await?,
+    };
     let mut verdicts: Vec<Option<Verdict>> = items.iter().map(|_| None).collect();
     for (ord, inbox_n) in accepted {
         if let Some(slot) = usize::try_from(ord).ok().and_then(|ord| verdicts.get_mut(ord.checked_sub(1)?)) {
@@ -219,6 +229,49 @@ pub(crate) async fn send<I: Borrow<Item>>(conn: &mut PgConnection, items: &[I]) 
         None => Verdict::Stale { epoch: -1, seq: -1 },
     };
     Ok(verdicts.into_iter().zip(items).map(|(v, item)| v.unwrap_or_else(|| decide(item.borrow()))).collect())
+}
+
+/// What was accepted: (place in the batch from 1, messages ever sent to the run).
+async fn send_one(conn: &mut PgConnection, item: &Item) -> Result<Vec<(i32, i64)>> {
+    Ok(sqlx::query_as(SEND_ONE)
+        .bind(item.run_id.shard())
+        .bind(item.run_id.0)
+        .bind(item.epoch)
+        .bind(item.seq)
+        .bind(item.status)
+        .bind(item.inbox_seen)
+        .bind(item.cursor.as_deref().map(Json))
+        .bind(item.output.as_deref().map(Json))
+        .bind(item.failure.as_deref().map(Json))
+        .bind(i16::try_from(item.format).unwrap_or(i16::MAX))
+        .bind(Json(&*item.events))
+        .bind(item.topic.as_deref())
+        .fetch_all(conn)
+        .await?)
+}
+
+/// The same of a batch.
+async fn send_all<I: Borrow<Item>>(conn: &mut PgConnection, items: &[I]) -> Result<Vec<(i32, i64)>> {
+    Ok(sqlx::query_as(SEND)
+        .bind((1..).take(items.len()).collect::<Vec<i32>>())
+        .bind(each(items, |i| i.run_id.shard()))
+        .bind(each(items, |i| i.run_id.0))
+        .bind(each(items, |i| i.epoch))
+        .bind(each(items, |i| i.seq))
+        .bind(each(items, |i| i.status))
+        .bind(each(items, |i| i.parked))
+        .bind(each(items, |i| i.inbox_seen))
+        .bind(optional(items, |i| i.cursor.as_ref()))
+        .bind(each(items, |i| i.waiting.as_deref()))
+        .bind(optional(items, |i| i.output.as_ref()))
+        .bind(optional(items, |i| i.failure.as_ref()))
+        .bind(each(items, |i| i16::try_from(i.format).unwrap_or(i16::MAX)))
+        .bind(each(items, |i| Json(&*i.events)))
+        .bind(each(items, |i| i.queue.as_str()))
+        .bind(each(items, |i| i.due))
+        .bind(each(items, |i| i.topic.as_deref()))
+        .fetch_all(conn)
+        .await?)
 }
 
 /// What of a run decides why a transition was refused.
@@ -242,7 +295,27 @@ async fn standing(conn: &mut PgConnection, runs: &[RunId]) -> Result<HashMap<Run
     Ok(rows.into_iter().map(row).collect())
 }
 
-/// Carries out what accepted transitions do beside their own rows. Lock order: runs, then whatever the hook locks.
+/// Locks the runs of a batch together with those that it sends messages to, in the order of their ids. A child that ends while
+/// its parent stops it is in two batches of two workers, and each would hold its own run and wait for the other's.
+pub(crate) async fn lock<I: Borrow<Item>>(conn: &mut PgConnection, items: &[I]) -> Result<()> {
+    let mut runs: Vec<RunId> = items.iter().flat_map(|item| item.borrow().effects.told()).collect();
+    if runs.is_empty() {
+        return Ok(());
+    }
+    runs.extend(items.iter().map(|item| item.borrow().run_id));
+    sqlx::query(
+        "select from unnest($1::smallint[], $2::uuid[]) k(shard, run_id) join runs r on r.shard = k.shard and r.run_id = k.run_id
+         order by r.run_id for no key update of r",
+    )
+    .bind(runs.iter().map(|run| run.shard()).collect::<Vec<i16>>())
+    .bind(runs.iter().map(|run| run.0).collect::<Vec<_>>())
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Carries out what accepted transitions do beside their own rows. Lock order: runs ([`lock`]), groups by name, then whatever the
+/// hook locks.
 pub(crate) async fn apply_effects<I: Borrow<Item>>(
     conn: &mut PgConnection,
     items: &[I],
@@ -253,13 +326,19 @@ pub(crate) async fn apply_effects<I: Borrow<Item>>(
         let items = items.iter().map(Borrow::borrow).enumerate();
         items.zip(verdicts).filter(|(_, v)| matches!(v, Verdict::Accepted { .. })).map(|(i, _): ((usize, &Item), _)| i)
     };
+    let mut arrivals = Vec::new();
     for (_, item) in accepted() {
         for child in &item.effects.children {
-            start_child(conn, item, child).await.map_err(sql_of)?;
+            arrivals.extend(start_child(conn, item, child).await.map_err(sql_of)?.map(|place| (place, child.run_id)));
             crate::committer::crash_point("settle.after_child");
         }
     }
-    // Other runs' rows are locked in one order, so that two batches cannot wait for each other.
+    arrivals.sort_by(|(a, _), (b, _)| a.group.cmp(&b.group));
+    for (place, child) in &arrivals {
+        groups::hold_back(conn, *child).await.map_err(sql_of)?;
+        // A child is never turned away: its parent waits for it.
+        groups::arrive(conn, *child, Some(place), None, false).await.map_err(sql_of)?;
+    }
     let mut messages: Vec<(RunId, Kind, Value)> = Vec::new();
     for (_, item) in accepted() {
         messages.extend(
@@ -295,7 +374,8 @@ fn sql_of(error: crate::Error) -> crate::hook::HookError {
     }
 }
 
-async fn start_child(conn: &mut PgConnection, parent: &Item, child: &Child) -> Result<()> {
+/// Inserts a child run. Returns the place that it must arrive at, if its definition has a group.
+async fn start_child(conn: &mut PgConnection, parent: &Item, child: &Child) -> Result<Option<Place>> {
     let inserted = sqlx::query(
         "with r as (insert into runs (shard, run_id, workflow, definition, status, parked, queue, attributes, topic, inputs,
                       parent_shard, parent_run_id, parent_path, depth, priority, fairness_key, lane)
@@ -318,15 +398,11 @@ async fn start_child(conn: &mut PgConnection, parent: &Item, child: &Child) -> R
     .bind(child.depth)
     .execute(&mut *conn)
     .await?;
-    if inserted.rows_affected() == 1
-        && let Some(group) = definitions::concurrency(conn, child.definition).await?
-    {
-        groups::hold_back(conn, child.run_id).await?;
-        // A child is never turned away: its parent waits for it.
-        let place = group.place(&child.inputs).unwrap_or_else(|_| group.fallback(&child.workflow));
-        groups::arrive(conn, child.run_id, Some(&place), None, false).await?;
+    if inserted.rows_affected() == 0 {
+        return Ok(None);
     }
-    Ok(())
+    let group = definitions::concurrency(conn, child.definition).await?;
+    Ok(group.map(|group| group.place(&child.inputs).unwrap_or_else(|_| group.fallback(&child.workflow))))
 }
 
 /// The message that tells a parent how this run ended.
@@ -345,3 +421,7 @@ pub(crate) fn child_result(
     };
     serde_json::to_value(result).unwrap_or(Value::Null)
 }
+
+#[cfg(all(test, feature = "test-util"))]
+#[path = "transitions_tests.rs"]
+mod tests;

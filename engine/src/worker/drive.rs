@@ -215,7 +215,6 @@ impl Driver {
         // What waits in the inbox belongs to the first decision: a run that was paused meanwhile starts nothing.
         let first = if self.run.inbox_n > self.run.inbox_seen {
             let unread = self.unread(self.run.inbox_n).await?;
-            self.run.inbox_seen = self.run.inbox_n;
             Input::Several(vec![first, Input::Messages(unread)])
         } else {
             first
@@ -279,13 +278,15 @@ impl Driver {
         }
         let unread = self.unread(up_to).await?;
         crate::committer::crash_point("messages.after_read");
-        self.run.inbox_seen = up_to;
         self.step(Input::Messages(unread)).await
     }
 
-    async fn unread(&self, up_to: i64) -> Result<Vec<machine::Inbound>> {
+    /// The next messages, as many as fit into one transition, which says that they are read. The commit tells of the rest.
+    async fn unread(&mut self, up_to: i64) -> Result<Vec<machine::Inbound>> {
         let mut conn = self.shared.pool.acquire().await?;
-        store::inbox::read(&mut conn, self.run.run_id, self.run.inbox_seen, up_to).await
+        let (messages, seen) = store::inbox::read(&mut conn, self.run.run_id, self.run.inbox_seen, up_to).await?;
+        self.run.inbox_seen = seen;
+        Ok(messages)
     }
 
     async fn step(&mut self, input: Input) -> Result<Next> {

@@ -157,7 +157,8 @@ pub async fn start(config: WorkerConfig) -> Result<WorkerHandle> {
     let id = WorkerId(uuid::Uuid::now_v7());
     let lease_ms = i32::try_from(config.lease.as_millis()).unwrap_or(i32::MAX).max(100);
     let clock = Arc::new(Clock::default());
-    clock.set(store::workers::register(&config.pool, id, &config.queues, lease_ms).await?);
+    let asked = Instant::now();
+    clock.set(asked, store::workers::register(&config.pool, id, &config.queues, lease_ms).await?);
     let shared = Arc::new(Shared {
         id,
         catalog: config.registry.catalog(),
@@ -397,26 +398,40 @@ async fn claim(shared: &Shared, queues: &[String], looks: &mut Looks, limit: usi
 /// Without room: a cancel or a signal does not wait until the long work of others is done, and who has nothing here comes in
 /// to be the next.
 async fn claim_crowded(shared: &Shared, queues: &[String], limit: usize) -> Result<Vec<Claimed>> {
-    let mut claimed = store::ready::take_messaged(&shared.pool, shared.id, queues, most(limit)).await?;
+    let (mut claimed, now) = store::ready::take_messaged(&shared.pool, shared.id, queues, most(limit)).await?;
+    shared.clock.reach(now);
     let strangers = shared.room_for(CLAIM_SPARE + STRANGERS_MAX).min(limit - claimed.len());
-    if strangers > 0 {
-        let look = store::ready::due(&shared.pool, queues, None, most(strangers)).await?;
-        let before = shared.clock.now() - STRANGERS_AFTER;
-        let order = {
-            let turns = shared.turns();
-            let mut lanes = HashSet::new();
-            let strange = |due: &Due| turns.held(due.lane) == 0 && due.due_at <= before && lanes.insert(due.lane);
-            turns.order(look.due).into_iter().filter(strange).collect::<Vec<_>>()
-        };
-        claimed.extend(take(shared, &order, strangers).await?);
+    match claim_strangers(shared, queues, strangers).await {
+        Ok(more) => claimed.extend(more),
+        // What is claimed is to be driven, whatever fails afterwards.
+        Err(error) if !claimed.is_empty() && !matches!(error, Error::LeaseLost) => {
+            tracing::warn!(%error, "cannot claim more runs")
+        }
+        Err(error) => return Err(error),
     }
     Ok(claimed)
+}
+
+async fn claim_strangers(shared: &Shared, queues: &[String], limit: usize) -> Result<Vec<Claimed>> {
+    if limit == 0 {
+        return Ok(Vec::new());
+    }
+    let look = store::ready::due(&shared.pool, queues, None, most(limit)).await?;
+    let before = shared.clock.now() - STRANGERS_AFTER;
+    let order = {
+        let turns = shared.turns();
+        let mut lanes = HashSet::new();
+        let strange = |due: &Due| turns.held(due.lane) == 0 && due.due_at <= before && lanes.insert(due.lane);
+        turns.order(look.due).into_iter().filter(strange).collect::<Vec<_>>()
+    };
+    take(shared, &order, limit).await
 }
 
 async fn take(shared: &Shared, order: &[Due], limit: usize) -> Result<Vec<Claimed>> {
     let runs: Vec<RunId> = order.iter().map(|due| due.run).collect();
     let lanes: HashMap<RunId, i32> = order.iter().map(|due| (due.run, due.lane)).collect();
-    let taken = store::ready::take(&shared.pool, shared.id, &runs, most(limit)).await?;
+    let (taken, now) = store::ready::take(&shared.pool, shared.id, &runs, most(limit)).await?;
+    shared.clock.reach(now);
     Ok(taken.into_iter().map(|(run, epoch)| (run, epoch, lanes.get(&run).copied().unwrap_or(0))).collect())
 }
 

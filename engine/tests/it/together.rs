@@ -7,7 +7,7 @@ use crate::{
 use loopwright_engine::{
     Failure,
     client::Signal,
-    definition::{Await, Data, Definition, Kind, OnItemFailure, OnTimeout},
+    definition::{Await, Data, Definition, Kind, OnItemFailure, OnTimeout, Step},
     ids::RunId,
     transaction,
     view::RunStatus,
@@ -200,6 +200,58 @@ async fn a_short_run_sleeps_closes_and_is_read_without_a_written_state() {
     assert_eq!(view.status, RunStatus::Completed);
     assert_eq!(count(&bench, "select count(*) from runs where cursor is null").await, 1);
     replays(&bench, run).await;
+    worker.drain(GRACE).await;
+    bench.audit().await;
+}
+
+/// A run that waits for a signal which nobody sends, and then for others.
+fn waits() -> Definition {
+    definition("waits", ["go", "small-0", "small-1", "small-2", "large"].into_iter().map(wait).collect())
+}
+
+fn wait(signal: &str) -> Step {
+    let spec = Await {
+        signal: signal.into(),
+        timeout_ms: 600_000,
+        form: None,
+        show: None,
+        to: vec![],
+        filter: None,
+        remind_ms: vec![],
+        on_timeout: OnTimeout::Fail,
+        default: None,
+        approval: None,
+        reply: None,
+    };
+    step(&signal.replace('-', "_"), Kind::Await(Box::new(spec)))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_that_do_not_fit_into_one_transition_are_read_in_the_next_ones() {
+    let bench = Bench::new().await;
+    let run = bench.start(waits(), json!({})).await;
+    // Nobody drives it yet: all of them wait.
+    for n in 0..300 {
+        let signal = Signal { name: format!("small-{}", n % 3), payload: json!(n), dedupe_id: None, sender: None };
+        assert!(bench.client.signal(run, signal).await.expect("sent"));
+    }
+    for n in 0..12 {
+        let payload = json!({ "n": n, "text": "x".repeat(200 << 10) });
+        let signal = Signal { name: "large".into(), payload, dedupe_id: None, sender: None };
+        assert!(bench.client.signal(run, signal).await.expect("sent"));
+    }
+    let worker = bench.worker().await;
+    reaches(&bench.pool, "select count(*) from runs where parked and inbox_seen = 312", 1).await;
+    let received =
+        "select count(*) from history h, jsonb_array_elements(h.events) e where e->>'type' = 'signal_received'";
+    assert_eq!(count(&bench, received).await, 312);
+    assert!(count(&bench, "select max(jsonb_array_length(events))::int8 from history").await <= 260);
+    let largest = count(&bench, "select max(octet_length(events::text))::int8 from history").await;
+    assert!(largest < (1 << 20) + (300 << 10), "a row of {largest} bytes");
+    replays(&bench, run).await;
+    // A cancel behind them all is read as well.
+    bench.client.cancel(run, "enough").await.expect("sent");
+    assert_eq!(bench.closed(run).await.status, RunStatus::Cancelled);
     worker.drain(GRACE).await;
     bench.audit().await;
 }

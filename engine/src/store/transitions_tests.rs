@@ -1,0 +1,105 @@
+use super::*;
+use crate::{MIGRATIONS, embedded::testing::database, hook::NoHook, transaction::begin};
+use sqlx::{PgPool, Postgres, Transaction};
+
+/// Two runs, parent and child, each driven by somebody.
+async fn family(pool: &PgPool) -> (RunId, RunId) {
+    let (parent, child) = (RunId::new(), RunId::new());
+    sqlx::query("insert into definitions (hash, name, version, format, source, bundle, ir) values ($1, 'w', 1, 1, '', '{}', '{}')")
+        .bind([7_u8; 32])
+        .execute(pool)
+        .await
+        .expect("definition");
+    for run in [parent, child] {
+        sqlx::query("insert into runs (shard, run_id, workflow, definition, status, inputs) values ($1, $2, 'w', $3, 'running', '{}')")
+            .bind(run.shard())
+            .bind(run.0)
+            .bind([7_u8; 32])
+            .execute(pool)
+            .await
+            .expect("run");
+    }
+    (parent, child)
+}
+
+fn item(run_id: RunId, status: &'static str, effects: Effects) -> Item {
+    Item {
+        run_id,
+        epoch: 0,
+        seq: 0,
+        status,
+        parked: false,
+        due: None,
+        waiting: None,
+        inbox_seen: 0,
+        queue: "default".into(),
+        topic: Some("topic".into()),
+        cursor: None,
+        format: 1,
+        events: text(&json!([{ "type": "x" }])).expect("JSON"),
+        output: None,
+        failure: None,
+        effects,
+    }
+}
+
+/// What the committer does with a batch, up to its messages.
+async fn written(pool: &PgPool, items: &[Item]) -> (Transaction<'static, Postgres>, Vec<Verdict>) {
+    let mut tx = begin(pool).await.expect("begin");
+    lock(&mut tx, items).await.expect("locked");
+    let verdicts = send(&mut tx, items).await.expect("sent");
+    (tx, verdicts)
+}
+
+/// Two workers: the parent's stops the child, the child's tells the parent of its end, at the same time.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_child_that_ends_while_its_parent_stops_it_is_no_deadlock() {
+    let pool = database(MIGRATIONS).await;
+    let (parent, child) = family(&pool).await;
+    let stops = [item(parent, "cancelling", Effects { cancelled_children: vec![child], ..Effects::default() })];
+    let ends = [item(child, "completed", Effects { parent: Some((parent, json!({}))), ..Effects::default() })];
+    let (mut first, verdicts) = written(&pool, &stops).await;
+    let other = {
+        let pool = pool.clone();
+        tokio::spawn(async move {
+            let (mut tx, verdicts) = written(&pool, &ends).await;
+            apply_effects(&mut tx, &ends, &verdicts, &NoHook).await.expect("told");
+            tx.commit().await.expect("commit");
+        })
+    };
+    let waiting = "select exists (select from pg_locks where not granted)";
+    while !sqlx::query_scalar::<_, bool>(waiting).fetch_one(&pool).await.expect("sql") {
+        assert!(!other.is_finished(), "it waits for the parent's row");
+    }
+    apply_effects(&mut first, &stops, &verdicts, &NoHook).await.expect("told");
+    first.commit().await.expect("commit");
+    other.await.expect("the other");
+    let told: i64 = sqlx::query_scalar("select count(*) from inbox").fetch_one(&pool).await.expect("sql");
+    assert_eq!(told, 2);
+}
+
+/// One alone and the same in a batch.
+#[tokio::test]
+async fn a_run_alone_is_written_as_it_is_in_a_batch() {
+    let pool = database(MIGRATIONS).await;
+    let (one, other) = family(&pool).await;
+    let of = |run: RunId| {
+        let mut item = item(run, "running", Effects::default());
+        (item.cursor, item.output) = (text(&json!({ "n": 1 })).ok(), text(&json!("out")).ok());
+        (item.failure, item.inbox_seen) = (text(&json!({ "code": "x" })).ok(), 0);
+        item
+    };
+    let mut conn = pool.acquire().await.expect("connection");
+    let accepted = Verdict::Accepted { inbox_n: 0 };
+    assert_eq!(send(&mut conn, &[of(one)]).await.expect("sent"), std::slice::from_ref(&accepted));
+    let stale = [of(one), of(other)];
+    assert_eq!(send(&mut conn, &stale).await.expect("sent"), [Verdict::Stale { epoch: 0, seq: 1 }, accepted]);
+    assert_eq!(send(&mut conn, &[of(one)]).await.expect("sent"), [Verdict::Stale { epoch: 0, seq: 1 }]);
+    let alike = "select count(*) from (
+           select status, parked, waiting, inbox_seen, owner, cursor, cursor_seq, output, failure, closed_at, seq,
+                  (select jsonb_agg(jsonb_build_array(h.seq, h.epoch, h.format, h.events)) from history h where h.run_id = r.run_id) as history,
+                  (select jsonb_agg(jsonb_build_array(o.topic, o.seq)) from outbox o where o.run_id = r.run_id) as outbox
+           from runs r group by 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13) kinds";
+    let kinds: i64 = sqlx::query_scalar(alike).fetch_one(&pool).await.expect("sql");
+    assert_eq!(kinds, 1);
+}
