@@ -74,6 +74,22 @@ const CHECKS: &[(&str, &str, &str)] = &[
          where e->>'type' in ('signal_received', 'signal_consumed') group by h.run_id, e->>'n', e->>'type' having count(*) > 1",
     ),
     (
+        "update",
+        "an update was answered twice",
+        "select h.run_id || ' ' || (e->>'id') from history h, jsonb_array_elements(h.events) e
+         where e->>'type' in ('update_completed', 'update_rejected') group by h.run_id, e->>'id' having count(*) > 1",
+    ),
+    (
+        "group",
+        "more runs of a concurrency group were under way than its limit of 2",
+        "with parts as (select r.run_id, r.inputs->>'stumble' as name, h.at as began, r.closed_at from runs r
+                          join history h on h.run_id = r.run_id cross join jsonb_array_elements(h.events) e
+                        where r.workflow = 'chaos-part' and e->>'type' = 'run_started')
+         select p.run_id || ' part-' || p.name from parts p
+         where (select count(*) from parts o where o.name = p.name and o.began <= p.began
+                  and coalesce(o.closed_at, 'infinity') > p.began) > 2",
+    ),
+    (
         "child",
         "a step has several children, or none of the outcome that it recorded",
         "select parent_run_id || ' ' || parent_path from runs where parent_run_id is not null group by parent_run_id, parent_path having count(*) > 1
@@ -105,7 +121,8 @@ const CHECKS: &[(&str, &str, &str)] = &[
 ];
 
 /// Checks that are made in Rust, over what the recorder saw and what was acknowledged.
-const OTHERS: &[&str] = &["effect", "effect_key", "promise", "request", "log", "drain", "ledger", "settle"];
+const OTHERS: &[&str] =
+    &["effect", "effect_key", "promise", "request", "coverage", "log", "process", "drain", "ledger", "settle"];
 
 /// Names of all checks.
 pub(super) fn names() -> Vec<&'static str> {
@@ -141,6 +158,14 @@ async fn kept(conn: &mut PgConnection, promises: &Promises, found: &mut Vec<Find
     }
     for run in promises.terminated.iter().filter(|run| runs.get(&run.0).map(String::as_str) != Some("terminated")) {
         broken("an acknowledged termination did not happen", run.to_string());
+    }
+    let answered: Vec<(Uuid, String)> = sqlx::query_as(
+        "select h.run_id, e->>'id' from history h, jsonb_array_elements(h.events) e where e->>'type' = 'update_completed'",
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    for (run, id) in promises.updates.iter().filter(|(run, id)| !answered.contains(&(run.0, id.clone()))) {
+        broken("the answer of an update is not in the history", format!("{run} {id}"));
     }
     // A message counts as read once when the run has seen it; a run that closed first has not.
     let messages: Vec<(Uuid, Option<String>, String, i64, bool, i64)> = sqlx::query_as(
@@ -321,6 +346,7 @@ mod tests {
         let twice = json!([
             {"type": "step_started", "path": "a"}, {"type": "step_started", "path": "a"},
             {"type": "signal_received", "n": 1}, {"type": "signal_received", "n": 1},
+            {"type": "update_completed", "id": "u", "n": 1}, {"type": "update_completed", "id": "u", "n": 1},
             started("a", 1, "paid@1"), started("a", 2, "effect@1"),
         ]);
         let end = json!([
@@ -332,6 +358,12 @@ mod tests {
         write(&pool, one, "failed", 3, &[(1, 2, twice), (3, 1, end)]).await;
         let two = RunId::new();
         write(&pool, two, "running", 0, &[]).await;
+        for _ in 0..3 {
+            write(&pool, RunId::new(), "running", 1, &[(1, 0, json!([{"type": "run_started"}]))]).await;
+        }
+        let parts =
+            "update runs set workflow = 'chaos-part', inputs = '{\"stumble\": 0}' where status = 'running' and seq = 1";
+        sqlx::query(parts).execute(&pool).await.expect("parts");
         let seen = [shown(one, "k", "a", 1), shown(one, "k", "a", 2), shown(one, "k", "a", 2), shown(two, "k", "b", 1)];
         let promises = Promises { terminated: vec![one], ..Promises::default() };
         let expected = [
@@ -339,6 +371,7 @@ mod tests {
             "effect",
             "effect_key",
             "failed_run",
+            "group",
             "history_end",
             "history_epoch",
             "history_gap",
@@ -347,6 +380,7 @@ mod tests {
             "settled",
             "signal",
             "step",
+            "update",
         ];
         assert_eq!(found(&pool, &seen, &promises).await, BTreeSet::from(expected));
 

@@ -66,6 +66,8 @@ const MINUTES_MAX: f64 = 60.0;
 /// After the last fault everything is closed, or waits, within that time. Leases, retries and timers are seconds; two cores with
 /// a load of 18 took 62 s.
 const CALM_MAX: Duration = Duration::from_secs(240);
+/// A round of that length has every fault and every request several times.
+const COVERAGE_AFTER: Duration = Duration::from_secs(60);
 /// Between two words about what is still open.
 const TELL: Duration = Duration::from_secs(5);
 /// Between two looks at what is still open.
@@ -132,13 +134,15 @@ async fn round(
 ) -> anyhow::Result<Option<Report>> {
     let mut rng = Rng::with_seed(seed);
     let postgres = Postgres::start(folder).await?;
-    let proxy = Proxy::start(&postgres.socket).await?;
+    // Whoever knows it may pass: Postgres trusts the socket behind the proxy, and this machine has other accounts.
+    let pass = format!("chaos-{:032x}", fastrand::u128(..));
+    let proxy = Proxy::start(&postgres.socket, &pass).await?;
     let recorder = Recorder::start(folder)?;
     let config = config(&postgres.url, folder)?;
     let app = App::open_migrated(config, Fallback::None).await?;
     let definition = deploy(&app.client, &recorder).await?;
     let listen = free_address()?;
-    let through = format!("postgres://loopwright@{}/loopwright?sslmode=disable", proxy.address);
+    let through = format!("postgres://loopwright@{}/loopwright?sslmode=disable&application_name={pass}", proxy.address);
     let workers = (0..WORKERS).map(|n| worker(n, &through, folder, &recorder.socket)).collect();
     let mut stage = Stage::new(postgres, proxy, workers, server(&through, folder, listen, &app.config)?, folder);
     stage.keep()?;
@@ -214,7 +218,12 @@ async fn report(
         if !process.stop().await? {
             violations.push(Finding::new("drain", "a process did not end in good order when asked to", process.name()));
         }
-        let log = std::fs::read_to_string(process.log()).unwrap_or_default();
+        for signal in &process.died {
+            let subject = format!("{}: signal {signal}", process.name());
+            violations.push(Finding::new("process", "a process died of a signal that nobody here had sent", subject));
+        }
+        let log = std::fs::read(process.log()).with_context(|| process.log().display().to_string())?;
+        let log = String::from_utf8_lossy(&log);
         let broken = |line: &&str| line.contains("panicked at") || line.contains("run is quarantined");
         for line in log.lines().filter(broken) {
             violations.push(Finding::new("log", "a process panicked or set a run aside", line));
@@ -224,12 +233,22 @@ async fn report(
     for person in people {
         promises.runs.extend(person.promises.runs);
         promises.messages.extend(person.promises.messages);
+        promises.updates.extend(person.promises.updates);
         promises.cancelled.extend(person.promises.cancelled);
         promises.terminated.extend(person.promises.terminated);
         violations.extend(person.findings);
         for (ask, said) in person.said {
             requests.entry(ask).or_default().add(said);
         }
+    }
+    if time >= COVERAGE_AFTER {
+        let idle = stage.injected.iter().filter(|(_, n)| **n == 0).map(|(fault, _)| fault.text());
+        let unheard = requests.iter().filter(|(_, said)| said.acknowledged == 0).map(|(ask, _)| *ask);
+        violations.extend(
+            idle.chain(unheard).map(|what| {
+                Finding::new("coverage", "a fault never struck, or no request of a kind was granted", what)
+            }),
+        );
     }
     let (effects, found) = audit::run(pool, &recorder.seen(), &promises).await?;
     violations.extend(found);

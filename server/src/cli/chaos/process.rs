@@ -3,7 +3,7 @@
 use anyhow::Context as _;
 use std::{
     fs::File,
-    os::unix::process::CommandExt,
+    os::unix::process::{CommandExt, ExitStatusExt},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::Duration,
@@ -36,13 +36,23 @@ pub(super) struct Process {
     frozen_until: Option<Instant>,
     /// Times that it ended though nobody had killed it.
     pub(super) ended_by_itself: u32,
+    /// Signals that ended it, none of them ours.
+    pub(super) died: Vec<i32>,
 }
 
 impl Process {
     /// Nothing runs yet: [`Self::keep`] starts it.
     pub(super) fn new(recipe: Recipe, folder: &Path) -> Self {
         let log = folder.join(format!("{}.log", recipe.name));
-        Self { recipe, log, child: None, again: Instant::now(), frozen_until: None, ended_by_itself: 0 }
+        Self {
+            recipe,
+            log,
+            child: None,
+            again: Instant::now(),
+            frozen_until: None,
+            ended_by_itself: 0,
+            died: Vec::new(),
+        }
     }
 
     pub(super) fn name(&self) -> &str {
@@ -60,9 +70,8 @@ impl Process {
             self.thaw();
         }
         if let Some(child) = &mut self.child {
-            if child.try_wait()?.is_none() {
-                return Ok(());
-            }
+            let Some(status) = child.try_wait()? else { return Ok(()) };
+            self.died.extend(status.signal());
             (self.child, self.frozen_until) = (None, None);
             self.ended_by_itself += 1;
             self.again = now + AGAIN;

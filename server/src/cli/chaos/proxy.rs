@@ -33,12 +33,12 @@ pub(super) struct Proxy {
 }
 
 impl Proxy {
-    /// Listens on loopback and copies to the Unix socket `target`.
-    pub(super) async fn start(target: &Path) -> anyhow::Result<Self> {
+    /// Listens on loopback and copies to the Unix socket `target` for clients whose first message says `pass`.
+    pub(super) async fn start(target: &Path, pass: &str) -> anyhow::Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
         let (weather, watched) = watch::channel(Weather::default());
-        let task = tokio::spawn(accept(listener, target.to_owned(), watched));
+        let task = tokio::spawn(accept(listener, target.to_owned(), pass.to_owned(), watched));
         Ok(Self { address, weather, task })
     }
 
@@ -53,20 +53,32 @@ impl Drop for Proxy {
     }
 }
 
-async fn accept(listener: TcpListener, target: PathBuf, weather: watch::Receiver<Weather>) {
+async fn accept(listener: TcpListener, target: PathBuf, pass: String, weather: watch::Receiver<Weather>) {
     while let Ok((client, _)) = listener.accept().await {
         if !weather.borrow().cut {
             // What becomes of a connection is told by its two ends.
-            let (target, weather) = (target.clone(), weather.clone());
-            tokio::spawn(async move { copy(client, &target, weather).await });
+            let (target, pass, weather) = (target.clone(), pass.clone(), weather.clone());
+            tokio::spawn(async move { copy(client, &target, &pass, weather).await });
         }
     }
 }
 
 /// Copies both ways until one end closes or the wire is cut: then both connections are dropped, with what was under way.
-async fn copy(client: TcpStream, target: &Path, mut weather: watch::Receiver<Weather>) -> io::Result<()> {
+async fn copy(
+    mut client: TcpStream,
+    target: &Path,
+    pass: &str,
+    mut weather: watch::Receiver<Weather>,
+) -> io::Result<()> {
     client.set_nodelay(true)?;
-    let server = UnixStream::connect(target).await?;
+    // The startup message comes first: names and values of a session, this one's name among them.
+    let mut first = [0; CHUNK];
+    let n = client.read(&mut first).await?;
+    if !first[..n].windows(pass.len()).any(|part| part == pass.as_bytes()) {
+        return Ok(());
+    }
+    let mut server = UnixStream::connect(target).await?;
+    server.write_all(&first[..n]).await?;
     let ((mut from_client, mut to_client), (mut from_server, mut to_server)) =
         (client.into_split(), server.into_split());
     let (one, two) = (weather.clone(), weather.clone());

@@ -6,8 +6,10 @@ use fastrand::Rng;
 use loopwright_engine::{
     Error,
     admission::Admission,
-    client::{At, Client, Fork, Start},
+    client::{At, Client, Fork, Start, Update},
     ids::{DefinitionHash, RunId},
+    transaction::is_transient,
+    view::{Answer as Answered, Updated},
 };
 use serde_json::{Map, Value, json};
 use sqlx::PgPool;
@@ -29,6 +31,8 @@ const KEPT_MAX: usize = 1;
 const TRIES: u32 = 6;
 /// Between two of them.
 const AGAIN: Duration = Duration::from_millis(400);
+/// How long an update waits for its answer; then it is asked for again.
+const UPDATE_WAIT: Duration = Duration::from_millis(1_500);
 /// Longest wait for an answer.
 const PATIENCE: Duration = Duration::from_secs(8);
 
@@ -42,10 +46,11 @@ pub(super) enum Ask {
     Pause,
     Resume,
     Fork,
+    Update,
 }
 
 impl Ask {
-    const ALL: [(Self, u32); 7] = [
+    const ALL: [(Self, u32); 8] = [
         (Self::Start, 40),
         (Self::Signal, 30),
         (Self::Cancel, 4),
@@ -53,6 +58,7 @@ impl Ask {
         (Self::Pause, 8),
         (Self::Resume, 9),
         (Self::Fork, 5),
+        (Self::Update, 8),
     ];
 
     pub(super) fn text(self) -> &'static str {
@@ -64,9 +70,13 @@ impl Ask {
             Self::Pause => "pause",
             Self::Resume => "resume",
             Self::Fork => "fork",
+            Self::Update => "update",
         }
     }
 }
+
+/// What the product says to a request that comes too late, or to a fork at an end. Nothing else makes sense to somebody who has a run.
+const FAIR: [&str; 3] = ["run_closed", "fork_invalid", "update.unanswered"];
 
 /// How a request ended.
 enum Answer {
@@ -100,6 +110,8 @@ pub(super) struct Promises {
     pub(super) runs: Vec<RunId>,
     /// Signals, pauses, resumes: run and the sender's id as it is stored.
     pub(super) messages: Vec<(RunId, String)>,
+    /// Answered updates: run and the sender's id.
+    pub(super) updates: Vec<(RunId, String)>,
     pub(super) cancelled: Vec<RunId>,
     pub(super) terminated: Vec<RunId>,
 }
@@ -171,13 +183,19 @@ impl Traffic {
         let open: Vec<usize> = (0..self.known.len())
             .filter(|i| {
                 let known = &self.known[*i];
-                let of_interest = ask != Ask::Signal || !known.signalled;
+                let of_interest = !matches!(ask, Ask::Signal | Ask::Update) || !known.signalled;
                 // What is kept is left to itself; a fork of it is a run like others.
                 known.certain && ((!known.closed && !known.kept && of_interest) || ask == Ask::Fork)
             })
             .collect();
-        let Some(&i) = open.get(chosen % open.len().max(1)) else { return };
-        if ask == Ask::Fork { self.fork(i).await } else { self.tell(ask, i).await }
+        // The oldest is the likeliest to wait for it.
+        let chosen = if ask == Ask::Update { 0 } else { chosen % open.len().max(1) };
+        let Some(&i) = open.get(chosen) else { return };
+        match ask {
+            Ask::Fork => self.fork(i).await,
+            Ask::Update => self.update(i).await,
+            _ => self.tell(ask, i).await,
+        }
     }
 
     async fn start(&mut self, chosen: usize) {
@@ -223,6 +241,30 @@ impl Traffic {
         self.made(run, false, acknowledged);
     }
 
+    /// A signal that is answered.
+    async fn update(&mut self, i: usize) {
+        self.asked += 1;
+        let (run, id) = (self.known[i].run, format!("chaos-{}", self.asked));
+        let update = Update {
+            name: "go".into(),
+            payload: json!({ "n": self.asked }),
+            id: Some(id.clone()),
+            sender: Some(format!("user:{}", self.user.id)),
+        };
+        let client = self.client.clone();
+        let send = async || match client.update(run, update.clone(), UPDATE_WAIT).await {
+            Ok(Updated { answer: Answered::Completed { .. }, .. }) => Answer::Acknowledged,
+            Ok(Updated { answer: Answered::Failed { failure }, .. }) => Answer::Declined(failure.code),
+            Ok(Updated { answer: Answered::Rejected { problems }, .. }) => Answer::Declined(problems.join("; ")),
+            Err(error @ Error::UpdatePending { .. }) => Answer::Unknown(error.to_string()),
+            Err(error) => of::<()>(Err(error)),
+        };
+        if self.settle(Ask::Update, run, send).await {
+            self.known[i].signalled = true;
+            self.promises.updates.push((run, id));
+        }
+    }
+
     /// A run that exists, or may.
     fn made(&mut self, run: RunId, kept: bool, certain: bool) {
         if certain {
@@ -240,7 +282,7 @@ impl Traffic {
             Ask::Pause => ("pause", json!({ "reason": "chaos" }), format!("rest:pause:{key}")),
             Ask::Resume => ("resume", json!({ "reason": "chaos" }), format!("rest:resume:{key}")),
             Ask::Cancel => ("cancel", json!({ "reason": "chaos" }), String::new()),
-            Ask::Terminate | Ask::Start | Ask::Fork => {
+            Ask::Terminate | Ask::Start | Ask::Fork | Ask::Update => {
                 let client = self.client.clone();
                 if self.settle(ask, run, async || of(client.terminate(run, "chaos").await)).await {
                     self.promises.terminated.push(run);
@@ -289,8 +331,7 @@ impl Traffic {
             }
             Answer::Declined(code) => {
                 said.declined += 1;
-                // It had ended meanwhile, or cannot be forked there. Nothing else makes sense to somebody who has a run.
-                if !["run_closed", "fork_invalid"].contains(&code.as_str()) {
+                if !FAIR.contains(&code.as_str()) {
                     let subject = format!("{} of run {run}: {code}", ask.text());
                     self.findings.push(Finding::new("request", "a request was declined for a wrong reason", subject));
                 }
@@ -346,8 +387,9 @@ impl Traffic {
 fn of<T>(done: Result<T, Error>) -> Answer {
     match done {
         Ok(_) => Answer::Acknowledged,
+        Err(Error::Sql(error)) if is_transient(&error) => Answer::Unknown(error.to_string()),
         // It moved meanwhile: ask again.
-        Err(error @ (Error::Sql(_) | Error::LeaseLost)) => Answer::Unknown(error.to_string()),
+        Err(error @ Error::LeaseLost) => Answer::Unknown(error.to_string()),
         Err(error) => Answer::Declined(error.code().to_owned()),
     }
 }
