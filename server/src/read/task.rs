@@ -81,9 +81,10 @@ pub fn standing(view: &RunView) -> Task {
     if view.status == RunStatus::Paused {
         return Task { task: "The development loop".into(), message: "Paused: it goes on when it is resumed.".into() };
     }
-    match view.waiting.first() {
-        Some(waiting) => waits(waiting),
-        None => Task { task: "The development loop".into(), message: format!("{}.", view.status.as_str()) },
+    match (view.waiting.first(), &view.held) {
+        (Some(waiting), _) => waits(waiting),
+        (None, Some(held)) => Task { task: "The development loop".into(), message: shorten(&format!("Waits {held}.")) },
+        (None, None) => Task { task: "The development loop".into(), message: format!("{}.", view.status.as_str()) },
     }
 }
 

@@ -58,7 +58,7 @@ pub struct Inner {
     pub archives: Arc<dyn Archives>,
     pub metrics: PrometheusHandle,
     pub body_bytes_max: usize,
-    /// One permit per event stream.
+    /// One permit per event stream, and per update whose answer is waited for.
     pub streams: Arc<Semaphore>,
     /// True once the server is to stop: streams end, waits answer.
     pub stop: watch::Receiver<bool>,

@@ -38,13 +38,17 @@ pub(super) async fn send(id: Uuid, mut call: Call) -> Result<Response, Error> {
         return Err(Error::new(Code::InputInvalid, "The update has no usable name.")
             .at("/name", "must have 1 to 100 characters"));
     }
-    let update_id = match new.id.or(key) {
-        None => Uuid::now_v7().to_string(),
-        Some(given) if is_id(&given) => given,
-        Some(_) => {
-            let detail = format!("must have 1 to {ID_MAX} letters, digits, `.`, `_`, `:` or `-`");
-            return Err(Error::new(Code::InputInvalid, "The update has no usable id.").at("/id", detail));
+    let usable = format!("must have 1 to {ID_MAX} letters, digits, `.`, `_`, `:` or `-`");
+    let update_id = match (new.id, key) {
+        (Some(given), _) | (None, Some(given)) if is_id(&given) => given,
+        (Some(_), _) => {
+            return Err(Error::new(Code::InputInvalid, "The update has no usable id.").at("/id", usable));
         }
+        (None, Some(_)) => {
+            let detail = format!("`Idempotency-Key` is the update's id here and {usable}.");
+            return Err(Error::new(Code::HeaderInvalid, detail));
+        }
+        (None, None) => Uuid::now_v7().to_string(),
     };
     let update = Update {
         name: new.name,
@@ -76,7 +80,7 @@ pub(super) async fn query(id: Uuid, name: String, call: Call) -> Result<Response
     json(200, &call.state.client.query(RunId(id), &name).await?)
 }
 
-/// A server that stops makes nobody wait.
+/// A server that stops makes nobody wait; nor does one that holds as many answers back as it may: it says 202.
 fn wait(call: &Call, prefer: Prefer) -> Duration {
     match prefer {
         Prefer::Wait(wait) if !*call.state.stop.borrow() => wait,
@@ -87,6 +91,8 @@ fn wait(call: &Call, prefer: Prefer) -> Duration {
 async fn awaited(id: Uuid, update_id: &str, wait: Duration, call: &Call) -> Result<Response, Error> {
     let client = &call.state.client;
     let mut stop = call.state.stop.clone();
+    let permit = call.state.streams.clone().try_acquire_owned();
+    let wait = if permit.is_ok() { wait } else { Duration::ZERO };
     tokio::select! {
         found = client.updated(RunId(id), update_id, wait) => return answered(id, update_id, found),
         _ = stop.wait_for(|stop| *stop) => {}
