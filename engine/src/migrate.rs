@@ -24,6 +24,7 @@ pub const MIGRATIONS: &[Migration] = &[
     QUEUES,
     UPDATES,
     ROOM,
+    CONTINUE,
 ];
 
 /// The columns and tables of pauses, forks and imports.
@@ -44,6 +45,10 @@ pub const UPDATES: Migration =
 /// Room in the pages of `runs`.
 pub const ROOM: Migration =
     Migration { version: 11, name: "room", sql: include_str!("../../migrations/0011_room.sql") };
+
+/// Runs that continue as new.
+pub const CONTINUE: Migration =
+    Migration { version: 12, name: "continue", sql: include_str!("../../migrations/0012_continue.sql") };
 
 /// Why a database could not be brought to the schema of this program.
 #[derive(Debug, thiserror::Error)]

@@ -5,8 +5,9 @@ use crate::{
     hook::{AttemptEnd, AttemptStart, Refusal, Transition, TransitionHook},
     ids::{DefinitionHash, RunId},
     store::{
+        chain::{self, Successor},
         definitions, groups,
-        inbox::{self, ChildResult, Kind, Outgoing},
+        inbox::{self, ChildResult, Kind, Outgoing, Sent},
     },
 };
 use chrono::{DateTime, Utc};
@@ -64,6 +65,8 @@ pub(crate) struct Effects {
     pub(crate) children: Vec<Child>,
     pub(crate) cancelled_children: Vec<RunId>,
     pub(crate) terminated_children: Vec<RunId>,
+    /// The run that goes on in the place of this one, which closes as continued.
+    pub(crate) successor: Option<Successor>,
     /// The parent that hears of this run's end.
     pub(crate) parent: Option<(RunId, Value)>,
 }
@@ -89,13 +92,14 @@ impl Effects {
             && self.children.is_empty()
             && self.cancelled_children.is_empty()
             && self.terminated_children.is_empty()
+            && self.successor.is_none()
             && self.parent.is_none()
     }
 }
 
 impl Item {
     pub(crate) fn is_closed(&self) -> bool {
-        matches!(self.status, "completed" | "failed" | "cancelled" | "terminated")
+        matches!(self.status, "completed" | "failed" | "cancelled" | "terminated" | "continued")
     }
     /// Approximate size on the wire, in bytes.
     pub(crate) fn bytes(&self) -> usize {
@@ -151,11 +155,11 @@ pub(crate) enum Verdict {
 const SEND: &str = "
     with n as materialized (select engine_now() as at),
          u as (update runs r set seq = r.seq + 1, status = b.status, parked = b.parked, waiting = b.waiting, inbox_seen = b.inbox_seen,
-                 owner = case when b.parked or b.status in ('completed','failed','cancelled','terminated') then null else r.owner end,
+                 owner = case when b.parked or b.status in ('completed','failed','cancelled','terminated','continued') then null else r.owner end,
                  cursor = coalesce(b.cursor, r.cursor),
                  cursor_seq = case when b.cursor is null then r.cursor_seq else r.seq + 1 end,
                  output = b.output, failure = b.failure,
-                 closed_at = case when b.status in ('completed','failed','cancelled','terminated') then (select at from n) end
+                 closed_at = case when b.status in ('completed','failed','cancelled','terminated','continued') then (select at from n) end
                from unnest((select $1::int[]), (select $2::smallint[]), (select $3::uuid[]), (select $4::bigint[]), (select $5::bigint[]),
                       (select $6::text[]), (select $7::bool[]), (select $8::bigint[]), (select $9::jsonb[]), (select $10::text[]),
                       (select $11::jsonb[]), (select $12::jsonb[]))
@@ -259,6 +263,12 @@ pub(crate) async fn apply_effects<I: Borrow<Item>>(
             crate::committer::crash_point("settle.after_child");
         }
     }
+    for (_, item) in accepted() {
+        if let Some(next) = &item.effects.successor {
+            chain::start(conn, item.run_id, next).await.map_err(sql_of)?;
+            crate::committer::crash_point("settle.after_successor");
+        }
+    }
     // Other runs' rows are locked in one order, so that two batches cannot wait for each other.
     let mut messages: Vec<(RunId, Kind, Value)> = Vec::new();
     for (_, item) in accepted() {
@@ -272,7 +282,11 @@ pub(crate) async fn apply_effects<I: Borrow<Item>>(
     messages.sort_by_key(|(run, ..)| *run);
     for (run, kind, payload) in &messages {
         let message = Outgoing { run: *run, kind: *kind, name: "", payload, dedupe_id: None, sender: None };
-        inbox::send(conn, &message).await.map_err(sql_of)?;
+        let sent = inbox::send(conn, &message).await.map_err(sql_of)?;
+        // A parent knows its child by the first run of a chain; it means the one that is open.
+        if sent == Sent::NoOpenRun && *kind != Kind::Child {
+            chain::send(conn, &message).await.map_err(sql_of)?;
+        }
         crate::committer::crash_point("settle.after_message");
     }
     let transitions: Vec<Transition> = accepted()
