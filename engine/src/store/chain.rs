@@ -1,12 +1,13 @@
 //! Chains: runs of which each continues as new and the next goes on in its place.
 
 use super::{
-    definitions, groups,
+    definitions,
     inbox::{self, Outgoing, Sent},
     schedules,
 };
 use crate::{
     Error, Result,
+    admission::Place,
     event::Ending,
     ids::{DefinitionHash, RunId},
     machine::{CONTINUE_EVERY_MS, Message, RunState},
@@ -51,16 +52,22 @@ impl Successor {
     }
 }
 
-/// Starts the next run of a chain.
+/// Workflow, definition, the instant that it waits for, and messages ever sent to the run before.
+type StartedRow = (String, Vec<u8>, Option<DateTime<Utc>>, i64);
+/// At which place of a group, and no earlier than when.
+pub(super) type Arrives = (Place, Option<DateTime<Utc>>);
+
+/// Starts the next run of a chain. Returns the place at which it must arrive, if its definition has a group, and the instant that
+/// it waits for in any case.
 ///
 /// # Transaction
 /// Must be the one that closes the run before, whose row it has locked: nobody can send to that any more, and its business key
-/// is free for nobody else. Then the group's row, if there is one, and the schedule's action.
+/// is free for nobody else. Locks the schedule's action.
 /// # Errors
 /// `invariant` if the run before is not there or the next one is.
-pub(super) async fn start(conn: &mut PgConnection, old: RunId, next: &Successor) -> Result<()> {
+pub(super) async fn start(conn: &mut PgConnection, old: RunId, next: &Successor) -> Result<Option<Arrives>> {
     let definition = next.definition.map(|hash| hash.0.to_vec());
-    let started: Option<(String, Vec<u8>, Option<DateTime<Utc>>, i64)> = sqlx::query_as(
+    let started: Option<StartedRow> = sqlx::query_as(
         "with o as (update runs set continued_as = $2 where shard = $5 and run_id = $6 and status = 'continued' returning *),
               r as (insert into runs (shard, run_id, workflow, definition, workflow_id, status, parked, queue, attributes, topic, inputs,
                                       parent_shard, parent_run_id, parent_path, depth, priority, fairness_key, lane,
@@ -95,13 +102,10 @@ pub(super) async fn start(conn: &mut PgConnection, old: RunId, next: &Successor)
         hand_on(conn, old, next).await?;
     }
     let hash = definitions::hash_of(definition).ok_or_else(|| Error::Invariant("a definition's hash".into()))?;
-    if let Some(group) = definitions::concurrency(conn, hash).await? {
-        groups::hold_back(conn, next.run_id).await?;
-        // Never turned away: its chain would end there.
-        let place = group.place(&next.inputs).unwrap_or_else(|_| group.fallback(&workflow));
-        groups::arrive(conn, next.run_id, Some(&place), not_before, false).await?;
-    }
-    schedules::hand_over(conn, old, next.run_id, &format!("run {old} continued as new")).await
+    schedules::hand_over(conn, old, next.run_id, &format!("run {old} continued as new")).await?;
+    let group = definitions::concurrency(conn, hash).await?;
+    let place = group.map(|group| group.place(&next.inputs).unwrap_or_else(|_| group.fallback(&workflow)));
+    Ok(place.map(|place| (place, not_before)))
 }
 
 /// What no step of the old run has taken is the next run's, in order: what it had read, then what it had not. Of what was taken

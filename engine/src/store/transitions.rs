@@ -265,7 +265,11 @@ pub(crate) async fn apply_effects<I: Borrow<Item>>(
     }
     for (_, item) in accepted() {
         if let Some(next) = &item.effects.successor {
-            chain::start(conn, item.run_id, next).await.map_err(sql_of)?;
+            if let Some((place, not_before)) = chain::start(conn, item.run_id, next).await.map_err(sql_of)? {
+                groups::hold_back(conn, next.run_id).await.map_err(sql_of)?;
+                // Never turned away: its chain would end there.
+                groups::arrive(conn, next.run_id, Some(&place), not_before, false).await.map_err(sql_of)?;
+            }
             crate::committer::crash_point("settle.after_successor");
         }
     }
