@@ -16,7 +16,7 @@ use crate::{
     definition::{Bundle, Definition},
     ids::{DefinitionHash, RunId},
     machine::replay::{Replay, Replayed},
-    view::{HistoryRow, RunStatus},
+    view::{Chain, HistoryRow, RunStatus},
 };
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
@@ -77,6 +77,9 @@ pub struct Run {
     /// looks at the history.
     #[serde(default)]
     pub forked_seq: u64,
+    /// The runs before and after it, if it is one of a chain.
+    #[serde(default, skip_serializing_if = "Chain::is_alone")]
+    pub chain: Chain,
     pub started_at: DateTime<Utc>,
     pub closed_at: Option<DateTime<Utc>>,
 }
@@ -355,6 +358,7 @@ mod tests {
                 depth: 0,
                 parent: None,
                 forked_seq: 0,
+                chain: Chain::default(),
                 started_at: now,
                 closed_at: Some(now),
             },

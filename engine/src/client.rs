@@ -25,7 +25,7 @@ use crate::{
         runs::Standing,
     },
     transaction::{self, in_transaction},
-    view::{HistoryRow, RunSummary, RunView, Waiting},
+    view::{Chain, HistoryRow, RunSummary, RunView, Waiting},
 };
 use serde_json::{Value, json};
 use sqlx::{PgConnection, PgPool};
@@ -241,7 +241,13 @@ impl Client {
         if size > PAYLOAD_BYTES_MAX {
             return Err(Error::TooLarge { what: "the payload", actual: size, limit: PAYLOAD_BYTES_MAX });
         }
-        let open = self.open(conn, run).await?;
+        let open = match self.open(conn, run).await {
+            // It is the next run's by now, or was taken before.
+            Err(Error::RunClosed(_)) if self.handed_on(conn, run, signal.dedupe_id.as_deref()).await? => {
+                return Ok(false);
+            }
+            open => open?,
+        };
         crate::committer::crash_point("send.after_open");
         let pinned = store::definitions::load(conn, open.definition).await?;
         let problems = machine::problems(&pinned.definition, &signal.name, &signal.payload, machine::Door::Signal);
@@ -268,7 +274,7 @@ impl Client {
     ) -> Result<bool> {
         let view = self.describe(run).await?;
         if view.status.is_closed() {
-            return Err(Error::RunClosed(run.to_string()));
+            return Err(closed(run, &view.chain));
         }
         if !view.waiting.iter().any(|w| matches!(w, Waiting::Approval { step: s, .. } if s == step)) {
             return Err(Error::ApprovalNotWaiting(run.to_string(), step.to_owned()));
@@ -293,8 +299,7 @@ impl Client {
             Outgoing { run, kind: Message::Cancel, name: "", payload: &payload, dedupe_id: None, sender: None };
         let sent = store::inbox::send(&mut conn, &message).await?;
         if sent == Sent::NoOpenRun {
-            self.open(&mut conn, run).await?;
-            return Err(Error::RunClosed(run.to_string()));
+            return Err(self.refusal(&mut conn, run).await);
         }
         drop(conn);
         self.wake().await;
@@ -379,6 +384,7 @@ impl Client {
             live,
             nodes: machine::nodes(&pinned.definition, &loaded.state),
             forked_from: loaded.forked_from,
+            chain: loaded.chain,
             imported_at: loaded.imported_at,
         })
     }
@@ -439,9 +445,19 @@ impl Client {
     async fn open(&self, conn: &mut PgConnection, run: RunId) -> Result<Standing> {
         let standing = store::runs::standing(conn, run).await?;
         match standing {
-            _ if standing.status.is_closed() => Err(Error::RunClosed(run.to_string())),
+            _ if standing.status.is_closed() => Err(closed(run, &standing.chain)),
             _ if standing.imported => Err(Error::RunImported(run.to_string())),
             _ => Ok(standing),
+        }
+    }
+
+    /// Whether a run that has continued as new was sent a message under this id.
+    async fn handed_on(&self, conn: &mut PgConnection, run: RunId, dedupe_id: Option<&str>) -> Result<bool> {
+        match dedupe_id {
+            Some(id) if store::runs::standing(conn, run).await?.chain.continued_as.is_some() => {
+                store::inbox::knows(conn, run, id).await
+            }
+            _ => Ok(false),
         }
     }
 
@@ -460,9 +476,26 @@ impl Client {
         match store::inbox::send(conn, &message).await? {
             Sent::Stored => Ok(true),
             Sent::Duplicate => Ok(false),
-            Sent::NoOpenRun => Err(Error::RunClosed(run.to_string())),
+            Sent::NoOpenRun if self.handed_on(conn, run, signal.dedupe_id.as_deref()).await? => Ok(false),
+            Sent::NoOpenRun => Err(self.refusal(conn, run).await),
         }
     }
+
+    /// Why a run takes no message.
+    async fn refusal(&self, conn: &mut PgConnection, run: RunId) -> Error {
+        match self.open(conn, run).await {
+            Ok(_) => Error::RunClosed(run.to_string()),
+            Err(error) => error,
+        }
+    }
+}
+
+/// Names the run that goes on in its place, if one does.
+pub(crate) fn closed(run: RunId, chain: &Chain) -> Error {
+    Error::RunClosed(match chain.continued_as {
+        Some(next) => format!("{run} (run {next} goes on in its place)"),
+        None => run.to_string(),
+    })
 }
 
 pub(crate) fn json_len(value: &Value) -> usize {

@@ -16,7 +16,8 @@ use std::collections::BTreeMap;
 /// - 1: the first.
 /// - 2: `run_paused`, `run_resumed`, `run_forked`.
 /// - 3: `update_accepted`, `update_rejected`, `update_completed`; calls that `terminate` their children.
-pub const FORMAT: u16 = 3;
+/// - 4: runs that end and close as continued.
+pub const FORMAT: u16 = 4;
 
 /// How an attempt ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -106,6 +107,22 @@ pub enum Ending {
     Cancelled {
         reason: String,
     },
+    /// Another run goes on in its place.
+    Continued {
+        run: RunId,
+        /// Checked, defaults filled in.
+        inputs: Value,
+        /// Another than its own.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        definition: Option<DefinitionHash>,
+    },
+}
+
+impl Ending {
+    /// The steps came to an end that they wanted.
+    pub(crate) fn is_wanted(&self) -> bool {
+        matches!(self, Self::Completed { .. } | Self::Continued { .. })
+    }
 }
 
 /// One recorded fact.
@@ -329,7 +346,7 @@ pub enum Event {
         deadline: DateTime<Utc>,
     },
     RunClosed {
-        /// `completed`, `failed`, `cancelled` or `terminated`.
+        /// `completed`, `failed`, `cancelled`, `terminated` or `continued`.
         status: crate::view::RunStatus,
         #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
         output: Option<Value>,
@@ -355,6 +372,8 @@ impl Event {
     #[must_use]
     pub fn format(&self) -> u16 {
         match self {
+            Self::RunEnding { ending: Ending::Continued { .. }, .. }
+            | Self::RunClosed { status: crate::view::RunStatus::Continued, .. } => 4,
             Self::UpdateAccepted { .. }
             | Self::UpdateRejected { .. }
             | Self::UpdateCompleted { .. }

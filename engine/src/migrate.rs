@@ -24,6 +24,7 @@ pub const MIGRATIONS: &[Migration] = &[
     QUEUES,
     UPDATES,
     ROOM,
+    CONTINUE,
     TIMED,
 ];
 
@@ -45,6 +46,10 @@ pub const UPDATES: Migration =
 /// Room in the pages of `runs`.
 pub const ROOM: Migration =
     Migration { version: 11, name: "room", sql: include_str!("../../migrations/0011_room.sql") };
+
+/// Runs that continue as new.
+pub const CONTINUE: Migration =
+    Migration { version: 12, name: "continue", sql: include_str!("../../migrations/0012_continue.sql") };
 
 /// Runs whose due instant has come unnoticed.
 pub const TIMED: Migration =

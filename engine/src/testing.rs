@@ -32,6 +32,7 @@ pub const CRASH_POINTS: &[(&str, &str)] = &[
     ("commit.after_commit", "committer.rs"),
     ("commit.before_answers", "committer.rs"),
     ("settle.after_child", "store/transitions.rs"),
+    ("settle.after_successor", "store/transitions.rs"),
     ("settle.after_message", "store/transitions.rs"),
     ("settle.before_hook", "store/transitions.rs"),
     ("save.after_fence", "worker/context.rs"),

@@ -23,6 +23,8 @@ pub enum RunStatus {
     Cancelled,
     /// Ended at once by an operator, without `finally`.
     Terminated,
+    /// Another run goes on in its place: [`Chain::continued_as`].
+    Continued,
     /// An invariant broke; an operator decides.
     Quarantined,
 }
@@ -31,7 +33,7 @@ impl RunStatus {
     /// Whether nothing will happen to the run any more.
     #[must_use]
     pub fn is_closed(self) -> bool {
-        matches!(self, Self::Completed | Self::Failed | Self::Cancelled | Self::Terminated)
+        matches!(self, Self::Completed | Self::Failed | Self::Cancelled | Self::Terminated | Self::Continued)
     }
     /// As in SQL, JSON and chat.
     #[must_use]
@@ -45,11 +47,12 @@ impl RunStatus {
             Self::Failed => "failed",
             Self::Cancelled => "cancelled",
             Self::Terminated => "terminated",
+            Self::Continued => "continued",
             Self::Quarantined => "quarantined",
         }
     }
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Pending,
         Self::Running,
         Self::Paused,
@@ -58,6 +61,7 @@ impl RunStatus {
         Self::Failed,
         Self::Cancelled,
         Self::Terminated,
+        Self::Continued,
         Self::Quarantined,
     ];
 
@@ -175,12 +179,35 @@ pub struct RunView {
     /// Where it branched off, if it is a fork.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub forked_from: Option<Origin>,
+    /// Its place among runs of which each goes on as the next.
+    #[serde(default, skip_serializing_if = "Chain::is_alone")]
+    pub chain: Chain,
     /// When it came from a file: it can be read and forked, nothing else.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub imported_at: Option<DateTime<Utc>>,
     /// What else it waits for before it may begin: `for a place in concurrency group …`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held: Option<String>,
+}
+
+/// A run's place among runs of which each goes on as the next.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Chain {
+    /// The first of them, by which its parent knows it; absent in the first itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first: Option<RunId>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub continued_from: Option<RunId>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub continued_as: Option<RunId>,
+}
+
+impl Chain {
+    /// Neither before nor after another run.
+    #[must_use]
+    pub fn is_alone(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// The place in another run where a fork begins.
@@ -204,6 +231,8 @@ pub struct RunSummary {
     pub seq: u64,
     pub started_at: DateTime<Utc>,
     pub closed_at: Option<DateTime<Utc>>,
+    #[serde(default, skip_serializing_if = "Chain::is_alone")]
+    pub chain: Chain,
 }
 
 /// One transition of a run.

@@ -47,7 +47,8 @@ fn of_step(step: &Step) -> u64 {
         | Kind::Await(_)
         | Kind::Call { .. }
         | Kind::Fail { .. }
-        | Kind::Finish { .. } => 1,
+        | Kind::Finish { .. }
+        | Kind::ContinueAsNew { .. } => 1,
     };
     step.catch.iter().map(|c| of(&c.steps)).fold(own, u64::saturating_add)
 }

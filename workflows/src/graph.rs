@@ -73,6 +73,10 @@ impl Chart {
                 leaf(self, format!("{} · finish", step.id), ("([", "])"));
                 Vec::new()
             }
+            Kind::ContinueAsNew { .. } => {
+                leaf(self, format!("{} · continue as new", step.id), ("([", "])"));
+                Vec::new()
+            }
             Kind::Group { steps, .. } => {
                 self.block(&id, &step.id, &label, &from, |chart| chart.sequence(steps, Vec::new()))
             }

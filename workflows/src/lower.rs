@@ -136,7 +136,7 @@ pub(crate) fn document(root: &Node, files: &Bundle, catalog: &Catalog, sink: &mu
     let sink = steps.sink;
     let outputs = map_of_data(top.get("outputs"), &after, sink);
     let queries = queries(&top, after, sink);
-    let definition = Definition {
+    let mut definition = Definition {
         format: FORMAT,
         name,
         inputs,
@@ -151,6 +151,7 @@ pub(crate) fn document(root: &Node, files: &Bundle, catalog: &Catalog, sink: &mu
         queries,
         extras,
     };
+    definition.format = definition.lowest_format();
     if let Some(triggers) = triggers {
         triggers.check_inputs(&definition, sink);
     }

@@ -14,6 +14,7 @@ pub(crate) fn example(name: &str) -> Option<&'static str> {
         "wait" => "wait: { for: 5m }",
         "fail" => "fail: { type: user.no_tests, message: there are no tests }",
         "finish" => "finish: { outputs: { status: done } }",
+        "continue-as-new" => "continue-as-new: { with: { cursor: \"${{ steps.read.output.cursor }}\" } }",
         "await" => "await: { signal: user_message, timeout: 7d }",
         "approve" => "approve: { to: [\"role:owner\"], timeout: 7d }",
         "parallel" => "parallel: { branches: { left: […steps], right: […steps] } }",

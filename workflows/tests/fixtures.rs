@@ -303,7 +303,7 @@ fn the_page_of_the_language_is_true() {
     compiled.expect("compiles").definition.walk(&mut |step: &Step| {
         kinds.insert(serde_json::to_value(&step.kind).expect("json").to_string().split('"').nth(1).map(str::to_owned));
     });
-    assert_eq!(kinds.len(), 12, "{kinds:?}");
+    assert_eq!(kinds.len(), 13, "{kinds:?}");
     let (page, _) = page.split_once("\n## ").expect("the next section");
     for function in loopwright_engine::definition::expr::FUNCTIONS {
         assert!(page.contains(&format!("`{function}`")), "{function}");

@@ -8,8 +8,9 @@ use super::{
 use crate::{
     Error, Result,
     client::{ATTRIBUTES_BYTES_MAX, json_len},
-    event::{self, Event},
+    event::{self, Ending, Event},
     machine::{RunState, fold},
+    view::RunStatus,
 };
 use chrono::{DateTime, Utc};
 use serde::Serialize;
@@ -68,6 +69,13 @@ pub(crate) fn check(archive: &Archive) -> Result<Checked> {
     if says != (state.status.is_closed(), state.status.is_closed()) || (says.0 && run.status != state.status) {
         let why = format!("the header says `{}`, the history says `{}`", run.status.as_str(), state.status.as_str());
         return Err(at(1, why));
+    }
+    let next = match (state.status, &state.ending) {
+        (RunStatus::Continued, Some(Ending::Continued { run, .. })) => Some(*run),
+        _ => None,
+    };
+    if run.chain.continued_as != next || run.chain.first.is_some() != run.chain.continued_from.is_some() {
+        return Err(at(1, "the chain of runs is another one than that of the history".into()));
     }
     if run.output != state.output {
         return Err(at(1, "the output is another one than that of the history".into()));

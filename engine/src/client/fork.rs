@@ -97,7 +97,7 @@ impl Client {
     /// is open, the overlap policy counts it.
     ///
     /// # Errors
-    /// Those of [`Self::fork`]; `fork_invalid` also for a child run, whose parent waits for it, and for a closed run whose
+    /// Those of [`Self::fork`]; `fork_invalid` also for a child run, whose parent waits for it, for a run that has continued as new, and for a closed run whose
     /// business key another open run has; `run_exists` if `run_id` is taken; `run_imported`.
     /// # Transaction
     /// One: everything or nothing. Lock order: the old run, what the hook locks, the key, the schedule's action. Idempotent by `run_id`: a second
@@ -110,6 +110,10 @@ impl Client {
         }
         let old = store::runs::load(&mut conn, run).await?;
         drop(conn);
+        if let Some(next) = old.chain.continued_as {
+            let why = format!("run {next} goes on in the place of this run: reset that one, or fork this one");
+            return Err(Error::ForkInvalid(vec![why]));
+        }
         if let Some((parent, path)) = &old.parent {
             let why = format!("run {parent} waits for this run at `{path}`: reset that one, or fork this one");
             return Err(Error::ForkInvalid(vec![why]));
@@ -142,7 +146,8 @@ impl Client {
                     let why = format!("another open run has the business key `{key}`: end it first, or fork");
                     return Err(Error::ForkInvalid(vec![why]));
                 }
-                store::schedules::hand_over(conn, run, decided.run).await?;
+                let why = format!("a reset took the place of run {run}");
+                store::schedules::hand_over(conn, run, decided.run, &why).await?;
                 Ok(terminated)
             })
         })
@@ -193,6 +198,7 @@ impl Client {
             refused: &machine::Refusals::default(),
             catalog: &catalog,
             calls: &calls,
+            current: None,
             depth: u32::try_from(maker.depth).unwrap_or(u32::MAX),
             workflow: &pinned.definition.name,
         };

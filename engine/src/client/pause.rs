@@ -90,7 +90,7 @@ impl Client {
         let stored = match store::inbox::send(&mut conn, &message).await? {
             Sent::Stored => true,
             Sent::Duplicate => false,
-            Sent::NoOpenRun => return Err(Error::RunClosed(run.to_string())),
+            Sent::NoOpenRun => return Err(self.refusal(&mut conn, run).await),
         };
         drop(conn);
         self.wake().await;

@@ -79,8 +79,7 @@ impl Client {
             store::inbox::send(&mut conn, &message).await?
         };
         if sent == Sent::NoOpenRun && store::inbox::update_sent(&mut conn, run, &id).await?.is_none() {
-            self.open(&mut conn, run).await?;
-            return Err(Error::RunClosed(run.to_string()));
+            return Err(self.refusal(&mut conn, run).await);
         }
         drop(conn);
         if sent == Sent::Stored {
@@ -89,30 +88,45 @@ impl Client {
         self.updated(run, &id, wait).await
     }
 
-    /// The answer to an update that was sent, waited for at most `wait`.
+    /// The answer to an update that was sent, waited for at most `wait`; whichever run of a chain gives it.
     ///
     /// # Errors
     /// `update_pending`; `update_not_found`; `run_not_found`.
-    pub async fn updated(&self, run: RunId, id: &str, wait: Duration) -> Result<Updated> {
+    pub async fn updated(&self, mut run: RunId, id: &str, wait: Duration) -> Result<Updated> {
         let until = Instant::now() + wait;
         let mut conn = self.pool.acquire().await?;
-        let sent = store::inbox::update_sent(&mut conn, run, id).await?;
-        let Some(mut after) = sent else {
-            store::runs::standing(&mut conn, run).await?;
-            return Err(Error::UpdateNotFound(run.to_string(), id.to_owned()));
+        let mut after = loop {
+            let sent = store::inbox::update_sent(&mut conn, run, id).await?;
+            let standing = store::runs::standing(&mut conn, run).await?;
+            run = match (sent, standing.chain.continued_from) {
+                (Some(store::inbox::BEFORE), Some(before)) => before,
+                (Some(seq), _) => break seq,
+                (None, _) => return Err(Error::UpdateNotFound(run.to_string(), id.to_owned())),
+            };
         };
         drop(conn);
         let mut why = "the run has not read it";
         loop {
             // Read before the history: what is written in between is seen at the next look.
             let newest = self.wait_change(run, 0, Duration::ZERO).await?;
+            let mut next = None;
             for event in store::history::of_update(&self.pool, run, id, after).await? {
                 let event: Event = serde_json::from_value(event)
                     .map_err(|e| Error::Invariant(format!("update `{id}` of run {run}: {e}")))?;
+                if matches!(event, Event::RunClosed { status: RunStatus::Continued, .. }) {
+                    let mut conn = self.pool.acquire().await?;
+                    next = store::runs::standing(&mut conn, run).await?.chain.continued_as;
+                    break;
+                }
                 match answer(event) {
                     Some(answer) => return Ok(Updated { id: id.to_owned(), answer }),
                     None => why = "the run has accepted it, and no step has taken it",
                 }
+            }
+            // What no step had taken is the next run's, under the same id.
+            if let Some(next) = next {
+                (run, after, why) = (next, 0, "the run that goes on has not read it");
+                continue;
             }
             after = after.max(i64::try_from(newest).unwrap_or(i64::MAX));
             let left = until.saturating_duration_since(Instant::now());

@@ -1,7 +1,8 @@
 //! Inputs of a run: defaults filled in, every declared one checked.
 
-use super::Definition;
+use super::{Definition, Input};
 use serde_json::{Map, Value};
+use std::collections::BTreeMap;
 
 /// Largest inputs of a run, in bytes of JSON.
 pub const INPUTS_BYTES_MAX: usize = 1 << 20;
@@ -11,6 +12,14 @@ pub const INPUTS_BYTES_MAX: usize = 1 << 20;
 /// # Errors
 /// All violations, one sentence each; unknown names are violations.
 pub fn prepare(definition: &Definition, inputs: &Value) -> Result<Value, Vec<String>> {
+    prepare_for(&definition.inputs, inputs)
+}
+
+/// [`prepare`] by the declarations alone.
+///
+/// # Errors
+/// As there.
+pub fn prepare_for(declared: &BTreeMap<String, Input>, inputs: &Value) -> Result<Value, Vec<String>> {
     let empty = Map::new();
     let given = match inputs {
         Value::Object(map) => map,
@@ -19,7 +28,7 @@ pub fn prepare(definition: &Definition, inputs: &Value) -> Result<Value, Vec<Str
     };
     let mut problems = Vec::new();
     let mut out = Map::new();
-    for (name, input) in &definition.inputs {
+    for (name, input) in declared {
         match given.get(name).or(input.default.as_ref()) {
             Some(value) => {
                 out.insert(name.clone(), value.clone());
@@ -29,7 +38,7 @@ pub fn prepare(definition: &Definition, inputs: &Value) -> Result<Value, Vec<Str
             None => {}
         }
     }
-    for name in given.keys().filter(|name| !definition.inputs.contains_key(*name)) {
+    for name in given.keys().filter(|name| !declared.contains_key(*name)) {
         problems.push(format!("there is no input `{name}`"));
     }
     let out = Value::Object(out);

@@ -18,8 +18,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
-/// Number of this representation. Stored in every definition.
-pub const FORMAT: u32 = 1;
+/// Number of this representation. A definition is stored with the lowest number that knows all of it
+/// ([`Definition::lowest_format`]): a release that does not know it leaves its runs to newer ones.
+///
+/// - 1: the first.
+/// - 2: `continue_as_new`.
+pub const FORMAT: u32 = 2;
 
 /// A compiled, validated workflow.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -248,6 +252,13 @@ pub enum Kind {
     },
     /// End the run as completed from any depth; `finally` still runs.
     Finish { outputs: BTreeMap<String, Data> },
+    /// End the run as continued from any depth, after `finally`, and start another in its place with these inputs.
+    ContinueAsNew {
+        with: BTreeMap<String, Data>,
+        /// Under what `current` of its name points to when a worker last took the run; otherwise under its own definition.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        current: bool,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -479,6 +490,18 @@ impl Definition {
         walk_steps(&self.steps, visit);
         walk_steps(&self.finally, visit);
     }
+
+    /// The lowest [`FORMAT`] that knows all of it.
+    #[must_use]
+    pub fn lowest_format(&self) -> u32 {
+        let mut format = 1;
+        self.walk(&mut |step| {
+            if matches!(step.kind, Kind::ContinueAsNew { .. }) {
+                format = 2;
+            }
+        });
+        format
+    }
 }
 
 fn walk_steps<'a>(steps: &'a [Step], visit: &mut dyn FnMut(&'a Step)) {
@@ -496,7 +519,8 @@ fn walk_steps<'a>(steps: &'a [Step], visit: &mut dyn FnMut(&'a Step)) {
             | Kind::Await(_)
             | Kind::Call { .. }
             | Kind::Fail { .. }
-            | Kind::Finish { .. } => {}
+            | Kind::Finish { .. }
+            | Kind::ContinueAsNew { .. } => {}
         }
         step.catch.iter().for_each(|c| walk_steps(&c.steps, visit));
     }

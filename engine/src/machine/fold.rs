@@ -205,7 +205,7 @@ pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
         }
         Event::RunResumed { halted, .. } => match state.status {
             RunStatus::Paused => {
-                let stops = state.ending.as_ref().is_some_and(|e| !matches!(e, Ending::Completed { .. }));
+                let stops = state.ending.as_ref().is_some_and(|e| !e.is_wanted());
                 state.status = if stops { RunStatus::Cancelling } else { RunStatus::Running };
             }
             // Set aside before its first transition or later: its state is what it was.
@@ -231,11 +231,14 @@ pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
         }
         Event::RunEnding { ending, .. } => {
             goes_on(state)?;
-            if state.ending.is_some() {
+            // Whoever cancels a run that is about to go on as another does not want that other.
+            let gives_way =
+                |e: &Ending| matches!(e, Ending::Continued { .. }) && matches!(ending, Ending::Cancelled { .. });
+            if state.ending.as_ref().is_some_and(|e| !gives_way(e)) {
                 return Err(Illegal("the run cannot end now".into()));
             }
             state.ending = Some(ending.clone());
-            if !matches!(ending, Ending::Completed { .. }) {
+            if !ending.is_wanted() {
                 state.status = RunStatus::Cancelling;
             }
             state.body.nodes.values_mut().for_each(stop);
@@ -253,7 +256,10 @@ pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
             state.failure.clone_from(failure);
             state.body = Frame::default();
             state.finally = None;
-            state.mailbox.clear();
+            // What nobody has taken goes to the run that goes on: see `Successor::of`.
+            if *status != RunStatus::Continued {
+                state.mailbox.clear();
+            }
         }
     }
     Ok(())

@@ -56,6 +56,9 @@ pub const BLOCKED_RETRY_MS: i64 = 300_000;
 /// Runs that may stand one below the other: a `call` at that depth fails. A definition that calls itself, also by way of
 /// another, has no other end. Chosen, not measured.
 pub const CALL_DEPTH_MAX: u32 = 8;
+/// Least time between two starts in a chain of runs that continue as new, in milliseconds: a definition that does so at once and
+/// for ever must not keep a worker busy. Chosen, not measured.
+pub const CONTINUE_EVERY_MS: i64 = 1_000;
 /// Longest time for `finally`, in milliseconds.
 pub const FINALLY_MS: i64 = 3_600_000;
 /// Largest data that one step evaluates (its `with`, its values, its outputs), in bytes of JSON.
@@ -155,10 +158,24 @@ pub struct Moment<'a> {
     pub catalog: &'a Catalog,
     /// Where each `call` of the definition leads, by `name@version` as written.
     pub calls: &'a BTreeMap<String, DefinitionHash>,
+    /// What `current` of the run's workflow is, if that is another definition than the run's.
+    pub current: Option<&'a Current>,
     /// How many runs stand above this one.
     pub depth: u32,
     /// Facts for the `run` scope.
     pub workflow: &'a str,
+}
+
+/// What a run that continues as new goes on under, if not under its own definition.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Current {
+    Version {
+        hash: DefinitionHash,
+        /// As it declares them.
+        inputs: BTreeMap<String, crate::definition::Input>,
+    },
+    /// Of a history that is decided again: it did not take the inputs then.
+    Refused(Failure),
 }
 
 /// What a decision asks for, to be carried out after it is committed.

@@ -20,6 +20,7 @@ pub fn query(definition: &Definition, state: &RunState, name: &str) -> Result<Op
         refused: &refused,
         catalog: &catalog,
         calls: &calls,
+        current: None,
         depth: 0,
         workflow: &definition.name,
     };

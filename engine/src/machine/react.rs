@@ -345,7 +345,8 @@ fn message(
                     Event::RunResumed { reason: format!("to stop: {reason}"), by: None, halted: None, at: moment.now };
                 emit(state, resumed, decision)?;
             }
-            if state.ending.is_some() {
+            // One that is about to go on as another is cancelled before it does.
+            if state.ending.as_ref().is_some_and(|e| !matches!(e, Ending::Continued { .. })) {
                 return Ok(());
             }
             decision.commands.extend(stop_commands(state, ""));

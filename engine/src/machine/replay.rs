@@ -11,20 +11,20 @@
 //! the instant; the draw of a retry's jitter (some draw must give the recorded instant); how many attempts found room and
 //! which activities the worker offered (those that started; their order is checked); the hook's refusal. A message from
 //! which nothing followed leaves no event and is not seen. A row whose events carry no instant is tried at two: its
-//! commit's, and the one before it.
+//! commit's, and the one before it. Where `current` led a run that continued as new under it, and what that refused.
 //!
 //! # What is not checked
 //! Whether a step could have begun earlier (there may have been no room), and the rows up to the last `run_forked`: they
 //! are the parent's, under its definition, and are only folded.
 
 use super::{
-    Illegal, Inbound, Input, Moment, Refusals, RunState,
+    Current, Illegal, Inbound, Input, Moment, Refusals, RunState,
     react::delay_ms,
     scope::find_step,
     state::{Live, Phase},
 };
 use crate::{
-    definition::Definition,
+    definition::{Definition, Kind},
     event::{Ending, Event, Outcome, StepStatus},
     failure::{Failure, FailureKind},
     ids::RunId,
@@ -108,7 +108,7 @@ impl<'a> Replay<'a> {
             self.done.folded += 1;
         } else {
             self.done.decided += 1;
-            let told = told(&self.state, &events).map_err(|e| at(e.0))?;
+            let told = told(self.definition, &self.state, &events).map_err(|e| at(e.0))?;
             let instants = match instant {
                 Some(instant) => vec![instant],
                 None => vec![row.at, self.now.max(told.earliest)],
@@ -140,6 +140,7 @@ impl<'a> Replay<'a> {
             refused: &told.refused,
             catalog: &told.catalog,
             calls: told.calls.as_ref().unwrap_or(&self.state.calls),
+            current: told.current.as_ref(),
             depth: self.depth,
             workflow: &self.definition.name,
         };
@@ -169,16 +170,18 @@ struct Told {
     refused: Refusals,
     catalog: Catalog,
     calls: Option<BTreeMap<String, crate::ids::DefinitionHash>>,
+    current: Option<Current>,
     /// The row was not decided before.
     earliest: DateTime<Utc>,
 }
 
-fn told(before: &RunState, events: &[Event]) -> Result<Told, Illegal> {
+fn told(definition: &Definition, before: &RunState, events: &[Event]) -> Result<Told, Illegal> {
     let mut state = before.clone();
     let (input, used, earliest) = input(&mut state, events)?;
     let mut refused = Refusals::default();
-    let mut metered = Vec::new();
+    let (mut metered, mut known) = (Vec::new(), None);
     for event in &events[used..] {
+        known = known.or_else(|| current(definition, &state, event));
         match event {
             Event::AttemptBlocked { path, reason, message, .. } => {
                 refused.add(path, reason, message);
@@ -212,8 +215,33 @@ fn told(before: &RunState, events: &[Event]) -> Result<Told, Illegal> {
         refused,
         catalog: Catalog::new(offered),
         calls,
+        current: known,
         earliest,
     })
+}
+
+/// What `current` was for a step that continues as new under it, as far as this event says. Another definition is not at hand:
+/// what it filled in and what it refused is taken from the row.
+fn current(definition: &Definition, state: &RunState, event: &Event) -> Option<Current> {
+    match event {
+        Event::RunEnding { ending: Ending::Continued { definition: Some(hash), inputs, .. }, .. } => {
+            let declared = |value: &Value| crate::definition::Input {
+                schema: json!({}),
+                required: false,
+                default: Some(value.clone()),
+            };
+            let inputs = inputs.as_object()?.iter().map(|(name, value)| (name.clone(), declared(value))).collect();
+            Some(Current::Version { hash: *hash, inputs })
+        }
+        Event::StepEnded { path, status: StepStatus::Failed, failure: Some(failure), .. }
+        | Event::CatchStarted { path, failure, .. }
+            if failure.code == "input.invalid" =>
+        {
+            let step = find_step(definition, state, path).ok()?;
+            matches!(step.kind, Kind::ContinueAsNew { current: true, .. }).then(|| Current::Refused(failure.clone()))
+        }
+        _ => None,
+    }
 }
 
 /// Failure codes with which a queued activity ends by the machine's own rules, and not by the hook's refusal.

@@ -152,7 +152,10 @@ impl Walk<'_> {
         let ending = self.state.ending.as_ref().ok_or_else(|| Illegal("closed without an ending".into()))?;
         let (status, output, failure) = match (ending, finally_failure) {
             (Ending::Completed { output }, None) => (RunStatus::Completed, Some(output.clone()), None),
-            (Ending::Completed { .. }, Some(failure)) => (RunStatus::Failed, None, Some(failure)),
+            (Ending::Continued { .. }, None) => (RunStatus::Continued, None, None),
+            (Ending::Completed { .. } | Ending::Continued { .. }, Some(failure)) => {
+                (RunStatus::Failed, None, Some(failure))
+            }
             (Ending::Failed { failure }, _) => (RunStatus::Failed, None, Some(failure.clone())),
             (Ending::Cancelled { reason }, _) => {
                 (RunStatus::Cancelled, None, Some(Failure::permanent("cancelled", reason.clone())))

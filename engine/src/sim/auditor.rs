@@ -30,6 +30,9 @@ pub(super) struct RunFact {
     pub(super) inbox_n: i64,
     /// The run that called it.
     pub(super) parent: Option<String>,
+    /// First and previous run of its chain.
+    pub(super) first: Option<String>,
+    pub(super) continued_from: Option<String>,
 }
 
 impl Evidence {
@@ -72,11 +75,13 @@ pub(super) fn audit(evidence: &Evidence) -> Vec<String> {
     audit_acts(evidence, &attempts, &mut findings);
     audit_messages(evidence, &mut findings);
     audit_children(evidence, &mut findings);
+    audit_chains(evidence, &mut findings);
+    audit_handed_on(evidence, &mut findings);
     findings
 }
 
 fn is_closed(status: &str) -> bool {
-    ["completed", "failed", "cancelled", "terminated"].contains(&status)
+    ["completed", "failed", "cancelled", "terminated", "continued"].contains(&status)
 }
 
 fn audit_row(run: &RunFact, findings: &mut Vec<String>) {
@@ -234,6 +239,65 @@ fn audit_acts(evidence: &Evidence, attempts: &BTreeMap<String, Attempt>, finding
     }
 }
 
+/// A run that closed as continued has the one run in its place that its history names, and no other has one; of a chain one run is
+/// open at most.
+fn audit_chains(evidence: &Evidence, findings: &mut Vec<String>) {
+    let mut named = BTreeMap::new();
+    for (run, .., events) in &evidence.history {
+        for event in events.as_array().map_or(&[][..], Vec::as_slice) {
+            if event["ending"]["kind"] == "continued" {
+                named.insert(run.as_str(), text(&event["ending"], "run"));
+            }
+        }
+    }
+    let mut open = BTreeSet::new();
+    for run in &evidence.runs {
+        let next: Vec<&str> = evidence
+            .runs
+            .iter()
+            .filter(|r| r.continued_from.as_ref() == Some(&run.id))
+            .map(|r| r.id.as_str())
+            .collect();
+        let wanted = named.get(run.id.as_str()).filter(|_| run.status == "continued");
+        if next != wanted.copied().into_iter().collect::<Vec<_>>() || (run.status == "continued") != wanted.is_some() {
+            findings.push(format!("run {} is {}, and {next:?} go on in its place", run.id, run.status));
+        }
+        if !is_closed(&run.status) && !open.insert(run.first.as_ref().unwrap_or(&run.id)) {
+            findings.push(format!("two runs of the chain of {} are open", run.id));
+        }
+    }
+}
+
+/// What was sent to a run that continued as new is known to the next one, and no two runs of a chain take it.
+fn audit_handed_on(evidence: &Evidence, findings: &mut Vec<String>) {
+    let ids: BTreeMap<(&str, i64), &str> = evidence
+        .messages
+        .iter()
+        .filter_map(|(run, n, id)| id.as_ref().map(|id| ((run.as_str(), *n), id.as_str())))
+        .collect();
+    for run in &evidence.runs {
+        let Some(before) = &run.continued_from else { continue };
+        let of =
+            |run: &str| -> BTreeSet<&str> { ids.iter().filter(|((of, _), _)| *of == run).map(|(_, id)| *id).collect() };
+        for lost in of(before).difference(&of(&run.id)) {
+            findings.push(format!("message {lost} to run {before} is not known to run {}", run.id));
+        }
+    }
+    let mut taken = BTreeSet::new();
+    for (run, .., events) in &evidence.history {
+        let chain = evidence.runs.iter().find(|r| r.id == *run).and_then(|r| r.first.as_ref()).unwrap_or(run);
+        for event in events.as_array().map_or(&[][..], Vec::as_slice) {
+            let takes = ["signal_consumed", "decision_counted", "update_completed"].contains(&text(event, "type"));
+            let id = event["n"].as_i64().and_then(|n| ids.get(&(run.as_str(), n)));
+            if let (true, Some(id)) = (takes, id)
+                && !taken.insert((chain, *id))
+            {
+                findings.push(format!("message {id} was taken twice in the chain of {chain}"));
+            }
+        }
+    }
+}
+
 /// A child is there if and only if its parent's history calls it, and none outlives a call that ends it at once.
 fn audit_children(evidence: &Evidence, findings: &mut Vec<String>) {
     let mut called = BTreeMap::new();
@@ -248,7 +312,9 @@ fn audit_children(evidence: &Evidence, findings: &mut Vec<String>) {
     }
     let status = |id: &str| evidence.runs.iter().find(|r| r.id == id).map(|r| r.status.as_str());
     for (child, (parent, path, terminates)) in &called {
-        match status(child) {
+        // The open run of its chain is the child.
+        let open = evidence.runs.iter().find(|r| r.first.as_deref() == Some(*child) && !is_closed(&r.status));
+        match open.map(|r| r.status.as_str()).or_else(|| status(child)) {
             None => findings.push(format!("run {parent} calls {child} at {path}, and there is none")),
             Some("running" | "pending" | "paused" | "cancelling")
                 if *terminates && status(parent).is_some_and(is_closed) =>
@@ -259,7 +325,7 @@ fn audit_children(evidence: &Evidence, findings: &mut Vec<String>) {
         }
     }
     for run in evidence.runs.iter().filter(|r| r.parent.is_some()) {
-        let place = called.get(run.id.as_str()).map(|(parent, ..)| (*parent).to_owned());
+        let place = called.get(run.first.as_deref().unwrap_or(&run.id)).map(|(parent, ..)| (*parent).to_owned());
         if place != run.parent {
             findings.push(format!("run {} has the parent {:?}, and {place:?} calls it", run.id, run.parent));
         }

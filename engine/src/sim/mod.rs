@@ -49,6 +49,8 @@ pub struct Happened {
     pub held_back: u32,
     /// Updates that were answered with a result.
     pub updates: u32,
+    /// Runs that closed as continued.
+    pub continued: u32,
 }
 
 impl std::ops::AddAssign for Happened {
@@ -69,6 +71,7 @@ impl std::ops::AddAssign for Happened {
         self.signals += other.signals;
         self.held_back += other.held_back;
         self.updates += other.updates;
+        self.continued += other.continued;
     }
 }
 
@@ -86,6 +89,7 @@ pub fn simulate(seed: u64, mutant: Option<Mutant>) -> Outcome {
     let mut happened = world.happened;
     happened.lost_attempts = evidence.count("\"outcome\":\"lost\"");
     happened.updates = evidence.count("\"type\":\"update_completed\"");
+    happened.continued = evidence.count("\"status\":\"continued\"");
     happened.transitions = u32::try_from(evidence.history.len()).unwrap_or(u32::MAX);
     Outcome { findings, happened }
 }

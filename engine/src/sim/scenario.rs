@@ -2,7 +2,7 @@
 
 use crate::{
     definition::{
-        Approval, Await, Branch, Catch, Data, Definition, Exhausted, Expr, FORMAT, Join, Kind, OnItemFailure,
+        Approval, Await, Branch, Catch, Data, Definition, Exhausted, Expr, FORMAT, Input, Join, Kind, OnItemFailure,
         OnTimeout, ParentClose, RepeatCondition, RetryPolicy, Step, Timeouts, WaitUntil,
     },
     ids::DefinitionHash,
@@ -94,7 +94,16 @@ fn child() -> Definition {
     let pause = step("pause", Kind::Wait { until: WaitUntil::For(5_000) });
     let mut last = work("last");
     last.continue_on_error = true;
-    definition(CHILD, vec![work("first"), pause, last], vec![work("clean")])
+    // A chain of two, when nothing fails. What comes early is for the second, which takes it.
+    let with = BTreeMap::from([("n".to_owned(), Data::Expr(e("inputs.n + 1")))]);
+    let mut again = step("again", Kind::ContinueAsNew { with, current: false });
+    again.condition = Some(e("inputs.n < 1"));
+    let mut word = awaits("word", "answer", None, OnTimeout::Default);
+    word.condition = Some(e("inputs.n > 0"));
+    let mut child = definition(CHILD, vec![work("first"), pause, last, again, word], vec![work("clean")]);
+    let n = Input { schema: json!({"type": "integer"}), required: false, default: Some(json!(0)) };
+    child.inputs.insert("n".into(), n);
+    child
 }
 
 fn parent() -> Definition {

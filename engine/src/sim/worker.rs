@@ -11,6 +11,7 @@ use crate::{
     machine::{self, Command, Decision, Illegal, Input, Live, Moment, Phase, Refusals, RunState, fold},
     signature::Catalog,
     store::{
+        chain::Successor,
         memory::{Memory, Mutant},
         transitions::{Child, Effects, Item, Text, Verdict, child_result, size, text},
     },
@@ -68,6 +69,8 @@ pub(super) struct Driver {
     inbox_seen: i64,
     queue: String,
     parent: Option<RunId>,
+    /// The first run of its chain.
+    first_run: RunId,
     depth: i32,
     state: RunState,
     first: Option<Input>,
@@ -149,6 +152,7 @@ impl Driver {
             inbox_seen: row.inbox_n,
             queue: row.queue.clone(),
             parent: row.parent,
+            first_run: row.first.unwrap_or(run),
             depth: row.depth,
             state,
             first: Some(first),
@@ -298,7 +302,11 @@ impl Driver {
     }
 
     fn effects(&self, decision: &Decision) -> Effects {
-        let mut effects = effects_of(self.run, self.parent, &decision.events);
+        let mut effects = effects_of(self.run, self.first_run, self.parent, &decision.events);
+        effects.successor = Successor::of(&self.state);
+        if effects.successor.is_some() {
+            effects.parent = None;
+        }
         for command in &decision.commands {
             match command {
                 Command::StartChild { path, run_id, workflow, definition, inputs } => effects.children.push(Child {
@@ -438,6 +446,7 @@ impl At {
             refused,
             catalog: &library.catalog,
             calls: &library.calls,
+            current: None,
             depth,
             workflow: "simulated",
         }
@@ -469,7 +478,7 @@ fn load_state(store: &Memory, run: RunId) -> Result<RunState, String> {
     Ok(state)
 }
 
-fn effects_of(run: RunId, parent: Option<RunId>, events: &[Event]) -> Effects {
+fn effects_of(run: RunId, known: RunId, parent: Option<RunId>, events: &[Event]) -> Effects {
     let attempt = |path: &str, attempt: u32, attempt_id: AttemptId, activity: &str, at: DateTime<Utc>| AttemptRef {
         run_id: run,
         attempt_id,
@@ -493,7 +502,7 @@ fn effects_of(run: RunId, parent: Option<RunId>, events: &[Event]) -> Effects {
             }
             Event::RunClosed { status, output, failure, .. } => {
                 effects.parent =
-                    parent.map(|p| (p, child_result(run, status.as_str(), output.clone(), failure.clone())));
+                    parent.map(|p| (p, child_result(known, status.as_str(), output.clone(), failure.clone())));
             }
             _ => {}
         }
@@ -508,7 +517,7 @@ pub(super) fn termination(library: &Library, store: &Memory, run: RunId, at: &At
     let definition = &library.definitions[row.workflow.as_str()];
     let input = Input::Terminated { reason: "an operator".into() };
     let decision = machine::decide(definition, &mut state, input, &at.of(library, 0, &Refusals::default(), 0)).ok()?;
-    let mut effects = effects_of(run, row.parent, &decision.events);
+    let mut effects = effects_of(run, row.first.unwrap_or(run), row.parent, &decision.events);
     for command in &decision.commands {
         match command {
             Command::CancelChild { run_id } => effects.cancelled_children.push(*run_id),

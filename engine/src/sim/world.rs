@@ -677,6 +677,8 @@ impl World {
                     epoch: row.epoch,
                     inbox_n: row.inbox_n,
                     parent: row.parent.map(|p| p.to_string()),
+                    first: row.first.map(|p| p.to_string()),
+                    continued_from: row.continued_from.map(|p| p.to_string()),
                 })
                 .collect(),
             history: rows.map(|(run, r)| (run.to_string(), r.seq, r.epoch, r.events.clone())).collect(),

@@ -19,7 +19,7 @@ const CHECKPOINTS: usize = 8;
 pub(crate) async fn header(conn: &mut PgConnection, run: RunId) -> Result<Header> {
     let row = sqlx::query(
         "select r.workflow, r.workflow_id, r.status, r.seq, r.queue, r.attributes, r.inputs, r.output, r.failure, r.depth,
-                r.parent_run_id, r.started_at, r.closed_at, engine_now() as now,
+                r.parent_run_id, r.started_at, r.closed_at, r.first_run_id, r.continued_from, r.continued_as, engine_now() as now,
                 -- An imported fork has the shared rows itself; where they end stands in its history.
                 coalesce(r.forked_seq, case when r.imported_at is not null then
                   (select max(h.seq) - 1 from history h where h.shard = r.shard and h.run_id = r.run_id
@@ -62,6 +62,7 @@ pub(crate) async fn header(conn: &mut PgConnection, run: RunId) -> Result<Header
             depth: small(row.try_get("depth")?),
             parent: row.try_get::<Option<uuid::Uuid>, _>("parent_run_id")?.map(RunId),
             forked_seq: number(row.try_get("forked_seq")?),
+            chain: super::runs::chain(&row)?,
             started_at: row.try_get("started_at")?,
             closed_at: row.try_get("closed_at")?,
         },
@@ -125,8 +126,9 @@ pub(crate) async fn insert(conn: &mut PgConnection, archive: &Archive, state: &V
     let status = if run.closed_at.is_some() { run.status } else { RunStatus::Quarantined };
     let inserted = sqlx::query(
         "insert into runs (shard, run_id, workflow, definition, workflow_id, status, parked, seq, queue, attributes, inputs, depth,
-                           cursor, cursor_seq, waiting, output, failure, started_at, closed_at, imported_at, inbox_n, inbox_seen)
-         values ($1, $2, $3, $4, $5, $6, true, $7, $8, $9, $10, $11, $12, $7, 'imported', $13, $14, $15, $16, engine_now(), $17, $17)
+                           cursor, cursor_seq, waiting, output, failure, started_at, closed_at, imported_at, inbox_n, inbox_seen,
+                           first_run_id, continued_from, continued_as)
+         values ($1, $2, $3, $4, $5, $6, true, $7, $8, $9, $10, $11, $12, $7, 'imported', $13, $14, $15, $16, engine_now(), $17, $17, $18, $19, $20)
          on conflict do nothing",
     )
     .bind(run.run_id.shard())
@@ -146,6 +148,9 @@ pub(crate) async fn insert(conn: &mut PgConnection, archive: &Archive, state: &V
     .bind(run.started_at)
     .bind(run.closed_at)
     .bind(number(messages))
+    .bind(run.chain.first.map(|run| run.0))
+    .bind(run.chain.continued_from.map(|run| run.0))
+    .bind(run.chain.continued_as.map(|run| run.0))
     .execute(&mut *conn)
     .await?;
     if inserted.rows_affected() == 0 {

@@ -4,6 +4,7 @@
 //! Time stands still but for whole minutes: what is due at a half one is due on both or on neither, however long a call takes.
 
 use super::{
+    chain::Successor,
     definitions,
     groups::{self, Arrival},
     inbox,
@@ -361,6 +362,47 @@ impl Pair {
                 self.pass(1).await;
                 said("give back", &answer, &here)
             }
+            96 | 97 => {
+                // Closes as continued, with what was read and what was not.
+                let (epoch, seq) = self.fence(run);
+                let inbox = self.memory.inbox.get(&run).map_or(&[][..], Vec::as_slice);
+                let inbox_n = self.memory.runs.get(&run).map_or(0, |r| r.inbox_n);
+                let seen = self.random.i64(0..=inbox_n).max(self.memory.runs.get(&run).map_or(0, |r| r.inbox_seen));
+                let read = inbox.iter().filter(|m| m.n <= seen && m.kind == Kind::Signal);
+                let kept = read.filter(|m| m.n % 2 == 0).map(|m| crate::machine::Message {
+                    n: u64::try_from(m.n).expect("number"),
+                    name: m.name.clone(),
+                    payload: m.payload.clone(),
+                    sender: None,
+                    at: m.at,
+                    update: None,
+                });
+                let next = Successor {
+                    run_id: RunId(Uuid::from_u128(self.random.u128(..))),
+                    definition: None,
+                    inputs: json!({}),
+                    not_before: DateTime::UNIX_EPOCH,
+                    kept: kept.collect(),
+                };
+                let (mut there, _) = self.item(run);
+                there = Item { epoch, seq, status: "continued", parked: false, due: None, inbox_seen: seen, ..there };
+                there.effects.successor = Some(next.clone());
+                let mut tx = begin(&pool).await.expect("begin");
+                let items = [there.clone()];
+                let verdicts = transitions::send(&mut tx, &items).await.expect("commit");
+                transitions::apply_effects(&mut tx, &items, &verdicts, &crate::hook::NoHook).await.expect("effects");
+                tx.commit().await.expect("commit");
+                let here = self.memory.commit_with_effects(&items, &|_| false).expect("no hook");
+                if matches!(verdicts[..], [transitions::Verdict::Accepted { .. }]) {
+                    // From now on it is one of those that things happen to.
+                    let at = self.runs.iter().position(|r| *r == run).expect("known");
+                    self.runs[at] = next.run_id;
+                    let sent = inbox::read(&mut conn, next.run_id, 0, i64::MAX).await.expect("read");
+                    let told = self.memory.read(next.run_id, 0, i64::MAX);
+                    assert_eq!(sent.len(), told.len(), "{sent:?} {told:?}");
+                }
+                said("continue", &verdicts, &here)
+            }
             93 => {
                 let mut tx = begin(&pool).await.expect("begin");
                 let there = groups::let_in(&mut tx, GROUP).await.expect("let in");
@@ -422,6 +464,7 @@ async fn postgres_and_memory_answer_alike_and_hold_the_same_rows() {
         "claim",
         "take",
         "seize",
+        "continue",
         "give",
         "release",
     ] {

@@ -20,6 +20,8 @@ pub(crate) struct Pinned {
     pub(crate) extras: Arc<Value>,
     /// Whether there are `call`s in it.
     pub(crate) calls: bool,
+    /// Whether its runs may continue as new under what is `current` then.
+    pub(crate) follows: bool,
 }
 
 pub(crate) async fn deploy(pool: &PgPool, deploy: Deploy) -> Result<Deployed> {
@@ -81,10 +83,13 @@ pub(crate) async fn load(conn: &mut PgConnection, hash: DefinitionHash) -> Resul
     let definition: Definition =
         serde_json::from_value(ir).map_err(|e| Error::DefinitionInvalid(format!("stored definition {hash}: {e}")))?;
     let Json(bundle) = row.try_get::<Json<Bundle>, _>("bundle")?;
-    let mut calls = false;
-    definition.walk(&mut |step| calls |= matches!(step.kind, Kind::Call { .. }));
+    let (mut calls, mut follows) = (false, false);
+    definition.walk(&mut |step| {
+        calls |= matches!(step.kind, Kind::Call { .. });
+        follows |= matches!(step.kind, Kind::ContinueAsNew { current: true, .. });
+    });
     let (budget, extras) = (Arc::new(definition.budget.clone()), Arc::new(definition.extras.clone()));
-    Ok(Pinned { definition, bundle: Arc::new(bundle), budget, extras, calls })
+    Ok(Pinned { definition, bundle: Arc::new(bundle), budget, extras, calls, follows })
 }
 
 pub(crate) async fn pointer(db: impl sqlx::PgExecutor<'_>, name: &str, pointer: &str) -> Result<DefinitionHash> {

@@ -5,7 +5,8 @@
 //! holder, and never before. Who waits is let in by [`advance`], in the order of arrival; whoever dies in the middle of it
 //! leaves it to the next pass, of any worker.
 //!
-//! Lock order: the group's row, then runs, then their rows here. A closing transition takes no group's row.
+//! Lock order: the group's row, then runs, then their rows here. A closing transition takes no group's row, unless another run
+//! goes on in its place.
 
 use crate::{
     Error, Result,

@@ -207,7 +207,11 @@ pub(super) fn update_id(key: &str) -> String {
     key.strip_prefix(UPDATE_PREFIX).unwrap_or(key).to_owned()
 }
 
-/// How many transitions a run had made when this update was sent to it; `None` if none was sent under this id.
+/// [`update_sent`] of what a run before this one of its chain has answered.
+pub(crate) const BEFORE: i64 = -1;
+
+/// How many transitions a run had made when this update was sent to it; `None` if none was sent under this id, [`BEFORE`] if it
+/// was to a run before.
 pub(crate) async fn update_sent(conn: &mut PgConnection, run: RunId, id: &str) -> Result<Option<i64>> {
     Ok(sqlx::query_scalar(
         "select run_seq from inbox where shard = $1 and run_id = $2 and dedupe_id = $3 and kind = 'update'",
@@ -217,6 +221,16 @@ pub(crate) async fn update_sent(conn: &mut PgConnection, run: RunId, id: &str) -
     .bind(update_key(id))
     .fetch_optional(conn)
     .await?)
+}
+
+/// Whether a run was sent a message under this sender's id.
+pub(crate) async fn knows(conn: &mut PgConnection, run: RunId, dedupe_id: &str) -> Result<bool> {
+    Ok(sqlx::query_scalar("select exists (select from inbox where shard = $1 and run_id = $2 and dedupe_id = $3)")
+        .bind(run.shard())
+        .bind(run.0)
+        .bind(dedupe_id)
+        .fetch_one(conn)
+        .await?)
 }
 
 fn text(payload: &Value, key: &str) -> String {

@@ -5,6 +5,7 @@
 //! other and expect the auditor to see it.
 
 use super::{
+    chain::{KNOWN_MAX, Successor},
     groups::{self, Arrival},
     inbox::{ChildResult, Kind, Sent},
     transitions::{Child, Item, Text, Verdict},
@@ -14,7 +15,7 @@ use crate::{
     admission::{OnConflict, Place},
     hook::AttemptRef,
     ids::{RunId, WorkerId},
-    machine::Inbound,
+    machine::{CONTINUE_EVERY_MS, Inbound},
 };
 use chrono::{DateTime, Duration, Utc};
 use serde_json::{Value, json};
@@ -55,6 +56,8 @@ pub enum Mutant {
     Overfills,
     /// A message to a run that waits for a place wakes it.
     WakesHeldBack,
+    /// What a run that continues as new has not taken is not handed on.
+    ForgetsMessages,
     /// An attempt starts before its start is committed. The worker's, not the store's.
     ActsEarly,
     /// A lost answer is taken for a success. The worker's, not the store's.
@@ -80,6 +83,7 @@ impl Mutant {
         Self::LeavesSeated,
         Self::Overfills,
         Self::WakesHeldBack,
+        Self::ForgetsMessages,
         Self::ActsEarly,
         Self::TrustsLostAnswers,
     ];
@@ -100,6 +104,9 @@ pub(crate) struct Row {
     pub(crate) cursor: Option<Value>,
     pub(crate) cursor_seq: i64,
     pub(crate) parent: Option<RunId>,
+    /// First and previous run of its chain.
+    pub(crate) first: Option<RunId>,
+    pub(crate) continued_from: Option<RunId>,
     pub(crate) depth: i32,
     pub(crate) priority: i16,
     pub(crate) lane: i32,
@@ -321,6 +328,8 @@ impl Memory {
             cursor: None,
             cursor_seq: 0,
             parent: parent.map(|(parent, _)| parent),
+            first: None,
+            continued_from: None,
             depth: parent.map_or(0, |(_, depth)| depth),
             priority,
             lane,
@@ -400,11 +409,16 @@ impl Memory {
                 let turn = self.runs.get(&item.run_id).map_or((3, 0), |r| (r.priority, r.lane));
                 self.insert(*run_id, workflow, queue, turn, inputs.clone(), Some((item.run_id, *depth)));
             }
+            if let Some(next) = &item.effects.successor {
+                self.succeed(item.run_id, next);
+            }
             for child in &item.effects.cancelled_children {
-                self.post(&Post::new(*child, Kind::Cancel, "", json!("its parent was cancelled")));
+                let open = self.open_of(*child);
+                self.post(&Post::new(open, Kind::Cancel, "", json!("its parent was cancelled")));
             }
             for child in &item.effects.terminated_children {
-                self.post(&Post::new(*child, Kind::Terminate, "", json!("its parent was stopped")));
+                let open = self.open_of(*child);
+                self.post(&Post::new(open, Kind::Terminate, "", json!("its parent was stopped")));
             }
             if let Some((parent, result)) = &item.effects.parent {
                 self.post(&Post::new(*parent, Kind::Child, "", result.clone()));
@@ -425,6 +439,46 @@ impl Memory {
             self.accounts = accounts;
         }
         Err(refused)
+    }
+
+    /// [`super::chain::start`].
+    fn succeed(&mut self, old: RunId, next: &Successor) {
+        let Some(row) = self.runs.get(&old).cloned() else { return };
+        let parent = row.parent.map(|parent| (parent, row.depth));
+        self.insert(next.run_id, &row.workflow, &row.queue, (row.priority, row.lane), next.inputs.clone(), parent);
+        let due = next.not_before.min(self.now + Duration::milliseconds(CONTINUE_EVERY_MS)).max(self.now);
+        self.ready.insert(next.run_id, due);
+        let kept = |m: &Message| next.kept.iter().any(|k| i64::try_from(k.n) == Ok(m.n));
+        let unread = |m: &Message| m.n > row.inbox_seen && m.kind != Kind::Child;
+        let (mut known, mut handed_on) = (Vec::new(), Vec::new());
+        for message in self.inbox.get(&old).into_iter().flatten() {
+            let of_people = matches!(message.kind, Kind::Signal | Kind::Update) && message.dedupe_id.is_some();
+            if kept(message) || unread(message) {
+                handed_on.push(message.clone());
+            } else if of_people && message.n <= row.inbox_seen {
+                known.push(Message { name: String::new(), payload: Value::Null, ..message.clone() });
+            }
+        }
+        let excess = known.len().saturating_sub(usize::try_from(KNOWN_MAX).unwrap_or(usize::MAX));
+        known.drain(..excess);
+        if self.is(Mutant::ForgetsMessages) {
+            handed_on.clear();
+        }
+        if let Some(new) = self.runs.get_mut(&next.run_id) {
+            (new.first, new.continued_from) = (Some(row.first.unwrap_or(old)), Some(old));
+            new.inbox_seen = i64::try_from(known.len()).unwrap_or(i64::MAX);
+            known.extend(handed_on);
+            new.inbox_n = i64::try_from(known.len()).unwrap_or(i64::MAX);
+        }
+        for (n, message) in (1..).zip(&mut known) {
+            message.n = n;
+        }
+        self.inbox.insert(next.run_id, known);
+    }
+
+    /// The open run of a chain, by its first one.
+    fn open_of(&self, first: RunId) -> RunId {
+        self.runs.iter().find(|(_, r)| r.first == Some(first) && !r.closed).map_or(first, |(id, _)| *id)
     }
 
     /// [`super::inbox::send`].

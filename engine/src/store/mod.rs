@@ -2,6 +2,7 @@
 //! compare-and-sets are theirs, choices are the machine's.
 
 pub(crate) mod archive;
+pub(crate) mod chain;
 pub(crate) mod checkpoints;
 #[cfg(test)]
 mod conformance;

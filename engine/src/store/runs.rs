@@ -14,7 +14,7 @@ use crate::{
     ids::{DefinitionHash, RunId, WorkerId},
     machine::{RunState, fold},
     transaction,
-    view::{Origin, RunStatus, RunSummary},
+    view::{Chain, Origin, RunStatus, RunSummary},
 };
 use chrono::{DateTime, Utc};
 use serde_json::{Value, value::RawValue};
@@ -56,6 +56,7 @@ pub(crate) struct Loaded {
     pub(crate) closed_at: Option<DateTime<Utc>>,
     pub(crate) forked_from: Option<Origin>,
     pub(crate) imported_at: Option<DateTime<Utc>>,
+    pub(crate) chain: Chain,
     pub(crate) state: RunState,
 }
 
@@ -151,7 +152,7 @@ pub(crate) async fn load_all(conn: &mut PgConnection, runs: &[RunId]) -> Result<
     let rows = sqlx::query(
         "select r.run_id, workflow, workflow_id, definition, status, owner, epoch, seq, inbox_n, inbox_seen, queue, attributes, topic,
                 parent_run_id, parent_path, depth, priority, lane, inputs, cursor, cursor_seq, output, failure, started_at, closed_at,
-                forked_from, forked_seq, imported_at
+                forked_from, forked_seq, imported_at, first_run_id, continued_from, continued_as
          from unnest((select $1::smallint[]), (select $2::uuid[])) k(shard, run_id)
          join runs r on r.shard = k.shard and r.run_id = k.run_id",
     )
@@ -274,6 +275,7 @@ fn loaded(run: RunId, row: &PgRow, tail: &[PgRow]) -> Result<Loaded> {
             _ => None,
         },
         imported_at: row.try_get("imported_at")?,
+        chain: chain(row)?,
         state,
     })
 }
@@ -289,11 +291,13 @@ pub(crate) struct Standing {
     pub(crate) status: RunStatus,
     /// It came from a file and is there to be read.
     pub(crate) imported: bool,
+    pub(crate) chain: Chain,
 }
 
 pub(crate) async fn standing(conn: &mut PgConnection, run: RunId) -> Result<Standing> {
     let row = sqlx::query(
-        "select definition, status, imported_at is not null as imported from runs where shard = $1 and run_id = $2",
+        "select definition, status, imported_at is not null as imported, first_run_id, continued_from, continued_as
+         from runs where shard = $1 and run_id = $2",
     )
     .bind(run.shard())
     .bind(run.0)
@@ -305,7 +309,13 @@ pub(crate) async fn standing(conn: &mut PgConnection, run: RunId) -> Result<Stan
             .ok_or_else(|| Error::Invariant("a definition's hash".into()))?,
         status: status(&row)?,
         imported: row.try_get("imported")?,
+        chain: chain(&row)?,
     })
+}
+
+pub(super) fn chain(row: &PgRow) -> Result<Chain> {
+    let id = |name| Ok::<_, sqlx::Error>(row.try_get::<Option<uuid::Uuid>, _>(name)?.map(RunId));
+    Ok(Chain { first: id("first_run_id")?, continued_from: id("continued_from")?, continued_as: id("continued_as")? })
 }
 
 pub(super) fn status(row: &PgRow) -> Result<RunStatus> {
@@ -316,7 +326,8 @@ pub(super) fn status(row: &PgRow) -> Result<RunStatus> {
 /// Newest first.
 pub(crate) async fn list(pool: &PgPool, filter: &Filter) -> Result<Vec<RunSummary>> {
     let mut sql = QueryBuilder::new(
-        "select run_id, workflow, workflow_id, status, waiting, attributes, seq, started_at, closed_at from runs where ",
+        "select run_id, workflow, workflow_id, status, waiting, attributes, seq, started_at, closed_at, first_run_id, continued_from,
+                continued_as from runs where ",
     );
     matching(&mut sql, filter);
     sql.push(" and (").push_bind(filter.after.map(|id| id.0)).push("::uuid is null or run_id < ");
@@ -337,6 +348,7 @@ pub(crate) async fn list(pool: &PgPool, filter: &Filter) -> Result<Vec<RunSummar
                 seq: u64::try_from(row.try_get::<i64, _>("seq")?).unwrap_or(0),
                 started_at: row.try_get("started_at")?,
                 closed_at: row.try_get("closed_at")?,
+                chain: chain(&row)?,
             })
         })
         .collect()

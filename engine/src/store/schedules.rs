@@ -305,13 +305,13 @@ pub(crate) async fn settle(
     Ok(())
 }
 
-/// Puts a run in the place of another that a schedule had started, if one had: what is open is counted by it.
+/// Puts a run in the place of another that a schedule had started, if one had: what is open is counted by it. `why` is for people.
 ///
 /// # Transaction
 /// Locks the action and not its schedule: nobody who holds that lock waits for the run and changes a started action.
-pub(crate) async fn hand_over(conn: &mut PgConnection, from: RunId, to: RunId) -> Result<()> {
+pub(crate) async fn hand_over(conn: &mut PgConnection, from: RunId, to: RunId, why: &str) -> Result<()> {
     sqlx::query(
-        "update schedule_actions a set shard = $3, run_id = $4, note = 'a reset took the place of run ' || $2::text
+        "update schedule_actions a set shard = $3, run_id = $4, note = $5
          from runs r join schedules s on s.name = r.attributes ->> 'schedule'
          where r.shard = $1 and r.run_id = $2 and a.schedule_id = s.id and a.run_id = r.run_id and a.state = 'started'",
     )
@@ -319,6 +319,7 @@ pub(crate) async fn hand_over(conn: &mut PgConnection, from: RunId, to: RunId) -
     .bind(from.0)
     .bind(to.shard())
     .bind(to.0)
+    .bind(why)
     .execute(conn)
     .await?;
     Ok(())

@@ -6,8 +6,9 @@ use crate::{
     hook::{AttemptEnd, AttemptStart, Refusal, Transition, TransitionHook},
     ids::{DefinitionHash, RunId},
     store::{
+        chain::{self, Successor},
         definitions, groups,
-        inbox::{self, ChildResult, Kind, Outgoing},
+        inbox::{self, ChildResult, Kind, Outgoing, Sent},
     },
 };
 use chrono::{DateTime, Utc};
@@ -65,6 +66,8 @@ pub(crate) struct Effects {
     pub(crate) children: Vec<Child>,
     pub(crate) cancelled_children: Vec<RunId>,
     pub(crate) terminated_children: Vec<RunId>,
+    /// The run that goes on in the place of this one, which closes as continued.
+    pub(crate) successor: Option<Successor>,
     /// The parent that hears of this run's end.
     pub(crate) parent: Option<(RunId, Value)>,
 }
@@ -96,13 +99,14 @@ impl Effects {
             && self.children.is_empty()
             && self.cancelled_children.is_empty()
             && self.terminated_children.is_empty()
+            && self.successor.is_none()
             && self.parent.is_none()
     }
 }
 
 impl Item {
     pub(crate) fn is_closed(&self) -> bool {
-        matches!(self.status, "completed" | "failed" | "cancelled" | "terminated")
+        matches!(self.status, "completed" | "failed" | "cancelled" | "terminated" | "continued")
     }
     /// It gives the run up, to the queue or for ever.
     fn leaves(&self) -> bool {
@@ -163,11 +167,11 @@ pub(crate) enum Verdict {
 const SEND: &str = "
     with n as materialized (select engine_now() as at),
          u as (update runs r set seq = r.seq + 1, status = b.status, parked = b.parked, waiting = b.waiting, inbox_seen = b.inbox_seen,
-                 owner = case when b.parked or b.status in ('completed','failed','cancelled','terminated') then null else r.owner end,
+                 owner = case when b.parked or b.status in ('completed','failed','cancelled','terminated','continued') then null else r.owner end,
                  cursor = coalesce(b.cursor, r.cursor),
                  cursor_seq = case when b.cursor is null then r.cursor_seq else r.seq + 1 end,
                  output = b.output, failure = b.failure,
-                 closed_at = case when b.status in ('completed','failed','cancelled','terminated') then (select at from n) end
+                 closed_at = case when b.status in ('completed','failed','cancelled','terminated','continued') then (select at from n) end
                from unnest((select $1::int[]), (select $2::smallint[]), (select $3::uuid[]), (select $4::bigint[]), (select $5::bigint[]),
                       (select $6::text[]), (select $7::bool[]), (select $8::bigint[]), (select $9::jsonb[]), (select $10::text[]),
                       (select $11::jsonb[]), (select $12::jsonb[]))
@@ -295,7 +299,8 @@ async fn standing(conn: &mut PgConnection, runs: &[RunId]) -> Result<HashMap<Run
     Ok(rows.into_iter().map(row).collect())
 }
 
-/// Locks the runs of a batch together with those that it sends messages to, in the order of their ids. A child that ends while
+/// Locks the runs of a batch together with those that it sends messages to (of a chain, the one that is open), in the order of
+/// their ids. A child that ends while
 /// its parent stops it is in two batches of two workers, and each would hold its own run and wait for the other's.
 pub(crate) async fn lock<I: Borrow<Item>>(conn: &mut PgConnection, items: &[I]) -> Result<()> {
     let mut runs: Vec<RunId> = items.iter().flat_map(|item| item.borrow().effects.told()).collect();
@@ -304,8 +309,9 @@ pub(crate) async fn lock<I: Borrow<Item>>(conn: &mut PgConnection, items: &[I]) 
     }
     runs.extend(items.iter().map(|item| item.borrow().run_id));
     sqlx::query(
-        "select from unnest($1::smallint[], $2::uuid[]) k(shard, run_id) join runs r on r.shard = k.shard and r.run_id = k.run_id
-         order by r.run_id for no key update of r",
+        "with k as (select * from unnest($1::smallint[], $2::uuid[]) k(shard, run_id) union
+                    select shard, run_id from runs where first_run_id = any($2) and closed_at is null)
+         select from k join runs r on r.shard = k.shard and r.run_id = k.run_id order by r.run_id for no key update of r",
     )
     .bind(runs.iter().map(|run| run.shard()).collect::<Vec<i16>>())
     .bind(runs.iter().map(|run| run.0).collect::<Vec<_>>())
@@ -329,15 +335,23 @@ pub(crate) async fn apply_effects<I: Borrow<Item>>(
     let mut arrivals = Vec::new();
     for (_, item) in accepted() {
         for child in &item.effects.children {
-            arrivals.extend(start_child(conn, item, child).await.map_err(sql_of)?.map(|place| (place, child.run_id)));
+            arrivals
+                .extend(start_child(conn, item, child).await.map_err(sql_of)?.map(|place| (place, child.run_id, None)));
             crate::committer::crash_point("settle.after_child");
         }
     }
-    arrivals.sort_by(|(a, _), (b, _)| a.group.cmp(&b.group));
-    for (place, child) in &arrivals {
-        groups::hold_back(conn, *child).await.map_err(sql_of)?;
-        // A child is never turned away: its parent waits for it.
-        groups::arrive(conn, *child, Some(place), None, false).await.map_err(sql_of)?;
+    for (_, item) in accepted() {
+        if let Some(next) = &item.effects.successor {
+            let arrival = chain::start(conn, item.run_id, next).await.map_err(sql_of)?;
+            arrivals.extend(arrival.map(|(place, not_before)| (place, next.run_id, not_before)));
+            crate::committer::crash_point("settle.after_successor");
+        }
+    }
+    arrivals.sort_by(|(a, ..), (b, ..)| a.group.cmp(&b.group));
+    for (place, run, not_before) in &arrivals {
+        groups::hold_back(conn, *run).await.map_err(sql_of)?;
+        // Never turned away: a parent waits for its child, and a chain would end.
+        groups::arrive(conn, *run, Some(place), *not_before, false).await.map_err(sql_of)?;
     }
     let mut messages: Vec<(RunId, Kind, Value)> = Vec::new();
     for (_, item) in accepted() {
@@ -351,7 +365,11 @@ pub(crate) async fn apply_effects<I: Borrow<Item>>(
     messages.sort_by_key(|(run, ..)| *run);
     for (run, kind, payload) in &messages {
         let message = Outgoing { run: *run, kind: *kind, name: "", payload, dedupe_id: None, sender: None };
-        inbox::send(conn, &message).await.map_err(sql_of)?;
+        let sent = inbox::send(conn, &message).await.map_err(sql_of)?;
+        // A parent knows its child by the first run of a chain; it means the one that is open.
+        if sent == Sent::NoOpenRun && *kind != Kind::Child {
+            chain::send(conn, &message).await.map_err(sql_of)?;
+        }
         crate::committer::crash_point("settle.after_message");
     }
     let transitions: Vec<Transition> = accepted()

@@ -15,9 +15,10 @@ use crate::{
     failure::Failure,
     hook::{AttemptEnd, AttemptRef, AttemptStart},
     ids::{AttemptId, DefinitionHash, RunId},
-    machine::{self, Command, Decision, Input, Live, Moment, Phase, Refusals, RunState},
+    machine::{self, Command, Current, Decision, Input, Live, Moment, Phase, Refusals, RunState},
     store::{
         self,
+        chain::Successor,
         definitions::Pinned,
         runs::Loaded,
         transitions::{Child, Effects, Item, Verdict, child_result, size, text},
@@ -141,6 +142,8 @@ struct Driver {
     run: Loaded,
     pinned: Arc<Pinned>,
     calls: BTreeMap<String, DefinitionHash>,
+    /// Under what it goes on, if it continues as new under what is current.
+    current: Option<Current>,
     attributes: Arc<Value>,
     messages: Arc<Notify>,
     running: HashMap<String, Running>,
@@ -189,6 +192,7 @@ impl Driver {
         } else {
             BTreeMap::new()
         };
+        let current = if pinned.follows { current(&shared, &pinned, loaded.definition).await? } else { None };
         crate::committer::crash_point("load.after_calls");
         let (finish, finished) = mpsc::unbounded_channel();
         Ok(Some(Self {
@@ -198,6 +202,7 @@ impl Driver {
             width: width(&pinned.definition.steps).max(width(&pinned.definition.finally)).clamp(1, STARTS_MAX),
             pinned,
             calls,
+            current,
             messages,
             running: HashMap::new(),
             finished,
@@ -324,6 +329,7 @@ impl Driver {
                     if !item.effects.children.is_empty()
                         || !item.effects.cancelled_children.is_empty()
                         || !item.effects.terminated_children.is_empty()
+                        || item.effects.successor.is_some()
                         || item.effects.parent.is_some()
                     {
                         self.shared.wake.notify_one();
@@ -366,6 +372,7 @@ impl Driver {
             refused,
             catalog: &self.shared.catalog,
             calls: &self.calls,
+            current: self.current.as_ref(),
             depth: u32::try_from(self.run.depth).unwrap_or(u32::MAX),
             workflow: &self.pinned.definition.name,
         };
@@ -485,9 +492,13 @@ impl Driver {
                     effects.ended.push(AttemptEnd { attempt, outcome: *outcome });
                 }
                 Event::RunClosed { status, output, failure, .. } => {
-                    effects.parent = self.run.parent.as_ref().map(|(parent, _)| {
-                        (*parent, child_result(self.run.run_id, status.as_str(), output.clone(), failure.clone()))
-                    });
+                    effects.successor = Successor::of(&self.run.state);
+                    // A parent knows the first run of a chain, and hears of the last one's end.
+                    let known = self.run.chain.first.unwrap_or(self.run.run_id);
+                    effects.parent =
+                        self.run.parent.as_ref().filter(|_| effects.successor.is_none()).map(|(parent, _)| {
+                            (*parent, child_result(known, status.as_str(), output.clone(), failure.clone()))
+                        });
                 }
                 _ => {}
             }
@@ -648,6 +659,17 @@ impl Driver {
     }
 }
 
+/// The version of a run's workflow that is current, if it is another than the run's.
+async fn current(shared: &Shared, pinned: &Pinned, own: DefinitionHash) -> Result<Option<Current>> {
+    let hash = match store::definitions::pointer(&shared.pool, &pinned.definition.name, "current").await {
+        Ok(hash) if hash != own => hash,
+        // A definition that came with a file has no pointer.
+        Ok(_) | Err(Error::DefinitionNotFound(_)) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    Ok(Some(Current::Version { hash, inputs: shared.pinned(hash).await?.definition.inputs.clone() }))
+}
+
 enum Committed {
     Accepted { inbox_n: i64 },
     Refused { reason: String, message: String },
@@ -666,7 +688,8 @@ fn width(steps: &[Step]) -> usize {
         | Kind::Await(_)
         | Kind::Call { .. }
         | Kind::Fail { .. }
-        | Kind::Finish { .. } => 1,
+        | Kind::Finish { .. }
+        | Kind::ContinueAsNew { .. } => 1,
     };
     steps.iter().map(|s| own(s).max(s.catch.iter().map(|c| width(&c.steps)).max().unwrap_or(1))).max().unwrap_or(1)
 }

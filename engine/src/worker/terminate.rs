@@ -66,7 +66,7 @@ async fn closing(conn: &mut PgConnection, run: RunId, reason: &str) -> Result<It
     crate::committer::crash_point("terminate.after_seize");
     let loaded = store::runs::load(&mut *conn, run).await?;
     if !taken {
-        return Err(Error::RunClosed(run.to_string()));
+        return Err(crate::client::closed(run, &loaded.chain));
     }
     let pinned = store::definitions::load(&mut *conn, loaded.definition).await?;
     let now = store::runs::now(conn).await?;
@@ -79,6 +79,7 @@ async fn closing(conn: &mut PgConnection, run: RunId, reason: &str) -> Result<It
         refused: &machine::Refusals::default(),
         catalog: &catalog,
         calls: &calls,
+        current: None,
         depth: u32::try_from(loaded.depth).unwrap_or(u32::MAX),
         workflow: &pinned.definition.name,
     };
@@ -88,6 +89,8 @@ async fn closing(conn: &mut PgConnection, run: RunId, reason: &str) -> Result<It
     let attributes = Arc::new(loaded.attributes.clone());
     let budget = Arc::new(pinned.definition.budget.clone());
     let mut effects = Effects::default();
+    // A parent knows the first run of a chain.
+    let known = loaded.chain.first.unwrap_or(run);
     for event in &decision.events {
         match event {
             // Without a registry every activity may be a metered one; the hook ignores those it never saw.
@@ -105,10 +108,9 @@ async fn closing(conn: &mut PgConnection, run: RunId, reason: &str) -> Result<It
                 outcome: Outcome::Cancelled,
             }),
             Event::RunClosed { status, output, failure, .. } => {
-                effects.parent = loaded
-                    .parent
-                    .as_ref()
-                    .map(|(parent, _)| (*parent, child_result(run, status.as_str(), output.clone(), failure.clone())));
+                effects.parent = loaded.parent.as_ref().map(|(parent, _)| {
+                    (*parent, child_result(known, status.as_str(), output.clone(), failure.clone()))
+                });
             }
             _ => {}
         }

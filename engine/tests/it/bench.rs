@@ -252,6 +252,19 @@ impl Bench {
                     or (r.closed_at is null and not r.admitted and (a.run_id is null or a.place is not null))",
             ),
             (
+                "continued run without one run in its place, or the reverse",
+                "select count(*) from runs r
+                 where r.imported_at is null and (r.status = 'continued') <> (r.continued_as is not null)
+                    or r.continued_as is not null and r.imported_at is null and not exists
+                        (select from runs n where n.run_id = r.continued_as and n.continued_from = r.run_id
+                           and n.first_run_id = coalesce(r.first_run_id, r.run_id))",
+            ),
+            (
+                "two open runs of one chain",
+                "select count(*) from (select 1 from runs where closed_at is null and imported_at is null
+                   group by coalesce(first_run_id, run_id) having count(*) > 1) c",
+            ),
+            (
                 "group with more holders than its largest limit",
                 "select count(*) from (select group_name from admissions where place is not null group by 1 having count(*) > max(places)) g",
             ),

@@ -1,14 +1,14 @@
 //! A process dies at every crash point of the engine, and somebody else brings its runs to their end.
 
 use crate::{
-    bench::{Bench, PATIENCE, definition, step, work},
+    bench::{Bench, PATIENCE, definition, e, step, work},
     faults::{DATABASE, GRACE, LONG, SHORT, audit_outside, ended, long_work, outside, scheduled, several},
 };
 use futures_util::{StreamExt, stream};
 use loopwright_engine::{
     Error,
     client::Signal,
-    definition::{Await, CallVersion, Definition, Kind, OnTimeout, ParentClose, WaitUntil},
+    definition::{Await, CallVersion, Data, Definition, Input, Kind, OnTimeout, ParentClose, WaitUntil},
     embedded::testing::url,
     ids::RunId,
     testing::CRASH_POINTS,
@@ -85,6 +85,17 @@ fn everything(name: &str) -> Definition {
     all.steps.push(step("question", Kind::Await(Box::new(question))));
     all.steps.push(step("call", call));
     all
+}
+
+/// A chain of two, of which the second works.
+fn inner() -> Definition {
+    let with = BTreeMap::from([("n".to_owned(), Data::Literal(json!(1)))]);
+    let mut again = step("again", Kind::ContinueAsNew { with, current: false });
+    again.condition = Some(e("inputs.n < 1"));
+    let mut inner = definition("inner", vec![again, work("inner", &[])]);
+    let n = Input { schema: json!({"type": "integer"}), required: false, default: Some(json!(0)) };
+    inner.inputs.insert("n".into(), n);
+    inner
 }
 
 /// The process that dies, whatever it is.
@@ -171,7 +182,7 @@ async fn dies_at(point: &'static str, nth: u32) {
     outside(&bench.pool).await;
     let pool = bench.pool.clone();
     bench.script(move |ctx, _| noted_work(pool.clone(), ctx));
-    bench.deploy(definition("inner", vec![work("inner", &[])])).await;
+    bench.deploy(inner()).await;
     let hash = bench.deploy(everything("points")).await;
     if point.starts_with("takeover") {
         // Somebody to bury.
@@ -246,8 +257,12 @@ async fn dies_at(point: &'static str, nth: u32) {
             "select count(*) from (select run_id from inbox where dedupe_id = 'once' group by run_id having count(*) <> 1) t",
         ),
         (
+            "a chain has not two runs",
+            "select count(*) from (select parent_run_id from runs where parent_run_id is not null group by 1 having count(*) <> 2) t",
+        ),
+        (
             "a call has several children",
-            "select count(*) from (select parent_run_id from runs where parent_run_id is not null group by 1 having count(*) <> 1) t",
+            "select count(*) from (select parent_run_id from runs where parent_run_id is not null and first_run_id is null group by 1 having count(*) <> 1) t",
         ),
     ] {
         let n: i64 = sqlx::query_scalar(sql).fetch_one(&bench.pool).await.expect("audit");

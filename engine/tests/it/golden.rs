@@ -14,15 +14,22 @@ use loopwright_engine::{
     archive::Archive,
     client::{At, Decision, Fork, Signal, Update, Why},
     definition::{
-        Approval, Await, Branch, CallVersion, Catch, Data, Definition, Exhausted, Join, Kind, OnItemFailure, OnTimeout,
-        ParentClose, RepeatCondition, Step, WaitUntil,
+        Approval, Await, Branch, CallVersion, Catch, Data, Definition, Exhausted, Input, Join, Kind, OnItemFailure,
+        OnTimeout, ParentClose, RepeatCondition, Step, WaitUntil,
     },
     event::Event,
     ids::RunId,
     view::{RunStatus, RunView},
 };
 use serde_json::{Map, Value, json};
-use std::{collections::BTreeSet, fs, io::Write, path::PathBuf, sync::atomic::Ordering, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    io::Write,
+    path::PathBuf,
+    sync::atomic::Ordering,
+    time::Duration,
+};
 
 fn folder() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
@@ -308,9 +315,25 @@ async fn write_golden() {
     bench.closed(ended).await;
     gate.open(1);
 
+    let with = BTreeMap::from([("n".to_owned(), Data::Expr(e("inputs.n + 1")))]);
+    let mut again = step("again", Kind::ContinueAsNew { with, current: false });
+    again.condition = Some(e("inputs.n < 2"));
+    let mut chained = definition("chained", vec![work("a", &[]), again]);
+    let n = Input { schema: json!({"type": "integer"}), required: false, default: Some(json!(1)) };
+    chained.inputs.insert("n".into(), n);
+    chained.finally = vec![work("clean", &[])];
+    let continued = bench.start(chained, json!({})).await;
+    bench.closed(continued).await;
+
     fs::create_dir_all(folder()).expect("folder");
-    let runs =
-        [("everything", whole), ("fork", forked), ("cancelled", cancelled), ("asked", asked), ("terminated", ended)];
+    let runs = [
+        ("everything", whole),
+        ("fork", forked),
+        ("cancelled", cancelled),
+        ("asked", asked),
+        ("terminated", ended),
+        ("continued", continued),
+    ];
     for (what, run) in runs {
         let path = folder().join(format!("{name}-{what}.jsonl"));
         // What is there stays.

@@ -51,6 +51,7 @@ fn fixed_seeds_end_well_and_meet_every_fault() {
         signals,
         held_back,
         updates,
+        continued,
     } = sum;
     println!("{sum:#?}");
     for (what, times) in [
@@ -70,6 +71,7 @@ fn fixed_seeds_end_well_and_meet_every_fault() {
         ("signals", signals),
         ("runs that waited for a place", held_back),
         ("updates", updates),
+        ("runs that continued as new", continued),
     ] {
         assert!(times >= 20, "only {times} {what}: the simulator does not try hard enough");
     }

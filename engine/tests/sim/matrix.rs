@@ -106,6 +106,7 @@ impl Place {
             refused: &Refusals::default(),
             catalog: &catalog,
             calls: &calls,
+            current: None,
             depth: 0,
             workflow: "matrix",
         };
@@ -161,6 +162,7 @@ fn states() -> Vec<(&'static str, Place)> {
     };
     let retryable = Failure::retryable("transient.network", "x");
     let approval = Approval { quorum: 2, fail_on_reject: true };
+    let next = step("a", Kind::ContinueAsNew { with: BTreeMap::new(), current: false });
     let all = [("a", 1), ("b", 1), ("!finally/clean", 1)].map(|(path, n)| ended(path, n, Ok(json!(1))));
     let timer = step("a", Kind::Wait { until: WaitUntil::For(30_000) });
     vec![
@@ -179,6 +181,7 @@ fn states() -> Vec<(&'static str, Place)> {
         ("paused, running", one().after(vec![started(), pause()])),
         ("cancelling", one().after(vec![started(), cancel()])),
         ("finally", one().after(vec![started(), ended("a", 1, Err(Failure::permanent("user.bad", "x")))])),
+        ("finally, continuing", Place::new(definition(next)).after(vec![started()])),
         ("closed", one().after([vec![started()], all.to_vec()].concat())),
     ]
 }

@@ -66,6 +66,10 @@ pub fn standing(view: &RunView) -> Task {
     if view.status.is_closed() || view.status == RunStatus::Quarantined {
         let message = match (&view.status, &view.failure) {
             (RunStatus::Completed, _) => "Completed.".to_owned(),
+            (RunStatus::Continued, _) => match view.chain.continued_as {
+                Some(next) => format!("Goes on as run {next}."),
+                None => "Goes on as another run.".to_owned(),
+            },
             (RunStatus::Quarantined, _) => "Halted: an operator has to look at it.".to_owned(),
             (status, Some(failure)) => shorten(&format!("{}: {}: {}", status.as_str(), failure.code, failure.message)),
             (status, None) => format!("{}.", status.as_str()),

@@ -113,7 +113,10 @@ impl From<loopwright_engine::Error> for Error {
         use loopwright_engine::Error as E;
         match error {
             E::RunNotFound(_) => Self::not_found("run"),
-            E::RunClosed(_) => Self::new(Code::RunClosed, "The run has ended and takes no more messages."),
+            // The id, and the run that goes on in its place, if there is one.
+            E::RunClosed(which) => {
+                Self::new(Code::RunClosed, format!("Run {which} has ended and takes no more messages."))
+            }
             E::RunQuarantined(_) => {
                 Self::new(Code::RunQuarantined, "Something broke in the run; an operator has to look at it.")
             }

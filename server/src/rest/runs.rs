@@ -192,7 +192,8 @@ pub(super) async fn cancel(id: Uuid, mut call: Call) -> Result<Response, Error> 
     let view = owned(&call, caller, id).await?;
     let reason = reason(&mut call)?;
     if view.status.is_closed() {
-        return Err(Error::new(Code::RunClosed, "The run has ended."));
+        let goes_on = view.chain.continued_as.map(|next| format!(" Run {next} goes on in its place."));
+        return Err(Error::new(Code::RunClosed, format!("The run has ended.{}", goes_on.unwrap_or_default())));
     }
     let reason = reason.unwrap_or_else(|| "cancelled by its owner".into());
     call.state.client.cancel(RunId(id), &reason).await?;

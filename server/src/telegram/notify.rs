@@ -86,6 +86,13 @@ async fn tell(parts: &Parts, tx: &mut Tx, run: &Followed) -> Result<(), Error> {
         Err(error) => return Err(error),
     };
     outbox::replace(tx, &progress_message(run, &seen.text)).await?;
+    if let Some(next) = seen.view.chain.continued_as {
+        // The chat follows the run that goes on; nothing has ended for it.
+        let next = Followed { run: next, ..*run };
+        chats::follow(tx, &next).await?;
+        chats::looked(tx, run.run, true).await?;
+        return Box::pin(tell(parts, tx, &next)).await;
+    }
     ask(tx, run, &seen, None).await?;
     for waiting in &seen.view.waiting {
         if let Waiting::Blocked { message, .. } = waiting

@@ -183,6 +183,7 @@ pub fn progress(name: &str, progress: &Progress, spent_ucr: i64, available: &str
         Standing::Credits | Standing::Blocked | Standing::Paused => "⏸",
         Standing::Stopping | Standing::Halted => "⏹",
         Standing::Closed(RunStatus::Completed) => "✅",
+        Standing::Closed(RunStatus::Continued) => "↪️",
         Standing::Closed(_) => "⏹",
     };
     let mut lines = vec![format!("{mark} <b>{}</b>", escape(&cut(name, 60)))];
@@ -239,6 +240,7 @@ pub fn end(name: &str, view: &RunView, spent_ucr: i64) -> String {
                 "✅ <b>{name}</b> is done.{verdict}{commit}\nSpent: {spent} credits.\n/download sends it as a zip file."
             )
         }
+        RunStatus::Continued => format!("↪️ <b>{name}</b> goes on with another run. Spent so far: {spent} credits."),
         RunStatus::Cancelled | RunStatus::Terminated => {
             format!("⏹ <b>{name}</b> was stopped. Spent: {spent} credits.\nWhat is done so far: /download")
         }

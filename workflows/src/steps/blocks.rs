@@ -231,7 +231,9 @@ impl Steps<'_> {
         }
         fn own(step: &Step) -> Option<&str> {
             match &step.kind {
-                Kind::Await(_) | Kind::Call { .. } | Kind::Finish { .. } => Some(step.id.as_str()),
+                Kind::Await(_) | Kind::Call { .. } | Kind::Finish { .. } | Kind::ContinueAsNew { .. } => {
+                    Some(step.id.as_str())
+                }
                 Kind::Group { steps, .. } | Kind::Foreach { steps, .. } | Kind::Repeat { steps, .. } => {
                     forbidden(steps)
                 }
@@ -245,7 +247,7 @@ impl Steps<'_> {
                 "WF508",
                 node.span,
                 &node.path,
-                format!("`finally` may not contain human waits, `call` or `finish` (step `{id}`)"),
+                format!("`finally` may not contain human waits, `call`, `finish` or `continue-as-new` (step `{id}`)"),
             );
         }
         if steps.len() > 20 {

@@ -21,8 +21,20 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 
 const KINDS: &[&str] = &[
-    "uses", "set", "steps", "parallel", "foreach", "repeat", "switch", "wait", "await", "approve", "call", "fail",
+    "uses",
+    "set",
+    "steps",
+    "parallel",
+    "foreach",
+    "repeat",
+    "switch",
+    "wait",
+    "await",
+    "approve",
+    "call",
+    "fail",
     "finish",
+    "continue-as-new",
 ];
 /// Known to the language, not accepted yet.
 const LATER: &[&str] = &["run", "undo", "needs", "order", "env", "secrets", "concurrency", "budget"];
@@ -64,6 +76,11 @@ const RESERVED: &[&str] = &[
 ];
 const STEPS_MAX: usize = 200;
 const NESTING_MAX: usize = 8;
+
+/// Whether nothing after such a step is reached.
+fn leaves_block(kind: &Kind) -> bool {
+    matches!(kind, Kind::Fail { .. } | Kind::Finish { .. } | Kind::ContinueAsNew { .. })
+}
 
 /// Lowers steps of one document.
 pub(crate) struct Steps<'a> {
@@ -121,7 +138,7 @@ impl Steps<'_> {
                 self.sink.error("WF210", item.span, &item.path, format!("more than {STEPS_MAX} steps"));
             }
             if let Some((step, known)) = self.step(&fields, id.clone(), scope, depth) {
-                ended |= step.condition.is_none() && matches!(step.kind, Kind::Fail { .. } | Kind::Finish { .. });
+                ended |= step.condition.is_none() && leaves_block(&step.kind);
                 scope.steps.insert(id.clone(), known);
                 if let Some((from, to)) = ranges.iter().find(|(_, to)| *to == at).copied() {
                     redos.extend(self.redo(&fields, (from, to), &id, scope));
@@ -262,6 +279,7 @@ impl Steps<'_> {
             }
             "call" => self.call(node, scope)?,
             "fail" => self.fail(node, scope)?,
+            "continue-as-new" => self.continue_as_new(node, scope)?,
             _ => {
                 let outputs = Fields::new(node, "`finish`", &["outputs"], self.sink)
                     .map(|f| map_of_data(f.get("outputs"), scope, self.sink));
@@ -445,6 +463,20 @@ impl Steps<'_> {
         let message = fields.get("message").map(|n| data(n, &mut sites, self.sink));
         sites.iter().for_each(|site| scope.check(site, self.sink));
         Some(Kind::Fail { code, message })
+    }
+
+    fn continue_as_new(&mut self, node: &Node, scope: &Scope) -> Option<Kind> {
+        let fields = Fields::new(node, "`continue-as-new`", &["with", "version"], self.sink)?;
+        let with = map_of_data(fields.get("with"), scope, self.sink);
+        let current = fields.word("version", &[("same", false), ("current", true)], false, self.sink);
+        // What another version takes is not known here.
+        if let (false, Some(given)) = (current, fields.get("with").and_then(Fields::open)) {
+            for name in with.keys().filter(|name| !scope.inputs.contains(*name)) {
+                let at = given.get(name).unwrap_or(node);
+                self.sink.error("WF302", given.key_span(name), &at.path, format!("there is no input `{name}`"));
+            }
+        }
+        Some(Kind::ContinueAsNew { with, current })
     }
 
     fn catch(&mut self, fields: &Fields<'_>, scope: &Scope, depth: usize) -> Vec<Catch> {

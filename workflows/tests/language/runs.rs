@@ -342,6 +342,51 @@ queries:
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_run_goes_on_as_another_until_it_has_done_its_work() {
+    let bench = Bench::new().await;
+    let counter = r#"
+inputs: { n: { type: integer, default: 1 }, step: { type: integer, default: 1 } }
+steps:
+  - { id: more, if: inputs.n < 3, continue-as-new: { with: { n: "${{ inputs.n + inputs.step }}" } } }
+finally: [{ id: clean, uses: work@1 }]
+outputs: { n: "${{ inputs.n }}" }
+"#;
+    bench.deploy(&document("counter", counter)).await;
+    let body = "steps: [{ id: c, call: { workflow: counter } }]\noutputs: { n: \"${{ steps.c.output.n }}\" }";
+    assert_eq!(bench.completes(body, json!({})).await, json!({"n": 3}));
+    assert_eq!(bench.world.paths(), ["!finally/clean"; 3]);
+
+    // What the next run does not take is a failure here, and may be handled.
+    let caught = r#"
+inputs: { n: { type: integer, default: 1 } }
+steps:
+  - id: more
+    continue-as-new: { with: { n: many } }
+    if: inputs.n < 3
+    catch: [{ on: [input.invalid], steps: [{ id: less, set: { v: 1 } }] }]
+outputs: { status: "${{ steps.more.status }}" }
+"#;
+    assert_eq!(bench.completes(caught, json!({})).await, json!({"status": "recovered"}));
+    bench.done().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_goes_on_under_the_version_that_is_current() {
+    let bench = Bench::new().await;
+    let old = "steps: [{ id: wait, await: { signal: go, timeout: 1h } }, { id: more, continue-as-new: { with: { v: 2 }, version: current } }]";
+    let run = bench.start(old, json!({})).await;
+    bench.waits(run).await;
+    let new =
+        "inputs: { v: { type: integer } }\nsteps: [{ id: s, set: { v: 1 } }]\noutputs: { v: \"${{ inputs.v }}\" }";
+    bench.deploy(&document("t", new)).await;
+    bench.signal(run, "go", json!({})).await;
+    let view = bench.closed(run).await;
+    assert_eq!(view.status, RunStatus::Continued, "{:?}", view.failure);
+    assert_eq!(bench.output(view.chain.continued_as.expect("a successor")).await, json!({"v": 2}));
+    bench.done().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_parent_s_end_ends_its_child_as_the_call_says() {
     let bench = Bench::new().await;
     bench

@@ -87,6 +87,7 @@ fn where_a_call_leads_is_settled_when_the_run_starts() {
         refused: &Refusals::default(),
         catalog: &run.catalog,
         calls: &other,
+        current: None,
         depth: 0,
         workflow: "test",
     };

@@ -41,6 +41,7 @@ fn branch_with(
         refused: &Refusals::default(),
         catalog: &catalog,
         calls: &calls,
+        current: None,
         depth: 0,
         workflow: "test",
     };

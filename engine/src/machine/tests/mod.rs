@@ -1,6 +1,7 @@
 //! The machine without a store: definitions are run in memory, and after every decision the recorded events are folded
 //! into a second state, which must be the same.
 
+mod chain;
 mod close;
 mod edges;
 mod fork;
@@ -78,6 +79,8 @@ struct Bench {
     catalog: Catalog,
     permits: usize,
     depth: u32,
+    /// Under what it may continue as new.
+    current: Option<Current>,
     /// With this the hook refuses every start.
     refused: Option<(String, String)>,
     /// The hook refuses a transition that makes it hold more than this, one for each attempt that runs.
@@ -122,6 +125,7 @@ impl Bench {
             catalog: Catalog::new([signature]),
             permits: 100,
             depth: 0,
+            current: None,
             refused: None,
             room: None,
             live: BTreeMap::new(),
@@ -146,6 +150,7 @@ impl Bench {
                 refused: &refused,
                 catalog: &self.catalog,
                 calls: &calls,
+                current: self.current.as_ref(),
                 depth: self.depth,
                 workflow: "test",
             };

@@ -67,7 +67,10 @@ fn everything() -> Definition {
             ],
         },
     );
-    let mut d = definition(vec![slow, race, early, each, choice]);
+    let mut again =
+        step("again", Kind::ContinueAsNew { with: BTreeMap::from([("q".into(), x("inputs.q"))]), current: false });
+    again.condition = Some(e("steps.choice.output.case == 0 && steps.race.status != 'failed'"));
+    let mut d = definition(vec![slow, race, early, each, choice, again]);
     d.timeout_ms = 600_000;
     d.finally = vec![act("clean", &[]), group("last", vec![act("l", &[])])];
     d.finally[0].continue_on_error = true;
@@ -197,6 +200,16 @@ pub(super) fn to_the_end(run: &mut Bench, seed: u64) {
         }
     }
     assert!(run.live.is_empty(), "seed {seed}");
+}
+
+#[test]
+fn some_of_them_continue_as_new() {
+    let ended = (0..200).map(|seed| {
+        let mut run = disturbed(seed);
+        to_the_end(&mut run, seed);
+        run.state.status
+    });
+    assert!(ended.filter(|status| *status == RunStatus::Continued).count() > 5);
 }
 
 #[test]

@@ -69,6 +69,9 @@ fn step_ended(path: &str) -> Event {
 #[test]
 fn runs() {
     let finished = || ending(Ending::Completed { output: Value::Null });
+    let next = RunId::new();
+    let continued = || ending(Ending::Continued { run: next, inputs: Value::Null, definition: None });
+    let failed = || ending(Ending::Failed { failure: Failure::cancelled() });
     let cancelled = || ending(Ending::Cancelled { reason: String::new() });
     let finally = || Event::FinallyStarted { at: now(), deadline: now() };
     let paused = || Event::RunPaused { reason: String::new(), by: None, at: now() };
@@ -78,27 +81,34 @@ fn runs() {
         ("pending", RunState::new(RunId::new())),
         ("running", started()),
         ("running, ending", after(started(), &[finished()])),
+        ("running, continuing", after(started(), &[continued()])),
         ("cancelling", after(started(), &[cancelled()])),
         ("in finally", after(started(), &[cancelled(), finally()])),
+        ("in finally, continuing", after(started(), &[continued(), finally()])),
         ("paused", after(started(), &[paused()])),
         ("closed", after(started(), &[finished(), closed()])),
     ];
     let events = [
         ("run_started", run_started()),
         ("run_ending: completed", finished()),
-        ("run_ending: failed, cancelled", cancelled()),
+        ("run_ending: continued", continued()),
+        ("run_ending: failed", failed()),
+        ("run_ending: cancelled", cancelled()),
         ("finally_started", finally()),
         ("run_closed", closed()),
         ("run_paused", paused()),
         ("run_resumed", resumed()),
     ];
     compare("run", &states, &events, |s| {
+        let continuing = matches!(s.ending, Some(Ending::Continued { .. }));
         let text = match (s.status, s.ending.is_some(), s.finally.is_some()) {
             (status, ..) if status.is_closed() => "closed",
             (RunStatus::Pending, ..) => "pending",
             (RunStatus::Paused, ..) => "paused",
+            (_, _, true) if continuing => "in finally, continuing",
             (_, _, true) => "in finally",
             (RunStatus::Cancelling, ..) => "cancelling",
+            (_, true, _) if continuing => "running, continuing",
             (_, true, _) => "running, ending",
             _ => "running",
         };

@@ -2,12 +2,12 @@
 
 use super::Walk;
 use crate::{
-    definition::{Expr, Kind, ParentClose, Step, WaitUntil, expr},
+    definition::{Expr, Kind, ParentClose, Step, WaitUntil, expr, inputs::prepare_for},
     event::{Ending, Event, Opened, StepStatus},
     failure::Failure,
-    ids::RunId,
+    ids::{DefinitionHash, RunId},
     machine::{
-        CALL_DEPTH_MAX, Command, Illegal, call_key,
+        CALL_DEPTH_MAX, Command, Current, Illegal, call_key,
         react::{step_ended, stop_commands},
         scope::Place,
         state::path_key,
@@ -164,10 +164,35 @@ impl Walk<'_> {
                     Event::RunEnding { ending: Ending::Completed { output }, at: now },
                 ]
             }),
+            Kind::ContinueAsNew { with, current } => place
+                .resolve_map(with)
+                .and_then(|inputs| self.successor(*current, Value::Object(inputs)))
+                .map(|(definition, inputs)| {
+                    commands.extend(stop_commands(self.state, ""));
+                    let run = child_id(self.state.run_id, &path, now);
+                    vec![
+                        begun(Opened::Group),
+                        step_ended(&path, StepStatus::Succeeded, None, None, now),
+                        Event::RunEnding { ending: Ending::Continued { run, inputs, definition }, at: now },
+                    ]
+                }),
         };
         match opened {
             Ok(events) => Ok(events),
             Err(failure) => failed(failure),
+        }
+    }
+
+    /// Under which other definition the next run of a chain runs, and its inputs as that takes them.
+    fn successor(&self, current: bool, inputs: Value) -> Result<(Option<DefinitionHash>, Value), Failure> {
+        let (definition, declared) = match self.moment.current.filter(|_| current) {
+            Some(Current::Version { hash, inputs }) => (Some(*hash), inputs),
+            Some(Current::Refused(failure)) => return Err(failure.clone()),
+            None => (None, &self.definition.inputs),
+        };
+        match prepare_for(declared, &inputs) {
+            Ok(inputs) => Ok((definition, inputs)),
+            Err(problems) => Err(Failure::permanent("input.invalid", problems.join("; "))),
         }
     }
 
@@ -238,8 +263,8 @@ fn wait_until(until: &WaitUntil, now: DateTime<Utc>, place: &Place<'_>) -> Resul
     }
 }
 
-/// A child's id: a UUIDv7 of this moment whose random part is derived from (parent, step path), so that deciding the
-/// same step again at the same instant names the same child.
+/// The id of a child or of the next run of a chain: a UUIDv7 of this moment whose random part is derived from (parent, step
+/// path), so that deciding the same step again at the same instant names the same run.
 fn child_id(parent: RunId, path: &str, now: DateTime<Utc>) -> RunId {
     let derived = uuid::Uuid::new_v5(&parent.0, path.as_bytes());
     let mut bytes = *derived.as_bytes();

@@ -92,11 +92,19 @@ const CHECKS: &[(&str, &str, &str)] = &[
     (
         "child",
         "a step has several children, or none of the outcome that it recorded",
-        "select parent_run_id || ' ' || parent_path from runs where parent_run_id is not null group by parent_run_id, parent_path having count(*) > 1
+        "select parent_run_id || ' ' || parent_path from runs where parent_run_id is not null and first_run_id is null group by parent_run_id, parent_path having count(*) > 1
          union all
          select h.run_id || ' ' || (e->>'path') from history h cross join jsonb_array_elements(h.events) e
-           join runs c on c.parent_run_id = h.run_id and c.parent_path = e->>'path'
+           join runs c on c.parent_run_id = h.run_id and c.parent_path = e->>'path' and c.continued_as is null
          where e->>'type' = 'step_ended' and e->>'status' = 'succeeded' and (c.status <> 'completed' or c.output is distinct from e->'output')",
+    ),
+    (
+        "chain",
+        "a run that continued as new has not one run in its place, or two runs of a chain are open",
+        "select r.run_id::text from runs r where (r.status = 'continued') <> (r.continued_as is not null)
+            or r.continued_as is not null and (select count(*) from runs n where n.continued_from = r.run_id and n.run_id = r.continued_as) <> 1
+         union all
+         select coalesce(first_run_id, run_id)::text from runs where closed_at is null group by 1 having count(*) > 1",
     ),
     (
         "dead_worker",
@@ -172,7 +180,7 @@ async fn kept(conn: &mut PgConnection, promises: &Promises, found: &mut Vec<Find
         "select i.run_id, i.dedupe_id, i.kind, i.n, i.n <= r.inbox_seen and r.status not in ('terminated', 'quarantined'),
                 (select count(*) from history h, jsonb_array_elements(h.events) e where h.run_id = i.run_id
                    and e->>'type' in ('signal_received', 'signal_dropped') and (e->>'n')::bigint = i.n)
-         from inbox i join runs r on r.shard = i.shard and r.run_id = i.run_id",
+         from inbox i join runs r on r.shard = i.shard and r.run_id = i.run_id where i.run_seq >= 0",
     )
     .fetch_all(conn)
     .await?;

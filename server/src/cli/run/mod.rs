@@ -258,6 +258,12 @@ fn show(view: &RunView) -> String {
     if let Some(closed) = view.closed_at {
         out.push_str(&format!("closed    {}\n", closed.format("%F %T UTC")));
     }
+    if let Some(before) = view.chain.continued_from {
+        out.push_str(&format!("before    {before}, which continued as new\n"));
+    }
+    if let Some(next) = view.chain.continued_as {
+        out.push_str(&format!("next      {next}\n"));
+    }
     if let Some(origin) = view.forked_from {
         out.push_str(&format!("forked    from {} after transition {}\n", origin.run_id, origin.seq));
     }

@@ -1,0 +1,224 @@
+//! Chains: runs of which each continues as new and the next goes on in its place.
+
+use super::{
+    definitions,
+    inbox::{self, Outgoing, Sent},
+    schedules,
+};
+use crate::{
+    Error, Result,
+    admission::Place,
+    event::Ending,
+    ids::{DefinitionHash, RunId},
+    machine::{CONTINUE_EVERY_MS, Message, RunState},
+    view::RunStatus,
+};
+use chrono::{DateTime, Duration, Utc};
+use serde_json::Value;
+use sqlx::{PgConnection, Row, types::Json};
+use std::collections::BTreeSet;
+
+/// Ids of messages that a run had read, and that the next run of its chain knows: the newest ones. Chosen: a sender that asks
+/// again does so within the next thousand messages.
+pub(crate) const KNOWN_MAX: i64 = 1_000;
+
+/// The next run of a chain. It has everything else of the one before: workflow, queue, attributes, outbox topic, business key,
+/// parent, depth, priority, fairness key.
+#[derive(Clone, Debug)]
+pub(crate) struct Successor {
+    pub(crate) run_id: RunId,
+    /// Another than the one before has.
+    pub(crate) definition: Option<DefinitionHash>,
+    pub(crate) inputs: Value,
+    /// It starts no earlier: see [`CONTINUE_EVERY_MS`].
+    pub(crate) not_before: DateTime<Utc>,
+    /// Messages that the run before has read and no step has taken, oldest first.
+    pub(crate) kept: Vec<Message>,
+}
+
+impl Successor {
+    /// Of a state that has closed as continued.
+    pub(crate) fn of(state: &RunState) -> Option<Self> {
+        match (state.status, &state.ending) {
+            (RunStatus::Continued, Some(Ending::Continued { run, inputs, definition })) => Some(Self {
+                run_id: *run,
+                definition: *definition,
+                inputs: inputs.clone(),
+                not_before: state.started_at + Duration::milliseconds(CONTINUE_EVERY_MS),
+                kept: state.mailbox.clone(),
+            }),
+            _ => None,
+        }
+    }
+}
+
+/// Workflow, definition, the instant that it waits for, and messages ever sent to the run before.
+type StartedRow = (String, Vec<u8>, Option<DateTime<Utc>>, i64);
+/// At which place of a group, and no earlier than when.
+pub(super) type Arrives = (Place, Option<DateTime<Utc>>);
+
+/// Starts the next run of a chain. Returns the place at which it must arrive, if its definition has a group, and the instant that
+/// it waits for in any case.
+///
+/// # Transaction
+/// Must be the one that closes the run before, whose row it has locked: nobody can send to that any more, and its business key
+/// is free for nobody else. Locks the schedule's action.
+/// # Errors
+/// `invariant` if the run before is not there or the next one is.
+pub(super) async fn start(conn: &mut PgConnection, old: RunId, next: &Successor) -> Result<Option<Arrives>> {
+    let definition = next.definition.map(|hash| hash.0.to_vec());
+    let started: Option<StartedRow> = sqlx::query_as(
+        "with o as (update runs set continued_as = $2 where shard = $5 and run_id = $6 and status = 'continued' returning *),
+              r as (insert into runs (shard, run_id, workflow, definition, workflow_id, status, parked, queue, attributes, topic, inputs,
+                                      parent_shard, parent_run_id, parent_path, depth, priority, fairness_key, lane,
+                                      first_run_id, continued_from)
+                    select $1, $2, workflow, coalesce($3, definition), workflow_id, 'pending', true, queue, attributes, topic, $4,
+                           parent_shard, parent_run_id, parent_path, depth, priority, fairness_key, lane,
+                           coalesce(first_run_id, run_id), run_id
+                    from o
+                    returning shard, run_id, workflow, definition, workflow_id, queue, priority, lane),
+              k as (insert into workflow_ids (workflow_id, shard, run_id)
+                    select workflow_id, shard, run_id from r where workflow_id is not null),
+              -- The instant is a worker's: it may be wrong, and is no reason to wait for longer.
+              d as (select least($7, engine_now() + $8::bigint * interval '1 millisecond') as due, engine_now() as now),
+              q as (insert into ready (shard, run_id, queue, priority, lane, timed, due_at)
+                    select shard, run_id, queue, priority, lane, due > now, greatest(due, now) from r, d)
+         select r.workflow, r.definition, case when due > now then due end, o.inbox_n from r, d, o",
+    )
+    .bind(next.run_id.shard())
+    .bind(next.run_id.0)
+    .bind(definition)
+    .bind(&next.inputs)
+    .bind(old.shard())
+    .bind(old.0)
+    .bind(next.not_before)
+    .bind(CONTINUE_EVERY_MS)
+    .fetch_optional(&mut *conn)
+    .await?;
+    let Some((workflow, definition, not_before, messages)) = started else {
+        return Err(Error::Invariant(format!("run {old} is not there to be continued")));
+    };
+    if messages > 0 {
+        hand_on(conn, old, next).await?;
+    }
+    let hash = definitions::hash_of(definition).ok_or_else(|| Error::Invariant("a definition's hash".into()))?;
+    schedules::hand_over(conn, old, next.run_id, &format!("run {old} continued as new")).await?;
+    let group = definitions::concurrency(conn, hash).await?;
+    let place = group.map(|group| group.place(&next.inputs).unwrap_or_else(|_| group.fallback(&workflow)));
+    Ok(place.map(|place| (place, not_before)))
+}
+
+/// What no step of the old run has taken is the next run's, in order: what it had read, then what it had not. Of what was taken
+/// only the senders' ids go along, as messages that are read: whoever sends one again is not heard twice.
+async fn hand_on(conn: &mut PgConnection, old: RunId, next: &Successor) -> Result<()> {
+    let kept: Vec<i64> = next.kept.iter().filter_map(|m| i64::try_from(m.n).ok()).collect();
+    sqlx::query(
+        "with known as (select i.n, i.kind, i.dedupe_id, i.sender, i.sent_at
+                        from inbox i join runs r on r.shard = i.shard and r.run_id = i.run_id
+                        where i.shard = $1 and i.run_id = $2 and i.n <= r.inbox_seen and i.n <> all($5)
+                          and i.dedupe_id is not null and i.kind in ('signal', 'update') order by i.n desc limit $6),
+              m as (insert into inbox (shard, run_id, n, kind, payload, dedupe_id, sender, sent_at, run_seq)
+                    select $3, $4, row_number() over (order by n), kind, 'null', dedupe_id, sender, sent_at, $7 from known returning n)
+         update runs set inbox_n = (select count(*) from m), inbox_seen = (select count(*) from m) where shard = $3 and run_id = $4",
+    )
+    .bind(old.shard())
+    .bind(old.0)
+    .bind(next.run_id.shard())
+    .bind(next.run_id.0)
+    .bind(&kept)
+    .bind(KNOWN_MAX)
+    .bind(inbox::BEFORE)
+    .execute(&mut *conn)
+    .await?;
+    let rows = sqlx::query(
+        "select i.n, i.kind, i.name, i.payload, i.dedupe_id, i.sender, i.sent_at
+         from inbox i join runs r on r.shard = i.shard and r.run_id = i.run_id
+         where i.shard = $1 and i.run_id = $2 and (i.n = any($3) or (i.n > r.inbox_seen and i.kind <> 'child')) order by i.n",
+    )
+    .bind(old.shard())
+    .bind(old.0)
+    .bind(&kept)
+    .fetch_all(&mut *conn)
+    .await?;
+    let here: BTreeSet<u64> = rows
+        .iter()
+        .map(|row| row.try_get::<i64, _>("n").map(|n| u64::try_from(n).unwrap_or(0)))
+        .collect::<std::result::Result<_, _>>()?;
+    // A fork keeps messages whose rows are its parent's. They are its oldest, and it answers no update of its parent's.
+    let inherited = next.kept.iter().filter(|message| !here.contains(&message.n)).map(|message| Handed {
+        kind: "signal".to_owned(),
+        name: message.name.clone(),
+        payload: message.payload.clone(),
+        dedupe_id: None,
+        sender: message.sender.clone(),
+        sent_at: message.at,
+    });
+    let mut handed: Vec<Handed> = inherited.collect();
+    for row in &rows {
+        handed.push(Handed {
+            kind: row.try_get("kind")?,
+            name: row.try_get("name")?,
+            payload: row.try_get("payload")?,
+            dedupe_id: row.try_get("dedupe_id")?,
+            sender: row.try_get("sender")?,
+            sent_at: row.try_get("sent_at")?,
+        });
+    }
+    if handed.is_empty() {
+        return Ok(());
+    }
+    sqlx::query(
+        "with base as (select inbox_n from runs where shard = $1 and run_id = $2),
+              m as (insert into inbox (shard, run_id, n, kind, name, payload, dedupe_id, sender, sent_at)
+                    select $1, $2, base.inbox_n + t.ord, t.kind, t.name, t.payload, t.dedupe_id, t.sender, t.sent_at
+                    from base, unnest($3::text[], $4::text[], $5::jsonb[], $6::text[], $7::text[], $8::timestamptz[])
+                      with ordinality as t(kind, name, payload, dedupe_id, sender, sent_at, ord)
+                    returning n)
+         update runs set inbox_n = inbox_n + (select count(*) from m) where shard = $1 and run_id = $2",
+    )
+    .bind(next.run_id.shard())
+    .bind(next.run_id.0)
+    .bind(handed.iter().map(|m| m.kind.as_str()).collect::<Vec<_>>())
+    .bind(handed.iter().map(|m| m.name.as_str()).collect::<Vec<_>>())
+    .bind(handed.iter().map(|m| Json(&m.payload)).collect::<Vec<_>>())
+    .bind(handed.iter().map(|m| m.dedupe_id.as_deref()).collect::<Vec<_>>())
+    .bind(handed.iter().map(|m| m.sender.as_deref()).collect::<Vec<_>>())
+    .bind(handed.iter().map(|m| m.sent_at).collect::<Vec<_>>())
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// A message on its way from one run to the next.
+struct Handed {
+    kind: String,
+    name: String,
+    payload: Value,
+    dedupe_id: Option<String>,
+    sender: Option<String>,
+    sent_at: DateTime<Utc>,
+}
+
+/// The open run of the chain whose first run this is.
+pub(crate) async fn open_run(conn: &mut PgConnection, first: RunId) -> Result<Option<RunId>> {
+    let open: Option<uuid::Uuid> = sqlx::query_scalar(
+        "select run_id from runs where first_run_id = $1 and closed_at is null and imported_at is null",
+    )
+    .bind(first.0)
+    .fetch_optional(conn)
+    .await?;
+    Ok(open.map(RunId))
+}
+
+/// [`inbox::send`] to the open run of the chain that begins with the message's run. Nothing happens if none is open.
+pub(super) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Result<()> {
+    let mut last = None;
+    while let Some(open) = open_run(conn, message.run).await? {
+        // It may have gone on as another since; the same one twice is none that can be sent to.
+        let sent = inbox::send(conn, &Outgoing { run: open, ..*message }).await?;
+        if sent != Sent::NoOpenRun || last.replace(open) == Some(open) {
+            return Ok(());
+        }
+    }
+    Ok(())
+}
