@@ -24,6 +24,7 @@ pub const MIGRATIONS: &[Migration] = &[
     QUEUES,
     UPDATES,
     ROOM,
+    PAYLOAD,
 ];
 
 /// The columns and tables of pauses, forks and imports.
@@ -44,6 +45,10 @@ pub const UPDATES: Migration =
 /// Room in the pages of `runs`.
 pub const ROOM: Migration =
     Migration { version: 11, name: "room", sql: include_str!("../../migrations/0011_room.sql") };
+
+/// Large values of runs.
+pub const PAYLOAD: Migration =
+    Migration { version: 13, name: "payload", sql: include_str!("../../migrations/0013_payload.sql") };
 
 /// Why a database could not be brought to the schema of this program.
 #[derive(Debug, thiserror::Error)]

@@ -1,9 +1,16 @@
 //! Table `inbox`: messages into runs.
 
-use crate::{Result, failure::Failure, ids::RunId, machine::Inbound};
+use super::blobs;
+use crate::{
+    Result,
+    failure::Failure,
+    ids::RunId,
+    machine::Inbound,
+    payload::{self, Slot},
+};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use sqlx::{PgConnection, Row};
+use sqlx::{PgConnection, Row, types::Json};
 
 /// What a message is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +71,11 @@ pub(crate) struct ChildResult {
 
 /// Stores a message and makes its run claimable if it is parked. One statement; takes the run's row lock.
 pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Result<Sent> {
+    let slot = Slot::Message { kind: message.kind.as_str(), name: message.name };
+    let mut blobs = Vec::new();
+    let payload = payload::pack(message.run, slot, message.payload, &mut blobs)?;
+    // Of a message that turns out to be a second one they are there already, or nobody's.
+    blobs::put(conn, &blobs).await?;
     // The run's row serializes its senders. A second message with one id that raced the first is dropped by the
     // constraint; its number stays unused.
     let row = sqlx::query(
@@ -85,7 +97,7 @@ pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Res
     .bind(message.run.0)
     .bind(message.kind.as_str())
     .bind(message.name)
-    .bind(message.payload)
+    .bind(Json(&*payload))
     .bind(message.dedupe_id)
     .bind(message.sender)
     .fetch_one(&mut *conn)
@@ -118,11 +130,16 @@ pub(crate) async fn read(conn: &mut PgConnection, run: RunId, after: i64, up_to:
     .bind(run.0)
     .bind(after)
     .bind(up_to)
-    .fetch_all(conn)
+    .fetch_all(&mut *conn)
     .await?;
+    let mut payloads = Vec::with_capacity(rows.len());
+    for row in &rows {
+        let slot = Slot::Message { kind: row.try_get("kind")?, name: row.try_get("name")? };
+        payloads.push(payload::read(conn, run, slot, row.try_get("payload")?).await?);
+    }
     rows.into_iter()
-        .map(|row| {
-            let payload: Value = row.try_get("payload")?;
+        .zip(payloads)
+        .map(|(row, payload)| {
             let kind: String = row.try_get("kind")?;
             Ok(match kind.as_str() {
                 "cancel" => Inbound::Cancel { reason: payload.as_str().unwrap_or("cancelled on request").to_owned() },

@@ -4,8 +4,9 @@ use crate::{
     Error, Result,
     hook::{AttemptEnd, AttemptStart, Refusal, Transition, TransitionHook},
     ids::{DefinitionHash, RunId},
+    payload::{self, Slot},
     store::{
-        definitions, groups,
+        blobs, definitions, groups,
         inbox::{self, ChildResult, Kind, Outgoing},
     },
 };
@@ -296,6 +297,8 @@ fn sql_of(error: crate::Error) -> crate::hook::HookError {
 }
 
 async fn start_child(conn: &mut PgConnection, parent: &Item, child: &Child) -> Result<()> {
+    let mut blobs = Vec::new();
+    let inputs = payload::pack(child.run_id, Slot::Inputs, &child.inputs, &mut blobs)?;
     let inserted = sqlx::query(
         "with r as (insert into runs (shard, run_id, workflow, definition, status, parked, queue, attributes, topic, inputs,
                       parent_shard, parent_run_id, parent_path, depth, priority, fairness_key, lane)
@@ -311,13 +314,14 @@ async fn start_child(conn: &mut PgConnection, parent: &Item, child: &Child) -> R
     .bind(&child.queue)
     .bind(&child.attributes)
     .bind(&parent.topic)
-    .bind(&child.inputs)
+    .bind(Json(&*inputs))
     .bind(parent.run_id.shard())
     .bind(parent.run_id.0)
     .bind(&child.path)
     .bind(child.depth)
     .execute(&mut *conn)
     .await?;
+    blobs::put(conn, &blobs).await?;
     if inserted.rows_affected() == 1
         && let Some(group) = definitions::concurrency(conn, child.definition).await?
     {
