@@ -49,6 +49,7 @@ pub const MIGRATIONS: &[Migration] = &[
     loopwright_engine::migrate::UPDATES,
     loopwright_engine::migrate::ROOM,
     loopwright_engine::migrate::CONTINUE,
+    loopwright_engine::migrate::PAYLOAD,
     loopwright_engine::migrate::TIMED,
 ];
 

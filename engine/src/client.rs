@@ -3,12 +3,14 @@
 mod archive;
 mod fork;
 mod pause;
+mod payload;
 mod query;
 mod update;
 
 pub use archive::Export;
 pub use fork::{At, Fork, Reset};
 pub use pause::Why;
+pub use payload::{Resealed, Sealed};
 pub use update::Update;
 
 use crate::{

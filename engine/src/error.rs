@@ -56,6 +56,13 @@ pub enum Error {
     /// Nothing is wrong with it: a worker of that release goes on with it.
     #[error("{0} was written by a newer release: bring this program up to it")]
     NewerRelease(String),
+    /// Nothing is wrong with it: who has the key can read it.
+    #[error(
+        "payload key `{0}` is not in this program's ring: put it back into LOOPWRIGHT_PAYLOAD_KEYS, behind the first"
+    )]
+    PayloadKeyMissing(String),
+    #[error("a payload is not what was stored: {0}; restore it from a backup")]
+    PayloadCorrupt(String),
     #[error("invariant broken: {0}")]
     Invariant(String),
     #[error("expression: {0}")]
@@ -96,6 +103,8 @@ impl Error {
             Self::LeaseLost => "lease_lost",
             Self::Refused { .. } => "refused",
             Self::NewerRelease(_) => "newer_release",
+            Self::PayloadKeyMissing(_) => "payload_key_missing",
+            Self::PayloadCorrupt(_) => "payload_corrupt",
             Self::Invariant(_) => "invariant",
             Self::Expression(_) => "expression",
             #[cfg(feature = "runtime")]

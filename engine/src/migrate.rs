@@ -25,6 +25,7 @@ pub const MIGRATIONS: &[Migration] = &[
     UPDATES,
     ROOM,
     CONTINUE,
+    PAYLOAD,
     TIMED,
 ];
 
@@ -50,6 +51,10 @@ pub const ROOM: Migration =
 /// Runs that continue as new.
 pub const CONTINUE: Migration =
     Migration { version: 12, name: "continue", sql: include_str!("../../migrations/0012_continue.sql") };
+
+/// Large values of runs.
+pub const PAYLOAD: Migration =
+    Migration { version: 13, name: "payload", sql: include_str!("../../migrations/0013_payload.sql") };
 
 /// Runs whose due instant has come unnoticed.
 pub const TIMED: Migration =

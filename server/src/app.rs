@@ -69,6 +69,7 @@ impl App {
     /// No database: one sentence with the remedy.
     pub async fn open(config: Config, fallback: Fallback) -> Result<Self, postgres::Error> {
         rest::install_crypto();
+        loopwright_engine::payload::install(config.payload_keys.clone());
         let Database { pool, url, server } = postgres::open(&config, fallback).await?;
         let hook = hook(&config);
         let client = Client::new(pool.clone(), hook.clone());

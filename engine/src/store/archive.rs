@@ -1,12 +1,13 @@
 //! A run on its way out into a file, and in from one.
 
-use super::definitions::hash_of;
+use super::{blobs, definitions::hash_of, history::events_of, transitions::Text};
 use crate::{
     Error, Result,
     archive::{Archive, Checkpoint, Deployed, FORMAT, Header, Run},
     definition::Bundle,
     ids::RunId,
-    view::RunStatus,
+    payload::{self, Slot},
+    view::{HistoryRow, RunStatus},
 };
 use serde_json::Value;
 use sqlx::{PgConnection, Row, types::Json};
@@ -20,18 +21,19 @@ pub(crate) async fn header(conn: &mut PgConnection, run: RunId) -> Result<Header
     let row = sqlx::query(
         "select r.workflow, r.workflow_id, r.status, r.seq, r.queue, r.attributes, r.inputs, r.output, r.failure, r.depth,
                 r.parent_run_id, r.started_at, r.closed_at, r.first_run_id, r.continued_from, r.continued_as, engine_now() as now,
-                -- An imported fork has the shared rows itself; where they end stands in its history.
-                coalesce(r.forked_seq, case when r.imported_at is not null then
-                  (select max(h.seq) - 1 from history h where h.shard = r.shard and h.run_id = r.run_id
-                     and h.events @> '[{\"type\": \"run_forked\"}]') end, 0) as forked_seq,
-                d.hash, d.name, d.version, d.source, d.bundle, d.ir, d.author, d.message
+                r.forked_seq, r.imported_at is not null as imported, d.hash, d.name, d.version, d.source, d.bundle, d.ir, d.author, d.message
          from runs r join definitions d on d.hash = r.definition where r.shard = $1 and r.run_id = $2",
     )
     .bind(run.shard())
     .bind(run.0)
-    .fetch_optional(conn)
+    .fetch_optional(&mut *conn)
     .await?
     .ok_or_else(|| Error::RunNotFound(run.to_string()))?;
+    let forked_seq = match row.try_get("forked_seq")? {
+        // An imported fork has the shared rows itself; where they end stands in its history.
+        None if row.try_get("imported")? => forked_within(conn, run).await?,
+        seq => seq.unwrap_or(0),
+    };
     let number = |n: i64| u64::try_from(n).unwrap_or(0);
     let small = |n: i32| u32::try_from(n).unwrap_or(0);
     let Json(bundle) = row.try_get::<Json<Bundle>, _>("bundle")?;
@@ -56,17 +58,44 @@ pub(crate) async fn header(conn: &mut PgConnection, run: RunId) -> Result<Header
             seq: number(row.try_get("seq")?),
             queue: row.try_get("queue")?,
             attributes: row.try_get("attributes")?,
-            inputs: row.try_get("inputs")?,
-            output: row.try_get("output")?,
-            failure: row.try_get("failure")?,
+            inputs: payload::read(conn, run, Slot::Inputs, row.try_get("inputs")?).await?,
+            output: payload::read_some(conn, run, Slot::Output, row.try_get("output")?).await?,
+            failure: payload::read_some(conn, run, Slot::Failure, row.try_get("failure")?).await?,
             depth: small(row.try_get("depth")?),
             parent: row.try_get::<Option<uuid::Uuid>, _>("parent_run_id")?.map(RunId),
-            forked_seq: number(row.try_get("forked_seq")?),
+            forked_seq: number(forked_seq),
             chain: super::runs::chain(&row)?,
             started_at: row.try_get("started_at")?,
             closed_at: row.try_get("closed_at")?,
         },
     })
+}
+
+/// The transition before the last fork that a history tells of, or 0.
+async fn forked_within(conn: &mut PgConnection, run: RunId) -> Result<i64> {
+    let mut before = i64::MAX;
+    loop {
+        // Into what is sealed only we can look.
+        let rows = sqlx::query(
+            "select seq, events from history where shard = $1 and run_id = $2 and seq < $3
+               and (jsonb_typeof(events) <> 'array' or events @> '[{\"type\": \"run_forked\"}]') order by seq desc limit $4",
+        )
+        .bind(run.shard())
+        .bind(run.0)
+        .bind(before)
+        .bind(i64::try_from(BATCH).unwrap_or(i64::MAX))
+        .fetch_all(&mut *conn)
+        .await?;
+        for row in &rows {
+            before = row.try_get("seq")?;
+            if events_of(conn, run, before, row).await?.iter().any(|e| e["type"] == "run_forked") {
+                return Ok(before - 1);
+            }
+        }
+        if rows.is_empty() {
+            return Ok(0);
+        }
+    }
 }
 
 /// Checkpoints after (path, key), in order.
@@ -85,18 +114,16 @@ pub(crate) async fn checkpoints(
     .bind(after.0)
     .bind(after.1)
     .bind(limit)
-    .fetch_all(conn)
+    .fetch_all(&mut *conn)
     .await?;
-    rows.into_iter()
-        .map(|row| {
-            Ok(Checkpoint {
-                path: row.try_get("path")?,
-                key: row.try_get("key")?,
-                value: row.try_get("value")?,
-                created_at: row.try_get("created_at")?,
-            })
-        })
-        .collect()
+    let mut found = Vec::with_capacity(rows.len());
+    for row in &rows {
+        let (path, key): (String, String) = (row.try_get("path")?, row.try_get("key")?);
+        let slot = Slot::Checkpoint { path: &path, key: &key };
+        let value = payload::read(conn, run, slot, row.try_get("value")?).await?;
+        found.push(Checkpoint { path, key, value, created_at: row.try_get("created_at")? });
+    }
+    Ok(found)
 }
 
 /// Stores an archive as a run that nobody will execute. `state` is the fold of its history, `messages` the number of its newest
@@ -124,6 +151,11 @@ pub(crate) async fn insert(conn: &mut PgConnection, archive: &Archive, state: &V
     .await?;
     let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
     let status = if run.closed_at.is_some() { run.status } else { RunStatus::Quarantined };
+    let (id, mut large) = (run.run_id, Vec::new());
+    let inputs = payload::pack(id, Slot::Inputs, &run.inputs, &mut large)?;
+    let state = payload::pack(id, Slot::Cursor { seq: number(run.seq) }, state, &mut large)?;
+    let output = run.output.as_ref().map(|o| payload::pack(id, Slot::Output, o, &mut large)).transpose()?;
+    let failure = run.failure.as_ref().map(|f| payload::pack(id, Slot::Failure, f, &mut large)).transpose()?;
     let inserted = sqlx::query(
         "insert into runs (shard, run_id, workflow, definition, workflow_id, status, parked, seq, queue, attributes, inputs, depth,
                            cursor, cursor_seq, waiting, output, failure, started_at, closed_at, imported_at, inbox_n, inbox_seen,
@@ -140,11 +172,11 @@ pub(crate) async fn insert(conn: &mut PgConnection, archive: &Archive, state: &V
     .bind(number(run.seq))
     .bind(&run.queue)
     .bind(&run.attributes)
-    .bind(&run.inputs)
+    .bind(Json(&*inputs))
     .bind(i32::try_from(run.depth).unwrap_or(i32::MAX))
-    .bind(state)
-    .bind(&run.output)
-    .bind(&run.failure)
+    .bind(Json(&*state))
+    .bind(output.as_deref().map(Json))
+    .bind(failure.as_deref().map(Json))
     .bind(run.started_at)
     .bind(run.closed_at)
     .bind(number(messages))
@@ -156,7 +188,12 @@ pub(crate) async fn insert(conn: &mut PgConnection, archive: &Archive, state: &V
     if inserted.rows_affected() == 0 {
         return Ok(false);
     }
+    blobs::put(conn, &large).await?;
     for rows in archive.history.chunks(BATCH) {
+        let mut large = Vec::new();
+        let mut events = |r: &HistoryRow| payload::pack(id, Slot::Events { seq: number(r.seq) }, &r.events, &mut large);
+        let events: Vec<Text> = rows.iter().map(&mut events).collect::<Result<_>>()?;
+        blobs::put(conn, &large).await?;
         sqlx::query(
             "insert into history (shard, run_id, seq, epoch, format, events, at)
              select $1, $2, * from unnest($3::bigint[], $4::bigint[], $5::smallint[], $6::jsonb[], $7::timestamptz[])",
@@ -166,12 +203,17 @@ pub(crate) async fn insert(conn: &mut PgConnection, archive: &Archive, state: &V
         .bind(rows.iter().map(|r| number(r.seq)).collect::<Vec<_>>())
         .bind(rows.iter().map(|r| number(r.epoch)).collect::<Vec<_>>())
         .bind(rows.iter().map(|r| i16::try_from(r.format).unwrap_or(i16::MAX)).collect::<Vec<_>>())
-        .bind(rows.iter().map(|r| Value::Array(r.events.clone())).collect::<Vec<_>>())
+        .bind(events.iter().map(|events| Json(&**events)).collect::<Vec<_>>())
         .bind(rows.iter().map(|r| r.at).collect::<Vec<_>>())
         .execute(&mut *conn)
         .await?;
     }
     for some in archive.checkpoints.chunks(CHECKPOINTS) {
+        let mut large = Vec::new();
+        let mut value =
+            |c: &Checkpoint| payload::pack(id, Slot::Checkpoint { path: &c.path, key: &c.key }, &c.value, &mut large);
+        let values: Vec<Text> = some.iter().map(&mut value).collect::<Result<_>>()?;
+        blobs::put(conn, &large).await?;
         sqlx::query(
             "insert into checkpoints (shard, run_id, path, key, value, created_at)
              select $1, $2, * from unnest($3::text[], $4::text[], $5::jsonb[], $6::timestamptz[])",
@@ -180,7 +222,7 @@ pub(crate) async fn insert(conn: &mut PgConnection, archive: &Archive, state: &V
         .bind(run.run_id.0)
         .bind(some.iter().map(|c| c.path.as_str()).collect::<Vec<_>>())
         .bind(some.iter().map(|c| c.key.as_str()).collect::<Vec<_>>())
-        .bind(some.iter().map(|c| Json(&c.value)).collect::<Vec<_>>())
+        .bind(values.iter().map(|value| Json(&**value)).collect::<Vec<_>>())
         .bind(some.iter().map(|c| c.created_at).collect::<Vec<_>>())
         .execute(&mut *conn)
         .await?;

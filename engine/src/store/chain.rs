@@ -1,9 +1,10 @@
 //! Chains: runs of which each continues as new and the next goes on in its place.
 
 use super::{
-    definitions,
+    blobs, definitions,
     inbox::{self, Outgoing, Sent},
     schedules,
+    transitions::Text,
 };
 use crate::{
     Error, Result,
@@ -11,6 +12,7 @@ use crate::{
     event::Ending,
     ids::{DefinitionHash, RunId},
     machine::{CONTINUE_EVERY_MS, Message, RunState},
+    payload::{self, Slot},
     view::RunStatus,
 };
 use chrono::{DateTime, Duration, Utc};
@@ -67,6 +69,8 @@ pub(super) type Arrives = (Place, Option<DateTime<Utc>>);
 /// `invariant` if the run before is not there or the next one is.
 pub(super) async fn start(conn: &mut PgConnection, old: RunId, next: &Successor) -> Result<Option<Arrives>> {
     let definition = next.definition.map(|hash| hash.0.to_vec());
+    let mut large = Vec::new();
+    let inputs = payload::pack(next.run_id, Slot::Inputs, &next.inputs, &mut large)?;
     let started: Option<StartedRow> = sqlx::query_as(
         "with o as (update runs set continued_as = $2 where shard = $5 and run_id = $6 and status = 'continued' returning *),
               r as (insert into runs (shard, run_id, workflow, definition, workflow_id, status, parked, queue, attributes, topic, inputs,
@@ -88,7 +92,7 @@ pub(super) async fn start(conn: &mut PgConnection, old: RunId, next: &Successor)
     .bind(next.run_id.shard())
     .bind(next.run_id.0)
     .bind(definition)
-    .bind(&next.inputs)
+    .bind(Json(&*inputs))
     .bind(old.shard())
     .bind(old.0)
     .bind(next.not_before)
@@ -98,6 +102,7 @@ pub(super) async fn start(conn: &mut PgConnection, old: RunId, next: &Successor)
     let Some((workflow, definition, not_before, messages)) = started else {
         return Err(Error::Invariant(format!("run {old} is not there to be continued")));
     };
+    blobs::put(conn, &large).await?;
     if messages > 0 {
         hand_on(conn, old, next).await?;
     }
@@ -155,10 +160,11 @@ async fn hand_on(conn: &mut PgConnection, old: RunId, next: &Successor) -> Resul
     });
     let mut handed: Vec<Handed> = inherited.collect();
     for row in &rows {
+        let slot = Slot::Message { kind: row.try_get("kind")?, name: row.try_get("name")? };
         handed.push(Handed {
             kind: row.try_get("kind")?,
             name: row.try_get("name")?,
-            payload: row.try_get("payload")?,
+            payload: payload::read(conn, old, slot, row.try_get("payload")?).await?,
             dedupe_id: row.try_get("dedupe_id")?,
             sender: row.try_get("sender")?,
             sent_at: row.try_get("sent_at")?,
@@ -167,6 +173,14 @@ async fn hand_on(conn: &mut PgConnection, old: RunId, next: &Successor) -> Resul
     if handed.is_empty() {
         return Ok(());
     }
+    // What is sealed or lies apart is so for one run.
+    let mut large = Vec::new();
+    let payloads = handed.iter().map(|m| {
+        let slot = Slot::Message { kind: &m.kind, name: &m.name };
+        payload::pack(next.run_id, slot, &m.payload, &mut large)
+    });
+    let payloads: Vec<Text> = payloads.collect::<Result<_>>()?;
+    blobs::put(conn, &large).await?;
     sqlx::query(
         "with base as (select inbox_n from runs where shard = $1 and run_id = $2),
               m as (insert into inbox (shard, run_id, n, kind, name, payload, dedupe_id, sender, sent_at)
@@ -180,7 +194,7 @@ async fn hand_on(conn: &mut PgConnection, old: RunId, next: &Successor) -> Resul
     .bind(next.run_id.0)
     .bind(handed.iter().map(|m| m.kind.as_str()).collect::<Vec<_>>())
     .bind(handed.iter().map(|m| m.name.as_str()).collect::<Vec<_>>())
-    .bind(handed.iter().map(|m| Json(&m.payload)).collect::<Vec<_>>())
+    .bind(payloads.iter().map(|text| Json(&**text)).collect::<Vec<_>>())
     .bind(handed.iter().map(|m| m.dedupe_id.as_deref()).collect::<Vec<_>>())
     .bind(handed.iter().map(|m| m.sender.as_deref()).collect::<Vec<_>>())
     .bind(handed.iter().map(|m| m.sent_at).collect::<Vec<_>>())

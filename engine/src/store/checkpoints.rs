@@ -1,17 +1,25 @@
 //! Tables `checkpoints` and `attempt_progress`: what a running attempt leaves behind.
 
-use crate::{Result, ids::RunId};
+use super::{blobs, transitions::Text};
+use crate::{
+    Result,
+    ids::RunId,
+    payload::{self, Slot},
+};
 use serde_json::Value;
-use sqlx::{PgConnection, PgPool};
+use sqlx::{PgConnection, PgPool, Row, types::Json};
 
 pub(crate) async fn get(pool: &PgPool, run: RunId, path: &str, key: &str) -> Result<Option<Value>> {
-    Ok(sqlx::query_scalar("select value from checkpoints where shard = $1 and run_id = $2 and path = $3 and key = $4")
+    let mut conn = pool.acquire().await?;
+    let row = sqlx::query("select value from checkpoints where shard = $1 and run_id = $2 and path = $3 and key = $4")
         .bind(run.shard())
         .bind(run.0)
         .bind(path)
         .bind(key)
-        .fetch_optional(pool)
-        .await?)
+        .fetch_optional(&mut *conn)
+        .await?;
+    let Some(row) = row else { return Ok(None) };
+    Ok(Some(payload::read(&mut conn, run, Slot::Checkpoint { path, key }, row.try_get("value")?).await?))
 }
 
 /// Whether `epoch` still owns the run. Holds the row for share: a takeover waits until the caller commits, so everything
@@ -30,6 +38,9 @@ pub(crate) async fn fence(conn: &mut PgConnection, run: RunId, epoch: i64) -> Re
 
 /// Stores a value; the first one stays.
 pub(crate) async fn put(conn: &mut PgConnection, run: RunId, path: &str, key: &str, value: &Value) -> Result<()> {
+    let mut blobs = Vec::new();
+    let value = payload::pack(run, Slot::Checkpoint { path, key }, value, &mut blobs)?;
+    blobs::put(conn, &blobs).await?;
     sqlx::query(
         "insert into checkpoints (shard, run_id, path, key, value) values ($1, $2, $3, $4, $5) on conflict do nothing",
     )
@@ -37,7 +48,7 @@ pub(crate) async fn put(conn: &mut PgConnection, run: RunId, path: &str, key: &s
     .bind(run.0)
     .bind(path)
     .bind(key)
-    .bind(value)
+    .bind(Json(&*value))
     .execute(conn)
     .await?;
     Ok(())
@@ -57,7 +68,8 @@ pub(crate) async fn put_progress(conn: &mut PgConnection, progress: &[Progress])
     let runs: Vec<uuid::Uuid> = progress.iter().map(|p| p.run.0).collect();
     let paths: Vec<&str> = progress.iter().map(|p| p.path.as_str()).collect();
     let attempts: Vec<i32> = progress.iter().map(|p| p.attempt).collect();
-    let values: Vec<&Value> = progress.iter().map(|p| &p.value).collect();
+    let sealed = |p: &Progress| payload::pack_whole(p.run.0, Slot::Progress { path: &p.path }, &p.value);
+    let values: Vec<Text> = progress.iter().map(sealed).collect::<Result<_>>()?;
     sqlx::query(
         "insert into attempt_progress (shard, run_id, path, attempt, progress)
          select * from unnest($1::smallint[], $2::uuid[], $3::text[], $4::int[], $5::jsonb[])
@@ -67,7 +79,7 @@ pub(crate) async fn put_progress(conn: &mut PgConnection, progress: &[Progress])
     .bind(runs)
     .bind(paths)
     .bind(attempts)
-    .bind(values.into_iter().cloned().collect::<Vec<Value>>())
+    .bind(values.iter().map(|value| Json(&**value)).collect::<Vec<_>>())
     .execute(conn)
     .await?;
     Ok(())
@@ -75,9 +87,16 @@ pub(crate) async fn put_progress(conn: &mut PgConnection, progress: &[Progress])
 
 /// Newest progress of a run's attempts: path, attempt, value.
 pub(crate) async fn progress_of(pool: &PgPool, run: RunId) -> Result<Vec<(String, i32, Value)>> {
-    Ok(sqlx::query_as("select path, attempt, progress from attempt_progress where shard = $1 and run_id = $2")
+    let rows = sqlx::query("select path, attempt, progress from attempt_progress where shard = $1 and run_id = $2")
         .bind(run.shard())
         .bind(run.0)
         .fetch_all(pool)
-        .await?)
+        .await?;
+    rows.iter()
+        .map(|row| {
+            let path: String = row.try_get("path")?;
+            let value = payload::read_whole(run.0, Slot::Progress { path: &path }, row.try_get("progress")?)?;
+            Ok((path, row.try_get("attempt")?, value))
+        })
+        .collect()
 }

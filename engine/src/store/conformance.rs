@@ -397,7 +397,7 @@ impl Pair {
                     // From now on it is one of those that things happen to.
                     let at = self.runs.iter().position(|r| *r == run).expect("known");
                     self.runs[at] = next.run_id;
-                    let sent = inbox::read(&mut conn, next.run_id, 0, i64::MAX).await.expect("read");
+                    let (sent, _) = inbox::read(&mut conn, next.run_id, 0, i64::MAX).await.expect("read");
                     let told = self.memory.read(next.run_id, 0, i64::MAX);
                     assert_eq!(sent.len(), told.len(), "{sent:?} {told:?}");
                 }

@@ -4,9 +4,11 @@ use crate::{
     Error, Result,
     event::{Event, format_of},
     ids::{DefinitionHash, RunId},
+    payload::{self, Slot},
+    store::blobs,
 };
 use serde_json::Value;
-use sqlx::{PgConnection, Row};
+use sqlx::{PgConnection, Row, types::Json};
 
 /// The run that made a transition: a fork's shared rows are an older run's.
 pub(crate) struct Maker {
@@ -71,7 +73,11 @@ pub(crate) struct New<'a> {
 
 /// Inserts the run with its first transition, claimable at once. False if there is a run of this id.
 pub(crate) async fn insert(conn: &mut PgConnection, new: &New<'_>) -> Result<bool> {
-    let events = serde_json::to_value([new.event]).map_err(|e| Error::Invariant(e.to_string()))?;
+    let (seq, mut large) = (new.seq + 1, Vec::new());
+    let events = payload::pack(new.run, Slot::Events { seq }, &[new.event], &mut large)?;
+    let inputs = payload::pack(new.run, Slot::Inputs, new.inputs, &mut large)?;
+    // What it holds of the shared part lies with the parent's run, perhaps on another node.
+    let state = payload::pack(new.run, Slot::Cursor { seq }, new.state, &mut large)?;
     let inserted = sqlx::query(
         "with r as (insert into runs (shard, run_id, workflow, definition, status, parked, queue, attributes, topic, inputs, depth, seq,
                                       inbox_n, inbox_seen, cursor, cursor_seq, forked_shard, forked_from, forked_seq,
@@ -86,20 +92,23 @@ pub(crate) async fn insert(conn: &mut PgConnection, new: &New<'_>) -> Result<boo
     .bind(new.run.0)
     .bind(new.workflow)
     .bind(&new.definition.0[..])
-    .bind(new.inputs)
+    .bind(Json(&*inputs))
     .bind(new.maker.depth)
     .bind(new.seq)
     .bind(new.maker.inbox_n)
-    .bind(new.state)
+    .bind(Json(&*state))
     .bind(new.maker.run.shard())
     .bind(new.maker.run.0)
     .bind(new.like.shard())
     .bind(new.like.0)
     .bind(i16::try_from(format_of(std::slice::from_ref(new.event))).unwrap_or(i16::MAX))
-    .bind(events)
+    .bind(Json(&*events))
     .bind(new.attributes)
-    .execute(conn)
+    .execute(&mut *conn)
     .await?;
+    if inserted.rows_affected() == 1 {
+        blobs::put(conn, &large).await?;
+    }
     Ok(inserted.rows_affected() == 1)
 }
 

@@ -1,9 +1,17 @@
 //! Table `history`: reading. Writing is [`super::transitions`]' and, for what did not happen here, [`super::forks`]' and
 //! [`super::archive`]'s.
 
-use crate::{Result, ids::RunId, view::HistoryRow};
+use crate::{
+    Result,
+    ids::RunId,
+    payload::{self, Slot},
+    view::HistoryRow,
+};
 use serde_json::Value;
-use sqlx::{PgConnection, PgPool, Row};
+use sqlx::{PgConnection, PgPool, Row, postgres::PgRow};
+
+/// Rows read at once where few are expected.
+const ROWS: i64 = 100;
 
 /// Rows with `seq > after`, in order; those that a fork shares come from its parent, and its parent's parent.
 pub(crate) async fn page(pool: &PgPool, run: RunId, after: u64, limit: u32) -> Result<Vec<HistoryRow>> {
@@ -20,7 +28,7 @@ pub(crate) async fn page_in(conn: &mut PgConnection, run: RunId, after: u64, lim
            union all
            select p.shard, p.run_id, p.forked_shard, p.forked_from, coalesce(p.forked_seq, 0), least(l.upto, l.above)
            from line l join runs p on p.shard = l.forked_shard and p.run_id = l.forked_from where l.above > $3)
-         select h.seq, h.epoch, h.format, h.events, h.at from line l
+         select h.run_id, h.seq, h.epoch, h.format, h.events, h.at from line l
          cross join lateral (select * from history h where h.shard = l.shard and h.run_id = l.run_id
                                and h.seq > greatest(l.above, $3) and h.seq <= l.upto order by h.seq limit $4) h
          order by h.seq limit $4",
@@ -29,38 +37,62 @@ pub(crate) async fn page_in(conn: &mut PgConnection, run: RunId, after: u64, lim
     .bind(run.0)
     .bind(i64::try_from(after).unwrap_or(i64::MAX))
     .bind(i64::from(limit.clamp(1, 1000)))
-    .fetch_all(conn)
+    .fetch_all(&mut *conn)
     .await?;
-    rows.into_iter()
-        .map(|row| {
-            Ok(HistoryRow {
-                seq: u64::try_from(row.try_get::<i64, _>("seq")?).unwrap_or(0),
-                epoch: u64::try_from(row.try_get::<i64, _>("epoch")?).unwrap_or(0),
-                format: u16::try_from(row.try_get::<i16, _>("format")?).unwrap_or(0),
-                events: match row.try_get::<Value, _>("events")? {
-                    Value::Array(events) => events,
-                    other => vec![other],
-                },
-                at: row.try_get("at")?,
-            })
-        })
-        .collect()
+    let mut page = Vec::with_capacity(rows.len());
+    for row in &rows {
+        let seq: i64 = row.try_get("seq")?;
+        page.push(HistoryRow {
+            seq: u64::try_from(seq).unwrap_or(0),
+            epoch: u64::try_from(row.try_get::<i64, _>("epoch")?).unwrap_or(0),
+            format: u16::try_from(row.try_get::<i16, _>("format")?).unwrap_or(0),
+            events: events_of(conn, RunId(row.try_get("run_id")?), seq, row).await?,
+            at: row.try_get("at")?,
+        });
+    }
+    Ok(page)
+}
+
+/// The events of a row, which lies with the run that made it.
+pub(super) async fn events_of(conn: &mut PgConnection, run: RunId, seq: i64, row: &PgRow) -> Result<Vec<Value>> {
+    Ok(match payload::read(conn, run, Slot::Events { seq }, row.try_get("events")?).await? {
+        Value::Array(events) => events,
+        other => vec![other],
+    })
 }
 
 /// What a history says about an update: the events that name its id, and the end of the run; in order. Of a fork, its own
 /// rows only: updates to its parent are the parent's.
 pub(crate) async fn of_update(pool: &PgPool, run: RunId, id: &str, after: i64) -> Result<Vec<Value>> {
-    Ok(sqlx::query_scalar(
-        "select e from history h cross join lateral jsonb_array_elements(h.events) with ordinality e(e, i)
-         where h.shard = $1 and h.run_id = $2 and h.seq > $3
-           and (e->>'type' = 'run_closed'
-                or (e->>'type' in ('update_accepted', 'update_rejected', 'update_completed') and e->>'id' = $4))
-         order by h.seq, i limit 3",
-    )
-    .bind(run.shard())
-    .bind(run.0)
-    .bind(after)
-    .bind(id)
-    .fetch_all(pool)
-    .await?)
+    let says = |e: &Value| match e["type"].as_str() {
+        Some("run_closed") => true,
+        Some("update_accepted" | "update_rejected" | "update_completed") => e["id"] == id,
+        _ => false,
+    };
+    let (mut conn, mut found, mut after) = (pool.acquire().await?, Vec::new(), after);
+    loop {
+        // Into what is sealed only we can look.
+        let rows = sqlx::query(
+            "select h.seq, h.events from history h where h.shard = $1 and h.run_id = $2 and h.seq > $3
+               and case when jsonb_typeof(h.events) <> 'array' then true else exists (
+                 select from jsonb_array_elements(h.events) e(e) where e->>'type' = 'run_closed'
+                   or (e->>'type' in ('update_accepted', 'update_rejected', 'update_completed') and e->>'id' = $4)) end
+             order by h.seq limit $5",
+        )
+        .bind(run.shard())
+        .bind(run.0)
+        .bind(after)
+        .bind(id)
+        .bind(ROWS)
+        .fetch_all(&mut *conn)
+        .await?;
+        for row in &rows {
+            after = row.try_get("seq")?;
+            found.extend(events_of(&mut conn, run, after, row).await?.into_iter().filter(says));
+        }
+        // Accepted, answered, closed.
+        if found.len() >= 3 || rows.len() < usize::try_from(ROWS).unwrap_or(0) {
+            return Ok(found);
+        }
+    }
 }

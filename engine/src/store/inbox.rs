@@ -1,9 +1,16 @@
 //! Table `inbox`: messages into runs.
 
-use crate::{Result, failure::Failure, ids::RunId, machine::Inbound};
+use super::{blobs, transitions::size};
+use crate::{
+    Result,
+    failure::Failure,
+    ids::RunId,
+    machine::Inbound,
+    payload::{self, Slot},
+};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use sqlx::{PgConnection, Row};
+use sqlx::{PgConnection, Row, types::Json};
 
 /// What a message is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +71,11 @@ pub(crate) struct ChildResult {
 
 /// Stores a message and makes its run claimable if it is parked. One statement; takes the run's row lock.
 pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Result<Sent> {
+    let slot = Slot::Message { kind: message.kind.as_str(), name: message.name };
+    let mut blobs = Vec::new();
+    let payload = payload::pack(message.run, slot, message.payload, &mut blobs)?;
+    // Of a message that turns out to be a second one they are there already, or nobody's.
+    blobs::put(conn, &blobs).await?;
     // The run's row serializes its senders. A second message with one id that raced the first is dropped by the
     // constraint; its number stays unused.
     let row = sqlx::query(
@@ -85,7 +97,7 @@ pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Res
     .bind(message.run.0)
     .bind(message.kind.as_str())
     .bind(message.name)
-    .bind(message.payload)
+    .bind(Json(&*payload))
     .bind(message.dedupe_id)
     .bind(message.sender)
     .fetch_one(&mut *conn)
@@ -112,32 +124,38 @@ pub(crate) async fn sent(conn: &mut PgConnection, run: RunId, epoch: i64) -> Res
 /// Messages read at once: they are events of one transition, and a history row stays small.
 const READ_MAX: i64 = 256;
 /// Bytes after which no further message is read at once.
-const READ_BYTES: i64 = 1 << 20;
+const READ_BYTES: usize = 1 << 20;
 
 /// Messages `after < n <= up_to`, in order, as many as fit into one transition; and the number up to which none is left out.
 pub(crate) async fn read(conn: &mut PgConnection, run: RunId, after: i64, up_to: i64) -> Result<(Vec<Inbound>, i64)> {
     let rows = sqlx::query(
-        "select * from
-           (select n, kind, name, payload, dedupe_id, sender, sent_at,
-                   coalesce(sum(octet_length(payload::text)) over (order by n rows between unbounded preceding and 1 preceding), 0) as before
-            from (select * from inbox where shard = $1 and run_id = $2 and n > $3 and n <= $4 order by n limit $5) first) counted
-         where before < $6 order by n",
+        "select n, kind, name, payload, dedupe_id, sender, sent_at from inbox
+         where shard = $1 and run_id = $2 and n > $3 and n <= $4 order by n limit $5",
     )
     .bind(run.shard())
     .bind(run.0)
     .bind(after)
     .bind(up_to)
     .bind(READ_MAX)
-    .bind(READ_BYTES)
     .fetch_all(&mut *conn)
     .await?;
-    let read: i64 = rows.last().map(|row| row.try_get("n")).transpose()?.unwrap_or(up_to);
+    let (mut payloads, mut bytes, mut read) = (Vec::with_capacity(rows.len()), 0, up_to);
+    for row in &rows {
+        if bytes >= READ_BYTES {
+            break;
+        }
+        let slot = Slot::Message { kind: row.try_get("kind")?, name: row.try_get("name")? };
+        let payload = payload::read(conn, run, slot, row.try_get("payload")?).await?;
+        bytes += size(&payload);
+        payloads.push(payload);
+        read = row.try_get("n")?;
+    }
     // A duplicate may have left a gap behind the last one.
     let seen = if read < up_to && left(conn, run, read, up_to).await? { read } else { up_to };
     let messages = rows
         .into_iter()
-        .map(|row| {
-            let payload: Value = row.try_get("payload")?;
+        .zip(payloads)
+        .map(|(row, payload)| {
             let kind: String = row.try_get("kind")?;
             Ok(match kind.as_str() {
                 "cancel" => Inbound::Cancel { reason: payload.as_str().unwrap_or("cancelled on request").to_owned() },

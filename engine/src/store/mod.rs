@@ -2,6 +2,7 @@
 //! compare-and-sets are theirs, choices are the machine's.
 
 pub(crate) mod archive;
+pub(crate) mod blobs;
 pub(crate) mod chain;
 pub(crate) mod checkpoints;
 #[cfg(test)]
@@ -17,6 +18,7 @@ pub(crate) mod memory;
 pub(crate) mod ready;
 pub(crate) mod runs;
 pub(crate) mod schedules;
+pub(crate) mod sealed;
 pub(crate) mod transitions;
 pub(crate) mod turns;
 pub(crate) mod workers;

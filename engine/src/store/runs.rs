@@ -1,6 +1,7 @@
 //! Table `runs`: starting, reading, listing, quarantining.
 
 use super::{
+    blobs,
     definitions::hash_of,
     groups::{self, Arrival},
 };
@@ -13,11 +14,12 @@ use crate::{
     filter::FilterError,
     ids::{DefinitionHash, RunId, WorkerId},
     machine::{RunState, fold},
+    payload::{self, Slot, Stored},
     transaction,
     view::{Chain, Origin, RunStatus, RunSummary},
 };
 use chrono::{DateTime, Utc};
-use serde_json::{Value, value::RawValue};
+use serde_json::Value;
 use sqlx::{PgConnection, PgPool, Postgres, QueryBuilder, Row, postgres::PgRow, types::Json};
 use std::{collections::HashMap, time::Duration};
 
@@ -77,6 +79,8 @@ pub(crate) async fn start(
     let run_id = start.run_id.unwrap_or_default();
     let key = start.admission.key(&start.attributes);
     let queue = if start.queue.is_empty() { "default" } else { &start.queue };
+    let mut large = Vec::new();
+    let inputs = payload::pack(run_id, Slot::Inputs, inputs, &mut large)?;
     // A run whose key turns out to be taken was never there.
     sqlx::query("savepoint start").execute(&mut *conn).await?;
     let inserted: Option<i32> = sqlx::query_scalar(
@@ -96,7 +100,7 @@ pub(crate) async fn start(
     .bind(queue)
     .bind(&start.attributes)
     .bind(&start.topic)
-    .bind(inputs)
+    .bind(Json(&*inputs))
     .bind(start.admission.priority.number())
     .bind(key)
     .bind(lane(key))
@@ -107,6 +111,7 @@ pub(crate) async fn start(
         // Started before, and perhaps closed since: its key, if it had one, is none of our business.
         return Ok(Started { run_id, created: false });
     }
+    blobs::put(conn, &large).await?;
     if let Some(key) = &start.workflow_id {
         let taken: Option<uuid::Uuid> = sqlx::query_scalar(
             "with taken as (insert into workflow_ids (workflow_id, shard, run_id) values ($1, $2, $3)
@@ -186,12 +191,12 @@ pub(crate) async fn load_all(conn: &mut PgConnection, runs: &[RunId]) -> Result<
             tails.entry(RunId(row.try_get("run_id")?)).or_default().push(row);
         }
     }
-    rows.iter()
-        .map(|row| {
-            let run = RunId(row.try_get("run_id")?);
-            Ok((run, loaded(run, row, &tails.remove(&run).unwrap_or_default())))
-        })
-        .collect()
+    let mut all = HashMap::with_capacity(rows.len());
+    for row in &rows {
+        let run = RunId(row.try_get("run_id")?);
+        all.insert(run, loaded(conn, run, row, &tails.remove(&run).unwrap_or_default()).await);
+    }
+    Ok(all)
 }
 
 /// What is asked of a stored state before it is read: a newer release's may not be readable at all.
@@ -202,15 +207,16 @@ struct Vocabulary {
 }
 
 /// A row of `runs` with the rows of history after its cursor, in order.
-fn loaded(run: RunId, row: &PgRow, tail: &[PgRow]) -> Result<Loaded> {
+async fn loaded(conn: &mut PgConnection, run: RunId, row: &PgRow, tail: &[PgRow]) -> Result<Loaded> {
     let (seq, cursor_seq): (i64, i64) = (row.try_get("seq")?, row.try_get("cursor_seq")?);
-    let mut state = match row.try_get::<Option<Json<&RawValue>>, _>("cursor")? {
-        Some(Json(cursor)) => {
-            let format = serde_json::from_str(cursor.get()).map_or(0, |Vocabulary { format }| format);
+    let mut state = match row.try_get::<Option<Stored<'_>>, _>("cursor")? {
+        Some(cursor) => {
+            let cursor = payload::open(conn, run, Slot::Cursor { seq: cursor_seq }, cursor).await?;
+            let format = cursor.parse().map_or(0, |Vocabulary { format }| format);
             if format > crate::event::FORMAT {
                 return Err(Error::NewerRelease(format!("the state of run {run} (format {format})")));
             }
-            serde_json::from_str(cursor.get()).map_err(|e| Error::Invariant(format!("cursor of run {run}: {e}")))?
+            cursor.parse().map_err(|e| Error::Invariant(format!("cursor of run {run}: {e}")))?
         }
         None => RunState::new(run),
     };
@@ -225,8 +231,8 @@ fn loaded(run: RunId, row: &PgRow, tail: &[PgRow]) -> Result<Loaded> {
         if u16::try_from(format).map_or(true, |f| f > crate::event::FORMAT) {
             return Err(Error::NewerRelease(format!("history row {at} of run {run} (format {format})")));
         }
-        let Json(events) = row.try_get::<Json<&RawValue>, _>("events")?;
-        let events: Vec<Event> = serde_json::from_str(events.get()).map_err(|e| wrong(format!(": {e}")))?;
+        let events = payload::open(conn, run, Slot::Events { seq: at }, row.try_get("events")?).await?;
+        let events: Vec<Event> = events.parse().map_err(|e| wrong(format!(": {e}")))?;
         tail_events += events.len();
         for event in &events {
             fold(&mut state, event).map_err(|e| wrong(format!(": {e}")))?;
@@ -262,9 +268,9 @@ fn loaded(run: RunId, row: &PgRow, tail: &[PgRow]) -> Result<Loaded> {
         depth: row.try_get("depth")?,
         priority: row.try_get("priority")?,
         lane: row.try_get("lane")?,
-        inputs: row.try_get("inputs")?,
-        output: row.try_get("output")?,
-        failure: row.try_get("failure")?,
+        inputs: payload::read(conn, run, Slot::Inputs, row.try_get("inputs")?).await?,
+        output: payload::read_some(conn, run, Slot::Output, row.try_get("output")?).await?,
+        failure: payload::read_some(conn, run, Slot::Failure, row.try_get("failure")?).await?,
         started_at: row.try_get("started_at")?,
         closed_at: row.try_get("closed_at")?,
         forked_from: match (
@@ -438,14 +444,25 @@ pub(crate) async fn unquarantine(
     reason: &str,
     by: Option<&str>,
 ) -> Result<bool> {
+    let halted: Option<Option<String>> =
+        sqlx::query_scalar("select waiting from runs where shard = $1 and run_id = $2 and epoch = $3")
+            .bind(run.shard())
+            .bind(run.0)
+            .bind(epoch)
+            .fetch_optional(&mut *conn)
+            .await?;
+    let message = serde_json::json!({ "reason": reason, "halted": halted.flatten().unwrap_or_default() });
+    // A few kilobytes: nothing of it is large.
+    let message = payload::pack(run, Slot::Message { kind: "resume", name: "" }, &message, &mut Vec::new())?;
+    // Why it is quarantined does not change without its epoch.
     let freed = sqlx::query(
-        "with q as (select shard, run_id, waiting from runs
+        "with q as (select shard, run_id from runs
                     where shard = $1 and run_id = $2 and epoch = $3 and status = 'quarantined' and imported_at is null for no key update),
               u as (update runs r set status = $4, epoch = r.epoch + 1, inbox_n = r.inbox_n + 1, waiting = 'worker'
                     from q where r.shard = q.shard and r.run_id = q.run_id
-                    returning r.shard, r.run_id, r.inbox_n, r.queue, r.priority, r.lane, q.waiting as halted),
+                    returning r.shard, r.run_id, r.inbox_n, r.queue, r.priority, r.lane),
               m as (insert into inbox (shard, run_id, n, kind, payload, sender)
-                    select shard, run_id, inbox_n, 'resume', jsonb_build_object('reason', $5::text, 'halted', coalesce(halted, '')), $6 from u)
+                    select shard, run_id, inbox_n, 'resume', $5, $6 from u)
          insert into ready (shard, run_id, queue, priority, lane) select shard, run_id, queue, priority, lane from u
          on conflict (shard, run_id) do update set due_at = least(ready.due_at, excluded.due_at)",
     )
@@ -453,7 +470,7 @@ pub(crate) async fn unquarantine(
     .bind(run.0)
     .bind(epoch)
     .bind(status)
-    .bind(reason)
+    .bind(Json(&*message))
     .bind(by)
     .execute(conn)
     .await?;

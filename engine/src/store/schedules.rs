@@ -3,6 +3,7 @@
 use crate::{
     Error, Result,
     ids::RunId,
+    payload::{self, Slot},
     schedule::{Action, ActionKind, ActionState, Overlap, ScheduleView, Spec},
 };
 use chrono::{DateTime, Utc};
@@ -47,6 +48,7 @@ pub(crate) async fn count(conn: &mut PgConnection) -> Result<i64> {
 /// `schedule_exists`.
 pub(crate) async fn insert(conn: &mut PgConnection, view: &ScheduleView, wake_at: Option<DateTime<Utc>>) -> Result<()> {
     let spec = &view.spec;
+    let inputs = payload::pack_whole(view.id, Slot::Schedule, &spec.inputs)?;
     let inserted = sqlx::query(
         "insert into schedules (id, name, workflow, pointer, inputs, attributes, queue, topic, timing, overlap, catchup_ms, jitter_ms,
            run_limit, runs_left, next_at, wake_at, paused_at, note, owner, workflow_id)
@@ -57,7 +59,7 @@ pub(crate) async fn insert(conn: &mut PgConnection, view: &ScheduleView, wake_at
     .bind(&view.name)
     .bind(&spec.workflow)
     .bind(&spec.pointer)
-    .bind(&spec.inputs)
+    .bind(Json(&*inputs))
     .bind(&spec.attributes)
     .bind(&spec.queue)
     .bind(&spec.topic)
@@ -82,6 +84,7 @@ pub(crate) async fn save(conn: &mut PgConnection, stored: &Stored, edited: bool)
     let (view, spec) = (&stored.view, &stored.view.spec);
     let count = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
     let limit = |n: Option<u32>| n.and_then(|n| i32::try_from(n).ok());
+    let inputs = payload::pack_whole(view.id, Slot::Schedule, &spec.inputs)?;
     sqlx::query(
         "update schedules set workflow = $2, pointer = $3, inputs = $4, attributes = $5, queue = $6, topic = $7, timing = $8, overlap = $9,
            catchup_ms = $10, jitter_ms = $11, run_limit = $12, runs_left = $13, next_at = $14, wake_at = $15, paused_at = $16, note = $17,
@@ -92,7 +95,7 @@ pub(crate) async fn save(conn: &mut PgConnection, stored: &Stored, edited: bool)
     .bind(view.id)
     .bind(&spec.workflow)
     .bind(&spec.pointer)
-    .bind(&spec.inputs)
+    .bind(Json(&*inputs))
     .bind(&spec.attributes)
     .bind(&spec.queue)
     .bind(&spec.topic)
@@ -372,7 +375,7 @@ fn read(row: &PgRow) -> Result<Stored> {
     let spec = Spec {
         workflow: row.try_get("workflow")?,
         pointer: row.try_get("pointer")?,
-        inputs: row.try_get("inputs")?,
+        inputs: payload::read_whole(row.try_get("id")?, Slot::Schedule, row.try_get("inputs")?)?,
         attributes: row.try_get("attributes")?,
         queue: row.try_get("queue")?,
         topic: row.try_get("topic")?,

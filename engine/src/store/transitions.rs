@@ -5,7 +5,9 @@ use crate::{
     admission::Place,
     hook::{AttemptEnd, AttemptStart, Refusal, Transition, TransitionHook},
     ids::{DefinitionHash, RunId},
+    payload::{self, Slot},
     store::{
+        blobs,
         chain::{self, Successor},
         definitions, groups,
         inbox::{self, ChildResult, Kind, Outgoing, Sent},
@@ -394,6 +396,8 @@ fn sql_of(error: crate::Error) -> crate::hook::HookError {
 
 /// Inserts a child run. Returns the place that it must arrive at, if its definition has a group.
 async fn start_child(conn: &mut PgConnection, parent: &Item, child: &Child) -> Result<Option<Place>> {
+    let mut blobs = Vec::new();
+    let inputs = payload::pack(child.run_id, Slot::Inputs, &child.inputs, &mut blobs)?;
     let inserted = sqlx::query(
         "with r as (insert into runs (shard, run_id, workflow, definition, status, parked, queue, attributes, topic, inputs,
                       parent_shard, parent_run_id, parent_path, depth, priority, fairness_key, lane)
@@ -409,13 +413,14 @@ async fn start_child(conn: &mut PgConnection, parent: &Item, child: &Child) -> R
     .bind(&child.queue)
     .bind(&child.attributes)
     .bind(&parent.topic)
-    .bind(&child.inputs)
+    .bind(Json(&*inputs))
     .bind(parent.run_id.shard())
     .bind(parent.run_id.0)
     .bind(&child.path)
     .bind(child.depth)
     .execute(&mut *conn)
     .await?;
+    blobs::put(conn, &blobs).await?;
     if inserted.rows_affected() == 0 {
         return Ok(None);
     }

@@ -37,6 +37,7 @@ fn store_failure(error: &Error) -> Failure {
             Failure::permanent(reason.clone(), message.clone())
         }
         Error::Refused { reason, message } => Failure::blocked(reason.clone(), message.clone()),
+        Error::PayloadCorrupt(_) => Failure::permanent("internal.invariant", error.to_string()),
         Error::Invariant(text) => Failure::permanent("internal.invariant", text.clone()),
         other => Failure::retryable("transient.store", other.to_string()),
     }

@@ -16,12 +16,13 @@ use crate::{
     hook::{AttemptEnd, AttemptRef, AttemptStart},
     ids::{AttemptId, DefinitionHash, RunId},
     machine::{self, Command, Current, Decision, Input, Live, Moment, Phase, Refusals, RunState},
+    payload::{self, Blob, Slot},
     store::{
         self,
         chain::Successor,
         definitions::Pinned,
         runs::Loaded,
-        transitions::{Child, Effects, Item, Verdict, child_result, size, text},
+        transitions::{Child, Effects, Item, Text, Verdict, child_result, size},
     },
     view::RunStatus,
 };
@@ -51,7 +52,8 @@ const ENDED_MAX: usize = 256;
 const UNOFFERED_RETRY: chrono::Duration = chrono::Duration::seconds(30);
 /// Attempts that one decision may start.
 const STARTS_MAX: usize = 64;
-/// Longest pause while Postgres cannot be reached.
+/// First and longest pause while Postgres cannot be reached.
+const UNREACHABLE_PAUSE_MIN: Duration = Duration::from_millis(50);
 const UNREACHABLE_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// When a run that a newer release has written is looked at again.
 const NEWER_PAUSE: Duration = Duration::from_secs(5);
@@ -96,9 +98,9 @@ async fn drive(driven: &Driven, epoch: i64, loaded: Option<Result<Loaded>>, sett
             tracing::warn!(run_id = %run, %error, "run cannot be driven; giving it back");
             give_back(shared, run, epoch, GIVE_BACK_PAUSE).await;
         }
-        Err(error @ Error::NewerRelease(_)) => {
-            // While workers are brought up one after the other: those that are up will come to it.
-            tracing::warn!(run_id = %run, %error, "run is left to newer workers");
+        Err(error @ (Error::NewerRelease(_) | Error::PayloadKeyMissing(_))) => {
+            // While workers are brought up one after the other: those that are up, or have the key, will come to it.
+            tracing::warn!(run_id = %run, %error, "run is left to other workers");
             give_back(shared, run, epoch, NEWER_PAUSE).await;
         }
         Err(error) => {
@@ -312,7 +314,9 @@ impl Driver {
             if decision.events.is_empty() && !inbox_moved {
                 return self.nothing_happened().await;
             }
-            let mut item = Arc::new(self.item(&decision)?);
+            let (item, large) = self.item(&decision).await?;
+            let mut item = Arc::new(item);
+            self.put(&large).await?;
             crate::committer::crash_point("step.before_commit");
             match self.commit(&mut item).await? {
                 Committed::Accepted { inbox_n } => {
@@ -442,7 +446,8 @@ impl Driver {
         machine::waiting_reason(&machine::waiting(&self.pinned.definition, &self.run.state))
     }
 
-    fn item(&self, decision: &Decision) -> Result<Item> {
+    /// The transition, and what must be stored before it: a large value does not travel with others' transitions.
+    async fn item(&self, decision: &Decision) -> Result<(Item, Vec<Blob>)> {
         let state = &self.run.state;
         let closed = state.status.is_closed();
         let due = if closed || decision.more { None } else { self.park_until() };
@@ -450,8 +455,13 @@ impl Driver {
         let leaves = closed || due.is_some();
         let write_cursor = self.run.seq + 1 - self.run.cursor_seq >= CURSOR_EVERY
             || (leaves && self.run.tail_events + decision.events.len() >= CURSOR_EVENTS);
-        Ok(Item {
-            run_id: self.run.run_id,
+        let (run, seq, mut large) = (self.run.run_id, self.run.seq + 1, Vec::new());
+        let events = payload::pack(run, Slot::Events { seq }, &decision.events, &mut large)?;
+        let output = state.output.as_ref().map(|o| payload::pack(run, Slot::Output, o, &mut large)).transpose()?;
+        let failure = state.failure.as_ref().map(|f| payload::pack(run, Slot::Failure, f, &mut large)).transpose()?;
+        let cursor = if write_cursor { Some(self.cursor(seq, &large).await?) } else { None };
+        let item = Item {
+            run_id: run,
             epoch: self.run.epoch,
             seq: self.run.seq,
             status: state.status.as_str(),
@@ -461,13 +471,62 @@ impl Driver {
             inbox_seen: self.run.inbox_seen,
             queue: self.run.queue.clone(),
             topic: self.run.topic.clone(),
-            cursor: write_cursor.then(|| text(state)).transpose()?,
+            cursor,
             format: format_of(&decision.events),
-            events: text(&decision.events)?,
-            output: state.output.as_ref().map(text).transpose()?,
-            failure: state.failure.as_ref().map(text).transpose()?,
+            events,
+            output,
+            failure,
             effects: self.effects(decision),
-        })
+        };
+        Ok((item, large))
+    }
+
+    async fn cursor(&self, seq: i64, large: &[Blob]) -> Result<Text> {
+        let (run, slot, mut pause) = (self.run.run_id, Slot::Cursor { seq }, UNREACHABLE_PAUSE_MIN);
+        if let Some(small) = payload::pack_small(run, slot, &self.run.state)? {
+            return Ok(small);
+        }
+        loop {
+            let packed = async {
+                let mut conn = self.shared.pool.acquire().await?;
+                payload::pack_known(&mut conn, run, slot, &self.run.state, large).await
+            };
+            match packed.await {
+                Ok(text) => return Ok(text),
+                Err(error) => self.away(error, &mut pause).await?,
+            }
+        }
+    }
+
+    /// Stores large values. Nothing refers to them if we die here, and the next owner finds them there.
+    async fn put(&self, large: &[Blob]) -> Result<()> {
+        let mut pause = UNREACHABLE_PAUSE_MIN;
+        while !large.is_empty() {
+            let stored = async { store::blobs::put(&mut *self.shared.pool.acquire().await?, large).await };
+            match stored.await {
+                Ok(()) => {
+                    crate::committer::crash_point("large.after_put");
+                    break;
+                }
+                Err(error) => self.away(error, &mut pause).await?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits a little if Postgres is away: what was decided is decided. Any other error comes back.
+    async fn away(&self, error: Error, pause: &mut Duration) -> Result<()> {
+        match error {
+            Error::Sql(error) if store::is_transient(&error) => {
+                tracing::warn!(run_id = %self.run.run_id, %error, "large values cannot be stored yet");
+                tokio::select! {
+                    () = self.shared.fenced.cancelled() => return Err(Error::LeaseLost),
+                    () = tokio::time::sleep(*pause) => *pause = (*pause * 2).min(UNREACHABLE_PAUSE_MAX),
+                }
+                Ok(())
+            }
+            other => Err(other),
+        }
     }
 
     fn effects(&self, decision: &Decision) -> Effects {
@@ -545,7 +604,7 @@ impl Driver {
 
     /// Commits, however long Postgres is away: what was decided is decided, and sending it twice is harmless.
     async fn commit(&self, item: &mut Arc<Item>) -> Result<Committed> {
-        let mut pause = Duration::from_millis(50);
+        let mut pause = UNREACHABLE_PAUSE_MIN;
         loop {
             match self.shared.committer.commit(item.clone()).await {
                 Ok(Verdict::Accepted { inbox_n }) => return Ok(Committed::Accepted { inbox_n }),

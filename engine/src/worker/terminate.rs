@@ -7,9 +7,10 @@ use crate::{
     hook::{AttemptEnd, AttemptRef, HookError, TransitionHook},
     ids::RunId,
     machine::{self, Command, Input, Moment},
+    payload::{self, Slot},
     store::{
         self,
-        transitions::{self, Effects, Item, Verdict, child_result, text},
+        transitions::{self, Effects, Item, Verdict, child_result},
     },
 };
 use sqlx::PgConnection;
@@ -122,6 +123,12 @@ async fn closing(conn: &mut PgConnection, run: RunId, reason: &str) -> Result<It
             Command::StartAttempt { .. } | Command::CancelAttempt { .. } | Command::StartChild { .. } => {}
         }
     }
+    let seq = loaded.seq + 1;
+    let mut large = Vec::new();
+    let events = payload::pack(run, Slot::Events { seq }, &decision.events, &mut large)?;
+    let failure = state.failure.as_ref().map(|f| payload::pack(run, Slot::Failure, f, &mut large)).transpose()?;
+    let cursor = payload::pack_known(conn, run, Slot::Cursor { seq }, &state, &large).await?;
+    store::blobs::put(conn, &large).await?;
     Ok(Item {
         run_id: run,
         epoch: loaded.epoch,
@@ -133,11 +140,11 @@ async fn closing(conn: &mut PgConnection, run: RunId, reason: &str) -> Result<It
         inbox_seen: loaded.inbox_seen,
         queue: loaded.queue,
         topic: loaded.topic,
-        cursor: Some(text(&state)?),
+        cursor: Some(cursor),
         format: format_of(&decision.events),
-        events: text(&decision.events)?,
+        events,
         output: None,
-        failure: state.failure.as_ref().map(text).transpose()?,
+        failure,
         effects,
     })
 }

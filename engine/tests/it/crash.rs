@@ -111,7 +111,8 @@ async fn child_process() {
         "Operator" => bench.client.terminate(run.expect("run"), "enough").await.expect("terminated"),
         _ => {
             bench.hook.refuse.store(role == "Refused", Ordering::SeqCst);
-            bench.script(move |ctx, _| noted_work(pool.clone(), ctx));
+            let large = std::env::var(POINT).is_ok_and(|point| point.starts_with("large"));
+            bench.script(move |ctx, _| noted_work(pool.clone(), ctx, large));
             // Strays are looked for every two seconds.
             let rare = std::env::var(POINT).is_ok_and(|point| point.starts_with("strays"));
             bench.worker_with(if rare { LONG } else { SHORT }, 4).await.fenced().await;
@@ -119,13 +120,15 @@ async fn child_process() {
     }
 }
 
-/// [`long_work`] that saves a value of its own first.
+/// [`long_work`] that saves a value of its own first, and whose result is perhaps a large one.
 async fn noted_work(
     pool: PgPool,
     ctx: loopwright_engine::activity::Context,
+    large: bool,
 ) -> Result<serde_json::Value, loopwright_engine::Failure> {
     ctx.save("note", &json!(ctx.info().attempt)).await?;
-    long_work(pool, ctx).await
+    let result = long_work(pool, ctx).await?;
+    Ok(if large { json!({ "text": "much ".repeat(20_000) }) } else { result })
 }
 
 async fn send(bench: &Bench, run: RunId) {
@@ -181,7 +184,7 @@ async fn dies_at(point: &'static str, nth: u32) {
     let bench = Bench::new().await;
     outside(&bench.pool).await;
     let pool = bench.pool.clone();
-    bench.script(move |ctx, _| noted_work(pool.clone(), ctx));
+    bench.script(move |ctx, _| noted_work(pool.clone(), ctx, point.starts_with("large")));
     bench.deploy(inner()).await;
     let hash = bench.deploy(everything("points")).await;
     if point.starts_with("takeover") {

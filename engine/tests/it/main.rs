@@ -13,6 +13,7 @@ mod golden;
 mod groups;
 mod passing;
 mod pause;
+mod payload;
 mod query;
 mod queues;
 mod runs;

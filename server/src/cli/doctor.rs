@@ -65,7 +65,8 @@ pub(crate) fn environment(json: bool) {
 pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<u8> {
     let json = context.json;
     let config = context.config;
-    let mut checks = vec![data_dir(&config), git(), sandbox(&config), providers(&config), tokens(&config)];
+    let mut checks =
+        vec![data_dir(&config), git(), sandbox(&config), providers(&config), tokens(&config), payload(&config)];
     checks.push(telegram(&config, args.offline).await);
     checks.extend(database(config).await);
     let failed = checks.iter().any(|c| c.state == State::Failed);
@@ -102,6 +103,19 @@ fn data_dir(config: &Config) -> Check {
             "name another folder with LOOPWRIGHT_DATA_DIR or make it writable",
         ),
     }
+}
+
+fn payload(config: &Config) -> Check {
+    let Some(keys) = &config.payload_keys else {
+        return Check::new("payload", State::Ok, "what runs store is plain", "");
+    };
+    let ids: Vec<&str> = keys.ids().collect();
+    let finding = match ids.split_first() {
+        Some((first, [])) => format!("sealed by key `{first}`"),
+        Some((first, others)) => format!("sealed by key `{first}`; also opens `{}`", others.join("`, `")),
+        None => String::new(),
+    };
+    Check::new("payload", State::Ok, finding, "")
 }
 
 fn version(program: &str) -> Option<String> {

@@ -12,6 +12,7 @@ mod demo;
 mod dev;
 mod doctor;
 mod index;
+mod keys;
 mod migrate;
 mod project;
 mod run;
@@ -78,6 +79,8 @@ enum Command {
     Workflow(workflow::Args),
     /// Show credits, give some, check the ledger
     Credits(credits::Args),
+    /// Make and rotate the keys that seal what runs store
+    Keys(keys::Args),
     /// Look into the code index of a folder
     Index(index::Args),
     /// Measure the engine beside the limits of this machine's Postgres
@@ -142,6 +145,7 @@ async fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Project(args) => project::run(args, context).await,
         Command::Workflow(args) => return workflow::run(args, context).await,
         Command::Credits(args) => return credits::run(args, context).await,
+        Command::Keys(args) => keys::run(args, context).await,
         Command::Index(args) => index::run(args, context).await,
         Command::Bench(args) => return bench::run(args, context).await,
         Command::Chaos(args) => return chaos::run(args, context).await,

@@ -33,6 +33,12 @@ pub const VARIABLES: &[Variable] = &[
         "embedded Postgres and caches; default ~/.local/share/loopwright, for root /var/lib/loopwright",
     ),
     v("LOOPWRIGHT_PG_BIN", "", "folder with postgres and initdb for the embedded Postgres"),
+    v(
+        "LOOPWRIGHT_PAYLOAD_KEYS",
+        "payload.keys",
+        "keys that seal what runs store, <id>:<base64 of 32 bytes> with commas: the first seals, all open; default plain",
+    ),
+    v("LOOPWRIGHT_PAYLOAD_KEYS_FILE", "payload.keys_file", "file that holds it"),
     v("LOOPWRIGHT_LISTEN", "http.listen", "address and port; default 127.0.0.1:8080"),
     v("LOOPWRIGHT_REQUESTS_PER_MINUTE", "http.requests_per_minute", "per user; default 240"),
     v(
@@ -97,6 +103,8 @@ pub(super) fn apply(file: &mut File, variables: &[(String, String)]) -> Result<(
             "DATABASE_URL" => file.database_url = secret(),
             "DATABASE_URL_FILE" => file.database_url_file = path(),
             "LOOPWRIGHT_DATA_DIR" => file.data_dir = path(),
+            "LOOPWRIGHT_PAYLOAD_KEYS" => file.payload.keys = secret(),
+            "LOOPWRIGHT_PAYLOAD_KEYS_FILE" => file.payload.keys_file = path(),
             "LOOPWRIGHT_LISTEN" => file.http.listen = text(),
             "LOOPWRIGHT_REQUESTS_PER_MINUTE" => file.http.requests_per_minute = Some(number(name, value)?),
             "LOOPWRIGHT_JWT_SECRET" => jwt.secret = secret(),

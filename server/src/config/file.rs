@@ -4,6 +4,7 @@ use super::{
     Access, Auth, Billing, Config, Error, Http, JWT_SECRET_BYTES_MIN, Key, KeyMaterial, LEEWAY_S_MAX, Log, LogFormat,
     Models, Provider, Providers, Sandbox, Telegram, Worker, secret,
 };
+use loopwright_engine::payload::PayloadKeys;
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use std::{
@@ -24,6 +25,7 @@ pub struct File {
     pub database_url: Option<SecretString>,
     pub database_url_file: Option<PathBuf>,
     pub data_dir: Option<PathBuf>,
+    pub payload: PayloadFile,
     pub http: HttpFile,
     pub auth: AuthFile,
     pub sandbox: SandboxFile,
@@ -33,6 +35,13 @@ pub struct File {
     pub billing: BillingFile,
     pub worker: WorkerFile,
     pub log: LogFile,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PayloadFile {
+    pub keys: Option<SecretString>,
+    pub keys_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -185,6 +194,9 @@ impl File {
         Ok(Config {
             database_url: secret("database_url", self.database_url, self.database_url_file)?,
             data_dir: self.data_dir.unwrap_or_else(loopwright_engine::embedded::default_data_dir),
+            payload_keys: secret("payload.keys", self.payload.keys, self.payload.keys_file)?
+                .map(|ring| PayloadKeys::parse(&ring).map_err(|why| Error::value("payload.keys", why)))
+                .transpose()?,
             http: Http {
                 listen,
                 body_bytes_max: positive("http.body_bytes_max", http.body_bytes_max.unwrap_or(1 << 20))?,

@@ -9,6 +9,7 @@ mod file;
 pub use env::{VARIABLES, Variable};
 pub use file::File;
 
+use loopwright_engine::payload::PayloadKeys;
 use secrecy::{ExposeSecret, SecretString};
 use std::{net::SocketAddr, path::PathBuf};
 use url::Url;
@@ -46,6 +47,8 @@ pub struct Config {
     pub database_url: Option<SecretString>,
     /// Caches, the embedded Postgres, the development secret. Nothing in it is the only copy but the first and last.
     pub data_dir: PathBuf,
+    /// What runs store is sealed with these. `None`: it is plain.
+    pub payload_keys: Option<PayloadKeys>,
     pub http: Http,
     pub auth: Auth,
     pub sandbox: Sandbox,

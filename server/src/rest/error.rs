@@ -146,6 +146,10 @@ impl From<loopwright_engine::Error> for Error {
                 Self::new(Code::Unavailable, "A newer release works on this; this server is being brought up.")
                     .retry_after(30)
             }
+            E::PayloadKeyMissing(_) => {
+                tracing::error!(%error, "a key is not in this process's ring");
+                Self::new(Code::Unavailable, "This server lacks the key that the run is sealed with.").retry_after(30)
+            }
             E::RunImported(_) => Self::new(Code::RunClosed, "The run was imported and can only be read."),
             other @ (E::DefinitionNotFound(_)
             | E::RunExists(_)
@@ -154,6 +158,7 @@ impl From<loopwright_engine::Error> for Error {
             | E::DefinitionInvalid(_)
             | E::LeaseLost
             | E::Refused { .. }
+            | E::PayloadCorrupt(_)
             | E::Invariant(_)
             | E::Expression(_)) => Self::internal(other),
         }
