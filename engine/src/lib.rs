@@ -29,6 +29,8 @@ pub mod embedded;
 pub mod hook;
 #[cfg(feature = "runtime")]
 pub mod migrate;
+#[cfg(feature = "runtime")]
+pub mod retention;
 #[cfg(feature = "test-util")]
 pub mod sim;
 #[cfg(feature = "runtime")]

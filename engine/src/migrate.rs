@@ -24,6 +24,7 @@ pub const MIGRATIONS: &[Migration] = &[
     QUEUES,
     UPDATES,
     ROOM,
+    RETENTION,
 ];
 
 /// The columns and tables of pauses, forks and imports.
@@ -44,6 +45,10 @@ pub const UPDATES: Migration =
 /// Room in the pages of `runs`.
 pub const ROOM: Migration =
     Migration { version: 11, name: "room", sql: include_str!("../../migrations/0011_room.sql") };
+
+/// Partitions of `history` by month, and where retired runs are.
+pub const RETENTION: Migration =
+    Migration { version: 14, name: "retention", sql: include_str!("../../migrations/0014_retention.sql") };
 
 /// Why a database could not be brought to the schema of this program.
 #[derive(Debug, thiserror::Error)]

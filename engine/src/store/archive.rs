@@ -29,9 +29,9 @@ pub(crate) async fn header(conn: &mut PgConnection, run: RunId) -> Result<Header
     )
     .bind(run.shard())
     .bind(run.0)
-    .fetch_optional(conn)
-    .await?
-    .ok_or_else(|| Error::RunNotFound(run.to_string()))?;
+    .fetch_optional(&mut *conn)
+    .await?;
+    let Some(row) = row else { return Err(super::retention::absent(conn, run).await) };
     let number = |n: i64| u64::try_from(n).unwrap_or(0);
     let small = |n: i32| u32::try_from(n).unwrap_or(0);
     let Json(bundle) = row.try_get::<Json<Bundle>, _>("bundle")?;
@@ -151,6 +151,12 @@ pub(crate) async fn insert(conn: &mut PgConnection, archive: &Archive, state: &V
     if inserted.rows_affected() == 0 {
         return Ok(false);
     }
+    // What retention has left behind of this run, until its partition is dropped.
+    sqlx::query("delete from history where shard = $1 and run_id = $2")
+        .bind(run.run_id.shard())
+        .bind(run.run_id.0)
+        .execute(&mut *conn)
+        .await?;
     for rows in archive.history.chunks(BATCH) {
         sqlx::query(
             "insert into history (shard, run_id, seq, epoch, format, events, at)

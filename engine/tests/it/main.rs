@@ -14,6 +14,7 @@ mod passing;
 mod pause;
 mod query;
 mod queues;
+mod retention;
 mod runs;
 mod schedules;
 mod skew;

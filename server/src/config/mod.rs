@@ -8,6 +8,7 @@ mod file;
 
 pub use env::{VARIABLES, Variable};
 pub use file::File;
+pub(crate) use file::keep_of;
 
 use secrecy::{ExposeSecret, SecretString};
 use std::{net::SocketAddr, path::PathBuf};
@@ -54,6 +55,8 @@ pub struct Config {
     pub telegram: Telegram,
     pub billing: Billing,
     pub worker: Worker,
+    /// `None`: nothing ever leaves the database.
+    pub retention: Option<loopwright_engine::retention::Policy>,
     pub log: Log,
 }
 

@@ -112,7 +112,8 @@ impl From<loopwright_engine::Error> for Error {
     fn from(error: loopwright_engine::Error) -> Self {
         use loopwright_engine::Error as E;
         match error {
-            E::RunNotFound(_) => Self::not_found("run"),
+            // Which file it is in is the operator's to know.
+            E::RunNotFound(_) | E::RunArchived { .. } => Self::not_found("run"),
             E::RunClosed(_) => Self::new(Code::RunClosed, "The run has ended and takes no more messages."),
             E::RunQuarantined(_) => {
                 Self::new(Code::RunQuarantined, "Something broke in the run; an operator has to look at it.")
@@ -146,6 +147,7 @@ impl From<loopwright_engine::Error> for Error {
             | E::RunExists(_)
             | E::ForkInvalid(_)
             | E::ArchiveInvalid { .. }
+            | E::ArchiveUnwritable(_)
             | E::DefinitionInvalid(_)
             | E::LeaseLost
             | E::Refused { .. }
