@@ -50,6 +50,7 @@ pub const MIGRATIONS: &[Migration] = &[
     loopwright_engine::migrate::ROOM,
     loopwright_engine::migrate::CONTINUE,
     loopwright_engine::migrate::PAYLOAD,
+    loopwright_engine::migrate::RETENTION,
     loopwright_engine::migrate::TIMED,
 ];
 

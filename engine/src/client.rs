@@ -424,7 +424,9 @@ impl Client {
                 .bind(run.0)
                 .fetch_optional(&self.pool)
                 .await?;
-            let newest = newest.ok_or_else(|| Error::RunNotFound(run.to_string()))?;
+            let Some(newest) = newest else {
+                return Err(store::retention::absent(&mut *self.pool.acquire().await?, run).await);
+            };
             let newest = u64::try_from(newest).unwrap_or(0);
             let now = tokio::time::Instant::now();
             if newest > seq || now >= until {
@@ -441,6 +443,14 @@ impl Client {
             .fetch_optional(&self.pool)
             .await?;
         Ok(id.map(RunId))
+    }
+
+    /// What to say of a run whose rows are not all there: it may have been retired between two statements.
+    pub(crate) async fn unless_gone(&self, run: RunId, found: Error) -> Error {
+        match self.pool.acquire().await {
+            Ok(mut conn) => store::retention::unless_gone(&mut conn, run, found).await,
+            Err(error) => error.into(),
+        }
     }
 
     /// What a run that is open is.

@@ -5,6 +5,10 @@
 pub enum Error {
     #[error("no run {0}")]
     RunNotFound(String),
+    #[error(
+        "run {run} was retired; it is in the archive {file}, and `loopwright retention import` brings it back to be read"
+    )]
+    RunArchived { run: String, file: String },
     #[error("run {0} is closed")]
     RunClosed(String),
     #[error("run {0} is quarantined: an operator has to look at it first")]
@@ -21,6 +25,8 @@ pub enum Error {
     ForkInvalid(Vec<String>),
     #[error("line {line} of the archive: {why}")]
     ArchiveInvalid { line: u64, why: String },
+    #[error("the archive cannot be written: {0}")]
+    ArchiveUnwritable(String),
     #[error("no definition {0}")]
     DefinitionNotFound(String),
     #[error("the definition is not valid: {0}")]
@@ -78,6 +84,7 @@ impl Error {
     pub fn code(&self) -> &'static str {
         match self {
             Self::RunNotFound(_) => "run_not_found",
+            Self::RunArchived { .. } => "run_archived",
             Self::RunClosed(_) => "run_closed",
             Self::RunQuarantined(_) => "run_quarantined",
             Self::RunImported(_) => "run_imported",
@@ -86,6 +93,7 @@ impl Error {
             Self::RunExists(_) => "run_exists",
             Self::ForkInvalid(_) => "fork_invalid",
             Self::ArchiveInvalid { .. } => "archive_invalid",
+            Self::ArchiveUnwritable(_) => "archive_unwritable",
             Self::DefinitionNotFound(_) => "definition_not_found",
             Self::DefinitionInvalid(_) => "definition_invalid",
             Self::InputInvalid(_) => "input_invalid",

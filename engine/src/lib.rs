@@ -31,6 +31,7 @@ pub mod hook;
 pub mod migrate;
 #[cfg(feature = "runtime")]
 pub mod payload;
+pub mod retention;
 #[cfg(feature = "test-util")]
 pub mod sim;
 #[cfg(feature = "runtime")]

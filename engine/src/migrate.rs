@@ -26,6 +26,7 @@ pub const MIGRATIONS: &[Migration] = &[
     ROOM,
     CONTINUE,
     PAYLOAD,
+    RETENTION,
     TIMED,
 ];
 
@@ -55,6 +56,10 @@ pub const CONTINUE: Migration =
 /// Large values of runs.
 pub const PAYLOAD: Migration =
     Migration { version: 13, name: "payload", sql: include_str!("../../migrations/0013_payload.sql") };
+
+/// Partitions of `history` by month, and where retired runs are.
+pub const RETENTION: Migration =
+    Migration { version: 14, name: "retention", sql: include_str!("../../migrations/0014_retention.sql") };
 
 /// Runs whose due instant has come unnoticed.
 pub const TIMED: Migration =

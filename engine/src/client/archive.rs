@@ -45,7 +45,8 @@ impl Export {
                     let mut rows = self.client.history(self.run, after, ROWS).await?;
                     rows.retain(|row| row.seq <= self.seq);
                     let Some(last) = rows.last().map(|row| row.seq) else {
-                        return Err(Error::Invariant(format!("the history of run {} ends at {after}", self.run)));
+                        let ends = Error::Invariant(format!("the history of run {} ends at {after}", self.run));
+                        return Err(self.client.unless_gone(self.run, ends).await);
                     };
                     for row in rows {
                         self.lines.push_back(self.writer.line(&Record::History(row))?);
@@ -133,7 +134,8 @@ impl Client {
         while after < header.run.seq {
             let rows = self.history(run, after, ROWS).await?;
             let Some(last) = rows.last() else {
-                return Err(Error::Invariant(format!("the history of run {run} ends at {after}")));
+                let ends = Error::Invariant(format!("the history of run {run} ends at {after}"));
+                return Err(self.unless_gone(run, ends).await);
             };
             after = last.seq;
             for row in &rows {

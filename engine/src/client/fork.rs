@@ -224,7 +224,8 @@ impl Client {
         while after < seq {
             let rows = self.history(run, after, ROWS).await?;
             if rows.is_empty() {
-                return Err(Error::Invariant(format!("the history of run {run} ends at {after}")));
+                let ends = Error::Invariant(format!("the history of run {run} ends at {after}"));
+                return Err(self.unless_gone(run, ends).await);
             }
             for row in rows.into_iter().filter(|row| row.seq <= seq) {
                 let broken = |e: String| Error::Invariant(format!("history row {} of run {run}: {e}", row.seq));
@@ -258,6 +259,7 @@ impl Client {
 impl Decided {
     async fn insert(&self, conn: &mut PgConnection) -> Result<bool> {
         let state = serde_json::to_value(&self.state).map_err(|e| Error::Invariant(e.to_string()))?;
+        store::forks::hold(conn, [self.maker.run, self.like]).await?;
         let inserted = store::forks::insert(conn, &self.row(&state)).await?;
         if inserted && let Some(place) = self.place(conn).await? {
             // It waits for a place like any other run, but it is not turned away: somebody has asked for just this one.

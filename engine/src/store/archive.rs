@@ -27,8 +27,8 @@ pub(crate) async fn header(conn: &mut PgConnection, run: RunId) -> Result<Header
     .bind(run.shard())
     .bind(run.0)
     .fetch_optional(&mut *conn)
-    .await?
-    .ok_or_else(|| Error::RunNotFound(run.to_string()))?;
+    .await?;
+    let Some(row) = row else { return Err(super::retention::absent(conn, run).await) };
     let forked_seq = match row.try_get("forked_seq")? {
         // An imported fork has the shared rows itself; where they end stands in its history.
         None if row.try_get("imported")? => forked_within(conn, run).await?,
@@ -188,6 +188,12 @@ pub(crate) async fn insert(conn: &mut PgConnection, archive: &Archive, state: &V
     if inserted.rows_affected() == 0 {
         return Ok(false);
     }
+    // What retention has left behind of this run, until its partition is dropped.
+    sqlx::query("delete from history where shard = $1 and run_id = $2")
+        .bind(run.run_id.shard())
+        .bind(run.run_id.0)
+        .execute(&mut *conn)
+        .await?;
     blobs::put(conn, &large).await?;
     for rows in archive.history.chunks(BATCH) {
         let mut large = Vec::new();

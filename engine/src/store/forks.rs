@@ -31,8 +31,8 @@ pub(crate) async fn maker(conn: &mut PgConnection, run: RunId, seq: i64) -> Resu
         .bind(at.shard())
         .bind(at.0)
         .fetch_optional(&mut *conn)
-        .await?
-        .ok_or_else(|| Error::RunNotFound(at.to_string()))?;
+        .await?;
+        let Some(row) = row else { return Err(super::retention::absent(conn, at).await) };
         let newest: i64 = row.try_get("seq")?;
         if seq < 1 || seq > newest {
             return Err(Error::ForkInvalid(vec![format!("there is no transition {seq}; the newest is {newest}")]));
@@ -69,6 +69,27 @@ pub(crate) struct New<'a> {
     /// Its first own event, and the state after it.
     pub(crate) event: &'a Event,
     pub(crate) state: &'a Value,
+}
+
+/// Keeps runs from being retired until the transaction ends.
+///
+/// # Errors
+/// `run_not_found`, `run_archived`.
+/// # Transaction
+/// Locks their rows, by rising ids, against deletion only.
+pub(crate) async fn hold(conn: &mut PgConnection, mut runs: [RunId; 2]) -> Result<()> {
+    runs.sort();
+    for run in runs {
+        let there = sqlx::query("select 1 from runs where shard = $1 and run_id = $2 for key share")
+            .bind(run.shard())
+            .bind(run.0)
+            .fetch_optional(&mut *conn)
+            .await?;
+        if there.is_none() {
+            return Err(super::retention::absent(conn, run).await);
+        }
+    }
+    Ok(())
 }
 
 /// Inserts the run with its first transition, claimable at once. False if there is a run of this id.

@@ -15,7 +15,9 @@ pub(crate) mod history;
 pub(crate) mod inbox;
 #[cfg(feature = "test-util")]
 pub(crate) mod memory;
+pub(crate) mod partitions;
 pub(crate) mod ready;
+pub(crate) mod retention;
 pub(crate) mod runs;
 pub(crate) mod schedules;
 pub(crate) mod sealed;

@@ -4,6 +4,7 @@ use super::{
     blobs,
     definitions::hash_of,
     groups::{self, Arrival},
+    retention,
 };
 use crate::{
     Error, Result,
@@ -86,7 +87,9 @@ pub(crate) async fn start(
     let inserted: Option<i32> = sqlx::query_scalar(
         "with r as (insert into runs (shard, run_id, workflow, definition, workflow_id, status, parked, queue, attributes, topic, inputs,
                                       priority, fairness_key, lane, admitted, waiting)
-           values ($1, $2, $3, $4, $5, 'pending', true, $6, $7, $8, $9, $10, $11, $12, not $13, case when $13 then 'concurrency' end)
+           select $1, $2, $3, $4, $5, 'pending', true, $6, $7, $8, $9, $10, $11, $12, not $13, case when $13 then 'concurrency' end
+           -- Its id says that it was started already, whether it is here or in an archive.
+           where not exists (select from archived_runs a where a.shard = $1 and a.run_id = $2)
            on conflict do nothing returning shard, run_id, queue, priority, lane),
               q as (insert into ready (shard, run_id, queue, priority, lane)
                     select shard, run_id, queue, priority, lane from r where not $13)
@@ -144,8 +147,19 @@ pub(crate) async fn start(
 
 /// Loads a run and folds what its cursor does not hold yet.
 pub(crate) async fn load(conn: &mut PgConnection, run: RunId) -> Result<Loaded> {
-    load_all(conn, &[run]).await?.remove(&run).unwrap_or_else(|| Err(Error::RunNotFound(run.to_string())))
+    match load_all(conn, &[run]).await?.remove(&run) {
+        Some(Ok(loaded)) => Ok(loaded),
+        // Between the two statements it may have left.
+        Some(Err(error)) => Err(retention::unless_gone(conn, run, error).await),
+        None => Err(retention::absent(conn, run).await),
+    }
 }
+
+/// What the cursors of runs do not hold yet.
+pub(super) const TAIL: &str = "
+    select h.run_id, h.seq, h.format, h.events
+    from unnest((select $1::smallint[]), (select $2::uuid[]), (select $3::bigint[]), (select $4::bigint[])) k(shard, run_id, after, upto)
+    join history h on h.shard = k.shard and h.run_id = k.run_id and h.seq > k.after and h.seq <= k.upto order by h.seq";
 
 /// Loads runs together: two statements, or one if none has a tail. What is wrong with one of them is that one's result; one
 /// that does not exist is absent.
@@ -176,17 +190,13 @@ pub(crate) async fn load_all(conn: &mut PgConnection, runs: &[RunId]) -> Result<
         }
     }
     if !long.is_empty() {
-        let found = sqlx::query(
-            "select h.run_id, h.seq, h.format, h.events
-             from unnest((select $1::smallint[]), (select $2::uuid[]), (select $3::bigint[]), (select $4::bigint[])) k(shard, run_id, after, upto)
-             join history h on h.shard = k.shard and h.run_id = k.run_id and h.seq > k.after and h.seq <= k.upto order by h.seq",
-        )
-        .bind(long.iter().map(|run| run.shard()).collect::<Vec<i16>>())
-        .bind(long.iter().map(|run| run.0).collect::<Vec<_>>())
-        .bind(after)
-        .bind(upto)
-        .fetch_all(&mut *conn)
-        .await?;
+        let found = sqlx::query(TAIL)
+            .bind(long.iter().map(|run| run.shard()).collect::<Vec<i16>>())
+            .bind(long.iter().map(|run| run.0).collect::<Vec<_>>())
+            .bind(after)
+            .bind(upto)
+            .fetch_all(&mut *conn)
+            .await?;
         for row in found {
             tails.entry(RunId(row.try_get("run_id")?)).or_default().push(row);
         }
@@ -307,9 +317,9 @@ pub(crate) async fn standing(conn: &mut PgConnection, run: RunId) -> Result<Stan
     )
     .bind(run.shard())
     .bind(run.0)
-    .fetch_optional(conn)
-    .await?
-    .ok_or_else(|| Error::RunNotFound(run.to_string()))?;
+    .fetch_optional(&mut *conn)
+    .await?;
+    let Some(row) = row else { return Err(retention::absent(conn, run).await) };
     Ok(Standing {
         definition: hash_of(row.try_get("definition")?)
             .ok_or_else(|| Error::Invariant("a definition's hash".into()))?,

@@ -6,7 +6,7 @@
 //!   ▲                │  ▲                               │
 //!   │ wake           ▼  │ result                        ▼
 //! listener        executor (one task per attempt)    verdicts
-//! lease thread: heartbeat · sweep: dead workers · fire: schedules · admit: concurrency groups
+//! lease thread: heartbeat · sweep: dead workers · fire: schedules · admit: concurrency groups · retain: months of history
 //! ```
 
 mod admit;
@@ -17,6 +17,7 @@ mod executor;
 pub(crate) mod fire;
 mod lease;
 mod pace;
+mod retain;
 mod slots;
 mod terminate;
 
@@ -91,6 +92,8 @@ pub struct WorkerConfig {
     pub queues: Vec<String>,
     /// Attempts that run at the same time.
     pub slots: u32,
+    /// Retires old runs; `None`: nothing ever leaves the database.
+    pub retention: Option<crate::retention::Policy>,
     /// A worker that is silent for that long is dead to the others.
     pub lease: Duration,
 }
@@ -105,6 +108,7 @@ impl WorkerConfig {
             hook: Arc::new(NoHook),
             queues: vec!["default".into()],
             slots: 32,
+            retention: None,
             lease: Duration::from_secs(15),
         }
     }
@@ -197,6 +201,7 @@ pub async fn start(config: WorkerConfig) -> Result<WorkerHandle> {
     let client = Client::new(shared.pool.clone(), shared.hook.clone());
     let admit = admit::keep(client.clone(), shared.freed.clone(), shared.draining.clone());
     tasks.spawn(until(Box::pin(admit)));
+    tasks.spawn(until(Box::pin(retain::keep(client.clone(), config.retention, shared.draining.clone()))));
     tasks.spawn(until(Box::pin(fire::keep(client, shared.draining.clone()))));
     tracing::info!(worker_id = %id, "worker started");
     Ok(WorkerHandle { shared, tasks, stopped })

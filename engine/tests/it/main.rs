@@ -16,6 +16,7 @@ mod pause;
 mod payload;
 mod query;
 mod queues;
+mod retention;
 mod runs;
 mod schedules;
 mod skew;

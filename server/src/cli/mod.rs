@@ -15,6 +15,7 @@ mod index;
 mod keys;
 mod migrate;
 mod project;
+mod retention;
 mod run;
 mod schedule;
 mod server;
@@ -73,6 +74,8 @@ enum Command {
     Run(run::Args),
     /// Start runs by the clock
     Schedule(schedule::Args),
+    /// Move runs that ended long ago into files, and bring them back
+    Retention(retention::Args),
     /// Look at projects, make new ones
     Project(project::Args),
     /// Check definitions, draw them, deploy them
@@ -142,6 +145,7 @@ async fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Token(args) => token::run(args, context),
         Command::Run(args) => return run::run(args, context).await,
         Command::Schedule(args) => schedule::run(args, context).await,
+        Command::Retention(args) => retention::run(args, context).await,
         Command::Project(args) => project::run(args, context).await,
         Command::Workflow(args) => return workflow::run(args, context).await,
         Command::Credits(args) => return credits::run(args, context).await,

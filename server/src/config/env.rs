@@ -84,6 +84,12 @@ pub const VARIABLES: &[Variable] = &[
         "worker.lease_ms",
         "after this long without a heartbeat others take over; default 15000",
     ),
+    v(
+        "LOOPWRIGHT_RETENTION_KEEP",
+        "retention.keep",
+        "how long runs stay after their end, as 90d; default for ever. Needs the next",
+    ),
+    v("LOOPWRIGHT_RETENTION_ARCHIVE", "retention.archive", "folder that workers write older runs to; back it up"),
     v("LOOPWRIGHT_LOG", "log.filter", "as in info,loopwright_engine=debug"),
     v("LOOPWRIGHT_LOG_FORMAT", "log.format", "plain or json; default plain"),
 ];
@@ -138,6 +144,8 @@ pub(super) fn apply(file: &mut File, variables: &[(String, String)]) -> Result<(
             "LOOPWRIGHT_MARKUP_BPS" => file.billing.markup_bps = Some(number(name, value)?),
             "LOOPWRIGHT_WORKER_SLOTS" => file.worker.slots = Some(number(name, value)?),
             "LOOPWRIGHT_WORKER_LEASE_MS" => file.worker.lease_ms = Some(number(name, value)?),
+            "LOOPWRIGHT_RETENTION_KEEP" => file.retention.keep = text(),
+            "LOOPWRIGHT_RETENTION_ARCHIVE" => file.retention.archive = path(),
             "LOOPWRIGHT_LOG" => file.log.filter = text(),
             "LOOPWRIGHT_LOG_FORMAT" => {
                 file.log.format = Some(match value.as_str() {

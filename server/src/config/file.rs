@@ -4,12 +4,16 @@ use super::{
     Access, Auth, Billing, Config, Error, Http, JWT_SECRET_BYTES_MIN, Key, KeyMaterial, LEEWAY_S_MAX, Log, LogFormat,
     Models, Provider, Providers, Sandbox, Telegram, Worker, secret,
 };
-use loopwright_engine::payload::PayloadKeys;
+use loopwright_engine::{
+    payload::PayloadKeys,
+    retention::{KEEP_MIN, Policy},
+};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
+    time::Duration,
 };
 use url::Url;
 
@@ -34,6 +38,7 @@ pub struct File {
     pub telegram: TelegramFile,
     pub billing: BillingFile,
     pub worker: WorkerFile,
+    pub retention: RetentionFile,
     pub log: LogFile,
 }
 
@@ -144,6 +149,14 @@ pub struct WorkerFile {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
+pub struct RetentionFile {
+    /// As `90d`.
+    pub keep: Option<String>,
+    pub archive: Option<PathBuf>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct LogFile {
     pub format: Option<LogFormat>,
     pub filter: Option<String>,
@@ -230,11 +243,36 @@ impl File {
                 queues: self.worker.queues.unwrap_or_else(|| vec!["default".into()]),
                 drain_ms: self.worker.drain_ms.unwrap_or(20_000),
             },
+            retention: self.retention.resolve()?,
             log: Log {
                 format: self.log.format.unwrap_or(LogFormat::Plain),
                 filter: self.log.filter.unwrap_or_else(|| "info,sqlx=warn,tantivy=warn,teloxide=warn".into()),
             },
         })
+    }
+}
+
+impl RetentionFile {
+    /// Both or neither: a time without a folder would have nowhere to put what is old.
+    fn resolve(self) -> Result<Option<Policy>, Error> {
+        match (self.keep, self.archive) {
+            (None, None) => Ok(None),
+            (Some(keep), Some(archive)) => {
+                let keep = keep_of(&keep).map_err(|reason| Error::value("retention.keep", reason))?;
+                Ok(Some(Policy { keep, archive }))
+            }
+            (Some(_), None) => Err(Error::value("retention.archive", "is missing: name the folder of the archives")),
+            (None, Some(_)) => Err(Error::value("retention.keep", "is missing: say how long, for example 90d")),
+        }
+    }
+}
+
+/// How long runs are kept, as somebody writes it.
+pub(crate) fn keep_of(text: &str) -> Result<Duration, String> {
+    match loopwright_workflows::parse_duration(text).map(Duration::from_millis) {
+        Some(keep) if keep >= KEEP_MIN => Ok(keep),
+        Some(_) => Err(format!("`{text}` is less than a day")),
+        None => Err(format!("`{text}` is no duration; write for example 90d")),
     }
 }
 
@@ -380,6 +418,23 @@ fn first_line(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn retention_needs_a_time_and_a_folder() {
+        let of = |text: &str| File::parse(text).unwrap().resolve().map(|config| config.retention);
+        assert_eq!(of("retention: {}").unwrap(), None);
+        let policy = of("retention: { keep: 90d, archive: /archives }").unwrap().unwrap();
+        assert_eq!((policy.keep.as_secs(), policy.archive), (90 * 86_400, "/archives".into()));
+        for (text, key) in [
+            ("retention: { keep: 90d }", "retention.archive"),
+            ("retention: { archive: /a }", "retention.keep"),
+            ("retention: { keep: 90, archive: /a }", "retention.keep"),
+            ("retention: { keep: 1h, archive: /a }", "less than a day"),
+        ] {
+            let error = of(text).unwrap_err().to_string();
+            assert!(error.contains(key), "{text}: {error}");
+        }
+    }
 
     #[test]
     fn an_empty_file_is_all_defaults() {

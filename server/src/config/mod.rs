@@ -8,6 +8,7 @@ mod file;
 
 pub use env::{VARIABLES, Variable};
 pub use file::File;
+pub(crate) use file::keep_of;
 
 use loopwright_engine::payload::PayloadKeys;
 use secrecy::{ExposeSecret, SecretString};
@@ -57,6 +58,8 @@ pub struct Config {
     pub telegram: Telegram,
     pub billing: Billing,
     pub worker: Worker,
+    /// `None`: nothing ever leaves the database.
+    pub retention: Option<loopwright_engine::retention::Policy>,
     pub log: Log,
 }
 

@@ -112,7 +112,8 @@ impl From<loopwright_engine::Error> for Error {
     fn from(error: loopwright_engine::Error) -> Self {
         use loopwright_engine::Error as E;
         match error {
-            E::RunNotFound(_) => Self::not_found("run"),
+            // Which file it is in is the operator's to know.
+            E::RunNotFound(_) | E::RunArchived { .. } => Self::not_found("run"),
             // The id, and the run that goes on in its place, if there is one.
             E::RunClosed(which) => {
                 Self::new(Code::RunClosed, format!("Run {which} has ended and takes no more messages."))
@@ -155,6 +156,7 @@ impl From<loopwright_engine::Error> for Error {
             | E::RunExists(_)
             | E::ForkInvalid(_)
             | E::ArchiveInvalid { .. }
+            | E::ArchiveUnwritable(_)
             | E::DefinitionInvalid(_)
             | E::LeaseLost
             | E::Refused { .. }

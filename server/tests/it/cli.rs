@@ -1,6 +1,6 @@
 //! The real binary: exit codes and sentences.
 
-use crate::support::{Server, Work, activity, read, run_of, script};
+use crate::support::{Server, Work, activity, problem, read, run_of, script};
 use loopwright_activities::billing::{BillingSettings, LedgerHook};
 use loopwright_engine::{embedded::testing, ids::RunId};
 use serde_json::json;
@@ -416,4 +416,49 @@ async fn a_run_is_paused_forked_exported_and_decided_again_from_the_command_line
     let reset: serde_json::Value = serde_json::from_str(&stdout).unwrap();
     until(reset["run_id"].as_str().unwrap().parse().unwrap(), RunStatus::Completed).await;
     worker.drain(Duration::from_secs(10)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_old_run_goes_into_a_file_and_comes_back_to_be_read() {
+    let server = Server::start().await;
+    server.deploy(vec![activity("plan", "plan@1")]).await;
+    let worker = server.worker(vec![Work::new("plan@1", script(|_| async { Ok(json!({})) }))]).await;
+    let project = server.project("ann").await;
+    let run = run_of(&server.trigger("ann", &project, "wait=30").await);
+    worker.drain(Duration::from_secs(10)).await;
+    let later = "create or replace function engine_now() returns timestamptz language sql stable as $$ select clock_timestamp() + interval '200 days' $$";
+    sqlx::raw_sql(later).execute(&server.pool).await.unwrap();
+
+    let dir = tempfile::tempdir().unwrap();
+    let url = testing::url(&server.pool);
+    let cli = |args: &[&str]| {
+        let output = loopwright(dir.path()).env("DATABASE_URL", &url).args(args).output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap() + &String::from_utf8(output.stderr).unwrap();
+        (output.status.code(), text)
+    };
+    for (args, says) in [
+        (vec!["retention", "run"], "retention.keep"),
+        (vec!["retention", "run", "--keep", "90d"], "retention.archive"),
+        (vec!["retention", "run", "--keep", "1h"], "less than a day"),
+    ] {
+        let (code, text) = cli(&args);
+        assert!(code == Some(2) && text.contains(says), "{args:?}: {text}");
+    }
+    let folder = dir.path().join("archives");
+    let archive = folder.to_str().unwrap();
+    let (code, text) = cli(&["retention", "run", "--keep", "90d", "--dry-run"]);
+    assert!(code == Some(0) && text.starts_with("1 runs would leave") && !folder.exists(), "{text}");
+    let (code, text) = cli(&["retention", "run", "--keep", "90d", "--archive", archive, "--json"]);
+    let report: serde_json::Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
+    assert_eq!((code, &report["runs"]), (Some(0), &json!(1)), "{text}");
+    let file = report["archives"][0].as_str().unwrap();
+    assert!(cli(&["retention", "list"]).1.contains(file));
+    let (code, text) = cli(&["run", "show", &run]);
+    assert!(code == Some(1) && text.contains("was retired") && text.contains(file), "{text}");
+    problem(server.get("ann", &format!("/v1/runs/{run}")).send().await.unwrap(), 404, "not_found").await;
+    let path = folder.join(file);
+    let (code, text) = cli(&["retention", "import", path.to_str().unwrap(), "--run", &run]);
+    assert!(code == Some(0) && text.starts_with("1 runs can be read here"), "{text}");
+    let (code, text) = cli(&["run", "show", &run]);
+    assert!(code == Some(0) && text.contains("imported"), "{text}");
 }

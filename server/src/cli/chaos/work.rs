@@ -192,6 +192,7 @@ pub(super) async fn run(command: Command, recorder: PathBuf, mut stop: watch::Re
             hook: app.hook.clone(),
             queues: queues.clone(),
             slots: u32::try_from(slots).unwrap_or(u32::MAX),
+            retention: None,
             lease: Duration::from_millis(app.config.worker.lease_ms.into()),
         };
         let worker = worker::start(config).await?;
