@@ -48,6 +48,7 @@ pub const MIGRATIONS: &[Migration] = &[
     loopwright_engine::migrate::QUEUES,
     loopwright_engine::migrate::UPDATES,
     loopwright_engine::migrate::ROOM,
+    loopwright_engine::migrate::MIGRATE,
 ];
 
 /// Contracts of all activities.

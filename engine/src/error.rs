@@ -17,6 +17,10 @@ pub enum Error {
     RunExists(String),
     #[error("the run cannot be forked there: {}", .0.join("; "))]
     ForkInvalid(Vec<String>),
+    #[error("the run cannot go on under that definition: {}", .0.join("; "))]
+    MigrationInvalid(Vec<String>),
+    #[error("attempts of run {run} are under way at {}: pause the run, and migrate it when they have ended", .running.join(", "))]
+    MigrationBusy { run: String, running: Vec<String> },
     #[error("line {line} of the archive: {why}")]
     ArchiveInvalid { line: u64, why: String },
     #[error("no definition {0}")]
@@ -75,6 +79,8 @@ impl Error {
             Self::ConcurrencyFull(_) => "concurrency_full",
             Self::RunExists(_) => "run_exists",
             Self::ForkInvalid(_) => "fork_invalid",
+            Self::MigrationInvalid(_) => "migration_invalid",
+            Self::MigrationBusy { .. } => "migration_busy",
             Self::ArchiveInvalid { .. } => "archive_invalid",
             Self::DefinitionNotFound(_) => "definition_not_found",
             Self::DefinitionInvalid(_) => "definition_invalid",
@@ -137,7 +143,7 @@ mod tests {
             .filter_map(|(_, r)| r.split('"').next())
             .map(str::to_owned)
             .collect();
-        assert_eq!(codes.len(), 28, "{codes:?}");
+        assert_eq!(codes.len(), 30, "{codes:?}");
         assert_eq!(listed("Errors"), codes);
     }
 

@@ -24,6 +24,7 @@ pub const MIGRATIONS: &[Migration] = &[
     QUEUES,
     UPDATES,
     ROOM,
+    MIGRATE,
 ];
 
 /// The columns and tables of pauses, forks and imports.
@@ -44,6 +45,10 @@ pub const UPDATES: Migration =
 /// Room in the pages of `runs`.
 pub const ROOM: Migration =
     Migration { version: 11, name: "room", sql: include_str!("../../migrations/0011_room.sql") };
+
+/// Definitions that runs had before they were migrated.
+pub const MIGRATE: Migration =
+    Migration { version: 15, name: "migrate", sql: include_str!("../../migrations/0015_migrate.sql") };
 
 /// Why a database could not be brought to the schema of this program.
 #[derive(Debug, thiserror::Error)]

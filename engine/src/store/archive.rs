@@ -3,9 +3,9 @@
 use super::definitions::hash_of;
 use crate::{
     Error, Result,
-    archive::{Archive, Checkpoint, Deployed, FORMAT, Header, Run},
+    archive::{Archive, Checkpoint, Deployed, FORMAT, Former, Header, Run},
     definition::Bundle,
-    ids::RunId,
+    ids::{DefinitionHash, RunId},
     view::RunStatus,
 };
 use serde_json::Value;
@@ -24,30 +24,26 @@ pub(crate) async fn header(conn: &mut PgConnection, run: RunId) -> Result<Header
                 coalesce(r.forked_seq, case when r.imported_at is not null then
                   (select max(h.seq) - 1 from history h where h.shard = r.shard and h.run_id = r.run_id
                      and h.events @> '[{\"type\": \"run_forked\"}]') end, 0) as forked_seq,
-                d.hash, d.name, d.version, d.source, d.bundle, d.ir, d.author, d.message
-         from runs r join definitions d on d.hash = r.definition where r.shard = $1 and r.run_id = $2",
+                r.definition
+         from runs r where r.shard = $1 and r.run_id = $2",
     )
     .bind(run.shard())
     .bind(run.0)
-    .fetch_optional(conn)
+    .fetch_optional(&mut *conn)
     .await?
     .ok_or_else(|| Error::RunNotFound(run.to_string()))?;
     let number = |n: i64| u64::try_from(n).unwrap_or(0);
     let small = |n: i32| u32::try_from(n).unwrap_or(0);
-    let Json(bundle) = row.try_get::<Json<Bundle>, _>("bundle")?;
+    let hash = hash_of(row.try_get("definition")?).ok_or_else(|| Error::Invariant("a definition's hash".into()))?;
+    let mut former = Vec::new();
+    for (until, hash) in super::migrations::former(&mut *conn, run).await? {
+        former.push(Former { until, definition: deployed(&mut *conn, hash).await? });
+    }
     Ok(Header {
         format: FORMAT,
         exported_at: row.try_get("now")?,
-        definition: Deployed {
-            hash: hash_of(row.try_get("hash")?).ok_or_else(|| Error::Invariant("a definition's hash".into()))?,
-            name: row.try_get("name")?,
-            version: small(row.try_get("version")?),
-            source: row.try_get("source")?,
-            bundle,
-            ir: row.try_get("ir")?,
-            author: row.try_get("author")?,
-            message: row.try_get("message")?,
-        },
+        definition: deployed(&mut *conn, hash).await?,
+        former,
         run: Run {
             run_id: run,
             workflow: row.try_get("workflow")?,
@@ -65,6 +61,24 @@ pub(crate) async fn header(conn: &mut PgConnection, run: RunId) -> Result<Header
             started_at: row.try_get("started_at")?,
             closed_at: row.try_get("closed_at")?,
         },
+    })
+}
+
+async fn deployed(conn: &mut PgConnection, hash: DefinitionHash) -> Result<Deployed> {
+    let row = sqlx::query("select name, version, source, bundle, ir, author, message from definitions where hash = $1")
+        .bind(&hash.0[..])
+        .fetch_one(conn)
+        .await?;
+    let Json(bundle) = row.try_get::<Json<Bundle>, _>("bundle")?;
+    Ok(Deployed {
+        hash,
+        name: row.try_get("name")?,
+        version: u32::try_from(row.try_get::<i32, _>("version")?).unwrap_or(0),
+        source: row.try_get("source")?,
+        bundle,
+        ir: row.try_get("ir")?,
+        author: row.try_get("author")?,
+        message: row.try_get("message")?,
     })
 }
 
@@ -106,21 +120,24 @@ pub(crate) async fn checkpoints(
 pub(crate) async fn insert(conn: &mut PgConnection, archive: &Archive, state: &Value, messages: u64) -> Result<bool> {
     let (run, definition) = (&archive.header.run, &archive.header.definition);
     sqlx::query("select pg_advisory_xact_lock(hashtext($1))").bind(&definition.name).execute(&mut *conn).await?;
-    sqlx::query(
-        "insert into definitions (hash, name, version, format, source, bundle, ir, author, message)
-         select $1, $2, coalesce(max(version), 0) + 1, $3, $4, $5, $6, $7, $8 from definitions where name = $2
-         on conflict (hash) do nothing",
-    )
-    .bind(&definition.hash.0[..])
-    .bind(&definition.name)
-    .bind(i32::try_from(archive.definition.format).unwrap_or(i32::MAX))
-    .bind(&definition.source)
-    .bind(Json(&definition.bundle))
-    .bind(&definition.ir)
-    .bind(&definition.author)
-    .bind(&definition.message)
-    .execute(&mut *conn)
-    .await?;
+    for deployed in archive.header.former.iter().map(|former| &former.definition).chain([definition]) {
+        let format = archive.definitions.get(&deployed.hash).map_or(u32::MAX, |compiled| compiled.format);
+        sqlx::query(
+            "insert into definitions (hash, name, version, format, source, bundle, ir, author, message)
+             select $1, $2, coalesce(max(version), 0) + 1, $3, $4, $5, $6, $7, $8 from definitions where name = $2
+             on conflict (hash) do nothing",
+        )
+        .bind(&deployed.hash.0[..])
+        .bind(&deployed.name)
+        .bind(i32::try_from(format).unwrap_or(i32::MAX))
+        .bind(&deployed.source)
+        .bind(Json(&deployed.bundle))
+        .bind(&deployed.ir)
+        .bind(&deployed.author)
+        .bind(&deployed.message)
+        .execute(&mut *conn)
+        .await?;
+    }
     let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
     let status = if run.closed_at.is_some() { run.status } else { RunStatus::Quarantined };
     let inserted = sqlx::query(
@@ -150,6 +167,9 @@ pub(crate) async fn insert(conn: &mut PgConnection, archive: &Archive, state: &V
     .await?;
     if inserted.rows_affected() == 0 {
         return Ok(false);
+    }
+    for former in &archive.header.former {
+        super::migrations::note(&mut *conn, run.run_id, former.until, former.definition.hash).await?;
     }
     for rows in archive.history.chunks(BATCH) {
         sqlx::query(

@@ -13,6 +13,7 @@ pub(crate) mod history;
 pub(crate) mod inbox;
 #[cfg(feature = "test-util")]
 pub(crate) mod memory;
+pub(crate) mod migrations;
 pub(crate) mod ready;
 pub(crate) mod runs;
 pub(crate) mod schedules;

@@ -271,7 +271,8 @@ pub(crate) async fn apply_effects<I: Borrow<Item>>(
     }
     messages.sort_by_key(|(run, ..)| *run);
     for (run, kind, payload) in &messages {
-        let message = Outgoing { run: *run, kind: *kind, name: "", payload, dedupe_id: None, sender: None };
+        let message =
+            Outgoing { run: *run, kind: *kind, name: "", payload, dedupe_id: None, sender: None, definition: None };
         inbox::send(conn, &message).await.map_err(sql_of)?;
         crate::committer::crash_point("settle.after_message");
     }

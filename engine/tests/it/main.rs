@@ -10,6 +10,7 @@ mod filter;
 mod fork;
 mod golden;
 mod groups;
+mod migrate;
 mod passing;
 mod pause;
 mod query;

@@ -4,6 +4,8 @@
 mod close;
 mod edges;
 mod fork;
+mod migrate;
+mod migrate_random;
 mod pause;
 mod query;
 mod random;
