@@ -51,6 +51,7 @@ pub const MIGRATIONS: &[Migration] = &[
     loopwright_engine::migrate::CONTINUE,
     loopwright_engine::migrate::PAYLOAD,
     loopwright_engine::migrate::RETENTION,
+    loopwright_engine::migrate::MIGRATE,
     loopwright_engine::migrate::TIMED,
 ];
 

@@ -22,7 +22,7 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
-use std::io::BufRead;
+use std::{collections::BTreeMap, io::BufRead};
 
 /// Number of this format. A changed meaning is a new number.
 pub const FORMAT: u32 = 1;
@@ -37,7 +37,18 @@ pub struct Header {
     pub format: u32,
     pub exported_at: DateTime<Utc>,
     pub definition: Deployed,
+    /// The definitions that the run had before it was migrated, oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub former: Vec<Former>,
     pub run: Run,
+}
+
+/// A definition that the run had up to a transition.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Former {
+    /// The last transition that was decided under it.
+    pub until: u64,
+    pub definition: Deployed,
 }
 
 /// The definition that the run is pinned to.
@@ -156,6 +167,8 @@ pub struct Archive {
     pub header: Header,
     /// Compiled; its hash is the header's.
     pub definition: Definition,
+    /// Those of `header.former`, compiled, and the last one, by hash.
+    pub definitions: BTreeMap<DefinitionHash, Definition>,
     pub history: Vec<HistoryRow>,
     pub checkpoints: Vec<Checkpoint>,
 }
@@ -176,6 +189,11 @@ impl Archive {
             Err(why) => return Err(Error::ArchiveInvalid { line: 1, why }),
         };
         let definition = compiled(&header.definition).map_err(|why| Error::ArchiveInvalid { line: 1, why })?;
+        let mut definitions = BTreeMap::from([(header.definition.hash, definition.clone())]);
+        for former in &header.former {
+            let compiled = compiled(&former.definition).map_err(|why| Error::ArchiveInvalid { line: 1, why })?;
+            definitions.insert(former.definition.hash, compiled);
+        }
         writer.digest.update(first.as_bytes());
         let (mut history, mut checkpoints) = (Vec::<HistoryRow>::new(), Vec::new());
         loop {
@@ -211,7 +229,7 @@ impl Archive {
                     if lines.next()?.is_some() {
                         return Err(invalid(lines.number, "something follows the `end`"));
                     }
-                    return Ok(Self { header, definition, history, checkpoints });
+                    return Ok(Self { header, definition, definitions, history, checkpoints });
                 }
             }
             writer.digest.update(line.as_bytes());
@@ -224,14 +242,22 @@ impl Archive {
         self.history.iter().rev().find(forks).map_or(0, |row| row.seq.saturating_sub(1))
     }
 
-    /// Decides the history again, under its own definition or another.
+    /// The definition under which its own history begins.
+    fn first(&self) -> &Definition {
+        let first = self.header.former.first().and_then(|former| self.definitions.get(&former.definition.hash));
+        first.unwrap_or(&self.definition)
+    }
+
+    /// Decides the history again, under its own definitions or another.
     ///
     /// # Errors
     /// `archive_invalid` if the history cannot be folded.
     pub fn replay(&self, definition: Option<&Definition>) -> Result<Replayed> {
         let run = &self.header.run;
-        let definition = definition.unwrap_or(&self.definition);
-        let mut replay = Replay::new(definition, run.run_id, run.depth, self.forked_seq());
+        let mut replay = match definition {
+            Some(other) => Replay::new(other, run.run_id, run.depth, self.forked_seq()),
+            None => Replay::new(self.first(), run.run_id, run.depth, self.forked_seq()).migrating(&self.definitions),
+        };
         for (row, line) in self.history.iter().zip(2..) {
             // What cannot be read as an event is the replay's to say.
             let told = row.events.iter().filter_map(|e| serde_json::from_value(e.clone()).ok());
@@ -311,7 +337,6 @@ impl<R: BufRead> Lines<R> {
 mod tests {
     use super::*;
     use serde_json::json;
-    use std::collections::BTreeMap;
 
     fn lines() -> Vec<String> {
         let definition = Definition {
@@ -344,6 +369,7 @@ mod tests {
                 author: None,
                 message: None,
             },
+            former: Vec::new(),
             run: Run {
                 run_id: RunId::new(),
                 workflow: "small".into(),

@@ -2,6 +2,7 @@
 
 mod archive;
 mod fork;
+mod migrate;
 mod pause;
 mod payload;
 mod query;
@@ -9,6 +10,7 @@ mod update;
 
 pub use archive::Export;
 pub use fork::{At, Fork, Reset};
+pub use migrate::{Migrate, MigrationOutcome, MigrationReport};
 pub use pause::Why;
 pub use payload::{Resealed, Sealed};
 pub use update::Update;
@@ -243,22 +245,26 @@ impl Client {
         if size > PAYLOAD_BYTES_MAX {
             return Err(Error::TooLarge { what: "the payload", actual: size, limit: PAYLOAD_BYTES_MAX });
         }
-        let open = match self.open(conn, run).await {
-            // It is the next run's by now, or was taken before.
-            Err(Error::RunClosed(_)) if self.handed_on(conn, run, signal.dedupe_id.as_deref()).await? => {
-                return Ok(false);
+        // Again if the run was migrated meanwhile: what was right for its former definition may be wrong for the new one.
+        loop {
+            let open = match self.open(conn, run).await {
+                // It is the next run's by now, or was taken before.
+                Err(Error::RunClosed(_)) if self.handed_on(conn, run, signal.dedupe_id.as_deref()).await? => {
+                    return Ok(false);
+                }
+                open => open?,
+            };
+            crate::committer::crash_point("send.after_open");
+            let pinned = store::definitions::load(conn, open.definition).await?;
+            let problems = machine::problems(&pinned.definition, &signal.name, &signal.payload, machine::Door::Signal);
+            if !problems.is_empty() {
+                return Err(Error::SignalInvalid(problems));
             }
-            open => open?,
-        };
-        crate::committer::crash_point("send.after_open");
-        let pinned = store::definitions::load(conn, open.definition).await?;
-        let problems = machine::problems(&pinned.definition, &signal.name, &signal.payload, machine::Door::Signal);
-        if !problems.is_empty() {
-            return Err(Error::SignalInvalid(problems));
+            if let Some(stored) = self.send(conn, run, open.definition, &signal).await? {
+                crate::committer::crash_point("send.before_commit");
+                return Ok(stored);
+            }
         }
-        let stored = self.send(conn, run, &signal).await?;
-        crate::committer::crash_point("send.before_commit");
-        Ok(stored)
     }
 
     /// Decides the approval that waits at the step with id `step`.
@@ -284,7 +290,9 @@ impl Client {
         let payload = json!({ "decision": decision.as_str(), "comment": comment.unwrap_or_default() });
         let signal = Signal { name: step.to_owned(), payload, dedupe_id, sender };
         let mut conn = self.pool.acquire().await?;
-        let stored = self.send(&mut conn, run, &signal).await?;
+        let Some(stored) = self.send(&mut conn, run, view.definition, &signal).await? else {
+            return Err(Error::ApprovalNotWaiting(run.to_string(), step.to_owned()));
+        };
         drop(conn);
         self.wake().await;
         Ok(stored)
@@ -297,8 +305,15 @@ impl Client {
     pub async fn cancel(&self, run: RunId, reason: &str) -> Result<()> {
         let mut conn = self.pool.acquire().await?;
         let payload = json!(reason);
-        let message =
-            Outgoing { run, kind: Message::Cancel, name: "", payload: &payload, dedupe_id: None, sender: None };
+        let message = Outgoing {
+            run,
+            kind: Message::Cancel,
+            name: "",
+            payload: &payload,
+            dedupe_id: None,
+            sender: None,
+            definition: None,
+        };
         let sent = store::inbox::send(&mut conn, &message).await?;
         if sent == Sent::NoOpenRun {
             return Err(self.refusal(&mut conn, run).await);
@@ -473,7 +488,14 @@ impl Client {
         }
     }
 
-    async fn send(&self, conn: &mut PgConnection, run: RunId, signal: &Signal) -> Result<bool> {
+    /// `None`: the run does not have that definition any more.
+    async fn send(
+        &self,
+        conn: &mut PgConnection,
+        run: RunId,
+        definition: DefinitionHash,
+        signal: &Signal,
+    ) -> Result<Option<bool>> {
         if crate::archive::check::has_nul(&signal.payload) || signal.name.contains('\0') {
             return Err(Error::SignalInvalid(vec![NUL.into()]));
         }
@@ -484,12 +506,13 @@ impl Client {
             payload: &signal.payload,
             dedupe_id: signal.dedupe_id.as_deref(),
             sender: signal.sender.as_deref(),
+            definition: Some(definition),
         };
         match store::inbox::send(conn, &message).await? {
-            Sent::Stored => Ok(true),
-            Sent::Duplicate => Ok(false),
-            Sent::NoOpenRun if self.handed_on(conn, run, signal.dedupe_id.as_deref()).await? => Ok(false),
-            Sent::NoOpenRun => Err(self.refusal(conn, run).await),
+            Sent::Stored => Ok(Some(true)),
+            Sent::Duplicate => Ok(Some(false)),
+            Sent::NoOpenRun if self.handed_on(conn, run, signal.dedupe_id.as_deref()).await? => Ok(Some(false)),
+            Sent::NoOpenRun => self.open(conn, run).await.map(|_| None),
         }
     }
 

@@ -23,6 +23,10 @@ pub enum Error {
     RunExists(String),
     #[error("the run cannot be forked there: {}", .0.join("; "))]
     ForkInvalid(Vec<String>),
+    #[error("the run cannot go on under that definition: {}", .0.join("; "))]
+    MigrationInvalid(Vec<String>),
+    #[error("attempts of run {run} are under way at {}: pause the run, and migrate it when they have ended", .running.join(", "))]
+    MigrationBusy { run: String, running: Vec<String> },
     #[error("line {line} of the archive: {why}")]
     ArchiveInvalid { line: u64, why: String },
     #[error("the archive cannot be written: {0}")]
@@ -92,6 +96,8 @@ impl Error {
             Self::RateFull(_) => "rate_full",
             Self::RunExists(_) => "run_exists",
             Self::ForkInvalid(_) => "fork_invalid",
+            Self::MigrationInvalid(_) => "migration_invalid",
+            Self::MigrationBusy { .. } => "migration_busy",
             Self::ArchiveInvalid { .. } => "archive_invalid",
             Self::ArchiveUnwritable(_) => "archive_unwritable",
             Self::DefinitionNotFound(_) => "definition_not_found",

@@ -17,7 +17,8 @@ use std::collections::BTreeMap;
 /// - 2: `run_paused`, `run_resumed`, `run_forked`.
 /// - 3: `update_accepted`, `update_rejected`, `update_completed`; calls that `terminate` their children.
 /// - 4: runs that end and close as continued.
-pub const FORMAT: u16 = 4;
+/// - 5: `run_migrated`.
+pub const FORMAT: u16 = 5;
 
 /// How an attempt ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -337,6 +338,32 @@ pub enum Event {
         at: DateTime<Utc>,
         deadline: DateTime<Utc>,
     },
+    /// The run goes on under another definition.
+    RunMigrated {
+        from: DefinitionHash,
+        to: DefinitionHash,
+        /// New ids of steps, by their path without items and rounds.
+        #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+        map: BTreeMap<String, String>,
+        /// Steps of the new definition that stand before what has run, by their path: they never run.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        skipped: Vec<String>,
+        reason: String,
+        /// Who asked for it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        by: Option<String>,
+        /// All inputs, if they are not what they were.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        inputs: Option<Value>,
+        #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+        env: BTreeMap<String, Value>,
+        #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+        calls: BTreeMap<String, DefinitionHash>,
+        /// What is to be known of it, for people.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        notes: Vec<String>,
+        at: DateTime<Utc>,
+    },
     RunEnding {
         ending: Ending,
         at: DateTime<Utc>,
@@ -374,6 +401,7 @@ impl Event {
         match self {
             Self::RunEnding { ending: Ending::Continued { .. }, .. }
             | Self::RunClosed { status: crate::view::RunStatus::Continued, .. } => 4,
+            Self::RunMigrated { .. } => 5,
             Self::UpdateAccepted { .. }
             | Self::UpdateRejected { .. }
             | Self::UpdateCompleted { .. }

@@ -27,6 +27,7 @@ pub const MIGRATIONS: &[Migration] = &[
     CONTINUE,
     PAYLOAD,
     RETENTION,
+    MIGRATE,
     TIMED,
 ];
 
@@ -60,6 +61,10 @@ pub const PAYLOAD: Migration =
 /// Partitions of `history` by month, and where retired runs are.
 pub const RETENTION: Migration =
     Migration { version: 14, name: "retention", sql: include_str!("../../migrations/0014_retention.sql") };
+
+/// Definitions that runs had before they were migrated.
+pub const MIGRATE: Migration =
+    Migration { version: 15, name: "migrate", sql: include_str!("../../migrations/0015_migrate.sql") };
 
 /// Runs whose due instant has come unnoticed.
 pub const TIMED: Migration =

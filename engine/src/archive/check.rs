@@ -39,6 +39,7 @@ pub(crate) fn check(archive: &Archive) -> Result<Checked> {
             return Err(at(1, why));
         }
     }
+    migrated(archive).map_err(|why| at(1, why))?;
     attributes(&run.attributes).map_err(|e| e.unwrap_or_else(|| at(1, "the attributes are no JSON object".into())))?;
     let forked = archive.forked_seq();
     if run.forked_seq != forked {
@@ -92,6 +93,30 @@ pub(crate) fn check(archive: &Archive) -> Result<Checked> {
         }
     }
     Ok(Checked { state, messages })
+}
+
+/// Whether the definitions of the header are those between which the history says that the run was migrated.
+fn migrated(archive: &Archive) -> std::result::Result<(), String> {
+    let header = &archive.header;
+    for former in &header.former {
+        if former.definition.name != archive.definition.name {
+            return Err(format!("a former definition is one of `{}`", former.definition.name));
+        }
+    }
+    let mut said = Vec::new();
+    for row in archive.history.iter().filter(|row| row.seq > archive.forked_seq()) {
+        for event in row.events.iter().filter(|e| e["type"] == "run_migrated") {
+            said.push((row.seq.saturating_sub(1), event["from"].clone(), event["to"].clone()));
+        }
+    }
+    let hash = |deployed: &super::Deployed| Value::String(deployed.hash.to_string());
+    let told: Vec<_> = header.former.iter().map(|former| (former.until, hash(&former.definition))).collect();
+    let next = header.former.iter().skip(1).map(|former| &former.definition).chain([&header.definition]).map(hash);
+    let told: Vec<_> = told.into_iter().zip(next).map(|((until, from), to)| (until, from, to)).collect();
+    if said != told {
+        return Err("the run was migrated otherwise by the header than by the history".into());
+    }
+    Ok(())
 }
 
 /// Whether these can be a run's attributes; `None`: they are no object.

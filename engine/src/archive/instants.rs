@@ -40,6 +40,7 @@ pub(super) fn of(event: &Event) -> Vec<DateTime<Utc>> {
         | Event::StepEnded { at, .. }
         | Event::RunPaused { at, .. }
         | Event::RunResumed { at, .. }
+        | Event::RunMigrated { at, .. }
         | Event::RunEnding { at, .. }
         | Event::RunClosed { at, .. } => vec![*at],
         Event::StepSkipped { .. }

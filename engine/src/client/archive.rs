@@ -9,7 +9,10 @@ use crate::{
     store,
     transaction::in_transaction,
 };
-use std::{collections::VecDeque, sync::Arc};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+};
 
 /// History rows read at once.
 const ROWS: u32 = 200;
@@ -123,13 +126,25 @@ impl Client {
     ///
     /// # Errors
     /// `run_not_found`, `definition_not_found`; `invariant` if the history cannot be folded.
+    /// # Shape
+    /// A run that was migrated is decided under the definition that it had at each transition; under another one, all of it is.
     pub async fn replay(&self, run: RunId, definition: Option<DefinitionHash>) -> Result<Replayed> {
         let mut conn = self.pool.acquire().await?;
         let header = store::archive::header(&mut conn, run).await?;
-        let hash = definition.unwrap_or(header.definition.hash);
-        let pinned = store::definitions::load(&mut conn, hash).await?;
+        let former = store::migrations::former(&mut conn, run).await?;
+        let first = former.first().map_or(header.definition.hash, |(_, hash)| *hash);
+        let pinned = store::definitions::load(&mut conn, definition.unwrap_or(first)).await?;
+        // Under another definition, all of it: the question is what that one would have decided.
+        let hashes: Vec<_> = former.iter().skip(1).map(|(_, hash)| *hash).chain([header.definition.hash]).collect();
+        let later = match definition {
+            None if !former.is_empty() => super::migrate::definitions(&mut conn, hashes).await?,
+            _ => BTreeMap::new(),
+        };
         drop(conn);
         let mut replay = Replay::new(&pinned.definition, run, header.run.depth, header.run.forked_seq);
+        if definition.is_none() {
+            replay = replay.migrating(&later);
+        }
         let mut after = 0;
         while after < header.run.seq {
             let rows = self.history(run, after, ROWS).await?;

@@ -86,6 +86,7 @@ impl Client {
             payload: &payload,
             dedupe_id: why.dedupe_id.as_deref(),
             sender: why.by.as_deref(),
+            definition: None,
         };
         let stored = match store::inbox::send(&mut conn, &message).await? {
             Sent::Stored => true,

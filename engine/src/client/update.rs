@@ -67,6 +67,7 @@ impl Client {
             payload: &update.payload,
             dedupe_id: Some(&key),
             sender: update.sender.as_deref(),
+            definition: None,
         };
         let standing = store::runs::standing(&mut conn, run).await?;
         // Nobody would read it. What was sent before may be answered.

@@ -2,7 +2,8 @@
 
 use super::{
     Illegal, MAILBOX_MAX,
-    state::{Branch, Ended, FINALLY_PREFIX, Frame, Live, Message, Node, Phase, RunState},
+    migrate::SKIPPED,
+    state::{Branch, Ended, FINALLY_PREFIX, Frame, Live, Message, Node, Phase, RunState, shape_of},
 };
 use crate::{
     event::{Ending, Event, Opened, Outcome, StepStatus},
@@ -10,6 +11,7 @@ use crate::{
 };
 use chrono::{DateTime, Duration};
 use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
 
 pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
     if state.status.is_closed() {
@@ -229,6 +231,24 @@ pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
             state.mailbox.iter_mut().for_each(|m| m.update = None);
             begin_anew(&mut state.body, *at)?;
         }
+        Event::RunMigrated { map, skipped, inputs, env, calls, .. } => {
+            if state.ending.is_some() {
+                return Err(Illegal("a run cannot be migrated while it ends".into()));
+            }
+            let mut runs = false;
+            state.visit_live(&mut |_, node| {
+                runs |= matches!(node.live, Some(Live::Activity { phase: Phase::Running { .. }, .. }));
+            });
+            if runs {
+                return Err(Illegal("a run cannot be migrated while an attempt runs".into()));
+            }
+            renamed(state, map, skipped)?;
+            if let Some(inputs) = inputs {
+                state.inputs = inputs.clone();
+            }
+            state.env = env.clone();
+            state.calls.clone_from(calls);
+        }
         Event::RunEnding { ending, .. } => {
             goes_on(state)?;
             // Whoever cancels a run that is about to go on as another does not want that other.
@@ -296,6 +316,57 @@ fn begin_anew(frame: &mut Frame, at: DateTime<chrono::Utc>) -> Result<(), Illega
             }
         });
         result?;
+    }
+    Ok(())
+}
+
+/// The state under new names: the steps whose shape the map holds have the ids that it says, and those at `skipped` never run.
+pub(super) fn renamed(state: &mut RunState, map: &BTreeMap<String, String>, skipped: &[String]) -> Result<(), Illegal> {
+    let mut former = std::mem::take(&mut state.former);
+    rename(&mut state.body, ("", ""), map, &mut former)?;
+    if let Some(frame) = &mut state.finally {
+        rename(frame, (FINALLY_PREFIX, FINALLY_PREFIX), map, &mut former)?;
+    }
+    state.former = former;
+    for path in skipped {
+        let node = Node {
+            status: Some(StepStatus::Skipped),
+            reason: Some(SKIPPED.into()),
+            live: None,
+            started_at: None,
+            ..Node::begun(Live::Wait { until: DateTime::UNIX_EPOCH }, state.started_at)
+        };
+        insert(state, path, node)?;
+    }
+    Ok(())
+}
+
+/// `path` and `shape` lead to the frame, with their trailing slashes.
+fn rename(
+    frame: &mut Frame,
+    (path, shape): (&str, &str),
+    map: &BTreeMap<String, String>,
+    former: &mut BTreeSet<String>,
+) -> Result<(), Illegal> {
+    for (id, mut node) in std::mem::take(&mut frame.nodes) {
+        let (path, shape) = (format!("{path}{id}"), format!("{shape}{id}"));
+        if let Some(live) = &mut node.live {
+            for (suffix, inner) in live.frames_mut() {
+                let below = (format!("{path}{suffix}/"), format!("{shape}{}/", shape_of(&suffix)));
+                rename(inner, (&below.0, &below.1), map, former)?;
+            }
+            if let Live::Repeat { previous: Value::Object(outputs), .. } = live {
+                let named = |id: String| map.get(&format!("{shape}/{id}")).cloned().unwrap_or(id);
+                *outputs = std::mem::take(outputs).into_iter().map(|(id, output)| (named(id), output)).collect();
+            }
+        }
+        let to = map.get(&shape).unwrap_or(&id);
+        if *to != id {
+            former.insert(path);
+        }
+        if frame.nodes.insert(to.clone(), node).is_some() {
+            return Err(Illegal(format!("two steps would be called `{to}`")));
+        }
     }
     Ok(())
 }

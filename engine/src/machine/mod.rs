@@ -12,6 +12,7 @@
 
 mod fold;
 mod fork;
+mod migrate;
 mod query;
 mod react;
 mod refusal;
@@ -24,6 +25,7 @@ mod view;
 mod walk;
 
 pub use fork::{Fork, fork};
+pub use migrate::{FINDINGS_MAX, Finding, Migrate, Migration, Rule, migrate};
 pub use query::query;
 pub use refusal::Refusals;
 pub use signal::{Door, problems};

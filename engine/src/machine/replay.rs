@@ -14,8 +14,8 @@
 //! commit's, and the one before it. Where `current` led a run that continued as new under it, and what that refused.
 //!
 //! # What is not checked
-//! Whether a step could have begun earlier (there may have been no room), and the rows up to the last `run_forked`: they
-//! are the parent's, under its definition, and are only folded.
+//! Whether a step could have begun earlier (there may have been no room); the rows up to the last `run_forked`: they are the
+//! parent's, under its definition, and are only folded; and a `run_migrated`: what follows it is decided under the new definition.
 
 use super::{
     Current, Illegal, Inbound, Input, Moment, Refusals, RunState,
@@ -27,7 +27,7 @@ use crate::{
     definition::{Definition, Kind},
     event::{Ending, Event, Outcome, StepStatus},
     failure::{Failure, FailureKind},
-    ids::RunId,
+    ids::{DefinitionHash, RunId},
     signature::{Catalog, Signature},
     view::{HistoryRow, RunStatus},
 };
@@ -62,6 +62,8 @@ pub struct Replayed {
 /// A replay under way. Give it the rows in order, until one diverges.
 pub struct Replay<'a> {
     definition: &'a Definition,
+    /// Those that the run has after its migrations; `None`: the same for all of it.
+    later: Option<&'a BTreeMap<DefinitionHash, Definition>>,
     depth: u32,
     /// Rows up to here are folded only.
     shared: u64,
@@ -76,7 +78,14 @@ impl<'a> Replay<'a> {
     #[must_use]
     pub fn new(definition: &'a Definition, run: RunId, depth: u32, shared: u64) -> Self {
         let (state, now) = (RunState::new(run), DateTime::UNIX_EPOCH);
-        Self { definition, depth, shared, state, now, done: Replayed::default() }
+        Self { definition, later: None, depth, shared, state, now, done: Replayed::default() }
+    }
+
+    /// What follows a migration is decided under the definition that it names. Without this, all of it under the first one.
+    #[must_use]
+    pub fn migrating(mut self, definitions: &'a BTreeMap<DefinitionHash, Definition>) -> Self {
+        self.later = Some(definitions);
+        self
     }
 
     /// What was seen so far.
@@ -104,8 +113,19 @@ impl<'a> Replay<'a> {
         }
         self.done.events += events.len() as u64;
         let instant = events.iter().find_map(instant);
-        if row.seq <= self.shared || matches!(events.first(), Some(Event::RunForked { .. })) {
+        let (forked, migrated) = (
+            matches!(events.first(), Some(Event::RunForked { .. })),
+            matches!(events.first(), Some(Event::RunMigrated { .. })),
+        );
+        if row.seq <= self.shared || forked || migrated {
             self.done.folded += 1;
+            if let (Some(Event::RunMigrated { to, .. }), Some(later), true) =
+                (events.first(), self.later, row.seq > self.shared)
+            {
+                self.definition = later
+                    .get(to)
+                    .ok_or_else(|| at(format!("the definition {to}, which it goes on under, is not there")))?;
+            }
         } else {
             self.done.decided += 1;
             let told = told(self.definition, &self.state, &events).map_err(|e| at(e.0))?;
@@ -169,7 +189,7 @@ struct Told {
     permits: u32,
     refused: Refusals,
     catalog: Catalog,
-    calls: Option<BTreeMap<String, crate::ids::DefinitionHash>>,
+    calls: Option<BTreeMap<String, DefinitionHash>>,
     current: Option<Current>,
     /// The row was not decided before.
     earliest: DateTime<Utc>,
@@ -451,6 +471,7 @@ fn instant(event: &Event) -> Option<DateTime<Utc>> {
         | Event::RunPaused { at, .. }
         | Event::RunResumed { at, .. }
         | Event::RunForked { at, .. }
+        | Event::RunMigrated { at, .. }
         | Event::RunEnding { at, .. }
         | Event::FinallyStarted { at, .. }
         | Event::RunClosed { at, .. } => Some(*at),

@@ -187,7 +187,7 @@ impl expr::Scope for Place<'_> {
 }
 
 /// `steps.ID` as expressions see it. Absent fields are absent: reading them is an error, never silently empty.
-fn node_value(node: &Node) -> Value {
+pub(super) fn node_value(node: &Node) -> Value {
     let mut out = Map::new();
     let status = node.status.map_or("running", status_name);
     out.insert("status".into(), status.into());

@@ -11,7 +11,7 @@ use crate::{
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A run, folded from its history.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -26,6 +26,9 @@ pub struct RunState {
     /// Where the definition's `call`s led when the run started, by `name@version` as written.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub calls: BTreeMap<String, DefinitionHash>,
+    /// Paths that steps had before migrations renamed them: no other step may have one of them.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub former: BTreeSet<String>,
     pub started_at: DateTime<Utc>,
     /// The whole run must end before.
     pub deadline: DateTime<Utc>,
@@ -219,6 +222,7 @@ impl RunState {
             inputs: Value::Null,
             env: BTreeMap::new(),
             calls: BTreeMap::new(),
+            former: BTreeSet::new(),
             started_at: DateTime::UNIX_EPOCH,
             deadline: DateTime::<Utc>::MAX_UTC,
             body: Frame::default(),
@@ -308,6 +312,11 @@ pub(super) fn split_segment(segment: &str) -> (&str, Below<'_>) {
     (segment, Below::Block)
 }
 
+/// What a suffix of a path says to a definition: a branch or a handler, no item and no round.
+pub(super) fn shape_of(suffix: &str) -> &str {
+    if suffix.starts_with(['[', '~']) { "" } else { suffix }
+}
+
 impl Live {
     pub(super) fn frame(&self, below: Below<'_>) -> Option<&Frame> {
         match (self, below) {
@@ -349,6 +358,24 @@ impl Live {
             }
             Self::Parallel { branches, .. } => {
                 branches.iter().map(|(name, b)| (format!(":{name}"), &b.frame)).collect()
+            }
+            Self::Activity { .. } | Self::Wait { .. } | Self::Await { .. } | Self::Call { .. } => Vec::new(),
+        }
+    }
+}
+
+impl Live {
+    /// [`Self::frames`], to be changed.
+    pub(super) fn frames_mut(&mut self) -> Vec<(String, &mut Frame)> {
+        match self {
+            Self::Group { frame } | Self::Switch { frame, .. } => vec![(String::new(), frame)],
+            Self::Repeat { frame, round, .. } => vec![(format!("~{round}"), frame)],
+            Self::Catch { frame, .. } => vec![("!".to_owned(), frame)],
+            Self::Foreach { active, keys, .. } => {
+                active.iter_mut().map(|(i, frame)| (format!("[{}]", keys[*i]), frame)).collect()
+            }
+            Self::Parallel { branches, .. } => {
+                branches.iter_mut().map(|(name, b)| (format!(":{name}"), &mut b.frame)).collect()
             }
             Self::Activity { .. } | Self::Wait { .. } | Self::Await { .. } | Self::Call { .. } => Vec::new(),
         }

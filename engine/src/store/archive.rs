@@ -3,9 +3,9 @@
 use super::{blobs, definitions::hash_of, history::events_of, transitions::Text};
 use crate::{
     Error, Result,
-    archive::{Archive, Checkpoint, Deployed, FORMAT, Header, Run},
+    archive::{Archive, Checkpoint, Deployed, FORMAT, Former, Header, Run},
     definition::Bundle,
-    ids::RunId,
+    ids::{DefinitionHash, RunId},
     payload::{self, Slot},
     view::{HistoryRow, RunStatus},
 };
@@ -21,8 +21,8 @@ pub(crate) async fn header(conn: &mut PgConnection, run: RunId) -> Result<Header
     let row = sqlx::query(
         "select r.workflow, r.workflow_id, r.status, r.seq, r.queue, r.attributes, r.inputs, r.output, r.failure, r.depth,
                 r.parent_run_id, r.started_at, r.closed_at, r.first_run_id, r.continued_from, r.continued_as, engine_now() as now,
-                r.forked_seq, r.imported_at is not null as imported, d.hash, d.name, d.version, d.source, d.bundle, d.ir, d.author, d.message
-         from runs r join definitions d on d.hash = r.definition where r.shard = $1 and r.run_id = $2",
+                r.forked_seq, r.imported_at is not null as imported, r.definition
+         from runs r where r.shard = $1 and r.run_id = $2",
     )
     .bind(run.shard())
     .bind(run.0)
@@ -36,20 +36,16 @@ pub(crate) async fn header(conn: &mut PgConnection, run: RunId) -> Result<Header
     };
     let number = |n: i64| u64::try_from(n).unwrap_or(0);
     let small = |n: i32| u32::try_from(n).unwrap_or(0);
-    let Json(bundle) = row.try_get::<Json<Bundle>, _>("bundle")?;
+    let hash = hash_of(row.try_get("definition")?).ok_or_else(|| Error::Invariant("a definition's hash".into()))?;
+    let mut former = Vec::new();
+    for (until, hash) in super::migrations::former(&mut *conn, run).await? {
+        former.push(Former { until, definition: deployed(&mut *conn, hash).await? });
+    }
     Ok(Header {
         format: FORMAT,
         exported_at: row.try_get("now")?,
-        definition: Deployed {
-            hash: hash_of(row.try_get("hash")?).ok_or_else(|| Error::Invariant("a definition's hash".into()))?,
-            name: row.try_get("name")?,
-            version: small(row.try_get("version")?),
-            source: row.try_get("source")?,
-            bundle,
-            ir: row.try_get("ir")?,
-            author: row.try_get("author")?,
-            message: row.try_get("message")?,
-        },
+        definition: deployed(&mut *conn, hash).await?,
+        former,
         run: Run {
             run_id: run,
             workflow: row.try_get("workflow")?,
@@ -98,6 +94,24 @@ async fn forked_within(conn: &mut PgConnection, run: RunId) -> Result<i64> {
     }
 }
 
+async fn deployed(conn: &mut PgConnection, hash: DefinitionHash) -> Result<Deployed> {
+    let row = sqlx::query("select name, version, source, bundle, ir, author, message from definitions where hash = $1")
+        .bind(&hash.0[..])
+        .fetch_one(conn)
+        .await?;
+    let Json(bundle) = row.try_get::<Json<Bundle>, _>("bundle")?;
+    Ok(Deployed {
+        hash,
+        name: row.try_get("name")?,
+        version: u32::try_from(row.try_get::<i32, _>("version")?).unwrap_or(0),
+        source: row.try_get("source")?,
+        bundle,
+        ir: row.try_get("ir")?,
+        author: row.try_get("author")?,
+        message: row.try_get("message")?,
+    })
+}
+
 /// Checkpoints after (path, key), in order.
 pub(crate) async fn checkpoints(
     conn: &mut PgConnection,
@@ -134,21 +148,24 @@ pub(crate) async fn checkpoints(
 pub(crate) async fn insert(conn: &mut PgConnection, archive: &Archive, state: &Value, messages: u64) -> Result<bool> {
     let (run, definition) = (&archive.header.run, &archive.header.definition);
     sqlx::query("select pg_advisory_xact_lock(hashtext($1))").bind(&definition.name).execute(&mut *conn).await?;
-    sqlx::query(
-        "insert into definitions (hash, name, version, format, source, bundle, ir, author, message)
-         select $1, $2, coalesce(max(version), 0) + 1, $3, $4, $5, $6, $7, $8 from definitions where name = $2
-         on conflict (hash) do nothing",
-    )
-    .bind(&definition.hash.0[..])
-    .bind(&definition.name)
-    .bind(i32::try_from(archive.definition.format).unwrap_or(i32::MAX))
-    .bind(&definition.source)
-    .bind(Json(&definition.bundle))
-    .bind(&definition.ir)
-    .bind(&definition.author)
-    .bind(&definition.message)
-    .execute(&mut *conn)
-    .await?;
+    for deployed in archive.header.former.iter().map(|former| &former.definition).chain([definition]) {
+        let format = archive.definitions.get(&deployed.hash).map_or(u32::MAX, |compiled| compiled.format);
+        sqlx::query(
+            "insert into definitions (hash, name, version, format, source, bundle, ir, author, message)
+             select $1, $2, coalesce(max(version), 0) + 1, $3, $4, $5, $6, $7, $8 from definitions where name = $2
+             on conflict (hash) do nothing",
+        )
+        .bind(&deployed.hash.0[..])
+        .bind(&deployed.name)
+        .bind(i32::try_from(format).unwrap_or(i32::MAX))
+        .bind(&deployed.source)
+        .bind(Json(&deployed.bundle))
+        .bind(&deployed.ir)
+        .bind(&deployed.author)
+        .bind(&deployed.message)
+        .execute(&mut *conn)
+        .await?;
+    }
     let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
     let status = if run.closed_at.is_some() { run.status } else { RunStatus::Quarantined };
     let (id, mut large) = (run.run_id, Vec::new());
@@ -195,6 +212,9 @@ pub(crate) async fn insert(conn: &mut PgConnection, archive: &Archive, state: &V
         .execute(&mut *conn)
         .await?;
     blobs::put(conn, &large).await?;
+    for former in &archive.header.former {
+        super::migrations::note(&mut *conn, run.run_id, former.until, former.definition.hash).await?;
+    }
     for rows in archive.history.chunks(BATCH) {
         let mut large = Vec::new();
         let mut events = |r: &HistoryRow| payload::pack(id, Slot::Events { seq: number(r.seq) }, &r.events, &mut large);

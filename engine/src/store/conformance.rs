@@ -292,7 +292,15 @@ impl Pair {
                 let kind = [Kind::Signal, Kind::Signal, Kind::Cancel, Kind::Unblock][self.random.usize(0..4)];
                 let dedupe = self.random.bool().then(|| format!("id-{}", self.random.u8(0..4)));
                 let (name, payload) = ("go", json!("x"));
-                let there = Outgoing { run, kind, name, payload: &payload, dedupe_id: dedupe.as_deref(), sender: None };
+                let there = Outgoing {
+                    run,
+                    kind,
+                    name,
+                    payload: &payload,
+                    dedupe_id: dedupe.as_deref(),
+                    sender: None,
+                    definition: None,
+                };
                 let answer = inbox::send(&mut conn, &there).await.expect("send");
                 let post = Post { run, kind, name: name.into(), payload: payload.clone(), dedupe_id: dedupe };
                 said(&format!("send {kind:?}"), &answer, &self.memory.post(&post))

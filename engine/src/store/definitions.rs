@@ -102,6 +102,16 @@ pub(crate) async fn pointer(db: impl sqlx::PgExecutor<'_>, name: &str, pointer: 
     bytes.and_then(hash_of).ok_or_else(|| Error::DefinitionNotFound(format!("{name}@{pointer}")))
 }
 
+/// The definition that has this number among those of its name.
+pub(crate) async fn version(conn: &mut PgConnection, name: &str, version: i32) -> Result<DefinitionHash> {
+    let bytes: Option<Vec<u8>> = sqlx::query_scalar("select hash from definitions where name = $1 and version = $2")
+        .bind(name)
+        .bind(version)
+        .fetch_optional(conn)
+        .await?;
+    bytes.and_then(hash_of).ok_or_else(|| Error::DefinitionNotFound(format!("{name}@{version}")))
+}
+
 pub(crate) async fn versions(pool: &PgPool, name: &str) -> Result<Vec<Version>> {
     let rows = sqlx::query(
         "select d.name, d.version, d.hash, d.author, d.message, d.created_at, p.hash is not null as current

@@ -41,10 +41,16 @@ pub(crate) async fn maker(conn: &mut PgConnection, run: RunId, seq: i64) -> Resu
             // Its own first row is the fork itself.
             Some(parent) if seq <= row.try_get::<i64, _>("above")? => at = RunId(parent),
             _ => {
+                // Whoever was migrated afterwards had another definition then.
+                let then = super::migrations::former(&mut *conn, at).await?;
+                let then = then.iter().find(|(until, _)| i64::try_from(*until).is_ok_and(|until| seq <= until));
                 return Ok(Maker {
                     run: at,
-                    definition: super::definitions::hash_of(row.try_get("definition")?)
-                        .ok_or_else(|| Error::Invariant("a definition's hash".into()))?,
+                    definition: match then {
+                        Some((_, definition)) => *definition,
+                        None => super::definitions::hash_of(row.try_get("definition")?)
+                            .ok_or_else(|| Error::Invariant("a definition's hash".into()))?,
+                    },
                     inbox_n: row.try_get("inbox_n")?,
                     depth: row.try_get("depth")?,
                 });

@@ -372,6 +372,7 @@ async fn make_room(pool: &PgPool) -> Result<()> {
             payload: &payload,
             dedupe_id: Some(&id),
             sender: None,
+            definition: None,
         };
         let mut conn = pool.acquire().await?;
         inbox::send(&mut conn, &message).await?;

@@ -4,7 +4,7 @@ use super::{blobs, transitions::size};
 use crate::{
     Result,
     failure::Failure,
-    ids::RunId,
+    ids::{DefinitionHash, RunId},
     machine::Inbound,
     payload::{self, Slot},
 };
@@ -48,6 +48,8 @@ pub(crate) struct Outgoing<'a> {
     pub(crate) payload: &'a Value,
     pub(crate) dedupe_id: Option<&'a str>,
     pub(crate) sender: Option<&'a str>,
+    /// Under which it was found to be in order: if the run has another one by now, nothing is stored.
+    pub(crate) definition: Option<DefinitionHash>,
 }
 
 /// What became of a message.
@@ -55,7 +57,7 @@ pub(crate) struct Outgoing<'a> {
 pub(crate) enum Sent {
     Stored,
     Duplicate,
-    /// There is no such run, or it is closed.
+    /// There is no such run, or it is closed; or it does not have the definition that was asked for.
     NoOpenRun,
 }
 
@@ -79,7 +81,8 @@ pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Res
     // The run's row serializes its senders. A second message with one id that raced the first is dropped by the
     // constraint; its number stays unused.
     let row = sqlx::query(
-        "with target as (select shard, run_id from runs where shard = $1 and run_id = $2 and closed_at is null and imported_at is null for no key update),
+        "with target as (select shard, run_id from runs where shard = $1 and run_id = $2 and closed_at is null and imported_at is null
+                            and ($8::bytea is null or definition = $8) for no key update),
               seen as (select 1 from inbox i join target t using (shard, run_id) where $6::text is not null and i.dedupe_id = $6),
               u as (update runs r set inbox_n = r.inbox_n + 1 from target t
                     where r.shard = t.shard and r.run_id = t.run_id and not exists (select from seen)
@@ -100,6 +103,7 @@ pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Res
     .bind(Json(&*payload))
     .bind(message.dedupe_id)
     .bind(message.sender)
+    .bind(message.definition.map(|hash| hash.0.to_vec()))
     .fetch_one(&mut *conn)
     .await?;
     Ok(match (row.try_get("open")?, row.try_get("stored")?) {
@@ -295,6 +299,7 @@ async fn unblock_all(conn: &mut PgConnection, runs: Vec<uuid::Uuid>) -> Result<u
             payload: &json!(null),
             dedupe_id: None,
             sender: None,
+            definition: None,
         };
         if send(conn, &message).await? == Sent::Stored {
             woken += 1;

@@ -15,6 +15,7 @@ pub(crate) mod history;
 pub(crate) mod inbox;
 #[cfg(feature = "test-util")]
 pub(crate) mod memory;
+pub(crate) mod migrations;
 pub(crate) mod partitions;
 pub(crate) mod ready;
 pub(crate) mod retention;

@@ -321,8 +321,15 @@ async fn skip(conn: &mut PgConnection, stored: &mut Stored, n: i64, run: Option<
 async fn cancel(conn: &mut PgConnection, stored: &Stored, open: &[RunId]) -> Result<()> {
     let (payload, id) = (json!(reason(&stored.view.name)), format!("schedule:{}", stored.view.id));
     for run in open {
-        let message =
-            Outgoing { run: *run, kind: Kind::Cancel, name: "", payload: &payload, dedupe_id: Some(&id), sender: None };
+        let message = Outgoing {
+            run: *run,
+            kind: Kind::Cancel,
+            name: "",
+            payload: &payload,
+            dedupe_id: Some(&id),
+            sender: None,
+            definition: None,
+        };
         // Whether it was sent before or the run has closed: the next look finds out.
         crate::store::inbox::send(conn, &message).await?;
     }

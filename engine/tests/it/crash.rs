@@ -7,7 +7,7 @@ use crate::{
 use futures_util::{StreamExt, stream};
 use loopwright_engine::{
     Error,
-    client::Signal,
+    client::{Migrate, MigrationOutcome, Signal},
     definition::{Await, CallVersion, Data, Definition, Input, Kind, OnTimeout, ParentClose, WaitUntil},
     embedded::testing::url,
     ids::RunId,
@@ -46,6 +46,7 @@ enum Role {
     Refused,
     Sender,
     Operator,
+    Migrator,
 }
 
 impl Role {
@@ -53,6 +54,7 @@ impl Role {
         match point.split('.').next() {
             Some("send") => Self::Sender,
             Some("terminate") => Self::Operator,
+            Some("migrate") => Self::Migrator,
             _ if point.ends_with("_rollback") => Self::Refused,
             _ => Self::Worker,
         }
@@ -108,6 +110,7 @@ async fn child_process() {
     let run = std::env::var(RUN).map(|text| text.parse::<RunId>().expect("run"));
     match role.as_str() {
         "Sender" => send(&bench, run.expect("run")).await,
+        "Migrator" => drop(migrate(&bench, run.expect("run")).await),
         "Operator" => bench.client.terminate(run.expect("run"), "enough").await.expect("terminated"),
         _ => {
             bench.hook.refuse.store(role == "Refused", Ordering::SeqCst);
@@ -138,6 +141,16 @@ async fn send(bench: &Bench, run: RunId) {
         Ok(_) | Err(Error::RunClosed(_)) => {}
         Err(error) => panic!("{error}"),
     }
+}
+
+/// To the same steps and one more.
+async fn migrate(bench: &Bench, run: RunId) -> MigrationOutcome {
+    let mut longer = everything("points");
+    longer.steps.push(step("added", Kind::Set { values: BTreeMap::new() }));
+    let to = bench.deploy(longer).await;
+    let (map, catalog) = (BTreeMap::new(), Default::default());
+    let asked = Migrate { to, map, reason: "one more".into(), by: None, dry_run: false, catalog };
+    bench.client.migrate(run, asked).await.expect("migrates").outcome
 }
 
 fn child(bench: &Bench, role: Role, point: &str, run: RunId) -> Child {
@@ -235,6 +248,11 @@ async fn dies_at(point: &'static str, nth: u32) {
             let again = bench.client.terminate(runs[0], "enough").await;
             let closed = bench.client.describe(runs[0]).await.expect("run").status;
             assert_eq!(closed, RunStatus::Terminated, "{point}: {again:?}");
+        }
+        Role::Migrator => {
+            let after_commit = point == "migrate.after_commit";
+            let expected = if after_commit { MigrationOutcome::Unchanged } else { MigrationOutcome::Migrated };
+            assert_eq!(migrate(&bench, runs[0]).await, expected, "{point}");
         }
         Role::Worker | Role::Refused => {}
     }

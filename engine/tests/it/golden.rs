@@ -12,7 +12,7 @@ use crate::{
 use loopwright_engine::{
     Failure,
     archive::Archive,
-    client::{At, Decision, Fork, Signal, Update, Why},
+    client::{At, Decision, Fork, Migrate, Signal, Update, Why},
     definition::{
         Approval, Await, Branch, CallVersion, Catch, Data, Definition, Exhausted, Input, Join, Kind, OnItemFailure,
         OnTimeout, ParentClose, RepeatCondition, Step, WaitUntil,
@@ -324,6 +324,22 @@ async fn write_golden() {
     chained.finally = vec![work("clean", &[])];
     let continued = bench.start(chained, json!({})).await;
     bench.closed(continued).await;
+    let once = |more: &str| definition("moved", vec![awaits("word", vec![], None), work(more, &[])]);
+    let moved = bench.start(once("before"), json!({})).await;
+    bench.until(moved, "waits", |v| !v.waiting.is_empty()).await;
+    let mut later = once("after");
+    later.steps.insert(0, work("first", &[]));
+    let later = Migrate {
+        to: bench.deploy(later).await,
+        map: Default::default(),
+        reason: "better".into(),
+        by: Some("user:1".into()),
+        dry_run: false,
+        catalog: Default::default(),
+    };
+    bench.client.migrate(moved, later).await.expect("migrates");
+    says(&bench, moved, "word", "1").await;
+    bench.closed(moved).await;
 
     fs::create_dir_all(folder()).expect("folder");
     let runs = [
@@ -333,6 +349,7 @@ async fn write_golden() {
         ("asked", asked),
         ("terminated", ended),
         ("continued", continued),
+        ("moved", moved),
     ];
     for (what, run) in runs {
         let path = folder().join(format!("{name}-{what}.jsonl"));

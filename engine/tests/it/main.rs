@@ -11,6 +11,7 @@ mod filter;
 mod fork;
 mod golden;
 mod groups;
+mod migrate;
 mod passing;
 mod pause;
 mod payload;

@@ -155,6 +155,8 @@ impl From<loopwright_engine::Error> for Error {
             other @ (E::DefinitionNotFound(_)
             | E::RunExists(_)
             | E::ForkInvalid(_)
+            | E::MigrationInvalid(_)
+            | E::MigrationBusy { .. }
             | E::ArchiveInvalid { .. }
             | E::ArchiveUnwritable(_)
             | E::DefinitionInvalid(_)

@@ -5,6 +5,8 @@ mod chain;
 mod close;
 mod edges;
 mod fork;
+mod migrate;
+mod migrate_random;
 mod pause;
 mod query;
 mod random;

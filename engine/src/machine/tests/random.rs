@@ -176,6 +176,14 @@ pub(super) fn disturbed(seed: u64) -> Bench {
     run
 }
 
+/// More of it.
+pub(super) fn disturb_some(run: &mut Bench, seed: u64) {
+    let mut random = fastrand::Rng::with_seed(seed ^ 0x5eed);
+    for _ in 0..random.usize(0..40) {
+        disturb(run, &mut random);
+    }
+}
+
 /// From now on the world behaves: the run comes to its end.
 pub(super) fn to_the_end(run: &mut Bench, seed: u64) {
     (run.permits, run.refused, run.room) = (100, None, Some(1));

@@ -76,6 +76,19 @@ fn runs() {
     let finally = || Event::FinallyStarted { at: now(), deadline: now() };
     let paused = || Event::RunPaused { reason: String::new(), by: None, at: now() };
     let resumed = || Event::RunResumed { reason: String::new(), by: None, halted: None, at: now() };
+    let migrated = || Event::RunMigrated {
+        from: DefinitionHash([1; 32]),
+        to: DefinitionHash([2; 32]),
+        map: BTreeMap::new(),
+        skipped: Vec::new(),
+        reason: String::new(),
+        by: None,
+        inputs: None,
+        env: BTreeMap::new(),
+        calls: BTreeMap::new(),
+        notes: Vec::new(),
+        at: now(),
+    };
     let closed = || Event::RunClosed { status: RunStatus::Completed, output: None, failure: None, at: now() };
     let states = [
         ("pending", RunState::new(RunId::new())),
@@ -98,6 +111,7 @@ fn runs() {
         ("run_closed", closed()),
         ("run_paused", paused()),
         ("run_resumed", resumed()),
+        ("run_migrated", migrated()),
     ];
     compare("run", &states, &events, |s| {
         let continuing = matches!(s.ending, Some(Ending::Continued { .. }));
