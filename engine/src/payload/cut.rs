@@ -104,14 +104,15 @@ fn ours(value: &Value) -> Option<Ours> {
 
 /// The blobs that a document refers to and that are not among those that are there.
 pub(super) fn missing(value: &Value, there: &HashMap<Hash, Value>, found: &mut Vec<Hash>) {
-    match (ours(value), value) {
-        (Some(Ours::Blob(hash)), _) => {
-            if !there.contains_key(&hash) && !found.contains(&hash) {
-                found.push(hash);
-            }
+    if let Some(Ours::Blob(hash)) = ours(value) {
+        if !there.contains_key(&hash) && !found.contains(&hash) {
+            found.push(hash);
         }
-        (_, Value::Array(items)) => items.iter().for_each(|item| missing(item, there, found)),
-        (_, Value::Object(map)) => map.values().for_each(|item| missing(item, there, found)),
+        return;
+    }
+    match value {
+        Value::Array(items) => items.iter().for_each(|item| missing(item, there, found)),
+        Value::Object(map) => map.values().for_each(|item| missing(item, there, found)),
         _ => {}
     }
 }
