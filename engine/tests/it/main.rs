@@ -2,6 +2,7 @@
 
 mod archive;
 mod bench;
+mod citus;
 mod client;
 mod close;
 mod crash;
