@@ -3,6 +3,7 @@
 mod archive;
 mod bench;
 mod chain;
+mod citus;
 mod client;
 mod close;
 mod crash;

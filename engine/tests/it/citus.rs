@@ -1,0 +1,457 @@
+//! The path to Citus: every statement that a run's steps send reaches its tables by `shard`, which they are distributed by. See
+//! `deploy/citus.sql`.
+//!
+//! The statements are those that were really sent: a process of its own listens to sqlx while runs do everything, and asks Postgres
+//! for the generic plan of each. There is no Citus here; that it takes them as they are is not claimed.
+
+use crate::{
+    bench::{Bench, definition, step, waits_for, work},
+    faults::DATABASE,
+};
+use loopwright_engine::{
+    Failure,
+    client::{At, Fork, Signal, Update, Why},
+    definition::{Await, CallVersion, Definition, Kind, ParentClose, WaitUntil},
+    embedded::testing::{database, url},
+    retention,
+    view::RunStatus,
+};
+use serde_json::{Map, Value, json};
+use sqlx::{AssertSqlSafe, PgPool, postgres::PgConnectOptions};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::{self, Write},
+    process::{Command, Stdio},
+    sync::Mutex,
+    time::Duration,
+};
+use tracing::{
+    Event, Metadata, Subscriber,
+    field::{Field, Visit},
+    span,
+};
+
+const GRACE: Duration = Duration::from_secs(10);
+/// As in `deploy/citus.sql`, which a test compares.
+const DISTRIBUTED: &[&str] =
+    &["admissions", "archived_runs", "attempt_progress", "checkpoints", "history", "inbox", "outbox", "ready", "runs"];
+
+/// Statements that go to all nodes, by what stands in them; how often, and why that is bearable.
+const EVERYWHERE: &[(&str, &str)] = &[
+    (
+        "from unnest($1::text[]) s(queue)",
+        "claim: a look at the queue, for all runs that a worker takes at once, at most 4 times a second when idle",
+    ),
+    (
+        "q.queue = any(",
+        "claim: the same, for timers that are over in a long queue, and for runs with a message while a worker has no room",
+    ),
+    ("where r.owner = $1 and not exists", "strays: one look of a worker every 2 s, for all its runs"),
+    ("on d.id = r.owner", "takeover: after a worker has died, and one look of each worker every 750 ms"),
+    ("update dead_workers", "takeover: the same"),
+    ("names (queue, n)", "depth of the queues: for people, every 10 s"),
+    (
+        "from admissions",
+        "groups: whoever may come in, 4 times a second for all groups; only runs that are held back have rows",
+    ),
+    ("kept as (", "retention: who may leave, for a thousand runs at once, once an hour"),
+    ("from archived_runs r join archives", "a run that is gone: by its shard; the other table is everywhere"),
+];
+
+// --- listening ---
+
+static HEARD: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+
+/// Hears what sqlx sends.
+struct Ear;
+
+#[derive(Default)]
+struct Statement(String);
+
+impl Visit for Statement {
+    fn record_str(&mut self, field: &Field, value: &str) {
+        // `summary` is the whole of a short one.
+        if (field.name() == "db.statement" && !value.is_empty()) || (field.name() == "summary" && self.0.is_empty()) {
+            self.0 = value.trim().to_owned();
+        }
+    }
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        if field.name() == "db.statement" || field.name() == "summary" {
+            let mut text = String::new();
+            write!(text, "{value:?}").expect("text");
+            self.record_str(field, &text);
+        }
+    }
+}
+
+impl Subscriber for Ear {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.target() == "sqlx::query"
+    }
+    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
+        span::Id::from_u64(1)
+    }
+    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
+    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
+    fn event(&self, event: &Event<'_>) {
+        let mut statement = Statement::default();
+        event.record(&mut statement);
+        HEARD.lock().expect("lock").insert(statement.0);
+    }
+    fn enter(&self, _: &span::Id) {}
+    fn exit(&self, _: &span::Id) {}
+}
+
+/// What was heard that reads or changes tables.
+fn heard() -> Vec<String> {
+    let all = HEARD.lock().expect("lock").clone();
+    let verbs = ["select", "with", "insert", "update", "delete"];
+    all.into_iter().filter(|sql| verbs.iter().any(|verb| sql.to_lowercase().starts_with(verb))).collect()
+}
+
+// --- reading plans ---
+
+/// A plan's reads of distributed tables: by alias, the table; and what is compared with what.
+#[derive(Default, Debug)]
+struct Plan {
+    scans: BTreeMap<String, String>,
+    conditions: Vec<String>,
+}
+
+impl Plan {
+    fn read(&mut self, node: &Value) {
+        if let (Some(table), Some(alias)) = (node["Relation Name"].as_str(), node["Alias"].as_str())
+            && node["Node Type"] != "ModifyTable"
+        {
+            // A partition stands for its table.
+            let table = if table.starts_with("history") { "history" } else { table };
+            if DISTRIBUTED.contains(&table) {
+                self.scans.insert(alias.to_owned(), table.to_owned());
+            }
+        }
+        for key in ["Index Cond", "Recheck Cond", "Filter", "Join Filter", "Hash Cond", "Merge Cond", "One-Time Filter"]
+        {
+            self.conditions.extend(node[key].as_str().map(str::to_owned));
+        }
+        for child in node["Plans"].as_array().into_iter().flatten() {
+            self.read(child);
+        }
+    }
+
+    /// Aliases of distributed tables that no shard is named for.
+    fn unbound(&self) -> Vec<String> {
+        let pairs: Vec<(String, String)> = self.conditions.iter().flat_map(|c| equalities(c)).collect();
+        let shard = |side: &str| side.strip_suffix(".shard").filter(|a| self.scans.contains_key(*a)).map(str::to_owned);
+        let mut bound = BTreeSet::new();
+        let mut links = Vec::new();
+        for (left, right) in &pairs {
+            match (shard(left), shard(right)) {
+                (Some(a), Some(b)) => links.push((a, b)),
+                // A parameter, a constant, a column of what is no table: an array of keys, a row that was changed before.
+                (Some(a), None) | (None, Some(a)) => drop(bound.insert(a)),
+                (None, None) => {}
+            }
+        }
+        loop {
+            let before = bound.len();
+            for (a, b) in &links {
+                if bound.contains(a) || bound.contains(b) {
+                    bound.extend([a.clone(), b.clone()]);
+                }
+            }
+            if bound.len() == before {
+                break;
+            }
+        }
+        self.scans.iter().filter(|(alias, _)| !bound.contains(*alias)).map(|(a, t)| format!("{t} as {a}")).collect()
+    }
+}
+
+/// `(a.shard = b.shard)`, `($1 = r.shard)`, with casts and brackets: both sides, bare. Of what is more than that, nothing.
+fn equalities(condition: &str) -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    for (at, _) in condition.match_indices(" = ") {
+        let bare = |side: &str| {
+            let side = side.split("::").next().unwrap_or_default();
+            side.trim_matches(|c| c == '(' || c == ')').to_owned()
+        };
+        // To the left, the last word that no cast ends; to the right, the first.
+        let left = condition[..at].rsplit([' ']).next().unwrap_or_default();
+        let right = condition[at + 3..].split([' ']).next().unwrap_or_default();
+        found.push((bare(left), bare(right)));
+    }
+    found
+}
+
+/// Reads of distributed tables in a statement that no shard is named for.
+async fn unbound(pool: &PgPool, sql: &str) -> Result<Vec<String>, sqlx::Error> {
+    let mut conn = pool.acquire().await?.detach();
+    // Joins by keys, as on large tables; and one plan for whatever is bound.
+    for set in [
+        "plan_cache_mode = force_generic_plan",
+        "enable_seqscan = off",
+        "enable_hashjoin = off",
+        "enable_mergejoin = off",
+    ] {
+        sqlx::raw_sql(AssertSqlSafe(format!("set {set}"))).execute(&mut conn).await?;
+    }
+    sqlx::raw_sql(AssertSqlSafe(format!("prepare asked as {sql}"))).execute(&mut conn).await?;
+    let parameters: i32 =
+        sqlx::query_scalar("select cardinality(parameter_types) from pg_prepared_statements where name = 'asked'")
+            .fetch_one(&mut conn)
+            .await?;
+    let nulls = vec!["null"; usize::try_from(parameters).expect("few")].join(", ");
+    let call = if nulls.is_empty() { "asked".to_owned() } else { format!("asked({nulls})") };
+    let Value::Array(plans) = sqlx::query_scalar::<_, Value>(AssertSqlSafe(format!(
+        "explain (format json, verbose, costs off) execute {call}"
+    )))
+    .persistent(false)
+    .fetch_one(&mut conn)
+    .await?
+    else {
+        panic!("no plan of {sql}");
+    };
+    let mut plan = Plan::default();
+    plan.read(&plans[0]["Plan"]);
+    Ok(plan.unbound())
+}
+
+// --- the runs ---
+
+fn everything() -> Definition {
+    let call = Kind::Call {
+        workflow: "inner".into(),
+        version: CallVersion::Latest,
+        with: BTreeMap::new(),
+        parent_close: ParentClose::Cancel,
+    };
+    let asks = |name: &str| step(name, Kind::Await(Box::new(Await { reply: None, ..waits_for(name) })));
+    definition(
+        "everything",
+        vec![
+            work("first", &[]),
+            step("nap", Kind::Wait { until: WaitUntil::For(100) }),
+            asks("go"),
+            asks("answer"),
+            step("call", call),
+            work("last", &[]),
+        ],
+    )
+}
+
+/// Runs do everything that runs do, under workers of which one dies.
+async fn everything_happens(pool: &PgPool) {
+    let bench = Bench::over(pool.clone());
+    bench.script(|ctx, _| async move {
+        ctx.heartbeat(json!({"at": 1}));
+        ctx.meter_open("call", &Value::Null).await?;
+        ctx.meter_close("call", &Value::Null, Some(("answer", &json!(1)))).await?;
+        if ctx.checkpoint("note").await?.is_none() {
+            ctx.save("note", &json!(1)).await?;
+        }
+        if ctx.info().path == "first" && ctx.info().attempt == 1 {
+            // Long enough for progress to be written, and for its worker to die.
+            tokio::time::sleep(Duration::from_millis(1_500)).await;
+            return Err(Failure::retryable("transient.network", "x"));
+        }
+        Ok(json!({}))
+    });
+    bench.deploy(definition("inner", vec![work("i", &[])])).await;
+    let hash = bench.deploy(everything()).await;
+    let mut runs = Vec::new();
+    for n in 0..4 {
+        runs.push(bench.start_as(hash, json!({}), Some(&format!("key:{n}"))).await.run_id);
+    }
+    let dies = bench.worker().await;
+    for run in &runs {
+        bench.until(*run, "first", |v| !v.live.is_empty()).await;
+    }
+    dies.crash();
+    let worker = bench.worker().await;
+    let client = &bench.client;
+    for run in &runs {
+        let waits = |name: &'static str| {
+            move |v: &loopwright_engine::view::RunView| v.waiting.iter().any(|w| format!("{w:?}").contains(name))
+        };
+        bench.until(*run, "go", waits("go")).await;
+        let go = || Signal { name: "go".into(), dedupe_id: Some("1".into()), ..Signal::default() };
+        client.pause(*run, Why { reason: "look".into(), ..Why::default() }).await.expect("pause");
+        bench.until(*run, "paused", |v| v.status == RunStatus::Paused).await;
+        client.resume(*run, Why::default()).await.expect("resume");
+        client.signal(*run, go()).await.expect("signal");
+        client.signal(*run, go()).await.expect("signal");
+        bench.until(*run, "answer", waits("answer")).await;
+    }
+    let update = Update { name: "answer".into(), id: Some("u".into()), ..Update::default() };
+    client.update(runs[0], update, Duration::from_secs(20)).await.expect("update");
+    client.signal(runs[1], Signal { name: "answer".into(), ..Signal::default() }).await.expect("signal");
+    client.cancel(runs[2], "enough").await.expect("cancel");
+    client.terminate(runs[3], "enough").await.expect("terminate");
+    for run in &runs {
+        bench.closed(*run).await;
+    }
+    let fork = Fork {
+        run_id: None,
+        at: At::Seq(3),
+        inputs: Map::new(),
+        definition: None,
+        attributes: None,
+        reason: "try".into(),
+    };
+    let fork = client.fork(runs[0], fork).await.expect("fork").run_id;
+    bench.until(fork, "go", |v| !v.waiting.is_empty()).await;
+    client.history(fork, 0, 100).await.expect("history");
+    client.query(runs[0], "nothing").await.map(drop).expect_err("no such query");
+    retention::plan(client, Duration::from_secs(86_400)).await.expect("plan");
+    worker.drain(GRACE).await;
+}
+
+/// Tables are full, so that plans are those of a full database.
+async fn fill(pool: &PgPool) {
+    for sql in [
+        "insert into runs (shard, run_id, workflow, definition, status, inputs, parked)
+           select n % 128, gen_random_uuid(), 'w', (select hash from definitions limit 1), 'pending', '{}', true from generate_series(1, 20000) n",
+        "insert into history (shard, run_id, seq, epoch, format, events) select shard, run_id, n, 1, 1, '[]' from runs, generate_series(1, 3) n on conflict do nothing",
+        "insert into inbox (shard, run_id, n, kind) select shard, run_id, 1000, 'unblock' from runs",
+        "insert into checkpoints (shard, run_id, path, key, value) select shard, run_id, 'p', 'k', '1' from runs",
+        "insert into ready (shard, run_id, queue) select shard, run_id, 'other' from runs on conflict do nothing",
+        "analyze",
+    ] {
+        sqlx::query(sql).execute(pool).await.expect("filled");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "started by the other test of this file in a process of its own: it listens to all statements"]
+async fn child_process() {
+    let Ok(address) = std::env::var(DATABASE) else { return };
+    // The ordinary pool of tests says nothing.
+    let options: PgConnectOptions = address.parse().expect("address");
+    let pool = PgPool::connect_with(options).await.expect("database");
+    tracing::subscriber::set_global_default(Ear).expect("the only one");
+    everything_happens(&pool).await;
+    let statements = heard();
+    fill(&pool).await;
+
+    let (mut routed, mut problems, mut excused) = (Vec::new(), Vec::new(), BTreeSet::new());
+    for sql in &statements {
+        let found = match unbound(&pool, sql).await {
+            Ok(found) => found,
+            Err(error) => {
+                problems.push(format!("no plan: {error}\n{sql}"));
+                continue;
+            }
+        };
+        if found.is_empty() {
+            routed.push(sql.clone());
+            continue;
+        }
+        match EVERYWHERE.iter().find(|(what, _)| sql.contains(what)) {
+            Some((what, _)) => drop(excused.insert(*what)),
+            None => problems.push(format!("{found:?}\n{sql}")),
+        }
+    }
+    assert!(problems.is_empty(), "{} statements without a shard:\n{}", problems.len(), problems.join("\n---\n"));
+    // What must have been heard, by its words: otherwise nothing was proved.
+    for (what, words) in [
+        ("commit of a batch", "update runs r set seq = r.seq + 1"),
+        ("load", "join history h on h.shard = k.shard"),
+        ("claim, by the keys that a look has found", "update runs r set owner"),
+        ("release without a transition, or park", "insert into ready"),
+        ("signal", "seen as (select 1 from inbox"),
+        ("reading the inbox", "from inbox where shard = $1 and run_id = $2 and n > $3"),
+        ("checkpoint", "insert into checkpoints"),
+        ("fence of a reading", "for share"),
+        ("progress", "insert into attempt_progress"),
+        ("history", "with recursive line"),
+        ("messages to driven runs", "r.inbox_n > r.inbox_seen"),
+    ] {
+        assert!(
+            routed.iter().any(|sql| sql.contains(words)),
+            "{what} was not among the {} routed statements",
+            routed.len()
+        );
+    }
+
+    // The check would notice: the same statements without their shards.
+    let mut noticed = 0;
+    for sql in &routed {
+        for (with, without) in [
+            ("h.shard = k.shard and ", ""),
+            ("r.shard = b.shard and ", ""),
+            ("r.shard = k.shard and ", ""),
+            ("where shard = $1 and run_id = $2", "where $1::smallint is not null and run_id = $2"),
+        ] {
+            let changed = sql.replacen(with, without, 1);
+            if changed == *sql {
+                continue;
+            }
+            match unbound(&pool, &changed).await {
+                Ok(found) => {
+                    assert!(!found.is_empty(), "not noticed:\n{changed}");
+                    noticed += 1;
+                }
+                Err(error) => panic!("no plan of what was changed: {error}\n{changed}"),
+            }
+        }
+    }
+    assert!(noticed >= 8, "{noticed}");
+    println!(
+        "{} statements, {} by shard, {} exceptions, {noticed} changes noticed",
+        statements.len(),
+        routed.len(),
+        excused.len()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_run_sends_goes_to_the_shards_of_its_runs() {
+    let bench = Bench::new().await;
+    let output = Command::new(std::env::current_exe().expect("this binary"))
+        .args(["citus::child_process", "--exact", "--ignored", "--nocapture"])
+        .env(DATABASE, url(&bench.pool))
+        .stdin(Stdio::null())
+        .output()
+        .expect("child");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && text.contains("exceptions"), "{text}");
+}
+
+/// `deploy/citus.sql` says of every table of the engine what becomes of it, and of none that is not there.
+#[tokio::test]
+async fn the_plan_for_citus_names_every_table_once() {
+    let plan = include_str!("../../../deploy/citus.sql");
+    let pool = database(loopwright_engine::MIGRATIONS).await;
+    let tables: Vec<String> = sqlx::query_scalar(
+        "select relname::text from pg_class where relnamespace = 'public'::regnamespace and relkind in ('r', 'p') and not relispartition
+           and relname not like '\\_sqlx%' order by 1",
+    )
+    .fetch_all(&pool)
+    .await
+    .expect("tables");
+    let named = |function: &str| {
+        let call = format!("{function}('");
+        let calls = plan.split(&call).skip(1);
+        calls.filter_map(|rest| rest.split('\'').next()).map(str::to_owned).collect::<Vec<_>>()
+    };
+    let mut distributed = named("create_distributed_table");
+    distributed.sort();
+    assert_eq!(distributed, DISTRIBUTED);
+    let mut all = distributed;
+    all.extend(named("create_reference_table"));
+    all.extend(named("citus_add_local_table_to_metadata"));
+    all.sort();
+    assert_eq!(all, tables);
+    // What leads every key is what tables are distributed by.
+    for table in DISTRIBUTED {
+        let leads: Option<String> = sqlx::query_scalar(
+            "select a.attname::text from pg_constraint c join pg_attribute a on a.attrelid = c.conrelid and a.attnum = c.conkey[1]
+             where c.conrelid = $1::regclass and c.contype = 'p'",
+        )
+        .bind(*table)
+        .fetch_optional(&pool)
+        .await
+        .expect("key");
+        assert!(leads.as_deref() == Some("shard") || *table == "outbox", "{table}: {leads:?}");
+    }
+}
