@@ -15,6 +15,11 @@ create extension if not exists citus;
 -- `place` is given under the lock of its group's row, so that two runs do not get one; what goes is the second lock on that door.
 alter table admissions drop constraint admissions_place_key;
 create index admissions_place on admissions (group_name, place);
+-- The same of chains: the row of the run before is locked when the next one is made, and says that it has been.
+drop index runs_continued_from;
+create index runs_continued_from on runs (continued_from) where continued_from is not null;
+drop index runs_chain_open;
+create index runs_chain_open on runs (first_run_id) where first_run_id is not null and closed_at is null;
 -- Nobody looks for a row of `outbox` by `id` alone. Citus gives each node a range of its own: ids are unique and in no order.
 alter table outbox drop constraint outbox_pkey, add primary key (shard, id);
 
@@ -35,6 +40,8 @@ select create_distributed_table('ready', 'shard', colocate_with := 'runs');
 select create_distributed_table('admissions', 'shard', colocate_with := 'runs');
 select create_distributed_table('outbox', 'shard', colocate_with := 'runs');
 select create_distributed_table('archived_runs', 'shard', colocate_with := 'runs');
+select create_distributed_table('blobs', 'shard', colocate_with := 'runs');
+select create_distributed_table('former_definitions', 'shard', colocate_with := 'runs');
 
 -- On the coordinator: what must be unique, or is locked, over all runs (a business key, a group's row, a rate, the turn of a
 -- schedule), and the workers themselves. None is touched by a step.

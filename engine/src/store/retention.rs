@@ -18,8 +18,17 @@ use uuid::Uuid;
 /// Tables with rows that belong to a run and go with it, all with `shard` and `run_id`; beside them `history` and, last, `runs`.
 ///
 /// Not among them: facts about the outside, which stay; `schedule_actions`, which says what became of an instant.
-const OF_A_RUN: &[&str] =
-    &["inbox", "checkpoints", "attempt_progress", "admissions", "ready", "workflow_ids", "outbox"];
+const OF_A_RUN: &[&str] = &[
+    "inbox",
+    "checkpoints",
+    "attempt_progress",
+    "admissions",
+    "ready",
+    "workflow_ids",
+    "outbox",
+    "blobs",
+    "former_definitions",
+];
 
 /// Advisory lock of whoever retires runs. Correct without it: two would write the same runs into two files, and the second
 /// file would be thrown away.

@@ -91,8 +91,12 @@ pub(crate) struct Child {
 impl Effects {
     /// The other runs that hear of it.
     fn told(&self) -> impl Iterator<Item = RunId> {
-        let children = self.cancelled_children.iter().chain(&self.terminated_children).copied();
-        children.chain(self.parent.as_ref().map(|(parent, _)| *parent))
+        self.stopped().chain(self.parent.as_ref().map(|(parent, _)| *parent))
+    }
+
+    /// The children that are told to end.
+    fn stopped(&self) -> impl Iterator<Item = RunId> {
+        self.cancelled_children.iter().chain(&self.terminated_children).copied()
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -310,13 +314,15 @@ pub(crate) async fn lock<I: Borrow<Item>>(conn: &mut PgConnection, items: &[I]) 
         return Ok(());
     }
     runs.extend(items.iter().map(|item| item.borrow().run_id));
+    let children = items.iter().flat_map(|item| item.borrow().effects.stopped());
     sqlx::query(
         "with k as (select * from unnest($1::smallint[], $2::uuid[]) k(shard, run_id) union
-                    select shard, run_id from runs where first_run_id = any($2) and closed_at is null)
+                    select shard, run_id from runs where first_run_id = any($3) and closed_at is null)
          select from k join runs r on r.shard = k.shard and r.run_id = k.run_id order by r.run_id for no key update of r",
     )
     .bind(runs.iter().map(|run| run.shard()).collect::<Vec<i16>>())
     .bind(runs.iter().map(|run| run.0).collect::<Vec<_>>())
+    .bind(children.map(|run| run.0).collect::<Vec<_>>())
     .execute(conn)
     .await?;
     Ok(())

@@ -33,8 +33,19 @@ use tracing::{
 
 const GRACE: Duration = Duration::from_secs(10);
 /// As in `deploy/citus.sql`, which a test compares.
-const DISTRIBUTED: &[&str] =
-    &["admissions", "archived_runs", "attempt_progress", "checkpoints", "history", "inbox", "outbox", "ready", "runs"];
+const DISTRIBUTED: &[&str] = &[
+    "admissions",
+    "archived_runs",
+    "attempt_progress",
+    "blobs",
+    "checkpoints",
+    "former_definitions",
+    "history",
+    "inbox",
+    "outbox",
+    "ready",
+    "runs",
+];
 
 /// Statements that go to all nodes, by what stands in them; how often, and why that is bearable.
 const EVERYWHERE: &[(&str, &str)] = &[
@@ -49,6 +60,7 @@ const EVERYWHERE: &[(&str, &str)] = &[
     ("where r.owner = $1 and not exists", "strays: one look of a worker every 2 s, for all its runs"),
     ("on d.id = r.owner", "takeover: after a worker has died, and one look of each worker every 750 ms"),
     ("update dead_workers", "takeover: the same"),
+    ("first_run_id = ", "chains: whoever stops a child asks for the run that is open in its place"),
     ("names (queue, n)", "depth of the queues: for people, every 10 s"),
     (
         "from admissions",
