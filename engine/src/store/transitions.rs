@@ -211,7 +211,7 @@ const SEND_ONE: &str = "
                returning r.shard, r.run_id, r.epoch, r.seq, r.inbox_n),
          h as (insert into history (shard, run_id, seq, epoch, format, events, at)
                select shard, run_id, seq, epoch, $10, $11, engine_now() from u),
-         o as (insert into outbox (topic, shard, run_id, seq) select $12, shard, run_id, seq from u where $12 is not null)
+         o as (insert into outbox (topic, shard, run_id, seq) select $12::text, shard, run_id, seq from u where $12::text is not null)
     select 1, inbox_n from u";
 
 /// Sends a batch as one statement. Refused items touch nothing; the rest is written. If there are any, a second statement
