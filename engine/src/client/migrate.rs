@@ -14,7 +14,10 @@ use crate::{
 };
 use serde::Serialize;
 use sqlx::PgConnection;
-use std::{cell::Cell, collections::BTreeMap};
+use std::{
+    cell::Cell,
+    collections::{BTreeMap, btree_map::Entry},
+};
 
 /// Steps that a map renames. Chosen: a document has at most 200.
 const MAP_MAX: usize = 200;
@@ -207,8 +210,8 @@ pub(super) async fn definitions(
 ) -> Result<BTreeMap<DefinitionHash, Definition>> {
     let mut found = BTreeMap::new();
     for hash in hashes {
-        if !found.contains_key(&hash) {
-            found.insert(hash, store::definitions::load(conn, hash).await?.definition);
+        if let Entry::Vacant(vacant) = found.entry(hash) {
+            vacant.insert(store::definitions::load(conn, hash).await?.definition);
         }
     }
     Ok(found)

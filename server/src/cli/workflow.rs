@@ -1,5 +1,7 @@
 //! `loopwright workflow`: definitions as files and as deployed versions. Checking needs no database.
 
+mod migrate;
+
 use super::{Context, EXIT_FAILED, print, schedule::belongs_to, table};
 use crate::app::{self, App};
 use anyhow::{Context as _, bail, ensure};
@@ -49,6 +51,8 @@ enum Command {
     },
     /// List the deployed versions of a definition, newest first
     Versions { name: String },
+    /// Let a run in flight go on under another version; exit code 1 if it cannot
+    Migrate(migrate::Args),
 }
 
 /// Whose the runs of `on: cron` are.
@@ -71,6 +75,13 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<u8> {
             let json = context.json;
             let app = context.open().await?;
             let done = versions(&name, &app, json).await;
+            app.close().await;
+            done
+        }
+        Command::Migrate(args) => {
+            let json = context.json;
+            let app = context.open().await?;
+            let done = migrate::run(args, &app, json).await;
             app.close().await;
             done
         }

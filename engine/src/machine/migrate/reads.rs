@@ -66,7 +66,7 @@ impl<'a> Reads<'a, '_> {
                     if frame.is_some() {
                         self.free(&path);
                     }
-                    self.to_come(step, &path);
+                    self.pending(step, &path);
                 }
             }
         }
@@ -88,7 +88,7 @@ impl<'a> Reads<'a, '_> {
         }
     }
 
-    fn to_come(&mut self, step: &'a Step, path: &str) {
+    fn pending(&mut self, step: &'a Step, path: &str) {
         if let Some(condition) = &step.condition {
             self.expr(condition, path);
         }
