@@ -222,7 +222,7 @@ pub(super) const OPEN: &str = "select count(*) from runs where closed_at is null
 
 /// Forgets everything, so that one measurement does not weigh on the next.
 pub(super) async fn reset(host: &Host) -> Result<()> {
-    sqlx::query("truncate runs, ready, history, inbox, checkpoints, attempt_progress, workers, dead_workers, outbox, workflow_ids")
+    sqlx::query("truncate runs, ready, history, inbox, checkpoints, attempt_progress, workers, dead_workers, outbox, workflow_ids, blobs, former_definitions")
         .execute(&host.pool)
         .await?;
     sqlx::query("vacuum analyze runs").execute(&host.pool).await?;

@@ -371,7 +371,7 @@ async fn child_process() {
         ("claim, by the keys that a look has found", "update runs r set owner"),
         ("release without a transition, or park", "insert into ready"),
         ("signal", "seen as (select 1 from inbox"),
-        ("reading the inbox", "from inbox where shard = $1 and run_id = $2 and n > $3"),
+        ("reading the inbox", "n > $3 and n <= $4 order by n limit $5"),
         ("checkpoint", "insert into checkpoints"),
         ("fence of a reading", "for share"),
         ("progress", "insert into attempt_progress"),

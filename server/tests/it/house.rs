@@ -29,6 +29,7 @@ const ROOMS: &[(&str, &[&str])] = &[
             "engine/src/embedded/",
             "engine/src/error.rs",
             "engine/src/hook.rs",
+            "engine/src/payload/",
             "engine/src/migrate.rs",
             "engine/src/store/",
             "engine/src/transaction.rs",
