@@ -111,8 +111,7 @@ impl Client {
         let old = store::runs::load(&mut conn, run).await?;
         drop(conn);
         if let Some(next) = old.chain.continued_as {
-            let why = format!("run {next} goes on in the place of this run: reset that one, or fork this one");
-            return Err(Error::ForkInvalid(vec![why]));
+            return Err(Error::ForkInvalid(vec![went_on(next)]));
         }
         if let Some((parent, path)) = &old.parent {
             let why = format!("run {parent} waits for this run at `{path}`: reset that one, or fork this one");
@@ -130,7 +129,13 @@ impl Client {
                 let text = format!("reset to transition {} as run {}: {reason}", decided.seq, decided.run);
                 let terminated = match crate::worker::terminate_in(conn, hook.as_ref(), run, &text).await {
                     Ok(()) => true,
-                    Err(Error::RunClosed(_)) => false,
+                    Err(Error::RunClosed(_)) => {
+                        // It may have gone on as another since it was looked at.
+                        if let Some(next) = store::runs::standing(conn, run).await?.chain.continued_as {
+                            return Err(Error::ForkInvalid(vec![went_on(next)]));
+                        }
+                        false
+                    }
                     Err(error) => return Err(error),
                 };
                 if !decided.insert(conn).await? {
@@ -254,6 +259,10 @@ impl Client {
         store::runs::standing(&mut conn, run).await?;
         found.ok_or_else(|| Error::ForkInvalid(vec![format!("no step `{path}` has begun in this run")]))
     }
+}
+
+fn went_on(next: RunId) -> String {
+    format!("run {next} goes on in the place of this run: reset that one, or fork this one")
 }
 
 impl Decided {

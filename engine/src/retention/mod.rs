@@ -139,7 +139,16 @@ async fn retire_all(client: &Client, keep: Duration, folder: Option<&Path>) -> R
             };
             drop(conn);
             match folder {
-                Some(folder) if !leaving.is_empty() => archive(client, folder, &leaving, before, &mut report).await?,
+                Some(folder) if !leaving.is_empty() => {
+                    match archive(client, folder, &leaving, before, &mut report).await {
+                        // What is too slow for one transaction stays, and the others leave.
+                        Err(Error::Sql(error)) if store::is_transient(&error) => {
+                            tracing::warn!(runs = leaving.len(), %error, "runs could not leave now; the next look tries again");
+                            report.unfit += leaving.len() as u64;
+                        }
+                        done => done?,
+                    }
+                }
                 Some(_) => {}
                 None => planned.extend(leaving),
             }
@@ -185,11 +194,12 @@ async fn archive(
             Ok(text) => text,
             // Somebody was faster.
             Err(Error::RunNotFound(_) | Error::RunArchived { .. }) => continue,
-            Err(error @ (Error::TooLarge { .. } | Error::Invariant(_) | Error::ArchiveInvalid { .. })) => {
+            Err(error @ (Error::Sql(_) | Error::ArchiveUnwritable(_))) => return Err(error),
+            // Whatever is wrong with one run, the others leave.
+            Err(error) => {
                 unfit(*run, &error, report);
                 continue;
             }
-            Err(error) => return Err(error),
         };
         // What leaves must be able to come back, so it is read as an import would.
         let (back, result) = aside(move || {
@@ -243,7 +253,7 @@ fn discard(path: &Path) {
 }
 
 fn unfit(run: RunId, why: &Error, report: &mut Report) {
-    tracing::warn!(run_id = %run, %why, "a run stays: what is stored of it could not be imported again");
+    tracing::warn!(run_id = %run, %why, "a run stays: what is stored of it cannot be read, or could not be imported again");
     report.unfit += 1;
 }
 

@@ -24,6 +24,9 @@ use std::collections::BTreeSet;
 /// again does so within the next thousand messages.
 pub(crate) const KNOWN_MAX: i64 = 1_000;
 
+/// Messages handed on at once: each has 256 KiB at most, and all of a run may be many.
+const PAGE: i64 = 64;
+
 /// The next run of a chain. It has everything else of the one before: workflow, queue, attributes, outbox topic, business key,
 /// parent, depth, priority, fairness key.
 #[derive(Clone, Debug)]
@@ -135,22 +138,18 @@ async fn hand_on(conn: &mut PgConnection, old: RunId, next: &Successor) -> Resul
     .bind(inbox::BEFORE)
     .execute(&mut *conn)
     .await?;
-    let rows = sqlx::query(
-        "select i.n, i.kind, i.name, i.payload, i.dedupe_id, i.sender, i.sent_at
-         from inbox i join runs r on r.shard = i.shard and r.run_id = i.run_id
-         where i.shard = $1 and i.run_id = $2 and (i.n = any($3) or (i.n > r.inbox_seen and i.kind <> 'child')) order by i.n",
-    )
-    .bind(old.shard())
-    .bind(old.0)
-    .bind(&kept)
-    .fetch_all(&mut *conn)
-    .await?;
-    let here: BTreeSet<u64> = rows
-        .iter()
-        .map(|row| row.try_get::<i64, _>("n").map(|n| u64::try_from(n).unwrap_or(0)))
-        .collect::<std::result::Result<_, _>>()?;
+    let here: BTreeSet<i64> =
+        sqlx::query_scalar("select n from inbox where shard = $1 and run_id = $2 and n = any($3)")
+            .bind(old.shard())
+            .bind(old.0)
+            .bind(&kept)
+            .fetch_all(&mut *conn)
+            .await?
+            .into_iter()
+            .collect();
     // A fork keeps messages whose rows are its parent's. They are its oldest, and it answers no update of its parent's.
-    let inherited = next.kept.iter().filter(|message| !here.contains(&message.n)).map(|message| Handed {
+    let inherited = next.kept.iter().filter(|message| !i64::try_from(message.n).is_ok_and(|n| here.contains(&n)));
+    let inherited = inherited.map(|message| Handed {
         kind: "signal".to_owned(),
         name: message.name.clone(),
         payload: message.payload.clone(),
@@ -158,18 +157,42 @@ async fn hand_on(conn: &mut PgConnection, old: RunId, next: &Successor) -> Resul
         sender: message.sender.clone(),
         sent_at: message.at,
     });
-    let mut handed: Vec<Handed> = inherited.collect();
-    for row in &rows {
-        let slot = Slot::Message { kind: row.try_get("kind")?, name: row.try_get("name")? };
-        handed.push(Handed {
-            kind: row.try_get("kind")?,
-            name: row.try_get("name")?,
-            payload: payload::read(conn, old, slot, row.try_get("payload")?).await?,
-            dedupe_id: row.try_get("dedupe_id")?,
-            sender: row.try_get("sender")?,
-            sent_at: row.try_get("sent_at")?,
-        });
+    append(conn, next.run_id, &inherited.collect::<Vec<_>>()).await?;
+    let mut after = 0_i64;
+    loop {
+        let rows = sqlx::query(
+            "select i.n, i.kind, i.name, i.payload, i.dedupe_id, i.sender, i.sent_at
+             from inbox i join runs r on r.shard = i.shard and r.run_id = i.run_id
+             where i.shard = $1 and i.run_id = $2 and i.n > $4 and (i.n = any($3) or (i.n > r.inbox_seen and i.kind <> 'child'))
+             order by i.n limit $5",
+        )
+        .bind(old.shard())
+        .bind(old.0)
+        .bind(&kept)
+        .bind(after)
+        .bind(PAGE)
+        .fetch_all(&mut *conn)
+        .await?;
+        let Some(last) = rows.last() else { return Ok(()) };
+        after = last.try_get("n")?;
+        let mut handed = Vec::with_capacity(rows.len());
+        for row in &rows {
+            let slot = Slot::Message { kind: row.try_get("kind")?, name: row.try_get("name")? };
+            handed.push(Handed {
+                kind: row.try_get("kind")?,
+                name: row.try_get("name")?,
+                payload: payload::read(conn, old, slot, row.try_get("payload")?).await?,
+                dedupe_id: row.try_get("dedupe_id")?,
+                sender: row.try_get("sender")?,
+                sent_at: row.try_get("sent_at")?,
+            });
+        }
+        append(conn, next.run_id, &handed).await?;
     }
+}
+
+/// Messages behind those that a run has.
+async fn append(conn: &mut PgConnection, run: RunId, handed: &[Handed]) -> Result<()> {
     if handed.is_empty() {
         return Ok(());
     }
@@ -177,7 +200,7 @@ async fn hand_on(conn: &mut PgConnection, old: RunId, next: &Successor) -> Resul
     let mut large = Vec::new();
     let payloads = handed.iter().map(|m| {
         let slot = Slot::Message { kind: &m.kind, name: &m.name };
-        payload::pack(next.run_id, slot, &m.payload, &mut large)
+        payload::pack(run, slot, &m.payload, &mut large)
     });
     let payloads: Vec<Text> = payloads.collect::<Result<_>>()?;
     blobs::put(conn, &large).await?;
@@ -190,8 +213,8 @@ async fn hand_on(conn: &mut PgConnection, old: RunId, next: &Successor) -> Resul
                     returning n)
          update runs set inbox_n = inbox_n + (select count(*) from m) where shard = $1 and run_id = $2",
     )
-    .bind(next.run_id.shard())
-    .bind(next.run_id.0)
+    .bind(run.shard())
+    .bind(run.0)
     .bind(handed.iter().map(|m| m.kind.as_str()).collect::<Vec<_>>())
     .bind(handed.iter().map(|m| m.name.as_str()).collect::<Vec<_>>())
     .bind(payloads.iter().map(|text| Json(&**text)).collect::<Vec<_>>())
@@ -216,13 +239,23 @@ struct Handed {
 /// The open run of the chain whose first run this is.
 pub(crate) async fn open_run(conn: &mut PgConnection, first: RunId) -> Result<Option<RunId>> {
     let open: Option<uuid::Uuid> = sqlx::query_scalar(
-        "select run_id from runs where first_run_id = $1 and closed_at is null and imported_at is null",
+        "select run_id from runs where first_run_id = $1 and first_run_id is not null and closed_at is null and imported_at is null",
     )
     .bind(first.0)
     .fetch_optional(conn)
     .await?;
     Ok(open.map(RunId))
 }
+
+/// The open runs of the chains whose first runs these are. By the index of open chains, so that nothing else is read.
+pub(super) async fn open_runs(conn: &mut PgConnection, first: &[RunId]) -> Result<Vec<RunId>> {
+    let open: Vec<uuid::Uuid> =
+        sqlx::query_scalar(OPEN_RUNS).bind(first.iter().map(|run| run.0).collect::<Vec<_>>()).fetch_all(conn).await?;
+    Ok(open.into_iter().map(RunId).collect())
+}
+
+pub(super) const OPEN_RUNS: &str = "select r.run_id from unnest((select $1::uuid[])) f(run_id)
+     join runs r on r.first_run_id = f.run_id and r.first_run_id is not null and r.closed_at is null and r.imported_at is null";
 
 /// [`inbox::send`] to the open run of the chain that begins with the message's run. Nothing happens if none is open.
 pub(super) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Result<()> {

@@ -111,6 +111,8 @@ pub(crate) async fn insert(conn: &mut PgConnection, new: &New<'_>) -> Result<boo
                                       priority, fairness_key, lane)
                     select $1, $2, $3, $4, 'running', true, queue, coalesce($16, attributes), topic, $5, $6, $7 + 1, $8, $8, $9, $7 + 1, $10, $11, $7, priority, fairness_key, lane
                     from runs where shard = $12 and run_id = $13
+                      -- One of that id has been here, and has left.
+                      and not exists (select from archived_runs a where a.shard = $1 and a.run_id = $2)
                     on conflict do nothing returning shard, run_id, queue, priority, lane, seq),
               h as (insert into history (shard, run_id, seq, epoch, format, events) select shard, run_id, seq, 0, $14, $15 from r)
          insert into ready (shard, run_id, queue, priority, lane) select shard, run_id, queue, priority, lane from r",

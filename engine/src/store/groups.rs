@@ -195,7 +195,7 @@ pub(crate) async fn next_start(
     per_ms: i64,
 ) -> Result<Option<DateTime<Utc>>> {
     // The newest `starts` instants: the next is a period after the oldest of them, and never before the newest.
-    sqlx::query("insert into rate_limits (key) values ($1) on conflict do nothing")
+    sqlx::query("insert into rate_limits (key) values ($1) on conflict (key) do update set key = excluded.key")
         .bind(key)
         .execute(&mut *conn)
         .await?;

@@ -10,7 +10,7 @@ use crate::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use sqlx::{PgConnection, Row, types::Json};
+use sqlx::{PgConnection, Row, postgres::PgRow, types::Json};
 
 /// What a message is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,8 +76,10 @@ pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Res
     let slot = Slot::Message { kind: message.kind.as_str(), name: message.name };
     let mut blobs = Vec::new();
     let payload = payload::pack(message.run, slot, message.payload, &mut blobs)?;
-    // Of a message that turns out to be a second one they are there already, or nobody's.
-    blobs::put(conn, &blobs).await?;
+    // Of a message that nobody takes there is nothing to store; that a run has closed or knows an id does not change any more.
+    if !blobs.is_empty() && is_wanted(conn, message).await? {
+        blobs::put(conn, &blobs).await?;
+    }
     // The run's row serializes its senders. A second message with one id that raced the first is dropped by the
     // constraint; its number stays unused.
     let row = sqlx::query(
@@ -111,6 +113,43 @@ pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Res
         (true, true) => Sent::Stored,
         (true, false) => Sent::Duplicate,
     })
+}
+
+/// Whether the run is open and does not know the sender's id.
+async fn is_wanted(conn: &mut PgConnection, message: &Outgoing<'_>) -> Result<bool> {
+    Ok(sqlx::query_scalar(
+        "select exists (select from runs where shard = $1 and run_id = $2 and closed_at is null)
+            and not exists (select from inbox where shard = $1 and run_id = $2 and dedupe_id = $3)",
+    )
+    .bind(message.run.shard())
+    .bind(message.run.0)
+    .bind(message.dedupe_id)
+    .fetch_one(conn)
+    .await?)
+}
+
+/// Messages that a run must hear of before it begins anything, `after < n <= up_to`, in order. They are few: whoever sends them is
+/// asked to by a person.
+pub(crate) async fn orders(conn: &mut PgConnection, run: RunId, after: i64, up_to: i64) -> Result<Vec<Inbound>> {
+    let rows = sqlx::query(
+        "select n, kind, name, payload, dedupe_id, sender, sent_at from inbox
+         where shard = $1 and run_id = $2 and n > $3 and n <= $4 and kind in ('pause', 'resume', 'cancel', 'terminate')
+         order by n limit $5",
+    )
+    .bind(run.shard())
+    .bind(run.0)
+    .bind(after)
+    .bind(up_to)
+    .bind(READ_MAX)
+    .fetch_all(&mut *conn)
+    .await?;
+    let mut messages = Vec::with_capacity(rows.len());
+    for row in rows {
+        let slot = Slot::Message { kind: row.try_get("kind")?, name: row.try_get("name")? };
+        let payload = payload::read(conn, run, slot, row.try_get("payload")?).await?;
+        messages.push(inbound(run, &row, payload)?);
+    }
+    Ok(messages)
 }
 
 /// How many messages were ever sent to an open run, as its owner of `epoch` may know; `None` for everybody else.
@@ -156,54 +195,53 @@ pub(crate) async fn read(conn: &mut PgConnection, run: RunId, after: i64, up_to:
     }
     // A duplicate may have left a gap behind the last one.
     let seen = if read < up_to && left(conn, run, read, up_to).await? { read } else { up_to };
-    let messages = rows
-        .into_iter()
-        .zip(payloads)
-        .map(|(row, payload)| {
-            let kind: String = row.try_get("kind")?;
-            Ok(match kind.as_str() {
-                "cancel" => Inbound::Cancel { reason: payload.as_str().unwrap_or("cancelled on request").to_owned() },
-                "terminate" => Inbound::Terminate { reason: payload.as_str().unwrap_or_default().to_owned() },
-                "unblock" => Inbound::Unblock,
-                "pause" => Inbound::Pause { reason: text(&payload, "reason"), by: row.try_get("sender")? },
-                "resume" => Inbound::Resume {
-                    reason: text(&payload, "reason"),
-                    by: row.try_get("sender")?,
-                    halted: payload.get("halted").and_then(Value::as_str).map(str::to_owned),
-                },
-                "child" => {
-                    let child: ChildResult = serde_json::from_value(payload)
-                        .map_err(|e| crate::Error::Invariant(format!("child message of run {run}: {e}")))?;
-                    Inbound::Child {
-                        run_id: child.run_id,
-                        completed: child.completed,
-                        cancelled: child.cancelled,
-                        output: child.output,
-                        failure: child.failure,
-                    }
-                }
-                "update" => Inbound::Update {
-                    n: u64::try_from(row.try_get::<i64, _>("n")?).unwrap_or(0),
-                    id: update_id(row.try_get::<Option<String>, _>("dedupe_id")?.as_deref().unwrap_or_default()),
-                    name: row.try_get("name")?,
-                    payload,
-                    sender: row.try_get("sender")?,
-                    at: row.try_get("sent_at")?,
-                },
-                "signal" => Inbound::Signal {
-                    n: u64::try_from(row.try_get::<i64, _>("n")?).unwrap_or(0),
-                    name: row.try_get("name")?,
-                    payload,
-                    sender: row.try_get("sender")?,
-                    at: row.try_get("sent_at")?,
-                },
-                other => {
-                    return Err(crate::Error::NewerRelease(format!("a message to run {run} (kind `{other}`)")));
-                }
-            })
-        })
-        .collect::<Result<_>>()?;
+    let messages = rows.iter().zip(payloads).map(|(row, payload)| inbound(run, row, payload)).collect::<Result<_>>()?;
     Ok((messages, seen))
+}
+
+/// A row as the run hears it.
+fn inbound(run: RunId, row: &PgRow, payload: Value) -> Result<Inbound> {
+    let kind: String = row.try_get("kind")?;
+    Ok(match kind.as_str() {
+        "cancel" => Inbound::Cancel { reason: payload.as_str().unwrap_or("cancelled on request").to_owned() },
+        "terminate" => Inbound::Terminate { reason: payload.as_str().unwrap_or_default().to_owned() },
+        "unblock" => Inbound::Unblock,
+        "pause" => Inbound::Pause { reason: text(&payload, "reason"), by: row.try_get("sender")? },
+        "resume" => Inbound::Resume {
+            reason: text(&payload, "reason"),
+            by: row.try_get("sender")?,
+            halted: payload.get("halted").and_then(Value::as_str).map(str::to_owned),
+        },
+        "child" => {
+            let child: ChildResult = serde_json::from_value(payload)
+                .map_err(|e| crate::Error::Invariant(format!("child message of run {run}: {e}")))?;
+            Inbound::Child {
+                run_id: child.run_id,
+                completed: child.completed,
+                cancelled: child.cancelled,
+                output: child.output,
+                failure: child.failure,
+            }
+        }
+        "update" => Inbound::Update {
+            n: u64::try_from(row.try_get::<i64, _>("n")?).unwrap_or(0),
+            id: update_id(row.try_get::<Option<String>, _>("dedupe_id")?.as_deref().unwrap_or_default()),
+            name: row.try_get("name")?,
+            payload,
+            sender: row.try_get("sender")?,
+            at: row.try_get("sent_at")?,
+        },
+        "signal" => Inbound::Signal {
+            n: u64::try_from(row.try_get::<i64, _>("n")?).unwrap_or(0),
+            name: row.try_get("name")?,
+            payload,
+            sender: row.try_get("sender")?,
+            at: row.try_get("sent_at")?,
+        },
+        other => {
+            return Err(crate::Error::NewerRelease(format!("a message to run {run} (kind `{other}`)")));
+        }
+    })
 }
 
 /// Whether there are messages `after < n <= up_to`.

@@ -12,13 +12,16 @@ use sqlx::{PgConnection, Row, types::Json};
 
 /// Locks the run's row until the end of the transaction, as whoever commits a transition of it does.
 pub(crate) async fn lock(conn: &mut PgConnection, run: RunId) -> Result<()> {
-    sqlx::query("select 1 from runs where shard = $1 and run_id = $2 for no key update")
+    let locked = sqlx::query("select 1 from runs where shard = $1 and run_id = $2 for no key update")
         .bind(run.shard())
         .bind(run.0)
-        .fetch_optional(conn)
+        .fetch_optional(&mut *conn)
         .await?
-        .map(drop)
-        .ok_or_else(|| Error::RunNotFound(run.to_string()))
+        .map(drop);
+    match locked {
+        Some(()) => Ok(()),
+        None => Err(super::retention::absent(conn, run).await),
+    }
 }
 
 /// A migration, ready to be stored.

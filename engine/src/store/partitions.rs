@@ -18,6 +18,8 @@ const STATEMENT_TIMEOUT: &str = "set local statement_timeout = '5s'";
 const DEFAULT_BYTES_MAX: i64 = 64 << 20;
 /// Most rows that move in or out of `history_default` under a lock: some 50 ms.
 pub(crate) const MOVED_ROWS_MAX: i64 = 2_000;
+/// Bytes of them: they are copied while nobody reads or writes `history`.
+const MOVED_BYTES_MAX: i64 = 16 << 20;
 
 /// A partition, as the catalog has it. The default one is none.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -110,11 +112,14 @@ async fn make(pool: &PgPool, name: &str, from: Uuid, upto: Uuid) -> Result<bool>
         .bind(DEFAULT_BYTES_MAX)
         .fetch_one(&mut *tx)
         .await?;
-    if large || stray_rows(&mut tx, from, upto).await? > MOVED_ROWS_MAX {
+    let stray = stray_rows(&mut tx, from, upto).await?;
+    if large || stray > MOVED_ROWS_MAX {
         return Ok(false);
     }
-    // Attached instead of made in place: that locks `history` against writers, this does not.
-    execute(&mut tx, "lock table history in share update exclusive mode".into()).await?;
+    // Attached instead of made in place: that locks `history` against writers, this does not. But if its rows lie elsewhere already,
+    // somebody may write another one there just now, or read: whoever waits has chosen the place, and would be refused there.
+    let mode = if stray > 0 { "access exclusive" } else { "share update exclusive" };
+    execute(&mut tx, format!("lock table history in {mode} mode")).await?;
     execute(&mut tx, format!("create table {name} (like history including all)")).await?;
     execute(&mut tx, "lock table history_default in access exclusive mode".into()).await?;
     let moved = format!(
@@ -175,10 +180,20 @@ async fn try_drop(pool: &PgPool, partition: &Partition) -> Result<Dropped> {
     sqlx::query(LOCK_TIMEOUT).execute(&mut *tx).await?;
     sqlx::query(STATEMENT_TIMEOUT).execute(&mut *tx).await?;
     // Before the lock, so that it is not taken for nothing; and under it, because it must be so then.
-    if staying(&mut tx, partition).await?.is_none() {
+    let Some(runs) = staying(&mut tx, partition).await? else { return Ok(Dropped::Needed) };
+    let name = partition.quoted();
+    let bytes: i64 = sqlx::query_scalar(AssertSqlSafe(format!(
+        "select coalesce(sum(pg_column_size(h.events)), 0)::bigint from unnest((select $1::smallint[]), (select $2::uuid[])) k(shard, run_id)
+         join {name} h on h.shard = k.shard and h.run_id = k.run_id"
+    )))
+    .bind(runs.iter().map(|(shard, _)| *shard).collect::<Vec<i16>>())
+    .bind(runs.iter().map(|(_, run)| *run).collect::<Vec<Uuid>>())
+    .persistent(false)
+    .fetch_one(&mut *tx)
+    .await?;
+    if bytes > MOVED_BYTES_MAX {
         return Ok(Dropped::Needed);
     }
-    let name = partition.quoted();
     execute(&mut tx, format!("alter table history detach partition {name}")).await?;
     crate::committer::crash_point("retire.after_detach");
     let Some(runs) = staying(&mut tx, partition).await? else { return Ok(Dropped::Needed) };

@@ -129,6 +129,29 @@ const JUDGE: &str = "
         select n.needed from kept k join needs n on n.stays = k.run_id)
     select w.shard, w.run_id from web w where not exists (select from kept k where k.run_id = w.run_id) order by w.run_id";
 
+/// Most runs that are judged together: they leave in one file and one transaction.
+const KIN_MAX: i64 = 20_000;
+
+/// How many runs [`JUDGE`] would look at, up to one more than [`KIN_MAX`].
+async fn kin(conn: &mut PgConnection, asked: &[RunId]) -> Result<i64> {
+    Ok(sqlx::query_scalar(
+        "with recursive reach as (
+           select r.shard, r.run_id from unnest((select $1::smallint[]), (select $2::uuid[])) a(shard, run_id) join runs r using (shard, run_id)
+           union
+           select n.shard, n.run_id from reach k cross join lateral (
+             select p.shard, p.run_id from runs c join runs p on p.shard = c.parent_shard and p.run_id = c.parent_run_id
+             where c.shard = k.shard and c.run_id = k.run_id
+             union all select c.shard, c.run_id from runs c where c.parent_run_id = k.run_id
+             union all select f.shard, f.run_id from runs f where f.forked_from = k.run_id) n)
+         select count(*) from (select from reach limit $3) r",
+    )
+    .bind(asked.iter().map(RunId::shard).collect::<Vec<i16>>())
+    .bind(asked.iter().map(|run| run.0).collect::<Vec<Uuid>>())
+    .bind(KIN_MAX + 1)
+    .fetch_one(conn)
+    .await?)
+}
+
 /// The runs that leave if those of `asked` are to: see [`JUDGE`]. `only`: nobody else leaves with them.
 pub(crate) async fn judge(
     conn: &mut PgConnection,
@@ -136,6 +159,14 @@ pub(crate) async fn judge(
     before: DateTime<Utc>,
     only: bool,
 ) -> Result<Vec<RunId>> {
+    if !only && kin(conn, asked).await? > KIN_MAX {
+        tracing::warn!(
+            runs = asked.len(),
+            most = KIN_MAX,
+            "runs with too many children, parents and forks to leave in one file stay"
+        );
+        return Ok(Vec::new());
+    }
     let runs: Vec<(i16, Uuid)> = sqlx::query_as(JUDGE)
         .bind(asked.iter().map(RunId::shard).collect::<Vec<i16>>())
         .bind(asked.iter().map(|run| run.0).collect::<Vec<Uuid>>())

@@ -45,7 +45,7 @@ pub(crate) async fn count(conn: &mut PgConnection) -> Result<Vec<Count>> {
     let mut statements: Vec<(&'static str, String)> = documents
         .map(|(table, column)| {
             let key = format!("{column}->'$sealed'->>'key'");
-            (table, format!("select {key}, count(*) from {table} where {column} is not null group by 1"))
+            (table, format!("select {key}, count(*) from {table} where {column} <> 'null' group by 1"))
         })
         .collect();
     statements.push(("blobs", "select key, count(*) from blobs group by 1".into()));
@@ -90,7 +90,7 @@ pub(crate) async fn reseal(conn: &mut PgConnection, run: RunId, key: &str) -> Re
             let extra = if table == "inbox" { "kind, name" } else { "'' as kind, '' as name" };
             let rows = sqlx::query(AssertSqlSafe(format!(
                 "select {a} as a, {b} as b, {extra}, {column} as doc from {table}
-                 where shard = $1 and run_id = $2 and {column} is not null and {column}->'$sealed'->>'key' is distinct from $3
+                 where shard = $1 and run_id = $2 and {column} <> 'null' and {column}->'$sealed'->>'key' is distinct from $3
                    and ($4::text is null or ({a}, {b}) > ($4 collate \"C\", $5)) order by {a} collate \"C\", {b} collate \"C\" limit $6",
             )))
             .bind(run.shard())

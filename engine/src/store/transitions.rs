@@ -305,6 +305,9 @@ async fn standing(conn: &mut PgConnection, runs: &[RunId]) -> Result<HashMap<Run
     Ok(rows.into_iter().map(row).collect())
 }
 
+const LOCK: &str = "select from unnest((select $1::smallint[]), (select $2::uuid[])) k(shard, run_id)
+     join runs r on r.shard = k.shard and r.run_id = k.run_id order by r.run_id for no key update of r";
+
 /// Locks the runs of a batch together with those that it sends messages to (of a chain, the one that is open), in the order of
 /// their ids. A child that ends while
 /// its parent stops it is in two batches of two workers, and each would hold its own run and wait for the other's.
@@ -314,22 +317,21 @@ pub(crate) async fn lock<I: Borrow<Item>>(conn: &mut PgConnection, items: &[I]) 
         return Ok(());
     }
     runs.extend(items.iter().map(|item| item.borrow().run_id));
-    let children = items.iter().flat_map(|item| item.borrow().effects.stopped());
-    sqlx::query(
-        "with k as (select * from unnest($1::smallint[], $2::uuid[]) k(shard, run_id) union
-                    select shard, run_id from runs where first_run_id = any($3) and closed_at is null)
-         select from k join runs r on r.shard = k.shard and r.run_id = k.run_id order by r.run_id for no key update of r",
-    )
-    .bind(runs.iter().map(|run| run.shard()).collect::<Vec<i16>>())
-    .bind(runs.iter().map(|run| run.0).collect::<Vec<_>>())
-    .bind(children.map(|run| run.0).collect::<Vec<_>>())
-    .execute(conn)
-    .await?;
+    let stopped: Vec<RunId> = items.iter().flat_map(|item| item.borrow().effects.stopped()).collect();
+    if !stopped.is_empty() {
+        runs.extend(chain::open_runs(conn, &stopped).await?);
+    }
+    sqlx::query(LOCK)
+        .bind(runs.iter().map(|run| run.shard()).collect::<Vec<i16>>())
+        .bind(runs.iter().map(|run| run.0).collect::<Vec<_>>())
+        .execute(conn)
+        .await?;
     Ok(())
 }
 
 /// Carries out what accepted transitions do beside their own rows. Lock order: runs ([`lock`]), groups by name, then whatever the
-/// hook locks.
+/// hook locks. A pass that lets runs into a group holds its row and waits for theirs: where a batch stops such a run and starts
+/// another one of that group, Postgres ends one of the two, and it is sent again.
 pub(crate) async fn apply_effects<I: Borrow<Item>>(
     conn: &mut PgConnection,
     items: &[I],

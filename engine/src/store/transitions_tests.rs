@@ -103,3 +103,25 @@ async fn a_run_alone_is_written_as_it_is_in_a_batch() {
     let kinds: i64 = sqlx::query_scalar(alike).fetch_one(&pool).await.expect("sql");
     assert_eq!(kinds, 1);
 }
+
+/// Of many runs, those that a batch locks are found by their keys.
+#[tokio::test]
+async fn what_a_batch_locks_is_found_by_indexes() {
+    let pool = database(MIGRATIONS).await;
+    let (one, other) = family(&pool).await;
+    let many = "insert into runs (shard, run_id, workflow, definition, status, inputs, first_run_id, continued_from)
+                select 1, gen_random_uuid(), 'w', r.definition, 'running', '{}',
+                       case when i % 3 = 0 then gen_random_uuid() end, case when i % 3 = 0 then gen_random_uuid() end
+                from runs r, generate_series(1, 5000) i where r.run_id = $1";
+    sqlx::query(many).bind(one.0).execute(&pool).await.expect("runs");
+    sqlx::query("analyze runs").execute(&pool).await.expect("analyze");
+    let (shards, runs) = (vec![one.shard(), other.shard()], vec![one.0, other.0]);
+    let explain = |sql: &str| sqlx::AssertSqlSafe(format!("explain (analyze, buffers, format json) {sql}"));
+    let lock: Value = sqlx::query_scalar(explain(LOCK)).bind(&shards).bind(&runs).fetch_one(&pool).await.expect("sql");
+    let open: Value = sqlx::query_scalar(explain(chain::OPEN_RUNS)).bind(&runs).fetch_one(&pool).await.expect("sql");
+    for plan in [lock, open] {
+        let pages = |kind: &str| plan[0]["Plan"][kind].as_i64().expect("pages");
+        let pages = pages("Shared Hit Blocks") + pages("Shared Read Blocks");
+        assert!(pages < 60, "{pages} pages: {plan:#}");
+    }
+}

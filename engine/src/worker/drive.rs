@@ -221,7 +221,13 @@ impl Driver {
         };
         // What waits in the inbox belongs to the first decision: a run that was paused meanwhile starts nothing.
         let first = if self.run.inbox_n > self.run.inbox_seen {
-            let unread = self.unread(self.run.inbox_n).await?;
+            let mut unread = self.unread(self.run.inbox_n).await?;
+            if self.run.inbox_seen < self.run.inbox_n {
+                // What did not fit is read in the next transition; an order behind it is heard now, and again in its turn.
+                let mut conn = self.shared.pool.acquire().await?;
+                let (run, seen) = (self.run.run_id, self.run.inbox_seen);
+                unread.extend(store::inbox::orders(&mut conn, run, seen, self.run.inbox_n).await?);
+            }
             Input::Several(vec![first, Input::Messages(unread)])
         } else {
             first

@@ -2,7 +2,6 @@
 
 use crate::{
     Error, Result,
-    committer::{Broken, Committer},
     event::{Event, Outcome, format_of},
     hook::{AttemptEnd, AttemptRef, HookError, TransitionHook},
     ids::RunId,
@@ -12,6 +11,7 @@ use crate::{
         self,
         transitions::{self, Effects, Item, Verdict, child_result},
     },
+    transaction::in_transaction,
 };
 use sqlx::PgConnection;
 use std::{cell::Cell, collections::BTreeMap, sync::Arc};
@@ -24,20 +24,17 @@ pub(crate) async fn terminate(
     reason: &str,
 ) -> Result<()> {
     let mut conn = pool.acquire().await?;
-    let item = closing(&mut conn, run, reason).await?;
+    // By itself: whoever owns the run is fenced off, also if we die before it is ended.
+    let item = Arc::new(closing(&mut conn, run, reason).await?);
     drop(conn);
-    let (epoch, seq) = (item.epoch, item.seq);
     crate::committer::crash_point("terminate.before_commit");
-    let answer = Committer::start(pool.clone(), hook).commit(Arc::new(item)).await;
+    let ended = in_transaction(pool, |conn| {
+        let (item, hook) = (item.clone(), hook.clone());
+        Box::pin(async move { end(conn, hook.as_ref(), &item).await })
+    })
+    .await;
     crate::committer::crash_point("terminate.after_commit");
-    match answer {
-        Ok(Verdict::Accepted { .. }) => Ok(()),
-        // An earlier sending had succeeded and its answer was lost.
-        Ok(Verdict::Stale { epoch: at, seq: newest }) if at == epoch && newest == seq + 1 => Ok(()),
-        Ok(_) => Err(Error::LeaseLost),
-        Err(Broken::Unreachable(error)) => Err(error),
-        Err(Broken::Poison(text)) => Err(Error::Invariant(text)),
-    }
+    ended
 }
 
 /// [`terminate`] inside the caller's transaction.
@@ -47,10 +44,20 @@ pub(crate) async fn terminate_in(
     run: RunId,
     reason: &str,
 ) -> Result<()> {
-    let items = [closing(&mut *conn, run, reason).await?];
+    let item = closing(&mut *conn, run, reason).await?;
+    end(conn, hook, &item).await
+}
+
+/// Writes the last transition of a run and what it does to others.
+async fn end(conn: &mut PgConnection, hook: &dyn TransitionHook, item: &Item) -> Result<()> {
+    let items = [item];
+    transitions::lock(conn, &items).await?;
     let verdicts = transitions::send(&mut *conn, &items).await?;
-    if !matches!(verdicts[..], [Verdict::Accepted { .. }]) {
-        return Err(Error::LeaseLost);
+    match verdicts[..] {
+        [Verdict::Accepted { .. }] => {}
+        // An earlier sending had succeeded and its answer was lost.
+        [Verdict::Stale { epoch, seq }] if epoch == item.epoch && seq == item.seq + 1 => return Ok(()),
+        _ => return Err(Error::LeaseLost),
     }
     match transitions::apply_effects(conn, &items, &verdicts, hook).await {
         // Nothing starts, so nothing is refused.

@@ -6,7 +6,7 @@ use crate::{
 };
 use loopwright_engine::{
     Failure,
-    client::Signal,
+    client::{Signal, Why},
     definition::{Await, Data, Definition, Kind, OnItemFailure, OnTimeout, Step},
     ids::RunId,
     transaction,
@@ -252,6 +252,27 @@ async fn messages_that_do_not_fit_into_one_transition_are_read_in_the_next_ones(
     // A cancel behind them all is read as well.
     bench.client.cancel(run, "enough").await.expect("sent");
     assert_eq!(bench.closed(run).await.status, RunStatus::Cancelled);
+    worker.drain(GRACE).await;
+    bench.audit().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_order_behind_many_messages_is_heard_before_anything_begins() {
+    let bench = Bench::new().await;
+    let steps = ["small-0", "small-1", "small-2"].into_iter().map(wait);
+    let run = bench.start(definition("ordered", [work("a", &[])].into_iter().chain(steps).collect()), json!({})).await;
+    for n in 0..300 {
+        let signal = Signal { name: format!("small-{}", n % 3), payload: json!(n), dedupe_id: None, sender: None };
+        assert!(bench.client.signal(run, signal).await.expect("sent"));
+    }
+    bench.client.pause(run, Why::default()).await.expect("sent");
+    let worker = bench.worker().await;
+    reaches(&bench.pool, "select count(*) from runs where parked and status = 'paused' and inbox_seen = 301", 1).await;
+    let begun = "select count(*) from history h, jsonb_array_elements(h.events) e where e->>'type' = 'attempt_started'";
+    assert_eq!(count(&bench, begun).await, 0);
+    bench.client.resume(run, Why::default()).await.expect("sent");
+    assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
+    replays(&bench, run).await;
     worker.drain(GRACE).await;
     bench.audit().await;
 }

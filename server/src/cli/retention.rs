@@ -59,7 +59,7 @@ async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<()> {
                 .or(configured.map(|policy| policy.keep))
                 .ok_or_else(|| missing("keep", "say how long runs stay, for example --keep 90d"))?;
             if dry_run {
-                return print(json, &retention::plan(&app.client, keep).await?, |report| planned(report));
+                return print(json, &retention::plan(&app.client, keep).await?, planned);
             }
             let archive = archive
                 .or(configured.map(|policy| policy.archive.clone()))

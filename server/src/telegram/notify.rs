@@ -79,9 +79,11 @@ async fn tell(parts: &Parts, tx: &mut Tx, run: &Followed) -> Result<(), Error> {
     }
     let seen = match see(parts, run).await {
         Ok(seen) => seen,
-        Err(Error::Engine(error @ (Engine::RunNotFound(_) | Engine::Invariant(_) | Engine::DefinitionNotFound(_)))) => {
+        // What is wrong with one run keeps nobody else from being told.
+        Err(Error::Engine(error)) if !matches!(error, Engine::Sql(_)) => {
             tracing::error!(run = %run.run, %error, "a run cannot be told about");
-            return Ok(chats::looked(tx, run.run, matches!(error, Engine::RunNotFound(_))).await?);
+            let gone = matches!(error, Engine::RunNotFound(_) | Engine::RunArchived { .. });
+            return Ok(chats::looked(tx, run.run, gone).await?);
         }
         Err(error) => return Err(error),
     };
@@ -90,8 +92,8 @@ async fn tell(parts: &Parts, tx: &mut Tx, run: &Followed) -> Result<(), Error> {
         // The chat follows the run that goes on; nothing has ended for it.
         let next = Followed { run: next, ..*run };
         chats::follow(tx, &next).await?;
-        chats::looked(tx, run.run, true).await?;
-        return Box::pin(tell(parts, tx, &next)).await;
+        // The next look tells of it: a chain may be long.
+        return Ok(chats::looked(tx, run.run, true).await?);
     }
     ask(tx, run, &seen, None).await?;
     for waiting in &seen.view.waiting {

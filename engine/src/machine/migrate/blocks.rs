@@ -1,7 +1,7 @@
 //! Whether everything that has begun has its place in the new definition, block by block.
 
 use super::{
-    Migration, Rule,
+    Migration, Rule, SKIPPED,
     names::{Names, visible},
     word,
 };
@@ -79,14 +79,30 @@ impl Compare<'_> {
                 self.found.note(&format!("{}{}", at.old, step.id), Rule::Removed, text);
             }
         }
-        self.cursor(old, new, frame, &images, at);
+        self.cursor(old, new, frame, &images, &self.spent(old, frame, at), at);
+    }
+
+    /// Names of steps that are not what they were: skipped by an earlier migration, or ended under a definition before the present
+    /// one. A step of that name never runs in this run.
+    fn spent(&self, old: &[Step], frame: &Frame, at: &At) -> BTreeSet<String> {
+        let spent = |id: &str, node: &Node| node.reason.as_deref() == Some(SKIPPED) || visible(old, id).is_none();
+        let nodes = frame.nodes.iter().filter(|(id, node)| node.live.is_none() && spent(id, node));
+        nodes.map(|(id, _)| self.names.image(&at.shape, id).to_owned()).collect()
     }
 
     /// Steps before the cursor that have not run: they never do.
-    fn cursor(&mut self, old: &[Step], new: &[Step], frame: &Frame, images: &BTreeSet<String>, at: &At) {
+    fn cursor(
+        &mut self,
+        old: &[Step],
+        new: &[Step],
+        frame: &Frame,
+        images: &BTreeSet<String>,
+        spent: &BTreeSet<String>,
+        at: &At,
+    ) {
         let live = frame.nodes.iter().find(|(_, n)| n.live.is_some()).map(|(id, _)| self.names.image(&at.shape, id));
         let has_run = |step: &Step| {
-            images.contains(&step.id)
+            (images.contains(&step.id) && !spent.contains(&step.id))
                 || matches!(&step.kind, Kind::Repeat { steps, transparent: true, .. }
                     if images.iter().any(|image| visible(steps, image).is_some()))
         };
@@ -114,6 +130,13 @@ impl Compare<'_> {
                 self.found.violation(&path, Rule::StepMoved, text);
             }
             self.skipped.push(path);
+        }
+        for step in new[cursor..].iter().filter(|s| spent.contains(&s.id)) {
+            let text = format!(
+                "`{}` is the name of a step that is over in this run, so it would never run: give it another id",
+                step.id
+            );
+            self.found.violation(&format!("{}{}", at.new, step.id), Rule::StepMoved, text);
         }
         // The steps of a `redo` are done again in its first round.
         for step in &new[cursor..] {

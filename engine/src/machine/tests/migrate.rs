@@ -403,6 +403,24 @@ fn an_ended_step_and_a_new_one_of_its_name_are_not_confused() {
 }
 
 #[test]
+fn a_step_that_is_over_lends_nobody_its_name() {
+    let mut run = waiting_run();
+    migrated(&mut run, with(|d| d.steps.insert(1, act("notify", &[]))), &[]);
+    // Skipped, because it came before what waits. Behind that, under its own name, it would not run either.
+    let moved = with(|d| d.steps.insert(2, act("notify", &[])));
+    assert_eq!(refused(&run, &moved, &[]), one("notify", Rule::StepMoved));
+    // Left where it is, or under another name, it is in nobody's way.
+    migrated(&mut run, with(|d| d.steps.insert(1, act("notify", &[]))), &[]);
+    migrated(&mut run, with(|d| d.steps.insert(2, act("tell", &[]))), &[]);
+
+    let mut run = waiting_run();
+    let without =
+        |more: Option<Step>| definition([ask("ask"), act("z", &[])].into_iter().chain(more).collect::<Vec<_>>());
+    migrated(&mut run, without(None), &[]);
+    assert_eq!(refused(&run, &without(Some(act("a", &[]))), &[]), one("a", Rule::StepMoved));
+}
+
+#[test]
 fn blocks_that_are_open_stay_the_blocks_they_are() {
     let branch = |name: &str| Branch { name: name.into(), steps: vec![ask(&format!("{name}1"))] };
     let parallel = |names: &[&str]| {

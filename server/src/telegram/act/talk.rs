@@ -119,7 +119,7 @@ async fn reply(scene: &mut Scene<'_>, user: &User, run: RunId, path: &str, text:
     };
     match scene.parts.client.signal_in(scene.tx, run, signal).await {
         Ok(_) => Ok(true),
-        Err(Engine::RunClosed(_) | Engine::RunNotFound(_)) => Ok(false),
+        Err(Engine::RunClosed(_) | Engine::RunNotFound(_) | Engine::RunArchived { .. }) => Ok(false),
         Err(error) => Err(error.into()),
     }
 }
@@ -143,7 +143,7 @@ async fn decide(
     };
     match scene.parts.client.signal_in(scene.tx, place.run_id, signal).await {
         Ok(_) => Ok(true),
-        Err(Engine::RunClosed(_) | Engine::RunNotFound(_)) => Ok(false),
+        Err(Engine::RunClosed(_) | Engine::RunNotFound(_) | Engine::RunArchived { .. }) => Ok(false),
         Err(error) => Err(error.into()),
     }
 }
@@ -152,7 +152,7 @@ async fn decide(
 async fn waits(scene: &Scene<'_>, run: RunId, at: &str) -> Result<bool, Error> {
     let view = match scene.parts.client.describe(run).await {
         Ok(view) => view,
-        Err(Engine::RunNotFound(_)) => return Ok(false),
+        Err(Engine::RunNotFound(_) | Engine::RunArchived { .. }) => return Ok(false),
         Err(error) => return Err(error.into()),
     };
     Ok(view
