@@ -6,7 +6,7 @@ async fn name_of(conn: &mut PgConnection, run: Uuid) -> Option<String> {
         .bind(run)
         .fetch_optional(conn)
         .await
-        .unwrap()
+        .expect("test")
 }
 
 async fn row(conn: &mut PgConnection, run: Uuid, seq: i64) {
@@ -16,11 +16,11 @@ async fn row(conn: &mut PgConnection, run: Uuid, seq: i64) {
         .bind(seq)
         .execute(conn)
         .await
-        .unwrap();
+        .expect("test");
 }
 
 fn at(text: &str) -> DateTime<Utc> {
-    text.parse().unwrap()
+    text.parse().expect("test")
 }
 
 /// An id of an instant, with something random behind.
