@@ -78,7 +78,7 @@ pub enum Error {
     #[error("expression: {0}")]
     Expression(String),
     #[cfg(feature = "runtime")]
-    #[error("database: {0}")]
+    #[error("database: {}{}", .0, remedy(.0))]
     Sql(#[from] sqlx::Error),
 }
 
@@ -124,6 +124,29 @@ impl Error {
             #[cfg(feature = "runtime")]
             Self::Sql(_) => "database",
         }
+    }
+}
+
+/// What to do about the conditions of the server that somebody can mend.
+#[cfg(feature = "runtime")]
+fn remedy(error: &sqlx::Error) -> &'static str {
+    let code = error.as_database_error().and_then(sqlx::error::DatabaseError::code);
+    match (error, code.as_deref()) {
+        (sqlx::Error::PoolTimedOut, _) => {
+            "; all connections of this process are in use, or Postgres cannot be reached or gives no more: try again, and look \
+             into pg_stat_activity for who holds them"
+        }
+        (_, Some("53100")) => {
+            "; free space on the disk of Postgres, and try again: what was under way goes on by itself"
+        }
+        (_, Some("53300")) => {
+            "; Postgres gives no more connections: run fewer processes, or raise max_connections or the limit of the role or \
+             database, and try again"
+        }
+        (sqlx::Error::Io(_), _) | (_, Some("57P01" | "57P02" | "57P03")) => {
+            "; Postgres is away: see that it runs and has space on its disk, and try again"
+        }
+        _ => "",
     }
 }
 

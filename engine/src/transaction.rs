@@ -5,11 +5,15 @@ pub use crate::store::is_transient;
 
 use crate::{Error, Result, store::retry_pause};
 use sqlx::{ConnectOptions, Connection, PgConnection, PgPool, Postgres, Transaction, postgres::PgConnectOptions};
-use std::{pin::Pin, sync::Arc, time::Duration};
+use std::{
+    pin::Pin,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-/// How often Postgres is asked what became of a COMMIT that had no answer. With the pause: five seconds, in which the session
-/// that it was sent through has noticed that its client is gone.
-const ASKED_MAX: u32 = 50;
+/// How long Postgres is asked what became of a COMMIT that had no answer: by then the session that it was sent through has
+/// noticed that its client is gone. One wait for a connection may be added.
+const ASKED_MAX: Duration = Duration::from_secs(5);
 const ASK_PAUSE: Duration = Duration::from_millis(100);
 
 /// Longest wait for a session of one's own.
@@ -87,7 +91,7 @@ impl Session {
 /// Runs a closure in a transaction, again when Postgres asks for it, and commits it once.
 ///
 /// # Errors
-/// Those of the closure. `database` if Postgres stays away; then, if it went away during the COMMIT, that may have been done.
+/// Those of the closure. `database` if Postgres stays away, or no connection came free within one wait of the pool; then, if it went away during the COMMIT, that may have been done.
 pub(crate) async fn in_transaction<T, F>(pool: &PgPool, work: F) -> Result<T>
 where
     F: for<'c> Fn(&'c mut PgConnection) -> Pin<Box<dyn Future<Output = Result<T>> + Send + 'c>> + Send + Sync,
@@ -114,6 +118,8 @@ where
         };
         match attempt.await {
             Ok(value) => return Ok(value),
+            // It has waited for a connection as long as the pool allows; the caller is told so then, and not at six times that.
+            Err(Unsent::Failed(Error::Sql(error @ sqlx::Error::PoolTimedOut))) => return Err(Error::Sql(error)),
             Err(Unsent::Failed(Error::Sql(error))) if is_transient(&error) => match retry_pause(tries) {
                 Some(pause) => {
                     tries += 1;
@@ -149,7 +155,8 @@ impl From<sqlx::Error> for Unsent {
 
 /// Whether a transaction was committed whose COMMIT had no answer. `None` if nobody can say.
 async fn was_committed(pool: &PgPool, id: &str) -> Option<bool> {
-    for _ in 0..ASKED_MAX {
+    let began = Instant::now();
+    while began.elapsed() < ASKED_MAX {
         let status: sqlx::Result<Option<String>> =
             sqlx::query_scalar("select pg_xact_status($1::text::xid8)").bind(id).fetch_one(pool).await;
         match status.as_ref().map(Option::as_deref) {
@@ -168,12 +175,13 @@ async fn was_committed(pool: &PgPool, id: &str) -> Option<bool> {
 
 #[cfg(test)]
 mod tests {
-    use super::begin;
+    use super::{ASKED_MAX, begin, was_committed};
     use crate::embedded::testing::database;
     use sqlx::{PgPool, Postgres, Transaction, postgres::PgPoolOptions};
     use std::{
         future::poll_fn,
         task::Poll::{Pending, Ready},
+        time::{Duration, Instant},
     };
 
     /// Drops what begins when the server has begun and the caller does not know it yet, and then writes a row through the same
@@ -213,6 +221,19 @@ mod tests {
                     .expect("seen");
             }
         }
+    }
+
+    #[tokio::test]
+    async fn nobody_asks_for_ever_what_became_of_a_commit() {
+        let all = database(&[]).await;
+        let options = all.connect_options().as_ref().clone();
+        let wait = Duration::from_secs(1);
+        let pool =
+            PgPoolOptions::new().max_connections(1).acquire_timeout(wait).connect_with(options).await.expect("pool");
+        let _held = pool.acquire().await.expect("the only one");
+        let began = Instant::now();
+        assert_eq!(was_committed(&pool, "3").await, None);
+        assert!(began.elapsed() < ASKED_MAX * 3, "{:?}", began.elapsed());
     }
 
     #[tokio::test]

@@ -446,6 +446,10 @@ fn most(limit: usize) -> i64 {
 
 /// Turns wake-ups of other processes into local ones. The poll is right without it.
 async fn listen(shared: Arc<Shared>) {
+    if shared.pool.options().get_max_connections() < 2 {
+        // A listener keeps its connection: nothing would be left to work with.
+        return;
+    }
     loop {
         let listener = async {
             let mut listener = sqlx::postgres::PgListener::connect_with(&shared.pool).await?;

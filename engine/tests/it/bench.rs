@@ -120,7 +120,12 @@ pub struct Bench {
 
 impl Bench {
     pub async fn new() -> Self {
-        let bench = Self::over(database(MIGRATIONS).await);
+        Self::on(database(MIGRATIONS).await).await
+    }
+
+    /// On a migrated database that nobody has used yet.
+    pub async fn on(pool: PgPool) -> Self {
+        let bench = Self::over(pool);
         let pool = &bench.pool;
         for table in [
             "create table test_starts (attempt_id uuid primary key)",

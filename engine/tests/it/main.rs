@@ -7,6 +7,7 @@ mod citus;
 mod client;
 mod close;
 mod crash;
+mod exhausted;
 mod faults;
 mod filter;
 mod fork;
