@@ -79,6 +79,7 @@ impl Pair {
             steps: Vec::new(),
             finally: Vec::new(),
             outputs: BTreeMap::new(),
+            runs_on: Vec::new(),
             queries: BTreeMap::new(),
             extras: Value::Null,
         };

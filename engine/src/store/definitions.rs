@@ -186,13 +186,27 @@ pub(crate) fn hash_of(bytes: Vec<u8>) -> Option<DefinitionHash> {
 
 /// What a definition says of how many of its runs may be under way.
 pub(crate) async fn concurrency(conn: &mut PgConnection, hash: DefinitionHash) -> Result<Option<Concurrency>> {
-    let found: Option<Value> =
-        sqlx::query_scalar("select ir->'concurrency' from definitions where hash = $1 and ir ? 'concurrency'")
-            .bind(&hash.0[..])
-            .fetch_optional(conn)
-            .await?;
-    found
-        .map(serde_json::from_value)
-        .transpose()
-        .map_err(|e| Error::Invariant(format!("a definition's concurrency: {e}")))
+    Ok(terms(conn, hash).await?.concurrency)
+}
+
+/// On what terms the runs of a definition come into the queue.
+#[derive(Debug, Default)]
+pub(crate) struct Terms {
+    pub(crate) concurrency: Option<Concurrency>,
+    pub(crate) runs_on: Vec<String>,
+}
+
+/// None, if there is no such definition.
+pub(crate) async fn terms(conn: &mut PgConnection, hash: DefinitionHash) -> Result<Terms> {
+    let found: Option<(Option<Json<Concurrency>>, Option<Json<Vec<String>>>)> = sqlx::query_as(
+        "select ir->'concurrency', ir->'runs_on' from definitions where hash = $1 and (ir ? 'concurrency' or ir ? 'runs_on')",
+    )
+    .bind(&hash.0[..])
+    .fetch_optional(conn)
+    .await?;
+    let (concurrency, runs_on) = found.unwrap_or_default();
+    Ok(Terms {
+        concurrency: concurrency.map(|Json(concurrency)| concurrency),
+        runs_on: runs_on.map(|Json(labels)| labels).unwrap_or_default(),
+    })
 }

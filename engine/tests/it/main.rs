@@ -12,6 +12,7 @@ mod filter;
 mod fork;
 mod golden;
 mod groups;
+mod labels;
 mod migrate;
 mod passing;
 mod pause;
