@@ -198,15 +198,15 @@ pub(crate) struct Terms {
 
 /// None, if there is no such definition.
 pub(crate) async fn terms(conn: &mut PgConnection, hash: DefinitionHash) -> Result<Terms> {
-    let found: Option<(Option<Json<Concurrency>>, Option<Json<Vec<String>>>)> = sqlx::query_as(
-        "select ir->'concurrency', ir->'runs_on' from definitions where hash = $1 and (ir ? 'concurrency' or ir ? 'runs_on')",
+    let found = sqlx::query(
+        "select coalesce(ir->'concurrency', 'null') as concurrency, ir->'runs_on' as runs_on from definitions
+         where hash = $1 and (ir ? 'concurrency' or ir ? 'runs_on')",
     )
     .bind(&hash.0[..])
     .fetch_optional(conn)
     .await?;
-    let (concurrency, runs_on) = found.unwrap_or_default();
-    Ok(Terms {
-        concurrency: concurrency.map(|Json(concurrency)| concurrency),
-        runs_on: runs_on.map(|Json(labels)| labels).unwrap_or_default(),
-    })
+    let Some(row) = found else { return Ok(Terms::default()) };
+    let Json(concurrency) = row.try_get("concurrency")?;
+    let labels: Option<Json<Vec<String>>> = row.try_get("runs_on")?;
+    Ok(Terms { concurrency, runs_on: labels.map(|Json(labels)| labels).unwrap_or_default() })
 }
