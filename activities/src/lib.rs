@@ -53,6 +53,7 @@ pub const MIGRATIONS: &[Migration] = &[
     loopwright_engine::migrate::RETENTION,
     loopwright_engine::migrate::MIGRATE,
     loopwright_engine::migrate::TIMED,
+    loopwright_engine::migrate::LABELS,
 ];
 
 /// Contracts of all activities.

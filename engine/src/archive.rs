@@ -351,6 +351,7 @@ mod tests {
             steps: vec![],
             finally: vec![],
             outputs: BTreeMap::new(),
+            runs_on: Vec::new(),
             queries: BTreeMap::new(),
             extras: Value::Null,
         };

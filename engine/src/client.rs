@@ -22,7 +22,7 @@ use crate::{
     filter::Query,
     hook::TransitionHook,
     ids::{DefinitionHash, RunId},
-    machine,
+    labels, machine,
     store::{
         self,
         inbox::{Kind as Message, Outgoing, Sent},
@@ -47,7 +47,7 @@ pub struct Start {
     pub workflow_id: Option<String>,
     /// Flat JSON object for hooks, filters and read models. Fixed for the life of the run. At most 8 KiB.
     pub attributes: Value,
-    /// Task queue; `default` if empty.
+    /// Task queue; `default` if empty. No brackets.
     pub queue: String,
     /// Outbox topic that hears of every transition.
     pub topic: Option<String>,
@@ -215,6 +215,9 @@ impl Client {
             return Err(Error::TooLarge { what: "attributes", actual: size, limit: ATTRIBUTES_BYTES_MAX });
         }
         start.admission.check(&start.attributes)?;
+        if let Some(violation) = labels::queue_violation(&start.queue) {
+            return Err(Error::InputInvalid(vec![violation]));
+        }
         let pinned = store::definitions::load(conn, start.definition).await?;
         let inputs = prepare(&pinned.definition, &start.inputs).map_err(Error::InputInvalid)?;
         store::runs::start(conn, &start, &pinned.definition, &inputs).await
@@ -369,7 +372,13 @@ impl Client {
         let loaded = store::runs::load(&mut conn, run).await?;
         let pinned = store::definitions::load(&mut conn, loaded.definition).await?;
         let open = !loaded.status.is_closed();
-        let held = if open { store::groups::held(&mut conn, run).await? } else { None };
+        let held = match open {
+            true => match store::groups::held(&mut conn, run).await? {
+                None if loaded.owner.is_none() => store::workers::wanted(&mut conn, run, &loaded.queue).await?,
+                held => held,
+            },
+            false => None,
+        };
         drop(conn);
         let mut live = machine::live_attempts(&loaded.state);
         if !live.is_empty() {

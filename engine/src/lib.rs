@@ -8,6 +8,7 @@ pub mod event;
 pub mod failure;
 pub mod filter;
 pub mod ids;
+pub mod labels;
 pub mod machine;
 pub mod schedule;
 pub mod signature;

@@ -29,6 +29,7 @@ pub const MIGRATIONS: &[Migration] = &[
     RETENTION,
     MIGRATE,
     TIMED,
+    LABELS,
 ];
 
 /// The columns and tables of pauses, forks and imports.
@@ -69,6 +70,10 @@ pub const MIGRATE: Migration =
 /// Runs whose due instant has come unnoticed.
 pub const TIMED: Migration =
     Migration { version: 16, name: "timed", sql: include_str!("../../migrations/0016_timed.sql") };
+
+/// Labels of workers.
+pub const LABELS: Migration =
+    Migration { version: 17, name: "labels", sql: include_str!("../../migrations/0017_labels.sql") };
 
 /// Why a database could not be brought to the schema of this program.
 #[derive(Debug, thiserror::Error)]

@@ -185,7 +185,7 @@ pub struct RunView {
     /// When it came from a file: it can be read and forked, nothing else.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub imported_at: Option<DateTime<Utc>>,
-    /// What else it waits for before it may begin: `for a place in concurrency group …`.
+    /// What else it waits for: `for a place in concurrency group …`, `for a worker of queue … with the labels …`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held: Option<String>,
 }

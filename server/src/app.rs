@@ -275,6 +275,7 @@ pub async fn start_worker(app: &App, toolbox: &Arc<Toolbox>) -> anyhow::Result<W
         registry: loopwright_activities::registry(toolbox.clone()),
         hook: app.hook.clone(),
         queues: worker.queues.clone(),
+        labels: worker.labels.clone(),
         slots: u32::try_from(worker.slots).unwrap_or(u32::MAX),
         retention: app.config.retention.clone(),
         lease: Duration::from_millis(worker.lease_ms.into()),

@@ -11,6 +11,7 @@ use crate::{
 };
 use loopwright_engine::{
     definition::{Bundle, Concurrency, Data, Definition, Escalate, FORMAT, Input, OnConflict, RetryPolicy, Timeouts},
+    labels::{LABELS_MAX, is_label},
     signature::{Catalog, Signature},
 };
 use serde_json::{Map, Value, json};
@@ -29,6 +30,7 @@ const TOP: &[&str] = &[
     "models",
     "defaults",
     "concurrency",
+    "runs-on",
     "timeout",
     "budget",
     "limits",
@@ -106,6 +108,7 @@ pub(crate) fn document(root: &Node, files: &Bundle, catalog: &Catalog, sink: &mu
     let env = map_of_data(top.get("env"), &scope, sink);
     let timeout_ms = timeout(&top, sink);
     let concurrency = concurrency(&top, &scope, sink);
+    let runs_on = runs_on(&top, sink);
     let triggers = top.get("on").and_then(|node| trigger::on(node, &name, sink));
     let extras = extras(&top, triggers.as_ref(), sink);
     let budget = budget(&top, sink);
@@ -144,6 +147,7 @@ pub(crate) fn document(root: &Node, files: &Bundle, catalog: &Catalog, sink: &mu
         timeout_ms,
         budget,
         concurrency,
+        runs_on,
         executions_max: limit,
         steps: body,
         finally: finally.unwrap_or_default(),
@@ -212,6 +216,25 @@ fn concurrency(top: &Fields<'_>, scope: &Scope, sink: &mut Sink) -> Option<Concu
         sink.error("WF106", group.span, &group.path, "a group is a text");
     }
     Some(Concurrency { group: lowered, limit, on_conflict })
+}
+
+/// Labels that a worker must have, sorted, each once.
+fn runs_on(top: &Fields<'_>, sink: &mut Sink) -> Vec<String> {
+    let Some(node) = top.get("runs-on") else { return Vec::new() };
+    let labels = match &node.kind {
+        Content::Scalar { .. } => top.text("runs-on", sink).map(|label| (label, node.span)).into_iter().collect(),
+        _ => top.texts("runs-on", sink),
+    };
+    for (label, span) in labels.iter().filter(|(label, _)| !is_label(label)) {
+        let help = "lower-case letters, digits and hyphens, at most 63, starting with a letter; no expression";
+        sink.error_help("WF106", *span, &node.path, format!("`{label}` is no label"), help);
+    }
+    let labels: BTreeSet<String> = labels.into_iter().map(|(label, _)| label).collect();
+    let is_empty_list = matches!(&node.kind, Content::List(items) if items.is_empty());
+    if is_empty_list || labels.len() > LABELS_MAX {
+        sink.error("WF422", node.span, &node.path, format!("`runs-on` has 1 to {LABELS_MAX} labels"));
+    }
+    labels.into_iter().collect()
 }
 
 /// What a run may cost. A budget that caps nothing would be believed, so it says how many credits.

@@ -145,6 +145,7 @@ impl Bench {
             steps: vec![step("a", false), step("b", true), step("c", false)],
             finally: vec![],
             outputs: BTreeMap::new(),
+            runs_on: Vec::new(),
             queries: BTreeMap::new(),
             extras: Value::Null,
         };

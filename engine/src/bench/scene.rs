@@ -118,6 +118,7 @@ pub(super) fn definition(name: &str, steps: Vec<Step>) -> Definition {
         steps,
         finally: Vec::new(),
         outputs: BTreeMap::new(),
+        runs_on: Vec::new(),
         queries: BTreeMap::new(),
         extras: Value::Null,
     }

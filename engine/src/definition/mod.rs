@@ -23,7 +23,8 @@ use std::collections::BTreeMap;
 ///
 /// - 1: the first.
 /// - 2: `continue_as_new`.
-pub const FORMAT: u32 = 2;
+/// - 3: `runs_on`.
+pub const FORMAT: u32 = 3;
 
 /// A compiled, validated workflow.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -42,6 +43,9 @@ pub struct Definition {
     /// How many of its runs may be under way at the same time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub concurrency: Option<Concurrency>,
+    /// Labels that a worker must have to claim its runs, sorted; see [`crate::labels`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub runs_on: Vec<String>,
     /// Most executions (attempts, waits, blocks) that one run may make.
     pub executions_max: u32,
     pub steps: Vec<Step>,
@@ -500,7 +504,7 @@ impl Definition {
                 format = 2;
             }
         });
-        format
+        if self.runs_on.is_empty() { format } else { 3 }
     }
 }
 

@@ -121,6 +121,7 @@ impl Spec {
         if self.run_limit == Some(0) || self.run_limit.is_some_and(|n| i32::try_from(n).is_err()) {
             found.push("the run limit is from 1 to 2147483647; leave it out for no limit".into());
         }
+        found.extend(crate::labels::queue_violation(&self.queue));
         match &self.attributes {
             Value::Object(fields) => {
                 for name in ATTRIBUTES_GIVEN.into_iter().filter(|name| fields.contains_key(*name)) {

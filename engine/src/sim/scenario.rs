@@ -85,6 +85,7 @@ fn definition(name: &str, steps: Vec<Step>, finally: Vec<Step>) -> Definition {
         steps,
         finally,
         outputs: BTreeMap::new(),
+        runs_on: Vec::new(),
         queries: BTreeMap::new(),
         extras: Value::Null,
     }

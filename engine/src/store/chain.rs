@@ -11,6 +11,7 @@ use crate::{
     admission::Place,
     event::Ending,
     ids::{DefinitionHash, RunId},
+    labels,
     machine::{CONTINUE_EVERY_MS, Message, RunState},
     payload::{self, Slot},
     view::RunStatus,
@@ -72,6 +73,10 @@ pub(super) type Arrives = (Place, Option<DateTime<Utc>>);
 /// `invariant` if the run before is not there or the next one is.
 pub(super) async fn start(conn: &mut PgConnection, old: RunId, next: &Successor) -> Result<Option<Arrives>> {
     let definition = next.definition.map(|hash| hash.0.to_vec());
+    let labels = match next.definition {
+        Some(hash) => Some(labels::suffix(&definitions::terms(conn, hash).await?.runs_on)),
+        None => None,
+    };
     let mut large = Vec::new();
     let inputs = payload::pack(next.run_id, Slot::Inputs, &next.inputs, &mut large)?;
     let started: Option<StartedRow> = sqlx::query_as(
@@ -79,7 +84,8 @@ pub(super) async fn start(conn: &mut PgConnection, old: RunId, next: &Successor)
               r as (insert into runs (shard, run_id, workflow, definition, workflow_id, status, parked, queue, attributes, topic, inputs,
                                       parent_shard, parent_run_id, parent_path, depth, priority, fairness_key, lane,
                                       first_run_id, continued_from)
-                    select $1, $2, workflow, coalesce($3, definition), workflow_id, 'pending', true, queue, attributes, topic, $4,
+                    select $1, $2, workflow, coalesce($3, definition), workflow_id, 'pending', true, coalesce(split_part(queue, '[', 1) || $9::text, queue),
+                           attributes, topic, $4,
                            parent_shard, parent_run_id, parent_path, depth, priority, fairness_key, lane,
                            coalesce(first_run_id, run_id), run_id
                     from o
@@ -100,6 +106,7 @@ pub(super) async fn start(conn: &mut PgConnection, old: RunId, next: &Successor)
     .bind(old.0)
     .bind(next.not_before)
     .bind(CONTINUE_EVERY_MS)
+    .bind(labels)
     .fetch_optional(&mut *conn)
     .await?;
     let Some((workflow, definition, not_before, messages)) = started else {

@@ -79,6 +79,7 @@ impl Pair {
             steps: Vec::new(),
             finally: Vec::new(),
             outputs: BTreeMap::new(),
+            runs_on: Vec::new(),
             queries: BTreeMap::new(),
             extras: Value::Null,
         };
@@ -321,7 +322,7 @@ impl Pair {
                     let there = workers::heartbeat(&mut conn, worker).await.expect("heartbeat").is_some();
                     return said("heartbeat", &there, &self.memory.heartbeat(worker));
                 }
-                workers::register(&self.pool, worker, &[], LEASE_MS).await.expect("register");
+                workers::register(&self.pool, worker, &[], &[], LEASE_MS).await.expect("register");
                 self.memory.register(worker, Duration::milliseconds(LEASE_MS.into()));
                 said("register", &(), &())
             }

@@ -186,13 +186,27 @@ pub(crate) fn hash_of(bytes: Vec<u8>) -> Option<DefinitionHash> {
 
 /// What a definition says of how many of its runs may be under way.
 pub(crate) async fn concurrency(conn: &mut PgConnection, hash: DefinitionHash) -> Result<Option<Concurrency>> {
-    let found: Option<Value> =
-        sqlx::query_scalar("select ir->'concurrency' from definitions where hash = $1 and ir ? 'concurrency'")
-            .bind(&hash.0[..])
-            .fetch_optional(conn)
-            .await?;
-    found
-        .map(serde_json::from_value)
-        .transpose()
-        .map_err(|e| Error::Invariant(format!("a definition's concurrency: {e}")))
+    Ok(terms(conn, hash).await?.concurrency)
+}
+
+/// On what terms the runs of a definition come into the queue.
+#[derive(Debug, Default)]
+pub(crate) struct Terms {
+    pub(crate) concurrency: Option<Concurrency>,
+    pub(crate) runs_on: Vec<String>,
+}
+
+/// None, if there is no such definition.
+pub(crate) async fn terms(conn: &mut PgConnection, hash: DefinitionHash) -> Result<Terms> {
+    let found = sqlx::query(
+        "select coalesce(ir->'concurrency', 'null') as concurrency, ir->'runs_on' as runs_on from definitions
+         where hash = $1 and (ir ? 'concurrency' or ir ? 'runs_on')",
+    )
+    .bind(&hash.0[..])
+    .fetch_optional(conn)
+    .await?;
+    let Some(row) = found else { return Ok(Terms::default()) };
+    let Json(concurrency) = row.try_get("concurrency")?;
+    let labels: Option<Json<Vec<String>>> = row.try_get("runs_on")?;
+    Ok(Terms { concurrency, runs_on: labels.map(|Json(labels)| labels).unwrap_or_default() })
 }

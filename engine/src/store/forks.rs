@@ -4,8 +4,9 @@ use crate::{
     Error, Result,
     event::{Event, format_of},
     ids::{DefinitionHash, RunId},
+    labels,
     payload::{self, Slot},
-    store::blobs,
+    store::{blobs, definitions},
 };
 use serde_json::Value;
 use sqlx::{PgConnection, Row, types::Json};
@@ -100,6 +101,7 @@ pub(crate) async fn hold(conn: &mut PgConnection, mut runs: [RunId; 2]) -> Resul
 
 /// Inserts the run with its first transition, claimable at once. False if there is a run of this id.
 pub(crate) async fn insert(conn: &mut PgConnection, new: &New<'_>) -> Result<bool> {
+    let labels = labels::suffix(&definitions::terms(conn, new.definition).await?.runs_on);
     let (seq, mut large) = (new.seq + 1, Vec::new());
     let events = payload::pack(new.run, Slot::Events { seq }, &[new.event], &mut large)?;
     let inputs = payload::pack(new.run, Slot::Inputs, new.inputs, &mut large)?;
@@ -109,7 +111,7 @@ pub(crate) async fn insert(conn: &mut PgConnection, new: &New<'_>) -> Result<boo
         "with r as (insert into runs (shard, run_id, workflow, definition, status, parked, queue, attributes, topic, inputs, depth, seq,
                                       inbox_n, inbox_seen, cursor, cursor_seq, forked_shard, forked_from, forked_seq,
                                       priority, fairness_key, lane)
-                    select $1, $2, $3, $4, 'running', true, queue, coalesce($16, attributes), topic, $5, $6, $7 + 1, $8, $8, $9, $7 + 1, $10, $11, $7, priority, fairness_key, lane
+                    select $1, $2, $3, $4, 'running', true, split_part(queue, '[', 1) || $17::text, coalesce($16, attributes), topic, $5, $6, $7 + 1, $8, $8, $9, $7 + 1, $10, $11, $7, priority, fairness_key, lane
                     from runs where shard = $12 and run_id = $13
                       -- One of that id has been here, and has left.
                       and not exists (select from archived_runs a where a.shard = $1 and a.run_id = $2)
@@ -133,6 +135,7 @@ pub(crate) async fn insert(conn: &mut PgConnection, new: &New<'_>) -> Result<boo
     .bind(i16::try_from(format_of(std::slice::from_ref(new.event))).unwrap_or(i16::MAX))
     .bind(Json(&*events))
     .bind(new.attributes)
+    .bind(labels)
     .execute(&mut *conn)
     .await?;
     if inserted.rows_affected() == 1 {

@@ -1,10 +1,14 @@
 //! Runs that go on under another definition, and the definitions that they had before (table `former_definitions`).
 
-use super::{blobs, definitions::hash_of};
+use super::{
+    blobs,
+    definitions::{self, hash_of},
+};
 use crate::{
     Error, Result,
     event::{Event, format_of},
     ids::{DefinitionHash, RunId},
+    labels,
     payload::{self, Slot},
 };
 use serde_json::Value;
@@ -42,6 +46,7 @@ pub(crate) struct New<'a> {
 /// Appends the transition, pins the run to the new definition and makes it claimable; whoever owned it is fenced off. False if
 /// it moved meanwhile. A run that is held back stays so.
 pub(crate) async fn apply(conn: &mut PgConnection, new: &New<'_>) -> Result<bool> {
+    let labels = labels::suffix(&definitions::terms(conn, new.to).await?.runs_on);
     let (seq, mut large) = (new.seq + 1, Vec::new());
     let events = payload::pack(new.run, Slot::Events { seq }, &[new.event], &mut large)?;
     let inputs = new.inputs.map(|inputs| payload::pack(new.run, Slot::Inputs, inputs, &mut large)).transpose()?;
@@ -49,6 +54,7 @@ pub(crate) async fn apply(conn: &mut PgConnection, new: &New<'_>) -> Result<bool
     blobs::put(conn, &large).await?;
     let applied: Option<i32> = sqlx::query_scalar(
         "with u as (update runs r set definition = $5, seq = r.seq + 1, epoch = r.epoch + 1, owner = null, parked = true,
+                           queue = split_part(r.queue, '[', 1) || $11::text,
                            inputs = coalesce($6, r.inputs), cursor = $7, cursor_seq = r.seq + 1,
                            waiting = case when r.owner is null then r.waiting else 'worker' end
                     where shard = $1 and run_id = $2 and epoch = $3 and seq = $4 and closed_at is null and imported_at is null
@@ -58,7 +64,7 @@ pub(crate) async fn apply(conn: &mut PgConnection, new: &New<'_>) -> Result<bool
               o as (insert into outbox (topic, shard, run_id, seq) select topic, shard, run_id, seq from u where topic is not null),
               q as (insert into ready (shard, run_id, queue, priority, lane, due_at)
                     select shard, run_id, queue, priority, lane, engine_now() from u where admitted
-                    on conflict (shard, run_id) do update set timed = false, due_at = least(ready.due_at, excluded.due_at))
+                    on conflict (shard, run_id) do update set timed = false, queue = excluded.queue, due_at = least(ready.due_at, excluded.due_at))
          select 1 from u",
     )
     .bind(new.run.shard())
@@ -71,6 +77,7 @@ pub(crate) async fn apply(conn: &mut PgConnection, new: &New<'_>) -> Result<bool
     .bind(&new.from.0[..])
     .bind(i16::try_from(format_of(std::slice::from_ref(new.event))).unwrap_or(i16::MAX))
     .bind(Json(&*events))
+    .bind(labels)
     .fetch_optional(conn)
     .await?;
     Ok(applied.is_some())

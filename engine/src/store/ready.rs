@@ -237,6 +237,27 @@ pub(crate) async fn depths(pool: &PgPool) -> Result<Vec<Depth>> {
     Ok(rows.into_iter().map(|(queue, due, oldest_s)| Depth { queue, due, oldest_s }).collect())
 }
 
+/// Keys of one look.
+pub(crate) const KEYS_MAX: usize = 100;
+
+/// The keys that have a row, behind the given one, in the database's order: at most [`KEYS_MAX`], each found by one descent of
+/// the index.
+pub(crate) async fn keys(pool: &PgPool, after: Option<&str>) -> Result<Vec<String>> {
+    Ok(sqlx::query_scalar(
+        "with recursive keys (queue, n) as (
+           (select queue, 1 from ready where queue > $1 order by queue limit 1)
+           union all
+           select (select q.queue from ready q where q.queue > keys.queue order by q.queue limit 1), n + 1
+           from keys where keys.queue is not null and n < $2)
+         select queue from keys where queue is not null order by n",
+    )
+    // Every key is behind the empty text.
+    .bind(after.unwrap_or_default())
+    .bind(i64::try_from(KEYS_MAX).unwrap_or(i64::MAX))
+    .fetch_all(pool)
+    .await?)
+}
+
 #[cfg(all(test, feature = "test-util"))]
 #[path = "ready_tests.rs"]
 mod tests;

@@ -141,6 +141,19 @@ async fn the_depth_of_a_queue_is_what_is_due_and_for_how_long() {
     let seen: Vec<(&str, i64)> = found.iter().map(|d| (d.queue.as_str(), d.due)).collect();
     assert_eq!(seen, [("default", 3), ("gpu", 0)]);
     assert!((59.0..120.0).contains(&found[0].oldest_s) && found[1].oldest_s == 0.0, "{found:?}");
+    // What asks for labels is another queue.
+    sqlx::query("insert into ready (shard, run_id, queue) values (0, gen_random_uuid(), 'default[gpu,linux]'), (0, gen_random_uuid(), 'default[gpu,linux]')")
+        .execute(&pool)
+        .await
+        .expect("test");
+    let found = depths(&pool).await.expect("sql");
+    let labelled: Vec<i64> = found.iter().filter(|d| d.queue == "default[gpu,linux]").map(|d| d.due).collect();
+    assert_eq!((labelled, found.len()), (vec![2], 3));
+    let mut there = keys(&pool, None).await.expect("sql");
+    assert_eq!(keys(&pool, Some(&there[0])).await.expect("sql"), there[1..]);
+    assert!(keys(&pool, Some(&there[2])).await.expect("sql").is_empty());
+    there.sort();
+    assert_eq!(there, ["default", "default[gpu,linux]", "gpu"]);
     // Deep is deep enough.
     queue(&pool, "a", 11_000, 3, false, 10).await;
     assert_eq!(depths(&pool).await.expect("test")[0].due, DEPTH_MAX);

@@ -14,6 +14,7 @@ use crate::{
     event::Event,
     filter::FilterError,
     ids::{DefinitionHash, RunId, WorkerId},
+    labels,
     machine::{RunState, fold},
     payload::{self, Slot, Stored},
     transaction,
@@ -80,6 +81,7 @@ pub(crate) async fn start(
     let run_id = start.run_id.unwrap_or_default();
     let key = start.admission.key(&start.attributes);
     let queue = if start.queue.is_empty() { "default" } else { &start.queue };
+    let queue = labels::key(queue, &definition.runs_on);
     let mut large = Vec::new();
     let inputs = payload::pack(run_id, Slot::Inputs, inputs, &mut large)?;
     // A run whose key turns out to be taken was never there.

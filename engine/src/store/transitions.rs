@@ -5,6 +5,7 @@ use crate::{
     admission::Place,
     hook::{AttemptEnd, AttemptStart, Refusal, Transition, TransitionHook},
     ids::{DefinitionHash, RunId},
+    labels,
     payload::{self, Slot},
     store::{
         blobs,
@@ -83,6 +84,7 @@ pub(crate) struct Child {
     pub(crate) path: String,
     /// One more than its parent's.
     pub(crate) depth: i32,
+    /// Its parent's.
     pub(crate) queue: String,
     pub(crate) attributes: Value,
     pub(crate) inputs: Value,
@@ -405,6 +407,7 @@ fn sql_of(error: crate::Error) -> crate::hook::HookError {
 
 /// Inserts a child run. Returns the place that it must arrive at, if its definition has a group.
 async fn start_child(conn: &mut PgConnection, parent: &Item, child: &Child) -> Result<Option<Place>> {
+    let terms = definitions::terms(conn, child.definition).await?;
     let mut blobs = Vec::new();
     let inputs = payload::pack(child.run_id, Slot::Inputs, &child.inputs, &mut blobs)?;
     let inserted = sqlx::query(
@@ -419,7 +422,7 @@ async fn start_child(conn: &mut PgConnection, parent: &Item, child: &Child) -> R
     .bind(child.run_id.0)
     .bind(&child.workflow)
     .bind(&child.definition.0[..])
-    .bind(&child.queue)
+    .bind(labels::key(&child.queue, &terms.runs_on))
     .bind(&child.attributes)
     .bind(&parent.topic)
     .bind(Json(&*inputs))
@@ -433,8 +436,7 @@ async fn start_child(conn: &mut PgConnection, parent: &Item, child: &Child) -> R
     if inserted.rows_affected() == 0 {
         return Ok(None);
     }
-    let group = definitions::concurrency(conn, child.definition).await?;
-    Ok(group.map(|group| group.place(&child.inputs).unwrap_or_else(|_| group.fallback(&child.workflow))))
+    Ok(terms.concurrency.map(|group| group.place(&child.inputs).unwrap_or_else(|_| group.fallback(&child.workflow))))
 }
 
 /// The message that tells a parent how this run ended.

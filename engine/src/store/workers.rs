@@ -3,6 +3,7 @@
 use crate::{
     Result,
     ids::{RunId, WorkerId},
+    labels,
 };
 use chrono::{DateTime, Utc};
 use sqlx::{PgConnection, PgPool};
@@ -11,6 +12,7 @@ pub(crate) async fn register(
     pool: &PgPool,
     worker: WorkerId,
     queues: &[String],
+    labels: &[String],
     lease_ms: i32,
 ) -> Result<DateTime<Utc>> {
     // The kernel knows it; a shell's HOSTNAME is seldom exported, and stands in where there is no /proc.
@@ -18,7 +20,7 @@ pub(crate) async fn register(
         .or_else(|_| std::env::var("HOSTNAME"))
         .map_or_else(|_| String::new(), |name| name.trim().to_owned());
     Ok(sqlx::query_scalar(
-        "insert into workers (id, host, pid, version, queues, lease_ms) values ($1, $2, $3, $4, $5, $6) returning engine_now()",
+        "insert into workers (id, host, pid, version, queues, lease_ms, labels) values ($1, $2, $3, $4, $5, $6, $7) returning engine_now()",
     )
     .bind(worker.0)
     .bind(host)
@@ -26,8 +28,30 @@ pub(crate) async fn register(
     .bind(env!("CARGO_PKG_VERSION"))
     .bind(queues)
     .bind(lease_ms)
+    .bind(labels)
     .fetch_one(pool)
     .await?)
+}
+
+/// What a run waits for, if it is due, its key asks for labels and no live worker has them. For people.
+pub(crate) async fn wanted(conn: &mut PgConnection, run: RunId, key: &str) -> Result<Option<String>> {
+    let (queue, labels) = labels::split(key);
+    if labels.is_empty() {
+        return Ok(None);
+    }
+    let nobody: Option<bool> = sqlx::query_scalar(
+        "select not exists (select from workers w where w.labels @> $3 and $4 = any(w.queues)
+                              and w.heartbeat_at + w.lease_ms * interval '1 millisecond' >= engine_now())
+         from ready q where q.shard = $1 and q.run_id = $2 and q.due_at <= engine_now()",
+    )
+    .bind(run.shard())
+    .bind(run.0)
+    .bind(&labels)
+    .bind(queue)
+    .fetch_optional(conn)
+    .await?;
+    let text = || format!("for a worker of queue `{queue}` with the labels {}; none is there", labels.join(", "));
+    Ok((nobody == Some(true)).then(text))
 }
 
 /// Renews the lease. `None` if this worker was declared dead. The database's time comes back with it.

@@ -15,6 +15,7 @@ mod depth;
 mod drive;
 mod executor;
 pub(crate) mod fire;
+mod keys;
 mod lease;
 mod pace;
 mod retain;
@@ -41,6 +42,7 @@ use crate::{
     },
 };
 use drive::Claim;
+use keys::Keys;
 use pace::{Looks, Pace};
 use slots::Slots;
 use sqlx::PgPool;
@@ -90,6 +92,8 @@ pub struct WorkerConfig {
     pub hook: Arc<dyn TransitionHook>,
     /// Task queues it serves.
     pub queues: Vec<String>,
+    /// What it has: of its queues it claims the runs that ask for no other labels.
+    pub labels: Vec<String>,
     /// Attempts that run at the same time.
     pub slots: u32,
     /// Retires old runs; `None`: nothing ever leaves the database.
@@ -107,6 +111,7 @@ impl WorkerConfig {
             registry,
             hook: Arc::new(NoHook),
             queues: vec!["default".into()],
+            labels: Vec::new(),
             slots: 32,
             retention: None,
             lease: Duration::from_secs(15),
@@ -162,7 +167,7 @@ pub async fn start(config: WorkerConfig) -> Result<WorkerHandle> {
     let lease_ms = i32::try_from(config.lease.as_millis()).unwrap_or(i32::MAX).max(100);
     let clock = Arc::new(Clock::default());
     let asked = Instant::now();
-    clock.set(asked, store::workers::register(&config.pool, id, &config.queues, lease_ms).await?);
+    clock.set(asked, store::workers::register(&config.pool, id, &config.queues, &config.labels, lease_ms).await?);
     let shared = Arc::new(Shared {
         id,
         catalog: config.registry.catalog(),
@@ -194,7 +199,8 @@ pub async fn start(config: WorkerConfig) -> Result<WorkerHandle> {
         }
     };
     tasks.spawn(until(Box::pin(publish_queue_depths(shared.pool.clone(), config.queues.clone()))));
-    tasks.spawn(until(Box::pin(poll(shared.clone(), config.queues, tasks.clone()))));
+    let keys = Keys::new(config.queues, config.labels);
+    tasks.spawn(until(Box::pin(poll(shared.clone(), keys, tasks.clone()))));
     tasks.spawn(until(Box::pin(listen(shared.clone()))));
     tasks.spawn(until(Box::pin(sweep(shared.clone(), (config.lease / 4).min(SWEEP_MAX)))));
     tasks.spawn(until(Box::pin(write_progress(shared.clone()))));
@@ -265,7 +271,7 @@ async fn leave(shared: &Shared) -> Result<()> {
 }
 
 /// Claims due runs and passes messages on, at every wake-up and at the latest every [`POLL`].
-async fn poll(shared: Arc<Shared>, queues: Vec<String>, tasks: TaskTracker) {
+async fn poll(shared: Arc<Shared>, mut keys: Keys, tasks: TaskTracker) {
     let (mut suspects, mut strays, mut looks) = (HashSet::new(), Pace::new(STRAYS_LOOK), Looks::new());
     strays.looked(Instant::now());
     loop {
@@ -278,7 +284,7 @@ async fn poll(shared: Arc<Shared>, queues: Vec<String>, tasks: TaskTracker) {
             }
             strays.looked(began);
         }
-        match poll_once(&shared, &queues, &tasks, &mut looks).await {
+        match poll_once(&shared, &mut keys, &tasks, &mut looks).await {
             Ok(true) => continue,
             Ok(false) => {}
             Err(Error::LeaseLost) => {
@@ -323,7 +329,7 @@ async fn give_back_strays(shared: &Shared, suspects: &HashSet<(RunId, i64)>) -> 
 }
 
 /// True if there may be more to claim at once.
-async fn poll_once(shared: &Arc<Shared>, queues: &[String], tasks: &TaskTracker, looks: &mut Looks) -> Result<bool> {
+async fn poll_once(shared: &Arc<Shared>, keys: &mut Keys, tasks: &TaskTracker, looks: &mut Looks) -> Result<bool> {
     let driven: Vec<RunId> = shared.drivers.lock().expect("no panic while held").keys().copied().collect();
     let owned = driven.len();
     looks.owed = owned > 0 && !looks.messages.is_due();
@@ -340,6 +346,10 @@ async fn poll_once(shared: &Arc<Shared>, queues: &[String], tasks: &TaskTracker,
     if shared.draining.is_cancelled() || shared.fenced.is_cancelled() || owned >= RUNS_MAX {
         return Ok(false);
     }
+    if keys.look(&shared.pool).await? {
+        looks.since = None;
+    }
+    let queues = keys.all();
     let room = shared.room();
     let limit = if room > 0 { room.min(RUNS_MAX - owned) } else { RUNS_MAX - owned }.min(CLAIM_MAX);
     let claimed = if room > 0 {

@@ -165,6 +165,15 @@ impl Bench {
         worker::start(config).await.expect("worker")
     }
 
+    /// A worker that has labels.
+    pub async fn worker_having(&self, lease: Duration, labels: &[&str]) -> WorkerHandle {
+        let script = self.script.lock().expect("lock").clone();
+        let mut config = WorkerConfig::new(self.pool.clone(), Registry::new().with(Work(script)));
+        config.hook = self.hook.clone();
+        (config.lease, config.labels) = (lease, labels.iter().map(|l| (*l).to_owned()).collect());
+        worker::start(config).await.expect("worker")
+    }
+
     pub async fn deploy(&self, definition: Definition) -> loopwright_engine::ids::DefinitionHash {
         let deploy = Deploy { definition, bundle: Bundle::new(), source: String::new(), author: None, message: None };
         self.client.deploy(deploy).await.expect("deploy").hash
@@ -323,6 +332,7 @@ pub fn definition(name: &str, steps: Vec<Step>) -> Definition {
         steps,
         finally: vec![],
         outputs: BTreeMap::new(),
+        runs_on: Vec::new(),
         queries: BTreeMap::new(),
         extras: Value::Null,
     }

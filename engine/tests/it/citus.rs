@@ -61,6 +61,7 @@ const EVERYWHERE: &[(&str, &str)] = &[
     ("on d.id = r.owner", "takeover: after a worker has died, and one look of each worker every 750 ms"),
     ("update dead_workers", "takeover: the same"),
     ("first_run_id = ", "chains: whoever stops a child asks for the run that is open in its place"),
+    ("keys (queue, n)", "claim: which keys there are, at most 20 times a second, by workers that have labels"),
     ("names (queue, n)", "depth of the queues: for people, every 10 s"),
     (
         "from admissions",

@@ -13,6 +13,7 @@ mod filter;
 mod fork;
 mod golden;
 mod groups;
+mod labels;
 mod migrate;
 mod passing;
 mod pause;

@@ -52,6 +52,7 @@ fn definition(first: Step) -> Definition {
         steps: vec![first, work("b")],
         finally: vec![work("clean")],
         outputs: BTreeMap::new(),
+        runs_on: Vec::new(),
         queries: BTreeMap::new(),
         extras: Value::Null,
     }

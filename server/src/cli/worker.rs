@@ -3,6 +3,7 @@
 use super::Context;
 use crate::{
     app::{self, App, Models},
+    config,
     postgres::Fallback,
 };
 use std::path::PathBuf;
@@ -15,6 +16,9 @@ pub(crate) struct Args {
     /// Queues to work on
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     queues: Option<Vec<String>>,
+    /// What this worker has, for workflows that ask for it by `runs-on`
+    #[arg(long, value_name = "LABEL", value_delimiter = ',')]
+    labels: Option<Vec<String>>,
     /// Answer from a script instead of asking models: the path of a rehearsal, or `demo`
     #[arg(long, value_name = "FILE")]
     rehearsal: Option<PathBuf>,
@@ -28,6 +32,9 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<()> {
     }
     if let Some(queues) = args.queues {
         config.worker.queues = queues;
+    }
+    if let Some(labels) = args.labels {
+        config.worker.labels = config::labels("--labels", labels)?;
     }
     let stop = app::stop_on_signal()?;
     let app = App::open(config, Fallback::None).await?;

@@ -79,6 +79,7 @@ pub const VARIABLES: &[Variable] = &[
     v("LOOPWRIGHT_CREDITS_PER_USD", "billing.credits_per_usd", "default 100"),
     v("LOOPWRIGHT_MARKUP_BPS", "billing.markup_bps", "on top of cost, in basis points; default 2000 (20 %)"),
     v("LOOPWRIGHT_WORKER_SLOTS", "worker.slots", "attempts at the same time in one worker; default 4"),
+    v("LOOPWRIGHT_WORKER_LABELS", "worker.labels", "what a worker has for `runs-on`, with commas; default nothing"),
     v(
         "LOOPWRIGHT_WORKER_LEASE_MS",
         "worker.lease_ms",
@@ -143,6 +144,10 @@ pub(super) fn apply(file: &mut File, variables: &[(String, String)]) -> Result<(
             "LOOPWRIGHT_CREDITS_PER_USD" => file.billing.credits_per_usd = Some(number(name, value)?),
             "LOOPWRIGHT_MARKUP_BPS" => file.billing.markup_bps = Some(number(name, value)?),
             "LOOPWRIGHT_WORKER_SLOTS" => file.worker.slots = Some(number(name, value)?),
+            "LOOPWRIGHT_WORKER_LABELS" => {
+                let labels = value.split(',').map(|label| label.trim().to_owned()).filter(|label| !label.is_empty());
+                file.worker.labels = Some(labels.collect());
+            }
             "LOOPWRIGHT_WORKER_LEASE_MS" => file.worker.lease_ms = Some(number(name, value)?),
             "LOOPWRIGHT_RETENTION_KEEP" => file.retention.keep = text(),
             "LOOPWRIGHT_RETENTION_ARCHIVE" => file.retention.archive = path(),

@@ -5,6 +5,7 @@ use super::{
     Models, Provider, Providers, Sandbox, Telegram, Worker, secret,
 };
 use loopwright_engine::{
+    labels::{WORKER_LABELS_MAX, is_label},
     payload::PayloadKeys,
     retention::{KEEP_MIN, Policy},
 };
@@ -144,6 +145,7 @@ pub struct WorkerFile {
     pub slots: Option<usize>,
     pub lease_ms: Option<u32>,
     pub queues: Option<Vec<String>>,
+    pub labels: Option<Vec<String>>,
     pub drain_ms: Option<u64>,
 }
 
@@ -241,6 +243,7 @@ impl File {
                 slots: positive("worker.slots", self.worker.slots.unwrap_or(4))?,
                 lease_ms: lease(self.worker.lease_ms.unwrap_or(15_000))?,
                 queues: self.worker.queues.unwrap_or_else(|| vec!["default".into()]),
+                labels: labels("worker.labels", self.worker.labels.unwrap_or_default())?,
                 drain_ms: self.worker.drain_ms.unwrap_or(20_000),
             },
             retention: self.retention.resolve()?,
@@ -291,6 +294,22 @@ fn positive<T: Default + PartialEq + std::fmt::Display>(key: &str, value: T) -> 
 
 fn at_most(key: &str, value: u32, limit: u32) -> Result<u32, Error> {
     if value <= limit { Ok(value) } else { Err(Error::value(key, format!("{value} is more than {limit}"))) }
+}
+
+/// What a worker has.
+pub(crate) fn labels(key: &str, labels: Vec<String>) -> Result<Vec<String>, Error> {
+    if labels.len() > WORKER_LABELS_MAX {
+        return Err(Error::value(key, format!("{} labels are more than {WORKER_LABELS_MAX}", labels.len())));
+    }
+    match labels.iter().find(|label| !is_label(label)) {
+        Some(label) => Err(Error::value(
+            key,
+            format!(
+                "`{label}` is no label: lower-case letters, digits and hyphens, at most 63, starting with a letter"
+            ),
+        )),
+        None => Ok(labels),
+    }
 }
 
 fn address(key: &str, text: Option<String>) -> Result<Option<Url>, Error> {
@@ -433,6 +452,18 @@ mod tests {
         ] {
             let error = of(text).unwrap_err().to_string();
             assert!(error.contains(key), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn labels_of_a_worker_are_names() {
+        let of = |text: &str| File::parse(text).unwrap().resolve().map(|config| config.worker.labels);
+        assert!(of("worker: {}").unwrap().is_empty());
+        assert_eq!(of("worker: { labels: [gpu, linux] }").unwrap(), ["gpu", "linux"]);
+        let many = (0..=WORKER_LABELS_MAX).map(|n| format!("l{n}")).collect::<Vec<_>>().join(", ");
+        for bad in ["GPU".to_owned(), "'a,b'".to_owned(), many] {
+            let error = of(&format!("worker: {{ labels: [{bad}] }}")).unwrap_err().to_string();
+            assert!(error.contains("worker.labels"), "{error}");
         }
     }
 

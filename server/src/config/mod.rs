@@ -8,7 +8,7 @@ mod file;
 
 pub use env::{VARIABLES, Variable};
 pub use file::File;
-pub(crate) use file::keep_of;
+pub(crate) use file::{keep_of, labels};
 
 use loopwright_engine::payload::PayloadKeys;
 use secrecy::{ExposeSecret, SecretString};
@@ -213,6 +213,8 @@ pub struct Worker {
     /// After this long without a heartbeat others take the worker's runs over.
     pub lease_ms: u32,
     pub queues: Vec<String>,
+    /// It claims runs whose definition asks for no others.
+    pub labels: Vec<String>,
     /// From the request to stop until live attempts are handed back.
     pub drain_ms: u64,
 }

@@ -199,6 +199,7 @@ impl Server {
             steps,
             finally: vec![],
             outputs: BTreeMap::new(),
+            runs_on: Vec::new(),
             queries: BTreeMap::from([("at".to_owned(), Data::Expr(Expr("run.status".into())))]),
             extras: Value::Null,
         };

@@ -67,6 +67,7 @@ fn definition(steps: Vec<Step>) -> Definition {
         steps,
         finally: Vec::new(),
         outputs: BTreeMap::new(),
+        runs_on: Vec::new(),
         queries: BTreeMap::new(),
         extras: Value::Null,
     }

@@ -191,6 +191,7 @@ pub(super) async fn run(command: Command, recorder: PathBuf, mut stop: watch::Re
             registry: registry(recorder.clone()),
             hook: app.hook.clone(),
             queues: queues.clone(),
+            labels: Vec::new(),
             slots: u32::try_from(slots).unwrap_or(u32::MAX),
             retention: None,
             lease: Duration::from_millis(app.config.worker.lease_ms.into()),
