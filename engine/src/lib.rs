@@ -32,6 +32,7 @@ pub mod hook;
 pub mod migrate;
 #[cfg(feature = "runtime")]
 pub mod payload;
+#[cfg(feature = "runtime")]
 pub mod retention;
 #[cfg(feature = "test-util")]
 pub mod sim;
