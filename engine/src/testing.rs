@@ -18,7 +18,7 @@ pub const CRASH_POINTS: &[(&str, &str)] = &[
     ("load.after_calls", "worker/drive.rs"),
     ("messages.after_sent", "worker/drive.rs"),
     ("messages.after_read", "worker/drive.rs"),
-    ("large.after_put", "worker/drive.rs"),
+    ("large.after_put", "worker/drive/item.rs"),
     ("step.before_commit", "worker/drive.rs"),
     ("step.after_commit", "worker/drive.rs"),
     ("park.before_release", "worker/drive.rs"),

@@ -2,8 +2,7 @@
 
 use super::{
     Illegal, MAILBOX_MAX,
-    migrate::SKIPPED,
-    state::{Branch, Ended, FINALLY_PREFIX, Frame, Live, Message, Node, Phase, RunState, shape_of},
+    state::{Branch, Ended, FINALLY_PREFIX, Frame, Live, Message, Node, Phase, RunState, SKIPPED, shape_of},
 };
 use crate::{
     event::{Ending, Event, Opened, Outcome, StepStatus},

@@ -34,8 +34,6 @@ use std::collections::BTreeMap;
 pub const FINDINGS_MAX: usize = 200;
 /// Notes that the event keeps. Chosen: a history row stays small.
 const KEPT_NOTES_MAX: usize = 50;
-/// Why a step that was put in before what has run is skipped.
-pub(super) const SKIPPED: &str = "migrated";
 
 /// What is asked for.
 #[derive(Clone, Debug)]

@@ -13,6 +13,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 
+/// Why a step that a migration put in before what has run is skipped.
+pub(super) const SKIPPED: &str = "migrated";
+
 /// A run, folded from its history.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunState {

@@ -107,7 +107,7 @@ fn data_dir(config: &Config) -> Check {
 
 fn payload(config: &Config) -> Check {
     let Some(keys) = &config.payload_keys else {
-        return Check::new("payload", State::Ok, "what runs store is plain", "");
+        return Check::new("payload", State::Ok, "no key is configured: what runs store from now on is plain", "");
     };
     let ids: Vec<&str> = keys.ids().collect();
     let finding = match ids.split_first() {

@@ -1,14 +1,14 @@
 //! Whether everything that has begun has its place in the new definition, block by block.
 
 use super::{
-    Migration, Rule, SKIPPED,
+    Migration, Rule,
     names::{Names, visible},
     word,
 };
 use crate::{
     definition::{Definition, Kind, Step, inputs::violations},
     machine::{
-        state::{FINALLY_PREFIX, Frame, Live, Node, RunState, shape_of},
+        state::{FINALLY_PREFIX, Frame, Live, Node, RunState, SKIPPED, shape_of},
         timer::millis,
     },
 };

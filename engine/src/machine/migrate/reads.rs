@@ -1,7 +1,7 @@
 //! Whether what is to come finds what it reads: every expression that may still be evaluated, against the outputs that there are.
 
 use super::{
-    Migration, Rule, SKIPPED,
+    Migration, Rule,
     names::{Names, visible},
 };
 use crate::{
@@ -13,7 +13,7 @@ use crate::{
     machine::{
         Moment, call_key,
         scope::{live_children, node_value},
-        state::{FINALLY_PREFIX, Frame, Live, Node, RunState, split_segment},
+        state::{FINALLY_PREFIX, Frame, Live, Node, RunState, SKIPPED, split_segment},
     },
 };
 use serde_json::Value;

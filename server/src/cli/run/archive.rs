@@ -68,7 +68,11 @@ pub(super) async fn replay(target: &str, definition: Option<&str>, context: Cont
 
 fn report(replayed: &Replayed) -> String {
     let Replayed { decided, folded, events, divergence } = replayed;
-    let shared = if *folded > 0 { format!("; {folded} that are another run's were folded") } else { String::new() };
+    let shared = if *folded > 0 {
+        format!("; {folded} that are another run's, or a fork or migration, were folded")
+    } else {
+        String::new()
+    };
     match divergence {
         None => format!("The same decisions: {decided} transitions, {events} events{shared}."),
         Some(d) => {
