@@ -81,8 +81,13 @@ async fn urgent_runs_are_claimed_first() {
     for (user, priority) in [("last", 5), ("usual", 3), ("usual", 3), ("first", 1)] {
         runs.push(start(&bench, hash, user, priority).await);
     }
-    gate.open(1_000);
     let worker = bench.worker_with(LONG, 1).await;
+    gate.arrived(1).await;
+    // All of them are here, and the others wait for the slot.
+    for run in &runs {
+        bench.until(*run, "has begun", |view| view.seq > 0).await;
+    }
+    gate.open(1_000);
     for run in runs {
         bench.closed(run).await;
     }
