@@ -1,7 +1,7 @@
 //! What happens together: runs that are claimed and loaded in one go, results that are one transition.
 
 use crate::{
-    bench::{Bench, Gate, definition, e, step, work},
+    bench::{Bench, Gate, definition, e, step, waits_for, work},
     faults::{GRACE, LONG, reaches},
 };
 use loopwright_engine::{
@@ -210,20 +210,7 @@ fn waits() -> Definition {
 }
 
 fn wait(signal: &str) -> Step {
-    let spec = Await {
-        signal: signal.into(),
-        timeout_ms: 600_000,
-        form: None,
-        show: None,
-        to: vec![],
-        filter: None,
-        remind_ms: vec![],
-        on_timeout: OnTimeout::Fail,
-        default: None,
-        approval: None,
-        reply: None,
-    };
-    step(&signal.replace('-', "_"), Kind::Await(Box::new(spec)))
+    step(&signal.replace('-', "_"), Kind::Await(Box::new(waits_for(signal))))
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -318,7 +318,7 @@ async fn what_is_moved_to_another_place_is_refused() {
         "update runs r set output = (select output from runs o where o.run_id = $2) where run_id = $1",
         "update runs r set output = r.inputs where run_id = $1 and $2 <> run_id",
         "update blobs b set bytes = (select bytes from blobs o where o.run_id = $2) where run_id = $1",
-        "update blobs b set bytes = overlay(bytes placing '\\x00' from octet_length(bytes) for 1) where run_id = $1 and $2 <> run_id",
+        "update blobs b set bytes = set_byte(bytes, octet_length(bytes) - 1, get_byte(bytes, octet_length(bytes) - 1) # 1) where run_id = $1 and $2 <> run_id",
     ] {
         let mut tx = bench.pool.acquire().await.expect("connection");
         let kept = "create temporary table kept_history as select * from history; create temporary table kept_runs as select * from runs;
