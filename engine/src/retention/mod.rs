@@ -127,16 +127,14 @@ async fn retire_all(client: &Client, keep: Duration, folder: Option<&Path>) -> R
     let periods = store::retention::periods(&mut conn, before).await?;
     drop(conn);
     let mut planned = std::collections::BTreeSet::new();
+    let mut families = store::retention::Families::new();
     for (ids, partition) in periods {
         let mut old = Old::new(ids, before);
         loop {
             let mut conn = client.pool().acquire().await?;
             let asked = old.next(&mut conn, RUNS_MAX).await?;
-            let leaving = if asked.is_empty() {
-                Vec::new()
-            } else {
-                store::retention::judge(&mut conn, &asked, before, false).await?
-            };
+            let last = asked.len() < RUNS_MAX;
+            let leaving = families.judge(&mut conn, asked, before).await?;
             drop(conn);
             match folder {
                 Some(folder) if !leaving.is_empty() => {
@@ -152,7 +150,7 @@ async fn retire_all(client: &Client, keep: Duration, folder: Option<&Path>) -> R
                 Some(_) => {}
                 None => planned.extend(leaving),
             }
-            if asked.len() < RUNS_MAX {
+            if last {
                 break;
             }
         }

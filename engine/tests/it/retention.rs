@@ -276,6 +276,8 @@ async fn old_runs_leave_for_a_file_and_can_be_brought_back() {
         admission: Default::default(),
     };
     assert!(!client.start(again).await.expect("start").created);
+    let late = client.fork(scene.open, Fork { run_id: Some(gone), ..forked(1) }).await.expect("found");
+    assert_eq!((late.created, late.run_id), (false, gone), "a fork under a retired run's id makes none");
     assert_eq!(client.describe(gone).await.expect_err("gone").code(), "run_archived");
     assert_eq!(scene.retire().await, retention::Report::default(), "all is done");
 

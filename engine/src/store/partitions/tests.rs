@@ -90,6 +90,22 @@ async fn who_holds_the_table_is_not_waited_for() {
 }
 
 #[tokio::test]
+async fn a_month_with_rows_is_attached_under_the_lock_against_everybody_and_others_are_not() {
+    let pool = database(MIGRATIONS).await;
+    let mut conn = pool.acquire().await.unwrap();
+    let run = id("2031-05-05T00:00:00Z");
+    row(&mut conn, run, 1).await;
+    // Somebody reads: rows that move from under him would be missing, or be written where they are refused.
+    let mut reader = transaction::begin(&pool).await.unwrap();
+    sqlx::query("lock table only history in access share mode").execute(&mut *reader).await.unwrap();
+    assert_eq!(ahead(&pool, at("2031-05-09T00:00:00Z")).await.unwrap(), 2, "the months without rows");
+    assert_eq!(name_of(&mut conn, run).await.unwrap(), "history_default");
+    reader.rollback().await.unwrap();
+    assert_eq!(ahead(&pool, at("2031-05-09T00:00:00Z")).await.unwrap(), 1);
+    assert_eq!(name_of(&mut conn, run).await.unwrap(), "history_2031_05");
+}
+
+#[tokio::test]
 async fn a_database_with_runs_keeps_them_and_gets_months_beside_them() {
     let older: Vec<_> = MIGRATIONS.iter().copied().filter(|m| m.version < migrate::RETENTION.version).collect();
     let pool = database(&older).await;

@@ -170,3 +170,45 @@ async fn every_table_with_rows_of_runs_is_listed_or_known_to_stay() {
     known.sort_unstable();
     assert_eq!(tables, known, "rows of a retired run must go, or it is said here that they stay");
 }
+
+/// A run that ended long ago, of that parent.
+fn old(parent: Option<RunId>) -> Made {
+    Made { parent, origin: None, open: false, ended: KEEP + 10, imported: None }
+}
+
+#[tokio::test]
+async fn a_family_that_is_too_large_keeps_nobody_else_and_is_walked_once() {
+    let pool = database(MIGRATIONS).await;
+    let mut conn = pool.acquire().await.unwrap();
+    sqlx::query("alter table runs drop constraint runs_definition_fkey").execute(&mut *conn).await.unwrap();
+    let parent = RunId::new();
+    let children: Vec<RunId> = (0..6).map(|_| RunId::new()).collect();
+    let alone: Vec<RunId> = (0..5).map(|_| RunId::new()).collect();
+    insert(&mut conn, parent, &old(None)).await;
+    for child in &children {
+        insert(&mut conn, *child, &old(Some(parent))).await;
+    }
+    for run in &alone {
+        insert(&mut conn, *run, &old(None)).await;
+    }
+    let before: DateTime<Utc> =
+        sqlx::query_scalar("select engine_now() - interval '90 days'").fetch_one(&mut *conn).await.unwrap();
+    let all = |runs: &[RunId]| runs.iter().copied().collect::<BTreeSet<_>>();
+    // Six may leave together; there are seven. Those who stand beside it leave.
+    let mut families = Families { most: 6, ..Families::new() };
+    let page = [&children[..3], &alone[..3]].concat();
+    let left = families.judge(&mut conn, page, before).await.unwrap();
+    assert_eq!(all(&left), all(&alone[..3]));
+    assert!((1..=8).contains(&families.walks), "{}", families.walks);
+    // On the next page it is known.
+    let page = [&children[3..], &alone[3..]].concat();
+    let left = families.judge(&mut conn, page, before).await.unwrap();
+    assert_eq!(all(&left), all(&alone[3..]));
+    assert_eq!(families.walks, 1);
+    // One that fits leaves whole with its first, and is not judged again.
+    let mut families = Families { most: 7, ..Families::new() };
+    let left = families.judge(&mut conn, children[..1].to_vec(), before).await.unwrap();
+    assert_eq!(all(&left), all(&[&children[..], &[parent]].concat()));
+    let left = families.judge(&mut conn, children[1..].to_vec(), before).await.unwrap();
+    assert_eq!((left.len(), families.walks), (0, 0));
+}
