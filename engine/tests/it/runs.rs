@@ -398,3 +398,35 @@ async fn deploying_again_changes_nothing_and_an_edit_is_a_new_version() {
     assert!(view.status == RunStatus::Completed);
     worker.drain(GRACE).await;
 }
+
+#[tokio::test]
+async fn more_runs_than_one_statement_wakes_are_all_woken_once() {
+    let bench = Bench::new().await;
+    let hash = bench.deploy(definition("many", vec![work("a", &[])])).await;
+    // Some are held back, which nobody is to claim, or closed, which hear nothing. A run's shard is its last byte's.
+    sqlx::query(
+        "insert into runs (shard, run_id, workflow, definition, status, parked, inputs, attributes, admitted, closed_at)
+         select get_byte(uuid_send(id), 15) % 128, id, 'many', $1, case when n > 1210 then 'completed' else 'running' end, true, '{}',
+                '{\"user_id\": \"u7\"}', n > 10, case when n > 1210 then engine_now() end
+         from (select n, gen_random_uuid() as id from generate_series(1, 1220) n) r",
+    )
+    .bind(&hash.0[..])
+    .execute(&bench.pool)
+    .await
+    .expect("runs");
+    for times in 1..=2_i64 {
+        let mut tx = loopwright_engine::transaction::begin(&bench.pool).await.expect("begin");
+        let woken = bench.client.unblock_in(&mut tx, &json!({"user_id": "u7"})).await.expect("woken");
+        tx.commit().await.expect("commit");
+        assert_eq!(woken, 1_210);
+        let (messages, due, wrong): (i64, i64, i64) = sqlx::query_as(
+            "select (select count(*) from inbox where kind = 'unblock' and payload = 'null'), (select count(*) from ready),
+                    (select count(*) from runs where inbox_n <> case when closed_at is null then $1 else 0 end)",
+        )
+        .bind(times)
+        .fetch_one(&bench.pool)
+        .await
+        .expect("count");
+        assert_eq!((messages, due, wrong), (times * 1_210, 1_200, 0));
+    }
+}
