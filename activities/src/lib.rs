@@ -54,6 +54,7 @@ pub const MIGRATIONS: &[Migration] = &[
     loopwright_engine::migrate::MIGRATE,
     loopwright_engine::migrate::TIMED,
     loopwright_engine::migrate::LABELS,
+    loopwright_engine::migrate::START,
 ];
 
 /// Contracts of all activities.

@@ -3,10 +3,12 @@
 #[cfg(feature = "runtime")]
 use crate::definition::Definition;
 pub use crate::definition::OnConflict;
-use crate::{Error, Result};
+use crate::{Error, Result, view::RunStatus};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 #[cfg(feature = "runtime")]
 use sha2::{Digest, Sha256};
+use std::{str::FromStr, time::Duration};
 
 /// The attribute that names whose turn a run takes, if its start does not.
 pub const FAIRNESS_ATTRIBUTE: &str = "user_id";
@@ -18,6 +20,94 @@ const LIMIT_MAX: u32 = 1_000;
 #[cfg(feature = "runtime")]
 /// Longest period of a rate.
 pub(crate) const PERIOD_MS_MAX: i64 = 30 * 86_400_000;
+
+/// Longest time that a chain of runs may have. Chosen: whoever wants longer wants no end.
+#[cfg(feature = "runtime")]
+const CHAIN_TIMEOUT_MAX: Duration = Duration::from_secs(3_650 * 86_400);
+
+/// What a start under an id (`Start::workflow_id`) may do when no run under it is open and one has closed. Temporal's words.
+///
+/// The run that counts is the one that closed last. In a chain that is its last run, never one that continued as another. A run
+/// that came from a file does not count, and one that retention has taken away leaves the id free.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum IdReuse {
+    #[default]
+    AllowDuplicate,
+    /// Only if that run failed (timed out included), was cancelled or was terminated.
+    AllowDuplicateFailedOnly,
+    RejectDuplicate,
+}
+
+impl IdReuse {
+    pub const ALL: [Self; 3] = [Self::AllowDuplicate, Self::AllowDuplicateFailedOnly, Self::RejectDuplicate];
+
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::AllowDuplicate => "allow_duplicate",
+            Self::AllowDuplicateFailedOnly => "allow_duplicate_failed_only",
+            Self::RejectDuplicate => "reject_duplicate",
+        }
+    }
+
+    /// Whether a run may follow one that closed so.
+    #[must_use]
+    pub fn allows(self, closed: RunStatus) -> bool {
+        match self {
+            Self::AllowDuplicate => true,
+            Self::AllowDuplicateFailedOnly => {
+                matches!(closed, RunStatus::Failed | RunStatus::Cancelled | RunStatus::Terminated)
+            }
+            Self::RejectDuplicate => false,
+        }
+    }
+}
+
+impl FromStr for IdReuse {
+    type Err = String;
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        word(text, Self::ALL, Self::as_str)
+    }
+}
+
+/// What a start under an id does when a run under it is open; one that is paused or quarantined is. Temporal's words.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum IdConflict {
+    /// The open run is the answer.
+    #[default]
+    UseExisting,
+    Fail,
+    /// It is terminated, and the new run starts in the same transaction.
+    TerminateExisting,
+}
+
+impl IdConflict {
+    pub const ALL: [Self; 3] = [Self::UseExisting, Self::Fail, Self::TerminateExisting];
+
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::UseExisting => "use_existing",
+            Self::Fail => "fail",
+            Self::TerminateExisting => "terminate_existing",
+        }
+    }
+}
+
+impl FromStr for IdConflict {
+    type Err = String;
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        word(text, Self::ALL, Self::as_str)
+    }
+}
+
+/// The value that is written so.
+fn word<T: Copy>(text: &str, all: [T; 3], of: fn(T) -> &'static str) -> std::result::Result<T, String> {
+    let found = all.into_iter().find(|value| of(*value) == text);
+    found.ok_or_else(|| format!("`{text}` is none of {}", all.map(of).join(", ")))
+}
 
 /// How urgent a run is. Of the runs that are due, those of a smaller number are claimed first, whoever else waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -47,7 +137,7 @@ impl Default for Priority {
 }
 
 /// A group that a run takes part in: at most `limit` of its runs are under way at the same time.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Place {
     /// The same text is the same group, whatever the workflow.
     pub group: String,
@@ -56,7 +146,7 @@ pub struct Place {
 }
 
 /// At most `starts` runs of a key begin in any period of `per_ms`; the others wait for their time, in order.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rate {
     pub key: String,
     /// 1 to 1,000.
@@ -72,8 +162,26 @@ pub struct Admission {
     /// `None`: the attribute [`FAIRNESS_ATTRIBUTE`], and nobody's if there is none. Children and forks have their parent's.
     pub fairness_key: Option<String>,
     /// `None`: the definition's `concurrency`, if it has one.
+    /// The runs that continue this one have it too.
     pub place: Option<Place>,
+    /// The same: each start of a chain counts.
     pub rate: Option<Rate>,
+    /// What becomes of the start if the last run under its id has closed, or one is open.
+    pub id_reuse: IdReuse,
+    pub id_conflict: IdConflict,
+    /// Counted from this start: no run of the chain goes on for longer, only its `finally`. Temporal's execution timeout. 1 s to ten
+    /// years.
+    pub chain_timeout: Option<Duration>,
+}
+
+/// What of a start's terms the next runs of its chain must have and no definition says: column `runs.admission`.
+#[cfg(feature = "runtime")]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Named {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) place: Option<Place>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) rate: Option<Rate>,
 }
 
 impl Admission {
@@ -97,6 +205,19 @@ impl Admission {
             .map_err(|failure| Error::InputInvalid(vec![format!("concurrency.group: {}", failure.message)]))
     }
 
+    /// Whether it says anything that only an id gives a meaning.
+    #[cfg(feature = "runtime")]
+    pub(crate) fn speaks_of_an_id(&self) -> bool {
+        self.id_reuse != IdReuse::default() || self.id_conflict != IdConflict::default()
+    }
+
+    /// What goes along a chain. `None`: the definition says all.
+    #[cfg(feature = "runtime")]
+    pub(crate) fn named(&self) -> Option<Named> {
+        let named = Named { place: self.place.clone(), rate: self.rate.clone() };
+        (named != Named::default()).then_some(named)
+    }
+
     /// # Errors
     /// `too_large`, `input_invalid`.
     #[cfg(feature = "runtime")]
@@ -116,6 +237,15 @@ impl Admission {
             wrong.push(format!(
                 "rate: a key of 1 to {KEY_BYTES_MAX} bytes, 1 to {LIMIT_MAX} starts, a period up to 30 days"
             ));
+        }
+        if self.chain_timeout.is_some_and(|t| !(Duration::from_secs(1)..=CHAIN_TIMEOUT_MAX).contains(&t)) {
+            wrong.push("chain timeout: 1 s to ten years".into());
+        }
+        // Temporal refuses it too: nothing could ever start after the termination.
+        if (self.id_reuse, self.id_conflict) == (IdReuse::RejectDuplicate, IdConflict::TerminateExisting) {
+            wrong.push(
+                "`terminate_existing` closes the run, and `reject_duplicate` lets none follow it: choose one".into(),
+            );
         }
         if !wrong.is_empty() {
             return Err(Error::InputInvalid(wrong));
@@ -153,6 +283,33 @@ mod tests {
         assert_eq!(long.check(&attributes).unwrap_err().code(), "too_large");
         assert_ne!(lane("u1"), lane("u2"));
         assert_eq!(lane(""), 0);
+    }
+
+    #[test]
+    fn policies_are_written_as_in_temporal_and_contradictions_are_refused() {
+        for reuse in IdReuse::ALL {
+            assert_eq!(reuse.as_str().parse(), Ok(reuse));
+            assert_eq!(serde_json::to_value(reuse).unwrap(), json!(reuse.as_str()));
+        }
+        for conflict in IdConflict::ALL {
+            assert_eq!(conflict.as_str().parse(), Ok(conflict));
+            assert_eq!(serde_json::to_value(conflict).unwrap(), json!(conflict.as_str()));
+        }
+        let wrong = "none".parse::<IdConflict>().unwrap_err();
+        assert_eq!(wrong, "`none` is none of use_existing, fail, terminate_existing");
+        let followed: Vec<RunStatus> =
+            RunStatus::ALL.into_iter().filter(|s| IdReuse::AllowDuplicateFailedOnly.allows(*s)).collect();
+        assert_eq!(followed, [RunStatus::Failed, RunStatus::Cancelled, RunStatus::Terminated]);
+        for wrong in [
+            Admission {
+                id_reuse: IdReuse::RejectDuplicate,
+                id_conflict: IdConflict::TerminateExisting,
+                ..Admission::default()
+            },
+            Admission { chain_timeout: Some(Duration::ZERO), ..Admission::default() },
+        ] {
+            assert_eq!(wrong.check(&json!({})).unwrap_err().code(), "input_invalid");
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@ mod migrate;
 mod pause;
 mod payload;
 mod query;
+mod start;
 mod update;
 
 pub use archive::Export;
@@ -18,11 +19,11 @@ pub use update::Update;
 use crate::{
     Error, Result,
     admission::Admission,
-    definition::{Bundle, Definition, inputs::prepare},
+    definition::{Bundle, Definition},
     filter::Query,
     hook::TransitionHook,
     ids::{DefinitionHash, RunId},
-    labels, machine,
+    machine,
     store::{
         self,
         inbox::{Kind as Message, Outgoing, Sent},
@@ -43,7 +44,8 @@ pub struct Start {
     pub definition: DefinitionHash,
     /// Checked against the definition's inputs; defaults are filled in.
     pub inputs: Value,
-    /// Business key: at most one open run has it. A start under a taken key returns the open run.
+    /// Business key, in the words of policies *the id*: at most one open run has it. A start under a taken one returns the open run,
+    /// unless `admission` says otherwise.
     pub workflow_id: Option<String>,
     /// Flat JSON object for hooks, filters and read models. Fixed for the life of the run. At most 8 KiB.
     pub attributes: Value,
@@ -59,7 +61,7 @@ pub struct Start {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Started {
     pub run_id: RunId,
-    /// False when the business key named an open run, which is the one returned.
+    /// False when the run id or the business key named a run, which is the one returned.
     pub created: bool,
 }
 
@@ -189,38 +191,6 @@ impl Client {
     /// `definition_not_found`.
     pub async fn pointer(&self, name: &str, pointer: &str) -> Result<DefinitionHash> {
         store::definitions::pointer(&self.pool, name, pointer).await
-    }
-
-    /// Starts a run, or returns the open one that has the same business key.
-    ///
-    /// # Errors
-    /// `input_invalid`, `definition_not_found`, `too_large`, `concurrency_full`.
-    /// # Transaction
-    /// One: business key, run, queue row or place in its group.
-    pub async fn start(&self, start: Start) -> Result<Started> {
-        let started = in_transaction(&self.pool, |conn| {
-            let start = start.clone();
-            let client = self.clone();
-            Box::pin(async move { client.start_in(conn, start).await })
-        })
-        .await?;
-        self.wake().await;
-        Ok(started)
-    }
-
-    /// [`Self::start`] inside the caller's transaction; call [`Self::wake`] after the commit.
-    pub async fn start_in(&self, conn: &mut PgConnection, start: Start) -> Result<Started> {
-        let size = json_len(&start.attributes);
-        if size > ATTRIBUTES_BYTES_MAX {
-            return Err(Error::TooLarge { what: "attributes", actual: size, limit: ATTRIBUTES_BYTES_MAX });
-        }
-        start.admission.check(&start.attributes)?;
-        if let Some(violation) = labels::queue_violation(&start.queue) {
-            return Err(Error::InputInvalid(vec![violation]));
-        }
-        let pinned = store::definitions::load(conn, start.definition).await?;
-        let inputs = prepare(&pinned.definition, &start.inputs).map_err(Error::InputInvalid)?;
-        store::runs::start(conn, &start, &pinned.definition, &inputs).await
     }
 
     /// Sends a signal that a step of the run's definition takes, an approval's under the id of its step. It is kept until the
@@ -462,11 +432,7 @@ impl Client {
 
     /// The open run under a business key.
     pub async fn open_run(&self, workflow_id: &str) -> Result<Option<RunId>> {
-        let id: Option<uuid::Uuid> = sqlx::query_scalar("select run_id from workflow_ids where workflow_id = $1")
-            .bind(workflow_id)
-            .fetch_optional(&self.pool)
-            .await?;
-        Ok(id.map(RunId))
+        store::starts::holder(&mut *self.pool.acquire().await?, workflow_id).await
     }
 
     /// What to say of a run whose rows are not all there: it may have been retired between two statements.

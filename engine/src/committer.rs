@@ -11,7 +11,7 @@ use crate::{
     hook::{HookError, TransitionHook},
     store::{
         is_transient, retry_pause,
-        transitions::{self, Item, Verdict},
+        transitions::{self, Item, Undone, Verdict},
     },
     transaction::Session,
 };
@@ -33,6 +33,8 @@ pub(crate) enum Broken {
     Unreachable(Error),
     /// This transition is at fault: an invariant or a constraint.
     Poison(String),
+    /// Another worker can commit it: this one lacks a payload key, or is too old. Nothing was written.
+    Left(Error),
 }
 
 type Answer = std::result::Result<Verdict, Broken>;
@@ -102,7 +104,7 @@ fn commit_batch<'a>(
             match send(session, hook, &items).await {
                 Ok(Sent::Done(verdicts)) => return verdicts.into_iter().map(Ok).collect(),
                 Ok(Sent::Refused(refused)) => return without_refused(session, hook, items, refused).await,
-                Err(HookError::Sql(error)) if is_transient(&error) => {
+                Err(Undone::Hook(HookError::Sql(error))) if is_transient(&error) => {
                     session.leave();
                     let Some(pause) = retry_pause(tries) else {
                         // One error for many who wait: of each, what may pass and why.
@@ -116,7 +118,10 @@ fn commit_batch<'a>(
             }
         };
         if items.len() == 1 {
-            return vec![Err(Broken::Poison(error.to_string()))];
+            return vec![Err(match error {
+                Undone::Left(error) => Broken::Left(error),
+                Undone::Hook(error) => Broken::Poison(error.to_string()),
+            })];
         }
         let mut left = items;
         let right = left.split_off(left.len() / 2);
@@ -160,18 +165,18 @@ async fn send(
     session: &mut Session,
     hook: &dyn TransitionHook,
     items: &[Arc<Item>],
-) -> std::result::Result<Sent, HookError> {
+) -> std::result::Result<Sent, Undone> {
     if items.iter().all(|i| i.effects.is_empty()) {
         let conn = session.conn().await?;
         crash_point("commit.before_plain");
-        let verdicts = transitions::send(conn, items).await.map_err(hook_error)?;
+        let verdicts = transitions::send(conn, items).await.map_err(Undone::of)?;
         crash_point("commit.after_plain");
         return Ok(Sent::Done(verdicts));
     }
     let mut tx = session.begin().await?;
     crash_point("commit.after_begin");
-    transitions::lock(&mut tx, items).await.map_err(hook_error)?;
-    let verdicts = transitions::send(&mut tx, items).await.map_err(hook_error)?;
+    transitions::lock(&mut tx, items).await.map_err(Undone::of)?;
+    let verdicts = transitions::send(&mut tx, items).await.map_err(Undone::of)?;
     crash_point("commit.after_transitions");
     let refused = transitions::apply_effects(&mut tx, items, &verdicts, hook).await?;
     if !refused.is_empty() {
@@ -184,13 +189,6 @@ async fn send(
     tx.commit().await?;
     crash_point("commit.after_commit");
     Ok(Sent::Done(verdicts))
-}
-
-fn hook_error(error: Error) -> HookError {
-    match error {
-        Error::Sql(e) => HookError::Sql(e),
-        other => HookError::Invariant(other.to_string()),
-    }
 }
 
 /// A named place at which tests let the process die.

@@ -19,6 +19,14 @@ pub enum Error {
     ConcurrencyFull(String),
     #[error("so many starts wait under the rate `{0}` that the next would be in more than 30 days; start it later")]
     RateFull(String),
+    #[error(
+        "run {run} is open under the id `{id}`: wait for its end, or ask for `use_existing` or `terminate_existing`"
+    )]
+    WorkflowIdOpen { id: String, run: String },
+    #[error(
+        "run {run} under the id `{id}` has ended as {status}, and the start asks for no run after that: choose another id, or allow the duplicate"
+    )]
+    WorkflowIdUsed { id: String, run: String, status: &'static str },
     #[error("there is a run {0} in this database already")]
     RunExists(String),
     #[error("the run cannot be forked there: {}", .0.join("; "))]
@@ -94,6 +102,8 @@ impl Error {
             Self::RunImported(_) => "run_imported",
             Self::ConcurrencyFull(_) => "concurrency_full",
             Self::RateFull(_) => "rate_full",
+            Self::WorkflowIdOpen { .. } => "workflow_id_open",
+            Self::WorkflowIdUsed { .. } => "workflow_id_used",
             Self::RunExists(_) => "run_exists",
             Self::ForkInvalid(_) => "fork_invalid",
             Self::MigrationInvalid(_) => "migration_invalid",
@@ -186,7 +196,7 @@ mod tests {
             .filter_map(|(_, r)| r.split('"').next())
             .map(str::to_owned)
             .collect();
-        assert_eq!(codes.len(), 35, "{codes:?}");
+        assert_eq!(codes.len(), 37, "{codes:?}");
         assert_eq!(listed("Errors"), codes);
     }
 

@@ -30,6 +30,7 @@ pub const MIGRATIONS: &[Migration] = &[
     MIGRATE,
     TIMED,
     LABELS,
+    START,
 ];
 
 /// The columns and tables of pauses, forks and imports.
@@ -74,6 +75,10 @@ pub const TIMED: Migration =
 /// Labels of workers.
 pub const LABELS: Migration =
     Migration { version: 17, name: "labels", sql: include_str!("../../migrations/0017_labels.sql") };
+
+/// The last run under an id, and what goes along a chain.
+pub const START: Migration =
+    Migration { version: 18, name: "start", sql: include_str!("../../migrations/0018_start.sql") };
 
 /// Why a database could not be brought to the schema of this program.
 #[derive(Debug, thiserror::Error)]

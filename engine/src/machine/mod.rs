@@ -71,8 +71,8 @@ pub const OUTPUT_BYTES_MAX: usize = 1 << 20;
 /// Something that moves a run.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Input {
-    /// The first claim.
-    Started { inputs: Value },
+    /// The first claim. `until`: no run of its chain goes on beyond that instant.
+    Started { inputs: Value, until: Option<DateTime<Utc>> },
     /// A worker took the run over; attempts that ran elsewhere are lost.
     TakenOver,
     /// An attempt of the step at `path` came to its end.

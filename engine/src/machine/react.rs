@@ -30,7 +30,7 @@ pub(super) fn react(
         return Ok(());
     }
     match input {
-        Input::Started { inputs } => start(definition, state, inputs, moment, decision),
+        Input::Started { inputs, until } => start(definition, state, inputs, until, moment, decision),
         Input::TakenOver => {
             for attempt in running(state) {
                 let failure =
@@ -79,6 +79,7 @@ fn start(
     definition: &Definition,
     state: &mut RunState,
     inputs: Value,
+    until: Option<DateTime<Utc>>,
     moment: &Moment<'_>,
     decision: &mut Decision,
 ) -> Result<(), Illegal> {
@@ -100,6 +101,7 @@ fn start(
     };
     let failure = invalid.or(failure);
     let deadline = moment.now + millis(definition.timeout_ms);
+    let deadline = until.map_or(deadline, |until| deadline.min(until));
     let calls = moment.calls.clone();
     emit(state, Event::RunStarted { inputs, env, calls, at: moment.now, deadline }, decision)?;
     match failure {

@@ -299,8 +299,9 @@ fn input(state: &mut RunState, events: &[Event]) -> Result<(Input, usize, DateTi
         let next = events.get(used + 1);
         let mut takes = 1;
         match event {
-            Event::RunStarted { inputs, .. } => {
-                first.push(Input::Started { inputs: inputs.clone() });
+            Event::RunStarted { inputs, deadline, .. } => {
+                // The chain's comes from outside; without one, the run's own is recorded, which is not earlier than itself.
+                first.push(Input::Started { inputs: inputs.clone(), until: Some(*deadline) });
                 takes += usize::from(matches!(next, Some(Event::RunEnding { ending: Ending::Failed { .. }, .. })));
             }
             Event::AttemptEnded { outcome, failure, .. } => {

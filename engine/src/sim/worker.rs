@@ -136,8 +136,11 @@ impl Driver {
             return Ok(None);
         }
         let state = load_state(store, run)?;
-        let first =
-            if row.status == "pending" { Input::Started { inputs: row.inputs.clone() } } else { Input::TakenOver };
+        let first = if row.status == "pending" {
+            Input::Started { inputs: row.inputs.clone(), until: None }
+        } else {
+            Input::TakenOver
+        };
         let first = if row.inbox_n > row.inbox_seen {
             Input::Several(vec![first, Input::Messages(store.read(run, row.inbox_seen, row.inbox_n))])
         } else {

@@ -1,14 +1,14 @@
 //! Chains: runs of which each continues as new and the next goes on in its place.
 
 use super::{
-    blobs, definitions,
+    blobs, definitions, groups,
     inbox::{self, Outgoing, Sent},
     schedules,
     transitions::Text,
 };
 use crate::{
     Error, Result,
-    admission::Place,
+    admission::{Named, Place, Rate},
     event::Ending,
     ids::{DefinitionHash, RunId},
     labels,
@@ -29,7 +29,7 @@ pub(crate) const KNOWN_MAX: i64 = 1_000;
 const PAGE: i64 = 64;
 
 /// The next run of a chain. It has everything else of the one before: workflow, queue, attributes, outbox topic, business key,
-/// parent, depth, priority, fairness key.
+/// parent, depth, priority, fairness key, group and rate that the start named, the deadline of the chain.
 #[derive(Clone, Debug)]
 pub(crate) struct Successor {
     pub(crate) run_id: RunId,
@@ -58,13 +58,48 @@ impl Successor {
     }
 }
 
-/// Workflow, definition, the instant that it waits for, and messages ever sent to the run before.
-type StartedRow = (String, Vec<u8>, Option<DateTime<Utc>>, i64);
-/// At which place of a group, and no earlier than when.
-pub(super) type Arrives = (Place, Option<DateTime<Utc>>);
+/// Workflow, definition, the instant that it waits for, messages ever sent to the run before, what the first start named.
+type StartedRow = (String, Vec<u8>, Option<DateTime<Utc>>, i64, Option<Json<Named>>);
 
-/// Starts the next run of a chain. Returns the place at which it must arrive, if its definition has a group, and the instant that
-/// it waits for in any case.
+/// What a run waits for that was started in a transition.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Arrives {
+    place: Option<Place>,
+    rate: Option<Rate>,
+    not_before: Option<DateTime<Utc>>,
+}
+
+impl Arrives {
+    /// At a place only, as soon as there is one.
+    pub(super) fn at(place: Place) -> Self {
+        Self { place: Some(place), ..Self::default() }
+    }
+}
+
+/// Holds back runs that were started in this transaction until there is a place for them and their time has come. Never turned
+/// away: a parent waits for its child, and a chain would end.
+///
+/// # Transaction
+/// Locks rates, then groups, by their names.
+pub(super) async fn arrive(conn: &mut PgConnection, mut arrivals: Vec<(Arrives, RunId)>) -> Result<()> {
+    arrivals.sort_by(|(a, _), (b, _)| a.rate.as_ref().map(|r| &r.key).cmp(&b.rate.as_ref().map(|r| &r.key)));
+    for (arrives, _) in &mut arrivals {
+        if let Some(rate) = &arrives.rate {
+            // Later than the chain's own pause, or at its instant.
+            let begins = groups::next_start(conn, rate, false).await?;
+            arrives.not_before = arrives.not_before.max(begins);
+        }
+    }
+    arrivals.sort_by(|(a, _), (b, _)| a.place.as_ref().map(|p| &p.group).cmp(&b.place.as_ref().map(|p| &p.group)));
+    for (Arrives { place, not_before, .. }, run) in &arrivals {
+        groups::hold_back(conn, *run).await?;
+        groups::arrive(conn, *run, place.as_ref(), *not_before, false).await?;
+    }
+    Ok(())
+}
+
+/// Starts the next run of a chain. Returns what it must wait for, if its definition has a group or the first start named one or a
+/// rate.
 ///
 /// # Transaction
 /// Must be the one that closes the run before, whose row it has locked: nobody can send to that any more, and its business key
@@ -83,20 +118,20 @@ pub(super) async fn start(conn: &mut PgConnection, old: RunId, next: &Successor)
         "with o as (update runs set continued_as = $2 where shard = $5 and run_id = $6 and status = 'continued' returning *),
               r as (insert into runs (shard, run_id, workflow, definition, workflow_id, status, parked, queue, attributes, topic, inputs,
                                       parent_shard, parent_run_id, parent_path, depth, priority, fairness_key, lane,
-                                      first_run_id, continued_from)
+                                      first_run_id, continued_from, admission, chain_deadline)
                     select $1, $2, workflow, coalesce($3, definition), workflow_id, 'pending', true, coalesce(split_part(queue, '[', 1) || $9::text, queue),
                            attributes, topic, $4,
                            parent_shard, parent_run_id, parent_path, depth, priority, fairness_key, lane,
-                           coalesce(first_run_id, run_id), run_id
+                           coalesce(first_run_id, run_id), run_id, admission, chain_deadline
                     from o
-                    returning shard, run_id, workflow, definition, workflow_id, queue, priority, lane),
+                    returning shard, run_id, workflow, definition, workflow_id, queue, priority, lane, admission),
               k as (insert into workflow_ids (workflow_id, shard, run_id)
                     select workflow_id, shard, run_id from r where workflow_id is not null),
               -- The instant is a worker's: it may be wrong, and is no reason to wait for longer.
               d as (select least($7, engine_now() + $8::bigint * interval '1 millisecond') as due, engine_now() as now),
               q as (insert into ready (shard, run_id, queue, priority, lane, timed, due_at)
                     select shard, run_id, queue, priority, lane, due > now, greatest(due, now) from r, d)
-         select r.workflow, r.definition, case when due > now then due end, o.inbox_n from r, d, o",
+         select r.workflow, r.definition, case when due > now then due end, o.inbox_n, r.admission from r, d, o",
     )
     .bind(next.run_id.shard())
     .bind(next.run_id.0)
@@ -109,7 +144,7 @@ pub(super) async fn start(conn: &mut PgConnection, old: RunId, next: &Successor)
     .bind(labels)
     .fetch_optional(&mut *conn)
     .await?;
-    let Some((workflow, definition, not_before, messages)) = started else {
+    let Some((workflow, definition, not_before, messages, named)) = started else {
         return Err(Error::Invariant(format!("run {old} is not there to be continued")));
     };
     blobs::put(conn, &large).await?;
@@ -118,9 +153,15 @@ pub(super) async fn start(conn: &mut PgConnection, old: RunId, next: &Successor)
     }
     let hash = definitions::hash_of(definition).ok_or_else(|| Error::Invariant("a definition's hash".into()))?;
     schedules::hand_over(conn, old, next.run_id, &format!("run {old} continued as new")).await?;
-    let group = definitions::concurrency(conn, hash).await?;
-    let place = group.map(|group| group.place(&next.inputs).unwrap_or_else(|_| group.fallback(&workflow)));
-    Ok(place.map(|place| (place, not_before)))
+    let Named { place, rate } = named.map(|named| named.0).unwrap_or_default();
+    let place = match place {
+        Some(place) => Some(place),
+        None => {
+            let group = definitions::concurrency(conn, hash).await?;
+            group.map(|group| group.place(&next.inputs).unwrap_or_else(|_| group.fallback(&workflow)))
+        }
+    };
+    Ok((place.is_some() || rate.is_some()).then_some(Arrives { place, rate, not_before }))
 }
 
 /// What no step of the old run has taken is the next run's, in order: what it had read, then what it had not. Of what was taken

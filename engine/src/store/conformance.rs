@@ -17,20 +17,24 @@ use super::{
 };
 use crate::{
     MIGRATIONS,
-    admission::{Admission, OnConflict, Place, Priority},
-    client::{Deploy, Start},
+    admission::{Admission, IdConflict, IdReuse, OnConflict, Place, Priority},
+    client::{Client, Deploy, Start},
     definition::{Bundle, Definition, FORMAT},
     embedded::testing::database,
+    hook::NoHook,
     ids::{DefinitionHash, RunId, WorkerId},
     transaction::begin,
 };
 use chrono::{DateTime, Duration, Utc};
 use serde_json::{Value, json};
 use sqlx::PgPool;
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 use uuid::Uuid;
 
-const SEEDS: u64 = 4;
+const SEEDS: u64 = 8;
 const CALLS: usize = 150;
 const RUNS: usize = 4;
 const WORKERS: usize = 3;
@@ -45,7 +49,7 @@ type Seen = (Uuid, String, bool, Option<Uuid>, i64, i64, i64, i64, i64, bool, Op
 
 struct Pair {
     pool: PgPool,
-    definition: Definition,
+    client: Client,
     hash: DefinitionHash,
     memory: Memory,
     /// Instant 0 of Postgres and of the memory.
@@ -83,13 +87,7 @@ impl Pair {
             queries: BTreeMap::new(),
             extras: Value::Null,
         };
-        let deploy = Deploy {
-            definition: definition.clone(),
-            bundle: Bundle::new(),
-            source: String::new(),
-            author: None,
-            message: None,
-        };
+        let deploy = Deploy { definition, bundle: Bundle::new(), source: String::new(), author: None, message: None };
         let hash = definitions::deploy(&pool, deploy).await.expect("deploy").hash;
         let base: DateTime<Utc> = sqlx::query_scalar("select engine_now()").fetch_one(&pool).await.expect("now");
         let mut random = fastrand::Rng::with_seed(seed);
@@ -97,8 +95,8 @@ impl Pair {
         let runs = (0..RUNS).map(|_| RunId(id())).collect();
         let workers = (0..WORKERS).map(|_| WorkerId(id())).collect();
         Self {
+            client: Client::new(pool.clone(), Arc::new(NoHook)),
             pool,
-            definition,
             hash,
             memory: Memory::new(DateTime::UNIX_EPOCH),
             base: (base, DateTime::UNIX_EPOCH),
@@ -220,38 +218,56 @@ impl Pair {
         };
         match self.random.u8(0..100) {
             0..=11 => {
+                // Another one in the place of one that has closed.
+                let run = if self.memory.runs.get(&run).is_some_and(|row| row.closed) {
+                    let next = RunId(Uuid::from_u128(self.random.u128(..)));
+                    self.runs.iter_mut().filter(|known| **known == run).for_each(|known| *known = next);
+                    next
+                } else {
+                    run
+                };
                 let key = ["a", "b"][usize::from(self.random.bool())];
                 let priority = self.random.i16(1..6);
-                let on_conflict = [OnConflict::Queue, OnConflict::Fail][usize::from(self.random.u8(0..4) == 0)];
+                let on_conflict = [OnConflict::Queue, OnConflict::Fail][usize::from(self.random.bool())];
                 let place = Place { group: GROUP.into(), limit: self.random.u32(1..3), on_conflict };
                 let place = self.random.bool().then_some(place);
+                // What ends a run is the machine's, and these runs have no histories that it could read.
+                let conflict = [IdConflict::UseExisting, IdConflict::Fail][usize::from(self.random.bool())];
+                let policy = (self.random.u8(0..3) == 0).then(|| (IdReuse::ALL[self.random.usize(0..3)], conflict));
+                let (id_reuse, id_conflict) = policy.unwrap_or_default();
                 let admission = Admission {
                     priority: Priority::new(priority).expect("priority"),
                     fairness_key: Some(key.to_owned()),
                     place: place.clone(),
-                    rate: None,
+                    id_reuse,
+                    id_conflict,
+                    ..Admission::default()
                 };
                 let start = Start {
                     run_id: Some(run),
                     definition: self.hash,
                     inputs: json!({}),
-                    workflow_id: None,
+                    workflow_id: policy.map(|_| "id".to_owned()),
                     attributes: json!({}),
                     queue: String::new(),
                     topic: None,
                     admission,
                 };
                 let mut tx = begin(&pool).await.expect("begin");
-                let there = runs::start(&mut tx, &start, &self.definition, &json!({})).await;
+                let there = self.client.start_in(&mut tx, start).await;
                 tx.commit().await.expect("commit");
                 let turn = (priority, crate::admission::lane(key));
                 // What is refused was never there.
-                let there = there.map(|started| started.created).map_err(|error| error.code());
-                let here = match place {
-                    None => Ok(self.memory.start(run, "conformance", "default", turn, json!({}))),
-                    Some(place) => match self.memory.start_in_group(run, "conformance", turn, json!({}), &place) {
+                let there = there.map(|s| (s.run_id, s.created)).map_err(|error| error.code());
+                let memory = &mut self.memory;
+                let here = match (policy, place) {
+                    (Some((reuse, conflict)), place) => {
+                        memory.start_under(run, "conformance", turn, ("id", reuse, conflict), place.as_ref())
+                    }
+                    (None, None) => Ok((run, memory.start(run, "conformance", "default", turn, json!({})))),
+                    (None, Some(place)) => match memory.start_in_group(run, "conformance", turn, json!({}), &place) {
                         Some(Arrival::Refused) => Err("concurrency_full"),
-                        arrival => Ok(arrival.is_some()),
+                        arrival => Ok((run, arrival.is_some())),
                     },
                 };
                 said("start", &there, &here)
@@ -399,7 +415,7 @@ impl Pair {
                 let mut tx = begin(&pool).await.expect("begin");
                 let items = [there.clone()];
                 let verdicts = transitions::send(&mut tx, &items).await.expect("commit");
-                transitions::apply_effects(&mut tx, &items, &verdicts, &crate::hook::NoHook).await.expect("effects");
+                transitions::apply_effects(&mut tx, &items, &verdicts, &NoHook).await.expect("effects");
                 tx.commit().await.expect("commit");
                 let here = self.memory.commit_with_effects(&items, &|_| false).expect("no hook");
                 if matches!(verdicts[..], [transitions::Verdict::Accepted { .. }]) {
@@ -449,7 +465,16 @@ async fn postgres_and_memory_answer_alike_and_hold_the_same_rows() {
             let (there_places, here_places) = pair.places().await;
             assert_eq!(there_places, here_places, "seed {seed}, call {n}: places after: {what}");
             let kind = what.split(' ').next().unwrap_or_default();
-            for answer in ["Accepted", "Unread", "Stale", "Duplicate", "NoOpenRun", "concurrency_full"] {
+            for answer in [
+                "Accepted",
+                "Unread",
+                "Stale",
+                "Duplicate",
+                "NoOpenRun",
+                "concurrency_full",
+                "workflow_id_open",
+                "workflow_id_used",
+            ] {
                 *kinds.entry(answer.to_owned()).or_default() += u32::from(there.contains(answer));
             }
             *kinds.entry(kind.to_owned()).or_default() += 1;
@@ -469,6 +494,8 @@ async fn postgres_and_memory_answer_alike_and_hold_the_same_rows() {
         "Duplicate",
         "NoOpenRun",
         "concurrency_full",
+        "workflow_id_open",
+        "workflow_id_used",
         "let",
         "claim",
         "take",

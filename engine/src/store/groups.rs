@@ -10,7 +10,7 @@
 
 use crate::{
     Error, Result,
-    admission::{OnConflict, PERIOD_MS_MAX, Place},
+    admission::{OnConflict, PERIOD_MS_MAX, Place, Rate},
     client::Client,
     ids::RunId,
     store::inbox::{self, Kind, Outgoing},
@@ -182,18 +182,15 @@ pub(crate) async fn hold_back(conn: &mut PgConnection, run: RunId) -> Result<()>
 }
 
 /// When the next start under a rate may be: at most `starts` of them in any `per_ms`. `None` is now. The start counts from
-/// then on, whatever becomes of it.
+/// then on, whatever becomes of it. `refuses`: whether it may be turned away; one that may not be begins when nobody can plan
+/// further ahead.
 ///
 /// # Errors
 /// `rate_full` if it would be more than [`AHEAD_MAX`] from now.
 /// # Transaction
 /// Locks the key's row.
-pub(crate) async fn next_start(
-    conn: &mut PgConnection,
-    key: &str,
-    starts: u32,
-    per_ms: i64,
-) -> Result<Option<DateTime<Utc>>> {
+pub(crate) async fn next_start(conn: &mut PgConnection, rate: &Rate, refuses: bool) -> Result<Option<DateTime<Utc>>> {
+    let Rate { key, starts, per_ms } = rate;
     // The newest `starts` instants: the next is a period after the oldest of them, and never before the newest.
     sqlx::query("insert into rate_limits (key) values ($1) on conflict (key) do update set key = excluded.key")
         .bind(key)
@@ -204,15 +201,16 @@ pub(crate) async fn next_start(
             .bind(key)
             .fetch_one(&mut *conn)
             .await?;
-    let (starts, per) = (starts as usize, chrono::Duration::milliseconds(per_ms));
+    let (starts, per) = (*starts as usize, chrono::Duration::milliseconds(*per_ms));
     let excess = newest.len().saturating_sub(starts);
     newest.drain(..excess);
     let full = newest.len() == starts;
     let at = newest.first().filter(|_| full).map_or(now, |oldest| (*oldest + per).max(now));
     let at = newest.last().map_or(at, |last| at.max(*last));
-    if at > now + AHEAD_MAX {
-        return Err(Error::RateFull(key.to_owned()));
+    if at > now + AHEAD_MAX && refuses {
+        return Err(Error::RateFull(key.clone()));
     }
+    let at = at.min(now + AHEAD_MAX);
     if full {
         newest.remove(0);
     }

@@ -12,10 +12,11 @@ use super::{
     turns::{Due, Turns},
 };
 use crate::{
-    admission::{OnConflict, Place},
+    admission::{IdConflict, IdReuse, OnConflict, Place},
     hook::AttemptRef,
     ids::{RunId, WorkerId},
     machine::{CONTINUE_EVERY_MS, Inbound},
+    view::RunStatus,
 };
 use chrono::{DateTime, Duration, Utc};
 use serde_json::{Value, json};
@@ -114,6 +115,12 @@ pub(crate) struct Row {
     pub(crate) closed: bool,
     /// Not held back.
     pub(crate) admitted: bool,
+    /// Business key.
+    id: Option<String>,
+    /// How many had closed before it, and it.
+    closed_n: u64,
+    /// The place that its start named, or that of the first in its chain.
+    named: Option<Place>,
 }
 
 /// A row of `admissions`.
@@ -124,6 +131,7 @@ pub(crate) struct Seat {
     n: u64,
     places: u32,
     pub(crate) place: Option<i32>,
+    not_before: DateTime<Utc>,
 }
 
 impl Row {
@@ -188,6 +196,8 @@ pub(crate) struct Memory {
     pub(crate) seats: BTreeMap<RunId, Seat>,
     /// Arrivals at each group.
     arrivals: BTreeMap<String, u64>,
+    /// Runs that have closed.
+    closings: u64,
     pub(crate) accounts: Accounts,
     pub(crate) mutant: Option<Mutant>,
 }
@@ -204,6 +214,7 @@ impl Memory {
             dead: BTreeMap::new(),
             seats: BTreeMap::new(),
             arrivals: BTreeMap::new(),
+            closings: 0,
             accounts: Accounts::default(),
             mutant: None,
         }
@@ -218,12 +229,12 @@ impl Memory {
         *at = due.min(*at);
     }
 
-    /// [`super::runs::start`] without a business key, of a priority and a lane. False if the run is there already.
+    /// A start without a business key, of a priority and a lane. False if the run is there already.
     pub(crate) fn start(&mut self, run: RunId, workflow: &str, queue: &str, turn: (i16, i32), inputs: Value) -> bool {
         self.insert(run, workflow, queue, turn, inputs, None)
     }
 
-    /// [`super::runs::start`] of a run with a group. `None` if the run is there already.
+    /// A start of a run with a group. `None` if the run is there already.
     pub(crate) fn start_in_group(
         &mut self,
         run: RunId,
@@ -232,34 +243,75 @@ impl Memory {
         inputs: Value,
         group: &Place,
     ) -> Option<Arrival> {
-        if self.runs.contains_key(&run) {
+        if !self.insert(run, workflow, "default", turn, inputs, None) {
             return None;
         }
-        let n = self.arrivals.entry(group.group.clone()).or_default();
-        *n += 1;
-        let n = *n;
+        let arrival = self.arrive(run, group, self.now, true);
+        if arrival == Arrival::Refused {
+            self.runs.remove(&run);
+            self.ready.remove(&run);
+        } else if let Some(row) = self.runs.get_mut(&run) {
+            row.named = Some(group.clone());
+        }
+        Some(arrival)
+    }
+
+    /// A start under a business key: which run is the answer and whether it is a new one, or the code of the refusal. With
+    /// `terminate_existing` it takes the machine to end a run, which is not the store's.
+    #[cfg_attr(not(test), allow(dead_code))]
+    pub(crate) fn start_under(
+        &mut self,
+        run: RunId,
+        workflow: &str,
+        turn: (i16, i32),
+        (id, reuse, conflict): (&str, IdReuse, IdConflict),
+        group: Option<&Place>,
+    ) -> Result<(RunId, bool), &'static str> {
+        if self.runs.contains_key(&run) {
+            return Ok((run, false));
+        }
+        let under = |row: &Row| row.id.as_deref() == Some(id) && row.status != "continued";
+        if let Some((open, _)) = self.runs.iter().find(|(_, row)| under(row) && !row.closed) {
+            return if conflict == IdConflict::UseExisting { Ok((*open, false)) } else { Err("workflow_id_open") };
+        }
+        let last = self.runs.values().filter(|row| under(row)).max_by_key(|row| row.closed_n);
+        let status = last.and_then(|row| RunStatus::parse(&row.status));
+        if status.is_some_and(|status| !reuse.allows(status)) {
+            return Err("workflow_id_used");
+        }
+        let refused = match group {
+            Some(group) => self.start_in_group(run, workflow, turn, json!({}), group) == Some(Arrival::Refused),
+            None => !self.start(run, workflow, "default", turn, json!({})),
+        };
+        if refused {
+            return Err("concurrency_full");
+        }
+        if let Some(row) = self.runs.get_mut(&run) {
+            row.id = Some(id.to_owned());
+        }
+        Ok((run, true))
+    }
+
+    /// [`groups::arrive`] of a run that was inserted in this transaction.
+    fn arrive(&mut self, run: RunId, group: &Place, not_before: DateTime<Utc>, refuses: bool) -> Arrival {
+        let n = self.arrivals.get(&group.group).copied().unwrap_or_default() + 1;
         let taken = self.taken(&group.group);
         let waiting = self.seats.values().filter(|s| s.group == group.group && s.place.is_none()).count();
-        let place = groups::free_place(&taken, group.limit).filter(|_| waiting == 0);
-        if place.is_none() && group.on_conflict == OnConflict::Fail {
-            // Nothing of it is left, its number neither.
-            self.arrivals.insert(group.group.clone(), n - 1);
-            return Some(Arrival::Refused);
+        let place = groups::free_place(&taken, group.limit).filter(|_| waiting == 0 && not_before <= self.now);
+        if place.is_none() && refuses && group.on_conflict == OnConflict::Fail {
+            return Arrival::Refused;
         }
-        self.insert(run, workflow, "default", turn, inputs, None);
-        let seat = Seat { group: group.group.clone(), n, places: group.limit, place };
-        self.seats.insert(run, seat);
+        self.arrivals.insert(group.group.clone(), n);
+        self.seats.insert(run, Seat { group: group.group.clone(), n, places: group.limit, place, not_before });
+        let Some(row) = self.runs.get_mut(&run) else { return Arrival::Refused };
         if place.is_some() {
-            if let Some(row) = self.runs.get_mut(&run) {
-                row.epoch += 1;
-            }
-            return Some(Arrival::Admitted);
+            row.epoch += 1;
+            self.ready.insert(run, self.now);
+            return Arrival::Admitted;
         }
+        row.admitted = false;
         self.ready.remove(&run);
-        if let Some(row) = self.runs.get_mut(&run) {
-            row.admitted = false;
-        }
-        Some(Arrival::Waits)
+        Arrival::Waits
     }
 
     fn taken(&self, group: &str) -> Vec<i32> {
@@ -272,7 +324,7 @@ impl Memory {
         let mut waiting: Vec<(u64, RunId, u32)> = self
             .seats
             .iter()
-            .filter(|(_, s)| s.group == group && s.place.is_none())
+            .filter(|(_, s)| s.group == group && s.place.is_none() && s.not_before <= self.now)
             .map(|(run, s)| (s.n, *run, s.places + more))
             .collect();
         waiting.sort_unstable();
@@ -336,6 +388,9 @@ impl Memory {
             inputs,
             closed: false,
             admitted: true,
+            id: None,
+            closed_n: 0,
+            named: None,
         };
         self.runs.insert(run, row);
         self.queue(run, self.now);
@@ -364,6 +419,10 @@ impl Memory {
         row.parked = item.parked;
         row.inbox_seen = item.inbox_seen;
         row.closed = closed;
+        if closed {
+            self.closings += 1;
+            row.closed_n = self.closings;
+        }
         if item.parked || closed {
             row.owner = None;
         }
@@ -474,6 +533,12 @@ impl Memory {
             message.n = n;
         }
         self.inbox.insert(next.run_id, known);
+        if let Some(new) = self.runs.get_mut(&next.run_id) {
+            (new.id, new.named) = (row.id, row.named.clone());
+        }
+        if let Some(group) = row.named {
+            self.arrive(next.run_id, &group, due, false);
+        }
     }
 
     /// The open run of a chain, by its first one.

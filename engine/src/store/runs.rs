@@ -1,20 +1,12 @@
-//! Table `runs`: starting, reading, listing, quarantining.
+//! Table `runs`: reading, listing, quarantining.
 
-use super::{
-    blobs,
-    definitions::hash_of,
-    groups::{self, Arrival},
-    retention,
-};
+use super::{definitions::hash_of, retention};
 use crate::{
     Error, Result,
-    admission::lane,
-    client::{Filter, Start, Started},
-    definition::Definition,
+    client::Filter,
     event::Event,
     filter::FilterError,
     ids::{DefinitionHash, RunId, WorkerId},
-    labels,
     machine::{RunState, fold},
     payload::{self, Slot, Stored},
     transaction,
@@ -61,90 +53,9 @@ pub(crate) struct Loaded {
     pub(crate) forked_from: Option<Origin>,
     pub(crate) imported_at: Option<DateTime<Utc>>,
     pub(crate) chain: Chain,
+    /// No run of its chain goes on beyond it.
+    pub(crate) chain_deadline: Option<DateTime<Utc>>,
     pub(crate) state: RunState,
-}
-
-/// Inserts the run, its place in the queue and its business key; or finds the run that is there already.
-///
-/// # Transaction
-/// Must be inside one: it sets a savepoint.
-/// # Errors
-/// `concurrency_full`; then it was never there.
-pub(crate) async fn start(
-    conn: &mut PgConnection,
-    start: &Start,
-    definition: &Definition,
-    inputs: &Value,
-) -> Result<Started> {
-    let place = start.admission.place(definition, inputs)?;
-    let held = place.is_some() || start.admission.rate.is_some();
-    let run_id = start.run_id.unwrap_or_default();
-    let key = start.admission.key(&start.attributes);
-    let queue = if start.queue.is_empty() { "default" } else { &start.queue };
-    let queue = labels::key(queue, &definition.runs_on);
-    let mut large = Vec::new();
-    let inputs = payload::pack(run_id, Slot::Inputs, inputs, &mut large)?;
-    // A run whose key turns out to be taken was never there.
-    sqlx::query("savepoint start").execute(&mut *conn).await?;
-    let inserted: Option<i32> = sqlx::query_scalar(
-        "with r as (insert into runs (shard, run_id, workflow, definition, workflow_id, status, parked, queue, attributes, topic, inputs,
-                                      priority, fairness_key, lane, admitted, waiting)
-           select $1, $2, $3, $4, $5, 'pending', true, $6, $7, $8, $9, $10, $11, $12, not $13, case when $13 then 'concurrency' end
-           -- Its id says that it was started already, whether it is here or in an archive.
-           where not exists (select from archived_runs a where a.shard = $1 and a.run_id = $2)
-           on conflict do nothing returning shard, run_id, queue, priority, lane),
-              q as (insert into ready (shard, run_id, queue, priority, lane)
-                    select shard, run_id, queue, priority, lane from r where not $13)
-         select 1 from r",
-    )
-    .bind(run_id.shard())
-    .bind(run_id.0)
-    .bind(&definition.name)
-    .bind(&start.definition.0[..])
-    .bind(&start.workflow_id)
-    .bind(queue)
-    .bind(&start.attributes)
-    .bind(&start.topic)
-    .bind(Json(&*inputs))
-    .bind(start.admission.priority.number())
-    .bind(key)
-    .bind(lane(key))
-    .bind(held)
-    .fetch_optional(&mut *conn)
-    .await?;
-    if inserted.is_none() {
-        // Started before, and perhaps closed since: its key, if it had one, is none of our business.
-        return Ok(Started { run_id, created: false });
-    }
-    blobs::put(conn, &large).await?;
-    if let Some(key) = &start.workflow_id {
-        let taken: Option<uuid::Uuid> = sqlx::query_scalar(
-            "with taken as (insert into workflow_ids (workflow_id, shard, run_id) values ($1, $2, $3)
-               on conflict (workflow_id) do update set workflow_id = excluded.workflow_id returning run_id)
-             select run_id from taken where run_id <> $3",
-        )
-        .bind(key)
-        .bind(run_id.shard())
-        .bind(run_id.0)
-        .fetch_optional(&mut *conn)
-        .await?;
-        if let Some(open) = taken {
-            sqlx::query("rollback to savepoint start").execute(&mut *conn).await?;
-            return Ok(Started { run_id: RunId(open), created: false });
-        }
-    }
-    if held {
-        let not_before = match &start.admission.rate {
-            Some(rate) => groups::next_start(conn, &rate.key, rate.starts, rate.per_ms).await?,
-            None => None,
-        };
-        if groups::arrive(conn, run_id, place.as_ref(), not_before, true).await? == Arrival::Refused {
-            sqlx::query("rollback to savepoint start").execute(&mut *conn).await?;
-            return Err(Error::ConcurrencyFull(place.map(|p| p.group).unwrap_or_default()));
-        }
-    }
-    sqlx::query("release savepoint start").execute(&mut *conn).await?;
-    Ok(Started { run_id, created: true })
 }
 
 /// Loads a run and folds what its cursor does not hold yet.
@@ -173,7 +84,7 @@ pub(crate) async fn load_all(conn: &mut PgConnection, runs: &[RunId]) -> Result<
     let rows = sqlx::query(
         "select r.run_id, workflow, workflow_id, definition, status, owner, epoch, seq, inbox_n, inbox_seen, queue, attributes, topic,
                 parent_run_id, parent_path, depth, priority, lane, inputs, cursor, cursor_seq, output, failure, started_at, closed_at,
-                forked_from, forked_seq, imported_at, first_run_id, continued_from, continued_as
+                forked_from, forked_seq, imported_at, first_run_id, continued_from, continued_as, chain_deadline
          from unnest((select $1::smallint[]), (select $2::uuid[])) k(shard, run_id)
          join runs r on r.shard = k.shard and r.run_id = k.run_id",
     )
@@ -294,6 +205,7 @@ async fn loaded(conn: &mut PgConnection, run: RunId, row: &PgRow, tail: &[PgRow]
         },
         imported_at: row.try_get("imported_at")?,
         chain: chain(row)?,
+        chain_deadline: row.try_get("chain_deadline")?,
         state,
     })
 }

@@ -3,14 +3,14 @@
 use crate::{
     Error, Result,
     admission::Place,
-    hook::{AttemptEnd, AttemptStart, Refusal, Transition, TransitionHook},
+    hook::{AttemptEnd, AttemptStart, HookError, Refusal, Transition, TransitionHook},
     ids::{DefinitionHash, RunId},
     labels,
     payload::{self, Slot},
     store::{
         blobs,
-        chain::{self, Successor},
-        definitions, groups,
+        chain::{self, Arrives, Successor},
+        definitions,
         inbox::{self, ChildResult, Kind, Outgoing, Sent},
     },
 };
@@ -163,6 +163,32 @@ pub(crate) enum Verdict {
     Stale { epoch: i64, seq: i64 },
     /// The hook refused its starts; nothing of it was committed.
     Refused { reason: String, message: String },
+}
+
+/// Why a batch was not committed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Undone {
+    #[error(transparent)]
+    Hook(#[from] HookError),
+    /// Nothing is wrong with it: it is for a worker that has the payload key, or is of that release.
+    #[error(transparent)]
+    Left(Error),
+}
+
+impl Undone {
+    pub(crate) fn of(error: Error) -> Self {
+        match error {
+            Error::Sql(error) => Self::Hook(HookError::Sql(error)),
+            error @ (Error::PayloadKeyMissing(_) | Error::NewerRelease(_)) => Self::Left(error),
+            other => Self::Hook(HookError::Invariant(other.to_string())),
+        }
+    }
+}
+
+impl From<sqlx::Error> for Undone {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Hook(HookError::Sql(error))
+    }
 }
 
 /// The statement of the hot path. Its parameters are columns; `ord` counts from 1. It returns what was accepted.
@@ -323,6 +349,11 @@ pub(crate) async fn lock<I: Borrow<Item>>(conn: &mut PgConnection, items: &[I]) 
     if !stopped.is_empty() {
         runs.extend(chain::open_runs(conn, &stopped).await?);
     }
+    lock_runs(conn, &runs).await
+}
+
+/// Locks runs in the order of their ids.
+pub(super) async fn lock_runs(conn: &mut PgConnection, runs: &[RunId]) -> Result<()> {
     sqlx::query(LOCK)
         .bind(runs.iter().map(|run| run.shard()).collect::<Vec<i16>>())
         .bind(runs.iter().map(|run| run.0).collect::<Vec<_>>())
@@ -331,15 +362,15 @@ pub(crate) async fn lock<I: Borrow<Item>>(conn: &mut PgConnection, items: &[I]) 
     Ok(())
 }
 
-/// Carries out what accepted transitions do beside their own rows. Lock order: runs ([`lock`]), groups by name, then whatever the
-/// hook locks. A pass that lets runs into a group holds its row and waits for theirs: where a batch stops such a run and starts
+/// Carries out what accepted transitions do beside their own rows. Lock order: runs ([`lock`]), rates and groups by name, then
+/// whatever the hook locks. A pass that lets runs into a group holds its row and waits for theirs: where a batch stops such a run and starts
 /// another one of that group, Postgres ends one of the two, and it is sent again.
 pub(crate) async fn apply_effects<I: Borrow<Item>>(
     conn: &mut PgConnection,
     items: &[I],
     verdicts: &[Verdict],
     hook: &dyn TransitionHook,
-) -> std::result::Result<Vec<Refusal>, crate::hook::HookError> {
+) -> std::result::Result<Vec<Refusal>, Undone> {
     let accepted = || {
         let items = items.iter().map(Borrow::borrow).enumerate();
         items.zip(verdicts).filter(|(_, v)| matches!(v, Verdict::Accepted { .. })).map(|(i, _): ((usize, &Item), _)| i)
@@ -347,24 +378,19 @@ pub(crate) async fn apply_effects<I: Borrow<Item>>(
     let mut arrivals = Vec::new();
     for (_, item) in accepted() {
         for child in &item.effects.children {
-            arrivals
-                .extend(start_child(conn, item, child).await.map_err(sql_of)?.map(|place| (place, child.run_id, None)));
+            let arrives = start_child(conn, item, child).await.map_err(Undone::of)?;
+            arrivals.extend(arrives.map(|place| (Arrives::at(place), child.run_id)));
             crate::committer::crash_point("settle.after_child");
         }
     }
     for (_, item) in accepted() {
         if let Some(next) = &item.effects.successor {
-            let arrival = chain::start(conn, item.run_id, next).await.map_err(sql_of)?;
-            arrivals.extend(arrival.map(|(place, not_before)| (place, next.run_id, not_before)));
+            let arrival = chain::start(conn, item.run_id, next).await.map_err(Undone::of)?;
+            arrivals.extend(arrival.map(|arrives| (arrives, next.run_id)));
             crate::committer::crash_point("settle.after_successor");
         }
     }
-    arrivals.sort_by(|(a, ..), (b, ..)| a.group.cmp(&b.group));
-    for (place, run, not_before) in &arrivals {
-        groups::hold_back(conn, *run).await.map_err(sql_of)?;
-        // Never turned away: a parent waits for its child, and a chain would end.
-        groups::arrive(conn, *run, Some(place), *not_before, false).await.map_err(sql_of)?;
-    }
+    chain::arrive(conn, arrivals).await.map_err(Undone::of)?;
     let mut messages: Vec<(RunId, Kind, Value)> = Vec::new();
     for (_, item) in accepted() {
         messages.extend(
@@ -378,10 +404,10 @@ pub(crate) async fn apply_effects<I: Borrow<Item>>(
     for (run, kind, payload) in &messages {
         let message =
             Outgoing { run: *run, kind: *kind, name: "", payload, dedupe_id: None, sender: None, definition: None };
-        let sent = inbox::send(conn, &message).await.map_err(sql_of)?;
+        let sent = inbox::send(conn, &message).await.map_err(Undone::of)?;
         // A parent knows its child by the first run of a chain; it means the one that is open.
         if sent == Sent::NoOpenRun && *kind != Kind::Child {
-            chain::send(conn, &message).await.map_err(sql_of)?;
+            chain::send(conn, &message).await.map_err(Undone::of)?;
         }
         crate::committer::crash_point("settle.after_message");
     }
@@ -395,14 +421,7 @@ pub(crate) async fn apply_effects<I: Borrow<Item>>(
         })
         .collect();
     crate::committer::crash_point("settle.before_hook");
-    if transitions.is_empty() { Ok(Vec::new()) } else { hook.apply(conn, &transitions).await }
-}
-
-fn sql_of(error: crate::Error) -> crate::hook::HookError {
-    match error {
-        crate::Error::Sql(e) => crate::hook::HookError::Sql(e),
-        other => crate::hook::HookError::Invariant(other.to_string()),
-    }
+    if transitions.is_empty() { Ok(Vec::new()) } else { Ok(hook.apply(conn, &transitions).await?) }
 }
 
 /// Inserts a child run. Returns the place that it must arrive at, if its definition has a group.

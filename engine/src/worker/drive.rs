@@ -208,7 +208,7 @@ impl Driver {
 
     async fn run(mut self, settling: Counted) -> Result<()> {
         let first = if self.run.status == RunStatus::Pending {
-            Input::Started { inputs: self.run.inputs.clone() }
+            Input::Started { inputs: self.run.inputs.clone(), until: self.run.chain_deadline }
         } else {
             Input::TakenOver
         };
@@ -466,6 +466,7 @@ impl Driver {
                 Ok(Verdict::Stale { .. }) => return Err(Error::LeaseLost),
                 Ok(Verdict::Refused { reason, message }) => return Ok(Committed::Refused { reason, message }),
                 Err(Broken::Poison(text)) => return Err(Error::Invariant(text)),
+                Err(Broken::Left(error)) => return Err(error),
                 Err(Broken::Unreachable(error)) => {
                     tracing::warn!(run_id = %item.run_id, %error, "transition cannot be committed yet");
                     tokio::select! {

@@ -15,7 +15,7 @@ use crate::{
     client::{Client, Start},
     committer::crash_point,
     definition::inputs::prepare,
-    ids::RunId,
+    ids::{DefinitionHash, RunId},
     schedule::{
         Action, ActionKind, ActionState, Overlap, Spec, Timing,
         overlap::{Judgement, WAITING_MAX, judge},
@@ -23,6 +23,7 @@ use crate::{
         timing::Standing,
     },
     store::{
+        definitions::Pinned,
         inbox::{Kind, Outgoing},
         is_transient,
         schedules::{self as store, NewAction, Stored},
@@ -267,6 +268,8 @@ async fn decide(
     let mut waiting = 0;
     // Also of those that are not among the ones that were read.
     let newest = store::newest_replacing(conn, &stored.view).await?;
+    // A deployment in the middle of a turn is in force from the next one on.
+    let mut known = None;
     for action in pending {
         if turn.started.len() >= BATCH {
             return Ok(Waits::More);
@@ -282,7 +285,7 @@ async fn decide(
         }
         match judge(policy, open.len(), waiting) {
             Judgement::Start => {
-                if let Some(run) = start(conn, client, stored, &action).await? {
+                if let Some(run) = start(conn, client, stored, &action, &mut known).await? {
                     open.push(run);
                     turn.started.push(run);
                     if action.kind == ActionKind::Scheduled {
@@ -336,12 +339,13 @@ async fn cancel(conn: &mut PgConnection, stored: &Stored, open: &[RunId]) -> Res
     Ok(())
 }
 
-/// Starts the run of an action. `None` if it came to nothing, which its note says.
+/// Starts the run of an action. `known`: the definition of this turn. `None` if it came to nothing, which its note says.
 async fn start(
     conn: &mut PgConnection,
     client: &Client,
     stored: &mut Stored,
     action: &Action,
+    known: &mut Option<(DefinitionHash, Pinned)>,
 ) -> Result<Option<RunId>> {
     let (id, spec) = (stored.view.id, &stored.view.spec);
     let run = run_id(id, action.instant, (action.kind == ActionKind::Manual).then_some(action.n));
@@ -351,10 +355,16 @@ async fn start(
         fields.insert("scheduled_at".into(), json!(rfc3339(action.instant)));
     }
     let wanted = async {
-        let definition = crate::store::definitions::pointer(&mut *conn, &spec.workflow, &spec.pointer).await?;
+        let (definition, pinned) = match &mut *known {
+            Some(known) => known,
+            None => {
+                let hash = crate::store::definitions::pointer(&mut *conn, &spec.workflow, &spec.pointer).await?;
+                known.insert((hash, crate::store::definitions::load(&mut *conn, hash).await?))
+            }
+        };
         let start = Start {
             run_id: Some(run),
-            definition,
+            definition: *definition,
             inputs: spec.inputs.clone(),
             workflow_id: spec.workflow_id.clone(),
             attributes,
@@ -362,7 +372,7 @@ async fn start(
             topic: spec.topic.clone(),
             admission: Admission::default(),
         };
-        client.start_in(&mut *conn, start).await
+        client.start_pinned(&mut *conn, start, &pinned.definition).await
     };
     match wanted.await {
         Ok(started) if started.created => {

@@ -9,7 +9,7 @@ use crate::{
     payload::{self, Slot},
     store::{
         self,
-        transitions::{self, Effects, Item, Verdict, child_result},
+        transitions::{self, Effects, Item, Undone, Verdict, child_result},
     },
     transaction::in_transaction,
 };
@@ -62,8 +62,9 @@ async fn end(conn: &mut PgConnection, hook: &dyn TransitionHook, item: &Item) ->
     match transitions::apply_effects(conn, &items, &verdicts, hook).await {
         // Nothing starts, so nothing is refused.
         Ok(_) => Ok(()),
-        Err(HookError::Sql(error)) => Err(Error::Sql(error)),
-        Err(HookError::Invariant(text)) => Err(Error::Invariant(text)),
+        Err(Undone::Left(error)) => Err(error),
+        Err(Undone::Hook(HookError::Sql(error))) => Err(Error::Sql(error)),
+        Err(Undone::Hook(HookError::Invariant(text))) => Err(Error::Invariant(text)),
     }
 }
 

@@ -6,7 +6,7 @@ use crate::{
     faults::{GRACE, reaches},
 };
 use loopwright_engine::{
-    admission::OnConflict,
+    admission::{OnConflict, Place, Rate},
     archive::Archive,
     client::{At, Filter, Fork, Signal, Update},
     definition::{CallVersion, Concurrency, Data, Definition, Input, Kind, ParentClose, Step},
@@ -298,6 +298,64 @@ fn start_of(definition: loopwright_engine::ids::DefinitionHash, inputs: Value) -
         topic: None,
         admission: Default::default(),
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_and_a_rate_that_only_the_start_named_go_along() {
+    let bench = Bench::new().await;
+    let hash = bench.deploy(counting("placed", vec![only_in(1, awaits("next", "next")), again(3, false)])).await;
+    let mut start = start_of(hash, json!({}));
+    start.admission.place = Some(Place { group: "named".into(), limit: 1, on_conflict: OnConflict::Queue });
+    start.admission.rate = Some(Rate { key: "hourly".into(), starts: 2, per_ms: 3_600_000 });
+    let worker = bench.worker_with(LONG, 8).await;
+    let first = bench.client.start(start).await.expect("start").run_id;
+    bench.until(first, "waits", |v| !v.waiting.is_empty()).await;
+    bench.client.signal(first, signal("next", "n")).await.expect("sent");
+    // The second start of the hour is now, the third is in an hour: as everywhere, no start is earlier for being in a chain.
+    let second = next_of(&bench, first).await;
+    let third = next_of(&bench, second).await;
+    let held = bench.client.describe(third).await.expect("run").held.expect("held back");
+    assert!(held.starts_with("for its rate limit, until "), "{held}");
+    let (group, minutes): (Option<String>, f64) = sqlx::query_as(
+        "select group_name, (extract(epoch from not_before - engine_now()) / 60)::float8 from admissions where run_id = $1",
+    )
+    .bind(third.0)
+    .fetch_one(&bench.pool)
+    .await
+    .expect("held back");
+    assert_eq!(group.as_deref(), Some("named"));
+    assert!((55.0..=60.0).contains(&minutes), "{minutes}");
+    // The hour is over.
+    sqlx::query("update admissions set not_before = engine_now()").execute(&bench.pool).await.expect("time");
+    assert_eq!(bench.closed(third).await.status, RunStatus::Completed);
+    worker.drain(GRACE).await;
+    bench.audit().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_run_of_a_chain_goes_on_beyond_the_chains_time() {
+    let bench = Bench::new().await;
+    let steps = vec![only_in(1, awaits("next", "next")), again(2, false), awaits("never", "never")];
+    let hash = bench.deploy(counting("bounded", steps)).await;
+    let worker = bench.worker_with(LONG, 8).await;
+    let chain_timeout = Duration::from_secs(4);
+    let mut start = start_of(hash, json!({}));
+    start.admission.chain_timeout = Some(chain_timeout);
+    let first = bench.client.start(start).await.expect("start").run_id;
+    bench.until(first, "waits", |v| !v.waiting.is_empty()).await;
+    bench.client.signal(first, signal("next", "n")).await.expect("sent");
+    let second = bench.closed(next_of(&bench, first).await).await;
+    assert_eq!(
+        (second.status, second.failure.expect("a failure").code.as_str()),
+        (RunStatus::Failed, "timeout.run_total")
+    );
+    let began = bench.client.describe(first).await.expect("run").started_at;
+    assert!(second.closed_at.expect("closed") - began >= chrono::Duration::from_std(chain_timeout).expect("short"));
+    for run in [first, second.run_id] {
+        assert_eq!(bench.client.replay(run, None).await.expect("replays").divergence, None);
+    }
+    worker.drain(GRACE).await;
+    bench.audit().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

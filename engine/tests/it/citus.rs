@@ -10,7 +10,8 @@ use crate::{
 };
 use loopwright_engine::{
     Failure,
-    client::{At, Fork, Signal, Update, Why},
+    admission::{Admission, IdConflict, IdReuse},
+    client::{At, Fork, Signal, Start, Update, Why},
     definition::{Await, CallVersion, Definition, Kind, ParentClose, WaitUntil},
     embedded::testing::{database, url},
     retention,
@@ -61,6 +62,11 @@ const EVERYWHERE: &[(&str, &str)] = &[
     ("on d.id = r.owner", "takeover: after a worker has died, and one look of each worker every 750 ms"),
     ("update dead_workers", "takeover: the same"),
     ("first_run_id = ", "chains: whoever stops a child asks for the run that is open in its place"),
+    (
+        "where workflow_id = $1 and closed_at is not null",
+        "starts that ask how the last run under their id ended: none under the default policy",
+    ),
+    ("where parent_run_id = $2 and closed_at is null", "starts that end the open run under their id: its children"),
     ("keys (queue, n)", "claim: which keys there are, at most 20 times a second, by workers that have labels"),
     ("names (queue, n)", "depth of the queues: for people, every 10 s"),
     (
@@ -303,6 +309,25 @@ async fn everything_happens(pool: &PgPool) {
     for run in &runs {
         bench.closed(*run).await;
     }
+    // Under ids that were used before: `key:0` by a run that has completed.
+    let start = |id: &str, id_reuse, id_conflict| Start {
+        run_id: None,
+        definition: hash,
+        inputs: json!({}),
+        workflow_id: Some(id.into()),
+        attributes: json!({}),
+        queue: String::new(),
+        topic: None,
+        admission: Admission { id_reuse, id_conflict, ..Admission::default() },
+    };
+    let strict = start("key:0", IdReuse::AllowDuplicateFailedOnly, IdConflict::Fail);
+    assert_eq!(client.start(strict).await.expect_err("was used").code(), "workflow_id_used");
+    let mut last = None;
+    for _ in 0..2 {
+        let start = start("key:9", IdReuse::AllowDuplicate, IdConflict::TerminateExisting);
+        last = Some(client.start(start).await.expect("start").run_id);
+    }
+    client.terminate(last.expect("started"), "enough").await.expect("terminate");
     let fork = Fork {
         run_id: None,
         at: At::Seq(3),

@@ -7,7 +7,8 @@ use crate::{
 use futures_util::{StreamExt, stream};
 use loopwright_engine::{
     Error,
-    client::{Migrate, MigrationOutcome, Signal},
+    admission::{Admission, IdConflict},
+    client::{Migrate, MigrationOutcome, Signal, Start, Started},
     definition::{Await, CallVersion, Data, Definition, Input, Kind, OnTimeout, ParentClose, WaitUntil},
     embedded::testing::url,
     ids::RunId,
@@ -47,6 +48,8 @@ enum Role {
     Sender,
     Operator,
     Migrator,
+    /// Starts a run in the place of the open one.
+    Starter,
 }
 
 impl Role {
@@ -55,6 +58,7 @@ impl Role {
             Some("send") => Self::Sender,
             Some("terminate") => Self::Operator,
             Some("migrate") => Self::Migrator,
+            Some("start") => Self::Starter,
             _ if point.ends_with("_rollback") => Self::Refused,
             _ => Self::Worker,
         }
@@ -110,6 +114,7 @@ async fn child_process() {
     let run = std::env::var(RUN).map(|text| text.parse::<RunId>().expect("run"));
     match role.as_str() {
         "Sender" => send(&bench, run.expect("run")).await,
+        "Starter" => drop(replace(&bench, run.expect("run")).await),
         "Migrator" => drop(migrate(&bench, run.expect("run")).await),
         "Operator" => bench.client.terminate(run.expect("run"), "enough").await.expect("terminated"),
         _ => {
@@ -141,6 +146,25 @@ async fn send(bench: &Bench, run: RunId) {
         Ok(_) | Err(Error::RunClosed(_)) => {}
         Err(error) => panic!("{error}"),
     }
+}
+
+/// The run that is started in the place of another: each sender of the request names the same.
+fn in_place_of(old: RunId) -> RunId {
+    RunId(uuid::Uuid::from_u128(old.0.as_u128() ^ 1))
+}
+
+async fn replace(bench: &Bench, old: RunId) -> Started {
+    let start = Start {
+        run_id: Some(in_place_of(old)),
+        definition: bench.client.pointer("points", "current").await.expect("deployed"),
+        inputs: json!({}),
+        workflow_id: Some("id".into()),
+        attributes: json!({}),
+        queue: String::new(),
+        topic: None,
+        admission: Admission { id_conflict: IdConflict::TerminateExisting, ..Admission::default() },
+    };
+    bench.client.start(start).await.expect("started")
 }
 
 /// To the same steps and one more.
@@ -207,8 +231,9 @@ async fn dies_at(point: &'static str, nth: u32) {
         sqlx::query(dead).execute(&bench.pool).await.expect("worker");
     }
     let mut runs = Vec::new();
-    for _ in 0..3 {
-        runs.push(bench.start_as(hash, json!({}), None).await.run_id);
+    for n in 0..3 {
+        let id = (n == 0 && role == Role::Starter).then_some("id");
+        runs.push(bench.start_as(hash, json!({}), id).await.run_id);
     }
     if point == "takeover.after_take_over" {
         let theirs = "with q as (delete from ready) update runs set owner = (select id from workers limit 1), epoch = epoch + 1, parked = false";
@@ -248,6 +273,16 @@ async fn dies_at(point: &'static str, nth: u32) {
             let again = bench.client.terminate(runs[0], "enough").await;
             let closed = bench.client.describe(runs[0]).await.expect("run").status;
             assert_eq!(closed, RunStatus::Terminated, "{point}: {again:?}");
+        }
+        Role::Starter => {
+            let new = replace(&bench, runs[0]).await;
+            assert_eq!((new.run_id, new.created), (in_place_of(runs[0]), point != "start.after_commit"), "{point}");
+            assert_eq!(bench.client.open_run("id").await.expect("asked"), Some(new.run_id), "{point}");
+            let closed = bench.client.describe(runs[0]).await.expect("run").status;
+            assert_eq!(closed, RunStatus::Terminated, "{point}");
+            terminated = Some(runs[0]);
+            runs.push(new.run_id);
+            steps += STEPS;
         }
         Role::Migrator => {
             let after_commit = point == "migrate.after_commit";

@@ -24,5 +24,6 @@ mod retention;
 mod runs;
 mod schedules;
 mod skew;
+mod start;
 mod together;
 mod update;

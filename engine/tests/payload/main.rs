@@ -294,6 +294,53 @@ async fn without_its_key_a_run_is_left_alone_and_goes_on_when_the_key_is_back() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_chain_whose_messages_a_worker_cannot_open_waits_for_one_that_can() {
+    let (_alone, bench) = alone("a").await;
+    let with = std::collections::BTreeMap::from([("n".to_owned(), Data::Literal(json!(2)))]);
+    let mut again = step("again", Kind::ContinueAsNew { with, current: false });
+    again.condition = Some(e("inputs.n == 1"));
+    let ask = |name: &str| step(name, Kind::Await(Box::new(waits_for(name))));
+    let mut first = ask("next");
+    first.condition = Some(e("inputs.n == 1"));
+    let mut d = definition("chain", vec![first, again, ask("go")]);
+    d.inputs.insert("n".into(), Input { schema: json!({}), required: false, default: Some(json!(1)) });
+    let worker = bench.worker().await;
+    let run = bench.start(d, json!({})).await;
+    bench.until(run, "waits", |v| !v.waiting.is_empty()).await;
+    tell(&bench, run).await;
+    bench.until(run, "has read it", |v| v.seq > 1).await;
+    worker.drain(GRACE).await;
+    // The message as another key would have sealed it.
+    let foreign = "update inbox set payload = jsonb_set(payload, '{$sealed,key}', '\"z\"') where run_id = $1";
+    assert_eq!(sqlx::query(foreign).bind(run.0).execute(&bench.pool).await.expect("sealed").rows_affected(), 1);
+    let signal = Signal { name: "next".into(), ..Signal::default() };
+    assert!(bench.client.signal(run, signal).await.expect("sent"));
+    let worker = bench.worker().await;
+    let deadline = tokio::time::Instant::now() + bench::PATIENCE;
+    loop {
+        let (status, epoch, waiting): (String, i64, Option<String>) =
+            sqlx::query_as("select status, epoch, waiting from runs where run_id = $1")
+                .bind(run.0)
+                .fetch_one(&bench.pool)
+                .await
+                .expect("run");
+        assert_eq!(status, "running", "it is not set aside");
+        if waiting.as_deref() == Some("worker") && epoch > 2 {
+            break;
+        }
+        assert!(tokio::time::Instant::now() < deadline, "it is not given back");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let back = "update inbox set payload = jsonb_set(payload, '{$sealed,key}', '\"a\"') where run_id = $1 and payload->'$sealed'->>'key' = 'z'";
+    sqlx::query(back).bind(run.0).execute(&bench.pool).await.expect("the key is back");
+    let view = bench.closed(run).await;
+    assert_eq!(view.status, RunStatus::Continued);
+    let second = bench.closed(view.chain.continued_as.expect("a successor")).await;
+    assert_eq!(second.status, RunStatus::Completed, "with the message that went along");
+    worker.drain(GRACE).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_is_moved_to_another_place_is_refused() {
     let (_alone, bench) = alone("a").await;
     talks(&bench);

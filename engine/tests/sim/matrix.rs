@@ -130,7 +130,7 @@ impl Place {
 }
 
 fn started() -> Input {
-    Input::Started { inputs: json!({}) }
+    Input::Started { inputs: json!({}), until: None }
 }
 fn ended(path: &str, attempt: u32, result: Result<Value, Failure>) -> Input {
     Input::AttemptEnded { path: path.into(), attempt, result }

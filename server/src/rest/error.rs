@@ -134,9 +134,11 @@ impl From<loopwright_engine::Error> for Error {
             }
             E::ScheduleNotFound(_) => Self::not_found("schedule"),
             E::ScheduleInvalid(list) => Self::new(Code::InputInvalid, list.join("; ")),
-            E::ScheduleExists(_) | E::ConcurrencyFull(_) | E::RateFull(_) => {
-                Self::new(Code::InputInvalid, error.to_string())
-            }
+            E::ScheduleExists(_)
+            | E::ConcurrencyFull(_)
+            | E::RateFull(_)
+            | E::WorkflowIdOpen { .. }
+            | E::WorkflowIdUsed { .. } => Self::new(Code::InputInvalid, error.to_string()),
             E::FilterInvalid(error) => Self::new(Code::QueryInvalid, error.to_string()),
             E::TooLarge { what, actual, limit } => {
                 Self::new(Code::BodyTooLarge, format!("{what} is {actual} bytes; the limit is {limit}."))

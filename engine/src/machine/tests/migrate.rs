@@ -597,6 +597,6 @@ fn a_run_is_migrated_before_it_starts_and_while_it_is_paused_and_not_while_it_en
     let found = checked(&early, &new, &[], &[]);
     apply(&mut early, new, found.event.expect("possible"));
     assert_eq!(early.state.status, RunStatus::Pending);
-    early.input(Input::Started { inputs: json!({}) });
+    early.input(Input::Started { inputs: json!({}), until: None });
     assert_eq!(early.live(), ["first"]);
 }

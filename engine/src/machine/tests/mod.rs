@@ -138,7 +138,7 @@ impl Bench {
             n: 0,
             rows: Vec::new(),
         };
-        bench.input(Input::Started { inputs });
+        bench.input(Input::Started { inputs, until: None });
         bench
     }
     /// Decides until the hook lets the decision pass, as a worker does.

@@ -111,7 +111,7 @@ fn a_run_that_is_paused_before_its_first_claim_starts_nothing() {
     (run.state, run.mirror) = (RunState::new(run.state.run_id), RunState::new(run.state.run_id));
     run.live.clear();
     let pause = Inbound::Pause { reason: String::new(), by: None };
-    let inputs = vec![Input::Started { inputs: json!({}) }, Input::Messages(vec![pause])];
+    let inputs = vec![Input::Started { inputs: json!({}), until: None }, Input::Messages(vec![pause])];
     run.input(Input::Several(inputs));
     assert_eq!((run.state.status, run.live().len()), (RunStatus::Paused, 0));
     resume(&mut run);

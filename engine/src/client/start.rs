@@ -1,0 +1,177 @@
+//! Starting a run, and what becomes of the start if its id was used before.
+
+use super::{ATTRIBUTES_BYTES_MAX, Client, Start, Started, json_len};
+use crate::{
+    Error, Result,
+    admission::{IdConflict, Place},
+    definition::{Definition, inputs::prepare},
+    ids::RunId,
+    labels,
+    store::{
+        self,
+        groups::{self, Arrival},
+        starts,
+    },
+    transaction::in_transaction,
+};
+use chrono::{DateTime, Utc};
+use sqlx::PgConnection;
+
+/// Open runs that one start finds under its id and ends, or finds ended, before it gives up. Chosen: each is another start that
+/// was faster in the same milliseconds.
+const TAKE_TRIES: u32 = 32;
+
+impl Client {
+    /// Starts a run, unless its id (the business key) or its run id say otherwise: see [`IdConflict`] and
+    /// [`IdReuse`](crate::admission::IdReuse). A start that is sent again under its run id finds its run, whatever the policies
+    /// say, and ends nobody.
+    ///
+    /// # Errors
+    /// `input_invalid`, `definition_not_found`, `too_large`, `concurrency_full`, `rate_full`, `workflow_id_open`,
+    /// `workflow_id_used`; with `terminate_existing` also what [`Self::terminate`] says of the run that is open.
+    /// # Transaction
+    /// One: the end of the open run, id, run, queue row or place in its group.
+    pub async fn start(&self, start: Start) -> Result<Started> {
+        let started = in_transaction(&self.pool, |conn| {
+            let start = start.clone();
+            let client = self.clone();
+            Box::pin(async move {
+                let started = client.start_in(conn, start).await;
+                crate::committer::crash_point("start.before_commit");
+                started
+            })
+        })
+        .await?;
+        crate::committer::crash_point("start.after_commit");
+        self.wake().await;
+        Ok(started)
+    }
+
+    /// [`Self::start`] inside the caller's transaction; call [`Self::wake`] after the commit. What is refused was never there.
+    pub async fn start_in(&self, conn: &mut PgConnection, start: Start) -> Result<Started> {
+        let pinned = store::definitions::load(conn, start.definition).await?;
+        self.start_pinned(conn, start, &pinned.definition).await
+    }
+
+    /// [`Self::start_in`] of a definition that was loaded before.
+    pub(crate) async fn start_pinned(
+        &self,
+        conn: &mut PgConnection,
+        start: Start,
+        definition: &Definition,
+    ) -> Result<Started> {
+        let size = json_len(&start.attributes);
+        if size > ATTRIBUTES_BYTES_MAX {
+            return Err(Error::TooLarge { what: "attributes", actual: size, limit: ATTRIBUTES_BYTES_MAX });
+        }
+        start.admission.check(&start.attributes)?;
+        if start.workflow_id.is_none() && start.admission.speaks_of_an_id() {
+            let why = "a policy for an id that was used before needs an id: give the start one";
+            return Err(Error::InputInvalid(vec![why.into()]));
+        }
+        if let Some(violation) = labels::queue_violation(&start.queue) {
+            return Err(Error::InputInvalid(vec![violation]));
+        }
+        let inputs = prepare(definition, &start.inputs).map_err(Error::InputInvalid)?;
+        let place = start.admission.place(definition, &inputs)?;
+        let held = place.is_some() || start.admission.rate.is_some();
+        let run = start.run_id.unwrap_or_default();
+        starts::begin(conn).await?;
+        if !starts::insert(conn, run, &start, definition, &inputs, held).await? {
+            // Started before, and perhaps closed since: its id, if it had one, is none of our business.
+            starts::keep(conn).await?;
+            return Ok(Started { run_id: run, created: false });
+        }
+        match self.admit(conn, run, &start, place.as_ref()).await {
+            Ok(None) => {
+                starts::keep(conn).await?;
+                Ok(Started { run_id: run, created: true })
+            }
+            Ok(Some(open)) => {
+                starts::undo(conn).await?;
+                Ok(Started { run_id: open, created: false })
+            }
+            // Nothing more can be said in this transaction.
+            Err(error @ Error::Sql(_)) => Err(error),
+            Err(error) => {
+                starts::undo(conn).await?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Gives a run that was inserted its id and its place. `Some`: an open run is the answer, and this one is to be undone.
+    async fn admit(
+        &self,
+        conn: &mut PgConnection,
+        run: RunId,
+        start: &Start,
+        place: Option<&Place>,
+    ) -> Result<Option<RunId>> {
+        let Start { workflow_id, admission, .. } = start;
+        let ends = workflow_id.is_some() && admission.id_conflict == IdConflict::TerminateExisting;
+        // Whoever ends a run locks the rate and the group before it: see `store::starts`.
+        let mut not_before = if ends { next_start(conn, start).await? } else { None };
+        if let (true, Some(place)) = (ends, place) {
+            groups::lock(conn, &place.group).await?;
+        }
+        if let Some(id) = workflow_id {
+            if ends {
+                self.end_and_take(conn, id, run).await?;
+            } else if let Some(open) = starts::take_id(conn, id, run).await? {
+                return match admission.id_conflict {
+                    IdConflict::UseExisting => Ok(Some(open)),
+                    IdConflict::Fail | IdConflict::TerminateExisting => {
+                        Err(Error::WorkflowIdOpen { id: id.clone(), run: open.to_string() })
+                    }
+                };
+            }
+            if admission.id_reuse != crate::admission::IdReuse::AllowDuplicate
+                && let Some((last, status)) = starts::last_closed(conn, id).await?
+                && !admission.id_reuse.allows(status)
+            {
+                let (id, run) = (id.clone(), last.to_string());
+                return Err(Error::WorkflowIdUsed { id, run, status: status.as_str() });
+            }
+        }
+        if !ends {
+            not_before = next_start(conn, start).await?;
+        }
+        if place.is_some() || admission.rate.is_some() {
+            let arrival = groups::arrive(conn, run, place, not_before, true).await?;
+            if arrival == Arrival::Refused {
+                return Err(Error::ConcurrencyFull(place.map(|p| p.group.clone()).unwrap_or_default()));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Terminates the open run under an id, and gives the id to another. Two who do so at once do it one after the other: the
+    /// second ends the run of the first.
+    async fn end_and_take(&self, conn: &mut PgConnection, id: &str, run: RunId) -> Result<()> {
+        for _ in 0..TAKE_TRIES {
+            if let Some(open) = starts::holder(conn, id).await? {
+                starts::lock_to_end(conn, open).await?;
+                let why = format!("run {run} was started in its place, under the id `{id}`");
+                match crate::worker::terminate_in(conn, self.hook.as_ref(), open, &why).await {
+                    // It has closed meanwhile, and perhaps left.
+                    Ok(()) | Err(Error::RunClosed(_) | Error::RunNotFound(_) | Error::RunArchived { .. }) => {}
+                    Err(error) => return Err(error),
+                }
+                crate::committer::crash_point("start.after_terminate");
+            }
+            if starts::take_free_id(conn, id, run).await? {
+                return Ok(());
+            }
+        }
+        Err(Error::LeaseLost)
+    }
+}
+
+/// When the rate of a start lets it begin; `None` is now.
+async fn next_start(conn: &mut PgConnection, start: &Start) -> Result<Option<DateTime<Utc>>> {
+    match &start.admission.rate {
+        Some(rate) => groups::next_start(conn, rate, true).await,
+        None => Ok(None),
+    }
+}
