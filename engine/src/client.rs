@@ -19,7 +19,10 @@ pub use update::Update;
 use crate::{
     Error, Result,
     admission::Admission,
-    definition::{Bundle, Definition},
+    definition::{
+        Bundle, Definition,
+        inputs::{DEPTH_MAX, is_too_deep},
+    },
     filter::Query,
     hook::TransitionHook,
     ids::{DefinitionHash, RunId},
@@ -199,7 +202,8 @@ impl Client {
     /// Returns false when its dedupe id was seen before.
     ///
     /// # Errors
-    /// `run_not_found`, `run_closed`, `signal_invalid` (the names that there are, or the form's violations), `too_large`.
+    /// `run_not_found`, `run_closed`, `signal_invalid` (the names that there are, or the form's violations), `too_large`,
+    /// `too_deep`.
     pub async fn signal(&self, run: RunId, signal: Signal) -> Result<bool> {
         let stored = in_transaction(&self.pool, |conn| {
             let signal = signal.clone();
@@ -218,6 +222,7 @@ impl Client {
         if size > PAYLOAD_BYTES_MAX {
             return Err(Error::TooLarge { what: "the payload", actual: size, limit: PAYLOAD_BYTES_MAX });
         }
+        shallow("the payload", &signal.payload)?;
         // Again if the run was migrated meanwhile: what was right for its former definition may be wrong for the new one.
         loop {
             let open = match self.open(conn, run).await {
@@ -506,6 +511,12 @@ pub(crate) fn closed(run: RunId, chain: &Chain) -> Error {
         Some(next) => format!("{run} (run {next} goes on in its place)"),
         None => run.to_string(),
     })
+}
+
+/// # Errors
+/// `too_deep`: once stored it could not be read again.
+pub(crate) fn shallow(what: &'static str, value: &Value) -> Result<()> {
+    if is_too_deep(value) { Err(Error::TooDeep { what, limit: DEPTH_MAX }) } else { Ok(()) }
 }
 
 pub(crate) fn json_len(value: &Value) -> usize {

@@ -67,6 +67,8 @@ pub enum Error {
     FilterInvalid(#[from] crate::filter::FilterError),
     #[error("{what} is {actual} bytes; the limit is {limit}")]
     TooLarge { what: &'static str, actual: usize, limit: usize },
+    #[error("{what} is nested deeper than {limit} levels: flatten it, or give it as a text")]
+    TooDeep { what: &'static str, limit: usize },
     #[error("another worker owns the run now")]
     LeaseLost,
     #[error("the run was refused: {reason}: {message}")]
@@ -124,6 +126,7 @@ impl Error {
             Self::ScheduleInvalid(_) => "schedule_invalid",
             Self::FilterInvalid(_) => "filter_invalid",
             Self::TooLarge { .. } => "too_large",
+            Self::TooDeep { .. } => "too_deep",
             Self::LeaseLost => "lease_lost",
             Self::Refused { .. } => "refused",
             Self::NewerRelease(_) => "newer_release",
@@ -196,7 +199,7 @@ mod tests {
             .filter_map(|(_, r)| r.split('"').next())
             .map(str::to_owned)
             .collect();
-        assert_eq!(codes.len(), 37, "{codes:?}");
+        assert_eq!(codes.len(), 38, "{codes:?}");
         assert_eq!(listed("Errors"), codes);
     }
 

@@ -18,7 +18,14 @@ use std::collections::BTreeMap;
 /// - 3: `update_accepted`, `update_rejected`, `update_completed`; calls that `terminate` their children.
 /// - 4: runs that end and close as continued.
 /// - 5: `run_migrated`.
-pub const FORMAT: u16 = 5;
+/// - 6: [`APART`].
+pub const FORMAT: u16 = 6;
+
+/// The number of a row, or of a stored state, whose text is not all that was said: a value lies apart in `blobs`, or all of it is
+/// sealed. The vocabulary is that of 5. A release that does not know it would take a reference for the value. It belongs to what is
+/// stored: whoever reads the events gets their vocabulary's number.
+#[cfg(feature = "runtime")]
+pub(crate) const APART: u16 = 6;
 
 /// How an attempt ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -128,7 +128,7 @@ pub(crate) fn attributes(attributes: &Value) -> std::result::Result<(), Option<E
     if size > ATTRIBUTES_BYTES_MAX {
         return Err(Some(Error::TooLarge { what: "attributes", actual: size, limit: ATTRIBUTES_BYTES_MAX }));
     }
-    Ok(())
+    crate::client::shallow("attributes", attributes).map_err(Some)
 }
 
 /// Whether Postgres can hold it.

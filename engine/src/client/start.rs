@@ -1,6 +1,6 @@
 //! Starting a run, and what becomes of the start if its id was used before.
 
-use super::{ATTRIBUTES_BYTES_MAX, Client, Start, Started, json_len};
+use super::{ATTRIBUTES_BYTES_MAX, Client, Start, Started, json_len, shallow};
 use crate::{
     Error, Result,
     admission::{IdConflict, Place},
@@ -27,7 +27,7 @@ impl Client {
     /// say, and ends nobody.
     ///
     /// # Errors
-    /// `input_invalid`, `definition_not_found`, `too_large`, `concurrency_full`, `rate_full`, `workflow_id_open`,
+    /// `input_invalid`, `definition_not_found`, `too_large`, `too_deep`, `concurrency_full`, `rate_full`, `workflow_id_open`,
     /// `workflow_id_used`; with `terminate_existing` also what [`Self::terminate`] says of the run that is open.
     /// # Transaction
     /// One: the end of the open run, id, run, queue row or place in its group.
@@ -64,6 +64,7 @@ impl Client {
         if size > ATTRIBUTES_BYTES_MAX {
             return Err(Error::TooLarge { what: "attributes", actual: size, limit: ATTRIBUTES_BYTES_MAX });
         }
+        shallow("attributes", &start.attributes)?;
         start.admission.check(&start.attributes)?;
         if start.workflow_id.is_none() && start.admission.speaks_of_an_id() {
             let why = "a policy for an id that was used before needs an id: give the start one";

@@ -46,7 +46,7 @@ impl Client {
     ///
     /// # Errors
     /// `update_pending` when the time is over: what was sent stays sent, ask again with the same id (the message names it);
-    /// `run_not_found`, `run_closed`, `run_quarantined`, `run_imported`, `too_large`, `input_invalid` for a NUL. A rejection is an answer and no error.
+    /// `run_not_found`, `run_closed`, `run_quarantined`, `run_imported`, `too_large`, `too_deep`, `input_invalid` for a NUL. A rejection is an answer and no error.
     /// # Transaction
     /// One statement: a message into the inbox.
     pub async fn update(&self, run: RunId, update: Update, wait: Duration) -> Result<Updated> {
@@ -55,6 +55,7 @@ impl Client {
         if size > PAYLOAD_BYTES_MAX {
             return Err(Error::TooLarge { what: "the payload", actual: size, limit: PAYLOAD_BYTES_MAX });
         }
+        super::shallow("the payload", &update.payload)?;
         if crate::archive::check::has_nul(&update.payload) || update.name.contains('\0') {
             return Err(Error::InputInvalid(vec![super::NUL.into()]));
         }

@@ -7,6 +7,23 @@ use std::collections::BTreeMap;
 /// Largest inputs of a run, in bytes of JSON.
 pub const INPUTS_BYTES_MAX: usize = 1 << 20;
 
+/// Deepest JSON that somebody gives, an activity returns or a step makes: lists and objects inside each other. Chosen: a parser
+/// reads 128 levels, and what is around a value in an event or in the state of nested blocks needs the rest.
+pub const DEPTH_MAX: usize = 48;
+
+/// Whether lists and objects stand deeper inside each other than [`DEPTH_MAX`].
+#[must_use]
+pub fn is_too_deep(value: &Value) -> bool {
+    fn deeper(value: &Value, left: usize) -> bool {
+        match value {
+            Value::Array(items) => left == 0 || items.iter().any(|item| deeper(item, left - 1)),
+            Value::Object(map) => left == 0 || map.values().any(|item| deeper(item, left - 1)),
+            _ => false,
+        }
+    }
+    deeper(value, DEPTH_MAX)
+}
+
 /// Fills in defaults and checks every input against its schema.
 ///
 /// # Errors
@@ -42,6 +59,9 @@ pub fn prepare_for(declared: &BTreeMap<String, Input>, inputs: &Value) -> Result
         problems.push(format!("there is no input `{name}`"));
     }
     let out = Value::Object(out);
+    if is_too_deep(&out) {
+        problems.push(format!("inputs are nested deeper than {DEPTH_MAX} levels"));
+    }
     let bytes = serde_json::to_string(&out).map_or(usize::MAX, |t| t.len());
     if bytes > INPUTS_BYTES_MAX {
         problems.push(format!("inputs are {bytes} bytes; the limit is {INPUTS_BYTES_MAX}"));
@@ -83,5 +103,21 @@ impl Schema {
                 .collect(),
             Err(error) => vec![format!("cannot be checked, its schema is broken: {error}")],
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn depth_is_counted_in_lists_and_objects() {
+        let nested = |levels: usize| {
+            (0..levels).fold(json!(1), |inner, n| if n % 2 == 0 { json!([inner]) } else { json!({ "a": inner }) })
+        };
+        assert!(!is_too_deep(&nested(DEPTH_MAX)));
+        assert!(is_too_deep(&nested(DEPTH_MAX + 1)));
+        assert!(is_too_deep(&json!([1, nested(DEPTH_MAX)])));
     }
 }

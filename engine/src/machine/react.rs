@@ -9,7 +9,10 @@ use super::{
     walk::fail_step,
 };
 use crate::{
-    definition::{Data, Definition, RetryPolicy},
+    definition::{
+        Data, Definition, RetryPolicy,
+        inputs::{DEPTH_MAX, is_too_deep},
+    },
     event::{Ending, Event, Outcome, StepStatus},
     failure::{Failure, FailureKind},
     ids::AttemptId,
@@ -180,7 +183,16 @@ fn attempt_ended(
                 format!("the output is {bytes} bytes; the limit is {OUTPUT_BYTES_MAX}"),
             ));
         }
+        if is_too_deep(&output) {
+            let text = format!("the output is nested deeper than {DEPTH_MAX} levels");
+            return Err(Failure::permanent("limit.size", text));
+        }
         Ok(output)
+    });
+    // What it says beside its code and its message may be as deep as it likes.
+    let result = result.map_err(|failure| match serde_json::to_value(&failure) {
+        Ok(value) if !is_too_deep(&value) => failure,
+        _ => Failure { detail: Value::Null, cause: None, ..failure },
     });
     let now = moment.now;
     let failure = match result {

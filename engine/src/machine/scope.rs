@@ -5,7 +5,11 @@ use super::{
     state::{Below, FINALLY_PREFIX, Frame, Live, Node, RunState, split_segment},
 };
 use crate::{
-    definition::{Data, Definition, Kind, Step, Template, expr, template},
+    definition::{
+        Data, Definition, Kind, Step, Template, expr,
+        inputs::{DEPTH_MAX, is_too_deep},
+        template,
+    },
     event::StepStatus,
     failure::Failure,
 };
@@ -102,6 +106,10 @@ impl<'a> Place<'a> {
                     return Err(Failure::permanent("limit.size", text));
                 };
                 self.room.set(left);
+                if is_too_deep(&value) {
+                    let text = format!("the value is nested deeper than {DEPTH_MAX} levels");
+                    return Err(Failure::permanent("limit.size", text));
+                }
                 Ok(value)
             }
             Data::Concat(parts) => {

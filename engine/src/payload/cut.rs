@@ -4,8 +4,10 @@
 //! out: in `{"files": [<100 KiB>], "n": 1}` the list is taken out, and is the same blob wherever else it stands. What is left
 //! of a value that is still too large is taken out as well, references and all.
 //!
-//! An object of a user's whose one member is `$loopwright`, and a whole document whose one member is `$sealed`, are wrapped:
-//! `{"$loopwright": {"is": <it>}}`. So every JSON comes back as it was.
+//! An object of a user's whose one member is `$loopwright` is kept as it is, with all that is in it: `{"$loopwright": {"raw": <it>}}`.
+//! Nothing inside is looked at again, so however deep such objects stand inside each other, two levels are added once. A whole
+//! document whose one member is `$sealed` is wrapped with what was taken out of it: `{"$loopwright": {"is": <it>}}`; releases before
+//! migration 18 wrote both so, each object by itself. So every JSON comes back as it was.
 
 use super::{OURS, SEALED};
 use crate::{Error, Result};
@@ -34,7 +36,12 @@ impl Cutter<'_> {
 
     /// The value as it is stored, and the length of its text.
     fn cut(&mut self, mut value: Value, depth: usize) -> (Value, usize) {
+        let raw = only(&value, OURS).is_some();
+        if raw {
+            value = json!({ OURS: { "raw": value } });
+        }
         let mut bytes = match &mut value {
+            whole if raw => whole.to_string().len(),
             Value::Array(items) => {
                 let parts = items.iter_mut().map(|item| self.cut_in_place(item, depth + 1) + 1).sum::<usize>();
                 (parts + 1).max(2)
@@ -48,10 +55,6 @@ impl Cutter<'_> {
             Value::Number(number) => number.to_string().len(),
             Value::Bool(_) | Value::Null => 5,
         };
-        if only(&value, OURS).is_some() {
-            value = wrapped(value);
-            bytes += wrapped(Value::Null).to_string().len();
-        }
         if bytes > BLOB_BYTES && depth >= self.depth {
             // The same value has one text, in whatever order its members came.
             value.sort_all_objects();
@@ -90,6 +93,8 @@ fn only<'v>(value: &'v Value, name: &str) -> Option<&'v Value> {
 /// What an object that is ours says.
 enum Ours {
     Is,
+    /// All of it is the user's.
+    Raw,
     Blob(Hash),
 }
 
@@ -98,17 +103,24 @@ fn ours(value: &Value) -> Option<Ours> {
     if only(inner, "is").is_some() {
         return Some(Ours::Is);
     }
+    if only(inner, "raw").is_some() {
+        return Some(Ours::Raw);
+    }
     let map = inner.as_object().filter(|map| map.len() == 2 && map.contains_key("size"))?;
     unhex(map.get("blob")?.as_str()?).map(Ours::Blob)
 }
 
 /// The blobs that a document refers to and that are not among those that are there.
 pub(super) fn missing(value: &Value, there: &HashMap<Hash, Value>, found: &mut Vec<Hash>) {
-    if let Some(Ours::Blob(hash)) = ours(value) {
-        if !there.contains_key(&hash) && !found.contains(&hash) {
-            found.push(hash);
+    match ours(value) {
+        Some(Ours::Blob(hash)) => {
+            if !there.contains_key(&hash) && !found.contains(&hash) {
+                found.push(hash);
+            }
+            return;
         }
-        return;
+        Some(Ours::Raw) => return,
+        Some(Ours::Is) | None => {}
     }
     match value {
         Value::Array(items) => items.iter().for_each(|item| missing(item, there, found)),
@@ -128,14 +140,15 @@ pub(super) fn restore(value: Value, blobs: &HashMap<Hash, Value>) -> Result<Valu
             return restore(blob.ok_or_else(|| Error::PayloadCorrupt(format!("no blob {}", hex(&hash))))?, blobs);
         }
         // What is wrapped is not ours; what is below it may be.
-        Some(Ours::Is) => return within(unwrapped(value), blobs),
+        Some(Ours::Is) => return within(unwrapped(value, "is"), blobs),
+        Some(Ours::Raw) => return Ok(unwrapped(value, "raw")),
         None => {}
     }
     within(value, blobs)
 }
 
-fn unwrapped(mut value: Value) -> Value {
-    value[OURS]["is"].take()
+fn unwrapped(mut value: Value, name: &str) -> Value {
+    value[OURS][name].take()
 }
 
 fn within(value: Value, blobs: &HashMap<Hash, Value>) -> Result<Value> {
@@ -188,6 +201,7 @@ mod tests {
                 3 => Just("$loopwright".to_owned()),
                 1 => Just("$sealed".to_owned()),
                 1 => Just("is".to_owned()),
+                1 => Just("raw".to_owned()),
                 1 => Just("blob".to_owned()),
                 1 => Just("size".to_owned()),
                 2 => "[a-z\"\\\\ü]{0,3}",
@@ -218,6 +232,10 @@ mod tests {
             prop_assert!(only(&cut, SEALED).is_none());
             // Nothing that could be taken out is left in. A wrapping is none of the user's levels; it may stand around it.
             fn largest(value: &Value, depth: usize, least: usize, inside: bool) -> usize {
+                // What is kept as it is, is taken out whole or not at all.
+                if only(value, OURS).is_some_and(|v| only(v, "raw").is_some()) {
+                    return if depth >= least { value.to_string().len() } else { 0 };
+                }
                 if let Some(inner) = only(value, OURS).and_then(|v| only(v, "is")).filter(|_| !inside) {
                     return largest(inner, depth, least, true);
                 }
@@ -249,6 +267,28 @@ mod tests {
         }
         let more = json!({ OURS: { "is": 1 }, "other": 2 });
         assert_eq!(there_and_back(&more, 0).0, more, "with a second member it is nobody's but the user's");
+    }
+
+    #[test]
+    fn whatever_is_accepted_can_be_read_back_however_deep_words_of_ours_stand_in_it() {
+        use crate::definition::inputs::{DEPTH_MAX, is_too_deep};
+        for name in [OURS, SEALED, "is", "raw", "a"] {
+            let deep = (0..DEPTH_MAX).fold(json!("x".repeat(70_000)), |inner, _| json!({ name: inner }));
+            assert!(!is_too_deep(&deep));
+            let (cut, back, _) = there_and_back(&deep, 0);
+            // As a parser reads it, with room for an event or a state around it.
+            let text = cut.to_string();
+            let around = format!("{}{text}{}", "[".repeat(60), "]".repeat(60));
+            assert!(serde_json::from_str::<Value>(&around).is_ok(), "{name}");
+            assert_eq!(back, deep, "{name}");
+        }
+    }
+
+    #[test]
+    fn what_earlier_releases_wrapped_is_read_as_before() {
+        let user = json!({ OURS: { "raw": { OURS: 3 } } });
+        let stored = json!({ "a": wrapped(json!({ OURS: wrapped(json!({ "raw": wrapped(json!({ OURS: 3 })) }))[OURS]["is"] })) });
+        assert_eq!(restore(stored, &HashMap::new()).unwrap(), json!({ "a": user }));
     }
 
     #[test]

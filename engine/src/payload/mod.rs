@@ -22,7 +22,7 @@ pub use keys::PayloadKeys;
 pub(crate) use cut::{Hash, hex};
 
 use crate::{
-    Error, Result,
+    Error, Result, event,
     ids::RunId,
     store::{
         blobs,
@@ -284,9 +284,28 @@ pub(crate) fn pack(run: RunId, slot: Slot<'_>, value: &impl Serialize, blobs: &m
             }
             Some(hash)
         };
-        text = raw(Cutter { depth: slot.depth(), take: &mut take }.document(tree(value)?).to_string())?;
+        text = stamped(slot, Cutter { depth: slot.depth(), take: &mut take }.document(tree(value)?))?;
     }
     finish(run.0, slot, text)
+}
+
+/// The text of a document that was cut. A state says itself in which format it is; if something of it lies apart, an older release
+/// must not read it.
+fn stamped(slot: Slot<'_>, mut document: Value) -> Result<Text> {
+    let text = document.to_string();
+    if matches!(slot, Slot::Cursor { .. })
+        && is_marked(&text)
+        && let Some(state) = document.as_object_mut()
+    {
+        state.insert("format".into(), event::APART.into());
+        return raw(document.to_string());
+    }
+    raw(text)
+}
+
+/// The number of a row of history: that of its events, or [`event::APART`] if its text is not all that they say.
+pub(crate) fn format(text: &Text, vocabulary: u16) -> u16 {
+    if is_marked(text.get()) { vocabulary.max(event::APART) } else { vocabulary }
 }
 
 /// [`pack`] of a document that there is nothing in to take out or to wrap; `None` if there is.
@@ -316,7 +335,7 @@ pub(crate) async fn pack_known(
         keyed.into_iter().chain([plain_hash(&text)]).find(|hash| known.contains(hash))
     };
     let cut = Cutter { depth: slot.depth(), take: &mut take }.document(tree(value)?);
-    finish(run.0, slot, raw(cut.to_string())?)
+    finish(run.0, slot, stamped(slot, cut)?)
 }
 
 /// The text to be stored of a value that is kept whole, whatever its size.

@@ -335,5 +335,6 @@ fn check(spec: &Spec, mut violations: Vec<String>) -> Result<Timing> {
     if size > ATTRIBUTES_BYTES_MAX {
         return Err(Error::TooLarge { what: "attributes", actual: size, limit: ATTRIBUTES_BYTES_MAX });
     }
+    crate::client::shallow("attributes", &spec.attributes)?;
     Timing::new(&spec.when).map_err(|e| Error::ScheduleInvalid(vec![e]))
 }

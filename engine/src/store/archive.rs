@@ -220,6 +220,8 @@ pub(crate) async fn insert(conn: &mut PgConnection, archive: &Archive, state: &V
         let mut events = |r: &HistoryRow| payload::pack(id, Slot::Events { seq: number(r.seq) }, &r.events, &mut large);
         let events: Vec<Text> = rows.iter().map(&mut events).collect::<Result<_>>()?;
         blobs::put(conn, &large).await?;
+        let formats = rows.iter().zip(&events).map(|(r, text)| payload::format(text, r.format));
+        let formats = formats.map(|format| i16::try_from(format).unwrap_or(i16::MAX));
         sqlx::query(
             "insert into history (shard, run_id, seq, epoch, format, events, at)
              select $1, $2, * from unnest($3::bigint[], $4::bigint[], $5::smallint[], $6::jsonb[], $7::timestamptz[])",
@@ -228,7 +230,7 @@ pub(crate) async fn insert(conn: &mut PgConnection, archive: &Archive, state: &V
         .bind(run.run_id.0)
         .bind(rows.iter().map(|r| number(r.seq)).collect::<Vec<_>>())
         .bind(rows.iter().map(|r| number(r.epoch)).collect::<Vec<_>>())
-        .bind(rows.iter().map(|r| i16::try_from(r.format).unwrap_or(i16::MAX)).collect::<Vec<_>>())
+        .bind(formats.collect::<Vec<_>>())
         .bind(events.iter().map(|events| Json(&**events)).collect::<Vec<_>>())
         .bind(rows.iter().map(|r| r.at).collect::<Vec<_>>())
         .execute(&mut *conn)

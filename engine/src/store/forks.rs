@@ -132,7 +132,7 @@ pub(crate) async fn insert(conn: &mut PgConnection, new: &New<'_>) -> Result<boo
     .bind(new.maker.run.0)
     .bind(new.like.shard())
     .bind(new.like.0)
-    .bind(i16::try_from(format_of(std::slice::from_ref(new.event))).unwrap_or(i16::MAX))
+    .bind(i16::try_from(payload::format(&events, format_of(std::slice::from_ref(new.event)))).unwrap_or(i16::MAX))
     .bind(Json(&*events))
     .bind(new.attributes)
     .bind(labels)

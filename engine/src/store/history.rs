@@ -3,6 +3,7 @@
 
 use crate::{
     Result,
+    event::{APART, Event, format_of},
     ids::RunId,
     payload::{self, Slot},
     view::HistoryRow,
@@ -42,15 +43,25 @@ pub(crate) async fn page_in(conn: &mut PgConnection, run: RunId, after: u64, lim
     let mut page = Vec::with_capacity(rows.len());
     for row in &rows {
         let seq: i64 = row.try_get("seq")?;
+        let events = events_of(conn, RunId(row.try_get("run_id")?), seq, row).await?;
         page.push(HistoryRow {
             seq: u64::try_from(seq).unwrap_or(0),
             epoch: u64::try_from(row.try_get::<i64, _>("epoch")?).unwrap_or(0),
-            format: u16::try_from(row.try_get::<i16, _>("format")?).unwrap_or(0),
-            events: events_of(conn, RunId(row.try_get("run_id")?), seq, row).await?,
+            format: match u16::try_from(row.try_get::<i16, _>("format")?).unwrap_or(0) {
+                APART => vocabulary(&events),
+                format => format,
+            },
+            events,
             at: row.try_get("at")?,
         });
     }
     Ok(page)
+}
+
+/// The number that says what is needed to read these events.
+fn vocabulary(events: &[Value]) -> u16 {
+    let known = events.iter().map(|event| serde_json::from_value::<Event>(event.clone()).map(|e| format_of(&[e])));
+    known.map(|format| format.unwrap_or(APART)).max().unwrap_or(1)
 }
 
 /// The events of a row, which lies with the run that made it.

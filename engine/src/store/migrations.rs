@@ -75,7 +75,7 @@ pub(crate) async fn apply(conn: &mut PgConnection, new: &New<'_>) -> Result<bool
     .bind(inputs.as_deref().map(Json))
     .bind(Json(&*state))
     .bind(&new.from.0[..])
-    .bind(i16::try_from(format_of(std::slice::from_ref(new.event))).unwrap_or(i16::MAX))
+    .bind(i16::try_from(payload::format(&events, format_of(std::slice::from_ref(new.event)))).unwrap_or(i16::MAX))
     .bind(Json(&*events))
     .bind(labels)
     .fetch_optional(conn)

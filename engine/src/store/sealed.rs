@@ -107,8 +107,14 @@ pub(crate) async fn reseal(conn: &mut PgConnection, run: RunId, key: &str) -> Re
                 let (key_a, key_b): (&str, &str) = (row.try_get("a")?, row.try_get("b")?);
                 let Stored(doc) = row.try_get("doc")?;
                 let sealed = document(run, table, column, key_a, key_b, row, doc)?;
+                // A release that cannot open it must not read it.
+                let format = if table == "history" {
+                    format!(", format = greatest(format, {})", crate::event::APART)
+                } else {
+                    String::new()
+                };
                 let done = sqlx::query(AssertSqlSafe(format!(
-                    "update {table} set {column} = $5 where shard = $1 and run_id = $2 and {a} = $3 and {b} = $4 and {column} = $6::jsonb",
+                    "update {table} set {column} = $5{format} where shard = $1 and run_id = $2 and {a} = $3 and {b} = $4 and {column} = $6::jsonb",
                 )))
                 .bind(run.shard())
                 .bind(run.0)

@@ -5,6 +5,7 @@ use crate::{
     Error,
     activity::ContextBackend,
     committer::crash_point,
+    definition::inputs::is_too_deep,
     failure::{Failure, FailureKind},
     hook::{AttemptRef, HookError, Phase, Reading, Verdict},
     machine,
@@ -32,7 +33,7 @@ pub(super) struct Backend {
 fn store_failure(error: &Error) -> Failure {
     match error {
         Error::LeaseLost => Failure::new(FailureKind::Lost, "transient.lease_lost", "another worker owns the run now"),
-        Error::TooLarge { .. } => Failure::permanent("limit.size", error.to_string()),
+        Error::TooLarge { .. } | Error::TooDeep { .. } => Failure::permanent("limit.size", error.to_string()),
         Error::Refused { reason, message } if machine::is_final(reason) => {
             Failure::permanent(reason.clone(), message.clone())
         }
@@ -56,7 +57,7 @@ impl Backend {
         if actual > CHECKPOINT_BYTES_MAX {
             return Err(Error::TooLarge { what: "a checkpoint", actual, limit: CHECKPOINT_BYTES_MAX });
         }
-        Ok(())
+        crate::client::shallow("a checkpoint", value)
     }
 
     async fn save_once(&self, key: &str, value: &Value) -> Result<(), Error> {
@@ -174,7 +175,8 @@ impl ContextBackend for Backend {
     }
     fn heartbeat(&self, progress: Value) {
         *self.beat.lock().expect("no panic while held") = Instant::now();
-        if !progress.is_null() {
+        // What cannot be read again is not progress for anybody.
+        if !progress.is_null() && !is_too_deep(&progress) {
             let (run, path) = (self.attempt.run_id, self.attempt.path.clone());
             let attempt = i32::try_from(self.attempt.attempt).unwrap_or(i32::MAX);
             self.shared

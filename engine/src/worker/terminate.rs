@@ -149,7 +149,7 @@ async fn closing(conn: &mut PgConnection, run: RunId, reason: &str) -> Result<It
         queue: loaded.queue,
         topic: loaded.topic,
         cursor: Some(cursor),
-        format: format_of(&decision.events),
+        format: payload::format(&events, format_of(&decision.events)),
         events,
         output: None,
         failure,

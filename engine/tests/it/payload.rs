@@ -90,6 +90,16 @@ async fn a_large_value_is_stored_once_a_run_and_comes_back_everywhere() {
     let replayed = bench.client.replay(run, None).await.expect("folds");
     assert_eq!((replayed.divergence, replayed.decided), (None, view.seq));
 
+    // A release that does not know references leaves the run alone: the rows that have one say so, and so does the state. Who reads
+    // the events, gets them whole and in their own vocabulary.
+    let apart =
+        "select count(*) from history where run_id = $1 and (format = 6) <> (events::text like '%$loopwright%')";
+    assert_eq!(number(&bench, apart, run).await, 0);
+    assert!(number(&bench, "select count(*) from history where run_id = $1 and format = 6", run).await > 0);
+    assert!(number(&bench, "select count(*) from history where run_id = $1 and format = 1", run).await > 30);
+    assert_eq!(number(&bench, "select (cursor->>'format')::bigint from runs where run_id = $1", run).await, 6);
+    assert!(rows.iter().all(|row| row.format < 6));
+
     // A fork reads its parent's rows, and keeps of them what is in its own state.
     let fork = Fork {
         run_id: None,
@@ -196,4 +206,103 @@ async fn a_blob_that_is_gone_or_changed_is_said_and_not_guessed() {
         let error = bench.client.describe(run).await.expect_err("corrupt");
         assert_eq!(error.code(), "payload_corrupt", "{error}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_nobody_takes_leaves_no_blob() {
+    let bench = Bench::new().await;
+    let worker = bench.worker().await;
+    let asks = |name: &str| step(name, Kind::Await(Box::new(waits_for(name))));
+    let run = bench.start(definition("asks", vec![asks("go"), asks("end")]), json!({})).await;
+    // Large, and as a message is allowed to be.
+    let text = large()[..100_000].to_owned();
+    let send = |name: &str, id: &str, n: usize| {
+        let payload = json!({ "text": text, "n": n });
+        let signal = Signal { name: name.into(), payload, dedupe_id: Some(id.into()), sender: None };
+        bench.client.signal(run, signal)
+    };
+    assert!(send("go", "a", 1).await.expect("sent"));
+    assert_eq!(number(&bench, BLOBS, run).await, 1);
+    bench.until(run, "waits", |v| v.seq > 1).await;
+    // The same id with something else that is large.
+    let other = |name: &str, id: &str| Signal {
+        name: name.into(),
+        payload: json!({ "text": text.to_uppercase() }),
+        dedupe_id: Some(id.into()),
+        sender: None,
+    };
+    assert!(!bench.client.signal(run, other("go", "a")).await.expect("known"));
+    assert_eq!(number(&bench, BLOBS, run).await, 1);
+    assert!(send("end", "b", 2).await.expect("sent"));
+    bench.closed(run).await;
+    let before = number(&bench, BLOBS, run).await;
+    bench.client.signal(run, other("end", "c")).await.expect_err("closed");
+    assert_eq!(number(&bench, BLOBS, run).await, before);
+    worker.drain(GRACE).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn json_is_as_deep_as_can_be_read_again_and_no_deeper() {
+    let bench = Bench::new().await;
+    bench.script(|ctx, input| async move {
+        if ctx.info().path == "deeper" {
+            let refused = ctx.save("k", &json!([input["value"]])).await.expect_err("too deep");
+            assert_eq!(refused.code, "limit.size");
+            return Ok(json!({ "value": input["value"] }));
+        }
+        ctx.save("k", &input["value"]).await?;
+        Ok(input["value"].clone())
+    });
+    let nested = |levels: usize| (0..levels).fold(json!(1), |inner, _| json!({ "$loopwright": inner }));
+    let most = loopwright_engine::definition::inputs::DEPTH_MAX;
+    let value = || Data::Expr(e("steps.q.output"));
+    let asks = step("q", Kind::Await(Box::new(waits_for("go"))));
+    let mut d = definition("deep", vec![asks, work("a", &[("value", value())])]);
+    d.inputs.insert("value".into(), Input { schema: json!({}), required: false, default: None });
+    d.outputs.insert("value".into(), Data::Expr(e("inputs.value")));
+    let mut deeper = definition(
+        "deeper",
+        vec![step("q", Kind::Await(Box::new(waits_for("go")))), work("deeper", &[("value", value())])],
+    );
+    deeper.inputs.clone_from(&d.inputs);
+    let (hash, deeper) = (bench.deploy(d).await, bench.deploy(deeper).await);
+    let worker = bench.worker().await;
+    // Inputs are an object themselves.
+    let run = bench.start_as(hash, json!({ "value": nested(most - 1) }), None).await.run_id;
+    let go = |payload: Value| Signal { name: "go".into(), payload, ..Signal::default() };
+    let refused = bench.client.signal(run, go(nested(most + 1))).await.expect_err("too deep");
+    assert_eq!(refused.code(), "too_deep");
+    assert!(bench.client.signal(run, go(nested(most))).await.expect("sent"));
+    let view = bench.closed(run).await;
+    assert_eq!(
+        (view.status, view.output),
+        (RunStatus::Completed, Some(json!({ "value": nested(most - 1) }))),
+        "{:?}",
+        view.failure
+    );
+    assert_eq!(bench.client.replay(run, None).await.expect("folds").divergence, None);
+    let archive = Archive::read(exported(&bench, run).await.as_bytes()).expect("reads");
+    let other = Bench::new().await;
+    other.client.import(archive).await.expect("import");
+    // An output and a checkpoint that are deeper fail as what they are.
+    let run = bench.start_as(deeper, json!({}), None).await.run_id;
+    assert!(bench.client.signal(run, go(nested(most))).await.expect("sent"));
+    let view = bench.closed(run).await;
+    assert_eq!(view.failure.expect("a failure").code, "limit.size");
+    for attributes in [nested(most), nested(most + 1)] {
+        let start = loopwright_engine::client::Start {
+            run_id: None,
+            definition: hash,
+            inputs: json!({ "value": nested(most) }),
+            workflow_id: None,
+            attributes: attributes.clone(),
+            queue: String::new(),
+            topic: None,
+            admission: Default::default(),
+        };
+        let code = if attributes == nested(most) { "input_invalid" } else { "too_deep" };
+        assert_eq!(bench.client.start(start).await.expect_err("too deep").code(), code);
+    }
+    worker.drain(GRACE).await;
+    bench.audit().await;
 }

@@ -138,7 +138,8 @@ impl From<loopwright_engine::Error> for Error {
             | E::ConcurrencyFull(_)
             | E::RateFull(_)
             | E::WorkflowIdOpen { .. }
-            | E::WorkflowIdUsed { .. } => Self::new(Code::InputInvalid, error.to_string()),
+            | E::WorkflowIdUsed { .. }
+            | E::TooDeep { .. } => Self::new(Code::InputInvalid, error.to_string()),
             E::FilterInvalid(error) => Self::new(Code::QueryInvalid, error.to_string()),
             E::TooLarge { what, actual, limit } => {
                 Self::new(Code::BodyTooLarge, format!("{what} is {actual} bytes; the limit is {limit}."))

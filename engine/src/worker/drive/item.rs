@@ -51,7 +51,7 @@ impl Driver {
             queue: self.run.queue.clone(),
             topic: self.run.topic.clone(),
             cursor,
-            format: format_of(&decision.events),
+            format: payload::format(&events, format_of(&decision.events)),
             events,
             output,
             failure,
