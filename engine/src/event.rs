@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 /// - 3: `update_accepted`, `update_rejected`, `update_completed`; calls that `terminate` their children.
 /// - 4: runs that end and close as continued.
 /// - 5: `run_migrated`.
-/// - 6: [`APART`].
+/// - 6: nothing new is said; the row is stored in parts or sealed (`APART`).
 pub const FORMAT: u16 = 6;
 
 /// The number of a row, or of a stored state, whose text is not all that was said: a value lies apart in `blobs`, or all of it is
