@@ -3,6 +3,7 @@
 mod archive;
 mod ask;
 mod flow;
+mod start;
 
 use super::{Context, print, table};
 use crate::{app::App, read::task};
@@ -46,6 +47,8 @@ enum Command {
         #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=200))]
         limit: u32,
     },
+    /// Start a run of a deployed workflow
+    Start(start::Args),
     /// Show one run
     Show { run: RunId },
     /// Follow a run until it closes or waits for somebody
@@ -157,6 +160,7 @@ async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<()> {
                 table(&["run", "workflow", "status", "waits for", "seq", "started"], &rows)
             })
         }
+        Command::Start(args) => start::act(args, app, json).await,
         Command::Show { run } => print(json, &client.describe(run).await?, show),
         Command::Watch { run } => watch(app, run, json).await,
         Command::History { run, after } => {

@@ -1,0 +1,71 @@
+//! `loopwright run start`: a run of a deployed workflow, by its name.
+
+use crate::{app::App, cli::print};
+use anyhow::Context as _;
+use loopwright_engine::{
+    admission::{Admission, IdConflict, IdReuse, Priority},
+    client::{Start, Started},
+};
+use serde_json::Value;
+use std::time::Duration;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The workflow's name; `current` of it is started
+    workflow: String,
+    /// Its inputs
+    #[arg(long, value_name = "JSON", default_value = "{}")]
+    inputs: String,
+    /// Whose it is and what it is found by
+    #[arg(long, value_name = "JSON", default_value = "{}")]
+    attributes: String,
+    /// At most one open run has this id
+    #[arg(long)]
+    id: Option<String>,
+    /// If the last run under the id has closed: allow_duplicate, allow_duplicate_failed_only, reject_duplicate
+    #[arg(long, requires = "id", value_name = "POLICY", default_value = IdReuse::AllowDuplicate.as_str())]
+    id_reuse: IdReuse,
+    /// If a run under the id is open: use_existing, fail, terminate_existing
+    #[arg(long, requires = "id", value_name = "POLICY", default_value = IdConflict::UseExisting.as_str())]
+    id_conflict: IdConflict,
+    /// The task queue
+    #[arg(long, default_value = "default")]
+    queue: String,
+    /// 1 is first, 5 last
+    #[arg(long, default_value_t = Priority::default().number())]
+    priority: i16,
+    /// No run that continues it goes on for longer, counted from now
+    #[arg(long, value_name = "SECONDS")]
+    chain_timeout: Option<u64>,
+}
+
+pub(super) async fn act(args: Args, app: &App, json: bool) -> anyhow::Result<()> {
+    let client = &app.client;
+    let start = Start {
+        run_id: None,
+        definition: client.pointer(&args.workflow, "current").await?,
+        inputs: object("inputs", &args.inputs)?,
+        workflow_id: args.id,
+        attributes: object("attributes", &args.attributes)?,
+        queue: args.queue,
+        topic: None,
+        admission: Admission {
+            priority: Priority::new(args.priority)?,
+            id_reuse: args.id_reuse,
+            id_conflict: args.id_conflict,
+            chain_timeout: args.chain_timeout.map(Duration::from_secs),
+            ..Admission::default()
+        },
+    };
+    let Started { run_id, created } = client.start(start).await?;
+    print(json, &serde_json::json!({"run_id": run_id, "created": created}), |_| match created {
+        true => format!("Started run {run_id}."),
+        false => format!("Run {run_id} is open under this id; nothing was started."),
+    })
+}
+
+fn object(what: &str, text: &str) -> anyhow::Result<Value> {
+    let value: Value = serde_json::from_str(text).with_context(|| format!("the {what} are not JSON"))?;
+    anyhow::ensure!(value.is_object(), "the {what} are a JSON object: {{\"name\": value}}");
+    Ok(value)
+}
