@@ -141,6 +141,8 @@ pub(crate) struct Shared {
     /// Owned runs; the notification says that messages came in.
     drivers: Mutex<HashMap<RunId, Arc<Notify>>>,
     progress: Mutex<HashMap<(RunId, String), Progress>>,
+    /// What attempts have brought from outside and is being stored, whatever becomes of the attempts.
+    storing: TaskTracker,
     /// Look for due runs now.
     wake: Notify,
     /// A place in a group is free.
@@ -184,6 +186,7 @@ pub async fn start(config: WorkerConfig) -> Result<WorkerHandle> {
         definitions: Mutex::default(),
         drivers: Mutex::default(),
         progress: Mutex::default(),
+        storing: TaskTracker::new(),
         wake: Notify::new(),
         freed: Arc::default(),
         draining: CancellationToken::new(),
@@ -252,6 +255,11 @@ impl WorkerHandle {
         }
         self.shared.fenced.cancel();
         self.stopped.cancel();
+        // The runs are still this worker's: what was bought for them is kept, if Postgres comes back in time.
+        self.shared.storing.close();
+        if tokio::time::timeout(context::INSIST_MAX, self.shared.storing.wait()).await.is_err() {
+            tracing::warn!(worker_id = %self.shared.id, "answers from outside could not be stored");
+        }
         if let Err(error) = leave(&self.shared).await {
             tracing::warn!(%error, "could not say goodbye; others take over when the lease ends");
         }

@@ -1,6 +1,7 @@
 //! The engine on a real Postgres: every test has a database of its own.
 
 mod archive;
+mod away;
 mod bench;
 mod chain;
 mod citus;
@@ -26,3 +27,4 @@ mod schedules;
 mod skew;
 mod together;
 mod update;
+mod way;
