@@ -63,7 +63,13 @@ pub(super) struct Claim {
 /// Loads the runs of one claim together and drives each in a task of its own.
 pub(super) async fn drive_all(shared: Arc<Shared>, claims: Vec<Claim>, tasks: TaskTracker) {
     let runs: Vec<RunId> = claims.iter().map(|claim| claim.driven.run).collect();
-    let loaded = async { store::runs::load_all(&mut *shared.pool.acquire().await?, &runs).await };
+    let loaded = shared.read(async |conn| {
+        let mut loaded = HashMap::with_capacity(runs.len());
+        for (shard, part) in shared.spread.divide(runs.clone(), RunId::shard) {
+            loaded.extend(store::runs::load_all(conn, shard, &part).await?);
+        }
+        Ok(loaded)
+    });
     // Whatever is wrong concerns perhaps one of them: each is loaded alone then.
     let mut loaded = loaded.await.unwrap_or_else(|error| {
         tracing::warn!(runs = runs.len(), %error, "runs cannot be loaded together");
@@ -286,9 +292,8 @@ impl Driver {
 
     /// What was sent and is not read. `None`: nothing.
     async fn sent(&mut self) -> Result<Option<Vec<machine::Inbound>>> {
-        let mut conn = self.shared.pool.acquire().await?;
-        let up_to = store::inbox::sent(&mut conn, self.run.run_id, self.run.epoch).await?;
-        drop(conn);
+        let (run, epoch) = (self.run.run_id, self.run.epoch);
+        let up_to = self.shared.read(async |conn| store::inbox::sent(conn, run, epoch).await).await?;
         crate::committer::crash_point("messages.after_sent");
         // Somebody ended it or took it: what runs here is told at once, and not when it next wants to write.
         let up_to = up_to.ok_or(Error::LeaseLost)?;
@@ -302,8 +307,8 @@ impl Driver {
 
     /// The next messages, as many as fit into one transition, which says that they are read. The commit tells of the rest.
     async fn unread(&mut self, up_to: i64) -> Result<Vec<machine::Inbound>> {
-        let mut conn = self.shared.pool.acquire().await?;
-        let (messages, seen) = store::inbox::read(&mut conn, self.run.run_id, self.run.inbox_seen, up_to).await?;
+        let (run, seen) = (self.run.run_id, self.run.inbox_seen);
+        let (messages, seen) = self.shared.read(async |conn| store::inbox::read(conn, run, seen, up_to).await).await?;
         self.run.inbox_seen = seen;
         Ok(messages)
     }

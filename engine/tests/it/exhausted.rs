@@ -121,7 +121,7 @@ async fn a_pool_that_is_exhausted(connections: u32) {
         held.push(connection);
     }
     assert!(!held.is_empty());
-    // The first is in the worker's hands, the second it cannot even claim.
+    // The first is in the worker's hands, and what claims the second has a session of its own.
     let second = bench.start_as(hash, json!({}), None).await.run_id;
     gate.open(4);
     refused_in_time(&small.client, first, hash).await;
