@@ -5,12 +5,16 @@
 //! drivers ──Item──▶ queue ──drain──▶ batch ──▶ one statement ───────────────▶ verdicts ──▶ drivers
 //!                     └── items with effects ──▶ transaction: statement · effects · hook ──▶ ┘
 //! ```
+//!
+//! Where runs are [spread](crate::store::spread) over nodes, there are more lanes, each for some shards, and a batch is divided by shard:
+//! one statement or transaction each, in turn. What is queued meanwhile for those shards is the next batch.
 
 use crate::{
     Error,
     hook::{HookError, TransitionHook},
     store::{
         is_transient, retry_pause,
+        spread::Spread,
         transitions::{self, Item, Undone, Verdict},
     },
     transaction::Session,
@@ -23,6 +27,9 @@ use tokio::sync::{mpsc, oneshot};
 const BATCH_ITEMS_MAX: usize = 256;
 /// Most bytes of one batch.
 const BATCH_BYTES_MAX: usize = 1 << 20;
+/// Lanes of each kind where runs are spread: as many commits may be under way. Chosen: each is a session of Postgres, and each of
+/// its batches holds what is queued for sixteen shards.
+const LANES: i16 = 8;
 /// Transitions that wait; a full queue slows the runs down instead of filling memory.
 const QUEUE_MAX: usize = 4096;
 
@@ -43,23 +50,28 @@ struct Queued(Arc<Item>, oneshot::Sender<Answer>);
 /// Hands transitions to the committer. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Committer {
-    plain: mpsc::Sender<Queued>,
-    effects: mpsc::Sender<Queued>,
+    plain: Arc<[mpsc::Sender<Queued>]>,
+    effects: Arc<[mpsc::Sender<Queued>]>,
 }
 
 impl Committer {
-    /// Starts the two lanes. They end when every handle is dropped.
-    pub(crate) fn start(pool: PgPool, hook: Arc<dyn TransitionHook>) -> Self {
-        let (plain, plain_queue) = mpsc::channel(QUEUE_MAX);
-        let (effects, effects_queue) = mpsc::channel(QUEUE_MAX);
-        tokio::spawn(lane(pool.clone(), hook.clone(), plain_queue));
-        tokio::spawn(lane(pool, hook, effects_queue));
-        Self { plain, effects }
+    /// Starts the lanes. They end when every handle is dropped.
+    pub(crate) fn start(pool: &PgPool, spread: Spread, hook: &Arc<dyn TransitionHook>) -> Self {
+        let lanes = || {
+            let one = |_| {
+                let (lane_queue, queue) = mpsc::channel(QUEUE_MAX);
+                tokio::spawn(lane(pool.clone(), spread, hook.clone(), queue));
+                lane_queue
+            };
+            (0..if spread == Spread::Together { 1 } else { LANES }).map(one).collect()
+        };
+        Self { plain: lanes(), effects: lanes() }
     }
 
     /// Commits one transition. Shared, because whoever waits for the answer may send it again.
     pub(crate) async fn commit(&self, item: Arc<Item>) -> Answer {
-        let lane = if item.effects.is_empty() { &self.plain } else { &self.effects };
+        let lanes = if item.effects.is_empty() { &self.plain } else { &self.effects };
+        let lane = &lanes[usize::from(item.run_id.shard().unsigned_abs()) % lanes.len()];
         let (answer, verdict) = oneshot::channel();
         let gone = || Broken::Unreachable(Error::Sql(sqlx::Error::WorkerCrashed));
         lane.send(Queued(item, answer)).await.map_err(|_| gone())?;
@@ -67,7 +79,7 @@ impl Committer {
     }
 }
 
-async fn lane(pool: PgPool, hook: Arc<dyn TransitionHook>, mut queue: mpsc::Receiver<Queued>) {
+async fn lane(pool: PgPool, spread: Spread, hook: Arc<dyn TransitionHook>, mut queue: mpsc::Receiver<Queued>) {
     let mut session = Session::like(&pool);
     while let Some(first) = queue.recv().await {
         let mut bytes = first.0.bytes();
@@ -79,14 +91,17 @@ async fn lane(pool: PgPool, hook: Arc<dyn TransitionHook>, mut queue: mpsc::Rece
         }
         // Runs are locked in the order of their ids, by everybody: two batches of two workers may mean the same runs.
         batch.sort_unstable_by_key(|queued| queued.0.run_id);
-        metrics::histogram!("loopwright_commit_batch_items").record(f64::from(u32::try_from(batch.len()).unwrap_or(0)));
-        let (items, answers): (Vec<Arc<Item>>, Vec<_>) =
-            batch.into_iter().map(|Queued(item, answer)| (item, answer)).unzip();
-        let verdicts = commit_batch(&mut session, hook.as_ref(), items).await;
-        crash_point("commit.before_answers");
-        for (answer, verdict) in answers.into_iter().zip(verdicts) {
-            // A driver that went away does not need its verdict: whoever loads the run next sees it.
-            drop(answer.send(verdict));
+        for (shard, batch) in spread.divide(batch, |queued| queued.0.run_id.shard()) {
+            metrics::histogram!("loopwright_commit_batch_items")
+                .record(f64::from(u32::try_from(batch.len()).unwrap_or(0)));
+            let (items, answers): (Vec<Arc<Item>>, Vec<_>) =
+                batch.into_iter().map(|Queued(item, answer)| (item, answer)).unzip();
+            let verdicts = commit_batch(&mut session, shard, hook.as_ref(), items).await;
+            crash_point("commit.before_answers");
+            for (answer, verdict) in answers.into_iter().zip(verdicts) {
+                // A driver that went away does not need its verdict: whoever loads the run next sees it.
+                drop(answer.send(verdict));
+            }
         }
     }
 }
@@ -95,15 +110,16 @@ async fn lane(pool: PgPool, hook: Arc<dyn TransitionHook>, mut queue: mpsc::Rece
 /// set apart by halving.
 fn commit_batch<'a>(
     session: &'a mut Session,
+    shard: Option<i16>,
     hook: &'a dyn TransitionHook,
     items: Vec<Arc<Item>>,
 ) -> Pin<Box<dyn Future<Output = Vec<Answer>> + Send + 'a>> {
     Box::pin(async move {
         let mut tries = 0;
         let error = loop {
-            match send(session, hook, &items).await {
+            match send(session, shard, hook, &items).await {
                 Ok(Sent::Done(verdicts)) => return verdicts.into_iter().map(Ok).collect(),
-                Ok(Sent::Refused(refused)) => return without_refused(session, hook, items, refused).await,
+                Ok(Sent::Refused(refused)) => return without_refused(session, shard, hook, items, refused).await,
                 Err(Undone::Hook(HookError::Sql(error))) if is_transient(&error) => {
                     session.leave();
                     let Some(pause) = retry_pause(tries) else {
@@ -125,8 +141,8 @@ fn commit_batch<'a>(
         }
         let mut left = items;
         let right = left.split_off(left.len() / 2);
-        let mut answers = commit_batch(session, hook, left).await;
-        answers.extend(commit_batch(session, hook, right).await);
+        let mut answers = commit_batch(session, shard, hook, left).await;
+        answers.extend(commit_batch(session, shard, hook, right).await);
         answers
     })
 }
@@ -139,6 +155,7 @@ enum Sent {
 
 async fn without_refused(
     session: &mut Session,
+    shard: Option<i16>,
     hook: &dyn TransitionHook,
     items: Vec<Arc<Item>>,
     refused: Vec<(usize, String, String)>,
@@ -151,7 +168,8 @@ async fn without_refused(
     }
     let rest: Vec<Arc<Item>> =
         items.into_iter().zip(&answers).filter(|(_, answer)| answer.is_none()).map(|(item, _)| item).collect();
-    let mut others = if rest.is_empty() { Vec::new() } else { commit_batch(session, hook, rest).await }.into_iter();
+    let mut others =
+        if rest.is_empty() { Vec::new() } else { commit_batch(session, shard, hook, rest).await }.into_iter();
     answers
         .into_iter()
         .map(|slot| {
@@ -163,20 +181,22 @@ async fn without_refused(
 
 async fn send(
     session: &mut Session,
+    shard: Option<i16>,
     hook: &dyn TransitionHook,
     items: &[Arc<Item>],
 ) -> std::result::Result<Sent, Undone> {
-    if items.iter().all(|i| i.effects.is_empty()) {
+    if items.iter().all(|i| i.effects.is_empty()) && !transitions::is_several(shard, items) {
         let conn = session.conn().await?;
         crash_point("commit.before_plain");
-        let verdicts = transitions::send(conn, items).await.map_err(Undone::of)?;
+        let verdicts = transitions::send(conn, shard, items).await.map_err(Undone::of)?;
         crash_point("commit.after_plain");
         return Ok(Sent::Done(verdicts));
     }
     let mut tx = session.begin().await?;
     crash_point("commit.after_begin");
-    transitions::lock(&mut tx, items).await.map_err(Undone::of)?;
-    let verdicts = transitions::send(&mut tx, items).await.map_err(Undone::of)?;
+    let spread = if shard.is_none() { Spread::Together } else { Spread::ByShard };
+    transitions::lock(&mut tx, spread, items).await.map_err(Undone::of)?;
+    let verdicts = transitions::send(&mut tx, shard, items).await.map_err(Undone::of)?;
     crash_point("commit.after_transitions");
     let refused = transitions::apply_effects(&mut tx, items, &verdicts, hook).await?;
     if !refused.is_empty() {

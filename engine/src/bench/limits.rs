@@ -77,7 +77,7 @@ pub(super) async fn batch(host: &Host, size: usize, events: &Value) -> Result<f6
     while begun.elapsed() < BATCH_TIME {
         for some in runs.chunks(size) {
             let items: Vec<Item> = some.iter().map(|run| item(*run, seq)).collect();
-            let verdicts = transitions::send(&mut conn, &items).await?;
+            let verdicts = transitions::send(&mut conn, None, &items).await?;
             if let Some(other) = verdicts.iter().find(|v| !matches!(v, Verdict::Accepted { .. })) {
                 return Err(super::Error::failed("the batch statement alone", format!("{other:?}")));
             }

@@ -111,11 +111,6 @@ impl Client {
     ) -> Result<Option<RunId>> {
         let Start { workflow_id, admission, .. } = start;
         let ends = workflow_id.is_some() && admission.id_conflict == IdConflict::TerminateExisting;
-        // Whoever ends a run locks the rate and the group before it: see `store::starts`.
-        let mut not_before = if ends { next_start(conn, start).await? } else { None };
-        if let (true, Some(place)) = (ends, place) {
-            groups::lock(conn, &place.group).await?;
-        }
         if let Some(id) = workflow_id {
             if ends {
                 self.end_and_take(conn, id, run).await?;
@@ -135,9 +130,8 @@ impl Client {
                 return Err(Error::WorkflowIdUsed { id, run, status: status.as_str() });
             }
         }
-        if !ends {
-            not_before = next_start(conn, start).await?;
-        }
+        // Rates and groups are locked behind all runs: see `store::starts`.
+        let not_before = next_start(conn, start).await?;
         if place.is_some() || admission.rate.is_some() {
             let arrival = groups::arrive(conn, run, place, not_before, true).await?;
             if arrival == Arrival::Refused {

@@ -8,9 +8,14 @@ use std::{
     os::{fd::AsRawFd, unix::process::CommandExt},
     path::{Path, PathBuf},
     process::{Child, Stdio},
-    sync::mpsc,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+        mpsc,
+    },
     time::{Duration, Instant},
 };
+use tokio::sync::oneshot;
 
 /// Superuser of the cluster. Nobody else can reach its socket.
 const USER: &str = "loopwright";
@@ -24,6 +29,15 @@ const SOCKET_PATH_MAX: usize = 107;
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest wait for a clean shutdown before it is left to finish alone. Chosen, not measured.
 const STOP_TIMEOUT: Duration = Duration::from_secs(20);
+/// Restarts of a supervised server that died, one after the other. Chosen: what it dies of five times in ten seconds, such as a full
+/// disk, somebody has to mend.
+const RESTARTS_MAX: u32 = 5;
+/// Pause before the first of them; each next one is twice as long. A killed server's memory is free after a few milliseconds.
+const RESTART_PAUSE: Duration = Duration::from_millis(250);
+/// A server that has lived that long may die RESTARTS_MAX times again.
+const STEADY: Duration = Duration::from_secs(60);
+/// How often its keeper looks whether a server lives.
+const LOOK: Duration = Duration::from_secs(1);
 /// Pause between two looks at a server that is not ready yet. A start takes about 30 ms.
 const READY_PAUSE: Duration = Duration::from_millis(15);
 
@@ -43,8 +57,17 @@ pub(super) enum Kind {
 #[derive(Debug)]
 pub struct Server {
     url: String,
-    pid: u32,
-    keeper: Option<mpsc::Sender<mpsc::SyncSender<()>>>,
+    pid: Arc<AtomicU32>,
+    keeper: Option<mpsc::Sender<Request>>,
+}
+
+/// What a keeper is asked for.
+#[derive(Debug)]
+enum Request {
+    /// Tell that it has ended.
+    Stop(mpsc::SyncSender<()>),
+    /// Restart it when it dies; tell when that is given up.
+    Supervise(oneshot::Sender<Error>),
 }
 
 impl Server {
@@ -53,10 +76,25 @@ impl Server {
     pub fn url(&self) -> &str {
         &self.url
     }
-    /// Process id of the server.
+    /// Process id of the server; another one after a restart.
     #[must_use]
     pub fn pid(&self) -> u32 {
-        self.pid
+        self.pid.load(Ordering::Relaxed)
+    }
+    /// From now on the server is started again when it dies, at most five times in a row with growing pauses; its address stays.
+    /// Resolves when that is given up, with the reason of the last try; never, if this process did not start it or stops it.
+    pub fn supervise(&self) -> impl Future<Output = Error> + Send + use<> {
+        let (given_up, error) = oneshot::channel();
+        if let Some(keeper) = &self.keeper {
+            // A keeper that is gone has seen the server's end before anybody wanted it restarted, and drops the sender.
+            let _ = keeper.send(Request::Supervise(given_up));
+        }
+        async move {
+            match error.await {
+                Ok(error) => error,
+                Err(_) => std::future::pending().await,
+            }
+        }
     }
     /// Whether this process started it, as opposed to having found it running.
     #[must_use]
@@ -72,7 +110,7 @@ impl Server {
         let Some(keeper) = self.keeper.take() else { return };
         let (done, finished) = mpsc::sync_channel(1);
         // A keeper that is gone has nothing left to stop.
-        if keeper.send(done).is_ok() && wait {
+        if keeper.send(Request::Stop(done)).is_ok() && wait {
             // It answers within STOP_TIMEOUT; if not, the server finishes by itself.
             let _ = finished.recv_timeout(STOP_TIMEOUT + Duration::from_secs(1));
         }
@@ -90,7 +128,7 @@ impl Drop for Server {
 /// # Errors
 /// Each says in one sentence what to do: no binaries, a data folder that cannot be used, data of another version.
 pub async fn start(settings: Settings) -> Result<Server, Error> {
-    let (sender, receiver) = tokio::sync::oneshot::channel();
+    let (sender, receiver) = oneshot::channel();
     launch(move || start_in_keeper(&settings), sender)?;
     receiver.await.map_err(|_| Error::failed("starting Postgres", "its keeper thread ended"))?
 }
@@ -106,8 +144,8 @@ pub(super) struct Up {
 /// Runs `bring_up` in a thread that then lives as long as the server: the parent-death signal is bound to the
 /// *thread* that forked, so no pool thread may do it.
 pub(super) fn launch(
-    bring_up: impl FnOnce() -> Result<Up, Error> + Send + 'static,
-    answer: tokio::sync::oneshot::Sender<Result<Server, Error>>,
+    mut bring_up: impl FnMut() -> Result<Up, Error> + Send + 'static,
+    answer: oneshot::Sender<Result<Server, Error>>,
 ) -> Result<(), Error> {
     let body = move || {
         let up = match bring_up() {
@@ -119,14 +157,15 @@ pub(super) fn launch(
             }
         };
         let Up { url, pid, child } = up;
+        let pid = Arc::new(AtomicU32::new(pid));
         let Some(child) = child else {
             let _ = answer.send(Ok(Server { url, pid, keeper: None }));
             return;
         };
         let (keeper, requests) = mpsc::channel();
         // If nobody takes the server, it is dropped here, which asks for the stop below.
-        let _ = answer.send(Ok(Server { url, pid, keeper: Some(keeper) }));
-        keep(child, &requests);
+        let _ = answer.send(Ok(Server { url, pid: pid.clone(), keeper: Some(keeper) }));
+        Keeper { child, pid, requests, given_up: None }.keep(&mut bring_up);
     };
     std::thread::Builder::new()
         .name("postgres-keeper".into())
@@ -135,29 +174,99 @@ pub(super) fn launch(
         .map_err(|e| Error::failed("starting Postgres", e))
 }
 
-/// Holds the child until somebody asks for its end or it ends by itself.
-fn keep(mut child: Child, requests: &mpsc::Receiver<mpsc::SyncSender<()>>) {
-    loop {
-        match requests.recv_timeout(Duration::from_secs(1)) {
-            Ok(done) => {
-                interrupt(&mut child);
-                // The asker may have given up waiting.
-                let _ = done.send(());
+/// Holds the child until somebody asks for its end, or it ends by itself and is not to be started again.
+struct Keeper {
+    child: Child,
+    pid: Arc<AtomicU32>,
+    requests: mpsc::Receiver<Request>,
+    /// It is supervised: who hears that it cannot be brought up.
+    given_up: Option<oneshot::Sender<Error>>,
+}
+
+impl Keeper {
+    fn keep(mut self, bring_up: &mut dyn FnMut() -> Result<Up, Error>) {
+        let (mut began, mut restarts) = (Instant::now(), 0);
+        while self.waits(LOOK) {
+            let Ok(Some(status)) = self.child.try_wait() else { continue };
+            if self.given_up.is_none() {
+                tracing::error!(%status, "the embedded Postgres ended");
                 return;
             }
-            Err(mpsc::RecvTimeoutError::Disconnected) => return interrupt(&mut child),
-            Err(mpsc::RecvTimeoutError::Timeout) => {
-                if let Ok(Some(status)) = child.try_wait() {
-                    tracing::error!(%status, "the embedded Postgres ended");
+            if began.elapsed() > STEADY {
+                restarts = 0;
+            }
+            let mut reason = Error::failed("the embedded Postgres", format!("it ended {RESTARTS_MAX} times: {status}"));
+            self.child = loop {
+                if restarts >= RESTARTS_MAX {
+                    tracing::error!(code = reason.code(), %reason, "the embedded Postgres cannot be kept up; given up");
+                    if let Some(given_up) = self.given_up.take() {
+                        // Whoever does not listen any more reads the log.
+                        let _ = given_up.send(reason);
+                    }
                     return;
                 }
+                let pause = RESTART_PAUSE * 2_u32.pow(restarts);
+                restarts += 1;
+                tracing::error!(%status, restarts, ?pause, "the embedded Postgres ended; it is started again");
+                if !self.waits_out(pause) {
+                    return;
+                }
+                match bring_up() {
+                    Ok(Up { child: Some(child), .. }) => break child,
+                    // Another process was faster and keeps it; this one has nothing to stop any more.
+                    Ok(Up { child: None, pid, .. }) => {
+                        self.pid.store(pid, Ordering::Relaxed);
+                        while self.waits(LOOK) {}
+                        return;
+                    }
+                    Err(error) => reason = error,
+                }
+            };
+            began = Instant::now();
+            self.pid.store(self.child.id(), Ordering::Relaxed);
+            tracing::info!(pid = self.child.id(), "the embedded Postgres is there again");
+        }
+    }
+
+    /// Answers requests for so long. False if the end was asked for, and then it has come.
+    fn waits(&mut self, pause: Duration) -> bool {
+        match self.requests.recv_timeout(pause) {
+            Ok(Request::Stop(done)) => {
+                interrupt(&mut self.child);
+                // The asker may have given up waiting.
+                let _ = done.send(());
+                false
+            }
+            Ok(Request::Supervise(given_up)) => {
+                self.given_up = Some(given_up);
+                true
+            }
+            Err(mpsc::RecvTimeoutError::Disconnected) => {
+                interrupt(&mut self.child);
+                false
+            }
+            Err(mpsc::RecvTimeoutError::Timeout) => true,
+        }
+    }
+
+    /// The same, and not shorter.
+    fn waits_out(&mut self, pause: Duration) -> bool {
+        let until = Instant::now() + pause;
+        while let Some(rest) = until.checked_duration_since(Instant::now()).filter(|rest| !rest.is_zero()) {
+            if !self.waits(rest) {
+                return false;
             }
         }
+        true
     }
 }
 
 /// Fast shutdown: sessions are ended, a checkpoint is written.
 fn interrupt(child: &mut Child) {
+    // One that has been waited for is gone, and its number may be another's.
+    if !matches!(child.try_wait(), Ok(None)) {
+        return;
+    }
     signal(child.id(), libc::SIGINT);
     let deadline = Instant::now() + STOP_TIMEOUT;
     while Instant::now() < deadline {
@@ -548,6 +657,30 @@ mod tests {
         assert!(again.is_ours());
         assert_eq!(count(again.url()).await, 3);
         tokio::task::spawn_blocking(move || again.stop()).await.unwrap();
+        fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_supervised_server_that_is_killed_is_there_again() {
+        let dir = folder("killed");
+        let server = start(Settings { data_dir: Some(dir.clone()), ..Settings::default() }).await.unwrap();
+        let given_up = server.supervise();
+        assert_eq!(count(server.url()).await, 1);
+        let first = server.pid();
+        signal(first, libc::SIGKILL);
+        let back = async {
+            while server.pid() == first {
+                tokio::time::sleep(READY_PAUSE).await;
+            }
+        };
+        tokio::time::timeout(START_TIMEOUT, back).await.unwrap();
+        assert_eq!(count(server.url()).await, 2, "under the same address, with what was written");
+        // What it cannot be started with any more.
+        fs::write(dir.join("postgres/cluster/PG_VERSION"), "9\n").unwrap();
+        signal(server.pid(), libc::SIGKILL);
+        let error = tokio::time::timeout(START_TIMEOUT, given_up).await.unwrap();
+        assert_eq!(error.code(), "postgres_version", "{error}");
+        tokio::task::spawn_blocking(move || server.stop()).await.unwrap();
         fs::remove_dir_all(dir).unwrap();
     }
 

@@ -9,7 +9,7 @@
 //!   │            │
 //!   │            ▼
 //!   └─▶ keeper thread: account ─▶ initdb ─▶ postgres (child) ─▶ select 1 ─▶ Server{url}
-//!              └── lives as long as the process: its death is what ends the child
+//!              └── lives as long as the process: its death is what ends the child; starts it again, if it is supervised
 //! ```
 
 mod account;

@@ -1,6 +1,10 @@
 //! Tables `checkpoints` and `attempt_progress`: what a running attempt leaves behind.
 
-use super::{blobs, transitions::Text};
+use super::{
+    blobs,
+    spread::{Forms, Spread, bind_shard},
+    transitions::Text,
+};
 use crate::{
     Result,
     ids::RunId,
@@ -62,26 +66,38 @@ pub(crate) struct Progress {
     pub(crate) value: Value,
 }
 
-/// Stores the newest progress of many attempts in one statement.
-pub(crate) async fn put_progress(conn: &mut PgConnection, progress: &[Progress]) -> Result<()> {
+/// Stores the newest progress of many attempts in one statement; where runs are spread, in one a shard.
+pub(crate) async fn put_progress(conn: &mut PgConnection, spread: Spread, progress: &[Progress]) -> Result<()> {
+    for (shard, part) in spread.divide(progress.iter().collect(), |p| p.run.shard()) {
+        put_progress_in(conn, shard, &part).await?;
+    }
+    Ok(())
+}
+
+/// Which shard new rows are of, Citus reads from the statement as well.
+static PUT_PROGRESS: Forms = Forms::new(
+    "insert into attempt_progress (shard, run_id, path, attempt, progress)
+         select p.shard, p.run_id, p.path, p.attempt, p.progress
+         from unnest($1::smallint[], $2::uuid[], $3::text[], $4::int[], $5::jsonb[]) p(shard, run_id, path, attempt, progress)
+         where true/*at p*/
+         on conflict (shard, run_id, path) do update set attempt = excluded.attempt, progress = excluded.progress, at = engine_now()",
+    "$6",
+);
+
+async fn put_progress_in(conn: &mut PgConnection, shard: Option<i16>, progress: &[&Progress]) -> Result<()> {
     let shards: Vec<i16> = progress.iter().map(|p| p.run.shard()).collect();
     let runs: Vec<uuid::Uuid> = progress.iter().map(|p| p.run.0).collect();
     let paths: Vec<&str> = progress.iter().map(|p| p.path.as_str()).collect();
     let attempts: Vec<i32> = progress.iter().map(|p| p.attempt).collect();
-    let sealed = |p: &Progress| payload::pack_whole(p.run.0, Slot::Progress { path: &p.path }, &p.value);
+    let sealed = |p: &&Progress| payload::pack_whole(p.run.0, Slot::Progress { path: &p.path }, &p.value);
     let values: Vec<Text> = progress.iter().map(sealed).collect::<Result<_>>()?;
-    sqlx::query(
-        "insert into attempt_progress (shard, run_id, path, attempt, progress)
-         select * from unnest($1::smallint[], $2::uuid[], $3::text[], $4::int[], $5::jsonb[])
-         on conflict (shard, run_id, path) do update set attempt = excluded.attempt, progress = excluded.progress, at = engine_now()",
-    )
-    .bind(shards)
-    .bind(runs)
-    .bind(paths)
-    .bind(attempts)
-    .bind(values.iter().map(|value| Json(&**value)).collect::<Vec<_>>())
-    .execute(conn)
-    .await?;
+    let query = sqlx::query(PUT_PROGRESS.text(shard))
+        .bind(shards)
+        .bind(runs)
+        .bind(paths)
+        .bind(attempts)
+        .bind(values.iter().map(|value| Json(&**value)).collect::<Vec<_>>());
+    bind_shard!(query, shard).execute(conn).await?;
     Ok(())
 }
 

@@ -10,7 +10,9 @@ use super::{
     inbox,
     inbox::{Kind, Outgoing},
     memory::{Memory, Post},
-    ready, runs, transitions,
+    ready, runs,
+    spread::Spread,
+    transitions,
     transitions::{Effects, Item, text},
     turns::Turns,
     workers,
@@ -23,7 +25,7 @@ use crate::{
     embedded::testing::database,
     hook::NoHook,
     ids::{DefinitionHash, RunId, WorkerId},
-    transaction::begin,
+    transaction::{Session, begin},
 };
 use chrono::{DateTime, Duration, Utc};
 use serde_json::{Value, json};
@@ -50,6 +52,9 @@ type Seen = (Uuid, String, bool, Option<Uuid>, i64, i64, i64, i64, i64, bool, Op
 struct Pair {
     pool: PgPool,
     client: Client,
+    /// Of the poll.
+    session: Session,
+    spread: Spread,
     hash: DefinitionHash,
     memory: Memory,
     /// Instant 0 of Postgres and of the memory.
@@ -61,7 +66,7 @@ struct Pair {
 }
 
 impl Pair {
-    async fn new(seed: u64) -> Self {
+    async fn new(seed: u64, spread: Spread) -> Self {
         let pool = database(MIGRATIONS).await;
         sqlx::raw_sql(
             "create table test_clock (minutes int not null); insert into test_clock values (0);
@@ -96,6 +101,8 @@ impl Pair {
         let workers = (0..WORKERS).map(|_| WorkerId(id())).collect();
         Self {
             client: Client::new(pool.clone(), Arc::new(NoHook)),
+            session: Session::like(&pool),
+            spread,
             pool,
             hash,
             memory: Memory::new(DateTime::UNIX_EPOCH),
@@ -281,12 +288,15 @@ impl Pair {
                 let (there, here) = if any {
                     let mut turns = Turns::default();
                     (0..self.random.u8(0..3)).for_each(|_| turns.took(7));
-                    let look = ready::due(&pool, &queues, None, many).await.expect("look");
+                    let look = ready::due(&mut conn, self.spread, &queues, None, many).await.expect("look");
                     let order: Vec<RunId> = turns.order(look.due).iter().map(|d| d.run).collect();
-                    let there = ready::take(&pool, worker, &order, many).await.ok().map(|(all, _)| all);
+                    let there = ready::take(&mut self.session, self.spread, worker, &order, many)
+                        .await
+                        .ok()
+                        .map(|(all, _)| all);
                     (there, self.memory.claim(worker, &[queue], &turns, limit))
                 } else {
-                    let there = ready::take_messaged(&pool, worker, &queues, many).await.ok();
+                    let there = ready::take_messaged(&mut self.session, self.spread, worker, &queues, many).await.ok();
                     let there = there.map(|(all, _)| all.into_iter().map(|(run, epoch, _)| (run, epoch)).collect());
                     (there, self.memory.claim_messaged(worker, &[queue], MANY))
                 };
@@ -302,7 +312,15 @@ impl Pair {
                     batch.0.push(there);
                     batch.1.push(here);
                 }
-                let answer = transitions::send(&mut conn, &batch.0).await.expect("commit");
+                // As the committer does: by shard, and what is several statements in a transaction.
+                let mut answers = BTreeMap::new();
+                for (shard, part) in self.spread.divide(batch.0, |item| item.run_id.shard()) {
+                    let mut tx = begin(&pool).await.expect("begin");
+                    let verdicts = transitions::send(&mut tx, shard, &part).await.expect("commit");
+                    tx.commit().await.expect("commit");
+                    answers.extend(part.into_iter().map(|item| item.run_id).zip(verdicts));
+                }
+                let answer: Vec<_> = batch.1.iter().filter_map(|item| answers.remove(&item.run_id)).collect();
                 said(&format!("commit {there:?}"), &answer, &self.memory.commit(&batch.1))
             }
             55..=66 => {
@@ -347,7 +365,7 @@ impl Pair {
                 said("bury", &there, &self.memory.bury())
             }
             77..=80 => {
-                let there = workers::take_over(&mut conn, 100).await.expect("take over");
+                let there = workers::take_over(&mut conn, self.spread, 100).await.expect("take over");
                 let here = self.memory.take_over(MANY);
                 said("take over", &there.iter().collect::<BTreeSet<_>>(), &here.iter().collect::<BTreeSet<_>>())
             }
@@ -358,14 +376,14 @@ impl Pair {
             }
             82..=84 => {
                 let (runs, memory) = (self.runs.clone(), &self.memory);
-                let found = workers::unread(&mut conn, &runs).await.expect("unread");
+                let found = workers::unread(&mut conn, self.spread, &runs).await.expect("unread");
                 let owned = |id: &RunId| memory.runs.get(id).is_some_and(|r| r.owner == Some(worker));
                 let there: BTreeSet<RunId> = found.into_iter().map(|(id, _)| id).filter(owned).collect();
                 said("unread", &there, &memory.unread(worker))
             }
             85 | 86 => {
                 let driven = BTreeSet::from([run]);
-                let found = runs::strays(&mut conn, worker, &[run], 100).await.expect("strays");
+                let found = runs::strays(&mut conn, self.spread, worker, &[run], 100).await.expect("strays");
                 let here: BTreeSet<_> = self.memory.strays(worker, &driven).into_iter().collect();
                 said("strays", &found.into_iter().collect::<BTreeSet<_>>(), &here)
             }
@@ -414,7 +432,8 @@ impl Pair {
                 there.effects.successor = Some(next.clone());
                 let mut tx = begin(&pool).await.expect("begin");
                 let items = [there.clone()];
-                let verdicts = transitions::send(&mut tx, &items).await.expect("commit");
+                let shard = (self.spread == Spread::ByShard).then(|| run.shard());
+                let verdicts = transitions::send(&mut tx, shard, &items).await.expect("commit");
                 transitions::apply_effects(&mut tx, &items, &verdicts, &NoHook).await.expect("effects");
                 tx.commit().await.expect("commit");
                 let here = self.memory.commit_with_effects(&items, &|_| false).expect("no hook");
@@ -455,9 +474,19 @@ impl Pair {
 
 #[tokio::test]
 async fn postgres_and_memory_answer_alike_and_hold_the_same_rows() {
+    alike(Spread::Together).await;
+}
+
+/// The same where what concerns many runs is said shard by shard, as on Citus.
+#[tokio::test]
+async fn postgres_by_shard_and_memory_answer_alike_and_hold_the_same_rows() {
+    alike(Spread::ByShard).await;
+}
+
+async fn alike(spread: Spread) {
     let mut kinds = BTreeMap::<String, u32>::new();
     for seed in 0..SEEDS {
-        let mut pair = Pair::new(seed).await;
+        let mut pair = Pair::new(seed, spread).await;
         for n in 0..CALLS {
             let (what, there, here) = pair.call().await;
             assert_eq!(there, here, "seed {seed}, call {n}: Postgres and memory answer differently: {what}");

@@ -5,8 +5,8 @@
 //! holder, and never before. Who waits is let in by [`advance`], in the order of arrival; whoever dies in the middle of it
 //! leaves it to the next pass, of any worker.
 //!
-//! Lock order: the group's row, then runs, then their rows here. A closing transition takes no group's row, unless another run
-//! goes on in its place.
+//! Lock order: runs, then the group's row, then rows here. A pass goes the other way, from its group to those who wait, and so it
+//! waits for none of them: one whose row somebody has locked is perhaps being stopped by a batch that starts another in its group.
 
 use crate::{
     Error, Result,
@@ -80,12 +80,6 @@ pub(crate) async fn arrive(
     }
     admit(conn, run).await?;
     Ok(Arrival::Admitted)
-}
-
-/// Locks a group's row, for a transaction that locks runs before somebody [`arrive`]s: a pass holds the row and waits for runs.
-pub(crate) async fn lock(conn: &mut PgConnection, group: &str) -> Result<()> {
-    sqlx::query("select from concurrency_groups where name = $1 for update").bind(group).execute(conn).await?;
-    Ok(())
 }
 
 /// Forgets up to [`PASS_MAX`] groups that no run takes part in, and rates under which nothing has started for so long that they
@@ -297,7 +291,10 @@ pub(super) async fn let_in(conn: &mut PgConnection, group: &str) -> Result<usize
     for (run, places) in waiting {
         let Some(place) = free_place(&taken, places.unsigned_abs()) else { break };
         let run = RunId(run);
-        // The run first, as a closing transition does.
+        // Nobody who came later goes before it; the next pass is soon.
+        if !lock_free(conn, run).await? {
+            break;
+        }
         if !admit(conn, run).await? {
             continue;
         }
@@ -311,6 +308,17 @@ pub(super) async fn let_in(conn: &mut PgConnection, group: &str) -> Result<usize
         admitted += 1;
     }
     Ok(admitted)
+}
+
+/// Locks a run's row, unless somebody else has.
+async fn lock_free(conn: &mut PgConnection, run: RunId) -> Result<bool> {
+    let locked: Option<i32> =
+        sqlx::query_scalar("select 1 from runs where shard = $1 and run_id = $2 for no key update skip locked")
+            .bind(run.shard())
+            .bind(run.0)
+            .fetch_optional(conn)
+            .await?;
+    Ok(locked.is_some())
 }
 
 /// Lets in who waited for its time only.
@@ -433,7 +441,8 @@ mod tests {
         }
         // Somebody arrives just now: its row is locked and its run not to be seen.
         let mut arriving = transaction::begin(&pool).await.expect("begin");
-        lock(&mut arriving, "arriving").await.expect("lock");
+        let locked = "select from concurrency_groups where name = 'arriving' for update";
+        sqlx::query(locked).execute(&mut *arriving).await.expect("lock");
         assert_eq!(forget(&pool).await.expect("forgotten"), 2);
         arriving.commit().await.expect("commit");
         let left: Vec<String> =

@@ -8,8 +8,8 @@ use crate::{
     payload::{self, Slot},
     view::HistoryRow,
 };
-use serde_json::Value;
-use sqlx::{PgConnection, PgPool, Row, postgres::PgRow};
+use serde_json::{Value, value::RawValue};
+use sqlx::{PgConnection, PgPool, Row, postgres::PgRow, types::Json};
 
 /// Rows read at once where few are expected.
 const ROWS: i64 = 100;
@@ -62,6 +62,27 @@ pub(crate) async fn page_in(conn: &mut PgConnection, run: RunId, after: u64, lim
 fn vocabulary(events: &[Value]) -> u16 {
     let known = events.iter().map(|event| serde_json::from_value::<Event>(event.clone()).map(|e| format_of(&[e])));
     known.map(|format| format.unwrap_or(APART)).max().unwrap_or(1)
+}
+
+/// Whether a run's transition is the one that `epoch` has sent with these events, as they are stored.
+pub(crate) async fn is_there(
+    conn: &mut PgConnection,
+    run: RunId,
+    seq: i64,
+    epoch: i64,
+    events: &RawValue,
+) -> Result<bool> {
+    let same: Option<bool> = sqlx::query_scalar(
+        "select events = $5 and epoch = $4 from history where shard = $1 and run_id = $2 and seq = $3",
+    )
+    .bind(run.shard())
+    .bind(run.0)
+    .bind(seq)
+    .bind(epoch)
+    .bind(Json(events))
+    .fetch_optional(conn)
+    .await?;
+    Ok(same == Some(true))
 }
 
 /// The events of a row, which lies with the run that made it.

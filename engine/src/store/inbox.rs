@@ -88,9 +88,10 @@ pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Res
     let row = sqlx::query(
         "with target as (select shard, run_id from runs where shard = $1 and run_id = $2 and closed_at is null and imported_at is null
                             and ($8::bytea is null or definition = $8) for no key update),
-              seen as (select 1 from inbox i join target t using (shard, run_id) where $6::text is not null and i.dedupe_id = $6),
+              seen as (select 1 from inbox i join target t using (shard, run_id)
+                       where i.shard = $1 and $6::text is not null and i.dedupe_id = $6),
               u as (update runs r set inbox_n = r.inbox_n + 1 from target t
-                    where r.shard = t.shard and r.run_id = t.run_id and not exists (select from seen)
+                    where r.shard = $1 and r.shard = t.shard and r.run_id = t.run_id and not exists (select from seen)
                     returning r.shard, r.run_id, r.inbox_n, r.seq, r.queue, r.priority, r.lane, 
                               r.parked and r.admitted and r.status <> 'quarantined' as wakes),
               m as (insert into inbox (shard, run_id, n, kind, name, payload, dedupe_id, sender, run_seq)

@@ -22,6 +22,7 @@ pub(crate) mod retention;
 pub(crate) mod runs;
 pub(crate) mod schedules;
 pub(crate) mod sealed;
+pub(crate) mod spread;
 pub(crate) mod starts;
 pub(crate) mod transitions;
 pub(crate) mod turns;

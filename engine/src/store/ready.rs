@@ -3,19 +3,29 @@
 //! A claim is two statements: a look at what is due, without a lock, and the taking of runs in the order of their turns
 //! ([`super::turns`]). A look is bounded, whatever waits: it reads the [`WINDOW`] runs that are due the longest; if there are
 //! more, it goes from lane to lane instead, beginning anywhere, and reads a few runs of each.
+//!
+//! Where runs are [spread](super::spread) over nodes, both go from shard to shard, beginning anywhere, until enough is found.
 
-use super::turns::Due;
+use super::{
+    spread::{Forms, Spread, bind_shard},
+    turns::Due,
+};
 use crate::{
     Error, Result,
     committer::crash_point,
-    ids::{RunId, WorkerId},
-    transaction,
+    ids::{RunId, SHARDS, WorkerId},
+    transaction::Session,
 };
 use chrono::{DateTime, Utc};
-use sqlx::PgPool;
+use sqlx::{PgConnection, PgPool};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Due runs up to which a look reads all of them. Twice what a worker claims at once.
 const WINDOW: usize = 512;
+/// The same of one shard. Chosen: what a worker claims at once, divided by the shards, many times over.
+const WINDOW_OF_ONE: usize = 32;
+/// How often a claim goes on behind runs that it has not got, where runs are spread.
+const ROUNDS: usize = 4;
 /// Lanes that a look at a longer queue visits, for each priority. Who is left out has a place in one of the next.
 const LANES: i64 = 64;
 /// Rows of one pass that are noted as waiting after their due instant has come.
@@ -33,29 +43,53 @@ pub(crate) struct Look {
 ///
 /// `since` is there for the sake of dead rows: while somebody's old snapshot keeps them, a look from the beginning of the
 /// queue reads every run that was ever in it (28 ms for each 100,000, measured).
-pub(crate) async fn due(pool: &PgPool, queues: &[String], since: Option<DateTime<Utc>>, limit: i64) -> Result<Look> {
-    let window = window(pool, queues, since).await?;
-    if window.len() <= WINDOW {
-        return Ok(Look { due: window, all: true });
+pub(crate) async fn due(
+    conn: &mut PgConnection,
+    spread: Spread,
+    queues: &[String],
+    since: Option<DateTime<Utc>>,
+    limit: i64,
+) -> Result<Look> {
+    let most = if spread == Spread::Together { WINDOW } else { WINDOW_OF_ONE };
+    let (mut due, mut all) = (Vec::new(), true);
+    for shard in spread.parts(fastrand::i16(0..SHARDS)) {
+        if due.len() > WINDOW {
+            // Enough; the next look begins elsewhere.
+            all = false;
+            break;
+        }
+        let window = window(conn, shard, queues, since, most).await?;
+        if window.len() <= most {
+            due.extend(window);
+        } else {
+            all = false;
+            note(conn, shard, queues).await?;
+            due.extend(by_lane(conn, shard, queues, since, limit, fastrand::i32(..)).await?);
+        }
     }
-    note(pool, queues).await?;
-    Ok(Look { due: by_lane(pool, queues, since, limit, fastrand::i32(..)).await?, all: false })
+    Ok(Look { due, all })
 }
 
-/// The runs that are due the longest, one more than [`WINDOW`] at most.
-const WINDOW_SQL: &str = "select c.run_id, c.priority, c.lane, c.due_at from unnest($1::text[]) s(queue) cross join lateral
+/// The runs that are due the longest, one more than `most` at most.
+static WINDOW_SQL: Forms = Forms::new(
+    "select c.run_id, c.priority, c.lane, c.due_at from unnest($1::text[]) s(queue) cross join lateral
        (select q.run_id, q.priority, q.lane, q.due_at from ready q
-        where q.queue = s.queue and q.due_at <= (select engine_now()) and q.due_at >= coalesce($2, '-infinity'::timestamptz)
+        where q.queue = s.queue and q.due_at <= (select engine_now()) and q.due_at >= coalesce($2, '-infinity'::timestamptz)/*at q*/
         order by q.due_at limit $3) c
-     order by c.due_at limit $3";
+     order by c.due_at limit $3",
+    "$4",
+);
 
-async fn window(pool: &PgPool, queues: &[String], since: Option<DateTime<Utc>>) -> Result<Vec<Due>> {
-    let rows: Vec<(uuid::Uuid, i16, i32, DateTime<Utc>)> = sqlx::query_as(WINDOW_SQL)
-        .bind(queues)
-        .bind(since)
-        .bind(i64::try_from(WINDOW + 1).unwrap_or(i64::MAX))
-        .fetch_all(pool)
-        .await?;
+async fn window(
+    conn: &mut PgConnection,
+    shard: Option<i16>,
+    queues: &[String],
+    since: Option<DateTime<Utc>>,
+    most: usize,
+) -> Result<Vec<Due>> {
+    let most = i64::try_from(most + 1).unwrap_or(i64::MAX);
+    let query = sqlx::query_as(WINDOW_SQL.text(shard)).bind(queues).bind(since).bind(most);
+    let rows: Vec<(uuid::Uuid, i16, i32, DateTime<Utc>)> = bind_shard!(query, shard).fetch_all(conn).await?;
     Ok(rows.into_iter().map(of_row).collect())
 }
 
@@ -65,7 +99,8 @@ fn of_row((run, priority, lane, due_at): (uuid::Uuid, i16, i32, DateTime<Utc>)) 
 
 /// From lane to lane, each found by one descent of the index; then the oldest runs of each, the more the fewer lanes there are.
 /// It begins at lane `$3` and goes round, so that no lane is always the last.
-const BY_LANE_SQL: &str = "select c.run_id, c.priority, c.lane, c.due_at
+static BY_LANE_SQL: Forms = Forms::new(
+    "select c.run_id, c.priority, c.lane, c.due_at
      from unnest($1::text[]) s(queue)
      cross join unnest('{1,2,3,4,5}'::smallint[]) p(priority)
      cross join (values ($3::int, 2147483647), (-2147483648, $3 - 1)) half(low, high)
@@ -73,89 +108,139 @@ const BY_LANE_SQL: &str = "select c.run_id, c.priority, c.lane, c.due_at
        with recursive turn (lane, n) as (
          (select q.lane, 1 from ready q
           where q.queue = s.queue and q.priority = p.priority and not q.timed and q.lane between half.low and half.high
-            and q.due_at <= (select engine_now()) and q.due_at >= coalesce($2, '-infinity'::timestamptz)
+            and q.due_at <= (select engine_now()) and q.due_at >= coalesce($2, '-infinity'::timestamptz)/*at q*/
           order by q.queue, q.priority, q.lane limit 1)
          union all
          select (select q.lane from ready q
                  where q.queue = s.queue and q.priority = p.priority and not q.timed and q.lane > t.lane and q.lane <= half.high
-                   and q.due_at <= (select engine_now()) and q.due_at >= coalesce($2, '-infinity'::timestamptz)
+                   and q.due_at <= (select engine_now()) and q.due_at >= coalesce($2, '-infinity'::timestamptz)/*at q*/
                  order by q.queue, q.priority, q.lane limit 1), t.n + 1
          from turn t where t.lane is not null and t.n < $4)
        select d.* from turn t cross join lateral
          (select q.run_id, q.priority, q.lane, q.due_at from ready q
           where q.queue = s.queue and q.priority = p.priority and not q.timed and q.lane = t.lane
-            and q.due_at <= (select engine_now()) and q.due_at >= coalesce($2, '-infinity'::timestamptz)
+            and q.due_at <= (select engine_now()) and q.due_at >= coalesce($2, '-infinity'::timestamptz)/*at q*/
           order by q.due_at limit greatest(1, 2 * $5 / (select count(*) from turn))) d
-       where t.lane is not null) c";
+       where t.lane is not null) c",
+    "$6",
+);
 
 async fn by_lane(
-    pool: &PgPool,
+    conn: &mut PgConnection,
+    shard: Option<i16>,
     queues: &[String],
     since: Option<DateTime<Utc>>,
     limit: i64,
     first: i32,
 ) -> Result<Vec<Due>> {
-    let rows: Vec<(uuid::Uuid, i16, i32, DateTime<Utc>)> = sqlx::query_as(BY_LANE_SQL)
-        .bind(queues)
-        .bind(since)
-        // The half below it must not be empty by an overflow.
-        .bind(first.max(i32::MIN + 1))
-        .bind(LANES)
-        .bind(limit)
-        .fetch_all(pool)
-        .await?;
+    // The half below it must not be empty by an overflow.
+    let first = first.max(i32::MIN + 1);
+    let query = sqlx::query_as(BY_LANE_SQL.text(shard)).bind(queues).bind(since).bind(first).bind(LANES).bind(limit);
+    let rows: Vec<(uuid::Uuid, i16, i32, DateTime<Utc>)> = bind_shard!(query, shard).fetch_all(conn).await?;
     Ok(rows.into_iter().map(of_row).collect())
 }
 
 /// Puts runs whose due instant has come into the index of turns, the oldest first.
-async fn note(pool: &PgPool, queues: &[String]) -> Result<()> {
-    sqlx::query(NOTE_SQL).bind(queues).bind(NOTED).execute(pool).await?;
+async fn note(conn: &mut PgConnection, shard: Option<i16>, queues: &[String]) -> Result<()> {
+    bind_shard!(sqlx::query(NOTE_SQL.text(shard)).bind(queues).bind(NOTED), shard).execute(conn).await?;
     Ok(())
 }
 
 /// By the rows' places, which do not change while they are locked: a join by key of a thousand rows would read the whole table.
-const NOTE_SQL: &str = "with late as (select l.place from unnest($1::text[]) s(queue) cross join lateral
-       (select q.ctid as place from ready q where q.timed and q.queue = s.queue and q.due_at <= (select engine_now())
+static NOTE_SQL: Forms = Forms::new(
+    "with late as (select l.place from unnest($1::text[]) s(queue) cross join lateral
+       (select q.ctid as place from ready q where q.timed and q.queue = s.queue and q.due_at <= (select engine_now())/*at q*/
         order by q.due_at limit $2 for update skip locked) l)
-     update ready q set timed = false where q.ctid = any(array(select place from late))";
+     update ready q set timed = false where q.ctid = any(array(select place from late))/*at q*/",
+    "$3",
+);
 
 /// Claims up to `limit` of these runs, in this order, as far as they are still due and nobody's. Their epochs rise and come
 /// back with them; what older owners send is refused from now on. Also an instant at which all of them were due.
 ///
 /// # Errors
-/// `lease_lost` if this worker was declared dead.
+/// `lease_lost` if this worker was declared dead. Where runs are spread, an error behind the first shard ends the claim instead:
+/// what is claimed is to be driven.
 /// # Transaction
-/// One. Holds the worker's own row for key share, so that a takeover of this worker waits and then sees these claims.
+/// One; where runs are spread, one a shard. Holds the worker's own row for key share, so that a takeover of this worker waits and
+/// then sees these claims.
 pub(crate) async fn take(
-    pool: &PgPool,
+    session: &mut Session,
+    spread: Spread,
     worker: WorkerId,
     runs: &[RunId],
     limit: i64,
 ) -> Result<(Vec<(RunId, i64)>, DateTime<Utc>)> {
-    if runs.is_empty() {
-        return Ok((Vec::new(), DateTime::UNIX_EPOCH));
+    let (mut claimed, mut now) = (Vec::new(), DateTime::UNIX_EPOCH);
+    let mut rest = runs;
+    for _ in 0..if spread == Spread::Together { 1 } else { ROUNDS } {
+        let room = limit - i64::try_from(claimed.len()).unwrap_or(limit);
+        // On one server the statement itself goes on behind what it does not get.
+        let many =
+            if spread == Spread::Together { rest.len() } else { usize::try_from(room).unwrap_or(0).min(rest.len()) };
+        let (turn, later) = rest.split_at(many);
+        rest = later;
+        for (shard, part) in spread.divide(turn.to_vec(), RunId::shard) {
+            match take_in(session, shard, worker, &part, room).await {
+                Ok((more, at)) => {
+                    claimed.extend(more);
+                    now = now.max(at);
+                }
+                Err(error) => return enough(session, claimed, now, error),
+            }
+        }
+        if rest.is_empty() || i64::try_from(claimed.len()).unwrap_or(limit) >= limit {
+            break;
+        }
     }
-    let mut tx = transaction::begin(pool).await?;
+    Ok((claimed, now))
+}
+
+/// What was claimed before an error, if anything was.
+fn enough<T>(
+    session: &mut Session,
+    claimed: Vec<T>,
+    now: DateTime<Utc>,
+    error: Error,
+) -> Result<(Vec<T>, DateTime<Utc>)> {
+    if claimed.is_empty() || matches!(error, Error::LeaseLost) {
+        return Err(error);
+    }
+    tracing::warn!(%error, "cannot claim more runs");
+    session.leave();
+    Ok((claimed, now))
+}
+
+/// Both rows are locked with skip locked: a sender holds the run and wants the queue row, so waiting here could deadlock.
+static TAKE: Forms = Forms::new(
+    "with w as (select * from unnest($2::smallint[], $3::uuid[]) with ordinality t(shard, run_id, ord)),
+              c as (select q.shard, q.run_id from w join ready q on q.shard = w.shard and q.run_id = w.run_id
+                    join runs r on r.shard = q.shard and r.run_id = q.run_id
+                    where q.due_at <= engine_now() and r.owner is null and r.closed_at is null and r.status <> 'quarantined' and r.admitted/*at q*//*at r*/
+                    order by w.ord limit $4 for update of q, r skip locked),
+              d as (delete from ready q using c where q.shard = c.shard and q.run_id = c.run_id/*at q*/)
+         update runs r set owner = $1, epoch = r.epoch + 1, parked = false, waiting = null
+         from c where r.shard = c.shard and r.run_id = c.run_id/*at r*/ returning r.run_id, r.epoch, engine_now()",
+    "$5",
+);
+
+async fn take_in(
+    session: &mut Session,
+    shard: Option<i16>,
+    worker: WorkerId,
+    runs: &[RunId],
+    limit: i64,
+) -> Result<(Vec<(RunId, i64)>, DateTime<Utc>)> {
+    let mut tx = session.begin().await?;
     crash_point("claim.after_begin");
     alive(&mut tx, worker).await?;
     crash_point("claim.after_alive");
-    // Both rows are locked with skip locked: a sender holds the run and wants the queue row, so waiting here could deadlock.
-    let claimed: Vec<(uuid::Uuid, i64, DateTime<Utc>)> = sqlx::query_as(
-        "with w as (select * from unnest($2::smallint[], $3::uuid[]) with ordinality t(shard, run_id, ord)),
-              c as (select q.shard, q.run_id from w join ready q on q.shard = w.shard and q.run_id = w.run_id
-                    join runs r on r.shard = q.shard and r.run_id = q.run_id
-                    where q.due_at <= engine_now() and r.owner is null and r.closed_at is null and r.status <> 'quarantined' and r.admitted
-                    order by w.ord limit $4 for update of q, r skip locked),
-              d as (delete from ready q using c where q.shard = c.shard and q.run_id = c.run_id)
-         update runs r set owner = $1, epoch = r.epoch + 1, parked = false, waiting = null
-         from c where r.shard = c.shard and r.run_id = c.run_id returning r.run_id, r.epoch, engine_now()",
-    )
-    .bind(worker.0)
-    .bind(runs.iter().map(|run| run.shard()).collect::<Vec<i16>>())
-    .bind(runs.iter().map(|run| run.0).collect::<Vec<_>>())
-    .bind(limit)
-    .fetch_all(&mut *tx)
-    .await?;
+    let query = sqlx::query_as(TAKE.text(shard))
+        .bind(worker.0)
+        .bind(runs.iter().map(|run| run.shard()).collect::<Vec<i16>>())
+        .bind(runs.iter().map(|run| run.0).collect::<Vec<_>>())
+        .bind(limit);
+    let claimed: Vec<(uuid::Uuid, i64, DateTime<Utc>)> = bind_shard!(query, shard).fetch_all(&mut *tx).await?;
     if !claimed.is_empty() {
         crash_point("claim.before_commit");
     }
@@ -164,32 +249,55 @@ pub(crate) async fn take(
     Ok((claimed.into_iter().map(|(id, epoch, _)| (RunId(id), epoch)).collect(), now))
 }
 
+static TAKE_MESSAGED: Forms = Forms::new(
+    "with c as (select q.shard, q.run_id from ready q join runs r on r.shard = q.shard and r.run_id = q.run_id
+                    where q.queue = any($2) and q.due_at <= engine_now() and r.owner is null and r.closed_at is null
+                      and r.status <> 'quarantined' and r.admitted and r.inbox_n > r.inbox_seen/*at q*//*at r*/
+                    order by q.due_at limit $3 for update of q, r skip locked),
+              d as (delete from ready q using c where q.shard = c.shard and q.run_id = c.run_id/*at q*/)
+         update runs r set owner = $1, epoch = r.epoch + 1, parked = false, waiting = null
+         from c where r.shard = c.shard and r.run_id = c.run_id/*at r*/ returning r.run_id, r.epoch, r.lane, engine_now()",
+    "$4",
+);
+
 /// [`take`] of the due runs that have a message to read, wherever in the queue they are: with their lanes.
 pub(crate) async fn take_messaged(
-    pool: &PgPool,
+    session: &mut Session,
+    spread: Spread,
     worker: WorkerId,
     queues: &[String],
     limit: i64,
 ) -> Result<(Vec<(RunId, i64, i32)>, DateTime<Utc>)> {
-    let mut tx = transaction::begin(pool).await?;
+    let (mut claimed, mut now) = (Vec::new(), DateTime::UNIX_EPOCH);
+    for shard in spread.parts(fastrand::i16(0..SHARDS)) {
+        let room = limit - i64::try_from(claimed.len()).unwrap_or(limit);
+        if room <= 0 {
+            break;
+        }
+        match take_messaged_in(session, shard, worker, queues, room).await {
+            Ok(more) => {
+                now = more.iter().map(|(.., at)| *at).max().unwrap_or(now).max(now);
+                claimed.extend(more.into_iter().map(|(id, epoch, lane, _)| (RunId(id), epoch, lane)));
+            }
+            Err(error) => return enough(session, claimed, now, error),
+        }
+    }
+    Ok((claimed, now))
+}
+
+async fn take_messaged_in(
+    session: &mut Session,
+    shard: Option<i16>,
+    worker: WorkerId,
+    queues: &[String],
+    limit: i64,
+) -> Result<Vec<(uuid::Uuid, i64, i32, DateTime<Utc>)>> {
+    let mut tx = session.begin().await?;
     alive(&mut tx, worker).await?;
-    let claimed: Vec<(uuid::Uuid, i64, i32, DateTime<Utc>)> = sqlx::query_as(
-        "with c as (select q.shard, q.run_id from ready q join runs r on r.shard = q.shard and r.run_id = q.run_id
-                    where q.queue = any($2) and q.due_at <= engine_now() and r.owner is null and r.closed_at is null
-                      and r.status <> 'quarantined' and r.admitted and r.inbox_n > r.inbox_seen
-                    order by q.due_at limit $3 for update of q, r skip locked),
-              d as (delete from ready q using c where q.shard = c.shard and q.run_id = c.run_id)
-         update runs r set owner = $1, epoch = r.epoch + 1, parked = false, waiting = null
-         from c where r.shard = c.shard and r.run_id = c.run_id returning r.run_id, r.epoch, r.lane, engine_now()",
-    )
-    .bind(worker.0)
-    .bind(queues)
-    .bind(limit)
-    .fetch_all(&mut *tx)
-    .await?;
+    let query = sqlx::query_as(TAKE_MESSAGED.text(shard)).bind(worker.0).bind(queues).bind(limit);
+    let claimed = bind_shard!(query, shard).fetch_all(&mut *tx).await?;
     tx.commit().await?;
-    let now = claimed.iter().map(|(.., now)| *now).max().unwrap_or(DateTime::UNIX_EPOCH);
-    Ok((claimed.into_iter().map(|(id, epoch, lane, _)| (RunId(id), epoch, lane)).collect(), now))
+    Ok(claimed)
 }
 
 async fn alive(conn: &mut sqlx::PgConnection, worker: WorkerId) -> Result<()> {
@@ -215,47 +323,68 @@ const DEPTH_MAX: i64 = 10_000;
 /// Queues of one look.
 const QUEUES_MAX: i64 = 100;
 
-/// How much waits in each queue that has a row. Goes from queue to queue by descents of the index and counts index entries, at
-/// most [`DEPTH_MAX`] of each.
-pub(crate) async fn depths(pool: &PgPool) -> Result<Vec<Depth>> {
-    let rows: Vec<(String, i64, f64)> = sqlx::query_as(
-        "with recursive names (queue, n) as (
-           (select queue, 1 from ready order by queue limit 1)
+static DEPTHS: Forms = Forms::new(
+    "with recursive names (queue, n) as (
+           (select q.queue, 1 from ready q where true/*at q*/ order by q.queue limit 1)
            union all
-           select (select q.queue from ready q where q.queue > names.queue order by q.queue limit 1), n + 1
+           select (select q.queue from ready q where q.queue > names.queue/*at q*/ order by q.queue limit 1), n + 1
            from names where names.queue is not null and n < $1)
          select s.queue, d.due, coalesce(extract(epoch from engine_now() - d.oldest), 0)::float8
          from names s cross join lateral
            (select count(*) as due, min(x.due_at) as oldest from
-             (select q.due_at from ready q where q.queue = s.queue and q.due_at <= (select engine_now()) order by q.due_at limit $2) x) d
+             (select q.due_at from ready q where q.queue = s.queue and q.due_at <= (select engine_now())/*at q*/ order by q.due_at limit $2) x) d
          where s.queue is not null",
-    )
-    .bind(QUEUES_MAX)
-    .bind(DEPTH_MAX)
-    .fetch_all(pool)
-    .await?;
-    Ok(rows.into_iter().map(|(queue, due, oldest_s)| Depth { queue, due, oldest_s }).collect())
+    "$3",
+);
+
+/// How much waits in each queue that has a row. Goes from queue to queue by descents of the index and counts index entries, at
+/// most [`DEPTH_MAX`] of each.
+pub(crate) async fn depths(pool: &PgPool, spread: Spread) -> Result<Vec<Depth>> {
+    let mut conn = pool.acquire().await?;
+    let mut all: BTreeMap<String, Depth> = BTreeMap::new();
+    for shard in spread.parts(0) {
+        let query = sqlx::query_as(DEPTHS.text(shard)).bind(QUEUES_MAX).bind(DEPTH_MAX);
+        let rows: Vec<(String, i64, f64)> = bind_shard!(query, shard).fetch_all(&mut *conn).await?;
+        for (queue, due, oldest_s) in rows {
+            let depth = all.entry(queue.clone()).or_insert(Depth { queue, due: 0, oldest_s: 0.0 });
+            depth.due = (depth.due + due).min(DEPTH_MAX);
+            depth.oldest_s = depth.oldest_s.max(oldest_s);
+        }
+    }
+    Ok(all.into_values().collect())
 }
 
 /// Keys of one look.
 pub(crate) const KEYS_MAX: usize = 100;
 
-/// The keys that have a row, behind the given one, in the database's order: at most [`KEYS_MAX`], each found by one descent of
-/// the index.
-pub(crate) async fn keys(pool: &PgPool, after: Option<&str>) -> Result<Vec<String>> {
-    Ok(sqlx::query_scalar(
-        "with recursive keys (queue, n) as (
-           (select queue, 1 from ready where queue > $1 order by queue limit 1)
+static KEYS: Forms = Forms::new(
+    "with recursive keys (queue, n) as (
+           (select q.queue, 1 from ready q where q.queue > $1/*at q*/ order by q.queue limit 1)
            union all
-           select (select q.queue from ready q where q.queue > keys.queue order by q.queue limit 1), n + 1
+           select (select q.queue from ready q where q.queue > keys.queue/*at q*/ order by q.queue limit 1), n + 1
            from keys where keys.queue is not null and n < $2)
          select queue from keys where queue is not null order by n",
-    )
-    // Every key is behind the empty text.
-    .bind(after.unwrap_or_default())
-    .bind(i64::try_from(KEYS_MAX).unwrap_or(i64::MAX))
-    .fetch_all(pool)
-    .await?)
+    "$3",
+);
+
+/// The keys that have a row, behind the given one, in the database's order: at most [`KEYS_MAX`], each found by one descent of
+/// the index.
+pub(crate) async fn keys(conn: &mut PgConnection, spread: Spread, after: Option<&str>) -> Result<Vec<String>> {
+    let (mut seen, mut all) = (BTreeSet::new(), Vec::new());
+    for shard in spread.parts(0) {
+        // Every key is behind the empty text.
+        let query = sqlx::query_scalar(KEYS.text(shard))
+            .bind(after.unwrap_or_default())
+            .bind(i64::try_from(KEYS_MAX).unwrap_or(i64::MAX));
+        let found: Vec<String> = bind_shard!(query, shard).fetch_all(&mut *conn).await?;
+        all.extend(found.into_iter().filter(|key| seen.insert(key.clone())));
+    }
+    if spread == Spread::Together {
+        return Ok(all);
+    }
+    // Of each shard the first ones; the database knows its order.
+    let first = "select key from unnest($1::text[]) k(key) order by key limit $2";
+    Ok(sqlx::query_scalar(first).bind(all).bind(i64::try_from(KEYS_MAX).unwrap_or(i64::MAX)).fetch_all(conn).await?)
 }
 
 #[cfg(all(test, feature = "test-util"))]

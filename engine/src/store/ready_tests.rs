@@ -48,7 +48,9 @@ async fn a_key_with_100_000_runs_does_not_hide_a_key_with_one() {
     sqlx::query("analyze ready").execute(&pool).await.expect("sql");
     let queues = ["default".to_owned()];
     for limit in [1, 256] {
-        let look = due(&pool, &queues, None, limit).await.expect("sql");
+        let look = due(&mut pool.acquire().await.expect("connection"), Spread::Together, &queues, None, limit)
+            .await
+            .expect("sql");
         assert!(!look.all);
         assert_eq!(by_key(&look.due, &["small", "big"])["small"], 1, "limit {limit}");
         let order = Turns::default().order(look.due);
@@ -57,15 +59,16 @@ async fn a_key_with_100_000_runs_does_not_hide_a_key_with_one() {
     // Whoever has much here already comes later, also when there is one place only.
     let mut turns = Turns::default();
     turns.took(lane("big"));
-    let look = due(&pool, &queues, None, 1).await.expect("sql");
+    let look =
+        due(&mut pool.acquire().await.expect("connection"), Spread::Together, &queues, None, 1).await.expect("sql");
     assert_eq!(turns.order(look.due)[0].lane, lane("small"));
 
     // Bounded: 513 rows in the window; a few descents and rows for each of five priorities. The table has 120,001 rows.
-    let window = pages(&pool, WINDOW_SQL, None, &[513]).await;
+    let window = pages(&pool, WINDOW_SQL.text(None), None, &[513]).await;
     assert!(window < 1_000, "the window touches {window} pages");
     let lanes = pages(
         &pool,
-        &BY_LANE_SQL.replace("$3::int", "$3::int8::int").replace("$3 - 1", "$3::int8::int - 1"),
+        &BY_LANE_SQL.text(None).replace("$3::int", "$3::int8::int").replace("$3 - 1", "$3::int8::int - 1"),
         None,
         &[0, LANES, 256],
     )
@@ -80,7 +83,7 @@ async fn what_waits_already_is_not_read_to_find_what_has_just_come_due() {
     queue(&pool, "came", 10, 3, true, 1).await;
     queue(&pool, "comes", 5_000, 3, true, -3_600).await;
     sqlx::query("analyze ready").execute(&pool).await.expect("sql");
-    let explain = format!("explain (analyze, buffers, format json) {NOTE_SQL}");
+    let explain = format!("explain (analyze, buffers, format json) {}", NOTE_SQL.text(None));
     let plan: Value = sqlx::query_scalar(sqlx::AssertSqlSafe(explain))
         .bind(["default".to_owned()])
         .bind(NOTED)
@@ -104,7 +107,8 @@ async fn a_look_at_many_lanes_begins_anywhere_and_leaves_nobody_out() {
     let queues = ["default".to_owned()];
     let mut seen = std::collections::BTreeSet::new();
     for first in (i32::MIN..=i32::MAX).step_by(1 << 25) {
-        let found = by_lane(&pool, &queues, None, 8, first).await.expect("sql");
+        let found =
+            by_lane(&mut pool.acquire().await.expect("connection"), None, &queues, None, 8, first).await.expect("sql");
         let lanes: std::collections::BTreeSet<i32> = found.iter().map(|d| d.lane).collect();
         assert!(lanes.len() >= 64 && lanes.len() <= 128, "{}", lanes.len());
         seen.extend(lanes);
@@ -119,7 +123,8 @@ async fn priorities_go_first_and_timers_that_are_over_wait_like_the_rest() {
     queue(&pool, "late", 1, 3, true, 1).await;
     queue(&pool, "urgent", 3, 1, false, 0).await;
     let queues = ["default".to_owned()];
-    let look = due(&pool, &queues, None, 16).await.expect("sql");
+    let look =
+        due(&mut pool.acquire().await.expect("connection"), Spread::Together, &queues, None, 16).await.expect("sql");
     let found = by_key(&look.due, &["late", "urgent", "big"]);
     assert_eq!((found["late"], found["urgent"]), (1, 3), "{found:?}");
     let order = Turns::default().order(look.due);
@@ -130,14 +135,14 @@ async fn priorities_go_first_and_timers_that_are_over_wait_like_the_rest() {
 #[tokio::test]
 async fn the_depth_of_a_queue_is_what_is_due_and_for_how_long() {
     let pool = database(MIGRATIONS).await;
-    assert_eq!(depths(&pool).await.expect("test"), []);
+    assert_eq!(depths(&pool, Spread::Together).await.expect("test"), []);
     queue(&pool, "a", 3, 3, false, 60).await;
     queue(&pool, "b", 5, 3, true, -60).await;
     sqlx::query("insert into ready (shard, run_id, queue, timed, due_at) values (0, gen_random_uuid(), 'gpu', true, engine_now() + interval '1 hour')")
         .execute(&pool)
         .await
         .expect("test");
-    let found = depths(&pool).await.expect("sql");
+    let found = depths(&pool, Spread::Together).await.expect("sql");
     let seen: Vec<(&str, i64)> = found.iter().map(|d| (d.queue.as_str(), d.due)).collect();
     assert_eq!(seen, [("default", 3), ("gpu", 0)]);
     assert!((59.0..120.0).contains(&found[0].oldest_s) && found[1].oldest_s == 0.0, "{found:?}");
@@ -146,15 +151,23 @@ async fn the_depth_of_a_queue_is_what_is_due_and_for_how_long() {
         .execute(&pool)
         .await
         .expect("test");
-    let found = depths(&pool).await.expect("sql");
+    let found = depths(&pool, Spread::Together).await.expect("sql");
     let labelled: Vec<i64> = found.iter().filter(|d| d.queue == "default[gpu,linux]").map(|d| d.due).collect();
     assert_eq!((labelled, found.len()), (vec![2], 3));
-    let mut there = keys(&pool, None).await.expect("sql");
-    assert_eq!(keys(&pool, Some(&there[0])).await.expect("sql"), there[1..]);
-    assert!(keys(&pool, Some(&there[2])).await.expect("sql").is_empty());
+    let mut there = keys(&mut pool.acquire().await.expect("connection"), Spread::Together, None).await.expect("sql");
+    assert_eq!(
+        keys(&mut pool.acquire().await.expect("connection"), Spread::Together, Some(&there[0])).await.expect("sql"),
+        there[1..]
+    );
+    assert!(
+        keys(&mut pool.acquire().await.expect("connection"), Spread::Together, Some(&there[2]))
+            .await
+            .expect("sql")
+            .is_empty()
+    );
     there.sort();
     assert_eq!(there, ["default", "default[gpu,linux]", "gpu"]);
     // Deep is deep enough.
     queue(&pool, "a", 11_000, 3, false, 10).await;
-    assert_eq!(depths(&pool).await.expect("test")[0].due, DEPTH_MAX);
+    assert_eq!(depths(&pool, Spread::Together).await.expect("test")[0].due, DEPTH_MAX);
 }

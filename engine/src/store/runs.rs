@@ -1,6 +1,10 @@
 //! Table `runs`: reading, listing, quarantining.
 
-use super::{definitions::hash_of, retention};
+use super::{
+    definitions::hash_of,
+    retention,
+    spread::{Forms, Spread, bind_shard},
+};
 use crate::{
     Error, Result,
     client::Filter,
@@ -60,7 +64,7 @@ pub(crate) struct Loaded {
 
 /// Loads a run and folds what its cursor does not hold yet.
 pub(crate) async fn load(conn: &mut PgConnection, run: RunId) -> Result<Loaded> {
-    match load_all(conn, &[run]).await?.remove(&run) {
+    match load_all(conn, Some(run.shard()), &[run]).await?.remove(&run) {
         Some(Ok(loaded)) => Ok(loaded),
         // Between the two statements it may have left.
         Some(Err(error)) => Err(retention::unless_gone(conn, run, error).await),
@@ -69,29 +73,38 @@ pub(crate) async fn load(conn: &mut PgConnection, run: RunId) -> Result<Loaded> 
 }
 
 /// What the cursors of runs do not hold yet.
-pub(super) const TAIL: &str = "
+pub(super) static TAIL: Forms = Forms::new(
+    "
     select h.run_id, h.seq, h.format, h.events
     from unnest((select $1::smallint[]), (select $2::uuid[]), (select $3::bigint[]), (select $4::bigint[])) k(shard, run_id, after, upto)
-    join history h on h.shard = k.shard and h.run_id = k.run_id and h.seq > k.after and h.seq <= k.upto order by h.seq";
+    join history h on h.shard = k.shard and h.run_id = k.run_id and h.seq > k.after and h.seq <= k.upto/*at h*/ order by h.seq",
+    "$5",
+);
 
-/// Loads runs together: two statements, or one if none has a tail. What is wrong with one of them is that one's result; one
-/// that does not exist is absent.
-///
-/// # Errors
-/// Those of the statements.
-pub(crate) async fn load_all(conn: &mut PgConnection, runs: &[RunId]) -> Result<HashMap<RunId, Result<Loaded>>> {
-    // As in `transitions`: the planner is not told how many there are.
-    let rows = sqlx::query(
-        "select r.run_id, workflow, workflow_id, definition, status, owner, epoch, seq, inbox_n, inbox_seen, queue, attributes, topic,
+static LOAD: Forms = Forms::new(
+    "select r.run_id, workflow, workflow_id, definition, status, owner, epoch, seq, inbox_n, inbox_seen, queue, attributes, topic,
                 parent_run_id, parent_path, depth, priority, lane, inputs, cursor, cursor_seq, output, failure, started_at, closed_at,
                 forked_from, forked_seq, imported_at, first_run_id, continued_from, continued_as, chain_deadline
          from unnest((select $1::smallint[]), (select $2::uuid[])) k(shard, run_id)
-         join runs r on r.shard = k.shard and r.run_id = k.run_id",
-    )
-    .bind(runs.iter().map(|run| run.shard()).collect::<Vec<i16>>())
-    .bind(runs.iter().map(|run| run.0).collect::<Vec<_>>())
-    .fetch_all(&mut *conn)
-    .await?;
+         join runs r on r.shard = k.shard and r.run_id = k.run_id/*at r*/",
+    "$3",
+);
+
+/// Loads runs together: two statements, or one if none has a tail. What is wrong with one of them is that one's result; one
+/// that does not exist is absent. `shard`: all of them are of it, and the statements say so.
+///
+/// # Errors
+/// Those of the statements.
+pub(crate) async fn load_all(
+    conn: &mut PgConnection,
+    shard: Option<i16>,
+    runs: &[RunId],
+) -> Result<HashMap<RunId, Result<Loaded>>> {
+    // As in `transitions`: the planner is not told how many there are.
+    let query = sqlx::query(LOAD.text(shard))
+        .bind(runs.iter().map(|run| run.shard()).collect::<Vec<i16>>())
+        .bind(runs.iter().map(|run| run.0).collect::<Vec<_>>());
+    let rows = bind_shard!(query, shard).fetch_all(&mut *conn).await?;
     let mut tails: HashMap<RunId, Vec<PgRow>> = HashMap::new();
     let (mut long, mut after, mut upto) = (Vec::new(), Vec::new(), Vec::new());
     for row in &rows {
@@ -103,14 +116,12 @@ pub(crate) async fn load_all(conn: &mut PgConnection, runs: &[RunId]) -> Result<
         }
     }
     if !long.is_empty() {
-        let found = sqlx::query(TAIL)
+        let query = sqlx::query(TAIL.text(shard))
             .bind(long.iter().map(|run| run.shard()).collect::<Vec<i16>>())
             .bind(long.iter().map(|run| run.0).collect::<Vec<_>>())
             .bind(after)
-            .bind(upto)
-            .fetch_all(&mut *conn)
-            .await?;
-        for row in found {
+            .bind(upto);
+        for row in bind_shard!(query, shard).fetch_all(&mut *conn).await? {
             tails.entry(RunId(row.try_get("run_id")?)).or_default().push(row);
         }
     }
@@ -401,37 +412,56 @@ pub(crate) async fn unquarantine(
     Ok(freed.rows_affected() == 1)
 }
 
-/// Runs that `worker` owns and that are not among `driven`, with their epochs; at most `limit`.
+static STRAYS: Forms = Forms::new(
+    "select r.run_id, r.epoch from runs r
+         where r.owner = $1 and not exists (select from unnest($2::uuid[]) d(run_id) where d.run_id = r.run_id)/*at r*/ limit $3",
+    "$4",
+);
+
+/// Runs that `worker` owns and that are not among `driven`, with their epochs; at most `limit`, of each shard where they are spread.
 pub(crate) async fn strays(
     conn: &mut PgConnection,
+    spread: Spread,
     worker: WorkerId,
     driven: &[RunId],
     limit: i64,
 ) -> Result<Vec<(RunId, i64)>> {
-    let rows: Vec<(uuid::Uuid, i64)> = sqlx::query_as(
-        "select r.run_id, r.epoch from runs r
-         where r.owner = $1 and not exists (select from unnest($2::uuid[]) d(run_id) where d.run_id = r.run_id) limit $3",
-    )
-    .bind(worker.0)
-    .bind(driven.iter().map(|run| run.0).collect::<Vec<_>>())
-    .bind(limit)
-    .fetch_all(conn)
-    .await?;
-    Ok(rows.into_iter().map(|(id, epoch)| (RunId(id), epoch)).collect())
+    let mut strays = Vec::new();
+    for shard in spread.parts(0) {
+        let known = driven.iter().filter(|run| shard.is_none_or(|shard| shard == run.shard()));
+        let query = sqlx::query_as(STRAYS.text(shard))
+            .bind(worker.0)
+            .bind(known.map(|run| run.0).collect::<Vec<_>>())
+            .bind(limit);
+        let rows: Vec<(uuid::Uuid, i64)> = bind_shard!(query, shard).fetch_all(&mut *conn).await?;
+        strays.extend(rows.into_iter().map(|(id, epoch)| (RunId(id), epoch)));
+    }
+    Ok(strays)
 }
 
+static LOST: Forms = Forms::new(
+    "select d.run_id from unnest($2::smallint[], $3::uuid[]) d(shard, run_id)
+         join runs r on r.shard = d.shard and r.run_id = d.run_id where r.owner is distinct from $1/*at r*/",
+    "$4",
+);
+
 /// Those among `driven` that `worker` does not own any more.
-pub(crate) async fn lost(conn: &mut PgConnection, worker: WorkerId, driven: &[RunId]) -> Result<Vec<RunId>> {
-    let rows: Vec<uuid::Uuid> = sqlx::query_scalar(
-        "select d.run_id from unnest($2::smallint[], $3::uuid[]) d(shard, run_id)
-         join runs r on r.shard = d.shard and r.run_id = d.run_id where r.owner is distinct from $1",
-    )
-    .bind(worker.0)
-    .bind(driven.iter().map(|run| run.shard()).collect::<Vec<i16>>())
-    .bind(driven.iter().map(|run| run.0).collect::<Vec<_>>())
-    .fetch_all(conn)
-    .await?;
-    Ok(rows.into_iter().map(RunId).collect())
+pub(crate) async fn lost(
+    conn: &mut PgConnection,
+    spread: Spread,
+    worker: WorkerId,
+    driven: &[RunId],
+) -> Result<Vec<RunId>> {
+    let mut lost = Vec::new();
+    for (shard, part) in spread.divide(driven.to_vec(), RunId::shard) {
+        let query = sqlx::query_scalar(LOST.text(shard))
+            .bind(worker.0)
+            .bind(part.iter().map(|run| run.shard()).collect::<Vec<i16>>())
+            .bind(part.iter().map(|run| run.0).collect::<Vec<_>>());
+        let rows: Vec<uuid::Uuid> = bind_shard!(query, shard).fetch_all(&mut *conn).await?;
+        lost.extend(rows.into_iter().map(RunId));
+    }
+    Ok(lost)
 }
 
 /// Frees a run that its owner does not drive, read messages or not: it is due after `pause`. False if the run is not that

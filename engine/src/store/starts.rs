@@ -1,9 +1,9 @@
 //! The rows of a start: the run, its place in the queue, its id, and whom the id named before.
 //!
-//! Lock order of a start: its rate, its group, the run that it ends with those who hear of that, the id. Whoever closes a run holds
-//! it and then takes its id away, so nobody may hold an id and ask for a run.
+//! Lock order of a start: the run that it ends with those who hear of that, the id, its rate, its group. Whoever closes a run holds
+//! it and then takes its id away, so nobody may hold an id and ask for a run; and whoever holds a group waits for no run.
 
-use super::{blobs, transitions};
+use super::{blobs, spread::Spread, transitions};
 use crate::{
     Error, Result,
     admission::lane,
@@ -159,5 +159,5 @@ pub(crate) async fn lock_to_end(conn: &mut PgConnection, run: RunId) -> Result<(
     .await?;
     let mut runs: Vec<RunId> = kin.into_iter().map(RunId).collect();
     runs.push(run);
-    transitions::lock_runs(conn, &runs).await
+    transitions::lock_runs(conn, Spread::Together, runs).await
 }

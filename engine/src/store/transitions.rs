@@ -12,6 +12,7 @@ use crate::{
         chain::{self, Arrives, Successor},
         definitions,
         inbox::{self, ChildResult, Kind, Outgoing, Sent},
+        spread::{Forms, Spread, bind_shard},
     },
 };
 use chrono::{DateTime, Utc};
@@ -198,7 +199,10 @@ impl From<sqlx::Error> for Undone {
 ///   would read a small table once for each run, and go on doing so while the table grows.
 /// - Wide columns are taken by `ord` where they are wanted: a row that the update joins is copied for each run.
 /// - One instant for all: `engine_now()` calls a volatile function, so each call of it is a statement of its own, 3 µs.
-const SEND: &str = "
+/// - Where runs are spread, the shard is said once and every table compared with it; business keys lie on another node then and are
+///   given free by a statement of their own.
+static SEND: Forms = Forms::new(
+    "
     with n as materialized (select engine_now() as at),
          u as (update runs r set seq = r.seq + 1, status = b.status, parked = b.parked, waiting = b.waiting, inbox_seen = b.inbox_seen,
                  owner = case when b.parked or b.status in ('completed','failed','cancelled','terminated','continued') then null else r.owner end,
@@ -212,7 +216,7 @@ const SEND: &str = "
                     as b(ord, shard, run_id, epoch, seq, status, parked, inbox_seen, cursor, waiting, output, failure)
                where r.shard = b.shard and r.run_id = b.run_id
                  and r.epoch = b.epoch and r.seq = b.seq and r.closed_at is null
-                 and (not b.parked or r.inbox_n = b.inbox_seen)
+                 and (not b.parked or r.inbox_n = b.inbox_seen)/*at r*/
                returning b.ord, r.shard, r.run_id, r.epoch, r.seq, r.inbox_n, r.parked, r.closed_at, r.workflow_id, r.priority, r.lane),
          h as (insert into history (shard, run_id, seq, epoch, format, events, at)
                select shard, run_id, seq, epoch, ($13::smallint[])[ord], ($14::jsonb[])[ord], (select at from n) from u),
@@ -220,13 +224,15 @@ const SEND: &str = "
                select shard, run_id, ($15::text[])[ord], priority, lane, ($16::timestamptz[])[ord] > (select at from n), ($16::timestamptz[])[ord]
                from u where parked
                on conflict (shard, run_id) do update set due_at = least(ready.due_at, excluded.due_at)),
-         g as (delete from admissions a using u where u.closed_at is not null and a.shard = u.shard and a.run_id = u.run_id),
-         z as (delete from ready q using u where u.closed_at is not null and q.shard = u.shard and q.run_id = u.run_id),
-         k as (delete from workflow_ids w using u where u.closed_at is not null and w.workflow_id = u.workflow_id and w.run_id = u.run_id),
-         p as (delete from attempt_progress a using u where u.closed_at is not null and a.shard = u.shard and a.run_id = u.run_id),
+         g as (delete from admissions a using u where u.closed_at is not null and a.shard = u.shard and a.run_id = u.run_id/*at a*/),
+         z as (delete from ready q using u where u.closed_at is not null and q.shard = u.shard and q.run_id = u.run_id/*at q*/),
+/*together*/         k as (delete from workflow_ids w using u where u.closed_at is not null and w.workflow_id = u.workflow_id and w.run_id = u.run_id),
+/*together*/         p as (delete from attempt_progress a using u where u.closed_at is not null and a.shard = u.shard and a.run_id = u.run_id/*at a*/),
          o as (insert into outbox (topic, shard, run_id, seq)
                select ($17::text[])[ord], shard, run_id, seq from u where ($17::text[])[ord] is not null)
-    select ord, inbox_n from u";
+    select ord, inbox_n from u",
+    "$18",
+);
 
 /// What [`SEND`] does for one run that goes on in memory: most transitions of a worker that is not loaded. The batch costs three
 /// times the update and the insert themselves before its first row (0.4 ms and 0.13 ms, measured): ten writing parts and as many
@@ -242,13 +248,25 @@ const SEND_ONE: &str = "
          o as (insert into outbox (topic, shard, run_id, seq) select $12::text, shard, run_id, seq from u where $12::text is not null)
     select 1, inbox_n from u";
 
+/// Whether a batch of one shard is more than one statement and wants a transaction.
+pub(crate) fn is_several<I: Borrow<Item>>(shard: Option<i16>, items: &[I]) -> bool {
+    shard.is_some() && items.iter().any(|item| item.borrow().is_closed())
+}
+
 /// Sends a batch as one statement. Refused items touch nothing; the rest is written. If there are any, a second statement
-/// asks what stands there instead.
-pub(crate) async fn send<I: Borrow<Item>>(conn: &mut PgConnection, items: &[I]) -> Result<Vec<Verdict>> {
+/// asks what stands there instead. `shard`: all runs are of it, and the statement says so; [`is_several`] then.
+pub(crate) async fn send<I: Borrow<Item>>(
+    conn: &mut PgConnection,
+    shard: Option<i16>,
+    items: &[I],
+) -> Result<Vec<Verdict>> {
     let accepted = match items {
         [item] if !item.borrow().leaves() => send_one(conn, item.borrow()).await?,
-        _ => send_all(conn, items).await?,
+        _ => send_all(conn, shard, items).await?,
     };
+    if is_several(shard, items) {
+        free_keys(conn, shard, items, &accepted).await?;
+    }
     let mut verdicts: Vec<Option<Verdict>> = items.iter().map(|_| None).collect();
     for (ord, inbox_n) in accepted {
         if let Some(slot) = usize::try_from(ord).ok().and_then(|ord| verdicts.get_mut(ord.checked_sub(1)?)) {
@@ -257,7 +275,7 @@ pub(crate) async fn send<I: Borrow<Item>>(conn: &mut PgConnection, items: &[I]) 
     }
     let refused: Vec<RunId> =
         items.iter().zip(&verdicts).filter(|(_, v)| v.is_none()).map(|(i, _)| i.borrow().run_id).collect();
-    let found = if refused.is_empty() { HashMap::new() } else { standing(conn, &refused).await? };
+    let found = if refused.is_empty() { HashMap::new() } else { standing(conn, shard, &refused).await? };
     let decide = |item: &Item| match found.get(&item.run_id) {
         Some(there) if item.parked && there.open && there.epoch == item.epoch && there.seq == item.seq => {
             Verdict::Unread { inbox_n: there.inbox_n }
@@ -289,8 +307,12 @@ async fn send_one(conn: &mut PgConnection, item: &Item) -> Result<Vec<(i32, i64)
 }
 
 /// The same of a batch.
-async fn send_all<I: Borrow<Item>>(conn: &mut PgConnection, items: &[I]) -> Result<Vec<(i32, i64)>> {
-    Ok(sqlx::query_as(SEND)
+async fn send_all<I: Borrow<Item>>(
+    conn: &mut PgConnection,
+    shard: Option<i16>,
+    items: &[I],
+) -> Result<Vec<(i32, i64)>> {
+    let query = sqlx::query_as(SEND.text(shard))
         .bind((1..).take(items.len()).collect::<Vec<i32>>())
         .bind(each(items, |i| i.run_id.shard()))
         .bind(each(items, |i| i.run_id.0))
@@ -307,9 +329,40 @@ async fn send_all<I: Borrow<Item>>(conn: &mut PgConnection, items: &[I]) -> Resu
         .bind(each(items, |i| Json(&*i.events)))
         .bind(each(items, |i| i.queue.as_str()))
         .bind(each(items, |i| i.due))
-        .bind(each(items, |i| i.topic.as_deref()))
-        .fetch_all(conn)
-        .await?)
+        .bind(each(items, |i| i.topic.as_deref()));
+    Ok(bind_shard!(query, shard).fetch_all(conn).await?)
+}
+
+/// Gives free the business keys of the runs that have closed, where [`SEND`] does not.
+async fn free_keys<I: Borrow<Item>>(
+    conn: &mut PgConnection,
+    shard: Option<i16>,
+    items: &[I],
+    accepted: &[(i32, i64)],
+) -> Result<()> {
+    let closed = accepted.iter().filter_map(|(ord, _)| items.get(usize::try_from(*ord).ok()?.checked_sub(1)?));
+    let closed = closed.map(|item| -> &Item { item.borrow() });
+    let closed: Vec<uuid::Uuid> = closed.filter(|item| item.is_closed()).map(|item| item.run_id.0).collect();
+    let keys: Vec<(String, uuid::Uuid)> = sqlx::query_as(
+        "select r.workflow_id, r.run_id from runs r where r.shard = $1 and r.run_id = any($2) and r.workflow_id is not null",
+    )
+    .bind(shard)
+    .bind(closed)
+    .fetch_all(&mut *conn)
+    .await?;
+    if keys.is_empty() {
+        return Ok(());
+    }
+    let (keys, runs): (Vec<String>, Vec<uuid::Uuid>) = keys.into_iter().unzip();
+    sqlx::query(
+        "delete from workflow_ids w using unnest($1::text[], $2::uuid[]) k(workflow_id, run_id)
+         where w.workflow_id = k.workflow_id and w.run_id = k.run_id",
+    )
+    .bind(keys)
+    .bind(runs)
+    .execute(conn)
+    .await?;
+    Ok(())
 }
 
 /// What of a run decides why a transition was refused.
@@ -320,26 +373,33 @@ struct Standing {
     open: bool,
 }
 
-async fn standing(conn: &mut PgConnection, runs: &[RunId]) -> Result<HashMap<RunId, Standing>> {
-    let rows: Vec<(uuid::Uuid, i64, i64, i64, bool)> = sqlx::query_as(
-        "select r.run_id, r.epoch, r.seq, r.inbox_n, r.closed_at is null from unnest((select $1::smallint[]), (select $2::uuid[])) k(shard, run_id)
-         join runs r on r.shard = k.shard and r.run_id = k.run_id",
-    )
-    .bind(runs.iter().map(|run| run.shard()).collect::<Vec<i16>>())
-    .bind(runs.iter().map(|run| run.0).collect::<Vec<_>>())
-    .fetch_all(conn)
-    .await?;
+static STANDING: Forms = Forms::new(
+    "select r.run_id, r.epoch, r.seq, r.inbox_n, r.closed_at is null from unnest((select $1::smallint[]), (select $2::uuid[])) k(shard, run_id)
+         join runs r on r.shard = k.shard and r.run_id = k.run_id/*at r*/",
+    "$3",
+);
+
+async fn standing(conn: &mut PgConnection, shard: Option<i16>, runs: &[RunId]) -> Result<HashMap<RunId, Standing>> {
+    let query = sqlx::query_as(STANDING.text(shard))
+        .bind(runs.iter().map(|run| run.shard()).collect::<Vec<i16>>())
+        .bind(runs.iter().map(|run| run.0).collect::<Vec<_>>());
+    let rows: Vec<(uuid::Uuid, i64, i64, i64, bool)> = bind_shard!(query, shard).fetch_all(conn).await?;
     let row = |(run, epoch, seq, inbox_n, open)| (RunId(run), Standing { epoch, seq, inbox_n, open });
     Ok(rows.into_iter().map(row).collect())
 }
 
-const LOCK: &str = "select from unnest((select $1::smallint[]), (select $2::uuid[])) k(shard, run_id)
-     join runs r on r.shard = k.shard and r.run_id = k.run_id order by r.run_id for no key update of r";
+static LOCK: Forms = Forms::new(
+    "select from unnest((select $1::smallint[]), (select $2::uuid[])) k(shard, run_id)
+     join runs r on r.shard = k.shard and r.run_id = k.run_id/*at r*/ order by r.run_id for no key update of r",
+    "$3",
+);
 
 /// Locks the runs of a batch together with those that it sends messages to (of a chain, the one that is open), in the order of
 /// their ids. A child that ends while
 /// its parent stops it is in two batches of two workers, and each would hold its own run and wait for the other's.
-pub(crate) async fn lock<I: Borrow<Item>>(conn: &mut PgConnection, items: &[I]) -> Result<()> {
+///
+/// Where runs are spread, in the order of their shards first: everybody there does it so.
+pub(crate) async fn lock<I: Borrow<Item>>(conn: &mut PgConnection, spread: Spread, items: &[I]) -> Result<()> {
     let mut runs: Vec<RunId> = items.iter().flat_map(|item| item.borrow().effects.told()).collect();
     if runs.is_empty() {
         return Ok(());
@@ -349,22 +409,22 @@ pub(crate) async fn lock<I: Borrow<Item>>(conn: &mut PgConnection, items: &[I]) 
     if !stopped.is_empty() {
         runs.extend(chain::open_runs(conn, &stopped).await?);
     }
-    lock_runs(conn, &runs).await
+    lock_runs(conn, spread, runs).await
 }
 
-/// Locks runs in the order of their ids.
-pub(super) async fn lock_runs(conn: &mut PgConnection, runs: &[RunId]) -> Result<()> {
-    sqlx::query(LOCK)
-        .bind(runs.iter().map(|run| run.shard()).collect::<Vec<i16>>())
-        .bind(runs.iter().map(|run| run.0).collect::<Vec<_>>())
-        .execute(conn)
-        .await?;
+/// Locks runs in the order of their ids; by shard, in the order of their shards first.
+pub(super) async fn lock_runs(conn: &mut PgConnection, spread: Spread, runs: Vec<RunId>) -> Result<()> {
+    for (shard, runs) in spread.divide(runs, RunId::shard) {
+        let query = sqlx::query(LOCK.text(shard))
+            .bind(runs.iter().map(|run| run.shard()).collect::<Vec<i16>>())
+            .bind(runs.iter().map(|run| run.0).collect::<Vec<_>>());
+        bind_shard!(query, shard).execute(&mut *conn).await?;
+    }
     Ok(())
 }
 
 /// Carries out what accepted transitions do beside their own rows. Lock order: runs ([`lock`]), rates and groups by name, then
-/// whatever the hook locks. A pass that lets runs into a group holds its row and waits for theirs: where a batch stops such a run and starts
-/// another one of that group, Postgres ends one of the two, and it is sent again.
+/// whatever the hook locks.
 pub(crate) async fn apply_effects<I: Borrow<Item>>(
     conn: &mut PgConnection,
     items: &[I],

@@ -46,8 +46,8 @@ fn item(run_id: RunId, status: &'static str, effects: Effects) -> Item {
 /// What the committer does with a batch, up to its messages.
 async fn written(pool: &PgPool, items: &[Item]) -> (Transaction<'static, Postgres>, Vec<Verdict>) {
     let mut tx = begin(pool).await.expect("begin");
-    lock(&mut tx, items).await.expect("locked");
-    let verdicts = send(&mut tx, items).await.expect("sent");
+    lock(&mut tx, Spread::Together, items).await.expect("locked");
+    let verdicts = send(&mut tx, None, items).await.expect("sent");
     (tx, verdicts)
 }
 
@@ -91,10 +91,10 @@ async fn a_run_alone_is_written_as_it_is_in_a_batch() {
     };
     let mut conn = pool.acquire().await.expect("connection");
     let accepted = Verdict::Accepted { inbox_n: 0 };
-    assert_eq!(send(&mut conn, &[of(one)]).await.expect("sent"), std::slice::from_ref(&accepted));
+    assert_eq!(send(&mut conn, None, &[of(one)]).await.expect("sent"), std::slice::from_ref(&accepted));
     let stale = [of(one), of(other)];
-    assert_eq!(send(&mut conn, &stale).await.expect("sent"), [Verdict::Stale { epoch: 0, seq: 1 }, accepted]);
-    assert_eq!(send(&mut conn, &[of(one)]).await.expect("sent"), [Verdict::Stale { epoch: 0, seq: 1 }]);
+    assert_eq!(send(&mut conn, None, &stale).await.expect("sent"), [Verdict::Stale { epoch: 0, seq: 1 }, accepted]);
+    assert_eq!(send(&mut conn, None, &[of(one)]).await.expect("sent"), [Verdict::Stale { epoch: 0, seq: 1 }]);
     let alike = "select count(*) from (
            select status, parked, waiting, inbox_seen, owner, cursor, cursor_seq, output, failure, closed_at, seq,
                   (select jsonb_agg(jsonb_build_array(h.seq, h.epoch, h.format, h.events)) from history h where h.run_id = r.run_id) as history,
@@ -117,7 +117,8 @@ async fn what_a_batch_locks_is_found_by_indexes() {
     sqlx::query("analyze runs").execute(&pool).await.expect("analyze");
     let (shards, runs) = (vec![one.shard(), other.shard()], vec![one.0, other.0]);
     let explain = |sql: &str| sqlx::AssertSqlSafe(format!("explain (analyze, buffers, format json) {sql}"));
-    let lock: Value = sqlx::query_scalar(explain(LOCK)).bind(&shards).bind(&runs).fetch_one(&pool).await.expect("sql");
+    let lock: Value =
+        sqlx::query_scalar(explain(LOCK.text(None))).bind(&shards).bind(&runs).fetch_one(&pool).await.expect("sql");
     let open: Value = sqlx::query_scalar(explain(chain::OPEN_RUNS)).bind(&runs).fetch_one(&pool).await.expect("sql");
     for plan in [lock, open] {
         let pages = |kind: &str| plan[0]["Plan"][kind].as_i64().expect("pages");

@@ -1,12 +1,14 @@
 //! Tables `workers` and `dead_workers`: one lease per process.
 
+use super::spread::{Forms, Spread, bind_shard};
 use crate::{
     Result,
-    ids::{RunId, WorkerId},
+    ids::{RunId, SHARDS, WorkerId},
     labels,
 };
 use chrono::{DateTime, Utc};
 use sqlx::{PgConnection, PgPool};
+use std::collections::BTreeSet;
 
 pub(crate) async fn register(
     pool: &PgPool,
@@ -86,40 +88,84 @@ pub(crate) async fn leave(pool: &PgPool, worker: WorkerId) -> Result<()> {
     Ok(())
 }
 
-/// Frees up to `limit` runs of dead workers for others: owner cleared, epoch raised, queued. Second statement of a takeover.
-pub(crate) async fn take_over(conn: &mut PgConnection, limit: i64) -> Result<Vec<RunId>> {
-    let freed: Vec<uuid::Uuid> = sqlx::query_scalar(
-        "with orphans as (select r.shard, r.run_id from runs r join dead_workers d on d.id = r.owner
-                          where not d.runs_taken limit $1 for update of r skip locked),
+static TAKE_OVER: Forms = Forms::new(
+    "with orphans as (select r.shard, r.run_id from runs r join dead_workers d on d.id = r.owner
+                          where not d.runs_taken/*at r*/ limit $1 for update of r skip locked),
               u as (update runs r set owner = null, epoch = r.epoch + 1, parked = true, waiting = 'worker'
-                    from orphans o where r.shard = o.shard and r.run_id = o.run_id returning r.shard, r.run_id, r.queue, r.priority, r.lane),
+                    from orphans o where r.shard = o.shard and r.run_id = o.run_id/*at r*/ returning r.shard, r.run_id, r.queue, r.priority, r.lane),
               q as (insert into ready (shard, run_id, queue, priority, lane) select shard, run_id, queue, priority, lane from u
                     on conflict (shard, run_id) do update set due_at = least(ready.due_at, excluded.due_at))
          select run_id from u",
-    )
-    .bind(limit)
-    .fetch_all(&mut *conn)
-    .await?;
+    "$2",
+);
+
+/// Frees up to `limit` runs of dead workers for others: owner cleared, epoch raised, queued. Second statement of a takeover.
+///
+/// Where runs are spread, up to `limit` of each shard, and nothing is asked while no dead worker has runs left.
+pub(crate) async fn take_over(conn: &mut PgConnection, spread: Spread, limit: i64) -> Result<Vec<RunId>> {
+    let dead: Vec<uuid::Uuid> = if spread == Spread::Together {
+        Vec::new()
+    } else {
+        // Nobody of them can claim any more: whoever has nothing anywhere now has nothing.
+        let dead = sqlx::query_scalar("select id from dead_workers where not runs_taken").fetch_all(&mut *conn).await?;
+        if dead.is_empty() {
+            return Ok(Vec::new());
+        }
+        dead
+    };
+    let mut freed: Vec<uuid::Uuid> = Vec::new();
+    for shard in spread.parts(fastrand::i16(0..SHARDS)) {
+        let query = sqlx::query_scalar(TAKE_OVER.text(shard)).bind(limit);
+        let more: Vec<uuid::Uuid> = bind_shard!(query, shard).fetch_all(&mut *conn).await?;
+        freed.extend(more);
+    }
     if freed.is_empty() {
+        taken(conn, spread, &dead).await?;
+    }
+    Ok(freed.into_iter().map(RunId).collect())
+}
+
+/// Notes which dead workers have no run left.
+async fn taken(conn: &mut PgConnection, spread: Spread, dead: &[uuid::Uuid]) -> Result<()> {
+    if spread == Spread::Together {
         sqlx::query(
             "update dead_workers d set runs_taken = true where not d.runs_taken and not exists (select from runs r where r.owner = d.id)",
         )
         .execute(&mut *conn)
         .await?;
+        return Ok(());
     }
-    Ok(freed.into_iter().map(RunId).collect())
+    let mut left: BTreeSet<uuid::Uuid> = BTreeSet::new();
+    for shard in spread.parts(0) {
+        let owners: Vec<uuid::Uuid> =
+            sqlx::query_scalar("select distinct r.owner from runs r where r.shard = $1 and r.owner = any($2)")
+                .bind(shard)
+                .bind(dead)
+                .fetch_all(&mut *conn)
+                .await?;
+        left.extend(owners);
+    }
+    let gone: Vec<uuid::Uuid> = dead.iter().filter(|id| !left.contains(id)).copied().collect();
+    sqlx::query("update dead_workers set runs_taken = true where id = any($1)").bind(gone).execute(&mut *conn).await?;
+    Ok(())
 }
+
+static UNREAD: Forms = Forms::new(
+    "select r.run_id, r.inbox_n from unnest($1::smallint[], $2::uuid[]) d(shard, run_id)
+         join runs r on r.shard = d.shard and r.run_id = d.run_id where r.inbox_n > r.inbox_seen/*at r*/",
+    "$3",
+);
 
 /// Those of `driven` that have messages they have not read, with the number of messages. By their keys, not by their owner:
 /// while somebody's old snapshot keeps dead rows, the index of owners leads to every run that this worker ever had.
-pub(crate) async fn unread(conn: &mut PgConnection, driven: &[RunId]) -> Result<Vec<(RunId, i64)>> {
-    let rows: Vec<(uuid::Uuid, i64)> = sqlx::query_as(
-        "select r.run_id, r.inbox_n from unnest($1::smallint[], $2::uuid[]) d(shard, run_id)
-         join runs r on r.shard = d.shard and r.run_id = d.run_id where r.inbox_n > r.inbox_seen",
-    )
-    .bind(driven.iter().map(|run| run.shard()).collect::<Vec<i16>>())
-    .bind(driven.iter().map(|run| run.0).collect::<Vec<_>>())
-    .fetch_all(conn)
-    .await?;
-    Ok(rows.into_iter().map(|(id, n)| (RunId(id), n)).collect())
+pub(crate) async fn unread(conn: &mut PgConnection, spread: Spread, driven: &[RunId]) -> Result<Vec<(RunId, i64)>> {
+    let mut unread = Vec::new();
+    for (shard, part) in spread.divide(driven.to_vec(), RunId::shard) {
+        let query = sqlx::query_as(UNREAD.text(shard))
+            .bind(part.iter().map(|run| run.shard()).collect::<Vec<i16>>())
+            .bind(part.iter().map(|run| run.0).collect::<Vec<_>>());
+        let rows: Vec<(uuid::Uuid, i64)> = bind_shard!(query, shard).fetch_all(&mut *conn).await?;
+        unread.extend(rows.into_iter().map(|(id, n)| (RunId(id), n)));
+    }
+    Ok(unread)
 }

@@ -1,4 +1,9 @@
 //! The store behind an attempt's context.
+//!
+//! What an attempt has bought outside is in its memory alone until it is stored here. So a store call is made again while Postgres
+//! is away, for [`INSIST_MAX`]; and what is to be stored goes on being stored when the attempt is dropped meanwhile, because its
+//! worker lost its lease or its time is over. What may still be written then says the fence: of a run that has another epoch, or of
+//! an attempt that has ended here, nothing but readings.
 
 use super::Shared;
 use crate::{
@@ -14,19 +19,37 @@ use crate::{
 };
 use futures_util::future::BoxFuture;
 use serde_json::Value;
+use sqlx::PgConnection;
 use std::{
+    future::Future,
+    io,
     sync::{Arc, Mutex},
-    time::Instant,
+    time::{Duration, Instant},
 };
+use tokio_util::sync::CancellationToken;
 
 /// Largest value of one checkpoint, in bytes of JSON.
 const CHECKPOINT_BYTES_MAX: usize = 8 << 20;
 
+/// How long a store call is tried while Postgres is away. Chosen: a restart takes seconds, a failover of a hosted Postgres one or
+/// two minutes; whoever waits longer holds an answer that may be stale anyway. The last try may add [`TRY_MAX`].
+pub(super) const INSIST_MAX: Duration = Duration::from_secs(120);
+/// One try: a connection whose other end has vanished gives no error.
+const TRY_MAX: Duration = Duration::from_secs(20);
+/// First and longest pause between two tries, each shortened by up to a half so that not all come back at once.
+const PAUSE_MIN: Duration = Duration::from_millis(50);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+/// How often an attempt that waits for Postgres gives a sign of life. Chosen: shorter than any useful heartbeat timeout.
+const BEAT: Duration = Duration::from_millis(500);
+
+#[derive(Clone)]
 pub(super) struct Backend {
     pub(super) shared: Arc<Shared>,
     pub(super) attempt: AttemptRef,
     pub(super) epoch: i64,
     pub(super) beat: Arc<Mutex<Instant>>,
+    /// The attempt has ended while its worker goes on: the next one may have begun under the same epoch.
+    pub(super) over: CancellationToken,
 }
 
 /// A failed store call, as an activity sees it.
@@ -60,10 +83,68 @@ impl Backend {
         crate::client::shallow("a checkpoint", value)
     }
 
+    /// Whether this attempt's results count. Its end waits for the caller's transaction, and so does the next attempt.
+    async fn counts(&self, conn: &mut PgConnection) -> Result<bool, Error> {
+        let owned = store::checkpoints::fence(conn, self.attempt.run_id, self.epoch).await?;
+        // Behind the lock: an attempt that ends from now on is followed by one that sees what is written here.
+        Ok(owned && !self.over.is_cancelled())
+    }
+
+    /// Makes a store call until it has an answer, [`INSIST_MAX`] long. Everything in here is idempotent by its keys: after a COMMIT
+    /// whose answer was lost the same is written again, finds itself, and is done.
+    async fn insist<T, F>(&self, once: impl Fn() -> F) -> Result<T, Failure>
+    where
+        F: Future<Output = Result<T, Error>>,
+    {
+        let (began, mut pause) = (Instant::now(), PAUSE_MIN);
+        let trying = async {
+            loop {
+                let error = match tokio::time::timeout(TRY_MAX, once()).await {
+                    Ok(Ok(value)) => return Ok(value),
+                    Ok(Err(error)) => error,
+                    Err(_) => Error::Sql(io::Error::from(io::ErrorKind::TimedOut).into()),
+                };
+                let passes = matches!(&error, Error::Sql(sql) if store::is_transient(sql));
+                if !passes || began.elapsed() + pause > INSIST_MAX {
+                    return Err(store_failure(&error));
+                }
+                tracing::warn!(run_id = %self.attempt.run_id, path = self.attempt.path, %error, "an attempt cannot reach its store yet");
+                tokio::time::sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
+                pause = (pause * 2).min(PAUSE_MAX);
+            }
+        };
+        let alive = async {
+            loop {
+                self.beat();
+                tokio::time::sleep(BEAT).await;
+            }
+        };
+        tokio::select! {
+            biased;
+            result = trying => result,
+            () = alive => Err(Failure::retryable("transient.store", "nobody waits for it any more")),
+        }
+    }
+
+    /// The same for what must be stored, in a task of its own: it goes on when the attempt is dropped.
+    async fn insist_alone<F>(&self, once: impl Fn(Self) -> F + Send + Sync + 'static) -> Result<(), Failure>
+    where
+        F: Future<Output = Result<(), Error>> + Send,
+    {
+        let own = self.clone();
+        let stored = self.shared.storing.spawn(async move { own.insist(|| once(own.clone())).await });
+        // Only a runtime that shuts down has no answer.
+        stored.await.unwrap_or_else(|error| Err(Failure::retryable("transient.store", error.to_string())))
+    }
+
+    fn beat(&self) {
+        *self.beat.lock().expect("no panic while held") = Instant::now();
+    }
+
     async fn save_once(&self, key: &str, value: &Value) -> Result<(), Error> {
         Self::limit(value)?;
         let mut tx = transaction::begin(&self.shared.pool).await?;
-        if !store::checkpoints::fence(&mut tx, self.attempt.run_id, self.epoch).await? {
+        if !self.counts(&mut tx).await? {
             return Err(Error::LeaseLost);
         }
         crash_point("save.after_fence");
@@ -76,7 +157,7 @@ impl Backend {
 
     async fn open_once(&self, key: &str, reading: &Value) -> Result<(), Error> {
         let mut tx = transaction::begin(&self.shared.pool).await?;
-        if !store::checkpoints::fence(&mut tx, self.attempt.run_id, self.epoch).await? {
+        if !self.counts(&mut tx).await? {
             return Err(Error::LeaseLost);
         }
         crash_point("open.after_fence");
@@ -97,7 +178,7 @@ impl Backend {
             Self::limit(value)?;
         }
         let mut tx = transaction::begin(&self.shared.pool).await?;
-        let owned = store::checkpoints::fence(&mut tx, self.attempt.run_id, self.epoch).await?;
+        let owned = self.counts(&mut tx).await?;
         // The reading is a fact about the outside: it is stored even when the attempt is stale. Its result is not,
         // and the hook is told so: nobody should pay for what is thrown away.
         let reading = Reading { key, phase: Phase::Close, current: owned, body: reading };
@@ -114,48 +195,20 @@ impl Backend {
     }
 }
 
-/// Pauses if the transaction may be sent again: everything in here is idempotent by its keys. Otherwise the failure.
-async fn pause(error: Error, tries: &mut u32) -> Result<(), Failure> {
-    if let Error::Sql(sql) = &error
-        && store::is_transient(sql)
-        && let Some(pause) = store::retry_pause(*tries)
-    {
-        *tries += 1;
-        tokio::time::sleep(pause * 8).await;
-        return Ok(());
-    }
-    Err(store_failure(&error))
-}
-
 impl ContextBackend for Backend {
     fn checkpoint<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Value>, Failure>> {
-        Box::pin(async move {
-            store::checkpoints::get(&self.shared.pool, self.attempt.run_id, &self.attempt.path, key)
-                .await
-                .map_err(|e| store_failure(&e))
-        })
+        let (run, path) = (self.attempt.run_id, &self.attempt.path);
+        Box::pin(self.insist(move || store::checkpoints::get(&self.shared.pool, run, path, key)))
     }
     fn save<'a>(&'a self, key: &'a str, value: &'a Value) -> BoxFuture<'a, Result<(), Failure>> {
-        Box::pin(async move {
-            let mut tries = 0;
-            loop {
-                match self.save_once(key, value).await {
-                    Ok(()) => return Ok(()),
-                    Err(error) => pause(error, &mut tries).await?,
-                }
-            }
-        })
+        let saved = Arc::new((key.to_owned(), value.clone()));
+        Box::pin(self.insist_alone(move |own| {
+            let saved = saved.clone();
+            async move { own.save_once(&saved.0, &saved.1).await }
+        }))
     }
     fn meter_open<'a>(&'a self, key: &'a str, reading: &'a Value) -> BoxFuture<'a, Result<(), Failure>> {
-        Box::pin(async move {
-            let mut tries = 0;
-            loop {
-                match self.open_once(key, reading).await {
-                    Ok(()) => return Ok(()),
-                    Err(error) => pause(error, &mut tries).await?,
-                }
-            }
-        })
+        Box::pin(self.insist(move || self.open_once(key, reading)))
     }
     fn meter_close<'a>(
         &'a self,
@@ -163,18 +216,18 @@ impl ContextBackend for Backend {
         reading: &'a Value,
         checkpoint: Option<(&'a str, &'a Value)>,
     ) -> BoxFuture<'a, Result<(), Failure>> {
-        Box::pin(async move {
-            let mut tries = 0;
-            loop {
-                match self.close_once(key, reading, checkpoint).await {
-                    Ok(()) => return Ok(()),
-                    Err(error) => pause(error, &mut tries).await?,
-                }
+        let checkpoint = checkpoint.map(|(key, value)| (key.to_owned(), value.clone()));
+        let closed = Arc::new((key.to_owned(), reading.clone(), checkpoint));
+        Box::pin(self.insist_alone(move |own| {
+            let closed = closed.clone();
+            async move {
+                let (key, reading, checkpoint) = &*closed;
+                own.close_once(key, reading, checkpoint.as_ref().map(|(key, value)| (key.as_str(), value))).await
             }
-        })
+        }))
     }
     fn heartbeat(&self, progress: Value) {
-        *self.beat.lock().expect("no panic while held") = Instant::now();
+        self.beat();
         // What cannot be read again is not progress for anybody.
         if !progress.is_null() && !is_too_deep(&progress) {
             let (run, path) = (self.attempt.run_id, self.attempt.path.clone());

@@ -1,6 +1,6 @@
 //! How much waits in the queues, as metrics for whoever adds and removes workers.
 
-use crate::store::ready;
+use crate::store::{ready, spread::Spread};
 use sqlx::PgPool;
 use std::{collections::BTreeSet, time::Duration};
 
@@ -10,8 +10,16 @@ const LOOK_EVERY: Duration = Duration::from_secs(10);
 /// Sets the gauges of all queues, for ever. `queues` are those that must be 0 when they are empty, and not absent.
 pub async fn publish_queue_depths(pool: PgPool, queues: Vec<String>) {
     let mut known: BTreeSet<String> = queues.into_iter().collect();
+    let mut spread = None;
     loop {
-        match ready::depths(&pool).await {
+        let depths = async {
+            let spread = match spread {
+                Some(spread) => spread,
+                None => *spread.insert(Spread::of(&pool).await?),
+            };
+            ready::depths(&pool, spread).await
+        };
+        match depths.await {
             Ok(depths) => {
                 let empty = known.iter().filter(|queue| !depths.iter().any(|d| d.queue == **queue));
                 empty.for_each(|queue| set(queue, 0, 0.0));

@@ -63,7 +63,13 @@ pub(super) struct Claim {
 /// Loads the runs of one claim together and drives each in a task of its own.
 pub(super) async fn drive_all(shared: Arc<Shared>, claims: Vec<Claim>, tasks: TaskTracker) {
     let runs: Vec<RunId> = claims.iter().map(|claim| claim.driven.run).collect();
-    let loaded = async { store::runs::load_all(&mut *shared.pool.acquire().await?, &runs).await };
+    let loaded = shared.read(async |conn| {
+        let mut loaded = HashMap::with_capacity(runs.len());
+        for (shard, part) in shared.spread.divide(runs.clone(), RunId::shard) {
+            loaded.extend(store::runs::load_all(conn, shard, &part).await?);
+        }
+        Ok(loaded)
+    });
     // Whatever is wrong concerns perhaps one of them: each is loaded alone then.
     let mut loaded = loaded.await.unwrap_or_else(|error| {
         tracing::warn!(runs = runs.len(), %error, "runs cannot be loaded together");
@@ -273,24 +279,36 @@ impl Driver {
     }
 
     async fn read_messages(&mut self) -> Result<Next> {
-        let mut conn = self.shared.pool.acquire().await?;
-        let up_to = store::inbox::sent(&mut conn, self.run.run_id, self.run.epoch).await?;
-        drop(conn);
+        let mut pause = UNREACHABLE_PAUSE_MIN;
+        // What runs here is not given up because Postgres is away: it may have bought something.
+        let read = loop {
+            match self.sent().await {
+                Ok(read) => break read,
+                Err(error) => self.away(error, &mut pause).await?,
+            }
+        };
+        self.step(read.map_or(Input::Tick, Input::Messages)).await
+    }
+
+    /// What was sent and is not read. `None`: nothing.
+    async fn sent(&mut self) -> Result<Option<Vec<machine::Inbound>>> {
+        let (run, epoch) = (self.run.run_id, self.run.epoch);
+        let up_to = self.shared.read(async |conn| store::inbox::sent(conn, run, epoch).await).await?;
         crate::committer::crash_point("messages.after_sent");
         // Somebody ended it or took it: what runs here is told at once, and not when it next wants to write.
         let up_to = up_to.ok_or(Error::LeaseLost)?;
         if up_to == self.run.inbox_seen {
-            return self.step(Input::Tick).await;
+            return Ok(None);
         }
         let unread = self.unread(up_to).await?;
         crate::committer::crash_point("messages.after_read");
-        self.step(Input::Messages(unread)).await
+        Ok(Some(unread))
     }
 
     /// The next messages, as many as fit into one transition, which says that they are read. The commit tells of the rest.
     async fn unread(&mut self, up_to: i64) -> Result<Vec<machine::Inbound>> {
-        let mut conn = self.shared.pool.acquire().await?;
-        let (messages, seen) = store::inbox::read(&mut conn, self.run.run_id, self.run.inbox_seen, up_to).await?;
+        let (run, seen) = (self.run.run_id, self.run.inbox_seen);
+        let (messages, seen) = self.shared.read(async |conn| store::inbox::read(conn, run, seen, up_to).await).await?;
         self.run.inbox_seen = seen;
         Ok(messages)
     }
@@ -356,15 +374,28 @@ impl Driver {
                             "the hook refused a transition without starts: {message}"
                         )));
                     }
-                    let mut conn = self.shared.pool.acquire().await?;
-                    let fresh = store::runs::load(&mut conn, self.run.run_id).await?;
-                    if fresh.owner != Some(self.shared.id) || fresh.epoch != self.run.epoch {
-                        return Err(Error::LeaseLost);
-                    }
-                    self.run.state = fresh.state;
+                    self.run.state = self.as_it_was().await?;
                 }
             }
         }
+    }
+
+    /// The state before a decision that was refused.
+    async fn as_it_was(&self) -> Result<RunState> {
+        let mut pause = UNREACHABLE_PAUSE_MIN;
+        let fresh = loop {
+            let loaded = async {
+                let mut conn = self.shared.pool.acquire().await?;
+                store::runs::load(&mut conn, self.run.run_id).await
+            };
+            match loaded.await {
+                Ok(fresh) => break fresh,
+                Err(error) => self.away(error, &mut pause).await?,
+            }
+        };
+        // A row more: an earlier sending, of another decision, has arrived late. Whoever claims the run goes on from there.
+        let ours = fresh.owner == Some(self.shared.id) && fresh.epoch == self.run.epoch && fresh.seq == self.run.seq;
+        if ours { Ok(fresh.state) } else { Err(Error::LeaseLost) }
     }
 
     fn decide(&mut self, input: Input, permits: usize, refused: &Refusals) -> Result<Decision> {
@@ -458,8 +489,12 @@ impl Driver {
                     item.waiting = None;
                     self.messages.notify_one();
                 }
-                // An earlier sending had succeeded and its answer was lost.
+                // An earlier sending had succeeded and its answer was lost; or one of another decision, which was refused since,
+                // has arrived late.
                 Ok(Verdict::Stale { epoch, seq }) if epoch == item.epoch && seq == item.seq + 1 => {
+                    if !self.is_there(item).await? {
+                        return Err(Error::LeaseLost);
+                    }
                     self.messages.notify_one();
                     return Ok(Committed::Accepted { inbox_n: self.run.inbox_seen });
                 }
@@ -474,6 +509,21 @@ impl Driver {
                         () = tokio::time::sleep(pause) => pause = (pause * 2).min(UNREACHABLE_PAUSE_MAX),
                     }
                 }
+            }
+        }
+    }
+
+    /// Whether the transition that stands where `item` was to go is `item`. What is equal in its events was decided alike.
+    async fn is_there(&self, item: &Item) -> Result<bool> {
+        let mut pause = UNREACHABLE_PAUSE_MIN;
+        loop {
+            let asked = async {
+                let mut conn = self.shared.pool.acquire().await?;
+                store::history::is_there(&mut conn, item.run_id, item.seq + 1, item.epoch, &item.events).await
+            };
+            match asked.await {
+                Ok(same) => return Ok(same),
+                Err(error) => self.away(error, &mut pause).await?,
             }
         }
     }
@@ -498,7 +548,7 @@ impl Driver {
                     else {
                         continue;
                     };
-                    let token = CancellationToken::new();
+                    let (token, over) = (CancellationToken::new(), CancellationToken::new());
                     let beat = Arc::new(Mutex::new(Instant::now()));
                     let info = AttemptInfo {
                         run_id: self.run.run_id,
@@ -520,6 +570,7 @@ impl Driver {
                         attempt: self.attempt_ref(&path, attempt, attempt_id, &activity, deadline),
                         epoch: self.run.epoch,
                         beat: beat.clone(),
+                        over: over.clone(),
                     };
                     let context = Context {
                         info: Arc::new(info),
@@ -543,10 +594,13 @@ impl Driver {
                         let _permit = permit;
                         let result = tokio::select! {
                             result = executor::execute(work) => result,
+                            // Nobody begins the next attempt under this epoch.
+                            () = fenced.cancelled() => return,
                             // The driver is gone: dropping the work stops it.
                             () = finish.closed() => return,
-                            () = fenced.cancelled() => return,
                         };
+                        // Before the driver hears of it, and so before the next attempt.
+                        over.cancel();
                         // A driver that went away does not want it: the result is stale.
                         drop(finish.send(Finished { path, attempt, result }));
                     });

@@ -1,8 +1,11 @@
 //! Under which keys of the queue a worker looks: its queues, and with labels also what is there for them.
 
 use super::pace::Pace;
-use crate::{Result, labels, store::ready};
-use sqlx::PgPool;
+use crate::{
+    Result, labels,
+    store::{ready, spread::Spread},
+    transaction::Session,
+};
 use std::{
     collections::BTreeSet,
     time::{Duration, Instant},
@@ -47,12 +50,12 @@ impl Keys {
 
     /// Looks which keys there are, if it is time. True if one is new: what stands under it may have been due for long.
     /// A worker without labels asks nothing.
-    pub(super) async fn look(&mut self, pool: &PgPool) -> Result<bool> {
+    pub(super) async fn look(&mut self, session: &mut Session, spread: Spread) -> Result<bool> {
         if self.labels.is_empty() || !self.pace.is_due() {
             return Ok(false);
         }
         let began = Instant::now();
-        let found = ready::keys(pool, self.after.as_deref()).await?;
+        let found = ready::keys(session.conn().await?, spread, self.after.as_deref()).await?;
         self.pace.looked(began);
         Ok(self.found(found))
     }

@@ -38,14 +38,16 @@ use crate::{
         self,
         checkpoints::Progress,
         definitions::Pinned,
+        spread::Spread,
         turns::{Due, Turns},
     },
+    transaction::Session,
 };
 use drive::Claim;
 use keys::Keys;
 use pace::{Looks, Pace};
 use slots::Slots;
-use sqlx::PgPool;
+use sqlx::{PgConnection, PgPool};
 use std::{
     collections::{HashMap, HashSet},
     sync::{
@@ -123,6 +125,11 @@ impl WorkerConfig {
 pub(crate) struct Shared {
     id: WorkerId,
     pool: PgPool,
+    /// Whether what concerns many runs is said at once.
+    spread: Spread,
+    /// For what is read when runs are claimed or hear of messages: its plans are made. While somebody has it, the others take a
+    /// connection of the pool. Nobody drops a future of it.
+    reader: tokio::sync::Mutex<Session>,
     registry: Registry,
     catalog: Catalog,
     hook: Arc<dyn TransitionHook>,
@@ -141,6 +148,8 @@ pub(crate) struct Shared {
     /// Owned runs; the notification says that messages came in.
     drivers: Mutex<HashMap<RunId, Arc<Notify>>>,
     progress: Mutex<HashMap<(RunId, String), Progress>>,
+    /// What attempts have brought from outside and is being stored, whatever becomes of the attempts.
+    storing: TaskTracker,
     /// Look for due runs now.
     wake: Notify,
     /// A place in a group is free.
@@ -168,11 +177,14 @@ pub async fn start(config: WorkerConfig) -> Result<WorkerHandle> {
     let clock = Arc::new(Clock::default());
     let asked = Instant::now();
     clock.set(asked, store::workers::register(&config.pool, id, &config.queues, &config.labels, lease_ms).await?);
+    let spread = Spread::of(&config.pool).await?;
     let shared = Arc::new(Shared {
         id,
+        spread,
+        reader: tokio::sync::Mutex::new(Session::like(&config.pool)),
         catalog: config.registry.catalog(),
         registry: config.registry,
-        committer: Committer::start(config.pool.clone(), config.hook.clone()),
+        committer: Committer::start(&config.pool, spread, &config.hook),
         hook: config.hook,
         pool: config.pool,
         clock,
@@ -184,6 +196,7 @@ pub async fn start(config: WorkerConfig) -> Result<WorkerHandle> {
         definitions: Mutex::default(),
         drivers: Mutex::default(),
         progress: Mutex::default(),
+        storing: TaskTracker::new(),
         wake: Notify::new(),
         freed: Arc::default(),
         draining: CancellationToken::new(),
@@ -252,6 +265,11 @@ impl WorkerHandle {
         }
         self.shared.fenced.cancel();
         self.stopped.cancel();
+        // The runs are still this worker's: what was bought for them is kept, if Postgres comes back in time.
+        self.shared.storing.close();
+        if tokio::time::timeout(context::INSIST_MAX, self.shared.storing.wait()).await.is_err() {
+            tracing::warn!(worker_id = %self.shared.id, "answers from outside could not be stored");
+        }
         if let Err(error) = leave(&self.shared).await {
             tracing::warn!(%error, "could not say goodbye; others take over when the lease ends");
         }
@@ -264,27 +282,32 @@ impl WorkerHandle {
 async fn leave(shared: &Shared) -> Result<()> {
     store::workers::leave(&shared.pool, shared.id).await?;
     let mut conn = shared.pool.acquire().await?;
-    while !store::workers::take_over(&mut conn, TAKE_OVER_BATCH).await?.is_empty() {}
+    while !store::workers::take_over(&mut conn, shared.spread, TAKE_OVER_BATCH).await?.is_empty() {}
     drop(conn);
     store::wake(&shared.pool).await;
     Ok(())
 }
 
-/// Claims due runs and passes messages on, at every wake-up and at the latest every [`POLL`].
+/// Claims due runs and passes messages on, at every wake-up and at the latest every [`POLL`]. On a session of its own.
 async fn poll(shared: Arc<Shared>, mut keys: Keys, tasks: TaskTracker) {
+    let mut session = Session::like(&shared.pool);
     let (mut suspects, mut strays, mut looks) = (HashSet::new(), Pace::new(STRAYS_LOOK), Looks::new());
     strays.looked(Instant::now());
     loop {
         let woken = shared.wake.notified();
         if strays.is_due() {
             let began = Instant::now();
-            match give_back_strays(&shared, &suspects).await {
+            match give_back_strays(&shared, &mut session, &suspects).await {
                 Ok(found) => suspects = found,
-                Err(error) => tracing::warn!(%error, "cannot look for runs without a driver"),
+                Err(error) => {
+                    session.leave();
+                    tracing::warn!(%error, "cannot look for runs without a driver");
+                }
             }
             strays.looked(began);
         }
-        match poll_once(&shared, &mut keys, &tasks, &mut looks).await {
+        let began = Instant::now();
+        match poll_once(&shared, &mut session, &mut keys, &tasks, &mut looks).await {
             Ok(true) => continue,
             Ok(false) => {}
             Err(Error::LeaseLost) => {
@@ -292,11 +315,14 @@ async fn poll(shared: Arc<Shared>, mut keys: Keys, tasks: TaskTracker) {
                 shared.fenced.cancel();
                 return;
             }
-            Err(error) => tracing::warn!(%error, "cannot poll"),
+            Err(error) => {
+                session.leave();
+                tracing::warn!(%error, "cannot poll");
+            }
         }
         tokio::select! {
             () = woken => {}
-            () = tokio::time::sleep(looks.pause()) => {}
+            () = tokio::time::sleep(looks.pause(shared.spread, began.elapsed())) => {}
         }
     }
 }
@@ -305,13 +331,16 @@ async fn poll(shared: Arc<Shared>, mut keys: Keys, tasks: TaskTracker) {
 /// panicked. Only those that the look before has found as well. Returns what this look has found, with the epochs.
 ///
 /// Called between two claims only: a run that is claimed and has no driver yet is not taken for a stray.
-async fn give_back_strays(shared: &Shared, suspects: &HashSet<(RunId, i64)>) -> Result<HashSet<(RunId, i64)>> {
+async fn give_back_strays(
+    shared: &Shared,
+    session: &mut Session,
+    suspects: &HashSet<(RunId, i64)>,
+) -> Result<HashSet<(RunId, i64)>> {
     let driven: Vec<RunId> = shared.drivers.lock().expect("no panic while held").keys().copied().collect();
-    let mut conn = shared.pool.acquire().await?;
-    let found = store::runs::strays(&mut conn, shared.id, &driven, STRAYS_MAX).await?;
+    let conn = session.conn().await?;
+    let found = store::runs::strays(conn, shared.spread, shared.id, &driven, STRAYS_MAX).await?;
     // The reverse: a driver whose run was ended or taken looks at its inbox, sees that, and stops what it runs.
-    let lost = store::runs::lost(&mut conn, shared.id, &driven).await?;
-    drop(conn);
+    let lost = store::runs::lost(conn, shared.spread, shared.id, &driven).await?;
     for run in lost {
         if let Some(notify) = shared.drivers.lock().expect("no panic while held").get(&run) {
             notify.notify_one();
@@ -329,13 +358,19 @@ async fn give_back_strays(shared: &Shared, suspects: &HashSet<(RunId, i64)>) -> 
 }
 
 /// True if there may be more to claim at once.
-async fn poll_once(shared: &Arc<Shared>, keys: &mut Keys, tasks: &TaskTracker, looks: &mut Looks) -> Result<bool> {
+async fn poll_once(
+    shared: &Arc<Shared>,
+    session: &mut Session,
+    keys: &mut Keys,
+    tasks: &TaskTracker,
+    looks: &mut Looks,
+) -> Result<bool> {
     let driven: Vec<RunId> = shared.drivers.lock().expect("no panic while held").keys().copied().collect();
     let owned = driven.len();
     looks.owed = owned > 0 && !looks.messages.is_due();
     if owned > 0 && !looks.owed {
         let began = Instant::now();
-        let unread = store::workers::unread(&mut *shared.pool.acquire().await?, &driven).await?;
+        let unread = store::workers::unread(session.conn().await?, shared.spread, &driven).await?;
         for (run, _) in unread {
             if let Some(notify) = shared.drivers.lock().expect("no panic while held").get(&run) {
                 notify.notify_one();
@@ -346,17 +381,17 @@ async fn poll_once(shared: &Arc<Shared>, keys: &mut Keys, tasks: &TaskTracker, l
     if shared.draining.is_cancelled() || shared.fenced.is_cancelled() || owned >= RUNS_MAX {
         return Ok(false);
     }
-    if keys.look(&shared.pool).await? {
+    if keys.look(session, shared.spread).await? {
         looks.since = None;
     }
     let queues = keys.all();
     let room = shared.room();
     let limit = if room > 0 { room.min(RUNS_MAX - owned) } else { RUNS_MAX - owned }.min(CLAIM_MAX);
     let claimed = if room > 0 {
-        claim(shared, queues, looks, limit).await?
+        claim(shared, session, queues, looks, limit).await?
     } else if looks.crowded.is_due() {
         let began = Instant::now();
-        let claimed = claim_crowded(shared, queues, limit).await?;
+        let claimed = claim_crowded(shared, session, queues, limit).await?;
         looks.crowded.looked(began);
         claimed
     } else {
@@ -389,14 +424,20 @@ async fn poll_once(shared: &Arc<Shared>, keys: &mut Keys, tasks: &TaskTracker, l
 type Claimed = (RunId, i64, i32);
 
 /// Claims due runs in the order of their turns.
-async fn claim(shared: &Shared, queues: &[String], looks: &mut Looks, limit: usize) -> Result<Vec<Claimed>> {
+async fn claim(
+    shared: &Shared,
+    session: &mut Session,
+    queues: &[String],
+    looks: &mut Looks,
+    limit: usize,
+) -> Result<Vec<Claimed>> {
     let whole = looks.whole.is_due();
     let (since, began) = (looks.since.filter(|_| !whole), Instant::now());
     // Before the look: what comes in while the runs are being taken is not in it.
     let asked = shared.clock.now();
-    let look = store::ready::due(&shared.pool, queues, since, most(limit)).await?;
+    let look = store::ready::due(session.conn().await?, shared.spread, queues, since, most(limit)).await?;
     let order = shared.turns().order(look.due);
-    let claimed = take(shared, &order, limit).await?;
+    let claimed = take(shared, session, &order, limit).await?;
     if whole {
         looks.whole.looked(began);
     }
@@ -412,26 +453,38 @@ async fn claim(shared: &Shared, queues: &[String], looks: &mut Looks, limit: usi
 
 /// Without room: a cancel or a signal does not wait until the long work of others is done, and who has nothing here comes in
 /// to be the next.
-async fn claim_crowded(shared: &Shared, queues: &[String], limit: usize) -> Result<Vec<Claimed>> {
-    let (mut claimed, now) = store::ready::take_messaged(&shared.pool, shared.id, queues, most(limit)).await?;
+async fn claim_crowded(
+    shared: &Shared,
+    session: &mut Session,
+    queues: &[String],
+    limit: usize,
+) -> Result<Vec<Claimed>> {
+    let (mut claimed, now) =
+        store::ready::take_messaged(session, shared.spread, shared.id, queues, most(limit)).await?;
     shared.clock.reach(now);
     let strangers = shared.room_for(CLAIM_SPARE + STRANGERS_MAX).min(limit - claimed.len());
-    match claim_strangers(shared, queues, strangers).await {
+    match claim_strangers(shared, session, queues, strangers).await {
         Ok(more) => claimed.extend(more),
         // What is claimed is to be driven, whatever fails afterwards.
         Err(error) if !claimed.is_empty() && !matches!(error, Error::LeaseLost) => {
-            tracing::warn!(%error, "cannot claim more runs")
+            tracing::warn!(%error, "cannot claim more runs");
+            session.leave();
         }
         Err(error) => return Err(error),
     }
     Ok(claimed)
 }
 
-async fn claim_strangers(shared: &Shared, queues: &[String], limit: usize) -> Result<Vec<Claimed>> {
+async fn claim_strangers(
+    shared: &Shared,
+    session: &mut Session,
+    queues: &[String],
+    limit: usize,
+) -> Result<Vec<Claimed>> {
     if limit == 0 {
         return Ok(Vec::new());
     }
-    let look = store::ready::due(&shared.pool, queues, None, most(limit)).await?;
+    let look = store::ready::due(session.conn().await?, shared.spread, queues, None, most(limit)).await?;
     let before = shared.clock.now() - STRANGERS_AFTER;
     let order = {
         let turns = shared.turns();
@@ -439,13 +492,13 @@ async fn claim_strangers(shared: &Shared, queues: &[String], limit: usize) -> Re
         let strange = |due: &Due| turns.held(due.lane) == 0 && due.due_at <= before && lanes.insert(due.lane);
         turns.order(look.due).into_iter().filter(strange).collect::<Vec<_>>()
     };
-    take(shared, &order, limit).await
+    take(shared, session, &order, limit).await
 }
 
-async fn take(shared: &Shared, order: &[Due], limit: usize) -> Result<Vec<Claimed>> {
+async fn take(shared: &Shared, session: &mut Session, order: &[Due], limit: usize) -> Result<Vec<Claimed>> {
     let runs: Vec<RunId> = order.iter().map(|due| due.run).collect();
     let lanes: HashMap<RunId, i32> = order.iter().map(|due| (due.run, due.lane)).collect();
-    let (taken, now) = store::ready::take(&shared.pool, shared.id, &runs, most(limit)).await?;
+    let (taken, now) = store::ready::take(session, shared.spread, shared.id, &runs, most(limit)).await?;
     shared.clock.reach(now);
     Ok(taken.into_iter().map(|(run, epoch)| (run, epoch, lanes.get(&run).copied().unwrap_or(0))).collect())
 }
@@ -490,7 +543,7 @@ async fn sweep(shared: Arc<Shared>, every: Duration) {
             }
             let mut freed = 0;
             loop {
-                let runs = store::workers::take_over(&mut conn, TAKE_OVER_BATCH).await?;
+                let runs = store::workers::take_over(&mut conn, shared.spread, TAKE_OVER_BATCH).await?;
                 freed += runs.len();
                 if runs.is_empty() {
                     break;
@@ -519,7 +572,7 @@ async fn write_progress(shared: Arc<Shared>) {
         }
         let written = async {
             let mut conn = shared.pool.acquire().await?;
-            store::checkpoints::put_progress(&mut conn, &batch).await
+            store::checkpoints::put_progress(&mut conn, shared.spread, &batch).await
         };
         if let Err(error) = written.await {
             tracing::debug!(%error, "progress was not written");
@@ -586,6 +639,22 @@ impl Shared {
         if self.room() > 0 && self.full.swap(false, Ordering::Relaxed) {
             self.wake.notify_one();
         }
+    }
+
+    /// Reads on the session that is there for it, or on any while somebody has that.
+    async fn read<T, F>(&self, read: F) -> Result<T>
+    where
+        F: AsyncFnOnce(&mut PgConnection) -> Result<T>,
+    {
+        let Ok(mut session) = self.reader.try_lock() else { return read(&mut *self.pool.acquire().await?).await };
+        let result = match session.conn().await {
+            Ok(conn) => read(conn).await,
+            Err(error) => Err(error.into()),
+        };
+        if matches!(result, Err(Error::Sql(_))) {
+            session.leave();
+        }
+        result
     }
 
     /// A definition, from memory or from the store.

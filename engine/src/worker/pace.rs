@@ -1,11 +1,14 @@
 //! How often a worker looks for what may be dear to find: seldom enough that looking is a small part of its work.
 
 use super::POLL;
+use crate::store::spread::Spread;
 use chrono::{DateTime, Utc};
 use std::time::{Duration, Instant};
 
 /// A look that took so long is repeated after at least this many times as long: 5 % of the time.
 const REST: u32 = 20;
+/// Longest pause of a poll that goes from shard to shard. A wake-up ends it.
+const SPREAD_MAX: Duration = Duration::from_secs(2);
 /// Shortest pause between two looks at the whole queue.
 const WHOLE: Duration = Duration::from_secs(1);
 /// Shortest pause between two looks for messages to runs that are driven here; a commit brings them as well.
@@ -63,9 +66,10 @@ impl Looks {
         }
     }
 
-    /// Longest pause before the next poll.
-    pub(super) fn pause(&self) -> Duration {
-        if self.owed { self.messages.rest().max(self.crowded.rest()).min(POLL) } else { POLL }
+    /// Longest pause before the next poll. Where runs are spread a poll goes from shard to shard, and rests as a dear look does.
+    pub(super) fn pause(&self, spread: Spread, took: Duration) -> Duration {
+        let pause = if self.owed { self.messages.rest().max(self.crowded.rest()).min(POLL) } else { POLL };
+        if spread == Spread::Together { pause } else { pause.max((took * REST).min(SPREAD_MAX)) }
     }
 }
 

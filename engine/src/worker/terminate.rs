@@ -9,6 +9,7 @@ use crate::{
     payload::{self, Slot},
     store::{
         self,
+        spread::Spread,
         transitions::{self, Effects, Item, Undone, Verdict, child_result},
     },
     transaction::in_transaction,
@@ -51,8 +52,9 @@ pub(crate) async fn terminate_in(
 /// Writes the last transition of a run and what it does to others.
 async fn end(conn: &mut PgConnection, hook: &dyn TransitionHook, item: &Item) -> Result<()> {
     let items = [item];
-    transitions::lock(conn, &items).await?;
-    let verdicts = transitions::send(&mut *conn, &items).await?;
+    // Where runs are spread, Citus refuses this statement for a run with children on other shards.
+    transitions::lock(conn, Spread::Together, &items).await?;
+    let verdicts = transitions::send(&mut *conn, None, &items).await?;
     match verdicts[..] {
         [Verdict::Accepted { .. }] => {}
         // An earlier sending had succeeded and its answer was lost.

@@ -14,7 +14,7 @@ use loopwright_engine::{
     worker::{self, WorkerConfig, WorkerHandle},
 };
 use serde_json::{Value, json};
-use sqlx::{PgConnection, PgPool};
+use sqlx::{AssertSqlSafe, PgConnection, PgPool};
 use std::{
     collections::BTreeMap,
     sync::{
@@ -134,7 +134,19 @@ impl Bench {
         ] {
             sqlx::query(table).execute(pool).await.expect("table");
         }
+        if std::env::var("LOOPWRIGHT_SHARD_BATCHES").is_ok_and(|all| all == "on") {
+            bench.by_shard().await;
+        }
         bench
+    }
+
+    /// Workers that start from now on say what concerns many runs shard by shard, as on Citus.
+    pub async fn by_shard(&self) {
+        let sql = format!(
+            "alter database {} set loopwright.shard_batches = 'on'",
+            self.pool.connect_options().get_database().expect("database")
+        );
+        sqlx::query(AssertSqlSafe(sql)).execute(&self.pool).await.expect("setting");
     }
 
     /// Over a database that another process has prepared.

@@ -216,9 +216,12 @@ async fn stir(pool: PgPool, point: &str) {
     }
 }
 
-async fn dies_at(point: &'static str, nth: u32) {
+async fn dies_at(point: &'static str, nth: u32, by_shard: bool) {
     let role = Role::of(point);
     let bench = Bench::new().await;
+    if by_shard {
+        bench.by_shard().await;
+    }
     outside(&bench.pool).await;
     let pool = bench.pool.clone();
     bench.script(move |ctx, _| noted_work(pool.clone(), ctx, point.starts_with("large")));
@@ -336,9 +339,26 @@ async fn a_death_at_every_crash_point_leaves_a_database_that_others_go_on_with()
     stream::iter(all)
         .for_each_concurrent(AT_ONCE, |(point, nth)| async move {
             println!("{point}:{nth}");
-            let all = dies_at(point, nth);
+            let all = dies_at(point, nth, false);
             assert!(tokio::time::timeout(PATIENCE * 2, all).await.is_ok(), "{point}:{nth} takes too long");
             println!("{point}:{nth} done");
+        })
+        .await;
+}
+
+/// The same where the committer, claims and takeovers go shard by shard.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_death_between_two_shards_leaves_a_database_that_others_go_on_with() {
+    let there = |point: &&(&str, &str)| ["claim.", "commit.", "takeover."].iter().any(|part| point.0.starts_with(part));
+    let all = CRASH_POINTS.iter().filter(there).flat_map(|(point, _)| [(*point, 1), (*point, 2)]);
+    // Some pass by once only.
+    let all = all.filter(|(point, nth)| {
+        *nth == 1 || ["claim.after_alive", "commit.before_commit", "commit.after_commit"].contains(point)
+    });
+    stream::iter(all)
+        .for_each_concurrent(AT_ONCE, |(point, nth)| async move {
+            let all = dies_at(point, nth, true);
+            assert!(tokio::time::timeout(PATIENCE * 2, all).await.is_ok(), "{point}:{nth} takes too long");
         })
         .await;
 }

@@ -7,6 +7,7 @@
 use crate::{
     bench::{Bench, Gate, PATIENCE, definition, work},
     faults::{GRACE, LONG, SHORT, ended, reaches},
+    way::Way,
 };
 use loopwright_engine::{
     Error, MIGRATIONS,
@@ -34,10 +35,6 @@ use std::{
         atomic::{AtomicU32, Ordering},
     },
     time::{Duration, Instant},
-};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, UnixStream},
 };
 
 /// How long the pools of these tests wait for a connection.
@@ -124,7 +121,7 @@ async fn a_pool_that_is_exhausted(connections: u32) {
         held.push(connection);
     }
     assert!(!held.is_empty());
-    // The first is in the worker's hands, the second it cannot even claim.
+    // The first is in the worker's hands, and what claims the second has a session of its own.
     let second = bench.start_as(hash, json!({}), None).await.run_id;
     gate.open(4);
     refused_in_time(&small.client, first, hash).await;
@@ -154,9 +151,8 @@ async fn a_pool_of_two_connections_that_somebody_holds_refuses_in_time_and_loses
 /// A role of a database's own, which the server gives a limited number of sessions, and a way for it.
 struct Limited {
     role: String,
+    proxy: Way,
     way: PgConnectOptions,
-    /// Sessions that the server has refused on that way.
-    refused: Arc<AtomicU32>,
     /// Has the only place that there is, once there is a limit.
     holder: PgConnection,
 }
@@ -173,43 +169,10 @@ impl Limited {
         ] {
             sqlx::query(AssertSqlSafe(sql)).execute(&bench.pool).await.expect("role");
         }
-        let socket = options.get_socket().expect("socket").join(format!(".s.PGSQL.{}", options.get_port()));
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("listener");
-        let port = listener.local_addr().expect("address").port();
-        let refused = Arc::new(AtomicU32::new(0));
-        let counter = refused.clone();
-        tokio::spawn(async move {
-            while let Ok((mut client, _)) = listener.accept().await {
-                let (socket, counter) = (socket.clone(), counter.clone());
-                tokio::spawn(async move {
-                    let mut server = UnixStream::connect(socket).await.expect("server");
-                    let (mut asked, mut answered) = (vec![0; 1 << 16], vec![0; 1 << 16]);
-                    loop {
-                        tokio::select! {
-                            Ok(n) = client.read(&mut asked) => {
-                                if n == 0 || server.write_all(&asked[..n]).await.is_err() {
-                                    return;
-                                }
-                            }
-                            Ok(n) = server.read(&mut answered) => {
-                                // The field of an error's code, in its one short message.
-                                if answered[..n].windows(7).any(|part| part == b"C53300\0") {
-                                    counter.fetch_add(1, Ordering::SeqCst);
-                                }
-                                if n == 0 || client.write_all(&answered[..n]).await.is_err() {
-                                    return;
-                                }
-                            }
-                            else => return,
-                        }
-                    }
-                });
-            }
-        });
-        let way = PgConnectOptions::new_without_pgpass().host("127.0.0.1").port(port).username(&role).database(&role);
-        let way = session(way);
+        let proxy = Way::to(&bench.pool).await;
+        let way = proxy.options().username(&role).database(&role);
         let holder = PgConnection::connect_with(&way).await.expect("holder");
-        Self { role, way, refused, holder }
+        Self { role, proxy, way, holder }
     }
 
     async fn bench(&self) -> Bench {
@@ -236,15 +199,11 @@ impl Limited {
 
     async fn has_refused(&self, wanted: u32) {
         let all = async {
-            while self.refused.load(Ordering::SeqCst) < wanted {
+            while self.proxy.refused() < wanted {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
-        assert!(
-            tokio::time::timeout(PATIENCE, all).await.is_ok(),
-            "{} of {wanted}",
-            self.refused.load(Ordering::SeqCst)
-        );
+        assert!(tokio::time::timeout(PATIENCE, all).await.is_ok(), "{} of {wanted}", self.proxy.refused());
     }
 }
 

@@ -1,6 +1,7 @@
 //! The engine on a real Postgres: every test has a database of its own.
 
 mod archive;
+mod away;
 mod bench;
 mod chain;
 mod citus;
@@ -27,3 +28,4 @@ mod skew;
 mod start;
 mod together;
 mod update;
+mod way;

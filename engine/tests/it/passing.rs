@@ -3,6 +3,7 @@
 use crate::{
     bench::{Bench, Gate, Work, definition, step, work},
     faults::{GRACE, LONG, reaches},
+    way::{Lost, Way},
 };
 use futures_util::future::BoxFuture;
 use loopwright_engine::{
@@ -17,10 +18,7 @@ use loopwright_engine::{
     worker::{self, WorkerConfig},
 };
 use serde_json::{Value, json};
-use sqlx::{
-    PgPool,
-    postgres::{PgConnectOptions, PgPoolOptions},
-};
+use sqlx::PgPool;
 use std::{
     sync::{
         Arc,
@@ -28,11 +26,6 @@ use std::{
     },
     time::Duration,
 };
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, UnixStream},
-};
-use tokio_util::sync::CancellationToken;
 
 /// From now on nobody can read a definition: the statement fails with `code` until table `test_fault` is empty. Sequence
 /// `test_failed` counts, because no rollback takes its numbers back.
@@ -138,120 +131,15 @@ async fn a_run_whose_driver_panicked_is_found_by_its_owner() {
     bench.audit().await;
 }
 
-/// What a way to the database loses.
-#[derive(Clone, Copy, PartialEq)]
-enum Lost {
-    Commit,
-    Answer,
-}
-
-/// A way to the database of `pool` that, once `armed`, breaks at a commit: before it arrives, or when it is done and before
-/// its answer is back.
-async fn broken_way(pool: &PgPool, armed: Arc<AtomicBool>, lost: Lost) -> PgPool {
-    let options = pool.connect_options();
-    let socket = options.get_socket().expect("socket").join(format!(".s.PGSQL.{}", options.get_port()));
-    let listener = TcpListener::bind("127.0.0.1:0").await.expect("listener");
-    let port = listener.local_addr().expect("address").port();
-    tokio::spawn(async move {
-        while let Ok((mut client, _)) = listener.accept().await {
-            let (socket, armed) = (socket.clone(), armed.clone());
-            tokio::spawn(async move {
-                let mut server = UnixStream::connect(socket).await.expect("server");
-                let (mut asked, mut answered) = (vec![0; 1 << 16], vec![0; 1 << 16]);
-                loop {
-                    tokio::select! {
-                        Ok(n) = client.read(&mut asked) => {
-                            if n == 0 {
-                                return;
-                            }
-                            // The frontend sends it alone and waits, so it is never cut in two.
-                            let commits = asked[..n].ends_with(b"COMMIT\0") && armed.swap(false, Ordering::SeqCst);
-                            if commits && lost == Lost::Commit {
-                                return;
-                            }
-                            server.write_all(&asked[..n]).await.expect("server");
-                            if commits && lost == Lost::Answer {
-                                assert!(server.read(&mut answered).await.expect("answer") > 0);
-                                return;
-                            }
-                        }
-                        Ok(n) = server.read(&mut answered) => {
-                            if n == 0 || client.write_all(&answered[..n]).await.is_err() {
-                                return;
-                            }
-                        }
-                        else => return,
-                    }
-                }
-            });
-        }
-    });
-    let options = PgConnectOptions::new_without_pgpass()
-        .host("127.0.0.1")
-        .port(port)
-        .username(options.get_username())
-        .database(options.get_database().expect("database"));
-    PgPoolOptions::new().max_connections(2).connect_with(options).await.expect("pool")
-}
-
-/// A way to the database of `pool` on which nothing moves any more, on no connection, once somebody has executed
-/// a statement that says `word`. Returns
-/// it with a signal for that moment.
-async fn way_that_dies(pool: &PgPool, word: &'static [u8]) -> (PgPool, CancellationToken) {
-    let options = pool.connect_options();
-    let socket = options.get_socket().expect("socket").join(format!(".s.PGSQL.{}", options.get_port()));
-    let listener = TcpListener::bind("127.0.0.1:0").await.expect("listener");
-    let port = listener.local_addr().expect("address").port();
-    let dead = CancellationToken::new();
-    let died = dead.clone();
-    tokio::spawn(async move {
-        while let Ok((mut client, _)) = listener.accept().await {
-            let (socket, dead) = (socket.clone(), dead.clone());
-            tokio::spawn(async move {
-                let mut server = UnixStream::connect(socket).await.expect("server");
-                let (mut asked, mut answered, mut prepared) = (vec![0; 1 << 16], vec![0; 1 << 16], false);
-                loop {
-                    tokio::select! {
-                        biased;
-                        // Both ends stay open, as they do when a wire is cut.
-                        () = dead.cancelled() => std::future::pending().await,
-                        Ok(n) = client.read(&mut asked) => {
-                            if n == 0 {
-                                return;
-                            }
-                            server.write_all(&asked[..n]).await.expect("server");
-                            // A statement is prepared, and then executed by a message that does not repeat its text.
-                            if prepared {
-                                dead.cancel();
-                            }
-                            prepared = asked[..n].windows(word.len()).any(|part| part == word);
-                        }
-                        Ok(n) = server.read(&mut answered) => {
-                            if n == 0 || client.write_all(&answered[..n]).await.is_err() {
-                                return;
-                            }
-                        }
-                        else => return,
-                    }
-                }
-            });
-        }
-    });
-    let options = PgConnectOptions::new_without_pgpass()
-        .host("127.0.0.1")
-        .port(port)
-        .username(options.get_username())
-        .database(options.get_database().expect("database"));
-    let options = loopwright_engine::transaction::session(options);
-    (PgPoolOptions::new().max_connections(4).connect_with(options).await.expect("pool"), died)
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_host_that_vanishes_in_the_middle_of_a_claim_keeps_nobody_from_taking_over() {
     let bench = Bench::new().await;
-    let (way, died) = way_that_dies(&bench.pool, b"for key share").await;
-    let mut config =
-        WorkerConfig::new(way, Registry::new().with(Work(Arc::new(|_, input| Box::pin(async { Ok(input) })))));
+    let way = Way::to(&bench.pool).await;
+    let died = way.dies_at("for key share");
+    let mut config = WorkerConfig::new(
+        way.pool(4).await,
+        Registry::new().with(Work(Arc::new(|_, input| Box::pin(async { Ok(input) })))),
+    );
     (config.hook, config.lease) = (bench.hook.clone(), Duration::from_secs(1));
     let _gone = worker::start(config).await.expect("worker");
     let run = bench.start(definition("left", vec![work("a", &[])]), json!({})).await;
@@ -281,11 +169,11 @@ async fn a_termination_whose_answer_was_lost_is_done() {
     let worker = bench.worker_with(LONG, 4).await;
     let run = bench.start(definition("ended", vec![work("a", &[])]), json!({})).await;
     gate.arrived(1).await;
-    let armed = Arc::new(AtomicBool::new(false));
-    let client = Client::new(broken_way(&bench.pool, armed.clone(), Lost::Answer).await, bench.hook.clone());
-    armed.store(true, Ordering::SeqCst);
+    let way = Way::to(&bench.pool).await;
+    let client = Client::new(way.pool(2).await, bench.hook.clone());
+    way.breaks(Lost::Answer);
     client.terminate(run, "over").await.expect("terminated");
-    assert!(!armed.load(Ordering::SeqCst), "an answer was lost");
+    assert!(way.has_broken(), "an answer was lost");
     assert_eq!(bench.closed(run).await.status, RunStatus::Terminated);
     gate.open(1);
     worker.drain(GRACE).await;
@@ -300,8 +188,8 @@ async fn what_is_asked_once_is_done_once_although_a_commit_or_its_answer_is_lost
     let count =
         async |sql: &'static str| -> i64 { sqlx::query_scalar(sql).fetch_one(&bench.pool).await.expect("count") };
     for (n, lost) in [(1, Lost::Answer), (2, Lost::Commit)] {
-        let armed = Arc::new(AtomicBool::new(false));
-        let client = Client::new(broken_way(&bench.pool, armed.clone(), lost).await, bench.hook.clone());
+        let way = Way::to(&bench.pool).await;
+        let client = Client::new(way.pool(2).await, bench.hook.clone());
         let start = Start {
             run_id: None,
             definition: hash,
@@ -312,24 +200,24 @@ async fn what_is_asked_once_is_done_once_although_a_commit_or_its_answer_is_lost
             topic: None,
             admission: Admission::default(),
         };
-        armed.store(true, Ordering::SeqCst);
+        way.breaks(lost);
         let started = client.start(start).await.expect("start");
-        assert!(started.created && !armed.load(Ordering::SeqCst));
+        assert!(started.created && way.has_broken());
         assert_eq!(count("select count(*) from runs where attributes = '{}'").await, n);
 
-        armed.store(true, Ordering::SeqCst);
+        way.breaks(lost);
         let signal = Signal { name: "go".into(), ..Signal::default() };
-        assert!(client.signal(started.run_id, signal).await.expect("signal") && !armed.load(Ordering::SeqCst));
+        assert!(client.signal(started.run_id, signal).await.expect("signal") && way.has_broken());
         assert_eq!(count("select count(*) from inbox where kind = 'signal'").await, n);
 
         let spec =
             Spec { overlap: Overlap::AllowAll, ..Spec::new("asked", When::Every { ms: 86_400_000, offset_ms: 0 }) };
         let new = NewSchedule { name: format!("s{n}"), spec, paused: true, note: None, owner: None };
-        armed.store(true, Ordering::SeqCst);
+        way.breaks(lost);
         client.schedules().create(new).await.expect("create");
-        armed.store(true, Ordering::SeqCst);
+        way.breaks(lost);
         let action = client.schedules().trigger(&format!("s{n}"), None).await.expect("trigger");
-        assert_eq!((action.state, armed.load(Ordering::SeqCst)), (ActionState::Started, false));
+        assert_eq!((action.state, way.has_broken()), (ActionState::Started, true));
         assert_eq!(count("select count(*) from runs where attributes ? 'schedule'").await, n);
     }
 }

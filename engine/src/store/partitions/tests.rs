@@ -158,7 +158,7 @@ async fn a_load_reads_the_partition_of_its_run_and_no_other() {
     for sql in ["analyze history", "set plan_cache_mode = force_generic_plan"] {
         sqlx::query(sql).execute(&mut *conn).await.unwrap();
     }
-    execute(&mut conn, format!("prepare tail as {}", crate::store::runs::TAIL)).await.unwrap();
+    execute(&mut conn, format!("prepare tail as {}", crate::store::runs::TAIL.text(None))).await.unwrap();
     for (run, table) in [(may, "history_2031_05"), (june, "history_2031_06"), (odd, "history_default")] {
         let sql = format!(
             "explain (analyze, format json) execute tail(array[{}], array['{run}'::uuid], array[0], array[9])",

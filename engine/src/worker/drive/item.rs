@@ -97,7 +97,7 @@ impl Driver {
     pub(super) async fn away(&self, error: Error, pause: &mut Duration) -> Result<()> {
         match error {
             Error::Sql(error) if store::is_transient(&error) => {
-                tracing::warn!(run_id = %self.run.run_id, %error, "large values cannot be stored yet");
+                tracing::warn!(run_id = %self.run.run_id, %error, "run cannot go on yet");
                 tokio::select! {
                     () = self.shared.fenced.cancelled() => return Err(Error::LeaseLost),
                     () = tokio::time::sleep(*pause) => *pause = (*pause * 2).min(UNREACHABLE_PAUSE_MAX),
