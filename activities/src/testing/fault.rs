@@ -19,7 +19,7 @@ pub enum Fault {
     ResetMidBody,
     CloseMidBody,
     /// The connection breaks when all was said and its proper end is missing.
-    ResetAfterFinish,
+    CloseAfterFinish,
     NoFinishReason,
     /// A stream without `[DONE]`, which Gemini never sends.
     NoDone,
@@ -192,6 +192,11 @@ impl Spoiled<'_> {
 }
 
 impl Fault {
+    /// Whether an answer with this fault has a proper end.
+    pub(super) fn is_whole(&self) -> bool {
+        !matches!(self, Self::CloseBeforeHeaders | Self::CloseMidBody | Self::CloseAfterFinish)
+    }
+
     pub(super) fn acts(&self, spoiled: &Spoiled<'_>) -> Vec<Act> {
         let Spoiled { dialect, stream, reply, .. } = *spoiled;
         let finished = || [spoiled.head(""), chunk(&spoiled.body())].concat();
@@ -201,7 +206,7 @@ impl Fault {
             Self::ResetAfterHeaders => vec![Act::Bytes(spoiled.head("")), Act::Reset],
             Self::ResetMidBody => vec![Act::Bytes(spoiled.half()), Act::Reset],
             Self::CloseMidBody => vec![Act::Bytes(spoiled.half())],
-            Self::ResetAfterFinish => vec![Act::Bytes(finished())],
+            Self::CloseAfterFinish => vec![Act::Bytes(finished())],
             Self::NoFinishReason => spoiled.whole(&spoiled.without_finish()),
             Self::NoDone => spoiled.whole(&if stream { frames(&spoiled.events()) } else { spoiled.body() }),
             Self::StallBeforeHeaders => vec![Act::Stall],

@@ -136,8 +136,9 @@ impl Reply {
         let fields: Value = match dialect {
             Dialect::Gemini => json!({"modelVersion": served, "responseId": id}),
             Dialect::OpenRouter => json!({"id": id, "object": object, "created": 1_790_000_000_u64, "model": served,
-                "provider": "Fake"}),
-            Dialect::OpenAi => json!({"id": id, "object": object, "created": 1_790_000_000_u64, "model": served}),
+                "provider": "Fake", "system_fingerprint": null}),
+            Dialect::OpenAi => json!({"id": id, "object": object, "created": 1_790_000_000_u64, "model": served,
+                "system_fingerprint": null}),
         };
         if let (Some(event), Value::Object(fields)) = (event.as_object_mut(), fields) {
             event.extend(fields);

@@ -225,7 +225,7 @@ struct TakenOver;
 async fn connection(stream: TcpStream, state: Arc<State>) {
     // Without it a byte per write would not be a byte per packet.
     let _ = stream.set_nodelay(true);
-    let takeover: Arc<Mutex<Option<(Vec<Act>, Record)>>> = Arc::default();
+    let takeover: Arc<Mutex<Option<(Vec<Act>, bool, Record)>>> = Arc::default();
     let service = service_fn(|request: Request<Incoming>| {
         let (state, takeover) = (Arc::clone(&state), Arc::clone(&takeover));
         Box::pin(async move {
@@ -233,8 +233,8 @@ async fn connection(stream: TcpStream, state: Arc<State>) {
             let (answer, record) = answer(&state, &seen);
             match answer {
                 Written::Response(response) => Ok(response),
-                Written::Acts(acts) => {
-                    *lock(&takeover) = Some((acts, record));
+                Written::Acts { acts, whole } => {
+                    *lock(&takeover) = Some((acts, whole, record));
                     Err(TakenOver)
                 }
             }
@@ -245,8 +245,8 @@ async fn connection(stream: TcpStream, state: Arc<State>) {
     let _ = poll_fn(|cx| connection.poll_without_shutdown(cx)).await;
     let stream = connection.into_parts().io.into_inner();
     let taken = lock(&takeover).take();
-    if let Some((acts, record)) = taken {
-        act(stream, acts, &record).await;
+    if let Some((acts, whole, record)) = taken {
+        act(stream, acts, whole, &record).await;
     }
 }
 
@@ -272,7 +272,11 @@ async fn read(request: Request<Incoming>) -> Option<Seen> {
 
 enum Written {
     Response(Response<Pieces>),
-    Acts(Vec<Act>),
+    /// `whole` if nothing is missing once they are played.
+    Acts {
+        acts: Vec<Act>,
+        whole: bool,
+    },
 }
 
 fn answer(state: &Arc<State>, seen: &Seen) -> (Written, Record) {
@@ -321,7 +325,7 @@ fn answer(state: &Arc<State>, seen: &Seen) -> (Written, Record) {
             entry.usage.clone_from(&reply.usage);
         });
         let spoiled = Spoiled { dialect: seen.dialect, stream: streams, reply: &reply, id: &id, model: &model };
-        return (Written::Acts(fault.acts(&spoiled)), record);
+        return (Written::Acts { acts: fault.acts(&spoiled), whole: fault.is_whole() }, record);
     }
     let (answer, name) = if state.bare {
         ((state.script)(seen, n), "script")
@@ -335,7 +339,7 @@ fn answer(state: &Arc<State>, seen: &Seen) -> (Written, Record) {
     };
     record.change(|entry| name.clone_into(&mut entry.answered));
     let written = match answer {
-        Answer::Acts(acts) => Written::Acts(acts),
+        Answer::Acts(acts) => Written::Acts { acts, whole: true },
         Answer::Refused { status, headers, body } => {
             record.change(|entry| entry.status = Some(status));
             let mut response = Response::builder().status(status).header("content-type", "application/json");
@@ -427,7 +431,7 @@ impl Drop for Pieces {
 }
 
 /// Plays `acts` on the socket.
-async fn act(mut stream: TcpStream, acts: Vec<Act>, record: &Record) {
+async fn act(mut stream: TcpStream, acts: Vec<Act>, whole: bool, record: &Record) {
     for act in acts {
         let written = match act {
             Act::Bytes(bytes) => write(&mut stream, &bytes, record).await,
@@ -471,7 +475,9 @@ async fn act(mut stream: TcpStream, acts: Vec<Act>, record: &Record) {
             return;
         }
     }
-    record.stage(Stage::Finished);
+    if whole {
+        record.stage(Stage::Finished);
+    }
     record.end(End::Server);
     let _ = stream.shutdown().await;
     let _ = stream.read_to_end(&mut Vec::new()).await;
