@@ -342,7 +342,7 @@ impl Orchestrator {
                         return Verdict::Next(error.failure);
                     }
                 }
-                Advice::OtherModel => return Verdict::Next(error.failure),
+                Advice::OtherModel | Advice::OtherKey | Advice::DisableKey => return Verdict::Next(error.failure),
                 Advice::SameModel if tries_left == 0 => return Verdict::Next(error.failure),
                 Advice::SameModel if error.failure.code == "model.truncated" && error.stream_completed => {
                     // It reached its limit: the same limit would be reached again.

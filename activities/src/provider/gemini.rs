@@ -7,7 +7,7 @@ use super::{
     estimate,
     http::{Answer, Http, header, secret_header},
     retry::{Hints, Names, Report, classify},
-    sse::Event,
+    sse::{DONE, Event, documents},
 };
 use crate::{
     orchestrator::{Message, Request, ToolCall},
@@ -335,20 +335,20 @@ impl Gathered {
     }
 
     fn text_event(&mut self, text: &str, call: &Call<'_>, names: &Names) -> Result<(), ProviderError> {
-        if text.trim().is_empty() || text.trim() == "[DONE]" {
+        if text.trim().is_empty() || text.trim() == DONE {
             return Ok(());
         }
-        let Ok(value) = serde_json::from_str::<Value>(text) else {
+        let Ok(documents) = documents(text) else {
             let what = "the stream holds something that is not JSON";
             return Err(ProviderError::broken(names, what, CallState::Unknown));
         };
-        match &value {
+        documents.iter().try_for_each(|(value, _)| match value {
             // Without `alt=sse` the stream is one list.
             Value::Array(list) if !list.iter().any(|v| v.get("error").is_some()) => {
                 list.iter().try_for_each(|response| self.response(response, call, names))
             }
             response => self.response(response, call, names),
-        }
+        })
     }
 
     fn response(&mut self, response: &Value, call: &Call<'_>, names: &Names) -> Result<(), ProviderError> {
@@ -446,7 +446,10 @@ impl Gathered {
         let usage = self.usage_so_far(call);
         let reason = self.finish_reason.clone();
         let failed = |error: ProviderError, completed: bool| {
-            let mut error = error.with_usage(usage.clone()).with_finish_reason(reason.clone());
+            let mut error = error.with_usage(usage.clone());
+            if reason.is_some() {
+                error = error.with_finish_reason(reason.clone());
+            }
             error.stream_completed = completed;
             error.model_served = Some(model_served.clone());
             Err(error)
@@ -462,6 +465,10 @@ impl Gathered {
             "MAX_TOKENS" => {
                 let what = format!("the answer reached its limit of {} tokens", call.max_output_tokens);
                 return failed(ProviderError::truncated(names, &what), true);
+            }
+            // The rest would be another request with the token that came along, which only a call of its own may make.
+            "CONTINUATION" => {
+                return failed(ProviderError::truncated(names, "the answer is to be continued"), false);
             }
             // A client bug: asking again cannot help, another provider's dialect may.
             "MISSING_THOUGHT_SIGNATURE" => {

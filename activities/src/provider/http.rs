@@ -156,6 +156,11 @@ impl Answer<'_> {
             .is_some_and(|value| value.trim_start().to_ascii_lowercase().starts_with("application/json"))
     }
 
+    /// The text of a header; empty where it is missing or no text.
+    pub(super) fn header(&self, name: &str) -> String {
+        self.headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned()
+    }
+
     async fn chunk(&mut self) -> Result<Option<Bytes>, ProviderError> {
         let silence = if self.bytes_read == 0 { self.timeouts.first_byte } else { self.timeouts.idle };
         let limit = self.deadline.min(Instant::now() + silence);

@@ -18,6 +18,7 @@ mod http;
 pub mod money;
 pub mod openai_compatible;
 pub mod openrouter;
+mod report;
 pub mod retry;
 pub mod scripted;
 pub mod settings;

@@ -122,10 +122,9 @@ impl OpenAiCompatible {
             let body = body(&call, shape);
             let url = join(&self.base, &["chat", "completions"]);
             let answer = self.http.post(&self.names, &call, url, self.headers.clone(), body).await?;
+            let request_id = answer.header("x-request-id");
             if answer.status.is_success() {
-                if let Some(id) = answer.headers.get("x-request-id").and_then(|id| id.to_str().ok()) {
-                    call.request_id.offer(id);
-                }
+                call.request_id.offer(&request_id);
                 if steps > 0 {
                     self.shapes.remember(call.model, shape);
                 }
@@ -139,7 +138,10 @@ impl OpenAiCompatible {
             };
             match next {
                 Some(simpler) => shape = simpler,
-                None => return Err(error),
+                None => {
+                    call.request_id.offer(&request_id);
+                    return Err(error);
+                }
             }
             steps += 1;
         }

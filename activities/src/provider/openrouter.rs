@@ -66,10 +66,9 @@ impl OpenRouter {
             let url = join(&self.base, &["chat", "completions"]);
             let body = body(&call, shape.structured_output);
             let answer = self.http.post(&self.names, &call, url, self.headers.clone(), body).await?;
+            let request_id = answer.header("x-generation-id");
             if answer.status.is_success() {
-                if let Some(id) = answer.headers.get("x-generation-id").and_then(|id| id.to_str().ok()) {
-                    call.request_id.offer(id);
-                }
+                call.request_id.offer(&request_id);
                 if step > 0 {
                     self.shapes.remember(call.model, shape);
                 }
@@ -84,7 +83,10 @@ impl OpenRouter {
             };
             match shape.step_down(&report, with_schema).filter(|_| form_refused) {
                 Some(simpler) if step < STEP_DOWNS_MAX => shape = simpler,
-                _ => return Err(error),
+                _ => {
+                    call.request_id.offer(&request_id);
+                    return Err(error);
+                }
             }
         }
         Err(ProviderError::unusable(&self.names, "request_form"))

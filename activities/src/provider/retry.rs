@@ -4,26 +4,27 @@
 //! Nothing of an upstream body reaches a message: a failure is stored in histories and shown to users. Short codes
 //! are kept in its detail.
 
+pub(super) use super::report::short_code;
+pub use super::report::{Hints, Report};
 use crate::usage::{CallState, Usage};
 use chrono::{DateTime, Utc};
 use loopwright_engine::{Failure, FailureKind};
-use reqwest::header::HeaderMap;
-use serde_json::{Value, json};
+use serde_json::json;
 use std::time::Duration;
-
-/// Longest wait that is believed, however long a provider says: a week.
-const RETRY_AFTER_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
-/// Longest upstream code that is kept, in bytes.
-const CODE_BYTES_MAX: usize = 64;
 
 /// What the orchestrator should do after a failed call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Advice {
-    /// The same model may answer if asked again.
+    /// The same model may answer if asked again, after `Failure::retry_after_ms` where the provider named a wait.
     SameModel,
     /// This model will not do it; another may.
     OtherModel,
-    /// The key or the account is of no use at present: no other model of this provider will answer either.
+    /// This key will not do it at present; another may. Where there is none: if the code is `transient.rate_limited`, a
+    /// quota of this model is used up and another model may do it; otherwise no model of this provider will.
+    OtherKey,
+    /// The key is refused, or its account is empty for good: it should not be sent again until a person has acted.
+    DisableKey,
+    /// Neither another model nor another key of this provider will help.
     OtherProvider,
     /// Nobody will do it, or nobody should: stop.
     Stop,
@@ -47,6 +48,8 @@ pub struct ProviderError {
     pub stream_completed: bool,
     /// What was consumed all the same, as far as it is known.
     pub usage: Option<Usage>,
+    /// Until when the key is of no use, where the provider says so.
+    pub key_rests_until: Option<DateTime<Utc>>,
     /// Context window that the server named when it refused a prompt, in tokens.
     pub context_tokens: Option<u64>,
 }
@@ -65,6 +68,7 @@ impl ProviderError {
             model_served: None,
             stream_completed: false,
             usage: None,
+            key_rests_until: None,
             context_tokens: None,
         }
     }
@@ -154,167 +158,6 @@ impl Names {
     }
 }
 
-/// What an error answer says, whichever dialect it speaks.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Report {
-    /// In lower case, only for recognizing; never shown.
-    message: String,
-    /// `status`, `type`, `code` (if it is text), `error_type` and reasons, in lower case.
-    codes: Vec<String>,
-    /// A number in `code`: the real status of an error inside an answer with 200.
-    pub code: Option<u16>,
-    retry_after: Option<Duration>,
-    retryable: Option<bool>,
-    per_day: bool,
-    limit_source: Option<String>,
-    context_tokens: Option<u64>,
-}
-
-impl Report {
-    /// Reads an error body. What is not JSON (a proxy's HTML page) gives an empty report.
-    #[must_use]
-    pub fn parse(body: &[u8]) -> Self {
-        serde_json::from_slice(body).map(|value| Self::from_value(&value)).unwrap_or_default()
-    }
-
-    /// Reads an error object, bare or under `error`, also in a list of one.
-    #[must_use]
-    pub fn from_value(value: &Value) -> Self {
-        let mut report = Self::default();
-        let value = value.as_array().and_then(|list| list.first()).unwrap_or(value);
-        let error = match value.get("error") {
-            Some(Value::String(text)) => {
-                report.message = text.to_lowercase();
-                value
-            }
-            Some(error @ Value::Object(_)) => error,
-            _ => value,
-        };
-        if let Some(text) = error.get("message").and_then(Value::as_str) {
-            report.message = text.to_lowercase();
-        }
-        for pointer in ["/status", "/type", "/code", "/metadata/error_type", "/availability/code", "/metadata/reason"] {
-            report.add_code(error.pointer(pointer));
-        }
-        report.code = match error.get("code") {
-            Some(Value::Number(n)) => n.as_u64().and_then(|n| u16::try_from(n).ok()),
-            Some(Value::String(s)) => s.parse().ok(),
-            _ => None,
-        };
-        report.limit_source = error
-            .pointer("/metadata/limit_source")
-            .or_else(|| error.get("limit_source"))
-            .and_then(Value::as_str)
-            .map(str::to_owned);
-        report.retryable = error.pointer("/availability/retryable").and_then(Value::as_bool);
-        report.retry_after = ["/availability/retry_after", "/metadata/retry_after", "/metadata/retry_after_seconds"]
-            .iter()
-            .find_map(|pointer| error.pointer(pointer))
-            .and_then(Value::as_f64)
-            .and_then(seconds);
-        report.context_tokens =
-            error.get("n_ctx").or_else(|| value.get("n_ctx")).and_then(Value::as_u64).filter(|n| *n > 0);
-        for detail in error.get("details").and_then(Value::as_array).into_iter().flatten() {
-            report.add_code(detail.get("reason"));
-            if let Some(delay) = detail.get("retryDelay").and_then(Value::as_str) {
-                report.retry_after = delay.strip_suffix('s').and_then(|s| s.parse().ok()).and_then(seconds);
-            }
-            for violation in detail.get("violations").and_then(Value::as_array).into_iter().flatten() {
-                let id = violation.get("quotaId").and_then(Value::as_str).unwrap_or_default();
-                report.per_day |= id.contains("PerDay") || violation.get("quotaValue") == Some(&json!("0"));
-            }
-        }
-        report.per_day |= report.message.contains("limit: 0,") || report.message.ends_with("limit: 0");
-        report
-    }
-
-    fn add_code(&mut self, value: Option<&Value>) {
-        if let Some(text) = value.and_then(Value::as_str) {
-            self.codes.push(text.to_lowercase());
-        }
-    }
-    fn has(&self, code: &str) -> bool {
-        self.codes.iter().any(|c| c == code)
-    }
-    /// Whether the text or a code mentions `needle` (lower case).
-    #[must_use]
-    pub fn mentions(&self, needle: &str) -> bool {
-        self.message.contains(needle) || self.codes.iter().any(|c| c.contains(needle))
-    }
-    fn context_overflow(&self) -> bool {
-        ["context_length_exceeded", "exceed_context_size_error", "context_length", "string_above_max_length"]
-            .iter()
-            .any(|code| self.has(code))
-            || [
-                "maximum context length",
-                "context length",
-                "context size",
-                "context window",
-                "exceeds the maximum number of tokens",
-                "input token count",
-                "prompt is too long",
-                "too many tokens",
-            ]
-            .iter()
-            .any(|text| self.message.contains(text))
-    }
-    fn key_refused(&self) -> bool {
-        ["api_key_invalid", "api_key_expired", "invalid_api_key", "authentication_error", "unauthenticated"]
-            .iter()
-            .any(|code| self.has(code))
-            || self.message.contains("api key not valid")
-            || self.message.contains("api key expired")
-    }
-    fn refusal(&self) -> bool {
-        ["content_policy_violation", "refusal", "moderation", "content_filter", "guardrail", "flagged"]
-            .iter()
-            .any(|code| self.mentions(code))
-    }
-}
-
-/// The waits and wishes in the headers of an error answer.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Hints {
-    pub retry_after: Option<Duration>,
-    /// `x-should-retry`.
-    pub should_retry: Option<bool>,
-}
-
-impl Hints {
-    /// Reads `retry-after-ms`, then `Retry-After` (seconds or a date), and `x-should-retry`.
-    #[must_use]
-    pub fn parse(headers: &HeaderMap, now: DateTime<Utc>) -> Self {
-        let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::trim);
-        let milliseconds = text("retry-after-ms").and_then(|s| s.parse::<f64>().ok()).and_then(|ms| seconds(ms / 1e3));
-        let retry_after = milliseconds.or_else(|| {
-            let value = text("retry-after")?;
-            if let Ok(number) = value.parse::<f64>() {
-                return seconds(number);
-            }
-            let date = DateTime::parse_from_rfc2822(value).ok()?;
-            Some((date.with_timezone(&Utc) - now).to_std().unwrap_or_default().min(RETRY_AFTER_MAX))
-        });
-        let should_retry = match text("x-should-retry") {
-            Some("true") => Some(true),
-            Some("false") => Some(false),
-            _ => None,
-        };
-        Self { retry_after, should_retry }
-    }
-}
-
-fn seconds(number: f64) -> Option<Duration> {
-    Duration::try_from_secs_f64(number).ok().map(|d| d.min(RETRY_AFTER_MAX))
-}
-
-/// An upstream code, cut to what is safe to store and show.
-pub(super) fn short_code(code: &str) -> String {
-    code.chars()
-        .filter(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | ':' | '/'))
-        .take(CODE_BYTES_MAX)
-        .collect()
-}
-
 /// What an error answer means.
 ///
 /// # Shape
@@ -327,9 +170,9 @@ pub fn classify(names: &Names, status: u16, hints: Hints, report: &Report) -> Pr
     let title = names.title;
     let mut error = match status {
         _ if report.key_refused() && (400..=403).contains(&status) => {
-            ProviderError::new(names.key_refused(), Advice::OtherProvider)
+            ProviderError::new(names.key_refused(), Advice::DisableKey)
         }
-        401 => ProviderError::new(names.key_refused(), Advice::OtherProvider),
+        401 => ProviderError::new(names.key_refused(), Advice::DisableKey),
         402 if hints.retry_after.is_some() || report.limit_source.as_deref() == Some("openrouter_in_flight_budget") => {
             limited(format!("{title}: the estimated cost of running requests fills the budget"), Advice::SameModel)
         }
@@ -338,17 +181,20 @@ pub fn classify(names: &Names, status: u16, hints: Hints, report: &Report) -> Pr
                 "provider.no_balance",
                 format!("{title}: the account has no balance left: top it up or change {}", names.key_setting),
             ),
-            Advice::OtherProvider,
+            // Gemini's word for a prepaid account that is empty; elsewhere a balance may come back by itself.
+            if report.has("resource_exhausted") { Advice::DisableKey } else { Advice::OtherKey },
         ),
         403 if report.limit_source.is_some() => ProviderError::new(
             Failure::permanent(
                 "provider.no_balance",
                 format!("{title}: the budget of the key is spent: raise it or change {}", names.key_setting),
             ),
-            Advice::OtherProvider,
+            Advice::OtherKey,
         ),
         400 | 403 | 422 if report.refusal() => ProviderError::refused(names, "moderation"),
-        403 => ProviderError::new(names.key_refused(), Advice::OtherProvider),
+        // A page instead of the API's own words may come from a proxy, which knows nothing of the key.
+        403 if report.is_empty() => ProviderError::new(names.key_refused(), Advice::OtherKey),
+        403 => ProviderError::new(names.key_refused(), Advice::DisableKey),
         400 | 413 | 422 | 500 if report.context_overflow() => overflow(format!("{title}: the prompt is too long")),
         413 => overflow(format!("{title}: the request is too large")),
         404 => ProviderError::new(
@@ -358,13 +204,13 @@ pub fn classify(names: &Names, status: u16, hints: Hints, report: &Report) -> Pr
         408 | 409 | 499 | 504 | 522 | 524 => {
             unwell("transient.http", format!("{title}: the request timed out at the server"))
         }
-        429 if report.per_day => limited(format!("{title}: the quota of the day is used up"), Advice::OtherModel),
+        429 if report.per_day => limited(format!("{title}: the quota of the day is used up"), Advice::OtherKey),
         429 if report.has("insufficient_quota") => ProviderError::new(
             Failure::permanent(
                 "provider.no_balance",
                 format!("{title}: the account has no quota left: top it up or change {}", names.key_setting),
             ),
-            Advice::OtherProvider,
+            Advice::OtherKey,
         ),
         429 => limited(format!("{title}: too many requests"), Advice::SameModel),
         // A small server says so of a template without tools; asking again cannot help.
@@ -392,13 +238,18 @@ pub fn classify(names: &Names, status: u16, hints: Hints, report: &Report) -> Pr
     };
     error.http_status = Some(status);
     error.context_tokens = report.context_tokens;
-    if error.failure.kind == FailureKind::Retryable {
-        if let Some(wait) = retry_after {
-            error.failure.retry_after_ms = Some(u64::try_from(wait.as_millis()).unwrap_or(u64::MAX));
+    error.key_rests_until = report.resets_at;
+    // What the server says of itself counts more than its status.
+    match report.retryable.or(hints.should_retry) {
+        Some(false) if error.advice == Advice::SameModel => error.advice = Advice::OtherModel,
+        Some(true) if matches!(error.failure.code.as_str(), "provider.bad_request" | "model.unavailable") => {
+            error.failure = Failure::retryable("transient.http", format!("{title}: it asks for another try"));
+            error.advice = Advice::SameModel;
         }
-        if error.advice == Advice::SameModel && report.retryable.or(hints.should_retry) == Some(false) {
-            error.advice = Advice::OtherModel;
-        }
+        _ => {}
+    }
+    if let (FailureKind::Retryable, Some(wait)) = (error.failure.kind, retry_after) {
+        error.failure.retry_after_ms = Some(u64::try_from(wait.as_millis()).unwrap_or(u64::MAX));
     }
     let codes: Vec<String> = report.codes.iter().map(|c| short_code(c)).collect();
     error.failure.detail = json!({ "http_status": status, "upstream_codes": codes });
@@ -417,71 +268,17 @@ fn unwell(code: &str, message: String) -> ProviderError {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use reqwest::header::HeaderValue;
+    use super::{
+        super::report::{RETRY_AFTER_MAX, seconds},
+        *,
+    };
+    use reqwest::header::{HeaderMap, HeaderValue};
+    use serde_json::Value;
 
     const NAMES: Names = Names { title: "Gemini", key_setting: "GEMINI_API_KEY", key_is_set: true };
 
     fn classified(status: u16, body: &Value) -> ProviderError {
         classify(&NAMES, status, Hints::default(), &Report::from_value(body))
-    }
-
-    #[test]
-    fn the_error_tables_hold_row_by_row() {
-        use Advice::{OtherModel, OtherProvider, SameModel};
-        let rpc = |status: &str| json!({"error": {"code": 1, "status": status, "message": "m"}});
-        let bad_key = json!({"error": {"status": "INVALID_ARGUMENT", "message": "API key not valid.",
-            "details": [{"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "API_KEY_INVALID"}]}});
-        let per_day = json!({"error": {"status": "RESOURCE_EXHAUSTED", "message": "m", "details": [
-            {"violations": [{"quotaId": "GenerateRequestsPerDayPerProjectPerModel-FreeTier", "quotaValue": "50"}]}]}});
-        let in_flight = json!({"error": {"code": 402, "metadata": {"limit_source": "openrouter_in_flight_budget"}}});
-        let credits = json!({"error": {"code": 402, "metadata": {"limit_source": "openrouter_credits"}}});
-        let spent = json!({"error": {"code": 403, "metadata": {"limit_source": "key", "resets_at": "x"}}});
-        let moderation =
-            json!({"error": {"code": 403, "message": "flagged", "metadata": {"error_type": "moderation"}}});
-        let ctx = json!({"error": {"code": 400, "type": "exceed_context_size_error", "message": "m", "n_ctx": 4096}});
-        let old_vllm = json!({"object": "error", "code": 400,
-            "message": "This model's maximum context length is 4096 tokens"});
-        let openai_key = json!({"error": {"message": "m", "type": "invalid_request_error", "code": "invalid_api_key"}});
-        let quota = json!({"error": {"message": "m", "type": "insufficient_quota", "code": "insufficient_quota"}});
-        for (status, body, code, advice) in [
-            (400, rpc("INVALID_ARGUMENT"), "provider.bad_request", OtherModel),
-            (400, bad_key, "provider.key_invalid", OtherProvider),
-            (400, rpc("FAILED_PRECONDITION"), "provider.bad_request", OtherModel),
-            (401, rpc("UNAUTHENTICATED"), "provider.key_invalid", OtherProvider),
-            (401, openai_key, "provider.key_invalid", OtherProvider),
-            (403, rpc("PERMISSION_DENIED"), "provider.key_invalid", OtherProvider),
-            (403, spent, "provider.no_balance", OtherProvider),
-            (403, moderation, "model.refused", OtherModel),
-            (402, rpc("RESOURCE_EXHAUSTED"), "provider.no_balance", OtherProvider),
-            (402, credits, "provider.no_balance", OtherProvider),
-            (402, in_flight, "transient.rate_limited", SameModel),
-            (404, rpc("NOT_FOUND"), "model.unavailable", OtherModel),
-            (400, ctx, "model.context_overflow", OtherModel),
-            (400, old_vllm, "model.context_overflow", OtherModel),
-            (413, json!({}), "model.context_overflow", OtherModel),
-            (429, per_day, "transient.rate_limited", OtherModel),
-            (429, quota, "provider.no_balance", OtherProvider),
-            (429, rpc("RESOURCE_EXHAUSTED"), "transient.rate_limited", SameModel),
-            (408, json!({}), "transient.http", SameModel),
-            (499, rpc("CANCELLED"), "transient.http", SameModel),
-            (500, rpc("INTERNAL"), "transient.http", SameModel),
-            (503, rpc("UNAVAILABLE"), "transient.http", SameModel),
-            (
-                500,
-                json!({"error": {"message": "tools param requires --jinja flag"}}),
-                "provider.bad_request",
-                OtherModel,
-            ),
-            (504, rpc("DEADLINE_EXCEEDED"), "transient.http", SameModel),
-            (524, json!({}), "transient.http", SameModel),
-            (529, json!({"error": {"code": "server_error"}}), "transient.http", SameModel),
-            (418, json!("teapot"), "provider.bad_request", OtherModel),
-            (307, json!({}), "provider.bad_request", OtherProvider),
-        ] {
-            let error = classified(status, &body);
-            assert_eq!((error.failure.code.as_str(), error.advice), (code, advice), "{status} {body}");
-        }
     }
 
     #[test]

@@ -10,6 +10,14 @@ use serde_json::Value;
 /// Largest event that is put together, in bytes. Equal to the limit of a whole body: one event may be all of it.
 pub const EVENT_BYTES_MAX: usize = super::BODY_BYTES_MAX;
 
+/// Ends a stream of the chat-completions dialect.
+pub(super) const DONE: &str = "[DONE]";
+/// Largest bare document that is recognized before the stream ends, in bytes: an error has a few hundred.
+const BARE_BYTES_MAX: usize = 64 * 1024;
+/// How often it is held against the parser; an error has some ten closing lines. Without both limits, a hostile stream of
+/// brackets would keep a processor busy for minutes.
+const BARE_TRIES_MAX: u32 = 256;
+
 /// One thing that a stream said.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
@@ -24,6 +32,24 @@ pub enum Event {
 #[error("an event of the stream exceeds {EVENT_BYTES_MAX} bytes")]
 pub struct EventTooLarge;
 
+/// The documents of one event. Several `data:` lines are one text by the standard, but some proxies forget the empty line
+/// between events: where the text as a whole is no JSON, each of its lines has to be.
+///
+/// # Errors
+/// Neither of both is JSON.
+pub(super) fn documents(text: &str) -> Result<Vec<(Value, &str)>, serde_json::Error> {
+    match serde_json::from_str::<Value>(text) {
+        Ok(value) => Ok(vec![(value, text)]),
+        Err(_) if text.trim().contains('\n') => text
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.is_empty() && *line != DONE)
+            .map(|line| Ok((serde_json::from_str(line)?, line)))
+            .collect(),
+        Err(error) => Err(error),
+    }
+}
+
 /// Turns chunks of bytes into events.
 #[derive(Debug, Default)]
 pub struct Decoder {
@@ -31,6 +57,7 @@ pub struct Decoder {
     data: String,
     has_data: bool,
     bare: String,
+    bare_tries: u32,
     /// The last byte was CR: an LF that follows belongs to the same line end.
     after_cr: bool,
     started: bool,
@@ -108,8 +135,15 @@ impl Decoder {
         self.bare.push_str(line);
         self.bare.push('\n');
         // A closing bracket may end the document; asking the parser is the only sure way to know.
-        if line.trim_end().ends_with(['}', ']']) && serde_json::from_str::<Value>(&self.bare).is_ok() {
-            out.push(Event::Bare(std::mem::take(&mut self.bare)));
+        let may_end = line.trim_end().ends_with(['}', ']'])
+            && self.bare.len() <= BARE_BYTES_MAX
+            && self.bare_tries < BARE_TRIES_MAX;
+        if may_end {
+            self.bare_tries += 1;
+            if serde_json::from_str::<Value>(&self.bare).is_ok() {
+                self.bare_tries = 0;
+                out.push(Event::Bare(std::mem::take(&mut self.bare)));
+            }
         }
     }
 
@@ -169,6 +203,14 @@ mod tests {
     }
 
     #[test]
+    fn lines_that_are_no_document_together_are_read_one_by_one() {
+        let values = |text| documents(text).map(|all| all.into_iter().map(|(value, _)| value).collect::<Vec<_>>());
+        assert_eq!(values("{\"a\":\n1}").unwrap(), [serde_json::json!({"a": 1})]);
+        assert_eq!(values("{\"a\":1}\n[2]\n[DONE]").unwrap(), [serde_json::json!({"a": 1}), serde_json::json!([2])]);
+        assert!(values("{").is_err() && values("{\"a\":1}\n{").is_err());
+    }
+
+    #[test]
     fn characters_survive_being_cut() {
         check("\u{feff}data: \u{1f980}\u{e4}\r\n\r\n".as_bytes(), &[data("\u{1f980}\u{e4}")]);
     }
@@ -181,6 +223,19 @@ mod tests {
         let Event::Bare(bare) = &out[1] else { panic!("{out:?}") };
         assert_eq!(serde_json::from_str::<Value>(bare).unwrap()["error"]["code"], 503);
         assert_eq!(out[2], data("2"));
+    }
+
+    #[test]
+    fn a_stream_of_brackets_costs_no_more_than_reading_it() {
+        let mut decoder = Decoder::new();
+        let mut out = Vec::new();
+        let begin = format!("\"{}\n", "x".repeat(1 << 20));
+        decoder.push(begin.as_bytes(), &mut out).unwrap();
+        let brackets = "}\n".repeat(1 << 20);
+        let started = std::time::Instant::now();
+        decoder.push(brackets.as_bytes(), &mut out).unwrap();
+        // A parser asked a million times about a megabyte would take hours.
+        assert!(out.is_empty() && started.elapsed().as_secs() < 30);
     }
 
     #[test]

@@ -1,134 +1,26 @@
-//! The chat-completions dialect that OpenRouter and OpenAI-compatible servers share: how a request is written, and how
-//! an answer is put together from whatever pieces it comes in.
+//! How an answer is put together, from a stream or from one document.
 
-use super::{
-    Call, Completion, StructuredOutput, estimate,
-    http::Answer,
-    money::pusd_from_decimal,
-    retry::{Hints, Names, ProviderError, Report, classify},
-    sse::Event,
-};
+use super::{TOOL_CALLS_MAX, request::assistant};
 use crate::{
-    orchestrator::{Message, Request, ToolCall},
+    orchestrator::ToolCall,
+    provider::{
+        Call, Completion, estimate,
+        http::Answer,
+        money::pusd_from_decimal,
+        retry::{Hints, Names, ProviderError, Report, classify},
+        sse::{DONE, Event, documents},
+    },
     usage::{CallState, Usage, UsageSource},
 };
 use serde::Deserialize;
 use serde_json::{Map, Value, json, value::RawValue};
 use std::{collections::BTreeSet, ops::ControlFlow};
 
-/// Most calls of tools in one answer: more is a model gone wild.
-pub(super) const TOOL_CALLS_MAX: usize = 128;
-
-/// The turns of a request. `provider` decides whose own content is replayed verbatim.
-pub(super) fn messages(request: &Request, provider: &str, structured: StructuredOutput) -> Vec<Value> {
-    let mut out: Vec<Value> = request
-        .messages
-        .iter()
-        .map(|message| match message {
-            Message::System { text } => json!({ "role": "system", "content": text }),
-            Message::User { text } => json!({ "role": "user", "content": text }),
-            Message::Model { parts, provider: origin, .. } if origin == provider && parts.is_object() => parts.clone(),
-            Message::Model { text, tool_calls, .. } => assistant(text, tool_calls),
-            Message::Tool { call_id, output, .. } => {
-                json!({ "role": "tool", "tool_call_id": call_id, "content": output })
-            }
-        })
-        .collect();
-    if let (Some(schema), true) = (&request.output_schema, structured != StructuredOutput::JsonSchema) {
-        let instruction = schema_instruction(schema);
-        match out.first_mut() {
-            Some(first) if first["role"] == "system" => {
-                let text = format!("{}\n\n{instruction}", first["content"].as_str().unwrap_or_default());
-                first["content"] = Value::String(text);
-            }
-            _ => out.insert(0, json!({ "role": "system", "content": instruction })),
-        }
-    }
-    out
-}
-
-/// What a model is told when the server cannot be told the schema.
-pub(super) fn schema_instruction(schema: &Value) -> String {
-    format!(
-        "Answer with exactly one JSON value and nothing else: no prose, no code fence. It must satisfy this JSON \
-         Schema:\n{schema}"
-    )
-}
-
-fn assistant(text: &str, tool_calls: &[ToolCall]) -> Value {
-    let mut message = json!({ "role": "assistant", "content": text });
-    if !tool_calls.is_empty() {
-        let calls: Vec<Value> = tool_calls
-            .iter()
-            .map(|call| {
-                json!({ "id": call.id, "type": "function",
-                    "function": { "name": call.name, "arguments": call.arguments.to_string() } })
-            })
-            .collect();
-        message["tool_calls"] = Value::Array(calls);
-        if text.is_empty() {
-            message["content"] = Value::Null;
-        }
-    }
-    message
-}
-
-/// The tools of a request in this dialect; `None` when there are none.
-pub(super) fn tools(request: &Request) -> Option<Value> {
-    if request.tools.is_empty() {
-        return None;
-    }
-    let list = request
-        .tools
-        .iter()
-        .map(|tool| {
-            json!({ "type": "function", "function": {
-                "name": tool.name, "description": tool.description, "parameters": tool.parameters } })
-        })
-        .collect();
-    Some(Value::Array(list))
-}
-
-/// `response_format` for a level; `None` when the prompt alone has to do.
-pub(super) fn response_format(schema: &Value, structured: StructuredOutput) -> Option<Value> {
-    match structured {
-        StructuredOutput::JsonSchema => Some(json!({ "type": "json_schema",
-            "json_schema": { "name": "answer", "strict": is_strict(schema), "schema": schema } })),
-        StructuredOutput::JsonObject => Some(json!({ "type": "json_object" })),
-        StructuredOutput::Prompt => None,
-    }
-}
-
-/// Whether strict mode accepts a schema: every object closed and every property required.
-fn is_strict(schema: &Value) -> bool {
-    match schema {
-        Value::Object(map) => {
-            let closed = match map.get("properties").and_then(Value::as_object) {
-                Some(properties) => {
-                    let required: BTreeSet<&str> = map
-                        .get("required")
-                        .and_then(Value::as_array)
-                        .into_iter()
-                        .flatten()
-                        .filter_map(Value::as_str)
-                        .collect();
-                    map.get("additionalProperties") == Some(&Value::Bool(false))
-                        && properties.keys().all(|key| required.contains(key.as_str()))
-                }
-                None => map.get("type") != Some(&json!("object")),
-            };
-            closed && map.values().all(is_strict)
-        }
-        Value::Array(list) => list.iter().all(is_strict),
-        _ => true,
-    }
-}
-
 /// Reads an answer with a good status to its end.
 ///
 /// # Errors
 /// Everything that is not a complete, usable answer.
-pub(super) async fn read(
+pub(in crate::provider) async fn read(
     mut answer: Answer<'_>,
     call: &Call<'_>,
     names: &Names,
@@ -169,7 +61,7 @@ pub(super) async fn read(
 
 /// Whether the `model` of an answer says something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum ServedModel {
+pub(in crate::provider) enum ServedModel {
     /// It names the model that is billed.
     Reported,
     /// It may be a file path or an alias: what was asked for counts.
@@ -204,17 +96,19 @@ impl Partial {
 impl Gathered {
     fn event(&mut self, event: &Event, call: &Call<'_>, names: &Names) -> Result<ControlFlow<()>, ProviderError> {
         let (Event::Data(text) | Event::Bare(text)) = event;
-        if text.trim() == "[DONE]" {
+        if text.trim() == DONE {
             return Ok(ControlFlow::Break(()));
         }
         if text.trim().is_empty() {
             return Ok(ControlFlow::Continue(()));
         }
-        let Ok(chunk) = serde_json::from_str::<Value>(text) else {
+        let Ok(chunks) = documents(text) else {
             let what = "the stream holds something that is not JSON";
             return Err(ProviderError::broken(names, what, CallState::Unknown));
         };
-        self.chunk(&chunk, text, call, names)?;
+        for (chunk, text) in &chunks {
+            self.chunk(chunk, text, call, names)?;
+        }
         Ok(ControlFlow::Continue(()))
     }
 
@@ -255,7 +149,7 @@ impl Gathered {
             let report = Report::from_value(error);
             let status = report.code.filter(|code| (400..600).contains(code)).unwrap_or(500);
             let error = classify(names, status, Hints::default(), &report);
-            return Err(error.with_usage(self.usage_so_far(call)).with_finish_reason(self.finish_reason.clone()));
+            return Err(error.with_usage(self.generated_so_far(call)).with_finish_reason(self.finish_reason.clone()));
         }
         Ok(())
     }
@@ -357,12 +251,19 @@ impl Gathered {
         self.usage.clone().or_else(|| (bytes > 0).then(|| estimate::usage(call.request, bytes, call.max_output_tokens)))
     }
 
+    /// The usage of an answer that failed at the server: without a completion token it is not billed (OpenRouter says so,
+    /// the others do not say otherwise).
+    fn generated_so_far(&self, call: &Call<'_>) -> Option<Usage> {
+        self.usage_so_far(call).filter(|usage| usage.tokens_output > 0)
+    }
+
     fn complete(mut self, call: &Call<'_>, names: &Names, served: ServedModel) -> Result<Completion, ProviderError> {
         let model_served = match (served, self.model.take()) {
             (ServedModel::Reported, Some(model)) => model,
             _ => call.model.to_owned(),
         };
-        let usage = self.usage_so_far(call);
+        let unbilled = self.finish_reason.as_deref().is_none_or(|reason| reason == "error");
+        let usage = if unbilled { self.generated_so_far(call) } else { self.usage_so_far(call) };
         let failed = |error: ProviderError, completed: bool| {
             let mut error = error.with_usage(usage.clone()).with_finish_reason(self.finish_reason.clone());
             error.stream_completed = completed;
@@ -382,7 +283,13 @@ impl Gathered {
                 return failed(ProviderError::truncated(names, &what), true);
             }
             "content_filter" => return failed(ProviderError::refused(names, "content_filter"), true),
-            // `error` and whatever is invented next.
+            // The model's server failed. OpenRouter bills nothing for it unless something was generated.
+            "error" => {
+                let mut error = ProviderError::broken(names, "the model's server failed", CallState::Failed);
+                error.failure.detail = json!({ "finish_reason": reason });
+                return failed(error, true);
+            }
+            // Whatever is invented next.
             other => return failed(ProviderError::unusable(names, other), true),
         }
         let usage = usage.unwrap_or_else(|| estimate::usage(call.request, self.output_bytes(), call.max_output_tokens));
@@ -420,7 +327,7 @@ fn finish_tool_calls(partials: Vec<Partial>) -> Vec<ToolCall> {
 }
 
 /// Arguments as an object; text that is none arrives as `{"_invalid": "<text>"}`.
-pub(super) fn parse_arguments(text: &str) -> Value {
+pub(in crate::provider) fn parse_arguments(text: &str) -> Value {
     if text.trim().is_empty() {
         return json!({});
     }
@@ -562,14 +469,5 @@ mod tests {
         let usage = usage(&serde_json::from_str(text).unwrap(), text).unwrap();
         assert_eq!((usage.tokens_prompt, usage.tokens_cached, usage.tokens_output), (194, 194, 12));
         assert_eq!((usage.tokens_reasoning, usage.provider_cost_pusd), (5, Some(310_000_001)));
-    }
-
-    #[test]
-    fn strict_mode_is_asked_for_only_where_it_is_accepted() {
-        let closed = json!({"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"],
-            "additionalProperties": false});
-        assert!(is_strict(&closed));
-        assert!(!is_strict(&json!({"type": "object", "properties": {"a": {}}, "required": ["a"]})));
-        assert!(!is_strict(&json!({"type": "array", "items": {"type": "object"}})));
     }
 }

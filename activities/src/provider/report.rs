@@ -1,0 +1,192 @@
+//! What an error answer says: its body in whichever dialect, and the hints in its headers. It does not decide what that
+//! means: [`super::retry::classify`] does.
+
+use chrono::{DateTime, Utc};
+use reqwest::header::HeaderMap;
+use serde_json::{Value, json};
+use std::time::Duration;
+
+/// Longest wait that is believed, however long a provider says: a week.
+pub(super) const RETRY_AFTER_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
+/// Longest upstream code that is kept, in bytes.
+const CODE_BYTES_MAX: usize = 64;
+
+/// What an error answer says, whichever dialect it speaks.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Report {
+    /// In lower case, only for recognizing; never shown.
+    pub(super) message: String,
+    /// `status`, `type`, `code` (if it is text), `error_type` and reasons, in lower case.
+    pub(super) codes: Vec<String>,
+    /// A number in `code`: the real status of an error inside an answer with 200.
+    pub code: Option<u16>,
+    pub(super) retry_after: Option<Duration>,
+    pub(super) retryable: Option<bool>,
+    pub(super) per_day: bool,
+    pub(super) limit_source: Option<String>,
+    /// When a spent budget is filled again.
+    pub(super) resets_at: Option<DateTime<Utc>>,
+    pub(super) context_tokens: Option<u64>,
+}
+
+impl Report {
+    /// Reads an error body. What is not JSON (a proxy's HTML page) gives an empty report.
+    #[must_use]
+    pub fn parse(body: &[u8]) -> Self {
+        serde_json::from_slice(body).map(|value| Self::from_value(&value)).unwrap_or_default()
+    }
+
+    /// Reads an error object, bare or under `error`, also in a list of one.
+    #[must_use]
+    pub fn from_value(value: &Value) -> Self {
+        let mut report = Self::default();
+        let value = value.as_array().and_then(|list| list.first()).unwrap_or(value);
+        let error = match value.get("error") {
+            Some(Value::String(text)) => {
+                report.message = text.to_lowercase();
+                value
+            }
+            Some(error @ Value::Object(_)) => error,
+            _ => value,
+        };
+        if let Some(text) = error.get("message").and_then(Value::as_str) {
+            report.message = text.to_lowercase();
+        }
+        for pointer in ["/status", "/type", "/code", "/metadata/error_type", "/availability/code", "/metadata/reason"] {
+            report.add_code(error.pointer(pointer));
+        }
+        report.code = match error.get("code") {
+            Some(Value::Number(n)) => n.as_u64().and_then(|n| u16::try_from(n).ok()),
+            Some(Value::String(s)) => s.parse().ok(),
+            _ => None,
+        };
+        report.limit_source = error
+            .pointer("/metadata/limit_source")
+            .or_else(|| error.get("limit_source"))
+            .and_then(Value::as_str)
+            .map(str::to_owned);
+        report.resets_at =
+            error.pointer("/metadata/resets_at").or_else(|| error.get("resets_at")).and_then(|value| match value {
+                Value::String(text) => DateTime::parse_from_rfc3339(text).ok().map(|at| at.with_timezone(&Utc)),
+                // Milliseconds, as JavaScript counts, or seconds.
+                Value::Number(n) => n.as_i64().and_then(|n| {
+                    if n > 100_000_000_000 {
+                        DateTime::from_timestamp_millis(n)
+                    } else {
+                        DateTime::from_timestamp(n, 0)
+                    }
+                }),
+                _ => None,
+            });
+        report.retryable = error.pointer("/availability/retryable").and_then(Value::as_bool);
+        report.retry_after = ["/availability/retry_after", "/metadata/retry_after", "/metadata/retry_after_seconds"]
+            .iter()
+            .find_map(|pointer| error.pointer(pointer))
+            .and_then(Value::as_f64)
+            .and_then(seconds);
+        report.context_tokens =
+            error.get("n_ctx").or_else(|| value.get("n_ctx")).and_then(Value::as_u64).filter(|n| *n > 0);
+        for detail in error.get("details").and_then(Value::as_array).into_iter().flatten() {
+            report.add_code(detail.get("reason"));
+            if let Some(delay) = detail.get("retryDelay").and_then(Value::as_str) {
+                report.retry_after = delay.strip_suffix('s').and_then(|s| s.parse().ok()).and_then(seconds);
+            }
+            for violation in detail.get("violations").and_then(Value::as_array).into_iter().flatten() {
+                let id = violation.get("quotaId").and_then(Value::as_str).unwrap_or_default();
+                report.per_day |= id.contains("PerDay") || violation.get("quotaValue") == Some(&json!("0"));
+            }
+        }
+        report.per_day |= report.message.contains("limit: 0,") || report.message.ends_with("limit: 0");
+        report
+    }
+
+    fn add_code(&mut self, value: Option<&Value>) {
+        if let Some(text) = value.and_then(Value::as_str) {
+            self.codes.push(text.to_lowercase());
+        }
+    }
+    /// Whether the body said nothing that any dialect knows.
+    pub(super) fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+    pub(super) fn has(&self, code: &str) -> bool {
+        self.codes.iter().any(|c| c == code)
+    }
+    /// Whether the text or a code mentions `needle` (lower case).
+    #[must_use]
+    pub fn mentions(&self, needle: &str) -> bool {
+        self.message.contains(needle) || self.codes.iter().any(|c| c.contains(needle))
+    }
+    pub(super) fn context_overflow(&self) -> bool {
+        ["context_length_exceeded", "exceed_context_size_error", "context_length", "string_above_max_length"]
+            .iter()
+            .any(|code| self.has(code))
+            || [
+                "maximum context length",
+                "context length",
+                "context size",
+                "context window",
+                "exceeds the maximum number of tokens",
+                "input token count",
+                "prompt is too long",
+                "too many tokens",
+            ]
+            .iter()
+            .any(|text| self.message.contains(text))
+    }
+    pub(super) fn key_refused(&self) -> bool {
+        ["api_key_invalid", "api_key_expired", "invalid_api_key", "authentication_error", "unauthenticated"]
+            .iter()
+            .any(|code| self.has(code))
+            || self.message.contains("api key not valid")
+            || self.message.contains("api key expired")
+    }
+    pub(super) fn refusal(&self) -> bool {
+        ["content_policy_violation", "refusal", "moderation", "content_filter", "guardrail", "flagged"]
+            .iter()
+            .any(|code| self.mentions(code))
+    }
+}
+
+/// The waits and wishes in the headers of an error answer.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Hints {
+    pub retry_after: Option<Duration>,
+    /// `x-should-retry`.
+    pub should_retry: Option<bool>,
+}
+
+impl Hints {
+    /// Reads `retry-after-ms`, then `Retry-After` (seconds or a date), and `x-should-retry`.
+    #[must_use]
+    pub fn parse(headers: &HeaderMap, now: DateTime<Utc>) -> Self {
+        let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::trim);
+        let milliseconds = text("retry-after-ms").and_then(|s| s.parse::<f64>().ok()).and_then(|ms| seconds(ms / 1e3));
+        let retry_after = milliseconds.or_else(|| {
+            let value = text("retry-after")?;
+            if let Ok(number) = value.parse::<f64>() {
+                return seconds(number);
+            }
+            let date = DateTime::parse_from_rfc2822(value).ok()?;
+            Some((date.with_timezone(&Utc) - now).to_std().unwrap_or_default().min(RETRY_AFTER_MAX))
+        });
+        let should_retry = match text("x-should-retry") {
+            Some("true") => Some(true),
+            Some("false") => Some(false),
+            _ => None,
+        };
+        Self { retry_after, should_retry }
+    }
+}
+
+pub(super) fn seconds(number: f64) -> Option<Duration> {
+    Duration::try_from_secs_f64(number).ok().map(|d| d.min(RETRY_AFTER_MAX))
+}
+
+/// An upstream code, cut to what is safe to store and show.
+pub(super) fn short_code(code: &str) -> String {
+    code.chars()
+        .filter(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | ':' | '/'))
+        .take(CODE_BYTES_MAX)
+        .collect()
+}

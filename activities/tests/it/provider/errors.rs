@@ -1,0 +1,256 @@
+//! The error tables of the reference, row by row, over a socket.
+
+use super::{KEY, PATIENT, ask_with, client, request, verdict};
+use loopwright_activities::{
+    provider::Advice::{self, DisableKey, OtherKey, OtherModel, OtherProvider, SameModel},
+    testing::{Answer, Dialect, FakeProvider, answer_json},
+    usage::CallState,
+};
+use loopwright_engine::FailureKind;
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+/// Status, further header, body; code, advice and wait in milliseconds that follow.
+struct Row(u16, Option<(&'static str, &'static str)>, Value, &'static str, Advice, Option<u64>);
+
+/// Whether a code says that trying again may help.
+fn kind(code: &str) -> FailureKind {
+    if code.starts_with("transient.") { FailureKind::Retryable } else { FailureKind::Permanent }
+}
+
+async fn check(dialect: Dialect, rows: Vec<Row>) {
+    for Row(status, header, body, code, advice, wait) in rows {
+        let what = format!("{dialect:?} {status} {header:?} {body}");
+        let server = FakeProvider::serve(move |_, _| Answer::Refused {
+            status,
+            headers: header.iter().map(|(name, value)| (*name, (*value).to_owned())).collect(),
+            body: body.clone(),
+        })
+        .await;
+        let provider = client(dialect, &server.base_of(dialect), PATIENT);
+        let error = ask_with(provider.as_ref(), &request(), &CancellationToken::new()).await.error();
+        assert_eq!(verdict(&error), (code, kind(code), CallState::Failed, advice), "{what}");
+        assert_eq!(error.failure.retry_after_ms, wait, "{what}");
+        // A refusal is never billed.
+        assert_eq!((error.usage.clone(), error.http_status), (None, Some(status)), "{what}");
+        assert!(!error.failure.message.contains("upstream"), "{what}: {}", error.failure.message);
+        if matches!(code, "provider.key_invalid" | "provider.no_balance") {
+            assert!(error.failure.message.contains(dialect.key_setting()), "{what}: the message names the setting");
+        }
+        // The form of a request may be what was refused, so 400 may be asked once more in another form.
+        if code != "provider.bad_request" {
+            assert_eq!(server.seen().len(), 1, "{what}: asked once");
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_table_of_gemini_holds() {
+    let rpc = |code: u16, status: &str, details: Value| json!({"error": {"code": code, "status": status, "message": "upstream text", "details": details}});
+    let plain = |code: u16, status: &str| rpc(code, status, json!([]));
+    let bad_key = json!([{"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "API_KEY_INVALID"}]);
+    let delay = |delay: &str| json!([{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": delay}]);
+    let quota = |id: &str, value: &str| {
+        json!([{"@type": "type.googleapis.com/google.rpc.QuotaFailure",
+            "violations": [{"quotaId": id, "quotaValue": value}]}])
+    };
+    let limit_0 = json!({"error": {"code": 429, "status": "RESOURCE_EXHAUSTED",
+        "message": "You exceeded your current quota: requests, limit: 0"}});
+    let per_minute = quota("GenerateRequestsPerMinutePerProjectPerModel-FreeTier", "5");
+    let per_day = quota("GenerateRequestsPerDayPerProjectPerModel-FreeTier", "50");
+    check(
+        Dialect::Gemini,
+        vec![
+            Row(400, None, plain(400, "INVALID_ARGUMENT"), "provider.bad_request", OtherModel, None),
+            Row(400, None, rpc(400, "INVALID_ARGUMENT", bad_key), "provider.key_invalid", DisableKey, None),
+            Row(400, None, plain(400, "FAILED_PRECONDITION"), "provider.bad_request", OtherModel, None),
+            Row(401, None, plain(401, "UNAUTHENTICATED"), "provider.key_invalid", DisableKey, None),
+            Row(403, None, plain(403, "PERMISSION_DENIED"), "provider.key_invalid", DisableKey, None),
+            Row(402, None, plain(402, "RESOURCE_EXHAUSTED"), "provider.no_balance", DisableKey, None),
+            Row(404, None, plain(404, "NOT_FOUND"), "model.unavailable", OtherModel, None),
+            Row(429, None, plain(429, "RESOURCE_EXHAUSTED"), "transient.rate_limited", SameModel, None),
+            Row(
+                429,
+                None,
+                rpc(429, "RESOURCE_EXHAUSTED", delay("26s")),
+                "transient.rate_limited",
+                SameModel,
+                Some(26_000),
+            ),
+            // Fractions of a second; and the list of one that some endpoints wrap around it.
+            Row(
+                429,
+                None,
+                json!([rpc(429, "RESOURCE_EXHAUSTED", delay("53.01s"))]),
+                "transient.rate_limited",
+                SameModel,
+                Some(53_010),
+            ),
+            Row(429, None, rpc(429, "RESOURCE_EXHAUSTED", per_minute), "transient.rate_limited", SameModel, None),
+            Row(429, None, rpc(429, "RESOURCE_EXHAUSTED", per_day), "transient.rate_limited", OtherKey, None),
+            Row(429, None, limit_0, "transient.rate_limited", OtherKey, None),
+            Row(429, None, rpc(429, "RESOURCE_EXHAUSTED", quota("x", "0")), "transient.rate_limited", OtherKey, None),
+            Row(499, None, plain(499, "CANCELLED"), "transient.http", SameModel, None),
+            Row(500, None, plain(500, "INTERNAL"), "transient.http", SameModel, None),
+            Row(503, None, plain(503, "UNAVAILABLE"), "transient.http", SameModel, None),
+            Row(504, None, plain(504, "DEADLINE_EXCEEDED"), "transient.http", SameModel, None),
+        ],
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn the_table_of_openrouter_holds() {
+    let error = |code: Value, metadata: Value| json!({"error": {"code": code, "message": "upstream text", "metadata": metadata}});
+    let typed = |code: u16, kind: &str| error(json!(code), json!({"error_type": kind}));
+    let source = |code: u16, source: &str| error(json!(code), json!({"limit_source": source}));
+    let available = |code: u16, retryable: bool| {
+        json!({"error": {"code": code, "message": "upstream text",
+            "availability": {"code": "x", "retryable": retryable, "retry_after": 3, "fallback_models": []}}})
+    };
+    check(
+        Dialect::OpenRouter,
+        vec![
+            Row(400, None, typed(400, "invalid_request"), "provider.bad_request", OtherModel, None),
+            Row(400, None, typed(400, "context_length_exceeded"), "model.context_overflow", OtherModel, None),
+            Row(400, None, typed(400, "content_policy_violation"), "model.refused", OtherModel, None),
+            Row(400, None, typed(400, "refusal"), "model.refused", OtherModel, None),
+            Row(401, None, typed(401, "authentication"), "provider.key_invalid", DisableKey, None),
+            Row(403, None, typed(403, "permission_denied"), "provider.key_invalid", DisableKey, None),
+            Row(403, None, typed(403, "guardrail"), "model.refused", OtherModel, None),
+            Row(403, None, typed(403, "moderation"), "model.refused", OtherModel, None),
+            Row(403, None, source(403, "key"), "provider.no_balance", OtherKey, None),
+            Row(402, None, source(402, "openrouter_credits"), "provider.no_balance", OtherKey, None),
+            Row(
+                402,
+                Some(("retry-after", "2")),
+                source(402, "openrouter_in_flight_budget"),
+                "transient.rate_limited",
+                SameModel,
+                Some(2000),
+            ),
+            Row(404, None, typed(404, "not_found"), "model.unavailable", OtherModel, None),
+            Row(413, None, typed(413, "payload_too_large"), "model.context_overflow", OtherModel, None),
+            Row(422, None, typed(422, "unprocessable"), "provider.bad_request", OtherModel, None),
+            Row(408, None, typed(408, "timeout"), "transient.http", SameModel, None),
+            Row(504, None, typed(504, "timeout"), "transient.http", SameModel, None),
+            Row(524, None, typed(524, "timeout"), "transient.http", SameModel, None),
+            Row(
+                429,
+                Some(("retry-after", "7")),
+                typed(429, "rate_limited"),
+                "transient.rate_limited",
+                SameModel,
+                Some(7000),
+            ),
+            Row(429, None, typed(429, "rate_limited"), "transient.rate_limited", SameModel, None),
+            Row(500, None, typed(500, "server_error"), "transient.http", SameModel, None),
+            Row(500, None, error(json!("server_error"), json!({})), "transient.http", SameModel, None),
+            Row(502, None, typed(502, "provider_unavailable"), "transient.http", SameModel, None),
+            Row(503, None, typed(503, "no_provider"), "transient.http", SameModel, None),
+            Row(529, None, typed(529, "overloaded"), "transient.http", SameModel, None),
+            // What it says of itself counts more than the status.
+            Row(503, None, available(503, false), "transient.http", OtherModel, Some(3000)),
+            Row(404, None, available(404, true), "transient.http", SameModel, Some(3000)),
+        ],
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn the_errors_of_servers_with_the_openai_dialect_hold() {
+    let error = |kind: &str, code: Value| json!({"error": {"message": "upstream text", "type": kind, "param": null, "code": code}});
+    let plain = || error("invalid_request_error", Value::Null);
+    let n_ctx = json!({"error": {"code": 400, "type": "exceed_context_size_error", "message": "upstream text",
+        "n_prompt_tokens": 9000, "n_ctx": 4096}});
+    let old_vllm = json!({"object": "error", "code": 400,
+        "message": "upstream: this model's maximum context length is 4096 tokens"});
+    let jinja = json!({"error": {"code": 500, "message": "upstream: tools param requires --jinja flag"}});
+    check(
+        Dialect::OpenAi,
+        vec![
+            Row(400, None, plain(), "provider.bad_request", OtherModel, None),
+            // A number as code, and a body that is not under `error`.
+            Row(400, None, json!({"error": {"code": 400, "message": "m"}}), "provider.bad_request", OtherModel, None),
+            Row(400, None, n_ctx, "model.context_overflow", OtherModel, None),
+            Row(400, None, old_vllm, "model.context_overflow", OtherModel, None),
+            Row(
+                400,
+                None,
+                error("invalid_request_error", json!("context_length_exceeded")),
+                "model.context_overflow",
+                OtherModel,
+                None,
+            ),
+            Row(
+                401,
+                None,
+                error("invalid_request_error", json!("invalid_api_key")),
+                "provider.key_invalid",
+                DisableKey,
+                None,
+            ),
+            Row(401, None, json!("no"), "provider.key_invalid", DisableKey, None),
+            Row(403, None, error("permission_error", Value::Null), "provider.key_invalid", DisableKey, None),
+            // No word of the API: a proxy knows nothing of the key.
+            Row(403, None, json!("forbidden"), "provider.key_invalid", OtherKey, None),
+            Row(
+                404,
+                None,
+                error("invalid_request_error", json!("model_not_found")),
+                "model.unavailable",
+                OtherModel,
+                None,
+            ),
+            Row(
+                429,
+                None,
+                error("insufficient_quota", json!("insufficient_quota")),
+                "provider.no_balance",
+                OtherKey,
+                None,
+            ),
+            Row(408, None, plain(), "transient.http", SameModel, None),
+            Row(409, None, plain(), "transient.http", SameModel, None),
+            Row(
+                429,
+                Some(("retry-after-ms", "1500")),
+                error("tokens", json!("rate_limit_exceeded")),
+                "transient.rate_limited",
+                SameModel,
+                Some(1500),
+            ),
+            Row(500, Some(("x-should-retry", "true")), plain(), "transient.http", SameModel, None),
+            Row(500, Some(("x-should-retry", "false")), plain(), "transient.http", OtherModel, None),
+            Row(400, Some(("x-should-retry", "true")), plain(), "transient.http", SameModel, None),
+            Row(500, None, jinja, "provider.bad_request", OtherModel, None),
+            Row(418, None, json!("teapot"), "provider.bad_request", OtherModel, None),
+            Row(307, None, json!({}), "provider.bad_request", OtherProvider, None),
+        ],
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_spent_key_says_until_when_it_rests() {
+    let body = json!({"error": {"code": 403, "message": "m",
+        "metadata": {"limit_source": "key", "resets_at": "2026-11-27T00:00:00Z"}}});
+    let server = FakeProvider::always(answer_json(403, "", &body)).await;
+    let provider = client(Dialect::OpenRouter, &server.base(), PATIENT);
+    let error = ask_with(provider.as_ref(), &request(), &CancellationToken::new()).await.error();
+    assert_eq!(error.key_rests_until.unwrap().to_rfc3339(), "2026-11-27T00:00:00+00:00");
+}
+
+#[tokio::test]
+async fn no_error_shows_the_key_or_the_words_of_the_server() {
+    for dialect in Dialect::ALL {
+        for status in [400, 401, 402, 403, 429, 500] {
+            let body = json!({"error": {"message": format!("bad key {KEY}"), "code": format!("c {KEY}"), "type": KEY}});
+            let server = FakeProvider::always(answer_json(status, "", &body)).await;
+            let provider = client(dialect, &server.base(), PATIENT);
+            let error = ask_with(provider.as_ref(), &request(), &CancellationToken::new()).await.error();
+            let shown = format!("{} {:?}", error.failure.message, provider.key());
+            assert!(!shown.contains(KEY), "{dialect:?} {status}: {shown}");
+        }
+    }
+}

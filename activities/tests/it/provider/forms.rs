@@ -1,0 +1,127 @@
+//! Forms of a request that a server refuses: simplified within the call, remembered, and bounded.
+
+use super::{PATIENT, ask, ask_with, client, request};
+use loopwright_activities::{
+    orchestrator::Request,
+    provider::{
+        Advice, OpenAiCompatible, RequestIdSlot,
+        address::{Trust, parse_base_url},
+    },
+    testing::{Dialect, FakeProvider, answer_json, stream},
+};
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+
+#[tokio::test]
+async fn a_keyless_server_gets_no_authorization() {
+    let server = FakeProvider::always(stream(&Dialect::OpenAi.good("hi"))).await;
+    let base = parse_base_url(&format!("{}/v1", server.base()), Trust::Operator).unwrap();
+    let provider = OpenAiCompatible::new(base, None, PATIENT, Trust::Operator).unwrap();
+    ask_with(&provider, &request(), &CancellationToken::new()).await.completion();
+    assert!(!server.seen()[0].headers.contains_key("authorization"));
+}
+
+#[tokio::test]
+async fn a_form_that_is_refused_is_simplified_and_remembered() {
+    // Knows neither schemas nor JSON mode, nor the older name of the limit, and says so one at a time.
+    let server = FakeProvider::start(|seen, _| {
+        let refuse = |message: &str| {
+            answer_json(400, "", &json!({"error": {"message": message, "type": "invalid_request_error", "code": 400}}))
+        };
+        if seen.body.get("max_tokens").is_some() {
+            refuse("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
+        } else if seen.body.get("response_format").is_some() {
+            refuse("unknown field")
+        } else {
+            stream(&Dialect::OpenAi.good("{\"a\":1}"))
+        }
+    })
+    .await;
+    let provider = client(Dialect::OpenAi, &server.base(), PATIENT);
+    let request = Request { output_schema: Some(json!({"type": "object"})), ..request() };
+    for requests in [4, 5] {
+        let completion = ask_with(provider.as_ref(), &request, &CancellationToken::new()).await.completion();
+        assert_eq!(completion.text, "{\"a\":1}");
+        assert_eq!(server.seen().len(), requests, "three refusals, then none ever again");
+    }
+    let last = server.seen().pop().unwrap().body;
+    assert!(last["messages"][0]["content"].as_str().unwrap().contains("JSON Schema"), "the prompt says it instead");
+
+    // A server that refuses everything is not asked for ever.
+    let server = FakeProvider::always(answer_json(400, "", &json!({"error": {"message": "no"}}))).await;
+    let provider = client(Dialect::OpenAi, &server.base(), PATIENT);
+    let error = ask_with(provider.as_ref(), &request, &CancellationToken::new()).await.error();
+    assert_eq!((error.failure.code.as_str(), error.advice), ("provider.bad_request", Advice::OtherModel));
+    assert!(server.seen().len() <= 6, "{}", server.seen().len());
+}
+
+#[tokio::test]
+async fn openrouter_and_gemini_step_down_where_a_schema_is_not_taken() {
+    let request = Request { output_schema: Some(json!({"type": "object"})), ..request() };
+    let server = FakeProvider::start(|seen, _| match seen.body.get("response_format") {
+        Some(format) if format["type"] == "json_schema" => {
+            answer_json(404, "", &json!({"error": {"code": 404, "message": "No endpoints found"}}))
+        }
+        _ => stream(&Dialect::OpenRouter.good("{}")),
+    })
+    .await;
+    let provider = client(Dialect::OpenRouter, &server.base(), PATIENT);
+    ask_with(provider.as_ref(), &request, &CancellationToken::new()).await.completion();
+    assert_eq!(server.seen()[1].body["response_format"], json!({"type": "json_object"}));
+
+    let server = FakeProvider::start(|seen, _| match seen.body["generationConfig"].get("responseJsonSchema") {
+        Some(_) => {
+            answer_json(400, "", &json!({"error": {"status": "INVALID_ARGUMENT", "message": "schema too deep"}}))
+        }
+        None => stream(&Dialect::Gemini.good("{}")),
+    })
+    .await;
+    let provider = client(Dialect::Gemini, &server.base(), PATIENT);
+    for requests in [2, 3] {
+        ask_with(provider.as_ref(), &request, &CancellationToken::new()).await.completion();
+        assert_eq!(server.seen().len(), requests);
+    }
+}
+
+#[tokio::test]
+async fn a_model_that_knows_no_thinking_level_is_asked_without_it() {
+    let server = FakeProvider::start(|seen, _| match seen.body["generationConfig"].get("thinkingConfig") {
+        Some(_) => {
+            let body = json!({"error": {"status": "INVALID_ARGUMENT", "message": "Thinking level is not supported"}});
+            answer_json(400, "", &body)
+        }
+        None => stream(&Dialect::Gemini.good("ok")),
+    })
+    .await;
+    let provider = client(Dialect::Gemini, &server.base(), PATIENT);
+    for requests in [2, 3] {
+        let (request, cancellation, request_id) = (request(), CancellationToken::new(), RequestIdSlot::default());
+        let mut call = super::call(&request, "m", &cancellation, &request_id);
+        call.thinking = Some("low");
+        assert_eq!(provider.complete(call).await.unwrap().text, "ok");
+        assert_eq!(server.seen().len(), requests);
+    }
+    assert_eq!(server.seen()[0].body["generationConfig"]["thinkingConfig"], json!({"thinkingLevel": "low"}));
+}
+
+#[tokio::test]
+async fn a_context_overflow_is_recognized_with_its_window() {
+    let body = json!({"error": {"code": 400, "type": "exceed_context_size_error", "message": "the request exceeds the \
+        available context size", "n_prompt_tokens": 9000, "n_ctx": 4096}});
+    let server = FakeProvider::always(answer_json(400, "", &body)).await;
+    let error = ask(Dialect::OpenAi, &server, PATIENT).await.error();
+    assert_eq!(error.failure.code, "model.context_overflow");
+    assert_eq!(error.context_tokens, Some(4096));
+    assert_eq!(server.seen().len(), 1);
+}
+
+#[tokio::test]
+async fn a_server_says_which_models_it_has() {
+    let list = json!({"object": "list", "data": [{"id": "tiny.gguf", "meta": {"n_ctx": 2048}}, {"id": "other"}]});
+    let server = FakeProvider::always(answer_json(200, "", &list)).await;
+    let base = parse_base_url(&server.base(), Trust::Operator).unwrap();
+    let provider = OpenAiCompatible::new(base, None, PATIENT, Trust::Operator).unwrap();
+    let models = provider.models().await.unwrap();
+    assert_eq!((models[0].id.as_str(), models[0].context_tokens, models.len()), ("tiny.gguf", 2048, 2));
+    assert_eq!(server.seen()[0].path, "/v1/models");
+}

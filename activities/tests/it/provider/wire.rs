@@ -1,0 +1,473 @@
+//! Facts of the reference that are neither faults nor errors: shapes, round trips, ends, usage, oddities of streams.
+
+use super::{KEY, PATIENT, ask_with, client, each, request, verdict};
+use loopwright_activities::{
+    orchestrator::{Message, Request, ToolSpec},
+    provider::{
+        Advice, Gemini, Provider, StructuredOutput,
+        address::{Trust, parse_base_url},
+    },
+    testing::{Answer, Dialect, FakeProvider, Reply, Told, answer_json, chunk, end, frames, stream, stream_head},
+    usage::{CallState, UsageSource},
+};
+use loopwright_engine::FailureKind;
+use secrecy::SecretString;
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+#[tokio::test]
+async fn a_good_answer_is_read_with_its_usage_to_the_token() {
+    let told = Told { prompt: 194, cached: 100, output: 12, reasoning: 5, cost: "0.000310000001".to_owned() };
+    for dialect in Dialect::ALL {
+        let mut reply = Reply::text("h\u{e4}llo \u{1f980}").with_usage(Some(told.clone()));
+        reply.thought = "hm".to_owned();
+        reply.model_served = Some("served-model".to_owned());
+        let server = FakeProvider::saying(reply).await;
+        let provider = client(dialect, &server.base_of(dialect), PATIENT);
+        let asked = ask_with(provider.as_ref(), &request(), &CancellationToken::new()).await;
+        assert_eq!(asked.request_id.as_deref(), Some("gen-1"), "{dialect:?}");
+        let completion = asked.completion();
+        assert_eq!(completion.text, "h\u{e4}llo \u{1f980}", "{dialect:?}: without its thoughts");
+        let usage = &completion.usage;
+        let counts = (usage.tokens_prompt, usage.tokens_cached, usage.tokens_output, usage.tokens_reasoning);
+        assert_eq!((counts, usage.source), ((194, 100, 12, 5), UsageSource::Provider), "{dialect:?}");
+        let cost = (dialect == Dialect::OpenRouter).then_some(310_000_001);
+        assert_eq!(usage.provider_cost_pusd, cost, "{dialect:?}");
+        // A local server may call its model by a file name, which has no price.
+        let served = if dialect == Dialect::OpenAi { "some/model" } else { "served-model" };
+        assert_eq!((completion.model_served.as_str(), completion.http_status), (served, Some(200)));
+        let entry = &server.journal()[0];
+        assert_eq!(entry.provider_request_id, completion.provider_request_id);
+        assert_eq!(entry.usage, Some(told.clone()));
+    }
+}
+
+#[tokio::test]
+async fn both_versions_of_gemini_are_spoken() {
+    for (version, path) in [("v1", "/v1/models/m"), ("v1beta", "/v1beta/models/m")] {
+        let server = FakeProvider::saying(Reply::text("hi")).await;
+        let base = parse_base_url(&server.base(), Trust::Operator).unwrap();
+        let provider = Gemini::new(base, version, &SecretString::from(KEY), PATIENT, Trust::Operator).unwrap();
+        let mut call_request = request();
+        call_request.purpose = version.to_owned();
+        // The name of a model may carry its collection.
+        for model in ["m", "models/m"] {
+            let (cancellation, request_id) = (CancellationToken::new(), Default::default());
+            let call = super::call(&call_request, model, &cancellation, &request_id);
+            assert_eq!(provider.complete(call).await.unwrap().text, "hi");
+        }
+        for seen in server.seen() {
+            assert_eq!(seen.path, format!("{path}:streamGenerateContent?alt=sse"));
+            assert_eq!((seen.dialect, seen.key()), (Dialect::Gemini, Some(KEY)), "the key is in one place only");
+            assert!(!seen.path.contains(KEY) && !seen.headers.contains_key("authorization"));
+        }
+    }
+}
+
+#[tokio::test]
+async fn requests_have_the_shape_of_their_dialect() {
+    let schema = json!({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": false});
+    let request = Request { output_schema: Some(schema.clone()), ..request() };
+    for dialect in Dialect::ALL {
+        let server = FakeProvider::saying(Reply::text("{\"a\":1}")).await;
+        let provider = client(dialect, &server.base(), PATIENT);
+        ask_with(provider.as_ref(), &request, &CancellationToken::new()).await.completion();
+        let seen = server.seen().remove(0);
+        let body = &seen.body;
+        match dialect {
+            Dialect::Gemini => {
+                assert_eq!(seen.path, "/v1beta/models/some%2Fmodel:streamGenerateContent?alt=sse");
+                assert_eq!(body["systemInstruction"]["parts"][0]["text"], "Be terse.");
+                assert_eq!(body["contents"][0]["role"], "user");
+                assert_eq!(body["generationConfig"]["responseMimeType"], "application/json");
+                assert_eq!(body["generationConfig"]["responseJsonSchema"], schema);
+                assert_eq!(body["generationConfig"]["maxOutputTokens"], 500);
+            }
+            Dialect::OpenRouter => {
+                assert_eq!(seen.path, "/api/v1/chat/completions");
+                assert_eq!(seen.headers["authorization"], format!("Bearer {KEY}"));
+                assert!(seen.headers.contains_key("x-openrouter-title"));
+                assert_eq!(body["provider"]["require_parameters"], true);
+                assert_eq!(body["max_completion_tokens"], 500);
+                assert_eq!(body["response_format"]["json_schema"]["strict"], true);
+                assert_eq!((&body["usage"], &body["stream_options"]), (&Value::Null, &Value::Null), "deprecated there");
+            }
+            Dialect::OpenAi => {
+                assert_eq!(seen.path, "/v1/chat/completions");
+                assert_eq!(body["stream_options"], json!({"include_usage": true}));
+                assert_eq!((&body["max_tokens"], &body["max_completion_tokens"]), (&json!(500), &Value::Null));
+                assert_eq!(body["response_format"]["json_schema"]["schema"], schema);
+            }
+        }
+        if dialect != Dialect::Gemini {
+            assert_eq!(body["messages"][0], json!({"role": "system", "content": "Be terse."}));
+            assert_eq!(body["stream"], true);
+        }
+    }
+}
+
+fn tools() -> Vec<ToolSpec> {
+    let parameters = json!({"type": "object", "properties": {"path": {"type": "string", "minLength": 1}},
+        "required": ["path"], "additionalProperties": false});
+    vec![ToolSpec { name: "read".into(), description: "reads".into(), parameters }]
+}
+
+fn turn(first: &loopwright_activities::provider::Completion, dialect: Dialect) -> Message {
+    Message::Model {
+        text: first.text.clone(),
+        tool_calls: first.tool_calls.clone(),
+        parts: first.parts.clone(),
+        provider: dialect.name().into(),
+    }
+}
+
+#[tokio::test]
+async fn tool_calls_make_the_round_trip_past_a_strict_server() {
+    for dialect in Dialect::ALL {
+        for documents in [false, true] {
+            // Parallel calls: of Gemini's only the first is signed; the strict server refuses a turn that lost it.
+            let server = FakeProvider::serve(|_, n| match n {
+                0 => {
+                    let mut reply = Reply::tool_call("read", json!({"path": "a.rs"}));
+                    reply.tool_calls.push(("read".to_owned(), json!({"path": "\u{e4} \"b\".rs"})));
+                    reply.thought = "two files".to_owned();
+                    reply
+                }
+                _ => Reply::text("done"),
+            })
+            .await;
+            server.answer_documents(documents);
+            let provider = client(dialect, &server.base_of(dialect), PATIENT);
+            let mut request = Request { tools: tools(), ..request() };
+            let cancellation = CancellationToken::new();
+            let first = ask_with(provider.as_ref(), &request, &cancellation).await.completion();
+            let arguments: Vec<&Value> = first.tool_calls.iter().map(|call| &call.arguments).collect();
+            assert_eq!(arguments, [&json!({"path": "a.rs"}), &json!({"path": "\u{e4} \"b\".rs"})], "{dialect:?}");
+            request.messages.push(turn(&first, dialect));
+            for call in &first.tool_calls {
+                let (call_id, name) = (call.id.clone(), call.name.clone());
+                request.messages.push(Message::Tool { call_id, name, output: "fn main".into() });
+            }
+            let second = ask_with(provider.as_ref(), &request, &cancellation).await.completion();
+            assert_eq!(second.text, "done", "{dialect:?}");
+            let sent = &server.seen()[1].body;
+            if dialect == Dialect::Gemini {
+                let parts = sent["contents"][1]["parts"].as_array().unwrap();
+                let signed = parts.iter().find(|part| part.get("functionCall").is_some()).unwrap();
+                assert_eq!(signed["thoughtSignature"], "c2lnbmVk", "verbatim");
+                let results = sent["contents"][2]["parts"].as_array().unwrap();
+                assert_eq!(results.len(), 2, "all parallel results together");
+                let expected = json!({"functionResponse": {"name": "read", "response": {"output": "fn main"}}});
+                assert_eq!(results[0], expected, "no id was given");
+                let declared = &sent["tools"][0]["functionDeclarations"][0]["parametersJsonSchema"];
+                assert!(declared["properties"]["path"].get("minLength").is_none(), "unknown to the API");
+            } else {
+                assert_eq!(sent["messages"][2]["tool_calls"][0]["function"]["arguments"], "{\"path\":\"a.rs\"}");
+                let expected = json!({"role": "tool", "tool_call_id": "call_2", "content": "fn main"});
+                assert_eq!(sent["messages"][4], expected);
+                assert_eq!(sent["tools"][0]["function"]["name"], "read", "tools are sent again");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_id_that_gemini_gave_is_echoed() {
+    let server = FakeProvider::serve(|_, n| match n {
+        0 => Answer::from(stream(&frames(&[
+            json!({"candidates": [{"content": {"role": "model", "parts": [
+                {"functionCall": {"id": "c1", "name": "read", "args": {"path": "a"}}, "thoughtSignature": "c2ln"}]}}]}),
+            Dialect::Gemini.finish("stop", None),
+        ]))),
+        _ => Answer::from(Reply::text("done")),
+    })
+    .await;
+    let provider = client(Dialect::Gemini, &server.base(), PATIENT);
+    let mut request = Request { tools: tools(), ..request() };
+    let first = ask_with(provider.as_ref(), &request, &CancellationToken::new()).await.completion();
+    request.messages.push(turn(&first, Dialect::Gemini));
+    request.messages.push(Message::Tool { call_id: "c1".into(), name: "read".into(), output: "x".into() });
+    ask_with(provider.as_ref(), &request, &CancellationToken::new()).await.completion();
+    assert_eq!(server.seen()[1].body["contents"][2]["parts"][0]["functionResponse"]["id"], "c1");
+}
+
+#[tokio::test]
+async fn a_turn_of_another_provider_is_accepted_by_each() {
+    for (from, to) in [(Dialect::Gemini, Dialect::OpenRouter), (Dialect::OpenAi, Dialect::Gemini)] {
+        let server = FakeProvider::serve(|_, n| match n {
+            0 => Reply::tool_call("read", json!({"path": "a"})),
+            _ => Reply::text("done"),
+        })
+        .await;
+        let mut request = Request { tools: tools(), ..request() };
+        let cancellation = CancellationToken::new();
+        let first = ask_with(client(from, &server.base_of(from), PATIENT).as_ref(), &request, &cancellation).await;
+        let first = first.completion();
+        request.messages.push(turn(&first, from));
+        let call_id = first.tool_calls[0].id.clone();
+        request.messages.push(Message::Tool { call_id, name: "read".into(), output: "x".into() });
+        let second = ask_with(client(to, &server.base_of(to), PATIENT).as_ref(), &request, &cancellation).await;
+        assert_eq!(second.completion().text, "done", "{from:?} to {to:?}");
+    }
+}
+
+#[tokio::test]
+async fn every_finish_reason_has_a_verdict() {
+    use Advice::{OtherModel, OtherProvider, SameModel};
+    let retry = |code| (code, FailureKind::Retryable, CallState::Failed, SameModel);
+    let refused = ("model.refused", FailureKind::Permanent, CallState::Failed, OtherModel);
+    let bug = ("provider.bad_request", FailureKind::Permanent, CallState::Failed, OtherProvider);
+    let mut rows = vec![
+        (Dialect::Gemini, "MAX_TOKENS", retry("model.truncated")),
+        (Dialect::Gemini, "MISSING_THOUGHT_SIGNATURE", bug),
+        (Dialect::Gemini, "CONTINUATION", retry("model.truncated")),
+    ];
+    for reason in
+        ["SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY", "IMAGE_X"]
+    {
+        rows.push((Dialect::Gemini, reason, refused));
+    }
+    for reason in [
+        "MALFORMED_FUNCTION_CALL",
+        "UNEXPECTED_TOOL_CALL",
+        "TOO_MANY_TOOL_CALLS",
+        "MALFORMED_RESPONSE",
+        "NO_IMAGE",
+        "OTHER",
+        "SOMETHING_NEW",
+    ] {
+        rows.push((Dialect::Gemini, reason, retry("model.output_invalid")));
+    }
+    for dialect in [Dialect::OpenRouter, Dialect::OpenAi] {
+        rows.push((dialect, "length", retry("model.truncated")));
+        rows.push((dialect, "content_filter", refused));
+        rows.push((dialect, "error", retry("transient.http")));
+        rows.push((dialect, "something_new", retry("model.output_invalid")));
+    }
+    for (dialect, reason, expected) in rows {
+        let server =
+            FakeProvider::always(stream(&frames(&[dialect.text("a"), dialect.finish(reason, Some((11, 7)))]))).await;
+        let provider = client(dialect, &server.base(), PATIENT);
+        let error = ask_with(provider.as_ref(), &request(), &CancellationToken::new()).await.error();
+        assert_eq!(verdict(&error), expected, "{dialect:?} {reason}");
+        assert_eq!(error.finish_reason.as_deref(), Some(reason), "the raw reason is kept");
+        assert_eq!(error.usage.unwrap().tokens_output, 7, "{dialect:?} {reason}: what was generated is billed");
+    }
+}
+
+#[tokio::test]
+async fn a_blocked_prompt_and_a_limit_without_text_are_what_they_are() {
+    for reason in ["SAFETY", "OTHER", "BLOCKLIST", "PROHIBITED_CONTENT", "IMAGE_SAFETY"] {
+        let blocked = json!({"promptFeedback": {"blockReason": reason}, "usageMetadata": {"promptTokenCount": 4}});
+        let server = FakeProvider::always(stream(&frames(&[blocked]))).await;
+        let provider = client(Dialect::Gemini, &server.base(), PATIENT);
+        let error = ask_with(provider.as_ref(), &request(), &CancellationToken::new()).await.error();
+        assert_eq!((error.failure.code.as_str(), error.finish_reason.as_deref()), ("model.refused", Some(reason)));
+        assert_eq!(error.usage.unwrap().tokens_prompt, 4);
+    }
+    // Thinking counts against the limit and may use all of it.
+    let server = FakeProvider::always(stream(&frames(&[json!({"candidates": [{"finishReason": "MAX_TOKENS"}],
+        "usageMetadata": {"promptTokenCount": 4, "thoughtsTokenCount": 500, "totalTokenCount": 504}})])))
+    .await;
+    let provider = client(Dialect::Gemini, &server.base(), PATIENT);
+    let error = ask_with(provider.as_ref(), &request(), &CancellationToken::new()).await.error();
+    assert_eq!((error.failure.code.as_str(), error.usage.unwrap().tokens_output), ("model.truncated", 500));
+}
+
+#[tokio::test]
+async fn what_openrouter_does_not_bill_is_not_counted() {
+    let nothing = json!({"id": "g", "model": "m", "choices": [{"index": 0, "delta": {}, "finish_reason": "error"}],
+        "usage": {"prompt_tokens": 194, "completion_tokens": 0}});
+    let inside = json!({"id": "g", "choices": [{"index": 0, "message": {"content": ""}, "finish_reason": "error",
+        "error": {"code": 502, "message": "m"}}], "usage": {"prompt_tokens": 194, "completion_tokens": 0}});
+    for acts in [stream(&frames(&[nothing])), answer_json(200, "", &inside)] {
+        let server = FakeProvider::always(acts).await;
+        let provider = client(Dialect::OpenRouter, &server.base(), PATIENT);
+        let error = ask_with(provider.as_ref(), &request(), &CancellationToken::new()).await.error();
+        assert_eq!((error.failure.code.as_str(), error.usage), ("transient.http", None));
+    }
+}
+
+#[tokio::test]
+async fn the_usage_of_gemini_adds_up_whether_thoughts_are_inside_or_not() {
+    for (raw, expected) in [
+        (
+            json!({"promptTokenCount": 220, "cachedContentTokenCount": 128, "candidatesTokenCount": 5,
+                "thoughtsTokenCount": 185, "toolUsePromptTokenCount": 0, "totalTokenCount": 410}),
+            (220, 128, 190, 185),
+        ),
+        // Thoughts are inside of candidates.
+        (
+            json!({"promptTokenCount": 220, "candidatesTokenCount": 190, "thoughtsTokenCount": 185,
+                "totalTokenCount": 410}),
+            (220, 0, 190, 185),
+        ),
+        // Tool use belongs to the input.
+        (
+            json!({"promptTokenCount": 20, "candidatesTokenCount": 5, "toolUsePromptTokenCount": 30,
+                "totalTokenCount": 55}),
+            (50, 0, 5, 0),
+        ),
+        // Without a total, and with an absurd one.
+        (json!({"promptTokenCount": 20, "candidatesTokenCount": 5, "thoughtsTokenCount": 2}), (20, 0, 7, 2)),
+        (json!({"promptTokenCount": 20, "candidatesTokenCount": 5, "totalTokenCount": 1}), (20, 0, 5, 0)),
+    ] {
+        let mut last = Dialect::Gemini.finish("stop", None);
+        last["usageMetadata"] = raw.clone();
+        let server = FakeProvider::always(stream(&frames(&[Dialect::Gemini.text("a"), last]))).await;
+        let provider = client(Dialect::Gemini, &server.base(), PATIENT);
+        let usage = ask_with(provider.as_ref(), &request(), &CancellationToken::new()).await.completion().usage;
+        let got = (usage.tokens_prompt, usage.tokens_cached, usage.tokens_output, usage.tokens_reasoning);
+        assert_eq!((got, &usage.raw), (expected, &raw));
+    }
+}
+
+#[tokio::test]
+async fn snapshots_of_usage_are_not_added_and_null_is_none() {
+    each(
+        |d| {
+            let mut null = d.text("");
+            null[if d == Dialect::Gemini { "usageMetadata" } else { "usage" }] = Value::Null;
+            stream(&frames(&[d.text("a"), d.usage(5, 1), d.finish("stop", Some((11, 7))), null]))
+        },
+        |d, asked| {
+            let usage = asked.completion().usage;
+            assert_eq!((usage.tokens_prompt, usage.tokens_output), (11, 7), "{d:?}");
+        },
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn lines_and_events_may_be_put_together_in_any_way() {
+    // Events without an empty line between them, and one event in several lines.
+    each(
+        |d| {
+            let joined = String::from_utf8(d.good("ab")).unwrap().replace("\n\n", "\n");
+            stream(format!("{joined}\n").as_bytes())
+        },
+        |d, asked| assert_eq!(asked.completion().text, "ab", "{d:?}"),
+    )
+    .await;
+    each(
+        |d| {
+            let pretty = |event: &Value| {
+                let text = serde_json::to_string_pretty(event).unwrap();
+                text.lines().map(|line| format!("data: {line}\n")).collect::<String>() + "\n"
+            };
+            stream([pretty(&d.text("ab")), pretty(&d.finish("stop", Some((11, 7))))].concat().as_bytes())
+        },
+        |d, asked| assert_eq!(asked.completion().text, "ab", "{d:?}"),
+    )
+    .await;
+    // Without `alt=sse`, or with a proxy in between, Gemini answers with one list.
+    let g = Dialect::Gemini;
+    let list = json!([g.text("h"), g.text("i"), g.finish("stop", None)]);
+    let server = FakeProvider::always(answer_json(200, "", &list)).await;
+    let provider = client(g, &server.base(), PATIENT);
+    assert_eq!(ask_with(provider.as_ref(), &request(), &CancellationToken::new()).await.completion().text, "hi");
+}
+
+#[tokio::test]
+async fn the_oddities_of_local_servers_are_tolerated() {
+    let call = |piece: Value| json!({"choices": [{"index": 0, "delta": {"tool_calls": [piece]}}]});
+    let done = |reason: &str| json!({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]});
+    let f = |arguments: Value| json!({"name": "read", "arguments": arguments});
+    // As seen at llama.cpp, vLLM, Ollama and proxies: what they send, and what arrives.
+    let one = json!({"path": "a"});
+    let rows = [
+        // No index, whole call in one chunk, an object as arguments, `stop` although there is a call.
+        vec![call(json!({"function": f(one.clone())})), done("stop")],
+        // An empty id in later chunks.
+        vec![
+            call(json!({"index": 0, "id": "a", "function": f(json!("{\"pa"))})),
+            call(json!({"index": 0, "id": "", "function": {"arguments": "th\":\"a\"}"}})),
+            done("tool_calls"),
+        ],
+        // Extra fields, a first delta without content, thoughts beside the text.
+        vec![
+            json!({"choices": [{"index": 0, "delta": {"role": "assistant", "content": null}}], "timings": {}, "system_fingerprint": "x"}),
+            json!({"choices": [{"index": 0, "delta": {"reasoning_content": "hm", "content": ""}, "stop_reason": null}]}),
+            call(json!({"index": 0, "id": "a", "function": f(json!("{\"path\":\"a\"}"))})),
+            done("tool_calls"),
+        ],
+    ];
+    for events in rows {
+        let server = FakeProvider::always(stream(&frames(&events))).await;
+        let provider = client(Dialect::OpenAi, &server.base(), PATIENT);
+        let request = Request { tools: tools(), ..request() };
+        let completion = ask_with(provider.as_ref(), &request, &CancellationToken::new()).await.completion();
+        assert_eq!((completion.tool_calls.len(), completion.text.as_str()), (1, ""), "{events:?}");
+        assert_eq!(completion.tool_calls[0].arguments, one, "{events:?}");
+        assert_eq!(completion.usage.source, UsageSource::Estimated, "no usage at all");
+    }
+    // Index 0 for all.
+    let events = [
+        call(json!({"index": 0, "id": "a", "function": f(json!("{\"path\":\"a\"}"))})),
+        call(json!({"index": 0, "id": "b", "function": f(json!("{\"path\":\"b\"}"))})),
+        done("stop"),
+    ];
+    let server = FakeProvider::always(stream(&frames(&events))).await;
+    let provider = client(Dialect::OpenAi, &server.base(), PATIENT);
+    let completion = ask_with(provider.as_ref(), &request(), &CancellationToken::new()).await.completion();
+    assert_eq!(completion.tool_calls.len(), 2);
+}
+
+#[tokio::test]
+async fn an_answer_that_was_finished_before_the_connection_broke_is_kept() {
+    each(
+        |d| {
+            let events = frames(&[d.text("all"), d.finish("stop", Some((3, 2)))]);
+            vec![super::Act::Bytes([stream_head(""), chunk(&events)].concat())]
+        },
+        |d, asked| {
+            let completion = asked.completion();
+            assert_eq!((completion.text.as_str(), completion.usage.tokens_prompt), ("all", 3), "{d:?}");
+        },
+    )
+    .await;
+    // An error that follows the end is still an error: the provider says that what it said is not to be used.
+    let events = |d: Dialect| [frames(&[d.text("all"), d.finish("stop", None)]), d.error_in_stream()].concat();
+    each(
+        |d| vec![super::Act::Bytes([stream_head(""), chunk(&events(d)), end()].concat())],
+        |d, asked| assert_eq!(asked.error().failure.code, "transient.http", "{d:?}"),
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn only_the_level_that_was_asked_for_is_sent() {
+    let request = Request { output_schema: Some(json!({"type": "object"})), ..request() };
+    for dialect in Dialect::ALL {
+        for level in [StructuredOutput::JsonSchema, StructuredOutput::JsonObject, StructuredOutput::Prompt] {
+            let server = FakeProvider::saying(Reply::text("{}")).await;
+            let provider = client(dialect, &server.base_of(dialect), PATIENT);
+            let (cancellation, request_id) = (CancellationToken::new(), Default::default());
+            let mut call = super::call(&request, "some/model", &cancellation, &request_id);
+            call.structured_output = level;
+            provider.complete(call).await.unwrap();
+            let body = server.seen().remove(0).body;
+            let format = &body["response_format"]["type"];
+            let config = &body["generationConfig"];
+            match (dialect, level) {
+                (Dialect::Gemini, StructuredOutput::JsonSchema) => assert!(config.get("responseJsonSchema").is_some()),
+                (Dialect::Gemini, StructuredOutput::JsonObject) => {
+                    assert_eq!(
+                        (&config["responseMimeType"], &config["responseJsonSchema"]),
+                        (&json!("application/json"), &Value::Null)
+                    );
+                }
+                (Dialect::Gemini, StructuredOutput::Prompt) => assert!(config.get("responseMimeType").is_none()),
+                (_, StructuredOutput::JsonSchema) => assert_eq!(format, "json_schema"),
+                (_, StructuredOutput::JsonObject) => assert_eq!(format, "json_object"),
+                (_, StructuredOutput::Prompt) => assert_eq!(body.get("response_format"), None),
+            }
+            let told = body.to_string().contains("JSON Schema");
+            assert_eq!(
+                told,
+                level != StructuredOutput::JsonSchema,
+                "{dialect:?} {level:?}: the prompt says it instead"
+            );
+        }
+    }
+}
