@@ -97,6 +97,15 @@ impl App {
         shipped::deploy(&self.client, shipped::SHIPPED, &catalog()).await.map(drop)
     }
 
+    /// Has the embedded Postgres started again when it dies. Resolves when that is given up; never, if this process did not
+    /// start it.
+    pub async fn database_lost(&self) -> loopwright_engine::embedded::Error {
+        match &self.server {
+            Some(server) => server.supervise().await,
+            None => std::future::pending().await,
+        }
+    }
+
     /// Closes the connections and stops the embedded Postgres, if this process started it.
     pub async fn close(self) {
         self.pool.close().await;

@@ -1,5 +1,12 @@
 use super::*;
-use crate::{MIGRATIONS, embedded::testing::database, hook::NoHook, transaction::begin};
+use crate::{
+    MIGRATIONS,
+    admission::OnConflict,
+    definition::{Concurrency, Data},
+    embedded::testing::database,
+    hook::NoHook,
+    transaction::begin,
+};
 use sqlx::{PgPool, Postgres, Transaction};
 
 /// Two runs, parent and child, each driven by somebody.
@@ -76,6 +83,63 @@ async fn a_child_that_ends_while_its_parent_stops_it_is_no_deadlock() {
     other.await.expect("the other");
     let told: i64 = sqlx::query_scalar("select count(*) from inbox").fetch_one(&pool).await.expect("sql");
     assert_eq!(told, 2);
+}
+
+/// A pass that lets runs into a group, between a batch's lock on a run that waits there and its start of another one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_that_stops_who_waits_in_a_group_and_starts_another_there_is_no_deadlock() {
+    let pool = database(MIGRATIONS).await;
+    let (parent, waits) = family(&pool).await;
+    let group = Concurrency { group: Data::Literal(json!("g")), limit: 1, on_conflict: OnConflict::Queue };
+    let ir = json!({ "concurrency": group });
+    sqlx::query("update definitions set ir = $1").bind(ir).execute(&pool).await.expect("definition");
+    let arrived = "insert into concurrency_groups (name, arrivals) values ('g', 1)";
+    sqlx::query(arrived).execute(&pool).await.expect("group");
+    sqlx::query("update runs set admitted = false, parked = true where run_id = $1")
+        .bind(waits.0)
+        .execute(&pool)
+        .await
+        .expect("held");
+    sqlx::query("insert into admissions (shard, run_id, group_name, n, places, on_conflict) values ($1, $2, 'g', 1, 1, 'queue')")
+        .bind(waits.shard())
+        .bind(waits.0)
+        .execute(&pool)
+        .await
+        .expect("waits");
+    let child = Child {
+        run_id: RunId::new(),
+        workflow: "w".into(),
+        definition: DefinitionHash([7; 32]),
+        path: "p".into(),
+        depth: 1,
+        queue: "default".into(),
+        attributes: json!({}),
+        inputs: json!({}),
+    };
+    let another = child.run_id;
+    let effects = Effects { cancelled_children: vec![waits], children: vec![child], ..Effects::default() };
+    let items = [item(parent, "running", effects)];
+    let (mut batch, verdicts) = written(&pool, &items).await;
+    let mut pass = begin(&pool).await.expect("begin");
+    // A pass that waits for the run here would hold the group until the batch has ended, which waits for the group.
+    let let_in = tokio::time::timeout(std::time::Duration::from_secs(20), groups::let_in(&mut pass, "g"));
+    assert_eq!(let_in.await.expect("it does not wait").expect("pass"), 0);
+    let applied = tokio::spawn(async move {
+        apply_effects(&mut batch, &items, &verdicts, &NoHook).await.expect("told");
+        batch.commit().await.expect("commit");
+    });
+    let waiting = "select exists (select from pg_locks where not granted)";
+    while !sqlx::query_scalar::<_, bool>(waiting).fetch_one(&pool).await.expect("sql") {
+        assert!(!applied.is_finished(), "it waits for the group");
+    }
+    pass.commit().await.expect("commit");
+    applied.await.expect("the batch");
+    let mut pass = begin(&pool).await.expect("begin");
+    assert_eq!(groups::let_in(&mut pass, "g").await.expect("pass"), 1, "who is stopped came first");
+    pass.commit().await.expect("commit");
+    let waiting: Vec<uuid::Uuid> =
+        sqlx::query_scalar("select run_id from admissions where place is null").fetch_all(&pool).await.expect("sql");
+    assert_eq!(waiting, [another.0]);
 }
 
 /// One alone and the same in a batch.

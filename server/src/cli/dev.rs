@@ -30,11 +30,17 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<()> {
     let app = App::open_migrated(config, Fallback::Embedded).await?;
     app.deploy_shipped().await?;
     eprintln!("loopwright serves at http://{address} — a token: loopwright token — Ctrl-C stops");
-    let done = tokio::try_join!(
-        app::serve_http(&app, listener, stop.clone()),
-        app::run_worker(&app, &models, stop.clone()),
-        app::run_bot(&app, stop)
-    );
+    let served = async {
+        tokio::try_join!(
+            app::serve_http(&app, listener, stop.clone()),
+            app::run_worker(&app, &models, stop.clone()),
+            app::run_bot(&app, stop.clone())
+        )
+    };
+    let done = tokio::select! {
+        done = served => done.map(|((), (), ())| ()),
+        error = app.database_lost() => Err(error.into()),
+    };
     app.close().await;
-    done.map(|((), (), ())| ())
+    done
 }
