@@ -19,11 +19,16 @@ const CODE_BYTES_MAX: usize = 64;
 /// What the orchestrator should do after a failed call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Advice {
-    /// The same model may answer if asked again.
+    /// The same model may answer if asked again, after `Failure::retry_after_ms` where the provider named a wait.
     SameModel,
     /// This model will not do it; another may.
     OtherModel,
-    /// The key or the account is of no use at present: no other model of this provider will answer either.
+    /// This key will not do it at present; another may. Where there is none: if the code is `transient.rate_limited`, a
+    /// quota of this model is used up and another model may do it; otherwise no model of this provider will.
+    OtherKey,
+    /// The key is refused, or its account is empty for good: it should not be sent again until a person has acted.
+    DisableKey,
+    /// Neither another model nor another key of this provider will help.
     OtherProvider,
     /// Nobody will do it, or nobody should: stop.
     Stop,
