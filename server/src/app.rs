@@ -327,7 +327,7 @@ pub fn catalog() -> Catalog {
 /// No sandbox works here; a provider's setting cannot be used; the rehearsal cannot be read; no git.
 pub async fn toolbox(app: &App, models: &Models) -> anyhow::Result<Toolbox> {
     let config = &app.config;
-    let keys = Keys::new(app.pool.clone(), None, false);
+    let keys = app.store.keys(&config.keys);
     let orchestrator = orchestrator(config, models, &keys).await?;
     let settings = config.sandbox.settings();
     // Finding out starts processes and waits for them.
