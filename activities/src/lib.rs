@@ -13,6 +13,7 @@ pub mod gather;
 pub mod git;
 pub mod implement;
 pub mod index;
+pub mod keys;
 mod landing;
 pub mod orchestrator;
 pub mod plan;
@@ -57,6 +58,7 @@ pub const MIGRATIONS: &[Migration] = &[
     loopwright_engine::migrate::TIMED,
     loopwright_engine::migrate::LABELS,
     loopwright_engine::migrate::START,
+    Migration { version: 20, name: "keys", sql: include_str!("../../migrations/0020_keys.sql") },
 ];
 
 /// Contracts of all activities.

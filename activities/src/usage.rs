@@ -54,6 +54,10 @@ pub struct CallOpened {
     pub key_fingerprint: String,
     /// Last characters of the key for display, at most four; empty for the rehearsed provider.
     pub key_last4: String,
+    /// Row of the user's own key; `None`: a key of the platform, found by its fingerprint. Calls on own keys are booked and
+    /// never charged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub own_key_id: Option<uuid::Uuid>,
     /// Upper estimate of the prompt.
     pub input_tokens_max: u64,
     /// Output limit sent with the request.

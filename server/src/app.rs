@@ -18,6 +18,7 @@ use anyhow::Context;
 use loopwright_activities::{
     billing::{BillingSettings, LedgerHook, MicroCredits, Rate},
     git::Git,
+    keys::Keys,
     orchestrator::{Orchestrator, Routing},
     provider::{Scripted, Settings as ProviderSettings},
     sandbox::Sandbox,
@@ -335,7 +336,8 @@ pub fn catalog() -> Catalog {
 /// No sandbox works here; a provider's setting cannot be used; the rehearsal cannot be read; no git.
 pub async fn toolbox(app: &App, models: &Models) -> anyhow::Result<Toolbox> {
     let config = &app.config;
-    let orchestrator = orchestrator(config, models).await?;
+    let keys = app.store.keys(&config.keys);
+    let orchestrator = orchestrator(config, models, &keys).await?;
     let settings = config.sandbox.settings();
     // Finding out starts processes and waits for them.
     let sandbox = tokio::task::spawn_blocking(move || Sandbox::detect(settings)).await??;
@@ -369,11 +371,11 @@ pub fn providers(config: &Config) -> anyhow::Result<(Routing, ProviderSettings)>
     Ok((routing, settings))
 }
 
-async fn orchestrator(config: &Config, models: &Models) -> anyhow::Result<Orchestrator> {
+async fn orchestrator(config: &Config, models: &Models, keys: &Keys) -> anyhow::Result<Orchestrator> {
     let script = match models {
         Models::Configured => {
             let (routing, settings) = providers(config)?;
-            return Ok(Orchestrator::configured(routing, &settings).await?);
+            return Ok(Orchestrator::configured(routing, &settings, Some(keys)).await?);
         }
         Models::Rehearsed(path) => Scripted::load(path).with_context(|| path.display().to_string())?,
         Models::Demo => Scripted::from_yaml(shipped::REHEARSAL)?,

@@ -65,8 +65,8 @@ pub const INVARIANTS: &[(&str, &str, &str)] = &[
     ),
     (
         "I8",
-        "a call was made without a hold",
-        "select k.id::text from api_key_usage k
+        "a call on a key of the platform was made without a hold",
+        "select k.id::text from api_key_usage k join api_keys y on y.id = k.api_key_id and y.user_id is null
          where not exists (select 1 from credit_transactions h where h.attempt_id = k.attempt_id and h.kind = 'hold' and h.user_id = k.user_id and h.created_at <= k.started_at)",
     ),
     (
@@ -111,7 +111,8 @@ pub const INVARIANTS: &[(&str, &str, &str)] = &[
         "I14",
         "a call's cost is not its tokens times their prices",
         "select k.id::text from api_key_usage k join model_pricing m on m.id = k.pricing_id
-         where k.provider_cost_pusd is null and k.state = 'succeeded' and not k.late and k.cost_pusd <> m.per_request_pusd
+         where k.provider_cost_pusd is null and k.state = 'succeeded' and not k.late
+           and not exists (select from api_keys y where y.id = k.api_key_id and y.user_id is not null) and k.cost_pusd <> m.per_request_pusd
            + (k.tokens_prompt - coalesce(k.tokens_cached, 0) - coalesce(k.tokens_cache_write, 0))::numeric * m.input_umtok
            + coalesce(k.tokens_cached, 0)::numeric * coalesce(m.cached_input_umtok, m.input_umtok)
            + coalesce(k.tokens_cache_write, 0)::numeric * coalesce(m.cache_write_umtok, m.input_umtok)
@@ -133,6 +134,12 @@ pub const INVARIANTS: &[(&str, &str, &str)] = &[
         "I17",
         "a call that did not succeed, or came late, was charged",
         "select id::text from api_key_usage where cost_pusd > 0 and (state <> 'succeeded' or late)",
+    ),
+    (
+        "I18",
+        "a call on a user's own key was charged, or is booked to another user or provider",
+        "select k.id::text, k.user_id from api_key_usage k join api_keys y on y.id = k.api_key_id
+         where y.provider <> k.provider or (y.user_id is not null and (k.cost_pusd <> 0 or k.worst_pusd <> 0 or y.user_id <> k.user_id))",
     ),
 ];
 

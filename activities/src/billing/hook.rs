@@ -4,7 +4,7 @@
 use super::{
     hold,
     ledger::{self, LedgerError},
-    money::{MicroCredits, Rate},
+    money::{MicroCredits, PicoUsd, Rate},
     price,
     returned::{BUDGET_HELD, CREDITS, Returned},
 };
@@ -93,6 +93,10 @@ impl LedgerHook {
         if inserted.rows_affected() == 0 {
             return Ok(None);
         }
+        // What he has brought keys for is free; a call on a key of the platform all the same holds for itself.
+        if brings_keys(conn, owner.user).await? {
+            return Ok(None);
+        }
         let Wanted { all: wanted, least: needed } = self.wanted(conn, start).await?;
         let balance = ledger::lock(conn, owner.user).await?;
         let available = hold::reservable(conn, owner.user, balance).await?;
@@ -168,7 +172,17 @@ impl LedgerHook {
                 format!("{} {} has no price; add one before it is used", call.provider, call.model),
             );
         };
-        let worst = price.worst(call.input_tokens_max, call.output_tokens_max);
+        let own = match call.own_key_id {
+            Some(id) => match own_key(conn, call, owner.user, id).await? {
+                Some(id) => Some(id),
+                None => return refused("key_revoked", "the key was deleted, or is somebody else's".into()),
+            },
+            None => None,
+        };
+        let worst = match own {
+            Some(_) => PicoUsd(0),
+            None => price.worst(call.input_tokens_max, call.output_tokens_max),
+        };
         let (used, held, hold_no): (String, i64, i32) = sqlx::query_as(
             "select (select coalesce(sum(case state when 'started' then worst_pusd else cost_pusd end), 0)::text from api_key_usage where attempt_id = $1),
                     coalesce(sum(held_delta_ucr), 0)::bigint, coalesce(max(hold_no), 0)
@@ -179,7 +193,9 @@ impl LedgerHook {
         .await?;
         let total =
             self.settings.rate.credits(used.parse::<i128>().unwrap_or(i128::MAX).saturating_add(i128::from(worst.0))).0;
-        if total > held {
+        // Every call on a key of the platform has a hold behind it, one that may be free too.
+        let total = if held == 0 { total.max(HOLD_MIN_UCR) } else { total };
+        if own.is_none() && total > held {
             let more = MicroCredits(total - held);
             let available = hold::reservable(conn, owner.user, balance).await?;
             if available < more {
@@ -200,7 +216,10 @@ impl LedgerHook {
             }
             hold::place(conn, owner.user, id, hold_no + 1, more, self.settings.rate).await?;
         }
-        let api_key = api_key(conn, call).await?;
+        let api_key = match own {
+            Some(id) => id,
+            None => api_key(conn, call).await?,
+        };
         sqlx::query(
             "insert into api_key_usage (attempt_id, call_no, call_key, api_key_id, user_id, project_id, provider, model_requested, purpose,
                                         request_sha256, state, pricing_id, worst_pusd)
@@ -299,6 +318,35 @@ async fn budget_left(conn: &mut PgConnection, attempt: &AttemptRef) -> Result<Op
     })
 }
 
+/// Whether a user has brought keys of his own.
+async fn brings_keys(conn: &mut PgConnection, user: Uuid) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar(
+        "select exists (select from api_keys where user_id = $1 and source = 'sealed' and status <> 'revoked')",
+    )
+    .bind(user)
+    .fetch_one(conn)
+    .await
+}
+
+/// The row of a user's own key, if it is his, of that provider, and in use.
+async fn own_key(
+    conn: &mut PgConnection,
+    call: &CallOpened,
+    user: Uuid,
+    id: Uuid,
+) -> Result<Option<Uuid>, sqlx::Error> {
+    sqlx::query_scalar(
+        "select id from api_keys where id = $1 and user_id = $2 and provider = $3 and fingerprint = decode($4, 'hex')
+           and source = 'sealed' and status <> 'revoked'",
+    )
+    .bind(id)
+    .bind(user)
+    .bind(&call.provider)
+    .bind(&call.key_fingerprint)
+    .fetch_optional(conn)
+    .await
+}
+
 async fn api_key(conn: &mut PgConnection, call: &CallOpened) -> Result<Uuid, sqlx::Error> {
     sqlx::query_scalar(
         "with new as (insert into api_keys (provider, source, label, last4, fingerprint) values ($1, 'environment', 'platform', $2, decode($3, 'hex'))
@@ -371,7 +419,9 @@ async fn close(
            tokens_prompt = case when $10 then $11 end, tokens_cached = case when $10 then least($12, $11) end,
            tokens_cache_write = case when $10 then $13 end, tokens_output = case when $10 then $14 end,
            tokens_reasoning = case when $10 then least($15, $14) end,
-           usage_source = $16, pricing_id = coalesce($17, pricing_id), cost_pusd = $18, provider_cost_pusd = $19, raw_usage = $20
+           usage_source = $16, pricing_id = coalesce($17, pricing_id),
+           -- What a user's own key costs is between him and his provider.
+           cost_pusd = case when (select user_id from api_keys where id = api_key_id) is null then $18 else 0 end, provider_cost_pusd = $19, raw_usage = $20
          where id = $1",
     )
     .bind(usage_id)

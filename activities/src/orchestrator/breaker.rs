@@ -6,7 +6,6 @@
 //!                                   ▲                       └──failure──┘
 //! ```
 
-use loopwright_engine::Failure;
 use std::{
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
@@ -16,9 +15,6 @@ use std::{
 pub const FAILURES_TO_OPEN: u32 = 5;
 /// How long it stays open before a probe. Chosen: outages shorter than this are cured by retries.
 pub const OPEN_FOR: Duration = Duration::from_secs(30);
-/// How long a refused key or an empty account keeps its provider out of service: asking again cannot help until
-/// somebody acts, and a minute is soon enough to notice that.
-pub const ACCOUNT_REFUSED_FOR: Duration = Duration::from_secs(60);
 
 /// The health of one provider and key, as this process sees it.
 #[derive(Debug, Default)]
@@ -29,61 +25,52 @@ struct State {
     failures: u32,
     open_until: Option<Instant>,
     probing: bool,
-    /// Why it is open, if not for failures in a row.
-    because: Option<Failure>,
 }
 
 /// Whether a call may be made.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Permit {
-    Allowed,
+    /// With `probe`, this one call finds out for all: give it back if it says nothing ([`Breaker::give_back`]).
+    Allowed { probe: bool },
     /// Not now; ask again after this long.
     Refused(Duration),
-    /// Not now, and this is what the provider said about the key or the account.
-    AccountRefused(Failure),
 }
 
 impl Breaker {
-    /// Asks for a call at `now`. Keep [`Breaker::guard`] while it runs.
+    /// Asks for a call at `now`.
     pub fn permit(&self, now: Instant) -> Permit {
         let mut state = self.lock();
         match state.open_until {
-            None => Permit::Allowed,
-            Some(until) if now < until => match &state.because {
-                Some(failure) => Permit::AccountRefused(failure.clone()),
-                None => Permit::Refused(until - now),
-            },
+            None => Permit::Allowed { probe: false },
+            Some(until) if now < until => Permit::Refused(until - now),
             // Somebody is finding out already.
             Some(_) if state.probing => Permit::Refused(Duration::from_secs(1)),
             Some(_) => {
                 state.probing = true;
-                Permit::Allowed
+                Permit::Allowed { probe: true }
             }
         }
+    }
+    /// Whether calls pass without being a probe.
+    pub fn is_closed(&self) -> bool {
+        self.lock().open_until.is_none()
     }
     /// The provider answered, whatever it said.
     pub fn well(&self) {
         *self.lock() = State::default();
     }
-    /// The provider failed or could not be reached.
-    pub fn unwell(&self, now: Instant) {
+    /// The provider failed or could not be reached. Of a call that began before it opened, this says nothing new.
+    pub fn unwell(&self, now: Instant, probe: bool) {
         let mut state = self.lock();
         state.failures = state.failures.saturating_add(1);
-        if state.probing || state.failures >= FAILURES_TO_OPEN {
+        if probe || (state.open_until.is_none() && state.failures >= FAILURES_TO_OPEN) {
             state.open_until = Some(now + OPEN_FOR);
-            state.because = None;
+            state.probing = false;
         }
-        state.probing = false;
     }
-    /// Gives a probe back when it is dropped: a call that was cancelled, or never made, says nothing.
-    #[must_use]
-    pub fn guard(&self) -> Guard<'_> {
-        Guard(self)
-    }
-    /// The provider refused the key, or its account is empty: the same answer is given until somebody could have acted.
-    pub fn account_refused(&self, now: Instant, failure: Failure) {
-        let open_until = Some(now + ACCOUNT_REFUSED_FOR);
-        *self.lock() = State { open_until, because: Some(failure), ..State::default() };
+    /// Gives a probe back: a call that was cancelled, or never made, says nothing.
+    pub fn give_back(&self) {
+        self.lock().probing = false;
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
@@ -91,53 +78,52 @@ impl Breaker {
     }
 }
 
-/// See [`Breaker::guard`].
-pub struct Guard<'a>(&'a Breaker);
-
-impl Drop for Guard<'_> {
-    fn drop(&mut self) {
-        self.0.lock().probing = false;
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const ALLOWED: Permit = Permit::Allowed { probe: false };
+    const PROBE: Permit = Permit::Allowed { probe: true };
 
     #[test]
     fn it_opens_after_failures_in_a_row_and_lets_one_probe_through() {
         let breaker = Breaker::default();
         let start = Instant::now();
         for _ in 0..FAILURES_TO_OPEN - 1 {
-            breaker.unwell(start);
+            breaker.unwell(start, false);
         }
         breaker.well();
         for _ in 0..FAILURES_TO_OPEN {
-            assert_eq!(breaker.permit(start), Permit::Allowed);
-            breaker.unwell(start);
+            assert_eq!(breaker.permit(start), ALLOWED);
+            breaker.unwell(start, false);
         }
+        assert!(!breaker.is_closed());
         assert_eq!(breaker.permit(start), Permit::Refused(OPEN_FOR));
         let later = start + OPEN_FOR;
-        assert_eq!(breaker.permit(later), Permit::Allowed);
+        assert_eq!(breaker.permit(later), PROBE);
         assert!(matches!(breaker.permit(later), Permit::Refused(_)), "one probe only");
-        breaker.unwell(later);
+        breaker.unwell(later, true);
         assert_eq!(breaker.permit(later), Permit::Refused(OPEN_FOR));
         let much_later = later + OPEN_FOR;
-        assert_eq!(breaker.permit(much_later), Permit::Allowed);
-        drop(breaker.guard());
-        assert_eq!(breaker.permit(much_later), Permit::Allowed, "a cancelled probe is given back");
+        assert_eq!(breaker.permit(much_later), PROBE);
+        breaker.give_back();
+        assert_eq!(breaker.permit(much_later), PROBE, "a cancelled probe is given back");
         breaker.well();
-        assert_eq!(breaker.permit(much_later), Permit::Allowed);
-        assert_eq!(breaker.permit(much_later), Permit::Allowed);
+        assert_eq!(breaker.permit(much_later), ALLOWED);
+        assert_eq!(breaker.permit(much_later), ALLOWED);
     }
 
     #[test]
-    fn a_refused_key_is_not_asked_again_at_once() {
+    fn a_call_from_before_neither_prolongs_it_nor_lets_a_second_probe_through() {
         let breaker = Breaker::default();
         let start = Instant::now();
-        let failure = Failure::permanent("provider.key_invalid", "x refused the key");
-        breaker.account_refused(start, failure.clone());
-        assert_eq!(breaker.permit(start), Permit::AccountRefused(failure));
-        assert_eq!(breaker.permit(start + ACCOUNT_REFUSED_FOR), Permit::Allowed);
+        for _ in 0..FAILURES_TO_OPEN {
+            breaker.unwell(start, false);
+        }
+        let later = start + OPEN_FOR;
+        breaker.unwell(later, false);
+        assert_eq!(breaker.permit(later), PROBE);
+        breaker.unwell(later, false);
+        assert!(matches!(breaker.permit(later), Permit::Refused(_)));
     }
 }

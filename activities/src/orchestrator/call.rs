@@ -2,20 +2,25 @@
 //! sent and closed with what became of it.
 
 use super::{
-    Message, Reply, Request, Role, ToolCall,
-    breaker::{Breaker, Permit},
-    budget,
+    Message, Reply, Request, Role, ToolCall, budget,
+    own::{Own, Owners},
     route::{Candidate, Routing},
+    service::{Blocked, Pool, Running, Slot},
     structured::Shape,
 };
 use crate::{
+    keys::{Board, Grant, KeyRef, Keys, Rates, Taken},
     provider::{
         Advice, Call, Completion, Provider, ProviderError, RequestIdSlot, Settings, estimate::request_tokens_max, hex,
         settings::SettingsError,
     },
     usage::{CallClosed, CallOpened, CallState, PlannedCall},
 };
-use loopwright_engine::{Failure, FailureKind, activity::Context, ids::AttemptId};
+use loopwright_engine::{
+    Failure, FailureKind,
+    activity::{AttemptInfo, Context},
+    ids::AttemptId,
+};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::{
@@ -30,6 +35,14 @@ pub const TRIES_PER_CANDIDATE: u32 = 2;
 const CLOSE_TRIES_MAX: u32 = 3;
 /// Most calls that failed whose request counts are remembered: many times what a worker runs at once.
 const COUNTS_MAX: usize = 4_096;
+
+/// How long a key rests whose quota of the day is used up. Chosen: days end at hours that providers choose; it costs one
+/// refused request in ten minutes.
+const DAY_QUOTA_COOLS_FOR: Duration = Duration::from_secs(10 * 60);
+/// How long a key rests whose account is empty: soon enough after somebody has topped it up.
+const NO_BALANCE_COOLS_FOR: Duration = Duration::from_secs(60 * 60);
+/// Mark of a wait for a budget of ours, inside this file only.
+const BUDGET_PER_MINUTE: &str = "budget per minute";
 
 /// How long the orchestrator waits; [`Default`] is what production uses, tests make it short.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,8 +65,12 @@ pub struct Orchestrator(Arc<Inner>);
 
 struct Inner {
     routing: Routing,
-    services: BTreeMap<&'static str, Service>,
+    pools: BTreeMap<&'static str, Pool>,
     pace: Pace,
+    board: Arc<Board>,
+    /// Without a database nobody shares a budget.
+    rates: Option<Rates>,
+    owners: Option<Owners>,
     /// Windows that servers named when they refused a prompt, by provider and model: smaller than we were told.
     windows: Mutex<BTreeMap<(String, String), u64>>,
     /// Requests that failed calls have made, by attempt and key: an activity that asks again under the same key in the
@@ -61,9 +78,24 @@ struct Inner {
     counts: Mutex<VecDeque<((AttemptId, String), u32)>>,
 }
 
-struct Service {
-    provider: Arc<dyn Provider>,
-    breaker: Breaker,
+/// A candidate, and whose keys serve it.
+#[derive(Clone)]
+struct Choice {
+    candidate: Candidate,
+    own: bool,
+}
+
+/// Why a candidate is not asked now.
+enum Refused {
+    /// It may be after this long.
+    Later(Failure, Duration),
+    No(Failure),
+}
+
+/// A key, and what a call takes of its budgets.
+struct Admitted {
+    running: Running,
+    grants: Vec<Grant>,
 }
 
 /// What became of one candidate.
@@ -127,6 +159,7 @@ struct Task<'a> {
     saved: String,
     request: Request,
     shape: Option<Shape>,
+    own: Option<Arc<Own>>,
 }
 
 impl Orchestrator {
@@ -139,15 +172,38 @@ impl Orchestrator {
     /// As [`Orchestrator::new`], with other waits.
     #[must_use]
     pub fn with_pace(routing: Routing, providers: Vec<Arc<dyn Provider>>, pace: Pace) -> Self {
-        let services: BTreeMap<&'static str, Service> = providers
-            .into_iter()
-            .map(|provider| (provider.name(), Service { provider, breaker: Breaker::default() }))
-            .collect();
-        let names: Vec<&str> = services.keys().copied().collect();
+        Self::build(routing, providers, pace, None)
+    }
+
+    /// As [`Orchestrator::with_pace`], with keys that all workers share: their standing, their budgets per minute, and those
+    /// of users, whose clients are made with `settings`.
+    #[must_use]
+    pub fn with_keys(
+        routing: Routing,
+        providers: Vec<Arc<dyn Provider>>,
+        pace: Pace,
+        keys: &Keys,
+        settings: Settings,
+    ) -> Self {
+        Self::build(routing, providers, pace, Some((keys, settings)))
+    }
+
+    fn build(routing: Routing, providers: Vec<Arc<dyn Provider>>, pace: Pace, keys: Option<(&Keys, Settings)>) -> Self {
+        let mut slots: BTreeMap<&'static str, Vec<Arc<Slot>>> = BTreeMap::new();
+        for provider in providers {
+            slots.entry(provider.name()).or_default().push(Arc::new(Slot::platform(provider)));
+        }
+        let pools: BTreeMap<&'static str, Pool> =
+            slots.into_iter().map(|(name, slots)| (name, Pool::new(slots))).collect();
+        let names: Vec<&str> = pools.keys().copied().collect();
         let inner = Inner {
-            routing: routing.only(&names),
-            services,
+            // A user's keys may serve providers that are not configured.
+            routing: if keys.is_some() { routing } else { routing.only(&names) },
+            pools,
             pace,
+            board: keys.as_ref().map(|(keys, _)| keys.board()).unwrap_or_default(),
+            rates: keys.as_ref().map(|(keys, _)| keys.rates()),
+            owners: keys.map(|(keys, settings)| Owners::new(keys.clone(), settings)),
             windows: Mutex::default(),
             counts: Mutex::default(),
         };
@@ -159,7 +215,9 @@ impl Orchestrator {
     ///
     /// # Errors
     /// A key that cannot be sent; a server without a known model where no other provider is configured.
-    pub async fn configured(routing: Routing, settings: &Settings) -> Result<Self, SettingsError> {
+    /// # Transaction
+    /// With `keys`, the rows of the platform's keys are written where they are missing.
+    pub async fn configured(routing: Routing, settings: &Settings, keys: Option<&Keys>) -> Result<Self, SettingsError> {
         let unnamed = settings.openai_model.is_none()
             && !Role::ALL.iter().all(|role| {
                 settings.role_models.contains_key(role)
@@ -178,7 +236,14 @@ impl Orchestrator {
                 });
             }
         }
-        Ok(Self::new(routing.with_settings(settings, offered.as_ref()), settings.providers()?))
+        let (routing, providers) = (routing.with_settings(settings, offered.as_ref()), settings.providers()?);
+        let Some(keys) = keys else { return Ok(Self::new(routing, providers)) };
+        let identities = providers.iter().map(|provider| (provider.name().to_owned(), provider.key()));
+        let rows: Vec<_> = identities.map(|(name, key)| (name, key.fingerprint, key.last4)).collect();
+        if let Err(error) = keys.board().register(&rows).await {
+            tracing::warn!(%error, "keys are not listed before their first call");
+        }
+        Ok(Self::with_keys(routing, providers, Pace::default(), keys, settings.clone()))
     }
 
     /// One model call with fallback over the candidates of its role.
@@ -197,9 +262,10 @@ impl Orchestrator {
             return serde_json::from_value(recorded).map_err(|error| unreadable(key, &error));
         }
         let shape = request.output_schema.as_ref().map(Shape::new).transpose()?;
-        let mut candidates = self.usable(ctx, &request);
-        if candidates.is_empty() {
-            return Err(self.no_candidate(request.role));
+        let own = self.own(ctx.info()).await?;
+        let mut choices = self.usable(ctx, &request, own.as_deref());
+        if choices.is_empty() {
+            return Err(own.map_or_else(|| self.no_candidate(request.role), |own| own.none_for(request.role)));
         }
         let mut unusable = None;
         // Only a former attempt can have left one that this one does not know.
@@ -210,26 +276,22 @@ impl Orchestrator {
             }
         }
         if let Some(first) = &unusable {
-            candidates.sort_by_key(|c| !first.is_from(c));
+            choices.sort_by_key(|choice| !first.is_from(&choice.candidate));
         }
-        let task = Task { ctx, key, saved, request, shape };
+        let task = Task { ctx, key, saved, request, shape, own };
         let mut progress = Progress { requests: self.requests_so_far(ctx, key), unusable };
-        let outcome = self.ask_all(&task, &candidates, &mut progress).await;
+        let outcome = self.ask_all(&task, &choices, &mut progress).await;
         if outcome.is_err() {
             self.count(ctx, key, progress.requests);
         }
         outcome
     }
 
-    async fn ask_all(
-        &self,
-        task: &Task<'_>,
-        candidates: &[Candidate],
-        progress: &mut Progress,
-    ) -> Result<Reply, Failure> {
+    async fn ask_all(&self, task: &Task<'_>, choices: &[Choice], progress: &mut Progress) -> Result<Reply, Failure> {
         let mut failures = Vec::new();
-        for candidate in candidates {
-            match self.ask(task, candidate, progress).await {
+        for choice in choices {
+            let candidate = &choice.candidate;
+            match self.ask(task, choice, progress).await {
                 Verdict::Answered(reply) => return Ok(reply),
                 Verdict::Stop(failure) => return Err(failure),
                 Verdict::Next(failure) => {
@@ -244,36 +306,59 @@ impl Orchestrator {
     /// Candidates of a role as (provider, model), for `Activity::reserve`.
     #[must_use]
     pub fn candidates(&self, role: Role) -> Vec<(String, String)> {
-        let list = self.0.routing.candidates(role).iter();
-        list.map(|candidate| (candidate.provider.clone(), candidate.model.clone())).collect()
+        self.configured_for(role).map(|candidate| (candidate.provider.clone(), candidate.model.clone())).collect()
     }
 
     /// `count` calls with a role as `Activity::reserve` states them, room for thinking included.
     #[must_use]
     pub fn planned(&self, role: Role, count: u32, input_tokens: u64, output_tokens: u32) -> PlannedCall {
-        let list = self.0.routing.candidates(role).iter();
-        let output = list.map(|candidate| output_limit(candidate, output_tokens)).max().unwrap_or(output_tokens);
+        let output = self
+            .configured_for(role)
+            .map(|candidate| output_limit(candidate, output_tokens))
+            .max()
+            .unwrap_or(output_tokens);
         PlannedCall { candidates: self.candidates(role), count, input_tokens, output_tokens: u64::from(output) }
     }
 
     /// Whether answers come from a script and from nowhere else.
     #[must_use]
     pub fn is_rehearsed(&self) -> bool {
-        !self.0.services.is_empty() && self.0.services.keys().all(|name| *name == "rehearsed")
+        !self.0.pools.is_empty() && self.0.pools.keys().all(|name| *name == "rehearsed")
     }
 
-    fn usable(&self, ctx: &Context, request: &Request) -> Vec<Candidate> {
+    /// The candidates of a role that the platform's keys serve.
+    fn configured_for(&self, role: Role) -> impl Iterator<Item = &Candidate> {
+        let list = self.0.routing.candidates(role).iter();
+        list.filter(|candidate| self.0.pools.contains_key(candidate.provider.as_str()))
+    }
+
+    /// What the run's user has brought.
+    async fn own(&self, info: &AttemptInfo) -> Result<Option<Arc<Own>>, Failure> {
+        let user = info.attributes.get("user_id").and_then(Value::as_str).and_then(|id| uuid::Uuid::parse_str(id).ok());
+        match (&self.0.owners, user) {
+            (Some(owners), Some(user)) if !self.is_rehearsed() => owners.of(user).await,
+            _ => Ok(None),
+        }
+    }
+
+    fn usable(&self, ctx: &Context, request: &Request, own: Option<&Own>) -> Vec<Choice> {
         let routing = &self.0.routing;
         let overridden = (!self.is_rehearsed()).then(|| routing.overridden(request.role, &ctx.info().extras)).flatten();
-        let mut list = overridden.unwrap_or_else(|| routing.candidates(request.role).to_vec());
-        list.retain(|candidate| {
-            self.0.services.contains_key(candidate.provider.as_str()) && (candidate.tools || request.tools.is_empty())
-        });
+        let listed = overridden.unwrap_or_else(|| routing.candidates(request.role).to_vec());
+        let mut list: Vec<Choice> = Vec::new();
+        if let Some(own) = own {
+            list.extend(own.candidates(&listed).into_iter().map(|candidate| Choice { candidate, own: true }));
+        }
+        if own.is_none_or(|own| own.platform_fallback) {
+            let served = listed.into_iter().filter(|c| self.0.pools.contains_key(c.provider.as_str()));
+            list.extend(served.map(|candidate| Choice { candidate, own: false }));
+        }
+        list.retain(|choice| choice.candidate.tools || request.tools.is_empty());
         list
     }
 
     fn no_candidate(&self, role: Role) -> Failure {
-        let message = if self.0.services.is_empty() {
+        let message = if self.0.pools.is_empty() {
             "no model provider is configured: set GEMINI_API_KEY, OPENROUTER_API_KEY or OPENAI_BASE_URL".to_owned()
         } else {
             format!("no configured provider has a model for the role {}: set {}", role.name(), role.setting())
@@ -281,8 +366,66 @@ impl Orchestrator {
         Failure::permanent("model.unavailable", message)
     }
 
-    async fn ask(&self, task: &Task<'_>, candidate: &Candidate, progress: &mut Progress) -> Verdict {
-        let Some(service) = self.0.services.get(candidate.provider.as_str()) else {
+    fn pool<'a>(&'a self, task: &'a Task<'_>, choice: &Choice) -> Option<&'a Pool> {
+        let provider = choice.candidate.provider.as_str();
+        match (choice.own, &task.own) {
+            (true, Some(own)) => own.pools.get(provider),
+            _ => self.0.pools.get(provider),
+        }
+    }
+
+    /// Takes a key that is in service and the call's part of its budgets per minute. Whatever is taken and not used goes back.
+    async fn admit(&self, pool: &Pool, choice: &Choice, tokens: u64) -> Result<Admitted, Refused> {
+        let candidate = &choice.candidate;
+        self.0.board.refresh().await;
+        let mut skip = Vec::new();
+        let mut soonest: Option<Duration> = None;
+        loop {
+            let (at, running) = match pool.take(&self.0.board, &candidate.model, Instant::now(), &skip) {
+                Ok(taken) => taken,
+                Err(blocked) => return Err(refused(candidate, blocked, soonest)),
+            };
+            match self.spend(&running.slot, candidate, tokens).await {
+                Ok(grants) => return Ok(Admitted { running, grants }),
+                Err(wait) => {
+                    soonest = Some(soonest.map_or(wait, |known| known.min(wait)));
+                    skip.push(at);
+                }
+            }
+        }
+    }
+
+    /// A call's part of the budgets per minute of a key of the platform; or how long to wait.
+    async fn spend(&self, slot: &Slot, candidate: &Candidate, tokens: u64) -> Result<Vec<Grant>, Duration> {
+        let (Some(rates), KeyRef::Platform { fingerprint, .. }) = (&self.0.rates, &slot.key) else {
+            return Ok(Vec::new());
+        };
+        let scope = |what: &str| format!("{what} {} {} {fingerprint}", candidate.provider, candidate.model);
+        let budgets = [
+            ("requests", candidate.requests_per_minute.map(u64::from), 1),
+            ("tokens", candidate.tokens_per_minute, tokens),
+        ];
+        let mut grants = Vec::new();
+        for (what, budget, need) in budgets {
+            let Some(budget) = budget else { continue };
+            match rates.take(&scope(what), budget, need).await {
+                Ok(Taken::Granted(grant)) => grants.push(grant),
+                Ok(Taken::Wait(wait)) => {
+                    for grant in &grants {
+                        rates.give_back(grant, 0).await;
+                    }
+                    return Err(wait);
+                }
+                // A budget that cannot be asked for must not stop work: the provider still says when it is too much.
+                Err(error) => tracing::warn!(%error, "a budget per minute could not be asked for"),
+            }
+        }
+        Ok(grants)
+    }
+
+    async fn ask(&self, task: &Task<'_>, choice: &Choice, progress: &mut Progress) -> Verdict {
+        let candidate = &choice.candidate;
+        let Some(pool) = self.pool(task, choice) else {
             return Verdict::Next(self.no_candidate(task.request.role));
         };
         let mut request = task.request.clone();
@@ -293,8 +436,11 @@ impl Orchestrator {
         }
         let mut limit = output_limit(candidate, request.max_output_tokens);
         let mut tries_left = TRIES_PER_CANDIDATE;
+        // Every key may refuse once; a change of keys is no second try.
+        let mut changes_left = pool.slots.len().saturating_sub(1);
+        let mut waited = Duration::ZERO;
         loop {
-            tries_left -= 1;
+            tries_left = tries_left.saturating_sub(1);
             let window = self.window(candidate);
             // In a small window the answer gets at most half.
             limit = limit.min(u32::try_from(window / 2).unwrap_or(u32::MAX)).max(1);
@@ -305,18 +451,29 @@ impl Orchestrator {
             if let Err(failure) = task.ctx.check_cancelled() {
                 return Verdict::Stop(failure);
             }
-            match service.breaker.permit(Instant::now()) {
-                Permit::Allowed => {}
-                Permit::AccountRefused(failure) => return Verdict::Next(failure),
-                Permit::Refused(wait) => {
-                    let message = format!("{} is out of service after repeated failures", candidate.provider);
-                    let failure = Failure::retryable("model.unavailable", message);
-                    return Verdict::Next(failure.with_retry_after_ms(milliseconds(wait)));
+            let admitted = loop {
+                match self.admit(pool, choice, request_tokens_max(&fitted)).await {
+                    Ok(admitted) => break admitted,
+                    Err(Refused::No(failure)) => return Verdict::Next(failure),
+                    Err(Refused::Later(failure, wait)) => {
+                        // Budgets come back in small parts; what a provider or a breaker asks for is waited for outside.
+                        waited += wait;
+                        if failure.code != BUDGET_PER_MINUTE || waited > self.0.pace.wait_max {
+                            return Verdict::Next(outward(failure));
+                        }
+                        if let Err(failure) = sleep(task, wait).await {
+                            return Verdict::Stop(failure);
+                        }
+                    }
                 }
+            };
+            let outcome = self.request(task, &admitted.running, candidate, &fitted, limit, repairing, progress).await;
+            self.settle_grants(&admitted.grants, &outcome).await;
+            let mut cooled = None;
+            if let Err(Interrupted::Provider(error)) = &outcome {
+                cooled = self.remember(&admitted.running.slot, candidate, error).await;
             }
-            let probe = service.breaker.guard();
-            let outcome = self.request(task, service, candidate, &fitted, limit, repairing, progress).await;
-            drop(probe);
+            drop(admitted);
             let error = match outcome {
                 Ok(Judged::Reply(reply)) => return Verdict::Answered(reply),
                 Ok(Judged::Unusable(answer)) => {
@@ -332,9 +489,18 @@ impl Orchestrator {
                 Err(Interrupted::Engine(failure)) => return Verdict::Stop(failure),
                 Err(Interrupted::Provider(error)) => *error,
             };
+            let key_is_out = cooled.is_some()
+                || is_out(&error.failure)
+                || matches!(error.advice, Advice::OtherKey | Advice::DisableKey);
+            if key_is_out && changes_left > 0 && pool.is_free(&self.0.board, &candidate.model, Instant::now()) {
+                changes_left -= 1;
+                tries_left += 1;
+                continue;
+            }
             match error.advice {
                 Advice::Stop => return Verdict::Stop(error.failure),
-                Advice::OtherProvider => return Verdict::Next(error.failure),
+                // The keys that could take over have been tried: what is left is another candidate.
+                Advice::OtherProvider | Advice::OtherKey | Advice::DisableKey => return Verdict::Next(error.failure),
                 Advice::OtherModel if error.failure.code == "model.context_overflow" && tries_left > 0 => {
                     self.learn_window(candidate, &fitted, limit, error.context_tokens);
                     // Only a shorter request is worth a second try.
@@ -342,7 +508,7 @@ impl Orchestrator {
                         return Verdict::Next(error.failure);
                     }
                 }
-                Advice::OtherModel | Advice::OtherKey | Advice::DisableKey => return Verdict::Next(error.failure),
+                Advice::OtherModel => return Verdict::Next(error.failure),
                 Advice::SameModel if tries_left == 0 => return Verdict::Next(error.failure),
                 Advice::SameModel if error.failure.code == "model.truncated" && error.stream_completed => {
                     // It reached its limit: the same limit would be reached again.
@@ -352,17 +518,65 @@ impl Orchestrator {
                     limit = limit.saturating_mul(2).min(candidate.max_output_tokens);
                 }
                 Advice::SameModel => {
-                    let wait = error.retry_after().unwrap_or_else(|| jittered(self.0.pace.backoff));
+                    let wait = cooled.or_else(|| error.retry_after()).unwrap_or_else(|| jittered(self.0.pace.backoff));
                     if wait > self.0.pace.wait_max {
                         return Verdict::Next(error.failure);
                     }
-                    tokio::select! {
-                        biased;
-                        () = task.ctx.cancellation().cancelled() => return Verdict::Stop(Failure::cancelled()),
-                        () = tokio::time::sleep(wait) => {}
+                    if let Err(failure) = sleep(task, wait).await {
+                        return Verdict::Stop(failure);
                     }
                 }
             }
+        }
+    }
+
+    /// Tells everybody what an error says of its key: how long it is left alone, if it is too much for it; that it is out of
+    /// service, if it was refused.
+    async fn remember(&self, slot: &Slot, candidate: &Candidate, error: &ProviderError) -> Option<Duration> {
+        let board = &self.0.board;
+        let failure = &error.failure;
+        match failure.code.as_str() {
+            _ if error.advice == Advice::DisableKey => {
+                board.disable(&slot.key, failure).await;
+                None
+            }
+            "transient.rate_limited" => {
+                let asked = error.retry_after();
+                let wait = match error.advice {
+                    // A quota of the day: the wait that some name beside it is the one of the minute.
+                    Advice::OtherModel | Advice::OtherKey => asked.unwrap_or_default().max(DAY_QUOTA_COOLS_FOR),
+                    _ => asked.unwrap_or_else(|| jittered(self.0.pace.backoff)),
+                };
+                // 402: the budget of running requests, which is the key's. A limit of requests is the model's.
+                let model = (error.http_status != Some(402)).then_some(candidate.model.as_str());
+                Some(board.cool(&slot.key, model, wait, failure).await)
+            }
+            "provider.key_invalid" => {
+                board.disable(&slot.key, failure).await;
+                None
+            }
+            // Gemini's prepaid balance does not come back by itself; other accounts fill again.
+            "provider.no_balance" if candidate.provider == "gemini" => {
+                board.disable(&slot.key, failure).await;
+                None
+            }
+            "provider.no_balance" => {
+                board.cool(&slot.key, None, NO_BALANCE_COOLS_FOR, failure).await;
+                None
+            }
+            _ => None,
+        }
+    }
+
+    /// Gives back what a prompt was estimated too high, and all of it if it was never served.
+    async fn settle_grants(&self, grants: &[Grant], outcome: &Result<Judged, Interrupted>) {
+        let Some(rates) = &self.0.rates else { return };
+        let spent = match outcome {
+            Ok(Judged::Reply(reply)) => reply.tokens_prompt,
+            _ => return,
+        };
+        if let Some(tokens) = grants.iter().find(|grant| grant.scope.starts_with("tokens ")) {
+            rates.give_back(tokens, spent).await;
         }
     }
 
@@ -371,7 +585,7 @@ impl Orchestrator {
     async fn request(
         &self,
         task: &Task<'_>,
-        service: &Service,
+        running: &Running,
         candidate: &Candidate,
         request: &Request,
         limit: u32,
@@ -381,13 +595,14 @@ impl Orchestrator {
         let ctx = task.ctx;
         let meter_key = format!("{}.a{}.{}", task.key, ctx.info().attempt, progress.requests);
         progress.requests += 1;
-        let opened = opened(service.provider.as_ref(), candidate, request, limit);
+        let opened = opened(&running.slot, candidate, request, limit);
         ctx.meter_open(&meter_key, &to_value(&opened)?).await?;
         let started = Instant::now();
         let request_id = RequestIdSlot::default();
         // A repair is another question: a script may answer it differently.
         let key = if repairing { format!("{}~repair", task.key) } else { task.key.to_owned() };
-        let result = service
+        let result = running
+            .slot
             .provider
             .complete(Call {
                 request,
@@ -401,7 +616,9 @@ impl Orchestrator {
                 request_id: &request_id,
             })
             .await;
-        observe(service, candidate, &result, started.elapsed());
+        observe(running, candidate, &result, started.elapsed());
+        let result = result
+            .map_err(|error| if running.slot.own_id().is_some() { to_its_owner(error, candidate) } else { error });
         match result {
             Ok(completion) => {
                 let judged = judge(task, candidate, &completion);
@@ -501,8 +718,8 @@ fn output_limit(candidate: &Candidate, asked: u32) -> u32 {
     asked.saturating_add(candidate.thinking_tokens).min(candidate.max_output_tokens).max(1)
 }
 
-fn opened(provider: &dyn Provider, candidate: &Candidate, request: &Request, limit: u32) -> CallOpened {
-    let key = provider.key();
+fn opened(slot: &Slot, candidate: &Candidate, request: &Request, limit: u32) -> CallOpened {
+    let key = slot.provider.key();
     let sent = json!({ "provider": candidate.provider, "model": candidate.model, "limit": limit, "request": request });
     CallOpened {
         provider: candidate.provider.clone(),
@@ -511,6 +728,7 @@ fn opened(provider: &dyn Provider, candidate: &Candidate, request: &Request, lim
         request_sha256: hex(&Sha256::digest(sent.to_string().as_bytes())),
         key_fingerprint: key.fingerprint,
         key_last4: key.last4,
+        own_key_id: slot.own_id(),
         input_tokens_max: request_tokens_max(request),
         output_tokens_max: u64::from(limit),
     }
@@ -608,21 +826,18 @@ fn append_repair(request: &mut Request, text: &str, errors: &[String]) {
 }
 
 /// Updates the breaker and the metrics.
-fn observe(service: &Service, candidate: &Candidate, result: &Result<Completion, ProviderError>, elapsed: Duration) {
-    let now = Instant::now();
+fn observe(running: &Running, candidate: &Candidate, result: &Result<Completion, ProviderError>, elapsed: Duration) {
+    let breaker = &running.slot.breaker;
     let outcome = match result {
         Ok(_) => {
-            service.breaker.well();
+            breaker.well();
             "ok".to_owned()
         }
         Err(error) => {
-            match (error.failure.kind, error.failure.code.as_str()) {
-                (FailureKind::Cancelled, _) => {}
-                (_, "provider.key_invalid" | "provider.no_balance") => {
-                    service.breaker.account_refused(now, error.failure.clone());
-                }
-                _ if error.unwell => service.breaker.unwell(now),
-                _ => service.breaker.well(),
+            match error.failure.kind {
+                FailureKind::Cancelled => {}
+                _ if error.unwell => breaker.unwell(Instant::now(), running.probe),
+                _ => breaker.well(),
             }
             error.failure.code.clone()
         }
@@ -630,6 +845,63 @@ fn observe(service: &Service, candidate: &Candidate, result: &Result<Completion,
     let labels = [("provider", candidate.provider.clone()), ("model", candidate.model.clone()), ("outcome", outcome)];
     metrics::counter!("loopwright_model_requests_total", &labels).increment(1);
     metrics::histogram!("loopwright_model_request_seconds", &labels).record(elapsed.as_secs_f64());
+}
+
+/// What only its owner can cure is said to him, not in the words of the operator's settings.
+fn to_its_owner(mut error: ProviderError, candidate: &Candidate) -> ProviderError {
+    let what = match error.failure.code.as_str() {
+        "provider.key_invalid" => "refused your key: replace it",
+        "provider.no_balance" => "says that the account of your key is empty: top it up, or replace the key",
+        _ => return error,
+    };
+    error.failure.message = format!("{} {what}", candidate.provider);
+    error
+}
+
+/// Whether a failure takes its key out of service.
+fn is_out(failure: &Failure) -> bool {
+    matches!(failure.code.as_str(), "provider.key_invalid" | "provider.no_balance")
+}
+
+/// Why no key of a candidate can be used, and whether waiting helps. `budget`: the soonest wait for a budget per minute.
+fn refused(candidate: &Candidate, blocked: Blocked, budget: Option<Duration>) -> Refused {
+    let provider = &candidate.provider;
+    let (code, wait) = match (blocked, budget) {
+        (Blocked::Wait { code, wait }, Some(soonest)) if wait < soonest => (code, wait),
+        (_, Some(soonest)) => (BUDGET_PER_MINUTE, soonest),
+        (Blocked::Wait { code, wait }, None) => (code, wait),
+        (Blocked::Out { said: Some(failure), .. }, None) => return Refused::No(failure),
+        (Blocked::Out { said: None, reason }, None) => {
+            let code = if reason.starts_with("provider.") { reason } else { "provider.key_disabled".to_owned() };
+            let message = format!(
+                "no key for {provider} is in service: replace it, or see `loopwright api-keys list` and enable it again"
+            );
+            return Refused::No(Failure::permanent(code, message));
+        }
+    };
+    let message = match code {
+        BUDGET_PER_MINUTE => format!("the budget per minute of {provider} {} is used up", candidate.model),
+        "model.unavailable" => format!("{provider} is out of service after repeated failures"),
+        _ => format!("{provider}: every key has to wait"),
+    };
+    Refused::Later(Failure::retryable(code, message).with_retry_after_ms(milliseconds(wait).max(1)), wait)
+}
+
+/// A budget per minute of ours is told like a limit of the provider's.
+fn outward(mut failure: Failure) -> Failure {
+    if failure.code == BUDGET_PER_MINUTE {
+        failure.code = "transient.rate_limited".to_owned();
+    }
+    failure
+}
+
+/// Waits inside a call; the run may end it.
+async fn sleep(task: &Task<'_>, wait: Duration) -> Result<(), Failure> {
+    tokio::select! {
+        biased;
+        () = task.ctx.cancellation().cancelled() => Err(Failure::cancelled()),
+        () = tokio::time::sleep(wait) => Ok(()),
+    }
 }
 
 /// The failure with the names of its provider and model in its detail.

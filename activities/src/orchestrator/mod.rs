@@ -3,18 +3,21 @@
 //! ```text
 //! call(key, request)
 //!   checkpoint `call:<key>`? ── yes ─▶ the recorded Reply
-//!   for each candidate of the role (route), at most two tries, unless its provider is out of service (breaker)
-//!     fit the prompt into its window (budget) ─▶ meter_open ─▶ Provider::complete ─▶ judge the answer (structured)
+//!   for each candidate of the role (route, own), at most two tries
+//!     fit the prompt into its window (budget) ─▶ take a key (service: standing, breaker) and a part of its budget per
+//!     minute (keys::Rates) ─▶ meter_open ─▶ Provider::complete ─▶ judge the answer (structured)
 //!     ─▶ meter_close with the Reply as checkpoint, one transaction ─▶ Reply
 //! ```
 //!
-//! It does not know prices, credits or Postgres: readings carry what billing needs. This file holds the types that
+//! It does not know prices, credits or Postgres: readings carry what billing needs, `keys` keeps what workers share. This file holds the types that
 //! activities see; start reading at [`Orchestrator::call`].
 
 pub mod breaker;
 pub mod budget;
 mod call;
+mod own;
 pub mod route;
+mod service;
 pub mod structured;
 
 pub use call::{Orchestrator, Pace};

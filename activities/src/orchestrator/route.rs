@@ -14,6 +14,8 @@ const FILE_BYTES_MAX: usize = 256 * 1024;
 const CONTEXT_TOKENS_DEFAULT: u64 = 128_000;
 /// Output limit assumed for a model that only a setting names, in tokens. Chosen: what local servers grant.
 const OUTPUT_TOKENS_DEFAULT: u32 = 8_192;
+/// Context window assumed for a user's own server, in tokens; one that is smaller says so, and is believed.
+const OWN_CONTEXT_TOKENS: u64 = 32_768;
 /// Context window assumed for an OpenAI-compatible server of which nothing is known, in tokens.
 const LOCAL_CONTEXT_TOKENS_DEFAULT: u64 = 16_384;
 
@@ -43,6 +45,12 @@ pub struct Candidate {
     /// Room added to each output limit for thinking.
     #[serde(default)]
     pub thinking_tokens: u32,
+    /// Requests that one key of the platform may make of it in any 60 seconds, over all workers.
+    #[serde(default)]
+    pub requests_per_minute: Option<u32>,
+    /// Prompt tokens likewise.
+    #[serde(default)]
+    pub tokens_per_minute: Option<u64>,
 }
 
 fn yes() -> bool {
@@ -100,6 +108,8 @@ impl Routing {
                     "its output limit is 0"
                 } else if u64::from(candidate.max_output_tokens) >= candidate.context_tokens {
                     "its window has no room for a prompt besides the longest answer"
+                } else if candidate.requests_per_minute == Some(0) || candidate.tokens_per_minute == Some(0) {
+                    "a budget per minute is 0: leave it out, or leave the candidate out"
                 } else {
                     continue;
                 };
@@ -131,6 +141,8 @@ impl Routing {
             tools: true,
             thinking: None,
             thinking_tokens: 0,
+            requests_per_minute: None,
+            tokens_per_minute: None,
         };
         Self { roles: Role::ALL.into_iter().map(|role| (role, vec![candidate(role)])).collect() }
     }
@@ -246,7 +258,15 @@ fn named(provider: &str, model: &str, context_tokens: u64) -> Candidate {
         tools: true,
         thinking: None,
         thinking_tokens: 0,
+        requests_per_minute: None,
+        tokens_per_minute: None,
     }
+}
+
+/// A candidate that a user's own key names.
+pub(super) fn own_candidate(provider: &str, model: &str) -> Candidate {
+    let local = provider == "openai_compatible";
+    named(provider, model, if local { OWN_CONTEXT_TOKENS } else { CONTEXT_TOKENS_DEFAULT })
 }
 
 /// Puts a candidate first; limits that the list knows for it are kept.
@@ -291,6 +311,10 @@ mod tests {
             (
                 "roles: { architect: [{ provider: gemini, model: m, context_tokens: 9, max_output_tokens: 0 }] }",
                 "limit",
+            ),
+            (
+                "roles: { architect: [{ provider: gemini, model: m, context_tokens: 9, max_output_tokens: 1, requests_per_minute: 0 }] }",
+                "per minute",
             ),
         ] {
             let error = Routing::from_yaml(text).unwrap_err().to_string();

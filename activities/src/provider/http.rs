@@ -5,7 +5,7 @@
 
 use super::{
     BODY_BYTES_MAX, Call, ERROR_BODY_BYTES_MAX, Timeouts,
-    address::{PublicOnly, Trust},
+    address::{Trust, is_refused_address},
     install_crypto,
     retry::{Hints, Names, ProviderError, Report, classify},
     sse,
@@ -21,7 +21,7 @@ use reqwest::{
 };
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::Value;
-use std::{future::Future, ops::ControlFlow, sync::Arc, time::Duration};
+use std::{future::Future, ops::ControlFlow, time::Duration};
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
@@ -65,8 +65,8 @@ impl Http {
             .tcp_nodelay(true)
             .pool_idle_timeout(POOL_IDLE)
             .user_agent(concat!("loopwright/", env!("CARGO_PKG_VERSION")));
-        if trust == Trust::User {
-            builder = builder.dns_resolver(Arc::new(PublicOnly));
+        if let Some(resolver) = trust.resolver() {
+            builder = builder.dns_resolver(resolver);
         }
         if base.scheme() == "http" {
             // A local server needs no certificates, and must not fail where none are installed.
@@ -268,6 +268,10 @@ fn send_error(names: &Names, error: &reqwest::Error) -> ProviderError {
         let failure =
             Failure::permanent("provider.bad_request", format!("{}: the request cannot be built", names.title));
         return ProviderError::new(failure, super::Advice::OtherProvider);
+    }
+    if is_refused_address(error) {
+        let text = format!("{}: its name leads to an address that is not a public one", names.title);
+        return ProviderError::new(Failure::permanent("provider.address_refused", text), super::Advice::OtherProvider);
     }
     if error.is_connect() {
         return ProviderError::network(names, "the server cannot be reached", CallState::Failed);

@@ -21,11 +21,15 @@ pub struct SettingsError {
     pub problem: String,
 }
 
-/// A provider with a key and an address.
+/// Most keys of one provider. Chosen: each costs a client with its connections in every worker.
+pub const KEYS_MAX: usize = 16;
+
+/// A provider with its keys and an address.
 #[derive(Clone, Debug)]
 pub struct Endpoint {
     pub base: Url,
-    pub key: Option<SecretString>,
+    /// Without repetitions; none for a server that wants none.
+    pub keys: Vec<SecretString>,
 }
 
 /// What is configured.
@@ -59,13 +63,29 @@ impl Settings {
             let text = get(name).unwrap_or_else(|| default.to_owned());
             parse_base_url(&text, Trust::Operator).map_err(|e| problem(name, &e.to_string()))
         };
-        let keyed = |key: &str, url: &str, default: &str| -> Result<Option<Endpoint>, SettingsError> {
-            let Some(key) = get(key) else { return Ok(None) };
-            Ok(Some(Endpoint { base: base(url, default)?, key: Some(SecretString::from(key)) }))
+        let keys = |name: &str| -> Result<Vec<SecretString>, SettingsError> {
+            let several = format!("{name}S");
+            let mut list: Vec<String> = get(name).into_iter().collect();
+            for key in get(&several).unwrap_or_default().split(',').map(str::trim).filter(|key| !key.is_empty()) {
+                if !list.iter().any(|known| known == key) {
+                    list.push(key.to_owned());
+                }
+            }
+            if list.len() > KEYS_MAX {
+                return Err(problem(&several, &format!("more than {KEYS_MAX} keys")));
+            }
+            Ok(list.into_iter().map(SecretString::from).collect())
         };
-        let openai_key = get("OPENAI_API_KEY");
-        let openai_compatible = if openai_key.is_some() || get("OPENAI_BASE_URL").is_some() {
-            Some(Endpoint { base: base("OPENAI_BASE_URL", OPENAI_BASE_URL)?, key: openai_key.map(SecretString::from) })
+        let keyed = |key: &str, url: &str, default: &str| -> Result<Option<Endpoint>, SettingsError> {
+            let keys = keys(key)?;
+            if keys.is_empty() {
+                return Ok(None);
+            }
+            Ok(Some(Endpoint { base: base(url, default)?, keys }))
+        };
+        let openai_keys = keys("OPENAI_API_KEY")?;
+        let openai_compatible = if !openai_keys.is_empty() || get("OPENAI_BASE_URL").is_some() {
+            Some(Endpoint { base: base("OPENAI_BASE_URL", OPENAI_BASE_URL)?, keys: openai_keys })
         } else {
             None
         };
@@ -108,39 +128,67 @@ impl Settings {
         .collect()
     }
 
-    /// The client of the OpenAI-compatible server, if one is configured.
+    /// The client of the OpenAI-compatible server, if one is configured, with its first key.
     ///
     /// # Errors
     /// Its key cannot be sent.
     pub fn openai_client(&self) -> Result<Option<OpenAiCompatible>, SettingsError> {
         let Some(endpoint) = &self.openai_compatible else { return Ok(None) };
+        self.openai_with(endpoint, endpoint.keys.first()).map(Some)
+    }
+
+    fn openai_with(&self, endpoint: &Endpoint, key: Option<&SecretString>) -> Result<OpenAiCompatible, SettingsError> {
         let mut timeouts = self.timeouts;
         if is_local(&endpoint.base) {
             timeouts.first_byte = timeouts.first_byte.max(FIRST_BYTE_TIMEOUT_LOCAL);
         }
-        OpenAiCompatible::new(endpoint.base.clone(), endpoint.key.as_ref(), timeouts, Trust::Operator)
-            .map(Some)
+        OpenAiCompatible::new(endpoint.base.clone(), key, timeouts, Trust::Operator)
             .map_err(|e| problem("OPENAI_API_KEY", &e))
     }
 
-    /// A client for every configured provider.
+    /// A client for every key of every configured provider.
     ///
     /// # Errors
     /// A key cannot be sent.
     pub fn providers(&self) -> Result<Vec<Arc<dyn Provider>>, SettingsError> {
         let mut providers: Vec<Arc<dyn Provider>> = Vec::new();
-        if let Some(Endpoint { base, key: Some(key) }) = &self.gemini {
-            let client = Gemini::new(base.clone(), &self.gemini_version, key, self.timeouts, Trust::Operator);
+        for (endpoint, key) in self.gemini.iter().flat_map(|e| e.keys.iter().map(move |key| (e, key))) {
+            let client = Gemini::new(endpoint.base.clone(), &self.gemini_version, key, self.timeouts, Trust::Operator);
             providers.push(Arc::new(client.map_err(|e| problem("GEMINI_API_KEY", &e))?));
         }
-        if let Some(Endpoint { base, key: Some(key) }) = &self.openrouter {
-            let client = OpenRouter::new(base.clone(), key, self.timeouts, Trust::Operator);
+        for (endpoint, key) in self.openrouter.iter().flat_map(|e| e.keys.iter().map(move |key| (e, key))) {
+            let client = OpenRouter::new(endpoint.base.clone(), key, self.timeouts, Trust::Operator);
             providers.push(Arc::new(client.map_err(|e| problem("OPENROUTER_API_KEY", &e))?));
         }
-        if let Some(client) = self.openai_client()? {
-            providers.push(Arc::new(client));
+        if let Some(endpoint) = &self.openai_compatible {
+            if endpoint.keys.is_empty() {
+                providers.push(Arc::new(self.openai_with(endpoint, None)?));
+            }
+            for key in &endpoint.keys {
+                providers.push(Arc::new(self.openai_with(endpoint, Some(key))?));
+            }
         }
         Ok(providers)
+    }
+
+    /// A client for a key of a user, which is sent to the provider's own address, or to the one that it was stored for.
+    ///
+    /// # Errors
+    /// The address is not one that a user may name; the key cannot be sent.
+    pub fn own_client(
+        &self,
+        provider: &str,
+        base_url: Option<&str>,
+        key: &SecretString,
+        trust: Trust,
+    ) -> Result<Arc<dyn Provider>, String> {
+        let base = |default: &str| parse_base_url(base_url.unwrap_or(default), trust).map_err(|e| e.to_string());
+        let version = if self.gemini_version.is_empty() { gemini::VERSION_DEFAULT } else { &self.gemini_version };
+        Ok(match provider {
+            "gemini" => Arc::new(Gemini::new(base(gemini::BASE_URL)?, version, key, self.timeouts, trust)?),
+            "openrouter" => Arc::new(OpenRouter::new(base(openrouter::BASE_URL)?, key, self.timeouts, trust)?),
+            _ => Arc::new(OpenAiCompatible::new(base(OPENAI_BASE_URL)?, Some(key), self.timeouts, trust)?),
+        })
     }
 }
 
@@ -179,6 +227,12 @@ mod tests {
         assert_eq!(all.names(), ["gemini", "openrouter", "openai_compatible"]);
         assert_eq!(all.role_models[&Role::Utility], "gemini/x");
         assert_eq!(all.providers().unwrap().len(), 3);
+        let several = [("GEMINI_API_KEY", "a"), ("GEMINI_API_KEYS", " b, a ,,c"), ("OPENAI_API_KEYS", "x,y")];
+        assert_eq!(settings(&several).unwrap().providers().unwrap().len(), 5);
+        assert_eq!(settings(&[("OPENROUTER_API_KEYS", "k")]).unwrap().names(), ["openrouter"]);
+        let many = (0..=KEYS_MAX).map(|n| n.to_string()).collect::<Vec<_>>().join(",");
+        let error = settings(&[("GEMINI_API_KEYS", &many)]).unwrap_err().to_string();
+        assert_eq!(error, "GEMINI_API_KEYS: more than 16 keys");
         assert_eq!(settings(&[("OPENAI_API_KEY", "k")]).unwrap().names(), ["openai_compatible"]);
     }
 

@@ -174,6 +174,7 @@ pub(crate) fn opening(output_tokens: u64) -> Value {
         request_sha256: "00".repeat(32),
         key_fingerprint: "11".repeat(32),
         key_last4: "abcd".into(),
+        own_key_id: None,
         input_tokens_max: 1_000,
         output_tokens_max: output_tokens,
     };
@@ -364,6 +365,7 @@ async fn a_model_without_a_price_is_not_used() {
         request_sha256: "00".repeat(32),
         key_fingerprint: "11".repeat(32),
         key_last4: String::new(),
+        own_key_id: None,
         input_tokens_max: 1,
         output_tokens_max: 1,
     };

@@ -66,6 +66,7 @@ impl Activity for Work {
                 request_sha256: "00".into(),
                 key_fingerprint: "00".into(),
                 key_last4: String::new(),
+                own_key_id: None,
                 input_tokens_max: 1_000,
                 output_tokens_max: 1_000,
             };

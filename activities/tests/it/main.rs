@@ -5,6 +5,7 @@ mod billing;
 mod billing_worker;
 mod fake_provider;
 mod fork;
+mod keys;
 mod loop_steps;
 mod orchestrator;
 mod provider;

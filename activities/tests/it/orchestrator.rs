@@ -98,6 +98,8 @@ fn candidate(provider: &str, model: &str) -> Candidate {
         tools: true,
         thinking: None,
         thinking_tokens: 0,
+        requests_per_minute: None,
+        tokens_per_minute: None,
     }
 }
 
@@ -529,7 +531,7 @@ async fn a_local_server_without_a_named_model_is_asked_for_its_list() {
     .await;
     let base = server.base();
     let settings = Settings::from_lookup(&|name| (name == "OPENAI_BASE_URL").then(|| format!("{base}/v1"))).unwrap();
-    let orchestrator = Orchestrator::configured(Routing::shipped(), &settings).await.unwrap();
+    let orchestrator = Orchestrator::configured(Routing::shipped(), &settings, None).await.unwrap();
     for role in Role::ALL {
         assert_eq!(orchestrator.candidates(role), [("openai_compatible".to_owned(), "tiny.gguf".to_owned())]);
     }
@@ -539,6 +541,6 @@ async fn a_local_server_without_a_named_model_is_asked_for_its_list() {
     let server = FakeProvider::always(answer_json(200, "", &json!({"data": []}))).await;
     let base = server.base();
     let settings = Settings::from_lookup(&|name| (name == "OPENAI_BASE_URL").then(|| base.clone())).unwrap();
-    let error = Orchestrator::configured(Routing::shipped(), &settings).await.err().unwrap().to_string();
+    let error = Orchestrator::configured(Routing::shipped(), &settings, None).await.err().unwrap().to_string();
     assert!(error.contains("OPENAI_MODEL"), "{error}");
 }

@@ -262,6 +262,43 @@ async fn database(config: Config) -> Vec<Check> {
         ),
         Err(error) => Check::new("clock", State::Failed, error.to_string(), "check the database's log"),
     });
+    checks.push(keys(&app).await);
     app.close().await;
     checks
+}
+
+/// Keys of providers that are out of service, and whether users' can be opened.
+async fn keys(app: &App) -> Check {
+    let keys = app.store.keys(&app.config.keys);
+    let (list, wrapped) = match (keys.list(None).await, keys.wrapped_by().await) {
+        (Ok(list), Ok(wrapped)) => (list, wrapped),
+        (Err(error), _) | (_, Err(error)) => {
+            return Check::new("keys", State::Warning, error.to_string(), "loopwright migrate");
+        }
+    };
+    let known = |kek: &str| app.config.keys.encryption.as_ref().is_some_and(|ring| ring.ids().any(|id| id == kek));
+    if let Some((kek, rows)) = wrapped.iter().find(|(kek, _)| !known(kek)) {
+        return Check::new(
+            "keys",
+            State::Failed,
+            format!("{rows} key(s) of users are wrapped by `{kek}`, which is not configured"),
+            "put it back into LOOPWRIGHT_KEY_ENCRYPTION_KEYS, behind the first",
+        );
+    }
+    let out = list.iter().filter(|key| key.user_id.is_none() && key.status == "disabled").count();
+    let cooling = list.iter().filter(|key| key.user_id.is_none() && key.status == "cooling").count();
+    if out > 0 {
+        return Check::new(
+            "keys",
+            State::Warning,
+            format!("{out} of the platform's keys are out of service, {cooling} rest"),
+            "loopwright api-keys list; replace them, or `api-keys enable KEY`",
+        );
+    }
+    let users = list.iter().filter(|key| key.source == "sealed" && key.status != "revoked").count();
+    let kept = match app.config.keys.encryption {
+        Some(_) => format!("{users} key(s) of users"),
+        None => "users keep no keys here".to_owned(),
+    };
+    Check::new("keys", State::Ok, format!("{kept}; {cooling} of the platform's rest"), "")
 }

@@ -4,6 +4,7 @@
 //! 0 done; 1 it could not be done, or a check found something; 2 wrong usage or configuration; 3 the machine lacks
 //! something (database, port, folder, git, sandbox); 130 interrupted.
 
+mod api_keys;
 mod bench;
 mod chaos;
 mod completion;
@@ -82,6 +83,8 @@ enum Command {
     Workflow(workflow::Args),
     /// Show credits, give some, check the ledger
     Credits(credits::Args),
+    /// Keep, list and rotate keys of model providers
+    ApiKeys(api_keys::Args),
     /// Make and rotate the keys that seal what runs store
     Keys(keys::Args),
     /// Look into the code index of a folder
@@ -149,6 +152,7 @@ async fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Project(args) => project::run(args, context).await,
         Command::Workflow(args) => return workflow::run(args, context).await,
         Command::Credits(args) => return credits::run(args, context).await,
+        Command::ApiKeys(args) => api_keys::run(args, context).await,
         Command::Keys(args) => keys::run(args, context).await,
         Command::Index(args) => index::run(args, context).await,
         Command::Bench(args) => return bench::run(args, context).await,

@@ -39,6 +39,17 @@ pub const VARIABLES: &[Variable] = &[
         "keys that seal what runs store, <id>:<base64 of 32 bytes> with commas: the first seals, all open; default plain",
     ),
     v("LOOPWRIGHT_PAYLOAD_KEYS_FILE", "payload.keys_file", "file that holds it"),
+    v(
+        "LOOPWRIGHT_KEY_ENCRYPTION_KEYS",
+        "keys.encryption_keys",
+        "keys that wrap the provider keys of users, <id>:<base64 of 32 bytes> with commas: the first wraps, all unwrap; default: no keys of users",
+    ),
+    v("LOOPWRIGHT_KEY_ENCRYPTION_KEYS_FILE", "keys.encryption_keys_file", "file that holds it"),
+    v(
+        "LOOPWRIGHT_KEYS_LOOPBACK",
+        "keys.loopback",
+        "true: users may name servers on the machine itself, without TLS; default false",
+    ),
     v("LOOPWRIGHT_LISTEN", "http.listen", "address and port; default 127.0.0.1:8080"),
     v("LOOPWRIGHT_REQUESTS_PER_MINUTE", "http.requests_per_minute", "per user; default 240"),
     v(
@@ -57,12 +68,18 @@ pub const VARIABLES: &[Variable] = &[
     ),
     v("GEMINI_API_KEY", "providers.gemini.api_key", "key of Google Gemini"),
     v("GEMINI_API_KEY_FILE", "providers.gemini.api_key_file", "file that holds it"),
+    v("GEMINI_API_KEYS", "providers.gemini.api_keys", "more of them, with commas: they take turns"),
+    v("GEMINI_API_KEYS_FILE", "providers.gemini.api_keys_file", "file that holds them"),
     v("GEMINI_BASE_URL", "providers.gemini.base_url", "another server that speaks the same protocol"),
     v("OPENROUTER_API_KEY", "providers.openrouter.api_key", "key of OpenRouter"),
     v("OPENROUTER_API_KEY_FILE", "providers.openrouter.api_key_file", "file that holds it"),
+    v("OPENROUTER_API_KEYS", "providers.openrouter.api_keys", "more of them, with commas: they take turns"),
+    v("OPENROUTER_API_KEYS_FILE", "providers.openrouter.api_keys_file", "file that holds them"),
     v("OPENROUTER_BASE_URL", "providers.openrouter.base_url", "another server that speaks the same protocol"),
     v("OPENAI_API_KEY", "providers.openai.api_key", "key of an OpenAI-compatible server"),
     v("OPENAI_API_KEY_FILE", "providers.openai.api_key_file", "file that holds it"),
+    v("OPENAI_API_KEYS", "providers.openai.api_keys", "more of them, with commas: they take turns"),
+    v("OPENAI_API_KEYS_FILE", "providers.openai.api_keys_file", "file that holds them"),
     v("OPENAI_BASE_URL", "providers.openai.base_url", "its address, up to and including /v1"),
     v("GEMINI_API_VERSION", "providers.gemini.api_version", "v1 or v1beta; default v1beta"),
     v("OPENAI_MODEL", "providers.openai.model", "its model for every role; otherwise the first that it lists"),
@@ -112,6 +129,9 @@ pub(super) fn apply(file: &mut File, variables: &[(String, String)]) -> Result<(
             "LOOPWRIGHT_DATA_DIR" => file.data_dir = path(),
             "LOOPWRIGHT_PAYLOAD_KEYS" => file.payload.keys = secret(),
             "LOOPWRIGHT_PAYLOAD_KEYS_FILE" => file.payload.keys_file = path(),
+            "LOOPWRIGHT_KEY_ENCRYPTION_KEYS" => file.keys.encryption_keys = secret(),
+            "LOOPWRIGHT_KEY_ENCRYPTION_KEYS_FILE" => file.keys.encryption_keys_file = path(),
+            "LOOPWRIGHT_KEYS_LOOPBACK" => file.keys.loopback = Some(boolean(name, value)?),
             "LOOPWRIGHT_LISTEN" => file.http.listen = text(),
             "LOOPWRIGHT_REQUESTS_PER_MINUTE" => file.http.requests_per_minute = Some(number(name, value)?),
             "LOOPWRIGHT_JWT_SECRET" => jwt.secret = secret(),
@@ -122,12 +142,18 @@ pub(super) fn apply(file: &mut File, variables: &[(String, String)]) -> Result<(
             "LOOPWRIGHT_SANDBOX_TOOLCHAINS" => file.sandbox.toolchains = std::env::split_paths(value).collect(),
             "GEMINI_API_KEY" => file.providers.gemini.api_key = secret(),
             "GEMINI_API_KEY_FILE" => file.providers.gemini.api_key_file = path(),
+            "GEMINI_API_KEYS" => file.providers.gemini.api_keys = secret(),
+            "GEMINI_API_KEYS_FILE" => file.providers.gemini.api_keys_file = path(),
             "GEMINI_BASE_URL" => file.providers.gemini.base_url = text(),
             "OPENROUTER_API_KEY" => file.providers.openrouter.api_key = secret(),
             "OPENROUTER_API_KEY_FILE" => file.providers.openrouter.api_key_file = path(),
+            "OPENROUTER_API_KEYS" => file.providers.openrouter.api_keys = secret(),
+            "OPENROUTER_API_KEYS_FILE" => file.providers.openrouter.api_keys_file = path(),
             "OPENROUTER_BASE_URL" => file.providers.openrouter.base_url = text(),
             "OPENAI_API_KEY" => file.providers.openai.api_key = secret(),
             "OPENAI_API_KEY_FILE" => file.providers.openai.api_key_file = path(),
+            "OPENAI_API_KEYS" => file.providers.openai.api_keys = secret(),
+            "OPENAI_API_KEYS_FILE" => file.providers.openai.api_keys_file = path(),
             "OPENAI_BASE_URL" => file.providers.openai.base_url = text(),
             "GEMINI_API_VERSION" => file.providers.gemini.api_version = text(),
             "OPENAI_MODEL" => file.providers.openai.model = text(),
@@ -183,6 +209,11 @@ pub(super) fn apply(file: &mut File, variables: &[(String, String)]) -> Result<(
         match (set(prefix), set(&format!("{prefix}_FILE"))) {
             (true, false) => provider.api_key_file = None,
             (false, true) => provider.api_key = None,
+            _ => {}
+        }
+        match (set(&format!("{prefix}S")), set(&format!("{prefix}S_FILE"))) {
+            (true, false) => provider.api_keys_file = None,
+            (false, true) => provider.api_keys = None,
             _ => {}
         }
     }

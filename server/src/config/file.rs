@@ -1,9 +1,10 @@
 //! The shape of `loopwright.yaml`: everything optional, nothing unknown; and how it becomes a [`Config`].
 
 use super::{
-    Access, Auth, Billing, Config, Error, Http, JWT_SECRET_BYTES_MIN, Key, KeyMaterial, LEEWAY_S_MAX, Log, LogFormat,
-    Models, Provider, Providers, Sandbox, Telegram, Worker, secret,
+    Access, Auth, Billing, Config, Error, Http, JWT_SECRET_BYTES_MIN, Key, KeyMaterial, Keys, LEEWAY_S_MAX, Log,
+    LogFormat, Models, Provider, Providers, Sandbox, Telegram, Worker, secret,
 };
+use loopwright_activities::keys::Ring;
 use loopwright_engine::{
     labels::{WORKER_LABELS_MAX, is_label},
     payload::PayloadKeys,
@@ -31,6 +32,7 @@ pub struct File {
     pub database_url_file: Option<PathBuf>,
     pub data_dir: Option<PathBuf>,
     pub payload: PayloadFile,
+    pub keys: KeysFile,
     pub http: HttpFile,
     pub auth: AuthFile,
     pub sandbox: SandboxFile,
@@ -48,6 +50,14 @@ pub struct File {
 pub struct PayloadFile {
     pub keys: Option<SecretString>,
     pub keys_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct KeysFile {
+    pub encryption_keys: Option<SecretString>,
+    pub encryption_keys_file: Option<PathBuf>,
+    pub loopback: Option<bool>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -104,6 +114,9 @@ pub struct ProvidersFile {
 pub struct ProviderFile {
     pub api_key: Option<SecretString>,
     pub api_key_file: Option<PathBuf>,
+    /// More of them, with commas.
+    pub api_keys: Option<SecretString>,
+    pub api_keys_file: Option<PathBuf>,
     pub base_url: Option<String>,
     /// Gemini only.
     pub api_version: Option<String>,
@@ -212,6 +225,12 @@ impl File {
             payload_keys: secret("payload.keys", self.payload.keys, self.payload.keys_file)?
                 .map(|ring| PayloadKeys::parse(&ring).map_err(|why| Error::value("payload.keys", why)))
                 .transpose()?,
+            keys: Keys {
+                encryption: secret("keys.encryption_keys", self.keys.encryption_keys, self.keys.encryption_keys_file)?
+                    .map(|ring| Ring::parse(&ring).map_err(|why| Error::value("keys.encryption_keys", why)))
+                    .transpose()?,
+                loopback: self.keys.loopback.unwrap_or(false),
+            },
             http: Http {
                 listen,
                 body_bytes_max: positive("http.body_bytes_max", http.body_bytes_max.unwrap_or(1 << 20))?,
@@ -325,6 +344,7 @@ impl ProviderFile {
     fn resolve(self, key: &str) -> Result<Provider, Error> {
         Ok(Provider {
             api_key: secret(&format!("{key}.api_key"), self.api_key, self.api_key_file)?,
+            api_keys: secret(&format!("{key}.api_keys"), self.api_keys, self.api_keys_file)?,
             base_url: address(&format!("{key}.base_url"), self.base_url)?,
             api_version: self.api_version,
             model: self.model,

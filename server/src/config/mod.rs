@@ -50,6 +50,7 @@ pub struct Config {
     pub data_dir: PathBuf,
     /// What runs store is sealed with these. `None`: it is plain.
     pub payload_keys: Option<PayloadKeys>,
+    pub keys: Keys,
     pub http: Http,
     pub auth: Auth,
     pub sandbox: Sandbox,
@@ -61,6 +62,15 @@ pub struct Config {
     /// `None`: nothing ever leaves the database.
     pub retention: Option<loopwright_engine::retention::Policy>,
     pub log: Log,
+}
+
+/// Where keys of users are kept.
+#[derive(Clone, Debug)]
+pub struct Keys {
+    /// `None`: users keep no keys here.
+    pub encryption: Option<loopwright_activities::keys::Ring>,
+    /// Whether users may name servers on this machine.
+    pub loopback: bool,
 }
 
 /// The listener and its limits.
@@ -153,6 +163,8 @@ impl Providers {
 #[derive(Clone, Debug, Default)]
 pub struct Provider {
     pub api_key: Option<SecretString>,
+    /// More of them, with commas.
+    pub api_keys: Option<SecretString>,
     /// `None`: the provider's own address.
     pub base_url: Option<Url>,
     pub api_version: Option<String>,
@@ -175,7 +187,7 @@ impl Provider {
     /// Whether it can be used: a key, or an address of one's own that may need none.
     #[must_use]
     pub fn is_configured(&self) -> bool {
-        self.api_key.is_some() || self.base_url.is_some()
+        self.api_key.is_some() || self.api_keys.is_some() || self.base_url.is_some()
     }
 }
 
@@ -258,14 +270,18 @@ impl Config {
     pub fn provider_setting(&self, name: &str) -> Option<String> {
         let Providers { gemini, openrouter, openai } = &self.providers;
         let key = |provider: &Provider| provider.api_key.as_ref().map(|key| key.expose_secret().to_owned());
+        let keys = |provider: &Provider| provider.api_keys.as_ref().map(|keys| keys.expose_secret().to_owned());
         let url = |provider: &Provider| provider.base_url.as_ref().map(Url::to_string);
         match name {
             "GEMINI_API_KEY" => key(gemini),
+            "GEMINI_API_KEYS" => keys(gemini),
             "GEMINI_BASE_URL" => url(gemini),
             "GEMINI_API_VERSION" => gemini.api_version.clone(),
             "OPENROUTER_API_KEY" => key(openrouter),
+            "OPENROUTER_API_KEYS" => keys(openrouter),
             "OPENROUTER_BASE_URL" => url(openrouter),
             "OPENAI_API_KEY" => key(openai),
+            "OPENAI_API_KEYS" => keys(openai),
             "OPENAI_BASE_URL" => url(openai),
             "OPENAI_MODEL" => openai.model.clone(),
             "OPENAI_CONTEXT_TOKENS" => openai.context_tokens.map(|tokens| tokens.to_string()),

@@ -61,9 +61,11 @@ codes! {
     BodyTooLarge = "body_too_large", PAYLOAD_TOO_LARGE, "The body is too large";
     MediaTypeUnsupported = "media_type_unsupported", UNSUPPORTED_MEDIA_TYPE, "The body must be JSON";
     InputInvalid = "input_invalid", UNPROCESSABLE_ENTITY, "The values do not fit";
+    AddressRefused = "address_refused", UNPROCESSABLE_ENTITY, "The address is not one that keys are sent to";
     IdempotencyKeyReused = "idempotency_key_reused", UNPROCESSABLE_ENTITY, "The idempotency key belongs to another request";
     RateLimited = "rate_limited", TOO_MANY_REQUESTS, "Too many requests";
     StreamsExhausted = "streams_exhausted", SERVICE_UNAVAILABLE, "Too many open event streams";
+    KeysUnavailable = "keys_unavailable", SERVICE_UNAVAILABLE, "Keys cannot be kept here";
     Unavailable = "unavailable", SERVICE_UNAVAILABLE, "Not available now";
     Internal = "internal", INTERNAL_SERVER_ERROR, "Something broke on our side";
     LoopFailed = "loop_failed", INTERNAL_SERVER_ERROR, "Failed to run autonomous loop";
@@ -104,6 +106,20 @@ impl From<store::Error> for Error {
                 Self::new(Code::Unavailable, "The database cannot be reached now.").retry_after(5)
             }
             store::Error::Broken(_) => Self::internal(error),
+        }
+    }
+}
+
+impl From<loopwright_activities::keys::Error> for Error {
+    fn from(error: loopwright_activities::keys::Error) -> Self {
+        use loopwright_activities::keys::Error as E;
+        match error {
+            E::Unavailable => Self::new(Code::KeysUnavailable, "The operator of this service keeps no keys of users."),
+            E::Invalid(_) | E::TooMany => Self::new(Code::InputInvalid, format!("{error}.")),
+            E::Address(why) => Self::new(Code::AddressRefused, format!("{error}.")).at("/base_url", why.to_string()),
+            E::NotFound => Self::not_found("key"),
+            E::Sql(error) => store::Error::from(error).into(),
+            E::Corrupt { .. } | E::KekMissing { .. } => Self::internal(error),
         }
     }
 }

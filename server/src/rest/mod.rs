@@ -16,6 +16,7 @@ pub mod error;
 mod events;
 mod health;
 mod jwt;
+mod keys;
 pub mod limit;
 mod loop_run;
 mod projects;
@@ -33,6 +34,7 @@ pub use routes::{ROUTES, routes};
 
 use crate::{config, store::Store};
 use futures_util::future::BoxFuture;
+use loopwright_activities::keys::Keys;
 use loopwright_engine::{Failure, client::Client};
 use metrics_exporter_prometheus::PrometheusHandle;
 use std::sync::Arc;
@@ -53,6 +55,7 @@ pub struct State(Arc<Inner>);
 pub struct Inner {
     pub store: Store,
     pub client: Client,
+    pub keys: Keys,
     pub registry: auth::Registry,
     pub limit: limit::RateLimit,
     pub archives: Arc<dyn Archives>,
@@ -76,6 +79,7 @@ impl State {
         stop: watch::Receiver<bool>,
     ) -> Result<Self, config::Error> {
         Ok(Self(Arc::new(Inner {
+            keys: store.keys(&config.keys),
             store,
             client,
             registry: auth::Registry::new(&config.auth)?,

@@ -5,7 +5,7 @@ use super::{
     call::{Call, call, respond},
     credits,
     error::{Code, Error},
-    events, health, loop_run, projects, runs, updates,
+    events, health, keys, loop_run, projects, runs, updates,
 };
 use std::convert::Infallible;
 use uuid::Uuid;
@@ -39,6 +39,10 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("POST", "/v1/runs/{}/resume"),
     ("GET", "/v1/credits"),
     ("GET", "/v1/credits/transactions"),
+    ("GET", "/v1/keys"),
+    ("PUT", "/v1/keys"),
+    ("GET", "/v1/keys/{}"),
+    ("DELETE", "/v1/keys/{}"),
     ("GET", "/healthz"),
     ("GET", "/readyz"),
     ("GET", "/metrics"),
@@ -52,7 +56,9 @@ pub fn routes(state: &State) -> BoxedFilter<(Response,)> {
         .and(c())
         .then(|call: Call| respond("/orchestrate/run-loop", loop_run::run(call)))
         .boxed();
-    let v1 = warp::path("v1").and(projects(state).or(runs(state)).unify().or(credits(state)).unify()).boxed();
+    let v1 = warp::path("v1")
+        .and(projects(state).or(runs(state)).unify().or(credits(state)).unify().or(own_keys(state)).unify())
+        .boxed();
     trigger.or(v1).unify().or(operations(state)).unify().recover(recover).unify().boxed()
 }
 
@@ -191,6 +197,23 @@ fn credits(state: &State) -> BoxedFilter<(Response,)> {
         .then(|call| respond("/v1/credits/transactions", credits::transactions(call)))
         .boxed();
     balance.or(transactions).unify().boxed()
+}
+
+fn own_keys(state: &State) -> BoxedFilter<(Response,)> {
+    let c = || call(state);
+    let list = warp::path!("keys").and(warp::get()).and(c()).then(|call| respond("/v1/keys", keys::list(call))).boxed();
+    let put = warp::path!("keys").and(warp::put()).and(c()).then(|call| respond("/v1/keys", keys::put(call))).boxed();
+    let show = warp::path!("keys" / Uuid)
+        .and(warp::get())
+        .and(c())
+        .then(|id, call| respond("/v1/keys/{id}", keys::show(id, call)))
+        .boxed();
+    let delete = warp::path!("keys" / Uuid)
+        .and(warp::delete())
+        .and(c())
+        .then(|id, call| respond("/v1/keys/{id}", keys::delete(id, call)))
+        .boxed();
+    list.or(put).unify().or(show).unify().or(delete).unify().boxed()
 }
 
 fn operations(state: &State) -> BoxedFilter<(Response,)> {

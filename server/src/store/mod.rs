@@ -33,6 +33,12 @@ impl Store {
     pub fn new(pool: PgPool, welcome: MicroCredits) -> Self {
         Self { pool, welcome }
     }
+
+    /// The door to the keys of providers, over the same rows.
+    #[must_use]
+    pub fn keys(&self, config: &crate::config::Keys) -> loopwright_activities::keys::Keys {
+        loopwright_activities::keys::Keys::new(self.pool.clone(), config.encryption.clone(), config.loopback)
+    }
 }
 
 /// Why a row could not be read or written.

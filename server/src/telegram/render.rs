@@ -136,6 +136,12 @@ pub(super) fn pay_support(from: i64) -> String {
     )
 }
 
+pub(super) const KEY: &str = "You can let your projects use your own key of Gemini, OpenRouter or a server with the OpenAI \
+    dialect: they then cost you no credits here. <b>Do not send the key in this chat</b>: I delete such messages and keep \
+    nothing of them. Give it to the service itself, with a token from its operator:\n\
+    <code>PUT /v1/keys {\"provider\": \"gemini\", \"key\": \"…\"}</code>\n\
+    or let the operator run <code>loopwright api-keys add</code>. It is kept encrypted and never shown again.";
+
 pub(super) const TERMS: &str = "Credits pay for the models that work on your projects, as /usage lists. They are no money \
     and cannot be sold or moved; a purchase of which nothing was used can be given back (/paysupport). What is built is \
     yours; check it before you rely on it. Your texts go to model providers as far as the work needs it. Do not send keys, \

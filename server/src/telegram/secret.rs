@@ -1,6 +1,7 @@
 //! Keys that were pasted into a chat: found by their shapes, cut out before anything is stored.
 //!
-//! Shapes, not proof: an unknown provider's key passes, and a long word with a digit after `sk-` is cut.
+//! Shapes, not proof: an unknown provider's key passes unless something names it (`/key …`, `API_KEY=…`, `Bearer …`), and a
+//! long word with a digit after `sk-` is cut.
 
 use serde_json::Value;
 
@@ -27,6 +28,12 @@ const SHAPES: &[(&str, usize)] = &[
     ("AKIA", 16),
     ("eyJ", 60),
 ];
+/// What names a key that follows, in lower case, `_` and blanks read as `-`.
+const LABELS: &[&str] = &["api-key", "apikey", "access-token", "secret-key", "bearer", "x-goog-api-key"];
+/// Fewest characters after a label.
+const LABELLED_MIN: usize = 16;
+/// Fewest characters after `/key`: an explanation has blanks, a key has none.
+const COMMANDED_MIN: usize = 8;
 /// Digits of a bot's id, and characters of its secret after the colon.
 const BOT_ID: std::ops::RangeInclusive<usize> = 8..=12;
 const BOT_SECRET_MIN: usize = 30;
@@ -38,7 +45,9 @@ const MONEY: [&str; 3] = ["successful_payment", "refunded_payment", "pre_checkou
 pub fn redact(text: &str) -> Option<String> {
     let mut out = String::new();
     let mut found = false;
-    let mut rest = text;
+    let named = named(text);
+    found |= named.is_some();
+    let mut rest = named.as_deref().unwrap_or(text);
     while let Some(start) = rest.find(is_key_char) {
         let end = rest[start..].find(|c| !is_key_char(c)).map_or(rest.len(), |n| start + n);
         out.push_str(&rest[..start]);
@@ -61,6 +70,46 @@ pub fn redact(text: &str) -> Option<String> {
         found = true;
     }
     found.then_some(out)
+}
+
+/// The text without what follows `/key` or a label.
+fn named(text: &str) -> Option<String> {
+    let mut cuts: Vec<std::ops::Range<usize>> = Vec::new();
+    // Blanks included: whatever was meant, it was meant to be a key.
+    if let Some(command) = text.trim_start().strip_prefix('/') {
+        let (word, argument) = command.split_once(char::is_whitespace).unwrap_or((command, ""));
+        let word = word.split('@').next().unwrap_or_default();
+        let long = argument.split_whitespace().any(|part| part.chars().count() >= COMMANDED_MIN);
+        if (word.eq_ignore_ascii_case("key") || word.eq_ignore_ascii_case("keys")) && long {
+            cuts.push(text.len() - argument.len()..text.len());
+        }
+    }
+    // Byte for byte as long as the text: only ASCII changes.
+    let plain: String = text.chars().map(|c| if c == '_' || c == ' ' { '-' } else { c.to_ascii_lowercase() }).collect();
+    for label in LABELS {
+        for (at, _) in plain.match_indices(label) {
+            let after = &text[at + label.len()..];
+            let value = after.trim_start_matches(|c: char| c.is_whitespace() || "=:\"'`".contains(c));
+            let start = text.len() - value.len();
+            let length = value.find(|c: char| c.is_whitespace() || "\"'`,;&<>".contains(c)).unwrap_or(value.len());
+            let word = &value[..length];
+            if start > at + label.len() && length >= LABELLED_MIN && word.contains(|c: char| c.is_ascii_digit()) {
+                cuts.push(start..start + length);
+            }
+        }
+    }
+    cuts.sort_by_key(|cut| cut.start);
+    let mut out = String::new();
+    let mut kept_to = 0;
+    for cut in &cuts {
+        if cut.start >= kept_to {
+            out.push_str(&text[kept_to..cut.start]);
+            out.push_str(CUT);
+        }
+        kept_to = kept_to.max(cut.end);
+    }
+    out.push_str(&text[kept_to..]);
+    (!cuts.is_empty()).then_some(out)
 }
 
 /// Cuts keys, and what Postgres cannot keep, out of every text of an update. True if there was a key.
@@ -128,6 +177,18 @@ mod tests {
             ("gsk_a1b2c3d4e5f6g7h8i9j0k1l2", Some("[redacted]")),
             ("12345678:AAF7-g0gYncWnm5IyfZlpPRqRRv6kNAGlao", Some("[redacted]")),
             ("-----BEGIN RSA PRIVATE KEY-----\nabc\n-----END RSA PRIVATE KEY-----", Some("[redacted]")),
+            ("/key abcdefgh12345678", Some("/key [redacted]")),
+            ("/keys@some_bot  gemini some words zzzzzzzz", Some("/keys@some_bot [redacted]")),
+            ("GEMINI_API_KEY=zq81-unknown-shape-0042 please", Some("GEMINI_API_KEY=[redacted] please")),
+            ("my api key: \"zq81+unknown/shape=0042\"", Some("my api key: \"[redacted]\"")),
+            ("Authorization: Bearer zq81unknownshape0042", Some("Authorization: Bearer [redacted]")),
+            ("x-goog-api-key: zq81unknownshape0042 größe", Some("x-goog-api-key: [redacted] größe")),
+            ("AQ.Ab8RN6abcdefghijklmnopqrstuvwxyz0123", Some("[redacted]")),
+            ("/key", None),
+            ("/key how do I", None),
+            ("/keyboard abcdefgh12345678", None),
+            ("an api key is needed for authentication of users", None),
+            ("the bearer of 1234567890123456 letters", None),
             ("sk-short1", None),
             ("a task-management-system-with-42-features", None),
             ("https://example.org/sk-learn-pipeline-for-words", None),

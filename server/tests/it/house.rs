@@ -35,6 +35,8 @@ const ROOMS: &[(&str, &[&str])] = &[
             "engine/src/transaction.rs",
             "engine/src/worker/",
             "activities/src/billing/",
+            // The rows of keys, and the leases of their budgets.
+            "activities/src/keys/",
             // The stores of activities: files and commits, facts and conversation, the project's state, what they share.
             "activities/src/deliver.rs",
             "activities/src/landing.rs",
@@ -83,6 +85,8 @@ const WALLS: &[(&str, &[&str])] = &[
         "activities/src/provider/",
         &["crate::billing", "crate::tools", "crate::implement", "crate::agent", "crate::workspace"],
     ),
+    // A key is kept and judged here; whom to ask with it is the orchestrator's choice.
+    ("activities/src/keys/", &["crate::orchestrator", "crate::billing", "crate::tools"]),
     ("activities/src/orchestrator/", &["crate::billing", "crate::tools", "crate::implement", "crate::agent"]),
     // Leaves.
     (

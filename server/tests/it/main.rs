@@ -9,6 +9,7 @@ mod e2e;
 mod fake_telegram;
 mod hosts;
 mod house;
+mod keys;
 mod limits;
 mod loop_run;
 mod projects;

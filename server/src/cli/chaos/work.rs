@@ -151,6 +151,7 @@ fn opened(ctx: &Context) -> CallOpened {
         request_sha256: digest,
         key_fingerprint: "0".repeat(64),
         key_last4: String::new(),
+        own_key_id: None,
         input_tokens_max: TOKENS.0,
         output_tokens_max: TOKENS.1,
     }

@@ -55,6 +55,7 @@ pub(super) async fn command(scene: &mut Scene<'_>, chat: &Chat, user: &User, com
         },
         Command::Download => download(scene, chat, user).await,
         Command::Cancel => cancel(scene, chat).await,
+        Command::Key => scene.say(render::KEY).await,
         Command::Help => scene.say(&render::help()).await,
         Command::PaySupport => {
             let text = render::pay_support(scene.from);

@@ -1,0 +1,144 @@
+//! The keys of one provider: which of them serves the next call.
+
+use super::breaker::{Breaker, Permit};
+use crate::{
+    keys::{Board, KeyRef, Standing},
+    provider::Provider,
+};
+use loopwright_engine::Failure;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+use uuid::Uuid;
+
+/// One key with its client and its health, as this process sees it.
+pub(super) struct Slot {
+    pub provider: Arc<dyn Provider>,
+    pub key: KeyRef,
+    pub breaker: Breaker,
+    /// Calls under way.
+    running: AtomicU32,
+    /// Turn at which it was taken last.
+    taken: AtomicU64,
+}
+
+impl Slot {
+    /// A key of the platform's.
+    pub fn platform(provider: Arc<dyn Provider>) -> Self {
+        let key = KeyRef::Platform { provider: provider.name().to_owned(), fingerprint: provider.key().fingerprint };
+        Self::new(provider, key)
+    }
+
+    /// A key of a user's, by its row.
+    pub fn own(provider: Arc<dyn Provider>, id: Uuid) -> Self {
+        Self::new(provider, KeyRef::Own(id))
+    }
+
+    fn new(provider: Arc<dyn Provider>, key: KeyRef) -> Self {
+        Self { provider, key, breaker: Breaker::default(), running: AtomicU32::new(0), taken: AtomicU64::new(0) }
+    }
+
+    /// Row of a user's own key.
+    pub fn own_id(&self) -> Option<Uuid> {
+        match self.key {
+            KeyRef::Own(id) => Some(id),
+            KeyRef::Platform { .. } => None,
+        }
+    }
+}
+
+/// The keys of one provider.
+#[derive(Default)]
+pub(super) struct Pool {
+    pub slots: Vec<Arc<Slot>>,
+    turn: AtomicU64,
+}
+
+/// A key in use; given back when dropped.
+pub(super) struct Running {
+    pub slot: Arc<Slot>,
+    /// This call finds out whether the provider is back.
+    pub probe: bool,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.slot.running.fetch_sub(1, Ordering::Relaxed);
+        if self.probe {
+            self.slot.breaker.give_back();
+        }
+    }
+}
+
+/// Why no key can be used.
+pub(super) enum Blocked {
+    /// The soonest is free after this; the code says what is waited for.
+    Wait { code: &'static str, wait: Duration },
+    /// None until somebody acts: what the provider said, or the reason of the row.
+    Out { said: Option<Failure>, reason: String },
+}
+
+impl Pool {
+    pub fn new(slots: Vec<Arc<Slot>>) -> Self {
+        Self { slots, turn: AtomicU64::new(1) }
+    }
+
+    /// The key with the fewest calls under way, of several the one that rested longest, among those that are in service for
+    /// `model` and not in `skip`.
+    pub fn take(&self, board: &Board, model: &str, now: Instant, skip: &[usize]) -> Result<(usize, Running), Blocked> {
+        let mut order: Vec<usize> = (0..self.slots.len()).filter(|at| !skip.contains(at)).collect();
+        let rank = |at: &usize| {
+            let slot = &self.slots[*at];
+            (slot.running.load(Ordering::Relaxed), slot.taken.load(Ordering::Relaxed), *at)
+        };
+        order.sort_by_cached_key(rank);
+        let (mut soonest, mut out) = (None::<(Duration, &'static str)>, None);
+        let mut wait_for = |wait: Duration, code| match soonest {
+            Some((known, _)) if known <= wait => {}
+            _ => soonest = Some((wait, code)),
+        };
+        for at in order {
+            let slot = &self.slots[at];
+            match board.standing(&slot.key, model, now) {
+                Standing::Active => {}
+                // An empty account does not fill by itself.
+                Standing::Cooling { reason, .. } if reason == "provider.no_balance" => {
+                    out.get_or_insert((board.said(&slot.key), reason));
+                    continue;
+                }
+                Standing::Cooling { until, .. } => {
+                    wait_for(until.saturating_duration_since(now), "transient.rate_limited");
+                    continue;
+                }
+                Standing::Disabled { reason } => {
+                    out.get_or_insert((board.said(&slot.key), reason));
+                    continue;
+                }
+            }
+            match slot.breaker.permit(now) {
+                Permit::Allowed { probe } => {
+                    slot.running.fetch_add(1, Ordering::Relaxed);
+                    slot.taken.store(self.turn.fetch_add(1, Ordering::Relaxed), Ordering::Relaxed);
+                    return Ok((at, Running { slot: Arc::clone(slot), probe }));
+                }
+                Permit::Refused(wait) => wait_for(wait, "model.unavailable"),
+            }
+        }
+        Err(match (soonest, out) {
+            (Some((wait, code)), _) => Blocked::Wait { code, wait },
+            (None, Some((said, reason))) => Blocked::Out { said, reason },
+            (None, None) => Blocked::Out { said: None, reason: "operator".to_owned() },
+        })
+    }
+
+    /// Whether a key could serve `model` now.
+    pub fn is_free(&self, board: &Board, model: &str, now: Instant) -> bool {
+        self.slots
+            .iter()
+            .any(|slot| board.standing(&slot.key, model, now) == Standing::Active && slot.breaker.is_closed())
+    }
+}
