@@ -6,6 +6,7 @@ pub mod billing;
 pub mod check;
 pub mod commit;
 pub mod contract;
+pub mod decimal;
 pub mod deliver;
 pub mod edit;
 pub mod fact;
@@ -19,6 +20,7 @@ pub mod orchestrator;
 pub mod plan;
 pub mod provider;
 pub mod readme;
+pub mod reconcile;
 pub mod record;
 pub mod sandbox;
 #[cfg(feature = "test-util")]
@@ -59,11 +61,12 @@ pub const MIGRATIONS: &[Migration] = &[
     loopwright_engine::migrate::LABELS,
     loopwright_engine::migrate::START,
     Migration { version: 20, name: "keys", sql: include_str!("../../migrations/0020_keys.sql") },
+    Migration { version: 21, name: "ledger", sql: include_str!("../../migrations/0021_ledger.sql") },
 ];
 
 /// Contracts of all activities.
-fn signatures() -> [Signature; 9] {
-    [
+fn signatures() -> Vec<Signature> {
+    let of_the_loop = [
         agent::signature(),
         check::signature(),
         commit::signature(),
@@ -73,7 +76,8 @@ fn signatures() -> [Signature; 9] {
         plan::signature(),
         readme::signature(),
         verify::signature(),
-    ]
+    ];
+    of_the_loop.into_iter().chain(reconcile::signatures()).collect()
 }
 
 /// What definitions may name, as pure data.

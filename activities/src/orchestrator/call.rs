@@ -33,6 +33,8 @@ use std::{
 pub const TRIES_PER_CANDIDATE: u32 = 2;
 /// Tries to store a reading whose call has been paid for.
 const CLOSE_TRIES_MAX: u32 = 3;
+/// Why the ledger's hook refuses a call of a model without a price.
+const PRICE_MISSING: &str = "price_missing";
 /// Most calls that failed whose request counts are remembered: many times what a worker runs at once.
 const COUNTS_MAX: usize = 4_096;
 
@@ -487,6 +489,10 @@ impl Orchestrator {
                     continue;
                 }
                 Err(Interrupted::Engine(failure)) => return Verdict::Stop(failure),
+                Err(Interrupted::Unpriced(message)) => {
+                    tracing::error!(provider = %candidate.provider, model = %candidate.model, "a model has no price and is not used; `loopwright pricing import` or `sync`");
+                    return Verdict::Next(Failure::permanent("model.unpriced", message));
+                }
                 Err(Interrupted::Provider(error)) => *error,
             };
             let key_is_out = cooled.is_some()
@@ -541,7 +547,8 @@ impl Orchestrator {
                 None
             }
             "transient.rate_limited" => {
-                let asked = error.retry_after();
+                let rests = error.key_rests_until.and_then(|until| (until - chrono::Utc::now()).to_std().ok());
+                let asked = error.retry_after().max(rests);
                 let wait = match error.advice {
                     // A quota of the day: the wait that some name beside it is the one of the minute.
                     Advice::OtherModel | Advice::OtherKey => asked.unwrap_or_default().max(DAY_QUOTA_COOLS_FOR),
@@ -596,7 +603,11 @@ impl Orchestrator {
         let meter_key = format!("{}.a{}.{}", task.key, ctx.info().attempt, progress.requests);
         progress.requests += 1;
         let opened = opened(&running.slot, candidate, request, limit);
-        ctx.meter_open(&meter_key, &to_value(&opened)?).await?;
+        match ctx.meter_open(&meter_key, &to_value(&opened)?).await {
+            // Nobody may use a model that has no price, and others of the role may have one.
+            Err(failure) if failure.code == PRICE_MISSING => return Err(Interrupted::Unpriced(failure.message)),
+            opened => opened?,
+        }
         let started = Instant::now();
         let request_id = RequestIdSlot::default();
         // A repair is another question: a script may answer it differently.
@@ -705,6 +716,8 @@ enum Judged {
 enum Interrupted {
     /// The engine or its hook said no.
     Engine(Failure),
+    /// The model has no price.
+    Unpriced(String),
     Provider(Box<ProviderError>),
 }
 

@@ -5,6 +5,7 @@ use crate::{
     definition::{Concurrency, Data},
     embedded::testing::database,
     hook::NoHook,
+    store::groups,
     transaction::begin,
 };
 use sqlx::{PgPool, Postgres, Transaction};

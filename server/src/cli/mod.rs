@@ -15,6 +15,7 @@ mod doctor;
 mod index;
 mod keys;
 mod migrate;
+mod pricing;
 mod project;
 mod retention;
 mod run;
@@ -85,6 +86,8 @@ enum Command {
     Credits(credits::Args),
     /// Keep, list and rotate keys of model providers
     ApiKeys(api_keys::Args),
+    /// Look at prices of models, take over price lists
+    Pricing(pricing::Args),
     /// Make and rotate the keys that seal what runs store
     Keys(keys::Args),
     /// Look into the code index of a folder
@@ -153,6 +156,7 @@ async fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Workflow(args) => return workflow::run(args, context).await,
         Command::Credits(args) => return credits::run(args, context).await,
         Command::ApiKeys(args) => api_keys::run(args, context).await,
+        Command::Pricing(args) => return pricing::run(args, context).await,
         Command::Keys(args) => keys::run(args, context).await,
         Command::Index(args) => index::run(args, context).await,
         Command::Bench(args) => return bench::run(args, context).await,

@@ -39,6 +39,7 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("POST", "/v1/runs/{}/resume"),
     ("GET", "/v1/credits"),
     ("GET", "/v1/credits/transactions"),
+    ("GET", "/v1/credits/report"),
     ("GET", "/v1/keys"),
     ("PUT", "/v1/keys"),
     ("GET", "/v1/keys/{}"),
@@ -196,7 +197,12 @@ fn credits(state: &State) -> BoxedFilter<(Response,)> {
         .and(c())
         .then(|call| respond("/v1/credits/transactions", credits::transactions(call)))
         .boxed();
-    balance.or(transactions).unify().boxed()
+    let report = warp::path!("credits" / "report")
+        .and(warp::get())
+        .and(c())
+        .then(|call| respond("/v1/credits/report", credits::report(call)))
+        .boxed();
+    balance.or(transactions).unify().or(report).unify().boxed()
 }
 
 fn own_keys(state: &State) -> BoxedFilter<(Response,)> {

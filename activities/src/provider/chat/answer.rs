@@ -2,11 +2,11 @@
 
 use super::{TOOL_CALLS_MAX, request::assistant};
 use crate::{
+    decimal::pusd_from_decimal,
     orchestrator::ToolCall,
     provider::{
         Call, Completion, estimate,
         http::Answer,
-        money::pusd_from_decimal,
         retry::{Hints, Names, ProviderError, Report, classify},
         sse::{DONE, Event, documents},
     },
