@@ -260,13 +260,13 @@ async fn a_run_that_ends_rejected_gives_its_verification_back() {
     verdict(1, "accept").await;
     verdict(2, "reject").await;
     let mut conn = bench.pool.acquire().await.expect("conn");
-    assert_eq!(policy::rejected_runs(&mut conn, 10).await.expect("open run"), [Uuid::nil(); 0], "it is not over");
+    assert_eq!(policy::rejected_runs(&mut conn, 10).await.expect("open run"), Vec::<Uuid>::new(), "it is not over");
     sqlx::query("update runs set status = 'completed', closed_at = engine_now()")
         .execute(&bench.pool)
         .await
         .expect("closed");
     assert_eq!(policy::rejected_runs(&mut conn, 10).await.expect("rejected"), [bench.user]);
-    assert_eq!(policy::rejected_runs(&mut conn, 10).await.expect("again"), [Uuid::nil(); 0]);
+    assert_eq!(policy::rejected_runs(&mut conn, 10).await.expect("again"), Vec::<Uuid>::new());
     assert_eq!(bench.balance().await.0, 100_000_000 - CALL_UCR);
     assert_eq!(bench.violations().await, [""; 0]);
 }
@@ -292,7 +292,7 @@ async fn a_broken_invariant_stops_new_holds_of_its_user_and_of_nobody_else() {
     let found = audit::run(&mut conn).await.expect("audit");
     assert!(found.iter().all(|violation| violation.user == Some(bench.user)), "{found:?}");
     assert_eq!(audit::stop_affected(&mut conn, &found).await.expect("stopped"), [bench.user]);
-    assert_eq!(audit::stop_affected(&mut conn, &found).await.expect("again"), [Uuid::nil(); 0]);
+    assert_eq!(audit::stop_affected(&mut conn, &found).await.expect("again"), Vec::<Uuid>::new());
     // No new attempt and no larger hold; what is held already goes on.
     assert_eq!(bench.start(&bench.attempt(RunId::new(), 1)).await.as_deref(), Some("review"));
     assert!(matches!(bench.open(&running, "a.0", 1_000).await, Verdict::Accepted));
