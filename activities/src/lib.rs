@@ -14,6 +14,7 @@ pub mod git;
 pub mod implement;
 pub mod index;
 mod landing;
+pub mod limit;
 pub mod orchestrator;
 pub mod plan;
 pub mod provider;
@@ -54,10 +55,11 @@ pub const MIGRATIONS: &[Migration] = &[
     loopwright_engine::migrate::MIGRATE,
     loopwright_engine::migrate::TIMED,
     loopwright_engine::migrate::LABELS,
+    Migration { version: 22, name: "quotes", sql: include_str!("../../migrations/0022_quotes.sql") },
 ];
 
 /// Contracts of all activities.
-fn signatures() -> [Signature; 9] {
+fn signatures() -> [Signature; 10] {
     [
         agent::signature(),
         check::signature(),
@@ -65,6 +67,7 @@ fn signatures() -> [Signature; 9] {
         deliver::signature(),
         gather::signature(),
         implement::signature(),
+        limit::signature(),
         plan::signature(),
         readme::signature(),
         verify::signature(),
@@ -87,6 +90,7 @@ pub fn registry(toolbox: Arc<Toolbox>) -> Registry {
         .with(deliver::Deliver::new(toolbox.clone()))
         .with(gather::Gather::new(toolbox.clone()))
         .with(implement::Implement::new(toolbox.clone()))
+        .with(limit::SetLimit::new(toolbox.clone()))
         .with(plan::MakePlan::new(toolbox.clone()))
         .with(readme::Readme::new(toolbox.clone()))
         .with(verify::Verify::new(toolbox))

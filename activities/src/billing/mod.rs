@@ -8,6 +8,7 @@ pub mod forecast;
 pub mod hold;
 pub mod hook;
 pub mod ledger;
+pub mod limit;
 pub mod money;
 pub mod price;
 mod returned;

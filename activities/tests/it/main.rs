@@ -8,5 +8,6 @@ mod fork;
 mod loop_steps;
 mod orchestrator;
 mod provider;
+mod quotes;
 mod sandbox;
 mod workspace;

@@ -19,6 +19,7 @@ mod jwt;
 pub mod limit;
 mod loop_run;
 mod projects;
+mod quotes;
 mod routes;
 mod runs;
 pub mod serve;
