@@ -10,4 +10,5 @@ mod orchestrator;
 mod provider;
 mod quotes;
 mod sandbox;
+mod under_fire;
 mod workspace;
