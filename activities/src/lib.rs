@@ -21,6 +21,8 @@ pub mod provider;
 pub mod readme;
 pub mod record;
 pub mod sandbox;
+#[cfg(feature = "test-util")]
+pub mod testing;
 pub mod todo;
 pub mod toolbox;
 pub mod tools;

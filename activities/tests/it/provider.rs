@@ -1,6 +1,6 @@
 //! One suite over all providers that speak HTTP: whatever a server does, the verdict is the same.
 
-use crate::fake_provider::{
+use loopwright_activities::testing::{
     Act, Dialect, FakeProvider, answer, answer_json, chunk, end, frames, gzip, stream, stream_head,
 };
 use loopwright_activities::{
