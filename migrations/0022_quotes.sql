@@ -28,7 +28,7 @@ cross join lateral (
   select coalesce(sum(-t.amount_ucr), 0)::bigint as spent_ucr
   from activity_attempts a join credit_transactions t on t.attempt_id = a.id and t.kind = 'capture'
   where a.run_id = f.run_id and a.activity = f.activity and a.started_at >= f.stated_at
-    and (f.part = f.activity or exists (select from string_to_array(a.path, '/') s where right(s, length(f.part) + 2) = '[' || f.part || ']'))
+    and (f.part = f.activity or exists (select from unnest(string_to_array(a.path, '/')) s(name) where right(s.name, length(f.part) + 2) = '[' || f.part || ']'))
 ) paid;
 
 -- What a run may spend: captured and held credits of it and of all runs below it stay within `cap_ucr`. The newest row is in

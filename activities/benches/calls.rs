@@ -172,12 +172,27 @@ fn definition() -> Definition {
         id: "ask".into(),
         condition: None,
         kind: Kind::Activity { name: "asks@1".into(), with: BTreeMap::<String, Data>::new() },
-        retry: RetryPolicy { max_attempts: 20, initial_interval_ms: 200, ..RetryPolicy::default() },
+        retry: RetryPolicy { attempts: 20, delay_ms: 200, ..RetryPolicy::default() },
         timeouts: Timeouts::default(),
         catch: vec![],
         continue_on_error: false,
     };
-    Definition { name: "calls".into(), format: FORMAT, steps: vec![step], ..Definition::default() }
+    Definition {
+        format: FORMAT,
+        name: "calls".into(),
+        inputs: BTreeMap::new(),
+        env: BTreeMap::new(),
+        timeout_ms: 3_600_000,
+        budget: Value::Null,
+        concurrency: None,
+        runs_on: Vec::new(),
+        executions_max: 100,
+        steps: vec![step],
+        finally: Vec::new(),
+        outputs: BTreeMap::new(),
+        queries: BTreeMap::new(),
+        extras: Value::Null,
+    }
 }
 
 fn main() -> ExitCode {
@@ -273,7 +288,7 @@ async fn load(options: &Options, pool: &PgPool, single: &[Duration]) -> Result<b
     let registry =
         Registry::new().with(Asks { orchestrator: orchestrator.clone(), calls: options.calls, log: log.clone() });
     let deployed = client
-        .deploy(Deploy { definition: definition(), source: String::new(), bundle: Bundle::default(), ..Deploy::default() })
+        .deploy(Deploy { definition: definition(), bundle: Bundle::new(), source: String::new(), author: None, message: None })
         .await?;
     let users = users(pool).await?;
     let config = WorkerConfig { hook, slots: u32::try_from(options.runs)?, ..WorkerConfig::new(pool.clone(), registry) };
@@ -317,7 +332,17 @@ async fn users(pool: &PgPool) -> Result<Vec<(Uuid, Uuid)>> {
 
 async fn start(client: &Client, definition: DefinitionHash, (user, project): &(Uuid, Uuid)) -> Result<RunId> {
     let attributes = json!({"user_id": user.to_string(), "project_id": project.to_string()});
-    let started = client.start(Start { definition, attributes, ..Start::default() }).await?;
+    let start = Start {
+        run_id: None,
+        definition: definition,
+        inputs: json!({}),
+        workflow_id: None,
+        attributes,
+        queue: String::new(),
+        topic: None,
+        admission: Default::default(),
+    };
+    let started = client.start(start).await?;
     Ok(started.run_id)
 }
 

@@ -217,8 +217,8 @@ pub struct Quality {
 /// Reads only.
 pub async fn quality(conn: &mut PgConnection, days: i32) -> Result<Vec<Quality>, sqlx::Error> {
     let rows: Vec<(String, i64, i64, i64, i64, i64)> = sqlx::query_as(
-        "select activity, count(*) parts, count(*) filter (where spent_ucr between low_ucr and high_ucr) within,
-                count(*) filter (where spent_ucr < low_ucr) below, count(*) filter (where spent_ucr > high_ucr) above,
+        "select activity, count(*) parts, count(*) filter (where spent_ucr between low_ucr and high_ucr) as within,
+                count(*) filter (where spent_ucr < low_ucr) as below, count(*) filter (where spent_ucr > high_ucr) as above,
                 (sum(spent_ucr) * 100 / greatest(sum(high_ucr), 1))::bigint spent_percent
          from forecast_errors where over and spent_ucr > 0 and stated_at > engine_now() - make_interval(days => $1)
          group by activity order by activity",

@@ -49,7 +49,7 @@ impl Bench {
         Self { pool, hook: LedgerHook::new(settings), user, project }
     }
 
-    fn attempt(&self, run: RunId, number: u32) -> AttemptRef {
+    pub(crate) fn attempt(&self, run: RunId, number: u32) -> AttemptRef {
         AttemptRef {
             run_id: run,
             attempt_id: AttemptId::derive(run, "step", number),
@@ -63,7 +63,7 @@ impl Bench {
     }
 
     /// An open run whose definition has that budget, below `parent`.
-    async fn run(&self, budget: Value, parent: Option<RunId>) -> RunId {
+    pub(crate) async fn run(&self, budget: Value, parent: Option<RunId>) -> RunId {
         let run = RunId::new();
         sqlx::query(
             "with d as (insert into definitions (hash, name, version, format, source, bundle, ir)
@@ -83,11 +83,11 @@ impl Bench {
     }
 
     /// Starts an attempt that plans one call. The reason of a refusal, if there was one.
-    async fn start(&self, attempt: &AttemptRef) -> Option<String> {
+    pub(crate) async fn start(&self, attempt: &AttemptRef) -> Option<String> {
         self.transition(attempt.run_id, vec![], vec![planning(attempt, 1)]).await
     }
 
-    async fn end(&self, attempt: &AttemptRef, outcome: Outcome) {
+    pub(crate) async fn end(&self, attempt: &AttemptRef, outcome: Outcome) {
         let refused =
             self.transition(attempt.run_id, vec![AttemptEnd { attempt: attempt.clone(), outcome }], vec![]).await;
         assert_eq!(refused, None);
@@ -113,11 +113,11 @@ impl Bench {
         }
     }
 
-    async fn open(&self, attempt: &AttemptRef, key: &str, output_tokens: u64) -> Verdict {
+    pub(crate) async fn open(&self, attempt: &AttemptRef, key: &str, output_tokens: u64) -> Verdict {
         self.meter(attempt, key, Phase::Open, opening(output_tokens)).await
     }
 
-    async fn close(&self, attempt: &AttemptRef, key: &str, state: CallState, prompt: u64, output: u64) {
+    pub(crate) async fn close(&self, attempt: &AttemptRef, key: &str, state: CallState, prompt: u64, output: u64) {
         self.meter(attempt, key, Phase::Close, closing(state, prompt, output)).await;
     }
 

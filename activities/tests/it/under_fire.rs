@@ -18,7 +18,7 @@ use loopwright_engine::{
     Failure,
     activity::{Activity, Context, Registry},
     client::{Client, Deploy, Start},
-    definition::{Definition, FORMAT},
+    definition::{Bundle, Definition, FORMAT, Kind, RetryPolicy, Step},
     embedded::testing::{database, url},
     ids::{DefinitionHash, RunId},
     signature::Signature,
@@ -252,13 +252,32 @@ impl Bench {
     async fn new(pairs: &[Pair]) -> Self {
         let pool = database(MIGRATIONS).await;
         let client = Client::new(pool.clone(), Arc::new(LedgerHook::new(BillingSettings::default())));
-        let definition: Definition = serde_json::from_value(json!({
-            "format": FORMAT, "name": "asks", "timeout_ms": 600_000, "executions_max": 100,
-            "steps": [{"id": "ask", "kind": {"type": "activity", "name": "asks@1", "with": {}},
-                       "retry": {"max_attempts": 8, "initial_interval_ms": 20}}]
-        }))
-        .expect("definition");
-        let deployed = client.deploy(Deploy { definition, ..Deploy::default() }).await.expect("deployed");
+        let step = Step {
+            id: "ask".into(),
+            condition: None,
+            kind: Kind::Activity { name: "asks@1".into(), with: BTreeMap::new() },
+            retry: RetryPolicy { attempts: 8, delay_ms: 20, ..RetryPolicy::default() },
+            timeouts: Default::default(),
+            catch: vec![],
+            continue_on_error: false,
+        };
+        let definition = Definition {
+            format: FORMAT,
+            name: "asks".into(),
+            inputs: BTreeMap::new(),
+            env: BTreeMap::new(),
+            timeout_ms: 3_600_000,
+            budget: Value::Null,
+            concurrency: None,
+            runs_on: Vec::new(),
+            executions_max: 100,
+            steps: vec![step],
+            finally: Vec::new(),
+            outputs: BTreeMap::new(),
+            queries: BTreeMap::new(),
+            extras: Value::Null,
+        };
+        let deployed = client.deploy(Deploy { definition, bundle: Bundle::new(), source: String::new(), author: None, message: None }).await.expect("deployed");
         let fake = FakeProvider::saying(Reply::text("words")).await;
         // A rule is asked once a request; which question of its key it is, is counted here.
         let known: Arc<BTreeMap<String, Pair>> = Arc::new(pairs.iter().map(|p| (p.key(), p.clone())).collect());
@@ -352,7 +371,16 @@ impl Bench {
     async fn drive(&self, pair: &Pair) -> Vec<String> {
         let user = self.user(pair).await;
         let attributes = json!({ "user_id": user.to_string() });
-        let start = Start { definition: self.definition, attributes, queue: pair.queue(), ..Start::default() };
+        let start = Start {
+            run_id: None,
+            definition: self.definition,
+            inputs: json!({}),
+            workflow_id: None,
+            attributes,
+            queue: pair.queue(),
+            topic: None,
+            admission: Default::default(),
+        };
         let run = self.client.start(start).await.expect("started").run_id;
         let mut child = self.child(pair);
         let view = if pair.death.1 == Death::Never {
