@@ -6,6 +6,7 @@ pub mod billing;
 pub mod check;
 pub mod commit;
 pub mod contract;
+pub mod decimal;
 pub mod deliver;
 pub mod edit;
 pub mod fact;
@@ -19,6 +20,7 @@ pub mod orchestrator;
 pub mod plan;
 pub mod provider;
 pub mod readme;
+pub mod reconcile;
 pub mod record;
 pub mod sandbox;
 #[cfg(feature = "test-util")]
@@ -57,12 +59,13 @@ pub const MIGRATIONS: &[Migration] = &[
     loopwright_engine::migrate::MIGRATE,
     loopwright_engine::migrate::TIMED,
     loopwright_engine::migrate::LABELS,
+    Migration { version: 21, name: "ledger", sql: include_str!("../../migrations/0021_ledger.sql") },
     Migration { version: 22, name: "quotes", sql: include_str!("../../migrations/0022_quotes.sql") },
 ];
 
 /// Contracts of all activities.
-fn signatures() -> [Signature; 10] {
-    [
+fn signatures() -> Vec<Signature> {
+    let of_the_loop = [
         agent::signature(),
         check::signature(),
         commit::signature(),
@@ -73,7 +76,8 @@ fn signatures() -> [Signature; 10] {
         plan::signature(),
         readme::signature(),
         verify::signature(),
-    ]
+    ];
+    of_the_loop.into_iter().chain(reconcile::signatures()).collect()
 }
 
 /// What definitions may name, as pure data.

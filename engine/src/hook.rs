@@ -40,6 +40,10 @@ pub struct AttemptStart {
 pub struct AttemptEnd {
     pub attempt: AttemptRef,
     pub outcome: Outcome,
+    /// Code of the failure that it ended with, if with one.
+    pub failure: Option<String>,
+    /// Another attempt of the step follows by its retry policy.
+    pub again: bool,
 }
 
 /// The metered part of one accepted transition: ends come before starts.

@@ -18,8 +18,9 @@ use anyhow::Context;
 use loopwright_activities::{
     billing::{BillingSettings, LedgerHook, MicroCredits, Rate},
     git::Git,
-    orchestrator::{Orchestrator, Routing},
-    provider::{Scripted, Settings as ProviderSettings},
+    orchestrator::{Orchestrator, Role, Routing},
+    provider::{Scripted, Settings as ProviderSettings, account::OpenRouterAccount},
+    reconcile::{self, Books, Stars},
     sandbox::Sandbox,
     toolbox::Toolbox,
     workspace::Workspaces,
@@ -95,6 +96,31 @@ impl App {
     /// Those of [`shipped::deploy`].
     pub async fn deploy_shipped(&self) -> Result<(), loopwright_engine::Error> {
         shipped::deploy(&self.client, shipped::SHIPPED, &catalog()).await.map(drop)
+    }
+
+    /// Makes the schedules of what this program ships, unless they are there.
+    ///
+    /// # Errors
+    /// Those of [`shipped::schedule`].
+    pub async fn schedule_shipped(&self) -> Result<(), loopwright_engine::Error> {
+        shipped::schedule(&self.client, shipped::SHIPPED, &catalog()).await.map(drop)
+    }
+
+    /// What the reconciliation works with, as far as it is configured here.
+    ///
+    /// # Errors
+    /// A setting cannot be used.
+    pub fn books(&self, candidates: Vec<(String, String)>) -> anyhow::Result<Books> {
+        let settings = ProviderSettings::from_lookup(&|name| self.config.provider_setting(name))?;
+        let openrouter = OpenRouterAccount::configured(&settings).map_err(anyhow::Error::msg)?;
+        let stars = telegram::StarList::configured(&self.config.telegram)?;
+        Ok(Books {
+            pool: self.pool.clone(),
+            client: self.client.clone(),
+            openrouter: openrouter.map(Arc::new),
+            stars: stars.map(|stars| Arc::new(stars) as Arc<dyn Stars>),
+            candidates,
+        })
     }
 
     /// Closes the connections and stops the embedded Postgres, if this process started it.
@@ -270,9 +296,11 @@ impl Models {
 /// What the activities need is missing, such as a sandbox; the worker cannot register.
 pub async fn start_worker(app: &App, toolbox: &Arc<Toolbox>) -> anyhow::Result<WorkerHandle> {
     let worker = &app.config.worker;
+    let orchestrator = &toolbox.orchestrator;
+    let books = app.books(Role::ALL.iter().flat_map(|role| orchestrator.candidates(*role)).collect())?;
     let config = WorkerConfig {
         pool: app.pool.clone(),
-        registry: loopwright_activities::registry(toolbox.clone()),
+        registry: reconcile::register(loopwright_activities::registry(toolbox.clone()), &Arc::new(books)),
         hook: app.hook.clone(),
         queues: worker.queues.clone(),
         labels: worker.labels.clone(),

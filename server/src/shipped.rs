@@ -8,16 +8,25 @@ use loopwright_engine::{
     client::{Client, Deploy},
     definition::Bundle,
     ids::DefinitionHash,
+    schedule::door::NewSchedule,
     signature::Catalog,
 };
-use loopwright_workflows::{Compiled, compile, render};
+use loopwright_workflows::{Compiled, compile, render, schedules};
 use serde::Serialize;
 
 /// Author of versions that the program deployed by itself.
 pub const AUTHOR: &str = "loopwright";
 
 /// Name and text of every shipped definition.
-pub const DEFINITIONS: &[(&str, &str)] = &[("dev-loop.yaml", include_str!("../../workflow-defs/dev-loop.yaml"))];
+pub const DEFINITIONS: &[(&str, &str)] = &[
+    ("dev-loop.yaml", include_str!("../../workflow-defs/dev-loop.yaml")),
+    ("reconcile-calls.yaml", include_str!("../../workflow-defs/reconcile-calls.yaml")),
+    ("reconcile-grants.yaml", include_str!("../../workflow-defs/reconcile-grants.yaml")),
+    ("reconcile-ledger.yaml", include_str!("../../workflow-defs/reconcile-ledger.yaml")),
+    ("reconcile-payments.yaml", include_str!("../../workflow-defs/reconcile-payments.yaml")),
+    ("reconcile-prices.yaml", include_str!("../../workflow-defs/reconcile-prices.yaml")),
+    ("reconcile-providers.yaml", include_str!("../../workflow-defs/reconcile-providers.yaml")),
+];
 
 /// Path and text of every shipped prompt; all of them go with each definition.
 pub const PROMPTS: &[(&str, &str)] = &[
@@ -83,6 +92,37 @@ pub async fn deploy(client: &Client, source: Source<'_>, catalog: &Catalog) -> R
         });
     }
     Ok(outcomes)
+}
+
+/// Makes the schedules that the shipped definitions ask for by `on: cron`, unless one of the name is there: what an operator
+/// changed, paused or made stays as it is. Their runs are nobody's. Returns the names of those that are new.
+///
+/// # Errors
+/// As [`deploy`]; call it afterwards.
+/// # Transaction
+/// One per schedule. Idempotent by name, so programs that start at once agree.
+pub async fn schedule(client: &Client, source: Source<'_>, catalog: &Catalog) -> Result<Vec<String>, Error> {
+    let door = client.schedules();
+    let mut made = Vec::new();
+    for (file, text) in source.definitions {
+        let Compiled { definition, .. } = compiled(file, text, source.prompts, catalog)?;
+        for (n, spec) in (1..).zip(schedules(&definition)) {
+            let name = format!("{}/cron/{n}", definition.name);
+            match door.describe(&name).await {
+                Ok(_) => continue,
+                Err(Error::ScheduleNotFound(_)) => {}
+                Err(error) => return Err(error),
+            }
+            let new = NewSchedule { name: name.clone(), spec, paused: false, note: None, owner: Some(AUTHOR.into()) };
+            match door.create(new).await {
+                Ok(_) => made.push(name),
+                // Another program was faster.
+                Err(Error::ScheduleExists(_)) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    Ok(made)
 }
 
 fn compiled(file: &str, text: &str, prompts: &[(&str, &str)], catalog: &Catalog) -> Result<Compiled, Error> {

@@ -240,8 +240,11 @@ fn runs_on(top: &Fields<'_>, sink: &mut Sink) -> Vec<String> {
 /// What a run may cost. A budget that caps nothing would be believed, so it says how many credits.
 fn budget(top: &Fields<'_>, sink: &mut Sink) -> Value {
     let Some(node) = top.get("budget") else { return Value::Null };
-    if let Some(fields) = Fields::new(node, "`budget`", &["credits", "tokens"], sink) {
+    if let Some(fields) = Fields::new(node, "`budget`", &["credits", "credits-per-item", "tokens"], sink) {
         fields.refuse_later("tokens", sink);
+        if fields.has("credits-per-item") {
+            fields.integer("credits-per-item", 1..=BUDGET_CREDITS_MAX, sink);
+        }
         if fields.has("credits") {
             fields.integer("credits", 1..=BUDGET_CREDITS_MAX, sink);
         } else {

@@ -3,11 +3,21 @@
 use super::{
     ledger::{Balance, Entry, LedgerError, append},
     money::{MicroCredits, Rate},
+    policy,
 };
+use chrono::{DateTime, Utc};
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
-/// Places hold number `hold_no` of an attempt. The user row must be locked and have that much available.
+/// What may be reserved, and the instant that this is true of: a grant that expires a moment later still counts.
+#[derive(Clone, Copy, Debug)]
+pub struct Reservable {
+    pub credits: MicroCredits,
+    pub at: DateTime<Utc>,
+}
+
+/// Places hold number `hold_no` of an attempt. The user row must be locked and have had that much available at `at`, which is
+/// what [`reservable`] says: between two statements the clock goes on, and a grant may pass its date.
 /// Placing the same hold again changes nothing.
 ///
 /// # Transaction
@@ -19,6 +29,7 @@ pub async fn place(
     hold_no: i32,
     amount: MicroCredits,
     rate: Rate,
+    at: DateTime<Utc>,
 ) -> Result<(), LedgerError> {
     let key = format!("hold:{attempt}:{hold_no}");
     let placed: Option<i64> = sqlx::query_scalar("select id from credit_transactions where idempotency_key = $1")
@@ -37,10 +48,11 @@ pub async fn place(
     let hold = append(conn, &entry).await?;
     let grants = sqlx::query(
         "select id, remaining_ucr - held_ucr as free from credit_grants
-         where user_id = $1 and remaining_ucr > held_ucr and (expires_at is null or expires_at > engine_now())
+         where user_id = $1 and remaining_ucr > held_ucr and (expires_at is null or expires_at > $2)
          order by priority, expires_at nulls last, created_at, id for no key update",
     )
     .bind(user)
+    .bind(at)
     .fetch_all(&mut *conn)
     .await?;
     let mut missing = amount.0;
@@ -71,22 +83,37 @@ pub async fn place(
 }
 
 /// What a user may reserve now: the available balance less what has expired and is not booked yet.
-pub async fn reservable(conn: &mut PgConnection, user: Uuid, balance: Balance) -> Result<MicroCredits, LedgerError> {
-    let expired: i64 = sqlx::query_scalar(
-        "select coalesce(sum(remaining_ucr - held_ucr), 0)::bigint from credit_grants
-         where user_id = $1 and expires_at <= engine_now() and remaining_ucr > held_ucr",
+///
+/// # Transaction
+/// The user row must be locked: nobody else changes its grants until the transaction ends.
+pub async fn reservable(conn: &mut PgConnection, user: Uuid, balance: Balance) -> Result<Reservable, LedgerError> {
+    let (expired, at): (i64, DateTime<Utc>) = sqlx::query_as(
+        "with clock as materialized (select engine_now() as at)
+         select coalesce(sum(g.remaining_ucr - g.held_ucr), 0)::bigint, c.at
+         from clock c left join credit_grants g on g.user_id = $1 and g.expires_at <= c.at and g.remaining_ucr > g.held_ucr group by c.at",
     )
     .bind(user)
     .fetch_one(conn)
     .await?;
-    Ok(MicroCredits((balance.available().0 - expired).max(0)))
+    Ok(Reservable { credits: MicroCredits((balance.available().0 - expired).max(0)), at })
+}
+
+/// Why an attempt ended, beside how.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Ended<'a> {
+    /// `completed`, `failed` or `lost`.
+    pub state: &'a str,
+    /// Its failure code, if it failed.
+    pub failure: Option<&'a str>,
+    /// Another attempt of the step follows.
+    pub again: bool,
 }
 
 /// Captured and held credits of a run and of all runs below it, open or closed, detached or not, of all their attempts.
 ///
 /// # Transaction
 /// Reads only. Locked user rows keep the sum from moving: a child pays from its parent's user.
-pub async fn spent_by_tree(conn: &mut PgConnection, top: Uuid) -> Result<MicroCredits, LedgerError> {
+pub(super) async fn spent_by_tree(conn: &mut PgConnection, top: Uuid) -> Result<MicroCredits, LedgerError> {
     let sum: i64 = sqlx::query_scalar(
         "with recursive tree as (
            select $1::uuid as run_id union all
@@ -101,16 +128,20 @@ pub async fn spent_by_tree(conn: &mut PgConnection, top: Uuid) -> Result<MicroCr
 }
 
 /// Settles an attempt: its open calls become unknown and free, its cost is captured from its holds in their order, the
-/// rest of them is released. Once per attempt: a second settlement finds nothing running and changes nothing.
+/// rest of them is released; then the refund policy is asked. Once per attempt: a second settlement finds nothing running and
+/// changes nothing.
 ///
 /// # Transaction
 /// The user row must be locked. Keys `settle:<attempt>:<hold_no>`.
-pub async fn settle(conn: &mut PgConnection, attempt: Uuid, state: &str) -> Result<(), LedgerError> {
+pub async fn settle(conn: &mut PgConnection, attempt: Uuid, ended: Ended<'_>) -> Result<(), LedgerError> {
     let user: Option<Uuid> = sqlx::query_scalar(
-        "update activity_attempts set state = $2, ended_at = engine_now() where id = $1 and state = 'running' returning user_id",
+        "update activity_attempts set state = $2, failure_code = left($3, 200), again = $4, ended_at = engine_now()
+         where id = $1 and state = 'running' returning user_id",
     )
     .bind(attempt)
-    .bind(state)
+    .bind(ended.state)
+    .bind(ended.failure)
+    .bind(ended.again)
     .fetch_optional(&mut *conn)
     .await?;
     let Some(user) = user else { return Ok(()) };
@@ -155,7 +186,7 @@ pub async fn settle(conn: &mut PgConnection, attempt: Uuid, state: &str) -> Resu
         }
         left = Some(due - taken);
     }
-    Ok(())
+    if ended.failure.is_some() { policy::attempt_ended(conn, attempt).await } else { Ok(()) }
 }
 
 /// Takes `taken` from a hold's grants in burn order and frees the rest.

@@ -2,11 +2,12 @@
 //! when the attempt ends.
 
 use super::{
-    hold,
+    caps,
+    hold::{self, Reservable},
     ledger::{self, LedgerError},
     money::{MicroCredits, Rate},
     price,
-    returned::{BUDGET_HELD, CREDITS, Returned},
+    returned::{CREDITS, Returned},
 };
 use crate::usage::{CallClosed, CallOpened, CallState, PlannedCall, Reserve};
 use chrono::{DateTime, Utc};
@@ -17,7 +18,6 @@ use loopwright_engine::{
         AttemptRef, AttemptStart, HookError, Outcome, Phase, Reading, Refusal, Transition, TransitionHook, Verdict,
     },
 };
-use serde_json::Value;
 use sqlx::PgConnection;
 use std::{collections::BTreeMap, convert::Infallible};
 use uuid::Uuid;
@@ -25,8 +25,9 @@ use uuid::Uuid;
 /// Smallest hold, in micro-credits: an attempt that expects no call still may make a cheap one.
 const HOLD_MIN_UCR: i64 = 10_000;
 
-/// Failure code of a run whose budget is used up: nothing that it could wait for gives it more.
-const BUDGET: &str = "budget.run";
+/// What a step waits for while an audit has stopped its user's holds: an operator looks, and it goes on by itself.
+const REVIEW: &str = "review";
+const STOPPED: &str = "an audit found a difference in this account, so it holds no more credits until an operator has looked; it goes on by itself then";
 
 /// How credits are counted.
 #[derive(Clone, Copy, Debug)]
@@ -95,7 +96,10 @@ impl LedgerHook {
         }
         let Wanted { all: wanted, least: needed } = self.wanted(conn, start).await?;
         let balance = ledger::lock(conn, owner.user).await?;
-        let available = hold::reservable(conn, owner.user, balance).await?;
+        if balance.stopped {
+            return Ok(Some((REVIEW.into(), STOPPED.into())));
+        }
+        let Reservable { credits: available, at } = hold::reservable(conn, owner.user, balance).await?;
         if available.0 < needed {
             let message = format!(
                 "needs {} credits, {available} are available; add credits and it goes on by itself",
@@ -103,19 +107,20 @@ impl LedgerHook {
             );
             return Ok(Some((CREDITS.into(), message)));
         }
-        let budget = budget_left(conn, attempt).await?;
-        if budget.is_some_and(|left| left.0 < needed) {
+        let tightest = caps::tightest(conn, attempt, owner.project).await?;
+        if let Some(cap) = tightest.filter(|cap| cap.left.0 < needed) {
             let message = format!(
-                "the run's budget is used up: {} credits are left of it, the next step needs {}",
-                budget.unwrap_or_default(),
+                "{} is used up: {} credits are left of it, the next step needs {}",
+                cap.kind.of_what(),
+                cap.left,
                 MicroCredits(needed)
             );
-            return Ok(Some((used_up(conn, attempt).await?.into(), message)));
+            return Ok(Some((cap.used_up(conn, attempt, owner.project).await?.into(), message)));
         }
         // What is available bounds the hold: a call that does not fit any more extends it or stops the attempt.
-        let room = available.0.min(budget.map_or(i64::MAX, |b| b.0));
+        let room = available.0.min(tightest.map_or(i64::MAX, |cap| cap.left.0));
         let amount = wanted.min((room - others.0).max(needed));
-        hold::place(conn, owner.user, attempt.attempt_id.0, 1, MicroCredits(amount), self.settings.rate).await?;
+        hold::place(conn, owner.user, attempt.attempt_id.0, 1, MicroCredits(amount), self.settings.rate, at).await?;
         Ok(None)
     }
 
@@ -151,8 +156,12 @@ impl LedgerHook {
                 .bind(key)
                 .fetch_optional(&mut *conn)
                 .await?;
-        if known.is_some() {
-            return Ok(Verdict::Accepted);
+        match known.as_deref() {
+            None => {}
+            // The answer to the announcement was lost, and it is made again before the call.
+            Some("started") => return Ok(Verdict::Accepted),
+            // Its outcome is known or will never be: to make it again under its name would be a call that nobody books.
+            Some(_) => return refused("internal.call_repeated", format!("the call {key} was made before")),
         }
         let running: Option<i32> =
             sqlx::query_scalar("select 1 from activity_attempts where id = $1 and state = 'running'")
@@ -181,7 +190,10 @@ impl LedgerHook {
             self.settings.rate.credits(used.parse::<i128>().unwrap_or(i128::MAX).saturating_add(i128::from(worst.0))).0;
         if total > held {
             let more = MicroCredits(total - held);
-            let available = hold::reservable(conn, owner.user, balance).await?;
+            if balance.stopped {
+                return refused(REVIEW, STOPPED.into());
+            }
+            let Reservable { credits: available, at } = hold::reservable(conn, owner.user, balance).await?;
             if available < more {
                 return refused(
                     CREDITS,
@@ -190,15 +202,14 @@ impl LedgerHook {
                     ),
                 );
             }
-            if let Some(left) = budget_left(conn, attempt).await?
-                && left < more
-            {
+            if let Some(cap) = caps::tightest(conn, attempt, owner.project).await?.filter(|cap| cap.left < more) {
+                let (what, left) = (cap.kind.of_what(), cap.left);
                 return refused(
-                    used_up(conn, attempt).await?,
-                    format!("the run's budget is used up: {left} credits are left of it, the next call needs {more}"),
+                    cap.used_up(conn, attempt, owner.project).await?,
+                    format!("{what} is used up: {left} credits are left of it, the next call needs {more}"),
                 );
             }
-            hold::place(conn, owner.user, id, hold_no + 1, more, self.settings.rate).await?;
+            hold::place(conn, owner.user, id, hold_no + 1, more, self.settings.rate, at).await?;
         }
         let api_key = api_key(conn, call).await?;
         sqlx::query(
@@ -232,19 +243,6 @@ struct Wanted {
     least: i64,
 }
 
-/// Why there is no budget left: for good, or only until others of the run or project that work now have settled.
-async fn used_up(conn: &mut PgConnection, attempt: &AttemptRef) -> Result<&'static str, LedgerError> {
-    let others: bool = sqlx::query_scalar(
-        "select exists (select from activity_attempts where state = 'running' and id <> $2 and (run_id = $1 or project_id = $3))",
-    )
-    .bind(attempt.run_id.0)
-    .bind(attempt.attempt_id.0)
-    .bind(owner(attempt).and_then(|o| o.project))
-    .fetch_one(conn)
-    .await?;
-    Ok(if others { BUDGET_HELD } else { BUDGET })
-}
-
 /// Who pays for an attempt, from the run's attributes.
 fn owner(attempt: &AttemptRef) -> Option<Owner> {
     let id = |name: &str| attempt.attributes.get(name)?.as_str().and_then(|t| Uuid::parse_str(t).ok());
@@ -262,43 +260,6 @@ async fn worst(conn: &mut PgConnection, planned: &PlannedCall) -> Result<i128, L
     Ok(worst)
 }
 
-/// What an attempt's run may still spend: the smallest of its definition's budget, the budgets of the runs above it, and
-/// its project's cap. A budget pays for its run and all runs below it.
-async fn budget_left(conn: &mut PgConnection, attempt: &AttemptRef) -> Result<Option<MicroCredits>, LedgerError> {
-    let above: Vec<(Uuid, Value)> = sqlx::query_as(
-        "with recursive up as (
-           select parent_shard, parent_run_id from runs where shard = $1 and run_id = $2 union all
-           select r.parent_shard, r.parent_run_id from up join runs r on r.shard = up.parent_shard and r.run_id = up.parent_run_id)
-         select r.run_id, coalesce(d.ir->'budget', 'null')
-         from up join runs r on r.shard = up.parent_shard and r.run_id = up.parent_run_id join definitions d on d.hash = r.definition",
-    )
-    .bind(attempt.run_id.shard())
-    .bind(attempt.run_id.0)
-    .fetch_all(&mut *conn)
-    .await?;
-    let mut budget: Option<i64> = None;
-    let own = (attempt.run_id.0, &*attempt.budget);
-    for (run, terms) in std::iter::once(own).chain(above.iter().map(|(run, terms)| (*run, terms))) {
-        let Some(credits) = terms.get("credits").and_then(Value::as_i64) else { continue };
-        let left = MicroCredits::from_credits(credits).0 - hold::spent_by_tree(conn, run).await?.0;
-        budget = Some(budget.map_or(left, |b| b.min(left)));
-    }
-    let project = attempt.attributes.get("project_id").and_then(|v| v.as_str()).and_then(|t| Uuid::parse_str(t).ok());
-    let cap: Option<i64> = sqlx::query_scalar(
-        "select p.budget_cap_ucr - coalesce((select sum(case t.kind when 'capture' then -t.amount_ucr + t.held_delta_ucr else t.held_delta_ucr end)
-                from activity_attempts a join credit_transactions t on t.attempt_id = a.id where a.project_id = p.id), 0)::bigint
-         from projects p where p.id = $1 and p.budget_cap_ucr is not null",
-    )
-    .bind(project)
-    .fetch_optional(conn)
-    .await?;
-    Ok(match (budget, cap) {
-        (Some(a), Some(b)) => Some(MicroCredits(a.min(b).max(0))),
-        (Some(one), None) | (None, Some(one)) => Some(MicroCredits(one.max(0))),
-        (None, None) => None,
-    })
-}
-
 async fn api_key(conn: &mut PgConnection, call: &CallOpened) -> Result<Uuid, sqlx::Error> {
     sqlx::query_scalar(
         "with new as (insert into api_keys (provider, source, label, last4, fingerprint) values ($1, 'environment', 'platform', $2, decode($3, 'hex'))
@@ -313,8 +274,8 @@ async fn api_key(conn: &mut PgConnection, call: &CallOpened) -> Result<Uuid, sql
     .await
 }
 
-/// Row id, state, provider, requested model, state of the attempt, late, start.
-type OpenedCall = (i64, String, String, String, String, bool, DateTime<Utc>);
+/// Row id, state, provider, requested model, state of the attempt, late, start, price row.
+type OpenedCall = (i64, String, String, String, String, bool, DateTime<Utc>, i64);
 
 /// Stores what became of a call. `current` as in [`Reading::current`].
 async fn close(
@@ -328,14 +289,14 @@ async fn close(
     let Some(owner) = owner(attempt) else { return Ok(()) };
     ledger::lock(conn, owner.user).await?;
     let row: Option<OpenedCall> = sqlx::query_as(
-        "select k.id, k.state, k.provider, k.model_requested, a.state, k.late, k.started_at from api_key_usage k join activity_attempts a on a.id = k.attempt_id
+        "select k.id, k.state, k.provider, k.model_requested, a.state, k.late, k.started_at, k.pricing_id from api_key_usage k join activity_attempts a on a.id = k.attempt_id
          where k.attempt_id = $1 and k.call_key = $2",
     )
     .bind(id)
     .bind(key)
     .fetch_optional(&mut *conn)
     .await?;
-    let Some((usage_id, state, provider, model, attempt_state, late, started_at)) = row else { return Ok(()) };
+    let Some((usage_id, state, provider, model, attempt_state, late, started_at, pricing)) = row else { return Ok(()) };
     // A fact that comes after the end of its attempt is kept and never charged. An attempt whose run was taken away has
     // ended, though nobody has recorded that yet: its answer is thrown away, and the next attempt makes the call again.
     let after_the_end = attempt_state != "running" || !current;
@@ -349,7 +310,11 @@ async fn close(
         CallState::Succeeded | CallState::Unknown => "unknown",
         CallState::Failed => "failed",
     };
-    let priced = price::find(conn, &provider, &model, usage.tokens_prompt, Some(started_at)).await?;
+    // A model that was withdrawn meanwhile costs what was said when the call was announced, never nothing.
+    let priced = match price::find(conn, &provider, &model, usage.tokens_prompt, Some(started_at)).await? {
+        None => price::by_id(conn, pricing).await?,
+        found => found,
+    };
     let cost = match (succeeded && !after_the_end, usage.provider_cost_pusd, &priced) {
         (false, ..) => 0,
         (true, Some(cost), _) => cost.max(0),
@@ -430,7 +395,8 @@ impl TransitionHook for LedgerHook {
                     Outcome::Lost => "lost",
                     Outcome::Failed | Outcome::TimedOut | Outcome::Cancelled | Outcome::Blocked => "failed",
                 };
-                hold::settle(conn, end.attempt.attempt_id.0, state).await.map_err(hook_error)?;
+                let ended = hold::Ended { state, failure: end.failure.as_deref(), again: end.again };
+                hold::settle(conn, end.attempt.attempt_id.0, ended).await.map_err(hook_error)?;
                 if let Some(owner) = owner(&end.attempt) {
                     self.returned.add(owner.user);
                 }

@@ -19,9 +19,33 @@ pub enum LedgerError {
     Mismatch(String),
     #[error("the purchase {0} cannot be refunded: part of it is used or held")]
     Used(String),
+    /// A key that belongs to another user or another amount.
+    #[error("{0} was used before, for another user or another amount; nothing was changed")]
+    KeyReused(String),
+    #[error("{available} credits are neither used nor held; {wanted} cannot be taken")]
+    Short { wanted: MicroCredits, available: MicroCredits },
     #[error(transparent)]
     Sql(#[from] sqlx::Error),
 }
+
+impl LedgerError {
+    /// A stable code for programs; listed in the crate's README.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::NoUser(_) => "user_not_found",
+            Self::NotPositive => "amount_invalid",
+            Self::Mismatch(_) => "payment_mismatch",
+            Self::Used(_) => "purchase_used",
+            Self::KeyReused(_) => "key_reused",
+            Self::Short { .. } => "credits_short",
+            Self::Sql(_) => "database",
+        }
+    }
+}
+
+/// The constraint that keeps a key from being used twice.
+const KEY_CONSTRAINT: &str = "credit_transactions_idempotency_key";
 
 /// Who a user is, as the outside tells.
 #[derive(Clone, Debug)]
@@ -36,6 +60,8 @@ pub enum GrantSource {
     Welcome,
     Purchase,
     Promo,
+    /// A correction by the operator, or credits back by a rule.
+    Adjustment,
 }
 
 impl GrantSource {
@@ -44,6 +70,7 @@ impl GrantSource {
             Self::Welcome => "welcome",
             Self::Purchase => "purchase",
             Self::Promo => "promo",
+            Self::Adjustment => "adjustment",
         }
     }
     /// Lower burns first: what was given burns before what was bought.
@@ -51,6 +78,8 @@ impl GrantSource {
         match self {
             Self::Welcome => 10,
             Self::Promo => 20,
+            // Given back for what was used, be it given or bought: after what was given, before what was bought.
+            Self::Adjustment => 30,
             Self::Purchase => 50,
         }
     }
@@ -62,6 +91,8 @@ pub struct Balance {
     pub balance: MicroCredits,
     /// Part of it that running attempts have reserved.
     pub held: MicroCredits,
+    /// An audit has stopped new holds until an operator looks.
+    pub stopped: bool,
 }
 
 impl Balance {
@@ -124,12 +155,8 @@ pub(super) async fn append(conn: &mut PgConnection, e: &Entry<'_>) -> Result<i64
 /// # Errors
 /// [`LedgerError::NoUser`].
 pub async fn lock(conn: &mut PgConnection, user: Uuid) -> Result<Balance, LedgerError> {
-    let row = sqlx::query("select credit_balance_ucr, credit_held_ucr from users where id = $1 for no key update")
-        .bind(user)
-        .fetch_optional(conn)
-        .await?
-        .ok_or(LedgerError::NoUser(user))?;
-    Ok(Balance { balance: MicroCredits(row.try_get(0)?), held: MicroCredits(row.try_get(1)?) })
+    const SQL: &str = "select credit_balance_ucr, credit_held_ucr, holds_stopped_at is not null from users where id = $1 for no key update";
+    read(conn, user, SQL).await
 }
 
 /// A balance, without a lock.
@@ -137,12 +164,21 @@ pub async fn lock(conn: &mut PgConnection, user: Uuid) -> Result<Balance, Ledger
 /// # Errors
 /// [`LedgerError::NoUser`].
 pub async fn balance(conn: &mut PgConnection, user: Uuid) -> Result<Balance, LedgerError> {
-    let row = sqlx::query("select credit_balance_ucr, credit_held_ucr from users where id = $1")
-        .bind(user)
-        .fetch_optional(conn)
-        .await?
-        .ok_or(LedgerError::NoUser(user))?;
-    Ok(Balance { balance: MicroCredits(row.try_get(0)?), held: MicroCredits(row.try_get(1)?) })
+    read(
+        conn,
+        user,
+        "select credit_balance_ucr, credit_held_ucr, holds_stopped_at is not null from users where id = $1",
+    )
+    .await
+}
+
+async fn read(conn: &mut PgConnection, user: Uuid, sql: &'static str) -> Result<Balance, LedgerError> {
+    let row = sqlx::query(sql).bind(user).fetch_optional(conn).await?.ok_or(LedgerError::NoUser(user))?;
+    Ok(Balance {
+        balance: MicroCredits(row.try_get(0)?),
+        held: MicroCredits(row.try_get(1)?),
+        stopped: row.try_get(2)?,
+    })
 }
 
 /// The user of an identity, created with the welcome grant on first sight. True if it was created now.
@@ -191,7 +227,7 @@ pub async fn ensure_user(
 /// this locks the account, and the workers take both in that order.
 ///
 /// # Errors
-/// [`LedgerError::NotPositive`], [`LedgerError::NoUser`].
+/// [`LedgerError::NotPositive`], [`LedgerError::NoUser`]; [`LedgerError::KeyReused`] when the reference is another user's.
 /// # Transaction
 /// Locks the user row. Idempotency key: (source, reference).
 pub async fn grant(
@@ -218,15 +254,122 @@ pub async fn grant(
     .bind(expires_at)
     .fetch_optional(&mut *conn)
     .await?;
-    let Some(id) = id else { return Ok(false) };
+    let Some(id) = id else {
+        let owner: Uuid = sqlx::query_scalar("select user_id from credit_grants where source = $1 and source_ref = $2")
+            .bind(source.as_str())
+            .bind(reference)
+            .fetch_one(&mut *conn)
+            .await?;
+        return if owner == user { Ok(false) } else { Err(LedgerError::KeyReused(reference.to_owned())) };
+    };
     let (kind, account) = match source {
         GrantSource::Welcome => ("grant", "platform:welcome"),
         GrantSource::Promo => ("grant", "platform:promo"),
         GrantSource::Purchase => ("purchase", "platform:purchase"),
+        GrantSource::Adjustment => ("grant", "platform:adjustment"),
     };
-    let key = format!("{}:{reference}", source.as_str());
+    let key = match source {
+        GrantSource::Adjustment => format!("adjust:{reference}"),
+        _ => format!("{}:{reference}", source.as_str()),
+    };
     append(conn, &Entry { grant: Some(id), ..Entry::new(user, kind, amount.0, 0, account, &key) }).await?;
     Ok(true)
+}
+
+/// Corrects a balance by the operator's word, once per ticket: a positive amount is a grant, a negative one is taken from
+/// what is not held, in burn order. False if that was done before.
+///
+/// # Errors
+/// [`LedgerError::NotPositive`] for zero; [`LedgerError::Short`] when less is free; [`LedgerError::KeyReused`] when the ticket
+/// stands for another user or amount.
+/// # Transaction
+/// Locks the user, then grants. Keys `adjust:<ticket>`, and `adjust:<ticket>:<grant>` for the further grants of a taking.
+pub async fn adjust(
+    conn: &mut PgConnection,
+    user: Uuid,
+    ticket: &str,
+    amount: MicroCredits,
+) -> Result<bool, LedgerError> {
+    match adjusted(conn, user, ticket, amount).await {
+        // Another user's correction under the same ticket was committed meanwhile.
+        Err(LedgerError::Sql(sqlx::Error::Database(e))) if e.constraint() == Some(KEY_CONSTRAINT) => {
+            Err(LedgerError::KeyReused(ticket.to_owned()))
+        }
+        done => done,
+    }
+}
+
+async fn adjusted(
+    conn: &mut PgConnection,
+    user: Uuid,
+    ticket: &str,
+    amount: MicroCredits,
+) -> Result<bool, LedgerError> {
+    let key = format!("adjust:{ticket}");
+    if amount.0 == 0 {
+        return Err(LedgerError::NotPositive);
+    }
+    lock(conn, user).await?;
+    let before: (i64, bool) = sqlx::query_as(
+        "select coalesce(sum(amount_ucr), 0)::bigint, coalesce(bool_and(user_id = $2), false) from credit_transactions
+         where idempotency_key = $1 or (user_id = $2 and kind = 'adjustment' and idempotency_key = $1 || ':' || grant_id)",
+    )
+    .bind(&key)
+    .bind(user)
+    .fetch_one(&mut *conn)
+    .await?;
+    match before {
+        (0, _) => {}
+        (same, true) if same == amount.0 => return Ok(false),
+        _ => return Err(LedgerError::KeyReused(ticket.to_owned())),
+    }
+    if amount.0 > 0 {
+        return grant(conn, user, GrantSource::Adjustment, ticket, amount, None).await;
+    }
+    let grants: Vec<(Uuid, i64)> = sqlx::query_as(
+        "select id, remaining_ucr - held_ucr from credit_grants where user_id = $1 and remaining_ucr > held_ucr
+         order by priority, expires_at nulls last, created_at, id for no key update",
+    )
+    .bind(user)
+    .fetch_all(&mut *conn)
+    .await?;
+    let wanted = MicroCredits(amount.0.saturating_neg());
+    let available = MicroCredits(grants.iter().map(|(_, free)| free).sum());
+    if available < wanted {
+        return Err(LedgerError::Short { wanted, available });
+    }
+    let mut left = wanted.0;
+    for (n, (grant, free)) in grants.into_iter().enumerate() {
+        let part = free.min(left);
+        if part == 0 {
+            break;
+        }
+        sqlx::query("update credit_grants set remaining_ucr = remaining_ucr - $2 where id = $1")
+            .bind(grant)
+            .bind(part)
+            .execute(&mut *conn)
+            .await?;
+        let key = if n == 0 { key.clone() } else { format!("{key}:{grant}") };
+        let entry =
+            Entry { grant: Some(grant), ..Entry::new(user, "adjustment", -part, 0, "platform:adjustment", &key) };
+        append(conn, &entry).await?;
+        left -= part;
+    }
+    Ok(true)
+}
+
+/// Lets a user hold credits again whose holds an audit has stopped. False if they were not stopped.
+///
+/// Wake the user's runs in the same transaction and before this, as for [`grant`].
+pub async fn resume_holds(conn: &mut PgConnection, user: Uuid) -> Result<bool, LedgerError> {
+    lock(conn, user).await?;
+    let done = sqlx::query(
+        "update users set holds_stopped_at = null, holds_stopped_why = null where id = $1 and holds_stopped_at is not null",
+    )
+    .bind(user)
+    .execute(conn)
+    .await?;
+    Ok(done.rows_affected() > 0)
 }
 
 impl<'a> Entry<'a> {
@@ -254,159 +397,6 @@ impl<'a> Entry<'a> {
             uncollected: 0,
         }
     }
-}
-
-/// A payment in Stars that the outside reports.
-#[derive(Clone, Debug)]
-pub struct Payment<'a> {
-    /// The provider's id of the charge; a second report of it changes nothing.
-    pub charge_id: &'a str,
-    /// Payload of the invoice: names the order.
-    pub payload: &'a str,
-    pub currency: &'a str,
-    pub stars: i32,
-    pub recurring: bool,
-}
-
-/// Books a payment and grants what its order promised, once per charge. Returns the credits; `None` if it was booked before.
-///
-/// # Errors
-/// [`LedgerError::Mismatch`] when the order does not exist, belongs to somebody else, or currency or amount differ.
-pub async fn purchase(
-    conn: &mut PgConnection,
-    user: Uuid,
-    payment: &Payment<'_>,
-) -> Result<Option<MicroCredits>, LedgerError> {
-    if payment.currency != "XTR" {
-        return Err(LedgerError::Mismatch(format!("currency {}", payment.currency)));
-    }
-    lock(conn, user).await?;
-    let order: Option<(Uuid, Uuid, i32, i64)> =
-        sqlx::query_as("select id, user_id, stars, credits_ucr from orders where payload = $1")
-            .bind(payment.payload)
-            .fetch_optional(&mut *conn)
-            .await?;
-    let Some((order, owner, stars, credits)) = order else { return Err(LedgerError::Mismatch("no such order".into())) };
-    if owner != user || stars != payment.stars {
-        return Err(LedgerError::Mismatch(if owner == user {
-            "another amount".into()
-        } else {
-            "another buyer".into()
-        }));
-    }
-    // A forwarded invoice may be paid twice: each charge is a purchase of its own.
-    let booked = sqlx::query(
-        "insert into payments (charge_id, order_id, user_id, stars, recurring) values ($1, $2, $3, $4, $5) on conflict (charge_id) do nothing",
-    )
-    .bind(payment.charge_id)
-    .bind(order)
-    .bind(user)
-    .bind(stars)
-    .bind(payment.recurring)
-    .execute(&mut *conn)
-    .await?;
-    if booked.rows_affected() == 0 {
-        return Ok(None);
-    }
-    sqlx::query("update orders set state = 'paid' where id = $1").bind(order).execute(&mut *conn).await?;
-    grant(conn, user, GrantSource::Purchase, payment.charge_id, MicroCredits(credits), None).await?;
-    Ok(Some(MicroCredits(credits)))
-}
-
-/// Takes an untouched purchase back, ledger first: afterwards tell the payment provider, then [`refund_done`].
-/// False if that was done before.
-///
-/// # Errors
-/// [`LedgerError::Used`] when part of it is spent or held.
-pub async fn refund(conn: &mut PgConnection, user: Uuid, charge_id: &str) -> Result<bool, LedgerError> {
-    lock(conn, user).await?;
-    let state: Option<String> =
-        sqlx::query_scalar("select refund_state from payments where charge_id = $1 and user_id = $2")
-            .bind(charge_id)
-            .bind(user)
-            .fetch_optional(&mut *conn)
-            .await?;
-    match state.as_deref() {
-        None => return Err(LedgerError::Mismatch("no such payment".into())),
-        Some("none") => {}
-        Some(_) => return Ok(false),
-    }
-    let grant: Option<(Uuid, i64)> = sqlx::query_as(
-        "update credit_grants set remaining_ucr = 0 where source = 'purchase' and source_ref = $1 and user_id = $2
-           and remaining_ucr = amount_ucr and held_ucr = 0 returning id, amount_ucr",
-    )
-    .bind(charge_id)
-    .bind(user)
-    .fetch_optional(&mut *conn)
-    .await?;
-    let Some((grant, amount)) = grant else { return Err(LedgerError::Used(charge_id.to_owned())) };
-    let key = format!("refund:{charge_id}");
-    append(conn, &Entry { grant: Some(grant), ..Entry::new(user, "refund", -amount, 0, "platform:purchase", &key) })
-        .await?;
-    sqlx::query("update payments set refund_state = 'requested' where charge_id = $1")
-        .bind(charge_id)
-        .execute(&mut *conn)
-        .await?;
-    Ok(true)
-}
-
-/// Books a purchase that the payment provider has taken back although part of it is used: what is neither used nor held
-/// is taken as an `adjustment`. Returns the credits taken, perhaps zero; `None` if the purchase was taken back before.
-///
-/// What is still held pays for its attempts; the rest of it can never be held again, because the grant ends here, and
-/// [`expire`] takes it. What is used stays with the platform.
-///
-/// # Errors
-/// [`LedgerError::Mismatch`] when the user made no such payment.
-/// # Transaction
-/// Locks the user, then the grant. Key `refund:<charge>`. The payment is `done` if something was taken, otherwise
-/// `chargeback`.
-pub async fn charge_back(
-    conn: &mut PgConnection,
-    user: Uuid,
-    charge_id: &str,
-) -> Result<Option<MicroCredits>, LedgerError> {
-    lock(conn, user).await?;
-    let grant: Option<(Uuid, i64, String)> = sqlx::query_as(
-        "select g.id, g.remaining_ucr - g.held_ucr, p.refund_state from payments p
-           join credit_grants g on g.source = 'purchase' and g.source_ref = p.charge_id and g.user_id = p.user_id
-         where p.charge_id = $1 and p.user_id = $2 for no key update of g",
-    )
-    .bind(charge_id)
-    .bind(user)
-    .fetch_optional(&mut *conn)
-    .await?;
-    let Some((grant, free, state)) = grant else { return Err(LedgerError::Mismatch("no such payment".into())) };
-    if state != "none" {
-        return Ok(None);
-    }
-    sqlx::query("update credit_grants set remaining_ucr = held_ucr, expires_at = engine_now() where id = $1")
-        .bind(grant)
-        .execute(&mut *conn)
-        .await?;
-    if free > 0 {
-        let key = format!("refund:{charge_id}");
-        append(
-            conn,
-            &Entry { grant: Some(grant), ..Entry::new(user, "adjustment", -free, 0, "platform:purchase", &key) },
-        )
-        .await?;
-    }
-    sqlx::query("update payments set refund_state = $2 where charge_id = $1")
-        .bind(charge_id)
-        .bind(if free > 0 { "done" } else { "chargeback" })
-        .execute(&mut *conn)
-        .await?;
-    Ok(Some(MicroCredits(free)))
-}
-
-/// The payment provider carried a refund out.
-pub async fn refund_done(conn: &mut PgConnection, charge_id: &str) -> Result<(), LedgerError> {
-    sqlx::query("update payments set refund_state = 'done' where charge_id = $1 and refund_state = 'requested'")
-        .bind(charge_id)
-        .execute(conn)
-        .await?;
-    Ok(())
 }
 
 /// Expires what is over its date and not held, at most `limit` grants. Returns how many.

@@ -3,7 +3,7 @@
 use super::money::PicoUsd;
 use crate::usage::Usage;
 use chrono::{DateTime, Utc};
-use sqlx::{PgConnection, Row};
+use sqlx::{PgConnection, Row, postgres::PgRow};
 
 /// A row of `model_pricing`. Micro-USD per million tokens, which is pico-USD per token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,12 +71,27 @@ pub async fn find(
     .bind(at)
     .fetch_optional(conn)
     .await?;
-    let Some(row) = row else { return Ok(None) };
-    if !row.try_get::<bool, _>("billable")? {
-        return Ok(None);
+    match row {
+        Some(row) if row.try_get::<bool, _>("billable")? => Ok(Some(of_row(&row)?)),
+        _ => Ok(None),
     }
+}
+
+/// The row with that id, in force or not.
+pub(super) async fn by_id(conn: &mut PgConnection, id: i64) -> Result<Option<Price>, sqlx::Error> {
+    let row = sqlx::query(
+        "select id, input_umtok, cached_input_umtok, cache_write_umtok, output_umtok, reasoning_umtok, per_request_pusd
+         from model_pricing where id = $1",
+    )
+    .bind(id)
+    .fetch_optional(conn)
+    .await?;
+    row.as_ref().map(of_row).transpose()
+}
+
+fn of_row(row: &PgRow) -> Result<Price, sqlx::Error> {
     let (input, output): (i64, i64) = (row.try_get("input_umtok")?, row.try_get("output_umtok")?);
-    Ok(Some(Price {
+    Ok(Price {
         id: row.try_get("id")?,
         input,
         cached_input: row.try_get::<Option<i64>, _>("cached_input_umtok")?.unwrap_or(input),
@@ -84,7 +99,7 @@ pub async fn find(
         output,
         reasoning: row.try_get::<Option<i64>, _>("reasoning_umtok")?.unwrap_or(output),
         per_request: row.try_get("per_request_pusd")?,
-    }))
+    })
 }
 
 #[cfg(test)]

@@ -28,6 +28,8 @@ use std::{
 pub const TRIES_PER_CANDIDATE: u32 = 2;
 /// Tries to store a reading whose call has been paid for.
 const CLOSE_TRIES_MAX: u32 = 3;
+/// Why the ledger's hook refuses a call of a model without a price.
+const PRICE_MISSING: &str = "price_missing";
 /// Most calls that failed whose request counts are remembered: many times what a worker runs at once.
 const COUNTS_MAX: usize = 4_096;
 
@@ -330,6 +332,10 @@ impl Orchestrator {
                     continue;
                 }
                 Err(Interrupted::Engine(failure)) => return Verdict::Stop(failure),
+                Err(Interrupted::Unpriced(message)) => {
+                    tracing::error!(provider = %candidate.provider, model = %candidate.model, "a model has no price and is not used; `loopwright pricing import` or `sync`");
+                    return Verdict::Next(Failure::permanent("model.unpriced", message));
+                }
                 Err(Interrupted::Provider(error)) => *error,
             };
             match error.advice {
@@ -382,7 +388,11 @@ impl Orchestrator {
         let meter_key = format!("{}.a{}.{}", task.key, ctx.info().attempt, progress.requests);
         progress.requests += 1;
         let opened = opened(service.provider.as_ref(), candidate, request, limit);
-        ctx.meter_open(&meter_key, &to_value(&opened)?).await?;
+        match ctx.meter_open(&meter_key, &to_value(&opened)?).await {
+            // Nobody may use a model that has no price, and others of the role may have one.
+            Err(failure) if failure.code == PRICE_MISSING => return Err(Interrupted::Unpriced(failure.message)),
+            opened => opened?,
+        }
         let started = Instant::now();
         let request_id = RequestIdSlot::default();
         // A repair is another question: a script may answer it differently.
@@ -488,6 +498,8 @@ enum Judged {
 enum Interrupted {
     /// The engine or its hook said no.
     Engine(Failure),
+    /// The model has no price.
+    Unpriced(String),
     Provider(Box<ProviderError>),
 }
 

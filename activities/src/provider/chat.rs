@@ -4,11 +4,11 @@
 use super::{
     Call, Completion, StructuredOutput, estimate,
     http::Answer,
-    money::pusd_from_decimal,
     retry::{Hints, Names, ProviderError, Report, classify},
     sse::Event,
 };
 use crate::{
+    decimal::pusd_from_decimal,
     orchestrator::{Message, Request, ToolCall},
     usage::{CallState, Usage, UsageSource},
 };

@@ -121,6 +121,16 @@ impl Http {
     /// # Errors
     /// As [`Http::post`]; an error status is classified.
     pub(super) async fn get_json(&self, names: &Names, url: Url, headers: HeaderMap) -> Result<Value, ProviderError> {
+        let text = self.get_text(names, url, headers).await?;
+        serde_json::from_str(&text)
+            .map_err(|_| ProviderError::broken(names, "the answer is not JSON", CallState::Failed))
+    }
+
+    /// Fetches a document as it is written: in a [`Value`] numbers of money would lose digits.
+    ///
+    /// # Errors
+    /// As [`Http::post`]; an error status is classified.
+    pub(super) async fn get_text(&self, names: &Names, url: Url, headers: HeaderMap) -> Result<String, ProviderError> {
         let cancellation = CancellationToken::new();
         let limit = Instant::now() + self.timeouts.connect + self.timeouts.idle.min(self.timeouts.first_byte);
         let request = self.client.get(url).headers(headers).header(ACCEPT, "application/json").send();
@@ -141,9 +151,7 @@ impl Http {
         if !answer.status.is_success() {
             return Err(answer.into_error().await.0);
         }
-        let text = answer.text().await?;
-        serde_json::from_str(&text)
-            .map_err(|_| ProviderError::broken(names, "the answer is not JSON", CallState::Failed))
+        answer.text().await
     }
 }
 

@@ -10,12 +10,12 @@
 //! A provider makes one request and says exactly what became of it. It does **not** retry, choose models, know of
 //! money or of the engine's records: that is [`crate::orchestrator`]. Start reading at [`Provider`].
 
+pub mod account;
 pub mod address;
 mod chat;
 pub mod estimate;
 pub mod gemini;
 mod http;
-pub mod money;
 pub mod openai_compatible;
 pub mod openrouter;
 pub mod retry;

@@ -4,6 +4,8 @@ use crate::billing::{Bench, CALL_UCR, closing, one_call, opening};
 use futures_util::future::BoxFuture;
 use loopwright_activities::{
     billing::{BillingSettings, LedgerHook},
+    orchestrator::{Message, Orchestrator, Request, Role, Routing, route::Candidate},
+    provider::Scripted,
     usage::CallState,
 };
 use loopwright_engine::{
@@ -254,5 +256,71 @@ async fn a_run_goes_on_when_another_one_of_its_user_gives_back_what_it_held() {
     assert_eq!(ends, (RunStatus::Completed, RunStatus::Completed));
     worker.drain(Duration::from_secs(10)).await;
     assert_eq!(bench.balance().await, (2_000_000 - 2 * CALL_UCR, 0));
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+/// Asks the orchestrator once and returns the model that answered.
+struct Orchestrated {
+    name: &'static str,
+    orchestrator: Orchestrator,
+}
+
+impl Orchestrated {
+    fn new(name: &'static str, models: &[&str]) -> Self {
+        let mut routing = Routing::rehearsed();
+        let shipped = routing.roles[&Role::Architect][0].clone();
+        let candidates =
+            models.iter().map(|model| Candidate { model: (*model).to_owned(), ..shipped.clone() }).collect();
+        routing.roles.insert(Role::Architect, candidates);
+        let script = Scripted::from_yaml("- at: '*'\n  reply: { text: hello }\n").expect("script");
+        Self { name, orchestrator: Orchestrator::new(routing, vec![Arc::new(script)]) }
+    }
+}
+
+impl Activity for Orchestrated {
+    fn signature(&self) -> Signature {
+        Signature { name: self.name.into(), ..signature() }
+    }
+    fn run(&self, ctx: Context, _input: Value) -> BoxFuture<'static, Result<Value, Failure>> {
+        let orchestrator = self.orchestrator.clone();
+        Box::pin(async move {
+            let request = Request {
+                role: Role::Architect,
+                purpose: "test".into(),
+                messages: vec![Message::User { text: "hello".into() }],
+                tools: vec![],
+                output_schema: None,
+                max_output_tokens: 100,
+            };
+            Ok(json!(orchestrator.call(&ctx, "a", request).await?.text))
+        })
+    }
+}
+
+#[tokio::test]
+async fn a_model_without_a_price_is_passed_over_and_never_free() {
+    let bench = Bench::new(10).await;
+    let hook = Arc::new(LedgerHook::new(BillingSettings::default()));
+    let registry = Registry::new()
+        .with(Orchestrated::new("second@1", &["unheard-of", "rehearsed/architect"]))
+        .with(Orchestrated::new("none@1", &["unheard-of", "unheard-of-too"]));
+    let mut config = WorkerConfig::new(bench.pool.clone(), registry);
+    config.hook = hook.clone();
+    let worker = worker::start(config).await.expect("worker");
+    let client = Client::new(bench.pool.clone(), hook);
+    let step = |name: &str| json!([{"id": "call", "kind": {"activity": {"name": name, "with": {}}}}]);
+    let run = start(&bench, &client, step("second@1")).await;
+    assert_eq!(closed(&client, run).await, RunStatus::Completed);
+    let asked: Vec<(String, i64)> = sqlx::query_as("select model_requested, cost_pusd from api_key_usage")
+        .fetch_all(&bench.pool)
+        .await
+        .expect("calls");
+    assert!(matches!(&*asked, [(model, cost)] if model == "rehearsed/architect" && *cost > 0), "{asked:?}");
+    let run = start(&bench, &client, step("none@1")).await;
+    assert_eq!(closed(&client, run).await, RunStatus::Failed);
+    let view = client.describe(run).await.expect("run");
+    let failure = view.failure.expect("a failure");
+    assert_eq!(failure.code, "model.unpriced", "{failure:?}");
+    worker.drain(Duration::from_secs(10)).await;
     assert_eq!(bench.violations().await, [""; 0]);
 }

@@ -2,6 +2,12 @@
 #![allow(clippy::unwrap_used)]
 
 mod billing;
+mod billing_audit;
+mod billing_books;
+mod billing_bugs;
+mod billing_purchase;
+mod billing_random;
+mod billing_rules;
 mod billing_worker;
 mod fake_provider;
 mod fork;

@@ -498,7 +498,7 @@ fn effects_of(run: RunId, known: RunId, parent: Option<RunId>, events: &[Event])
             }
             Event::AttemptEnded { path, attempt: n, attempt_id, activity, outcome, at, .. } => {
                 let attempt = attempt(path, *n, *attempt_id, activity, *at);
-                effects.ended.push(AttemptEnd { attempt, outcome: *outcome });
+                effects.ended.push(AttemptEnd { attempt, outcome: *outcome, failure: None, again: false });
             }
             Event::RunClosed { status, output, failure, .. } => {
                 effects.parent =

@@ -114,6 +114,8 @@ async fn closing(conn: &mut PgConnection, run: RunId, reason: &str) -> Result<It
                     deadline: *at,
                 },
                 outcome: Outcome::Cancelled,
+                failure: None,
+                again: false,
             }),
             Event::RunClosed { status, output, failure, .. } => {
                 effects.parent = loaded.parent.as_ref().map(|(parent, _)| {

@@ -9,9 +9,12 @@ use crate::{
     },
 };
 use anyhow::Context as _;
+use chrono::{DateTime, Utc};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use loopwright_activities::billing::{
-    MicroCredits,
-    ledger::{self, GrantSource},
+    MicroCredits, audit,
+    ledger::{self, GrantSource, LedgerError},
+    report::{By, Span, Spent},
 };
 use loopwright_engine::transaction;
 use serde_json::json;
@@ -69,8 +72,49 @@ enum Command {
         #[arg(long, value_name = "TEXT", value_parser = reference, conflicts_with = "reason")]
         key: Option<String>,
     },
+    /// Correct a balance, once per ticket; `--take` takes what is not held
+    Adjust {
+        /// Credits, with up to six decimals
+        #[arg(value_parser = amount)]
+        amount: MicroCredits,
+        #[command(flatten)]
+        who: Who,
+        /// What the correction is known by; the same ticket changes nothing a second time
+        #[arg(long, value_name = "TEXT", value_parser = reference)]
+        ticket: String,
+        /// Take instead of give
+        #[arg(long)]
+        take: bool,
+    },
+    /// Give a purchase back that nothing was used of: the credits go now, and the bot returns the Stars
+    Refund {
+        /// Telegram's id of the charge
+        charge: String,
+    },
+    /// Let a user hold credits again whom an audit has stopped; runs that wait go on
+    Release { user: Uuid },
+    /// What was spent, added up
+    Report {
+        #[arg(long, value_parser = by(), default_value = "activity")]
+        by: By,
+        /// Attempts that ended from then on: 2026-11-25 or 2026-11-25T10:00:00Z
+        #[arg(long, value_name = "INSTANT", value_parser = super::schedule::instant)]
+        from: Option<DateTime<Utc>>,
+        /// And before then
+        #[arg(long, value_name = "INSTANT", value_parser = super::schedule::instant)]
+        to: Option<DateTime<Utc>>,
+        /// Of one user only
+        #[arg(long, value_name = "USER")]
+        user: Option<Uuid>,
+    },
+    /// What the reconciliation has found and nothing has resolved
+    Findings,
     /// Check that every balance, hold, price and payment adds up; exit code 1 if one does not
-    Audit,
+    Audit {
+        /// Stop new holds of the users that are affected, as the hourly audit does
+        #[arg(long)]
+        stop: bool,
+    },
 }
 
 pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<u8> {
@@ -114,8 +158,80 @@ async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<u8> {
                 eprintln!("Credits were given under this key before; nothing was changed.");
             }
         }
-        Command::Audit => {
+        Command::Adjust { amount, who, ticket, take } => {
+            let user = user(app, who).await?;
+            let amount = if take { MicroCredits(-amount.0) } else { amount };
+            let mut tx = transaction::begin(&app.pool).await?;
+            app.client.unblock_in(&mut tx, &json!({"user_id": user.to_string()})).await?;
+            let adjusted = ledger::adjust(&mut tx, user, &ticket, amount).await.map_err(coded)?;
+            tx.commit().await?;
+            app.client.wake().await;
+            show(app, user, json, json!({"adjusted": adjusted, "reference": format!("adjust:{ticket}")})).await?;
+            if !adjusted && !json {
+                eprintln!("This ticket was honored before; nothing was changed.");
+            }
+        }
+        Command::Refund { charge } => {
+            let refunded = app.store.refund(&charge).await.map_err(coded)?;
+            print(json, &json!({"charge_id": charge, "refunded": refunded}), |_| {
+                if refunded {
+                    "The credits are taken back; the bot returns the Stars within a minute.".to_owned()
+                } else {
+                    "This purchase was given back before; nothing was changed.".to_owned()
+                }
+            })?;
+        }
+        Command::Release { user } => {
+            let mut tx = transaction::begin(&app.pool).await?;
+            app.client.unblock_in(&mut tx, &json!({"user_id": user.to_string()})).await?;
+            let released = ledger::resume_holds(&mut tx, user).await.map_err(coded)?;
+            tx.commit().await?;
+            app.client.wake().await;
+            show(app, user, json, json!({ "released": released })).await?;
+        }
+        Command::Report { by, from, to, user } => {
+            let spent = app.store.spent_by(by, Span { from, to, user }).await?;
+            print(json, &spent, |spent| {
+                let row = |s: &Spent| {
+                    let tokens = format!("{}/{}", s.tokens_prompt, s.tokens_output);
+                    let (credits, back) = (s.credits.clone(), s.given_back.clone());
+                    vec![
+                        s.key.clone(),
+                        s.attempts.to_string(),
+                        s.calls.to_string(),
+                        tokens,
+                        s.cost_usd.clone(),
+                        credits,
+                        back,
+                    ]
+                };
+                let head = [by.as_str(), "attempts", "calls", "tokens in/out", "cost USD", "credits", "given back"];
+                table(&head, &spent.iter().map(row).collect::<Vec<_>>())
+            })?;
+        }
+        Command::Findings => {
+            let found = app.store.findings(crate::store::PAGE_MAX).await?;
+            print(json, &found, |found| {
+                if found.is_empty() {
+                    return "Nothing is open.".to_owned();
+                }
+                let row = |f: &loopwright_activities::billing::books::Kept| {
+                    let since = f.first_seen_at.format("%F %R").to_string();
+                    vec![since, f.seen.to_string(), f.job.clone(), f.kind.clone(), f.message.clone()]
+                };
+                table(&["since (UTC)", "seen", "job", "kind", "what"], &found.iter().map(row).collect::<Vec<_>>())
+            })?;
+        }
+        Command::Audit { stop } => {
             let found = app.store.audit().await?;
+            if stop && !found.is_empty() {
+                let mut tx = transaction::begin(&app.pool).await?;
+                let stopped = audit::stop_affected(&mut tx, &found).await?;
+                tx.commit().await?;
+                for user in stopped {
+                    eprintln!("User {user} holds no more credits; look, then `loopwright credits release {user}`.");
+                }
+            }
             print(json, &found, |found| {
                 if found.is_empty() {
                     return "Money is in order.".to_owned();
@@ -171,6 +287,16 @@ async fn show(app: &App, user: Uuid, json: bool, extra: serde_json::Value) -> an
             decimal(balance.held_ucr)
         )
     })
+}
+
+/// An error of the ledger with its code.
+fn coded(error: LedgerError) -> anyhow::Error {
+    let code = error.code();
+    anyhow::anyhow!("{error} [{code}]")
+}
+
+fn by() -> impl TypedValueParser<Value = By> {
+    PossibleValuesParser::new(By::ALL.map(By::as_str)).map(|text| By::parse(&text).unwrap_or(By::Activity))
 }
 
 /// Credits as text to micro-credits, exactly.

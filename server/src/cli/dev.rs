@@ -29,6 +29,7 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<()> {
     let address = listener.local_addr()?;
     let app = App::open_migrated(config, Fallback::Embedded).await?;
     app.deploy_shipped().await?;
+    app.schedule_shipped().await?;
     eprintln!("loopwright serves at http://{address} — a token: loopwright token — Ctrl-C stops");
     let done = tokio::try_join!(
         app::serve_http(&app, listener, stop.clone()),

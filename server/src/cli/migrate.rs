@@ -17,6 +17,7 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<()> {
     if !args.check {
         app.migrate().await?;
         app.deploy_shipped().await?;
+        app.schedule_shipped().await?;
     }
     let applied = if args.check { Vec::new() } else { missing.clone() };
     let report = serde_json::json!({"missing": if args.check { missing } else { Vec::new() }, "applied": applied});

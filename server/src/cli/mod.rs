@@ -14,6 +14,7 @@ mod doctor;
 mod index;
 mod keys;
 mod migrate;
+mod pricing;
 mod project;
 mod retention;
 mod run;
@@ -82,6 +83,8 @@ enum Command {
     Workflow(workflow::Args),
     /// Show credits, give some, check the ledger
     Credits(credits::Args),
+    /// Look at prices of models, take over price lists
+    Pricing(pricing::Args),
     /// Make and rotate the keys that seal what runs store
     Keys(keys::Args),
     /// Look into the code index of a folder
@@ -149,6 +152,7 @@ async fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Project(args) => project::run(args, context).await,
         Command::Workflow(args) => return workflow::run(args, context).await,
         Command::Credits(args) => return credits::run(args, context).await,
+        Command::Pricing(args) => return pricing::run(args, context).await,
         Command::Keys(args) => keys::run(args, context).await,
         Command::Index(args) => index::run(args, context).await,
         Command::Bench(args) => return bench::run(args, context).await,

@@ -133,7 +133,7 @@ fn duration(text: &str) -> Result<u64, String> {
     parse_duration(text).ok_or_else(|| "write for example 90s, 10m, 1h30m or 7d".to_owned())
 }
 
-fn instant(text: &str) -> Result<DateTime<Utc>, String> {
+pub(super) fn instant(text: &str) -> Result<DateTime<Utc>, String> {
     let day = || text.parse::<NaiveDate>().ok()?.and_hms_opt(0, 0, 0).map(|t| t.and_utc());
     let full = DateTime::parse_from_rfc3339(text).ok().map(|t| t.with_timezone(&Utc));
     full.or_else(day).ok_or_else(|| "write 2026-11-25 or 2026-11-25T10:00:00Z".to_owned())

@@ -41,6 +41,7 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("POST", "/v1/runs/{}/limit"),
     ("GET", "/v1/credits"),
     ("GET", "/v1/credits/transactions"),
+    ("GET", "/v1/credits/report"),
     ("GET", "/healthz"),
     ("GET", "/readyz"),
     ("GET", "/metrics"),
@@ -206,7 +207,12 @@ fn credits(state: &State) -> BoxedFilter<(Response,)> {
         .and(c())
         .then(|call| respond("/v1/credits/transactions", credits::transactions(call)))
         .boxed();
-    balance.or(transactions).unify().boxed()
+    let report = warp::path!("credits" / "report")
+        .and(warp::get())
+        .and(c())
+        .then(|call| respond("/v1/credits/report", credits::report(call)))
+        .boxed();
+    balance.or(transactions).unify().or(report).unify().boxed()
 }
 
 fn operations(state: &State) -> BoxedFilter<(Response,)> {

@@ -2,7 +2,14 @@
 
 use super::{Error, Page, Store};
 use chrono::{DateTime, Utc};
-use loopwright_activities::billing::audit::{self, Violation};
+use loopwright_activities::billing::{
+    audit::{self, Violation},
+    books::{self, Kept},
+    ledger::LedgerError,
+    pricelist::{self, Applied, Listed, Quote, Refusal},
+    purchase::{self, Known},
+    report::{self, By, Span, Spent},
+};
 use loopwright_engine::transaction;
 use serde::Serialize;
 use sqlx::PgExecutor;
@@ -22,6 +29,8 @@ pub struct Balance {
     pub available_ucr: i64,
     /// The same in credits, as exact decimal text.
     pub available: String,
+    /// An audit has stopped new holds until an operator has looked.
+    pub stopped: bool,
 }
 
 /// One change of a balance.
@@ -42,15 +51,18 @@ pub struct Transaction {
 
 /// The user's balance as the caller's transaction sees it; `None` for nobody.
 pub async fn balance(executor: impl PgExecutor<'_>, user: Uuid) -> Result<Option<Balance>, Error> {
-    let row: Option<(i64, i64)> = sqlx::query_as("select credit_balance_ucr, credit_held_ucr from users where id = $1")
-        .bind(user)
-        .fetch_optional(executor)
-        .await?;
-    Ok(row.map(|(balance, held)| Balance {
+    let row: Option<(i64, i64, bool)> = sqlx::query_as(
+        "select credit_balance_ucr, credit_held_ucr, holds_stopped_at is not null from users where id = $1",
+    )
+    .bind(user)
+    .fetch_optional(executor)
+    .await?;
+    Ok(row.map(|(balance, held, stopped)| Balance {
         balance_ucr: balance,
         held_ucr: held,
         available_ucr: balance - held,
         available: decimal(balance - held),
+        stopped,
     }))
 }
 
@@ -109,10 +121,60 @@ impl Store {
     /// One snapshot, so that work going on does not look like a difference. Read only.
     pub async fn audit(&self) -> Result<Vec<Violation>, Error> {
         let mut tx = transaction::begin(&self.pool).await?;
-        sqlx::query("set transaction isolation level repeatable read, read only").execute(&mut *tx).await?;
-        let found = audit::run(&mut tx).await?;
+        let found = audit::snapshot(&mut tx).await?;
         tx.rollback().await?;
         Ok(found)
+    }
+
+    /// What was spent, added up.
+    pub async fn spent_by(&self, by: By, span: Span) -> Result<Vec<Spent>, Error> {
+        let mut conn = self.pool.acquire().await?;
+        Ok(report::spent(&mut conn, by, span).await?)
+    }
+
+    /// Findings of the reconciliation that nothing has resolved, newest first.
+    pub async fn findings(&self, limit: u32) -> Result<Vec<Kept>, Error> {
+        let mut conn = self.pool.acquire().await?;
+        Ok(books::open_findings(&mut conn, limit.into()).await?)
+    }
+
+    /// Takes a purchase back, ledger first; the bot asks Telegram for it. False if that was done before.
+    ///
+    /// # Errors
+    /// Those of the ledger: `payment_mismatch`, `purchase_used`.
+    /// # Transaction
+    /// One.
+    pub async fn refund(&self, charge_id: &str) -> Result<bool, LedgerError> {
+        let mut tx = transaction::begin(&self.pool).await?;
+        let Known::Payment { user, .. } = purchase::known(&mut tx, charge_id).await? else {
+            return Err(LedgerError::Mismatch("no such payment".into()));
+        };
+        let done = purchase::refund(&mut tx, user, charge_id).await?;
+        tx.commit().await?;
+        Ok(done)
+    }
+
+    /// Prices in force and to come, or all.
+    pub async fn prices(&self, history: bool, containing: Option<&str>) -> Result<Vec<Listed>, Error> {
+        let mut conn = self.pool.acquire().await?;
+        Ok(pricelist::list(&mut conn, history, containing).await?)
+    }
+
+    /// Takes prices over, or says what would be new.
+    ///
+    /// # Transaction
+    /// One, all or nothing.
+    pub async fn take_prices(
+        &self,
+        quotes: &[Quote],
+        from: Option<DateTime<Utc>>,
+        source: &str,
+        write: bool,
+    ) -> Result<Result<Applied, Refusal>, Error> {
+        let mut tx = transaction::begin(&self.pool).await?;
+        let applied = pricelist::apply(&mut tx, quotes, from, source, write).await?;
+        tx.commit().await?;
+        Ok(applied)
     }
 }
 

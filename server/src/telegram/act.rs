@@ -253,7 +253,7 @@ async fn unread(parts: &Parts, tx: &mut Tx, update_id: i64, money: &Money<'_>) -
 
 async fn refunded(scene: &mut Scene<'_>, charge_id: &str) -> Result<(), Error> {
     let known = match chats::user(scene.tx, scene.from).await? {
-        Some(user) => crate::store::telegram::orders::refunded(scene.tx, user.id, charge_id).await?,
+        Some(user) => loopwright_activities::billing::purchase::taken_back(scene.tx, user.id, charge_id).await?,
         None => false,
     };
     if !known {

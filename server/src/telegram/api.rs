@@ -101,6 +101,8 @@ methods!(
     AnswerCallbackQuery,
     AnswerPreCheckoutQuery,
     SendInvoice,
+    RefundStarPayment,
+    GetStarTransactions,
 );
 
 /// What an error of the library means.

@@ -19,8 +19,10 @@ pub mod render;
 mod run;
 pub mod secret;
 mod send;
+mod stars;
 
 pub use run::run;
+pub use stars::StarList;
 
 use crate::{config, rest::Archives, store::Store};
 use loopwright_activities::billing::ledger::LedgerError;

@@ -11,7 +11,8 @@ use crate::store::telegram::{
 };
 use loopwright_activities::billing::{
     MicroCredits,
-    ledger::{self, LedgerError, Payment},
+    ledger::{self, LedgerError},
+    purchase::{self, Payment},
 };
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -70,7 +71,7 @@ pub(super) async fn paid(parts: &Parts, tx: &mut Tx, from: i64, charge: &Charge)
                 recurring: charge.recurring,
             };
             parts.client.unblock_in(tx, &json!({ "user_id": user.to_string() })).await?;
-            match ledger::purchase(tx, user, &payment).await {
+            match purchase::purchase(tx, user, &payment).await {
                 Ok(None) => return Ok(None),
                 Ok(Some(credits)) => {
                     let balance = ledger::balance(tx, user).await?.available();

@@ -4,7 +4,7 @@ use super::{
     Error, Parts, act,
     api::{self, Fault},
     intent::COMMANDS,
-    notify, poll, send,
+    notify, poll, send, stars,
 };
 use crate::store::telegram::lease::Lease;
 use anyhow::Context;
@@ -124,6 +124,7 @@ async fn work(
         act::run(&session),
         notify::run(&session),
         send::run(&session),
+        stars::run(&session),
         upkeep(&session),
     );
     (lease, ended.map(drop))

@@ -284,10 +284,57 @@ async fn credits_go_to_the_developer_unless_somebody_is_named() {
         let (code, text) = run(args);
         assert!(code == Some(1) && text.contains("there is no user"), "{text}");
     }
-    for args in [&["grant", "0"][..], &["grant", "1.0000001"], &["grant", "1", "--key", "a\nb"]] {
+    let (code, taken) = run(&["adjust", "20", "--take", "--ticket", "T-1"]);
+    assert!(code == Some(0) && taken.starts_with("30 credits available"), "{taken}");
+    assert!(run(&["adjust", "20", "--take", "--ticket", "T-1"]).1.contains("honored before"));
+    let (code, short) = run(&["adjust", "31", "--take", "--ticket", "T-2"]);
+    assert!(code == Some(1) && short.contains("[credits_short]"), "{short}");
+    let (code, unknown) = run(&["refund", "stx1"]);
+    assert!(code == Some(1) && unknown.contains("[payment_mismatch]"), "{unknown}");
+    assert_eq!(run(&["report", "--by", "model", "--from", "2026-01-01"]).0, Some(0));
+    assert_eq!(run(&["findings"]), (Some(0), "Nothing is open.\n".to_owned()));
+    for args in [
+        &["report", "--by", "mood"][..],
+        &["adjust", "1"],
+        &["grant", "0"],
+        &["grant", "1.0000001"],
+        &["grant", "1", "--key", "a\nb"],
+    ] {
         assert_eq!(run(args).0, Some(2), "{args:?}");
     }
     assert_eq!(run(&["audit"]), (Some(0), "Money is in order.\n".to_owned()));
+}
+
+#[tokio::test]
+async fn a_price_list_is_taken_over_as_a_whole_or_not_at_all() {
+    let pool = testing::database(loopwright_activities::MIGRATIONS).await;
+    let dir = tempfile::tempdir().unwrap();
+    let url = testing::url(&pool);
+    let file = dir.path().join("prices.json");
+    let file = file.to_str().unwrap();
+    let run = |args: &[&str]| {
+        let output = loopwright(dir.path()).env("DATABASE_URL", &url).arg("pricing").args(args).output().unwrap();
+        (output.status.code(), text(&output))
+    };
+    let rows =
+        async || -> i64 { sqlx::query_scalar("select count(*) from model_pricing").fetch_one(&pool).await.unwrap() };
+    let before = rows().await;
+    let good = r#"  "gemini/gemini-9": {"litellm_provider": "gemini", "input_cost_per_token": 7.5e-07, "output_cost_per_token": 3.75e-06}"#;
+    let bad = r#"  "gemini/gemini-8": {"litellm_provider": "gemini", "input_cost_per_token": -1, "output_cost_per_token": 1e-6}"#;
+    std::fs::write(file, format!("{{\n{good},\n{bad}\n}}")).unwrap();
+    let (code, refused) = run(&["import", file]);
+    assert!(code == Some(1) && refused.contains("line 3") && refused.contains("[price_negative]"), "{refused}");
+    assert_eq!(rows().await, before);
+    std::fs::write(file, format!("{{\n{good}\n}}")).unwrap();
+    let (code, dry) = run(&["import", file, "--dry-run"]);
+    assert!(code == Some(0) && dry.contains("new gemini/gemini-9: 0.75 in, 3.75 out"), "{dry}");
+    assert_eq!(rows().await, before);
+    assert_eq!(run(&["import", file]).0, Some(0));
+    assert_eq!(rows().await, before + 1);
+    let (code, listed) = run(&["list", "gemini-9"]);
+    assert!(code == Some(0) && listed.contains("import prices.json") && listed.contains("3.75"), "{listed}");
+    let (code, sync) = run(&["sync"]);
+    assert!(code == Some(1) && sync.contains("OPENROUTER_API_KEY"), "{sync}");
 }
 
 #[test]

@@ -41,6 +41,8 @@ pub enum Wrong {
     Blocked,
     /// 409.
     Conflict,
+    /// 400.
+    Refused,
 }
 
 /// A call that was made.
@@ -83,6 +85,8 @@ struct State {
     /// Polls that are answered as if nothing had been confirmed.
     repeats: u32,
     given: Vec<Value>,
+    /// Charges that were given back.
+    refunded: Vec<Value>,
 }
 
 /// The server. It ends with the value.
@@ -292,6 +296,20 @@ async fn call(state: &Mutex<State>, changed: &Notify, method: &str, body: Value)
             return refuse(StatusCode::FORBIDDEN, "Forbidden: bot was blocked by the user", &json!({}));
         }
         Some(Wrong::Conflict) => return refuse(StatusCode::CONFLICT, "Conflict", &json!({})),
+        Some(Wrong::Refused) => return refuse(StatusCode::BAD_REQUEST, "Bad Request: CHARGE_NOT_FOUND", &json!({})),
+        Some(Wrong::HangUp) | None if method == "refundstarpayment" => {
+            let mut state = state.lock().unwrap();
+            let charge = body["telegram_payment_charge_id"].clone();
+            if state.refunded.contains(&charge) {
+                return refuse(StatusCode::BAD_REQUEST, "Bad Request: CHARGE_ALREADY_REFUNDED", &json!({}));
+            }
+            state.refunded.push(charge);
+            let response = accept(&json!(true));
+            return match wrong {
+                Some(_) => warp::reply::with_header(response, HANG_UP, "1").into_response(),
+                None => response,
+            };
+        }
         Some(Wrong::HangUp) => {
             let response = accept(&json!(true));
             return warp::reply::with_header(response, HANG_UP, "1").into_response();

@@ -39,6 +39,7 @@ const ROOMS: &[(&str, &[&str])] = &[
             "activities/src/deliver.rs",
             "activities/src/landing.rs",
             "activities/src/plan.rs",
+            "activities/src/reconcile/",
             "activities/src/record.rs",
             "activities/src/toolbox.rs",
             "activities/src/workspace.rs",

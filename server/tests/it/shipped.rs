@@ -107,7 +107,25 @@ async fn a_shipped_definition_that_does_not_compile_says_where() {
 async fn what_ships_is_made_of_the_programs_own_activities() {
     let client = client().await;
     let outcomes = shipped::deploy(&client, shipped::SHIPPED, &app::catalog()).await.unwrap();
-    assert_eq!(outcomes, [Outcome::Deployed { name: "dev-loop".into(), version: 1 }]);
+    let names = [
+        "dev-loop",
+        "reconcile-calls",
+        "reconcile-grants",
+        "reconcile-ledger",
+        "reconcile-payments",
+        "reconcile-prices",
+        "reconcile-providers",
+    ];
+    assert_eq!(outcomes, names.map(|name| Outcome::Deployed { name: name.into(), version: 1 }));
+    // Their schedules are made once; what an operator did to one of them stays.
+    let made = shipped::schedule(&client, shipped::SHIPPED, &app::catalog()).await.unwrap();
+    assert_eq!(made.len(), 6);
+    assert!(made.contains(&"reconcile-ledger/cron/1".to_owned()), "{made:?}");
+    client.schedules().pause("reconcile-calls/cron/1", None).await.unwrap();
+    let again = shipped::schedule(&client, shipped::SHIPPED, &app::catalog()).await.unwrap();
+    assert_eq!(again, [""; 0]);
+    let paused = client.schedules().describe("reconcile-calls/cron/1").await.unwrap().schedule;
+    assert!(paused.paused_at.is_some() && paused.owner.as_deref() == Some("loopwright"), "{paused:?}");
 }
 
 /// Names of the files of a folder that end so.

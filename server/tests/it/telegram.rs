@@ -424,6 +424,53 @@ async fn payments_are_booked_once_and_only_as_ordered() {
 }
 
 #[tokio::test]
+async fn an_operators_refund_reaches_telegram_whatever_happens_in_between() {
+    let ms = Duration::from_millis;
+    let mut bot = Bot::start_with(|parts| parts.pace = Pace { refresh: ms(20), ..pace() }).await;
+    bot.fake.says(ADA, "/start");
+    for (n, charge) in ["stx1", "stx2"].into_iter().enumerate() {
+        bot.fake.says(ADA, "/buy 100");
+        let (payload, amount) = invoice(&bot, n + 1).await;
+        bot.fake.pays(ADA, charge, amount, &payload);
+        bot.fake.message(&format!("you have {} now", 200 + 100 * n)).await;
+    }
+    bot.settled(5).await;
+    bot.stop().await;
+    // The ledger first, and then this process is gone.
+    let store = bot.parts.store.clone();
+    assert!(store.refund("stx1").await.unwrap());
+    assert!(!store.refund("stx1").await.unwrap());
+    assert_eq!(store.refund("stx9").await.unwrap_err().code(), "payment_mismatch");
+    let ada = "select credit_balance_ucr from users where telegram_user_id = 42";
+    assert_eq!(bot.number(ada).await, 200_000_000);
+    // Telegram does it and hangs up, so that nobody knows; asked again, it says that it was done.
+    bot.fake.wrong("RefundStarPayment", Wrong::HangUp);
+    let mut bot = bot.resume();
+    bot.fake
+        .until("two requests", |calls| {
+            (calls.iter().filter(|c| c.method == "refundstarpayment").count() >= 2).then_some(())
+        })
+        .await;
+    let state = async |bot: &Bot, sql: &'static str| {
+        let wait = async {
+            while bot.number(sql).await == 0 {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), wait).await.expect(sql);
+    };
+    state(&bot, "select count(*) from payments where charge_id = 'stx1' and refund_state = 'done'").await;
+    assert_eq!(bot.number(ada).await, 200_000_000);
+    // What Telegram refuses for good is not lost: the credits come back.
+    bot.fake.wrong("RefundStarPayment", Wrong::Refused);
+    assert!(store.refund("stx2").await.unwrap());
+    state(&bot, "select count(*) from payments where charge_id = 'stx2' and refund_state = 'refused'").await;
+    assert_eq!(bot.number(ada).await, 200_000_000);
+    assert_eq!(store.audit().await.unwrap(), []);
+    bot.stop().await;
+}
+
+#[tokio::test]
 async fn a_payment_is_tried_until_it_is_booked() {
     let ms = Duration::from_millis;
     let mut bot = Bot::start_with(|parts| parts.pace = Pace { pause: ms(1), pause_max: ms(5), ..pace() }).await;

@@ -125,9 +125,14 @@ impl Driver {
                     let attempt = self.attempt_ref(path, *attempt, *attempt_id, activity, *deadline);
                     effects.started.push(AttemptStart { attempt, reserve });
                 }
-                Event::AttemptEnded { path, attempt, attempt_id, activity, outcome, at, .. } if metered(activity) => {
+                Event::AttemptEnded { path, attempt, attempt_id, activity, outcome, failure, at, .. }
+                    if metered(activity) =>
+                {
                     let attempt = self.attempt_ref(path, *attempt, *attempt_id, activity, *at);
-                    effects.ended.push(AttemptEnd { attempt, outcome: *outcome });
+                    let failure = failure.as_ref().map(|f| f.code.clone());
+                    let retried = |e: &Event| matches!(e, Event::RetryScheduled { path: p, .. } if p == path);
+                    let again = decision.events.iter().any(retried);
+                    effects.ended.push(AttemptEnd { attempt, outcome: *outcome, failure, again });
                 }
                 Event::RunClosed { status, output, failure, .. } => {
                     effects.successor = Successor::of(&self.run.state);

@@ -1,10 +1,9 @@
 //! Orders, payments in Stars, and payments that do not fit.
 
 use super::{Error, Store, Tx};
-use loopwright_activities::billing::{
-    MicroCredits,
-    ledger::{self, LedgerError},
-};
+pub use loopwright_activities::billing::purchase::{Dispute, OpenRefund};
+use loopwright_activities::billing::{MicroCredits, ledger, ledger::LedgerError, purchase};
+use loopwright_engine::transaction;
 use uuid::Uuid;
 
 /// Why an order cannot be paid.
@@ -16,18 +15,6 @@ pub enum Unpayable {
     Amount,
     Paid,
     Expired,
-}
-
-/// A payment that was not granted.
-#[derive(Clone, Debug)]
-pub struct Dispute<'a> {
-    pub charge_id: &'a str,
-    pub telegram_user_id: i64,
-    pub user: Option<Uuid>,
-    pub payload: &'a str,
-    pub currency: &'a str,
-    pub amount: i64,
-    pub reason: &'a str,
 }
 
 /// Opens an order and returns its payload.
@@ -75,39 +62,13 @@ pub async fn payable(
     })
 }
 
-/// Books what Telegram says it has given back: an untouched purchase as a refund, of any other what is left of it. False
-/// if nothing is known of the payment.
-pub async fn refunded(tx: &mut Tx, user: Uuid, charge_id: &str) -> Result<bool, LedgerError> {
-    match ledger::refund(tx, user, charge_id).await {
-        Ok(_) => ledger::refund_done(tx, charge_id).await?,
-        Err(LedgerError::Used(_)) => {
-            let taken = ledger::charge_back(tx, user, charge_id).await?;
-            tracing::warn!(%user, charge = charge_id, taken_ucr = taken.map(|t| t.0), "a used payment was given back");
-        }
-        Err(LedgerError::Mismatch(_)) => return Ok(false),
-        Err(error) => return Err(error),
-    }
-    Ok(true)
-}
-
 /// Keeps a payment that was not granted, for an operator. Once per charge, and never one that was granted.
 pub async fn dispute(tx: &mut Tx, dispute: &Dispute<'_>) -> Result<bool, Error> {
-    let done = sqlx::query(
-        "insert into payment_disputes (charge_id, telegram_user_id, user_id, payload, currency, amount, reason)
-         select $1, $2, $3, $4, $5, $6, $7 where not exists (select from payments where charge_id = $1)
-         on conflict (charge_id) do nothing",
-    )
-    .bind(dispute.charge_id)
-    .bind(dispute.telegram_user_id)
-    .bind(dispute.user)
-    .bind(dispute.payload)
-    .bind(dispute.currency)
-    .bind(dispute.amount)
-    .bind(dispute.reason)
-    .execute(&mut **tx)
-    .await?;
-    Ok(done.rows_affected() == 1)
+    Ok(purchase::dispute(tx, dispute).await?)
 }
+
+/// Refunds that one pass carries out. Chosen: as many requests as Telegram takes in a second or two.
+const REFUNDS_MAX: i64 = 50;
 
 /// Grants that one pass of [`Store::expire_credits`] ends. Chosen: far above what a bot's users lose in an hour.
 const EXPIRED_MAX: u32 = 1_000;
@@ -127,6 +88,29 @@ impl Store {
             }
         }
         Ok(())
+    }
+
+    /// Refunds that the ledger has booked and Telegram has not carried out.
+    pub async fn open_refunds(&self) -> Result<Vec<OpenRefund>, Error> {
+        let mut conn = self.pool.acquire().await?;
+        Ok(purchase::open_refunds(&mut conn, REFUNDS_MAX).await?)
+    }
+
+    /// Telegram gave a payment back.
+    pub async fn refund_done(&self, charge_id: &str) -> Result<(), LedgerError> {
+        let mut conn = self.pool.acquire().await?;
+        purchase::refund_done(&mut conn, charge_id).await
+    }
+
+    /// Telegram will not give a payment back: its credits are given again.
+    ///
+    /// # Transaction
+    /// One.
+    pub async fn refund_refused(&self, charge_id: &str, why: &str) -> Result<bool, LedgerError> {
+        let mut tx = transaction::begin(&self.pool).await?;
+        let given = purchase::refund_refused(&mut tx, charge_id, why).await?;
+        tx.commit().await?;
+        Ok(given)
     }
 
     /// Closes orders whose time is over.

@@ -1,4 +1,4 @@
-//! Decimal text of a provider to integer pico-USD. No float takes part.
+//! Decimal text of money to integer pico-USD, for providers and prices alike. No float takes part.
 
 /// Decimal places of a pico-USD amount.
 const PUSD_PLACES: i64 = 12;
@@ -47,9 +47,21 @@ pub fn pusd_from_decimal(text: &str) -> Option<i64> {
     if remainder { amount.checked_add(1) } else { Some(amount) }
 }
 
+/// Pico-USD as USD, exact decimal text without trailing zeros.
+#[must_use]
+pub fn usd_from_pusd(pusd: i128) -> String {
+    const SCALE: u128 = 1_000_000_000_000;
+    let sign = if pusd < 0 { "-" } else { "" };
+    let (whole, rest) = (pusd.unsigned_abs() / SCALE, pusd.unsigned_abs() % SCALE);
+    if rest == 0 {
+        return format!("{sign}{whole}");
+    }
+    format!("{sign}{whole}.{}", format!("{rest:012}").trim_end_matches('0'))
+}
+
 #[cfg(test)]
 mod tests {
-    use super::pusd_from_decimal as pusd;
+    use super::{pusd_from_decimal as pusd, usd_from_pusd};
 
     #[test]
     fn decimal_text_becomes_exact_integers() {
@@ -79,6 +91,13 @@ mod tests {
             ("NaN", None),
         ] {
             assert_eq!(pusd(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn pico_usd_are_shown_exactly() {
+        for (pusd, text) in [(0, "0"), (1, "0.000000000001"), (1_500_000_000_000, "1.5"), (-310_000_000, "-0.00031")] {
+            assert_eq!(usd_from_pusd(pusd), text);
         }
     }
 }

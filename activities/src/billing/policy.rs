@@ -1,0 +1,98 @@
+//! The refund policy: which failures give credits back. The rules are rows of `refund_rules`; what they give is a new grant under
+//! `adjust:refund-policy:<attempt>`, once per attempt.
+
+use super::{
+    ledger::{self, GrantSource, LedgerError},
+    money::{MicroCredits, Rate},
+};
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+/// Failure class of a call whose answer had not the required shape.
+const UNUSABLE: &str = "model.output_invalid";
+
+/// Asks the policy about an attempt that has just been settled with a failure. Of several rules that fit the most generous one
+/// is taken.
+///
+/// # Transaction
+/// The settlement's; the user row is locked.
+pub(super) async fn attempt_ended(conn: &mut PgConnection, attempt: Uuid) -> Result<(), LedgerError> {
+    // What gives, share, captured, rate, markup, cost of the unusable answers.
+    type Row = (Uuid, String, i32, i64, i64, i32, String);
+    let rules: Vec<Row> = sqlx::query_as(
+        "with inforce as (
+           select distinct on (r.rule) r.* from refund_rules r, activity_attempts a
+           where a.id = $1 and r.effective_from <= a.ended_at order by r.rule, r.effective_from desc)
+         select a.user_id, r.gives, r.share_bps, s.taken, s.rate, s.markup,
+                (select coalesce(sum(cost_pusd), 0)::text from api_key_usage where attempt_id = a.id and error_class = $2)
+         from activity_attempts a
+         join lateral (select sum(-c.amount_ucr)::bigint taken, (array_agg(h.rate_credits_per_usd order by h.hold_no))[1] rate,
+                              (array_agg(h.markup_bps order by h.hold_no))[1] markup
+                       from credit_transactions h join credit_transactions c on c.hold_txn_id = h.id where h.attempt_id = a.id) s on s.taken > 0
+         join inforce r on a.failure_code = any(r.failures) and (r.activity is null or r.activity = a.activity)
+           and not (r.final_only and a.again) and r.gives in ('unusable_calls', 'attempt') and r.share_bps > 0
+         where a.id = $1",
+    )
+    .bind(attempt)
+    .bind(UNUSABLE)
+    .fetch_all(&mut *conn)
+    .await?;
+    let given = rules.iter().map(|(user, gives, share, taken, credits_per_usd, markup_bps, cost)| {
+        let rate = Rate { credits_per_usd: *credits_per_usd, markup_bps: *markup_bps };
+        let basis = match gives.as_str() {
+            "unusable_calls" => rate.credits(cost.parse().unwrap_or(i128::MAX)).0.min(*taken),
+            _ => *taken,
+        };
+        (part(basis, *share), *user)
+    });
+    let Some((amount, user)) = given.max() else { return Ok(()) };
+    give(conn, user, attempt, amount).await.map(drop)
+}
+
+/// Gives back, at most for `limit` attempts, what the rules say of runs that closed with a rejected verdict. Returns
+/// the user of each grant; wake their runs afterwards.
+///
+/// # Transaction
+/// The caller's, one for all of them: users are locked in ascending order.
+pub async fn rejected_runs(conn: &mut PgConnection, limit: i64) -> Result<Vec<Uuid>, LedgerError> {
+    /// Runs that closed longer ago are over. Chosen.
+    const DAYS: i32 = 30;
+    let due: Vec<(Uuid, Uuid, i64, i32)> = sqlx::query_as(
+        "select a.id, a.user_id, sum(-t.amount_ucr)::bigint, r.share_bps
+         from runs n
+         join lateral (select body from project_records where run_id = n.run_id and kind = 'verdict' order by n desc limit 1) v
+           on v.body->>'verdict' = 'reject'
+         join activity_attempts a on a.run_id = n.run_id and a.state = 'completed'
+         join lateral (select distinct on (q.rule) q.* from refund_rules q where q.gives = 'rejected_run' and q.activity = a.activity
+                         and q.effective_from <= n.closed_at order by q.rule, q.effective_from desc) r on r.share_bps > 0
+         join credit_transactions t on t.attempt_id = a.id and t.kind = 'capture'
+         where n.closed_at > engine_now() - make_interval(days => $2)
+           and not exists (select from credit_grants g where g.source = 'adjustment' and g.source_ref = 'refund-policy:' || a.id)
+         group by a.id, a.user_id, r.rule, r.share_bps having sum(-t.amount_ucr) > 0 order by a.user_id, a.id limit $1",
+    )
+    .bind(limit)
+    .bind(DAYS)
+    .fetch_all(&mut *conn)
+    .await?;
+    let mut given = Vec::new();
+    for (attempt, user, taken, share) in due {
+        if give(conn, user, attempt, part(taken, share)).await? {
+            given.push(user);
+        }
+    }
+    Ok(given)
+}
+
+/// Rounded up: in the user's favor.
+fn part(amount: i64, share_bps: i32) -> MicroCredits {
+    let scaled = i128::from(amount) * i128::from(share_bps);
+    MicroCredits(i64::try_from(scaled / 10_000 + i128::from(scaled % 10_000 > 0)).unwrap_or(amount))
+}
+
+async fn give(conn: &mut PgConnection, user: Uuid, attempt: Uuid, amount: MicroCredits) -> Result<bool, LedgerError> {
+    if amount.0 <= 0 {
+        return Ok(false);
+    }
+    let reference = format!("refund-policy:{attempt}");
+    ledger::grant(conn, user, GrantSource::Adjustment, &reference, amount, None).await
+}

@@ -1,0 +1,333 @@
+//! Reconciliation and price lists, against a provider and a Telegram of ours.
+
+use crate::{
+    billing::Bench,
+    fake_provider::{Act, FakeProvider, Seen},
+};
+use chrono::{DateTime, Duration, Utc};
+use futures_util::future::BoxFuture;
+use loopwright_activities::{
+    billing::{
+        books::{self, Kept},
+        ledger::LedgerError,
+        pricelist::{self, Trust},
+        purchase::{self, Payment},
+        report::{self, By, Span},
+    },
+    provider::{Settings, account::OpenRouterAccount},
+    reconcile::{self, Books, Output, StarTransaction, Stars},
+    usage::CallState,
+};
+use loopwright_engine::{
+    Failure,
+    client::Client,
+    hook::{NoHook, Outcome},
+    ids::RunId,
+};
+use std::sync::{Arc, Mutex};
+
+/// One JSON answer.
+fn answer(status: &str, body: &str) -> Vec<Act> {
+    let text = format!(
+        "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
+        body.len()
+    );
+    vec![Act::Bytes(text.into_bytes())]
+}
+
+fn books_of(bench: &Bench) -> Books {
+    Books {
+        pool: bench.pool.clone(),
+        client: Client::new(bench.pool.clone(), Arc::new(NoHook)),
+        openrouter: None,
+        stars: None,
+        candidates: Vec::new(),
+    }
+}
+
+fn openrouter(fake: &FakeProvider) -> Option<Arc<OpenRouterAccount>> {
+    let base = fake.base();
+    let settings = Settings::from_lookup(&|name| match name {
+        "OPENROUTER_API_KEY" => Some("sk-or-test".into()),
+        "OPENROUTER_BASE_URL" => Some(base.clone()),
+        _ => None,
+    });
+    OpenRouterAccount::configured(&settings.expect("settings")).expect("account").map(Arc::new)
+}
+
+async fn job(books: &Books, name: &str) -> Output {
+    reconcile::now(books, name).await.expect("a job").expect("done")
+}
+
+async fn open_findings(bench: &Bench) -> Vec<Kept> {
+    let mut conn = bench.pool.acquire().await.expect("conn");
+    books::open_findings(&mut conn, 100).await.expect("findings")
+}
+
+fn kinds(found: &[Kept]) -> Vec<(&str, &str)> {
+    let mut kinds: Vec<_> = found.iter().map(|f| (f.kind.as_str(), f.subject.as_str())).collect();
+    kinds.sort_unstable();
+    kinds
+}
+
+#[tokio::test]
+async fn a_lost_answer_is_looked_up_until_the_provider_knows_it_and_charges_nobody() {
+    let bench = Bench::new(100).await;
+    let attempt = bench.attempt(RunId::new(), 1);
+    bench.start(&attempt).await;
+    bench.open(&attempt, "a.0", 100).await;
+    bench.close(&attempt, "a.0", CallState::Unknown, 0, 0).await;
+    bench.end(&attempt, Outcome::Failed).await;
+    sqlx::query("update api_key_usage set provider = 'openrouter', provider_request_id = 'gen-1'")
+        .execute(&bench.pool)
+        .await
+        .expect("as if");
+    let fake = FakeProvider::start(|seen: &Seen, n| {
+        assert_eq!(seen.path, "/api/v1/generation?id=gen-1");
+        if n == 0 {
+            return answer("404 Not Found", r#"{"error":{"code":404,"message":"not yet"}}"#);
+        }
+        answer("200 OK", r#"{"data":{"id":"gen-1","model":"m","total_cost":0.000310000001,"finish_reason":"stop","native_tokens_prompt":194,"native_tokens_completion":12,"native_tokens_reasoning":5,"native_tokens_cached":100}}"#)
+    })
+    .await;
+    let books = Books { openrouter: openrouter(&fake), ..books_of(&bench) };
+    assert_eq!(job(&books, "reconcile-calls").await, Output { checked: 1, ..Output::default() });
+    assert_eq!(job(&books, "reconcile-calls").await.checked, 0, "later: it backs off");
+    sqlx::query("update api_key_usage set next_lookup_at = engine_now()").execute(&bench.pool).await.expect("later");
+    assert_eq!(job(&books, "reconcile-calls").await.changed, 1);
+    assert_eq!(job(&books, "reconcile-calls").await.checked, 0, "it is known");
+    let row: (String, String, i64, i64, i64) =
+        sqlx::query_as("select state, usage_source, tokens_prompt, provider_cost_pusd, cost_pusd from api_key_usage")
+            .fetch_one(&bench.pool)
+            .await
+            .expect("row");
+    assert_eq!(row, ("unknown".into(), "lookup".into(), 194, 310_000_001, 0));
+    assert_eq!(bench.balance().await, (100_000_000, 0));
+    assert_eq!(bench.violations().await.iter().filter(|name| **name != "I13").count(), 0);
+}
+
+#[tokio::test]
+async fn a_broken_book_is_told_once_stops_its_user_and_is_resolved_when_mended() {
+    let bench = Bench::new(100).await;
+    let books = books_of(&bench);
+    assert_eq!(job(&books, "reconcile-ledger").await.findings, 0);
+    sqlx::query("update users set ledger_seq = ledger_seq + 1").execute(&bench.pool).await.expect("corrupted");
+    let first = job(&books, "reconcile-ledger").await;
+    assert_eq!((first.findings, first.changed), (1, 1));
+    let second = job(&books, "reconcile-ledger").await;
+    assert_eq!((second.findings, second.changed), (1, 0), "told and stopped once");
+    let found = open_findings(&bench).await;
+    assert_eq!(
+        (kinds(&found), found[0].seen, found[0].user_id),
+        (vec![("I1", &*bench.user.to_string())], 2, Some(bench.user))
+    );
+    assert_eq!(bench.start(&bench.attempt(RunId::new(), 1)).await.as_deref(), Some("review"));
+    sqlx::query("update users set ledger_seq = ledger_seq - 1").execute(&bench.pool).await.expect("mended");
+    assert_eq!(job(&books, "reconcile-ledger").await.findings, 0);
+    assert_eq!(open_findings(&bench).await.len(), 0);
+    assert_eq!(bench.start(&bench.attempt(RunId::new(), 1)).await.as_deref(), Some("review"), "an operator decides");
+}
+
+#[tokio::test]
+async fn sums_that_part_from_the_providers_are_told() {
+    let bench = Bench::new(100).await;
+    let used = Arc::new(Mutex::new("37.5"));
+    let said = used.clone();
+    let fake = FakeProvider::start(move |seen: &Seen, _| {
+        let usage = *said.lock().expect("no panic while held");
+        match seen.path.as_str() {
+            "/api/v1/key" => answer("200 OK", &format!(r#"{{"data":{{"label":"x","usage":{usage}}}}}"#)),
+            "/api/v1/credits" => {
+                answer("200 OK", &format!(r#"{{"data":{{"total_credits":100.0,"total_usage":{usage}}}}}"#))
+            }
+            other => panic!("{other}"),
+        }
+    })
+    .await;
+    let books = Books { openrouter: openrouter(&fake), ..books_of(&bench) };
+    assert_eq!(job(&books, "reconcile-providers").await.findings, 0, "the first look has nothing to compare with");
+    assert_eq!(job(&books, "reconcile-providers").await.findings, 0);
+    *used.lock().expect("no panic while held") = "37.7000000000001";
+    assert_eq!(job(&books, "reconcile-providers").await.findings, 1, "0.20 USD that no call of ours cost");
+    assert_eq!(kinds(&open_findings(&bench).await), [("total_differs", "openrouter")]);
+    assert_eq!(job(&books, "reconcile-providers").await.findings, 0, "until the next difference");
+}
+
+const LIST: &str = r#"{"data": [
+ {"id": "google/gemini-3.8-flash", "pricing": {"prompt": "0.00000075", "completion": "0.00000375"}},
+ {"id": "google/gemini-2.5-pro", "pricing": {"prompt": "0.0000013", "completion": "0.00001",
+   "overrides": [{"min_prompt_tokens": 200000, "prompt": "0.0000025", "completion": "0.000015"}]}},
+ {"id": "openrouter/auto", "pricing": {"prompt": "-1", "completion": "-1"}},
+ {"id": "new/model", "pricing": {"prompt": "0.000001", "completion": "0.000002"}}]}"#;
+
+#[tokio::test]
+async fn prices_that_differ_or_are_missing_are_told_and_a_sync_adds_rows_only() {
+    let bench = Bench::new(100).await;
+    let fake = FakeProvider::always(answer("200 OK", LIST)).await;
+    let books = Books {
+        openrouter: openrouter(&fake),
+        candidates: vec![("openrouter".into(), "new/model".into()), ("rehearsed".into(), "rehearsed/utility".into())],
+        ..books_of(&bench)
+    };
+    job(&books, "reconcile-prices").await;
+    let found = open_findings(&bench).await;
+    let known: Vec<_> = kinds(&found).into_iter().filter(|(kind, _)| *kind != "price_changes").collect();
+    assert_eq!(
+        known,
+        [("price_differs", "openrouter/google/gemini-2.5-pro"), ("price_missing", "openrouter/new/model")]
+    );
+    let rows = async || -> i64 {
+        sqlx::query_scalar("select count(*) from model_pricing").fetch_one(&bench.pool).await.expect("count")
+    };
+    let before = rows().await;
+    let list = pricelist::from_openrouter(LIST, Trust::default()).expect("read");
+    let mut conn = bench.pool.acquire().await.expect("conn");
+    let dry = pricelist::apply(&mut conn, &list.quotes, None, "t", false).await.expect("sql").expect("accepted");
+    assert_eq!((rows().await, dry.new.len(), dry.changed.len()), (before, 1, 1 + usize::from(dry.unchanged == 0)));
+    let past = Some(Utc::now() - Duration::hours(1));
+    let refused = pricelist::apply(&mut conn, &list.quotes, past, "t", true).await.expect("sql").expect_err("past");
+    assert_eq!(refused.code, "price_in_past");
+    let from = Some(Utc::now() + Duration::hours(1));
+    pricelist::apply(&mut conn, &list.quotes, from, "t", true).await.expect("sql").expect("accepted");
+    let after = rows().await;
+    assert!(after > before);
+    let again = pricelist::apply(&mut conn, &list.quotes, from, "t", true).await.expect("sql").expect("accepted");
+    assert_eq!((rows().await, again.unchanged), (after, 3), "the same list again changes nothing");
+}
+
+/// Telegram's list, as the test wants it.
+struct List(Mutex<Vec<StarTransaction>>);
+
+impl Stars for List {
+    fn transactions(&self, offset: i64, limit: i64) -> BoxFuture<'_, Result<Vec<StarTransaction>, Failure>> {
+        let (offset, limit) = (usize::try_from(offset).expect("small"), usize::try_from(limit).expect("small"));
+        let list = self.0.lock().expect("no panic while held").iter().skip(offset).take(limit).cloned().collect();
+        Box::pin(async move { Ok(list) })
+    }
+}
+
+fn line(id: &str, incoming: bool, user: i64, payload: &str, at: DateTime<Utc>) -> StarTransaction {
+    let payload = Some(payload.to_owned());
+    StarTransaction { id: id.into(), incoming, telegram_user_id: Some(user), stars: 250, payload, at }
+}
+
+#[tokio::test]
+async fn payments_that_telegram_knows_and_we_do_not_are_booked_once_and_told() {
+    let bench = Bench::new(0).await;
+    sqlx::query("insert into orders (payload, user_id, stars, credits_ucr, state, expires_at) values ('ord', $1, 250, 50000000, 'open', engine_now() + interval '1 hour')")
+        .bind(bench.user)
+        .execute(&bench.pool)
+        .await
+        .expect("order");
+    let mut conn = bench.pool.acquire().await.expect("conn");
+    let payment = Payment { charge_id: "known", payload: "ord", currency: "XTR", stars: 250, recurring: false };
+    purchase::purchase(&mut conn, bench.user, &payment).await.expect("paid");
+    let old = Utc::now() - Duration::hours(1);
+    let list = Arc::new(List(Mutex::new(vec![
+        line("known", true, 42, "ord", old),
+        line("lost", true, 42, "ord", old),
+        line("forged", true, 42, "nothing", old),
+        line("stranger", true, 77, "ord", old),
+        line("known", false, 42, "ord", old),
+        line("never", false, 42, "ord", old),
+        StarTransaction { telegram_user_id: None, ..line("withdrawal", false, 0, "", old) },
+        line("young", true, 42, "ord", Utc::now()),
+    ])));
+    let books = Books { stars: Some(list.clone()), ..books_of(&bench) };
+    let first = job(&books, "reconcile-payments").await;
+    assert_eq!((first.checked, first.findings), (7, 5), "the young one is left to its update");
+    assert_eq!(bench.balance().await.0, 50_000_000, "one came, one went back");
+    let found = open_findings(&bench).await;
+    let expected = [
+        ("payment_disputed", "forged"),
+        ("payment_disputed", "stranger"),
+        ("payment_missing", "lost"),
+        ("refund_missing", "known"),
+        ("refund_unknown", "never"),
+    ];
+    assert_eq!(kinds(&found), expected);
+    let disputes: i64 =
+        sqlx::query_scalar("select count(*) from payment_disputes").fetch_one(&bench.pool).await.expect("count");
+    assert_eq!(disputes, 2);
+    // Whoever dies before the position is kept looks again, and nothing is booked twice.
+    sqlx::query("update reconcile_cursors set position = 0").execute(&bench.pool).await.expect("lost");
+    job(&books, "reconcile-payments").await;
+    assert_eq!(bench.balance().await.0, 50_000_000);
+    // The late update of a payment that was booked here changes nothing either.
+    let late = Payment { charge_id: "lost", ..payment };
+    assert_eq!(purchase::purchase(&mut conn, bench.user, &late).await.expect("booked"), None);
+    list.0.lock().expect("no panic while held")[7].at = old;
+    let last = job(&books, "reconcile-payments").await;
+    assert_eq!((last.checked, bench.balance().await.0), (1, 100_000_000));
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn a_job_without_its_counterpart_says_so() {
+    let bench = Bench::new(0).await;
+    let books = books_of(&bench);
+    for (name, word) in [("reconcile-calls", "OpenRouter"), ("reconcile-payments", "bot")] {
+        assert!(job(&books, name).await.skipped.contains(word), "{name}");
+    }
+    assert!(reconcile::now(&books, "reconcile-nothing").await.is_none());
+}
+
+#[tokio::test]
+async fn what_was_spent_adds_up_by_every_key() {
+    let bench = Bench::new(100).await;
+    for n in 1..=3 {
+        let attempt = bench.attempt(RunId::new(), 1);
+        bench.start(&attempt).await;
+        bench.open(&attempt, "a.0", 1_000).await;
+        bench.close(&attempt, "a.0", CallState::Succeeded, 1_000, 100 * n).await;
+        bench.end(&attempt, Outcome::Succeeded).await;
+    }
+    let mut conn = bench.pool.acquire().await.expect("conn");
+    let spent = 100_000_000 - bench.balance().await.0;
+    let today: String = sqlx::query_scalar("select to_char(engine_now() at time zone 'UTC', 'YYYY-MM-DD')")
+        .fetch_one(&mut *conn)
+        .await
+        .expect("today");
+    let keys = [
+        (By::User, bench.user.to_string()),
+        (By::Project, bench.project.to_string()),
+        (By::Model, "rehearsed/rehearsed/architect".to_owned()),
+        (By::Activity, "work@1".to_owned()),
+        (By::Day, today),
+    ];
+    for (by, key) in keys {
+        let rows = report::spent(&mut conn, by, Span::default()).await.expect("report");
+        let [row] = &*rows else { panic!("{by:?}: {rows:?}") };
+        assert_eq!((&row.key, row.attempts, row.calls, row.tokens_output), (&key, 3, 3, 600), "{by:?}");
+        let credits = loopwright_activities::billing::MicroCredits(spent).to_string();
+        assert_eq!((row.credits.as_str(), row.cost_usd.as_str()), (credits.as_str(), "0.012"), "{by:?}");
+    }
+    let none = Span { to: Some(Utc::now() - Duration::days(1)), ..Span::default() };
+    assert_eq!(report::spent(&mut conn, By::User, none).await.expect("report"), []);
+}
+
+#[tokio::test]
+async fn every_code_of_the_ledger_is_in_the_readme() {
+    let readme = include_str!("../../README.md");
+    let codes = [
+        LedgerError::NoUser(uuid::Uuid::nil()),
+        LedgerError::NotPositive,
+        LedgerError::Mismatch(String::new()),
+        LedgerError::Used(String::new()),
+        LedgerError::KeyReused(String::new()),
+        LedgerError::Short { wanted: Default::default(), available: Default::default() },
+        LedgerError::Sql(sqlx::Error::PoolClosed),
+    ];
+    let mut known: Vec<&str> = codes.iter().map(LedgerError::code).collect();
+    known.extend([
+        "price_negative",
+        "price_absurd",
+        "price_not_decimal",
+        "price_incomplete",
+        "price_free",
+        "price_in_past",
+    ]);
+    known.extend(["price_list_too_large", "price_list_unreadable", "price_model_invalid"]);
+    let missing: Vec<_> = known.into_iter().filter(|code| !readme.contains(&format!("| `{code}` |"))).collect();
+    assert!(missing.is_empty(), "activities/README.md lacks {missing:?}");
+}

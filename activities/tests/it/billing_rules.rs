@@ -1,0 +1,334 @@
+//! Rules: burn order and expiry, caps, the refund policy, users whose holds are stopped.
+
+use crate::billing::{Bench, CALL_UCR, closing, opening};
+use loopwright_activities::{
+    billing::{
+        BillingSettings, MicroCredits, audit, hold,
+        ledger::{self, GrantSource},
+        policy,
+    },
+    usage::{CallClosed, CallState},
+};
+use loopwright_engine::{
+    hook::{AttemptRef, Outcome, Phase, Verdict},
+    ids::{AttemptId, RunId},
+};
+use serde_json::json;
+use std::sync::Arc;
+use uuid::Uuid;
+
+/// A grant of so many credits that expires in so many seconds.
+async fn expiring(bench: &Bench, reference: &str, credits: i64, seconds: i64) {
+    let mut conn = bench.pool.acquire().await.expect("conn");
+    let until = chrono::Utc::now() + chrono::Duration::seconds(seconds);
+    let amount = MicroCredits::from_credits(credits);
+    ledger::grant(&mut conn, bench.user, GrantSource::Promo, reference, amount, Some(until)).await.expect("grant");
+}
+
+async fn left_of(bench: &Bench, reference: &str) -> (i64, i64) {
+    sqlx::query_as("select remaining_ucr, held_ucr from credit_grants where source_ref = $1")
+        .bind(reference)
+        .fetch_one(&bench.pool)
+        .await
+        .expect("grant")
+}
+
+#[tokio::test]
+async fn credits_burn_by_priority_then_expiry_then_age() {
+    let bench = Bench::new(1).await;
+    let welcome = bench.user.to_string();
+    bench.grant("never", 1).await;
+    expiring(&bench, "late", 1, 7_200).await;
+    expiring(&bench, "soon", 1, 3_600).await;
+    let attempt = bench.attempt(RunId::new(), 1);
+    // 1.44 credits: the welcome grant first, then what expires first among its equals.
+    assert_eq!(bench.start(&attempt).await, None);
+    assert_eq!(left_of(&bench, &welcome).await.1, 1_000_000);
+    assert_eq!(left_of(&bench, "soon").await.1, 440_000);
+    bench.open(&attempt, "a.0", 1_000).await;
+    bench.close(&attempt, "a.0", CallState::Succeeded, 1_000, 1_000).await;
+    bench.end(&attempt, Outcome::Succeeded).await;
+    assert_eq!(left_of(&bench, &welcome).await, (0, 0));
+    assert_eq!(left_of(&bench, "soon").await, (560_000, 0));
+    assert_eq!((left_of(&bench, "late").await.0, left_of(&bench, "never").await.0), (1_000_000, 1_000_000));
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn expiry_never_touches_what_is_held_and_counts_once() {
+    let bench = Bench::new(0).await;
+    expiring(&bench, "g", 2, 3_600).await;
+    let attempt = bench.attempt(RunId::new(), 1);
+    assert_eq!(bench.start(&attempt).await, None);
+    sqlx::query("update credit_grants set expires_at = engine_now() - interval '1 second'")
+        .execute(&bench.pool)
+        .await
+        .expect("expired");
+    let mut conn = bench.pool.acquire().await.expect("conn");
+    assert_eq!(ledger::expire(&mut conn, 10).await.expect("expired"), 1);
+    assert_eq!(ledger::expire(&mut conn, 10).await.expect("again"), 0);
+    assert_eq!(bench.balance().await, (1_440_000, 1_440_000));
+    assert_eq!(bench.violations().await, [""; 0]);
+    // What is held pays for its attempt; what the attempt gives back goes with the next look.
+    bench.open(&attempt, "a.0", 1_000).await;
+    bench.close(&attempt, "a.0", CallState::Succeeded, 1_000, 100).await;
+    bench.end(&attempt, Outcome::Succeeded).await;
+    assert_eq!(bench.balance().await, (1_440_000 - CALL_UCR, 0));
+    assert_eq!(bench.start(&bench.attempt(RunId::new(), 1)).await.as_deref(), Some("credits"), "expired is not held");
+    assert_eq!(ledger::expire(&mut conn, 10).await.expect("the rest"), 1);
+    assert_eq!(bench.balance().await, (0, 0));
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+// Found by the random test: the clock goes on between the look at the balance and the hold, and the run was set aside.
+#[tokio::test]
+async fn a_grant_that_expires_between_the_look_and_the_hold_still_holds() {
+    let bench = Bench::new(0).await;
+    expiring(&bench, "g", 2, 3_600).await;
+    let attempt = bench.attempt(RunId::new(), 1);
+    let mut tx = bench.pool.begin().await.expect("tx");
+    sqlx::query(
+        "insert into activity_attempts (id, run_id, path, activity, attempt_no, user_id, state, lease_expires_at)
+         values ($1, $2, 'step', 'work@1', 1, $3, 'running', engine_now() + interval '1 hour')",
+    )
+    .bind(attempt.attempt_id.0)
+    .bind(attempt.run_id.0)
+    .bind(bench.user)
+    .execute(&mut *tx)
+    .await
+    .expect("attempt");
+    let balance = ledger::lock(&mut tx, bench.user).await.expect("lock");
+    let seen = hold::reservable(&mut tx, bench.user, balance).await.expect("reservable");
+    assert_eq!(seen.credits, MicroCredits::from_credits(2));
+    // Its date passes now, one statement later.
+    sqlx::query("update credit_grants set expires_at = $1::timestamptz + interval '1 microsecond'")
+        .bind(seen.at)
+        .execute(&mut *tx)
+        .await
+        .expect("passes");
+    let rate = BillingSettings::default().rate;
+    hold::place(&mut tx, bench.user, attempt.attempt_id.0, 1, seen.credits, rate, seen.at).await.expect("held");
+    tx.commit().await.expect("commit");
+    assert_eq!(bench.balance().await, (2_000_000, 2_000_000));
+    bench.end(&attempt, Outcome::Failed).await;
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+fn at(bench: &Bench, run: RunId, path: &str, budget: &serde_json::Value) -> AttemptRef {
+    let attempt_id = AttemptId::derive(run, path, 1);
+    AttemptRef { attempt_id, path: path.into(), budget: Arc::new(budget.clone()), ..bench.attempt(run, 1) }
+}
+
+#[tokio::test]
+async fn an_item_has_its_share_over_all_rounds_and_other_items_have_theirs() {
+    let bench = Bench::new(100).await;
+    let run = RunId::new();
+    let budget = json!({"credits": 50, "credits-per-item": 15});
+    // 12.24 credits a call.
+    let spend = async |path: &str| {
+        let attempt = at(&bench, run, path, &budget);
+        if let Some(reason) = bench.start(&attempt).await {
+            return reason;
+        }
+        let verdict = bench.open(&attempt, "a.0", 10_000).await;
+        bench.close(&attempt, "a.0", CallState::Succeeded, 1_000, 10_000).await;
+        bench.end(&attempt, Outcome::Succeeded).await;
+        match verdict {
+            Verdict::Accepted => String::new(),
+            Verdict::Refused { reason, .. } => reason,
+        }
+    };
+    assert_eq!(spend("loop~1/implement[a]/code").await, "");
+    assert_eq!(spend("loop~2/implement[a]/again~1/code").await, "budget.item", "2.76 are left of the item's share");
+    assert_eq!(spend("loop~1/implement[b]/code").await, "", "another item");
+    assert_eq!(spend("plan").await, "", "no item");
+    assert_eq!(spend("loop~1/implement[c]/code").await, "", "the fourth");
+    assert_eq!(spend("loop~1/implement[d]/code").await, "budget.run", "the run's budget is the smaller one now");
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn a_projects_cap_bounds_all_of_its_runs() {
+    let bench = Bench::new(100).await;
+    sqlx::query("update projects set budget_cap_ucr = 2000000").execute(&bench.pool).await.expect("cap");
+    let first = bench.attempt(RunId::new(), 1);
+    let second = bench.attempt(RunId::new(), 1);
+    assert_eq!(bench.start(&first).await, None);
+    assert_eq!(bench.start(&second).await.as_deref(), Some("budget"), "the first may give it back");
+    bench.open(&first, "a.0", 1_000).await;
+    bench.close(&first, "a.0", CallState::Succeeded, 1_000, 1_000).await;
+    bench.end(&first, Outcome::Succeeded).await;
+    assert_eq!(bench.start(&second).await.as_deref(), Some("budget.project"));
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+/// An answer that was received, paid, and had not the required shape.
+async fn unusable(bench: &Bench, attempt: &AttemptRef, key: &str) {
+    assert!(matches!(bench.meter(attempt, key, Phase::Open, opening(100)).await, Verdict::Accepted));
+    let mut closed: CallClosed = serde_json::from_value(closing(CallState::Succeeded, 1_000, 100)).expect("closing");
+    closed.error_class = Some("model.output_invalid".into());
+    bench.meter(attempt, key, Phase::Close, serde_json::to_value(closed).expect("json")).await;
+}
+
+#[tokio::test]
+async fn unusable_answers_are_given_back_once_and_usable_ones_are_not() {
+    let bench = Bench::new(100).await;
+    let attempt = bench.attempt(RunId::new(), 1);
+    bench.start(&attempt).await;
+    bench.open(&attempt, "a.0", 100).await;
+    bench.close(&attempt, "a.0", CallState::Succeeded, 1_000, 100).await;
+    unusable(&bench, &attempt, "a.1").await;
+    bench.end_with(&attempt, Outcome::Failed, Some("model.output_invalid"), true).await;
+    bench.end_with(&attempt, Outcome::Failed, Some("model.output_invalid"), true).await;
+    assert_eq!(bench.balance().await, (100_000_000 - CALL_UCR, 0), "two calls captured, one given back");
+    let grant: (String, i64, i64) = sqlx::query_as(
+        "select g.source_ref, g.amount_ucr, count(*) over () from credit_grants g where g.source = 'adjustment'",
+    )
+    .fetch_one(&bench.pool)
+    .await
+    .expect("one");
+    assert_eq!(grant, (format!("refund-policy:{}", attempt.attempt_id.0), CALL_UCR, 1));
+    // The same answers in an attempt that succeeded by its repair are paid.
+    let repaired = bench.attempt(RunId::new(), 1);
+    bench.start(&repaired).await;
+    unusable(&bench, &repaired, "a.0").await;
+    bench.end(&repaired, Outcome::Succeeded).await;
+    assert_eq!(bench.balance().await.0, 100_000_000 - 2 * CALL_UCR);
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn a_providers_fault_gives_back_what_no_later_attempt_uses() {
+    let bench = Bench::new(100).await;
+    let run = RunId::new();
+    for (number, again, given) in [(1, true, false), (2, false, true)] {
+        let attempt = bench.attempt(run, number);
+        bench.start(&attempt).await;
+        bench.open(&attempt, "a.0", 100).await;
+        bench.close(&attempt, "a.0", CallState::Succeeded, 1_000, 100).await;
+        bench.end_with(&attempt, Outcome::Failed, Some("transient.http"), again).await;
+        let back: i64 =
+            sqlx::query_scalar("select count(*) from credit_grants where source_ref = 'refund-policy:' || $1")
+                .bind(attempt.attempt_id.0)
+                .fetch_one(&bench.pool)
+                .await
+                .expect("count");
+        assert_eq!(back == 1, given, "attempt {number}");
+    }
+    assert_eq!(bench.balance().await.0, 100_000_000 - CALL_UCR);
+    // A rule is turned off by a newer row, for what ends from then on.
+    sqlx::query(
+        "insert into refund_rules (rule, effective_from, gives, failures, final_only, share_bps, source)
+         values ('provider_fault', engine_now(), 'attempt', '{transient.http}', true, 0, 'operator')",
+    )
+    .execute(&bench.pool)
+    .await
+    .expect("rule");
+    let attempt = bench.attempt(run, 3);
+    bench.start(&attempt).await;
+    bench.open(&attempt, "a.0", 100).await;
+    bench.close(&attempt, "a.0", CallState::Succeeded, 1_000, 100).await;
+    bench.end_with(&attempt, Outcome::Failed, Some("transient.http"), false).await;
+    assert_eq!(bench.balance().await.0, 100_000_000 - 2 * CALL_UCR);
+    let changed = sqlx::query("update refund_rules set share_bps = 0").execute(&bench.pool).await;
+    assert!(changed.expect_err("append-only").to_string().contains("append-only"));
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn a_run_that_ends_rejected_gives_its_verification_back() {
+    let bench = Bench::new(100).await;
+    let run = bench.run(json!({"credits": 50}), None).await;
+    let verify = AttemptRef { activity: "verify@1".into(), ..bench.attempt(run, 1) };
+    let other = at(&bench, run, "plan", &json!({"credits": 50}));
+    for attempt in [&verify, &other] {
+        bench.start(attempt).await;
+        bench.open(attempt, "a.0", 100).await;
+        bench.close(attempt, "a.0", CallState::Succeeded, 1_000, 100).await;
+        bench.end(attempt, Outcome::Succeeded).await;
+    }
+    let verdict = async |n: i32, verdict: &str| {
+        sqlx::query("insert into project_records (project_id, kind, key, run_id, body) values ($1, 'verdict', $2, $3, jsonb_build_object('verdict', $4::text))")
+            .bind(bench.project)
+            .bind(n.to_string())
+            .bind(run.0)
+            .bind(verdict)
+            .execute(&bench.pool)
+            .await
+            .expect("record");
+    };
+    verdict(1, "accept").await;
+    verdict(2, "reject").await;
+    let mut conn = bench.pool.acquire().await.expect("conn");
+    assert_eq!(policy::rejected_runs(&mut conn, 10).await.expect("open run"), [Uuid::nil(); 0], "it is not over");
+    sqlx::query("update runs set status = 'completed', closed_at = engine_now()")
+        .execute(&bench.pool)
+        .await
+        .expect("closed");
+    assert_eq!(policy::rejected_runs(&mut conn, 10).await.expect("rejected"), [bench.user]);
+    assert_eq!(policy::rejected_runs(&mut conn, 10).await.expect("again"), [Uuid::nil(); 0]);
+    assert_eq!(bench.balance().await.0, 100_000_000 - CALL_UCR);
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn a_broken_invariant_stops_new_holds_of_its_user_and_of_nobody_else() {
+    let bench = Bench::new(100).await;
+    let running = bench.attempt(RunId::new(), 1);
+    assert_eq!(bench.start(&running).await, None);
+    let mut conn = bench.pool.acquire().await.expect("conn");
+    let other: Uuid = sqlx::query_scalar("insert into users (telegram_user_id) values (43) returning id")
+        .fetch_one(&mut *conn)
+        .await
+        .expect("user");
+    ledger::grant(&mut conn, other, GrantSource::Promo, "o", MicroCredits::from_credits(10), None)
+        .await
+        .expect("grant");
+    sqlx::query("update users set credit_balance_ucr = credit_balance_ucr + 1 where id = $1")
+        .bind(bench.user)
+        .execute(&mut *conn)
+        .await
+        .expect("corrupted");
+    let found = audit::run(&mut conn).await.expect("audit");
+    assert!(found.iter().all(|violation| violation.user == Some(bench.user)), "{found:?}");
+    assert_eq!(audit::stop_affected(&mut conn, &found).await.expect("stopped"), [bench.user]);
+    assert_eq!(audit::stop_affected(&mut conn, &found).await.expect("again"), [Uuid::nil(); 0]);
+    // No new attempt and no larger hold; what is held already goes on.
+    assert_eq!(bench.start(&bench.attempt(RunId::new(), 1)).await.as_deref(), Some("review"));
+    assert!(matches!(bench.open(&running, "a.0", 1_000).await, Verdict::Accepted));
+    assert!(matches!(bench.open(&running, "a.1", 1_000).await, Verdict::Refused { reason, .. } if reason == "review"));
+    let attributes = Arc::new(json!({"user_id": other.to_string()}));
+    let theirs = AttemptRef { attributes, ..bench.attempt(RunId::new(), 1) };
+    assert_eq!(bench.start(&theirs).await, None, "nobody else");
+    sqlx::query("update users set credit_balance_ucr = credit_balance_ucr - 1 where id = $1")
+        .bind(bench.user)
+        .execute(&mut *conn)
+        .await
+        .expect("mended");
+    bench.end(&running, Outcome::Succeeded).await;
+    assert!(ledger::resume_holds(&mut conn, bench.user).await.expect("released"));
+    assert!(!ledger::resume_holds(&mut conn, bench.user).await.expect("again"));
+    assert_eq!(bench.start(&bench.attempt(RunId::new(), 1)).await, None);
+    bench.end(&theirs, Outcome::Succeeded).await;
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn a_model_that_is_withdrawn_under_way_costs_what_was_said() {
+    let bench = Bench::new(100).await;
+    let attempt = bench.attempt(RunId::new(), 1);
+    bench.start(&attempt).await;
+    bench.open(&attempt, "a.0", 100).await;
+    // As if the row had been there before the call: the worst that a correction can be.
+    sqlx::query(
+        "insert into model_pricing (provider, model_id, effective_from, input_umtok, output_umtok, billable, source)
+         values ('rehearsed', 'rehearsed/architect', '2026-01-02', 0, 0, false, 'withdrawn')",
+    )
+    .execute(&bench.pool)
+    .await
+    .expect("withdrawn");
+    bench.close(&attempt, "a.0", CallState::Succeeded, 1_000, 100).await;
+    bench.end(&attempt, Outcome::Succeeded).await;
+    assert_eq!(bench.balance().await, (100_000_000 - CALL_UCR, 0), "never free");
+    assert!(matches!(bench.open(&attempt, "a.1", 100).await, Verdict::Refused { .. }));
+}
