@@ -27,6 +27,8 @@ use serde_json::{Value, json};
 use std::sync::Arc;
 use uuid::Uuid;
 
+/// Its name in definitions.
+pub const NAME: &str = "implement@1";
 /// The prompt file, in the bundle of a definition.
 pub const PROMPT: &str = "prompts/implement.hbs";
 const SHIPPED_PROMPT: &str = include_str!("../../workflow-defs/prompts/implement.hbs");
@@ -114,7 +116,7 @@ impl Implement {
 #[must_use]
 pub fn signature() -> Signature {
     contract::signature::<Input, Output>(
-        "implement@1",
+        NAME,
         "Changes a project's files until one item of its plan is done",
         &[&["model.no_progress"], contract::MODEL_FAILURES].concat(),
     )
@@ -284,7 +286,7 @@ mod tests {
 
     #[test]
     fn the_prompt_renders_for_first_tries_and_repairs() {
-        let ctx = detached::context(detached::info("implement@1", Value::Null), Default::default(), Default::default());
+        let ctx = detached::context(detached::info(NAME, Value::Null), Default::default(), Default::default());
         let todo: Todo = serde_json::from_value(todo()).expect("an item");
         let mut data = json!({
             "item": todo, "frozen": FROZEN, "architecture": "", "agents": "", "map": "", "context": "", "evidence": "",
@@ -333,7 +335,7 @@ mod tests {
 
     #[test]
     fn the_instant_is_the_run_s_start_in_whole_seconds() {
-        let mut info = detached::info("implement@1", Value::Null);
+        let mut info = detached::info(NAME, Value::Null);
         info.run_id = RunId("01900000-0000-7000-8000-000000000000".parse().expect("a uuid"));
         assert_eq!(instant(&info).timestamp_millis(), 0x0190_0000_0000 / 1000 * 1000);
         info.run_id = RunId(Uuid::nil());

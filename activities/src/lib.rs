@@ -16,6 +16,7 @@ pub mod implement;
 pub mod index;
 pub mod keys;
 mod landing;
+pub mod limit;
 pub mod orchestrator;
 pub mod plan;
 pub mod provider;
@@ -62,6 +63,7 @@ pub const MIGRATIONS: &[Migration] = &[
     loopwright_engine::migrate::START,
     Migration { version: 20, name: "keys", sql: include_str!("../../migrations/0020_keys.sql") },
     Migration { version: 21, name: "ledger", sql: include_str!("../../migrations/0021_ledger.sql") },
+    Migration { version: 22, name: "quotes", sql: include_str!("../../migrations/0022_quotes.sql") },
 ];
 
 /// Contracts of all activities.
@@ -73,6 +75,7 @@ fn signatures() -> Vec<Signature> {
         deliver::signature(),
         gather::signature(),
         implement::signature(),
+        limit::signature(),
         plan::signature(),
         readme::signature(),
         verify::signature(),
@@ -96,6 +99,7 @@ pub fn registry(toolbox: Arc<Toolbox>) -> Registry {
         .with(deliver::Deliver::new(toolbox.clone()))
         .with(gather::Gather::new(toolbox.clone()))
         .with(implement::Implement::new(toolbox.clone()))
+        .with(limit::SetLimit::new(toolbox.clone()))
         .with(plan::MakePlan::new(toolbox.clone()))
         .with(readme::Readme::new(toolbox.clone()))
         .with(verify::Verify::new(toolbox))

@@ -5,17 +5,19 @@
 
 use crate::{
     ask::ask,
-    billing::{MicroCredits, forecast},
+    billing::forecast::{self, Forecast, Part, Work},
     contract,
     fact::{Choice, Plan, Requirements},
     implement::{self, ARCHITECTURE, reserve},
     landing::{Landing, bill, land},
     orchestrator::{Message, Reply, Request, Role},
+    readme,
     record::{self, Kind, TURN_BYTES_MAX},
     sandbox::Sandbox,
     todo::{self, State, Todo},
     toolbox::Toolbox,
     tools::prompt,
+    verify,
     workspace::FileChange,
 };
 use futures_util::future::BoxFuture;
@@ -62,10 +64,31 @@ pub struct Output {
     /// What is to be done, in order.
     pub todo: Vec<Todo>,
     pub stack: Vec<Choice>,
+    /// What the rest of the loop is likely to cost, without rounds that a rejection adds.
     pub forecast_low_credits: String,
     pub forecast_high_credits: String,
+    /// What to approve as not to be exceeded: the upper end, and room for the dearest call.
+    pub limit_credits: String,
+    /// The same, item by item, and for what is done once.
+    pub forecast: Vec<PartForecast>,
     pub commit: String,
     pub model: String,
+}
+
+/// What a part of the work is likely to cost.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct PartForecast {
+    /// Id of an item, or the name of an activity.
+    pub part: String,
+    pub low_credits: String,
+    pub high_credits: String,
+}
+
+impl From<&Part> for PartForecast {
+    fn from(part: &Part) -> Self {
+        let Forecast { low, high } = part.forecast;
+        Self { part: part.part.clone(), low_credits: low.to_string(), high_credits: high.to_string() }
+    }
 }
 
 /// The activity.
@@ -149,13 +172,16 @@ async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, 
     };
     let commit = land(ctx, &toolbox.workspaces, landing, |workspace| workspace.write(&files)).await?;
     record::put(pool, project, Kind::Plan, info, &plan).await?;
-    let (low, high) = expected(toolbox, answer.todo.len()).await?;
+    let parts = expected(toolbox, ctx, project, &answer.todo).await?;
+    let sum = forecast::sum(&parts);
     Ok(Output {
-        summary_markdown: summary(&answer, &known, low, high),
+        summary_markdown: summary(&answer, &known, &parts),
         todo: answer.todo,
         stack: answer.stack,
-        forecast_low_credits: low.to_string(),
-        forecast_high_credits: high.to_string(),
+        forecast_low_credits: sum.low.to_string(),
+        forecast_high_credits: sum.high.to_string(),
+        limit_credits: forecast::limit(&parts).to_string(),
+        forecast: parts.iter().map(PartForecast::from).collect(),
         commit: commit.oid,
         model: reply.model,
     })
@@ -272,7 +298,7 @@ fn architecture(name: &str, answer: &Answer, known: &Requirements) -> String {
     out
 }
 
-fn summary(answer: &Answer, known: &Requirements, low: MicroCredits, high: MicroCredits) -> String {
+fn summary(answer: &Answer, known: &Requirements, parts: &[Part]) -> String {
     let mut out = format!("{}\n\n**Stack**\n", answer.summary);
     for choice in &answer.stack {
         let _ = writeln!(out, "- {}: {}", choice.choice.trim(), choice.reason.trim());
@@ -290,36 +316,40 @@ fn summary(answer: &Answer, known: &Requirements, low: MicroCredits, high: Micro
     let _ = writeln!(out, "\n**To do** ({} items)", answer.todo.len());
     for (n, item) in answer.todo.iter().enumerate() {
         let checks: Vec<String> = item.checks.iter().map(|check| todo::code(&check.command)).collect();
-        let _ = writeln!(out, "{}. {} — {}", n + 1, item.title, checks.join(", "));
+        let cost = parts.iter().find(|part| part.part == item.id).map(|part| part.forecast);
+        let cost = cost.map(|Forecast { low, high }| format!(" ({low} to {high} credits)")).unwrap_or_default();
+        let _ = writeln!(out, "{}. {} — {}{cost}", n + 1, item.title, checks.join(", "));
     }
+    let Forecast { low, high } = forecast::sum(parts);
     let _ = write!(out, "\n**Expected cost**: {low} to {high} credits");
     prompt::middle_out(&out, SUMMARY_BYTES_MAX)
 }
 
-/// What the rest of the loop is likely to cost.
-async fn expected(toolbox: &Toolbox, items: usize) -> Result<(MicroCredits, MicroCredits), Failure> {
+/// What the rest of the loop is likely to cost, kept for the comparison with what it will have cost.
+async fn expected(toolbox: &Toolbox, ctx: &Context, project: Uuid, todo: &[Todo]) -> Result<Vec<Part>, Failure> {
     let store = |e: sqlx::Error| Failure::retryable("transient.store", format!("the database did not answer: {e}"));
-    let items = u32::try_from(items).unwrap_or(u32::MAX);
     let orchestrator = &toolbox.orchestrator;
-    let rest = [
-        (implement::planned(orchestrator, Role::Implementer, items), items.saturating_mul(CALLS_PER_ITEM_MIN)),
-        (crate::verify::planned(orchestrator), 1),
-        (crate::readme::planned(orchestrator), 1),
-    ];
+    let items = todo.iter().map(|item| Work {
+        part: item.id.clone(),
+        activity: implement::NAME,
+        calls: implement::planned(orchestrator, Role::Implementer, 1),
+        // Each file is written once.
+        fewest: CALLS_PER_ITEM_MIN + u32::try_from(item.files.len().saturating_sub(1)).unwrap_or(u32::MAX),
+    });
+    let once = [(verify::NAME, verify::planned(orchestrator)), (readme::NAME, readme::planned(orchestrator))];
+    let once = once.map(|(activity, calls)| Work { part: activity.to_owned(), activity, calls, fewest: 1 });
+    let work: Vec<Work> = items.chain(once).collect();
     let mut conn = toolbox.pool.acquire().await.map_err(store)?;
-    let mut sum = forecast::Forecast::default();
-    for (planned, fewest) in rest {
-        if let Some(part) = forecast::calls(&mut conn, toolbox.rate, &planned, fewest).await.map_err(store)? {
-            sum = sum + part;
-        }
-    }
-    Ok((sum.low, sum.high))
+    let parts = forecast::price(&mut conn, toolbox.rate, &work).await.map_err(store)?;
+    let info = ctx.info();
+    forecast::keep(&mut conn, info.run_id.0, &info.path, project, &parts).await.map_err(store)?;
+    Ok(parts)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fact::Requirement;
+    use crate::{billing::MicroCredits, fact::Requirement};
 
     fn known() -> Requirements {
         let requirement = |id: &str| Requirement { id: id.into(), text: format!("Does {id}.") };
@@ -378,7 +408,15 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("- **R2** Does R2.") && text.contains("## Assumptions\n\n- Input is UTF-8."), "{text}");
-        let shown = summary(&answer, &known(), MicroCredits(1_500_000), MicroCredits(9_000_000));
-        assert!(shown.contains("2. Do b — `true`") && shown.ends_with("1.5 to 9 credits"), "{shown}");
+        let part = |part: &str, low: i64, high: i64| Part {
+            part: part.into(),
+            activity: implement::NAME,
+            forecast: Forecast { low: MicroCredits(low), high: MicroCredits(high) },
+            limits: MicroCredits(high),
+            call: MicroCredits(1),
+        };
+        let shown = summary(&answer, &known(), &[part("b", 500_000, 8_000_000), part(verify::NAME, 1_000_000, 1_000_000)]);
+        assert!(shown.contains("2. Do b — `true` (0.5 to 8 credits)\n") && shown.contains("1. Do a — `true`\n"), "{shown}");
+        assert!(shown.ends_with("1.5 to 9 credits"), "{shown}");
     }
 }

@@ -29,6 +29,8 @@ use serde_json::{Value, json};
 use std::{fmt::Write as _, sync::Arc};
 use uuid::Uuid;
 
+/// Its name in definitions.
+pub const NAME: &str = "readme@1";
 /// The prompt file, in the bundle of a definition.
 pub const PROMPT: &str = "prompts/readme.hbs";
 const SHIPPED_PROMPT: &str = include_str!("../../workflow-defs/prompts/readme.hbs");
@@ -82,7 +84,7 @@ impl Readme {
 #[must_use]
 pub fn signature() -> Signature {
     contract::signature::<Input, Output>(
-        "readme@1",
+        NAME,
         "Writes README.md and executes its commands",
         &[&["transient.sandbox", "workspace.conflict"], contract::MODEL_FAILURES].concat(),
     )

@@ -40,6 +40,8 @@ use std::{
 };
 use uuid::Uuid;
 
+/// Its name in definitions.
+pub const NAME: &str = "verify@1";
 /// The prompt file, in the bundle of a definition.
 pub const PROMPT: &str = "prompts/verify.hbs";
 const SHIPPED_PROMPT: &str = include_str!("../../workflow-defs/prompts/verify.hbs");
@@ -134,7 +136,7 @@ impl Verify {
 #[must_use]
 pub fn signature() -> Signature {
     contract::signature::<Input, Output>(
-        "verify@1",
+        NAME,
         "Judges a project against its requirements, with evidence",
         contract::MODEL_FAILURES,
     )

@@ -1,7 +1,7 @@
 //! Caps: what an attempt may still spend under its run's budget, its item's share of it and its project's cap. Each is compared
 //! with captured + held, under the lock of the user row that the caller holds.
 
-use super::{ledger::LedgerError, money::MicroCredits, returned::BUDGET_HELD};
+use super::{hold::spent_by_tree, ledger::LedgerError, limit, money::MicroCredits, returned::BUDGET_HELD};
 use loopwright_engine::hook::AttemptRef;
 use serde_json::Value;
 use sqlx::PgConnection;
@@ -14,6 +14,8 @@ const PER_ITEM: &str = "credits-per-item";
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum CapKind {
     Run,
+    /// What its owner approved.
+    Approved,
     Item,
     Project,
 }
@@ -22,15 +24,17 @@ impl CapKind {
     pub fn of_what(self) -> &'static str {
         match self {
             Self::Run => "the run's budget",
+            Self::Approved => "the approved sum",
             Self::Item => "the item's share of the run's budget",
             Self::Project => "the project's cap",
         }
     }
 
-    /// Failure code of a step that nothing it could wait for gives more.
+    /// Failure code of a step that nothing it could wait for gives more; or what it waits for.
     fn code(self) -> &'static str {
         match self {
             Self::Run => "budget.run",
+            Self::Approved => limit::LIMIT,
             Self::Item => "budget.item",
             Self::Project => "budget.project",
         }
@@ -64,7 +68,7 @@ impl Cap {
     }
 }
 
-/// The smallest of: the definition's budget, the budgets of the runs above, the item's share, the project's cap. A budget pays
+/// The smallest of: the definition's budget, the approved sum, those of the runs above, the item's share, the project's cap. A budget pays
 /// for its run and all runs below it. `None`: nothing caps the attempt.
 ///
 /// # Transaction
@@ -91,6 +95,9 @@ pub(super) async fn tightest(
         let Some(credits) = terms.get("credits").and_then(Value::as_i64) else { continue };
         let left = MicroCredits::from_credits(credits).0.saturating_sub(spent_by_tree(conn, run).await?.0);
         caps.push(Cap { kind: CapKind::Run, left: MicroCredits(left) });
+    }
+    for run in std::iter::once(attempt.run_id.0).chain(above.iter().map(|(run, _)| *run)) {
+        caps.extend(limit::in_force(conn, run).await?.map(|limit| Cap { kind: CapKind::Approved, left: limit.left }));
     }
     let share = attempt.budget.get(PER_ITEM).and_then(Value::as_i64);
     if let (Some(credits), Some(item)) = (share, item(&attempt.path)) {
@@ -124,24 +131,6 @@ async fn spent_by_item(conn: &mut PgConnection, attempt: &AttemptRef, item: &str
     )
     .bind(attempt.run_id.0)
     .bind(item)
-    .fetch_one(conn)
-    .await?;
-    Ok(MicroCredits(sum))
-}
-
-/// Captured and held credits of a run and of all runs below it, open or closed, detached or not, of all their attempts.
-///
-/// # Transaction
-/// Reads only. Locked user rows keep the sum from moving: a child pays from its parent's user.
-async fn spent_by_tree(conn: &mut PgConnection, top: Uuid) -> Result<MicroCredits, LedgerError> {
-    let sum: i64 = sqlx::query_scalar(
-        "with recursive tree as (
-           select $1::uuid as run_id union all
-           select r.run_id from tree join runs r on r.parent_run_id = tree.run_id)
-         select coalesce(sum(case t.kind when 'capture' then -t.amount_ucr + t.held_delta_ucr else t.held_delta_ucr end), 0)::bigint
-         from tree join activity_attempts a using (run_id) join credit_transactions t on t.attempt_id = a.id",
-    )
-    .bind(top)
     .fetch_one(conn)
     .await?;
     Ok(MicroCredits(sum))

@@ -109,6 +109,24 @@ pub struct Ended<'a> {
     pub again: bool,
 }
 
+/// Captured and held credits of a run and of all runs below it, open or closed, detached or not, of all their attempts.
+///
+/// # Transaction
+/// Reads only. Locked user rows keep the sum from moving: a child pays from its parent's user.
+pub(super) async fn spent_by_tree(conn: &mut PgConnection, top: Uuid) -> Result<MicroCredits, LedgerError> {
+    let sum: i64 = sqlx::query_scalar(
+        "with recursive tree as (
+           select $1::uuid as run_id union all
+           select r.run_id from tree join runs r on r.parent_run_id = tree.run_id)
+         select coalesce(sum(case t.kind when 'capture' then -t.amount_ucr + t.held_delta_ucr else t.held_delta_ucr end), 0)::bigint
+         from tree join activity_attempts a using (run_id) join credit_transactions t on t.attempt_id = a.id",
+    )
+    .bind(top)
+    .fetch_one(conn)
+    .await?;
+    Ok(MicroCredits(sum))
+}
+
 /// Settles an attempt: its open calls become unknown and free, its cost is captured from its holds in their order, the
 /// rest of them is released; then the refund policy is asked. Once per attempt: a second settlement finds nothing running and
 /// changes nothing.

@@ -1,6 +1,6 @@
 //! Credits: prices, holds, the ledger, and the hook that makes them part of the engine's transactions.
 //!
-//! Arrows point one way: `money → price → ledger → hold → hook`; `returned` and `policy` serve the hook, `purchase` stands on the
+//! Arrows point one way: `money → price → ledger → hold → hook`; `limit` and `caps` bound a hold; `returned` and `policy` serve the hook, `purchase` stands on the
 //! ledger, `pricelist` on prices; `audit`, `report` and `books` only read or mark. Nothing here knows a provider; what a call
 //! consumed arrives as [`crate::usage`].
 
@@ -11,6 +11,7 @@ pub mod forecast;
 pub mod hold;
 pub mod hook;
 pub mod ledger;
+pub mod limit;
 pub mod money;
 pub mod policy;
 pub mod price;

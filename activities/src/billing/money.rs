@@ -1,7 +1,7 @@
 //! Amounts. Integers in three units, each a type of its own; nothing here is ever a float.
 
 use serde::{Deserialize, Serialize};
-use std::fmt;
+use std::{fmt, str::FromStr};
 
 /// Micro-credits: the ledger's unit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -52,6 +52,24 @@ impl fmt::Display for MicroCredits {
         }
         let digits = format!("{part:06}");
         write!(f, "{sign}{whole}.{}", digits.trim_end_matches('0'))
+    }
+}
+
+/// Decimals of a credit.
+const DECIMALS: usize = 6;
+
+impl FromStr for MicroCredits {
+    type Err = String;
+
+    /// Credits as decimal text, exactly: `12.5`. Nothing negative, no exponent, at most six decimals.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (whole, part) = text.split_once('.').unwrap_or((text, ""));
+        let digits = |text: &str| text.bytes().all(|b| b.is_ascii_digit());
+        if whole.is_empty() || !digits(whole) || !digits(part) || part.len() > DECIMALS || text.ends_with('.') {
+            return Err(format!("`{text}` is not a number of credits such as 50 or 12.5, with up to {DECIMALS} decimals"));
+        }
+        // Too long to be a number is too much for everybody.
+        Ok(Self(format!("{whole}{part:0<DECIMALS$}").parse().unwrap_or(i64::MAX)))
     }
 }
 

@@ -15,5 +15,7 @@ mod keys;
 mod loop_steps;
 mod orchestrator;
 mod provider;
+mod quotes;
 mod sandbox;
+mod under_fire;
 mod workspace;

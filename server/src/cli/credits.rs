@@ -22,8 +22,6 @@ use uuid::Uuid;
 
 /// Most credits of one grant: a slip of the keyboard ends here. Chosen, not measured.
 const GRANT_CREDITS_MAX: i64 = 1_000_000;
-/// Decimals of a credit: micro-credits.
-const DECIMALS: usize = 6;
 /// Longest reason or key, in bytes. Chosen, not measured: it stands in a column of the ledger.
 const REFERENCE_BYTES_MAX: usize = 200;
 
@@ -303,14 +301,7 @@ fn by() -> impl TypedValueParser<Value = By> {
 
 /// Credits as text to micro-credits, exactly.
 fn amount(text: &str) -> Result<MicroCredits, String> {
-    let (whole, part) = text.split_once('.').unwrap_or((text, ""));
-    let digits = |text: &str| text.bytes().all(|b| b.is_ascii_digit());
-    if whole.is_empty() || !digits(whole) || !digits(part) || part.len() > DECIMALS || text.ends_with('.') {
-        return Err(format!("`{text}` is not a number of credits such as 50 or 12.5, with up to {DECIMALS} decimals"));
-    }
-    // Too long to be a number is too much as well.
-    let micros = format!("{whole}{part:0<DECIMALS$}").parse().unwrap_or(i64::MAX);
-    match MicroCredits(micros) {
+    match text.parse()? {
         MicroCredits(0) => Err("the amount must be more than 0".into()),
         amount if amount > MicroCredits::from_credits(GRANT_CREDITS_MAX) => {
             Err(format!("at most {GRANT_CREDITS_MAX} credits at once"))

@@ -1,6 +1,7 @@
 //! How far a development loop is: its stage, its items, what it does, what it waits for.
 
 use super::task;
+use loopwright_activities::billing::limit::LIMIT;
 use loopwright_engine::view::{HistoryRow, RunStatus, RunView, Waiting};
 
 /// Step ids of the shipped loop in their order, with what people call them.
@@ -23,6 +24,8 @@ pub enum Standing {
     Asking,
     /// Blocked for want of credits.
     Credits,
+    /// Blocked because the approved sum is used up.
+    Limit,
     /// Blocked for another reason.
     Blocked,
     Paused,
@@ -104,12 +107,13 @@ fn standing(view: &RunView) -> Standing {
         return Standing::Working;
     }
     let blocked = view.waiting.iter().find_map(|w| match w {
-        Waiting::Blocked { reason, .. } => Some(reason == "credits"),
+        Waiting::Blocked { reason, .. } => Some(reason.as_str()),
         _ => None,
     });
     match blocked {
-        Some(true) => Standing::Credits,
-        Some(false) => Standing::Blocked,
+        Some("credits") => Standing::Credits,
+        Some(LIMIT) => Standing::Limit,
+        Some(_) => Standing::Blocked,
         None if view.waiting.iter().any(|w| matches!(w, Waiting::Signal { .. } | Waiting::Approval { .. })) => {
             Standing::Asking
         }

@@ -56,6 +56,7 @@ codes! {
     RunClosed = "run_closed", CONFLICT, "The run is closed";
     RunQuarantined = "run_quarantined", CONFLICT, "The run is halted";
     ApprovalNotWaiting = "approval_not_waiting", CONFLICT, "No such approval waits";
+    LimitMissing = "limit_missing", CONFLICT, "The run has no limit";
     QueryFailed = "query_failed", CONFLICT, "The query has no answer now";
     RequestInProgress = "request_in_progress", CONFLICT, "The same request is being worked on";
     BodyTooLarge = "body_too_large", PAYLOAD_TOO_LARGE, "The body is too large";

@@ -20,6 +20,7 @@ mod keys;
 pub mod limit;
 mod loop_run;
 mod projects;
+mod quotes;
 mod routes;
 mod runs;
 pub mod serve;

@@ -5,7 +5,7 @@ use super::{
     call::{Call, call, respond},
     credits,
     error::{Code, Error},
-    events, health, keys, loop_run, projects, runs, updates,
+    events, health, keys, loop_run, projects, quotes, runs, updates,
 };
 use std::convert::Infallible;
 use uuid::Uuid;
@@ -37,6 +37,8 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("POST", "/v1/runs/{}/cancel"),
     ("POST", "/v1/runs/{}/pause"),
     ("POST", "/v1/runs/{}/resume"),
+    ("GET", "/v1/runs/{}/forecast"),
+    ("POST", "/v1/runs/{}/limit"),
     ("GET", "/v1/credits"),
     ("GET", "/v1/credits/transactions"),
     ("GET", "/v1/credits/report"),
@@ -160,7 +162,21 @@ fn runs(state: &State) -> BoxedFilter<(Response,)> {
         .and(c())
         .then(|id, call| respond("/v1/runs/{id}/resume", runs::pause_or_resume(id, false, call)))
         .boxed();
+    let forecast = warp::path!("runs" / Uuid / "forecast")
+        .and(warp::get())
+        .and(c())
+        .then(|id, call| respond("/v1/runs/{id}/forecast", quotes::forecast(id, call)))
+        .boxed();
+    let allow = warp::path!("runs" / Uuid / "limit")
+        .and(warp::post())
+        .and(c())
+        .then(|id, call| respond("/v1/runs/{id}/limit", quotes::allow(id, call)))
+        .boxed();
     list.or(show)
+        .unify()
+        .or(forecast)
+        .unify()
+        .or(allow)
         .unify()
         .or(pause)
         .unify()

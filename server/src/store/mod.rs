@@ -7,6 +7,7 @@ pub mod health;
 pub mod idempotency;
 pub mod loops;
 pub mod projects;
+pub mod quotes;
 pub mod telegram;
 pub mod users;
 

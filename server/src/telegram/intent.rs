@@ -94,6 +94,8 @@ pub enum Command {
     Usage,
     /// Stars, if they were named.
     Buy(Option<i32>),
+    /// Credits more for the run, as they were written.
+    Limit(String),
     Download,
     Cancel,
     /// Whatever follows it: a key does not belong here.
@@ -112,6 +114,7 @@ pub const COMMANDS: &[(&str, &str)] = &[
     ("status", "how far the project is"),
     ("download", "the project as a zip file"),
     ("cancel", "stop the work on the project"),
+    ("limit", "let the project spend more: /limit and credits"),
     ("credits", "your balance"),
     ("usage", "what your credits went into"),
     ("buy", "buy credits with Stars"),
@@ -231,6 +234,7 @@ fn command(text: &str) -> Option<Command> {
         "credits" => Command::Credits,
         "usage" => Command::Usage,
         "buy" => Command::Buy(argument.parse().ok()),
+        "limit" => Command::Limit(argument.chars().take(32).collect()),
         "download" => Command::Download,
         "cancel" => Command::Cancel,
         "key" | "keys" => Command::Key,
@@ -267,6 +271,7 @@ mod tests {
         assert_eq!(text("/start ref_1"), Intent::Command(Command::Start));
         assert_eq!(text("/BUY@some_bot 500"), Intent::Command(Command::Buy(Some(500))));
         assert_eq!(text("/new\na shop\nfor tea"), Intent::Command(Command::New("a shop\nfor tea".into())));
+        assert_eq!(text("/limit 12.5"), Intent::Command(Command::Limit("12.5".into())));
         assert_eq!(text("/fly"), Intent::Command(Command::Unknown("fly".into())));
         assert_eq!(intent(&message(&json!({"hologram": {}}))), Some(Intent::Unreadable));
         assert_eq!(intent(&json!({"update_id": 1, "hologram": {}})), None);

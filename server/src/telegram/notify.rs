@@ -97,12 +97,13 @@ async fn tell(parts: &Parts, tx: &mut Tx, run: &Followed) -> Result<(), Error> {
     }
     ask(tx, run, &seen, None).await?;
     for waiting in &seen.view.waiting {
-        if let Waiting::Blocked { message, .. } = waiting
-            && seen.standing == Standing::Credits
-        {
-            let text = render::no_credits(&seen.name, message);
-            once(tx, run, format!("credits:{}:{}", run.run, seen.view.seq), &text, Vec::new()).await?;
-        }
+        let Waiting::Blocked { message, .. } = waiting else { continue };
+        let (what, text) = match seen.standing {
+            Standing::Credits => ("credits", render::no_credits(&seen.name, message)),
+            Standing::Limit => ("limit", render::limit_used(&seen.name, message)),
+            _ => continue,
+        };
+        once(tx, run, format!("{what}:{}:{}", run.run, seen.view.seq), &text, Vec::new()).await?;
     }
     let closed = seen.view.status.is_closed();
     if closed {

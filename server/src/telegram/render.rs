@@ -186,7 +186,7 @@ pub fn progress(name: &str, progress: &Progress, spent_ucr: i64, available: &str
     let mark = match progress.standing {
         Standing::Working => "🔧",
         Standing::Asking => "💬",
-        Standing::Credits | Standing::Blocked | Standing::Paused => "⏸",
+        Standing::Credits | Standing::Limit | Standing::Blocked | Standing::Paused => "⏸",
         Standing::Stopping | Standing::Halted => "⏹",
         Standing::Closed(RunStatus::Completed) => "✅",
         Standing::Closed(RunStatus::Continued) => "↪️",
@@ -206,6 +206,7 @@ pub fn progress(name: &str, progress: &Progress, spent_ucr: i64, available: &str
     }
     match progress.standing {
         Standing::Credits => lines.push("Waits for credits: /buy, and it goes on by itself.".to_owned()),
+        Standing::Limit => lines.push("Has spent what you approved: /limit and a number of credits, and it goes on.".to_owned()),
         Standing::Closed(_) => {}
         _ => lines.push(format!("Now: {}", escape(&cut(&progress.now, 300)))),
     }
@@ -265,6 +266,15 @@ pub(super) fn no_credits(name: &str, message: &str) -> String {
     format!(
         "⏸ <b>{}</b> waits for credits: {}\nEverything done so far stands. /buy adds credits, and the work goes on by \
          itself.",
+        escape(&cut(name, 60)),
+        escape(&cut(message, 300))
+    )
+}
+
+pub(super) fn limit_used(name: &str, message: &str) -> String {
+    format!(
+        "⏸ <b>{}</b> has spent what you approved: {}\nEverything done so far stands. <code>/limit 20</code> lets it spend 20 \
+         credits more, and the work goes on; /cancel stops it.",
         escape(&cut(name, 60)),
         escape(&cut(message, 300))
     )

@@ -13,7 +13,7 @@ use std::{path::Path, sync::Arc};
 async fn the_development_loop_goes_through_every_turn_it_can_take() {
     let world = Arc::new(World::default());
     let mut registry = Registry::new();
-    for name in ["gather", "plan", "implement", "check", "commit", "verify", "readme", "deliver"] {
+    for name in ["gather", "plan", "implement", "check", "commit", "verify", "readme", "deliver", "limit"] {
         let world = world.clone();
         let script = move |ctx: Context, input: Value| {
             let world = world.clone();
@@ -28,7 +28,7 @@ async fn the_development_loop_goes_through_every_turn_it_can_take() {
                         json!({"complete": answered, "question": "Which color?", "summary": "a program"})
                     }
                     "plan" => {
-                        json!({"summary_markdown": format!("plan, changed: {}", input["changes"]), "todo": [{"id": "a"}, {"id": "b"}]})
+                        json!({"summary_markdown": format!("plan, changed: {}", input["changes"]), "todo": [{"id": "a"}, {"id": "b"}], "limit_credits": "12.5"})
                     }
                     "implement" => json!({"work": "w", "summary": "done"}),
                     // The first item's first code does not pass.
@@ -42,6 +42,7 @@ async fn the_development_loop_goes_through_every_turn_it_can_take() {
                         json!({"verdict": "reject", "report_markdown": "no", "todo": [{"id": "c"}]})
                     }
                     "verify" => json!({"verdict": "accept", "report_markdown": "yes", "todo": []}),
+                    "limit" => json!({"left_credits": input["credits"], "limit_credits": "20"}),
                     "readme" => json!({"path": "README.md"}),
                     _ => json!({"commit": "abc", "verdict": input["verdict"]}),
                 })
@@ -77,6 +78,7 @@ async fn the_development_loop_goes_through_every_turn_it_can_take() {
             "gather~2/ask",
             "plan..approve~1/plan",
             "plan..approve~2/plan",
+            "limit",
             "implement..verify~1/implement[a]/code..check~1/code",
             "implement..verify~1/implement[a]/code..check~1/check",
             "implement..verify~1/implement[a]/code..check~2/code",
@@ -95,6 +97,7 @@ async fn the_development_loop_goes_through_every_turn_it_can_take() {
         ]
     );
     assert_eq!(calls[3].input["changes"], "smaller");
-    assert_eq!(calls[6].input["evidence"]["passed"], false, "the second try sees why the first did not pass");
+    assert_eq!(calls[4].input["credits"], "12.5", "what was approved");
+    assert_eq!(calls[7].input["evidence"]["passed"], false, "the second try sees why the first did not pass");
     bench.done().await;
 }

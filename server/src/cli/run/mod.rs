@@ -3,6 +3,7 @@
 mod archive;
 mod ask;
 mod flow;
+mod quote;
 mod start;
 
 use super::{Context, print, table};
@@ -82,6 +83,8 @@ enum Command {
     Ask(ask::Command),
     #[command(flatten)]
     Flow(flow::Command),
+    #[command(flatten)]
+    Quote(quote::Command),
     /// Write a run with its history, definition and checkpoints to standard output
     Export { run: RunId },
     /// Read an exported run into this database; it can be looked at, never executed
@@ -196,6 +199,7 @@ async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<()> {
             })
         }
         Command::Flow(command) => flow::act(command, app, json).await,
+        Command::Quote(command) => quote::act(command, app, json).await,
         Command::Export { run } => archive::export(run, app).await,
         Command::Import { file } => archive::import(&file, app, json).await,
         Command::Replay { .. } | Command::Ask(_) => anyhow::bail!("this command is carried out elsewhere"),

@@ -3,6 +3,7 @@
 use super::{Action, Scene, talk};
 use crate::{
     store::{
+        quotes::{self, More},
         telegram::{
             chats::{self, Chat},
             outbox,
@@ -11,6 +12,7 @@ use crate::{
     },
     telegram::{Error, intent::Command, notify, payments, render, send},
 };
+use loopwright_activities::billing::MicroCredits;
 use loopwright_engine::Error as Engine;
 use serde_json::json;
 use teloxide::utils::html::escape;
@@ -53,6 +55,7 @@ pub(super) async fn command(scene: &mut Scene<'_>, chat: &Chat, user: &User, com
                 scene.say(&format!("There is no such amount. You can buy:\n{}", packs.join("\n"))).await
             }
         },
+        Command::Limit(credits) => limit(scene, chat, user, &credits).await,
         Command::Download => download(scene, chat, user).await,
         Command::Cancel => cancel(scene, chat).await,
         Command::Key => scene.say(render::KEY).await,
@@ -133,6 +136,24 @@ async fn download(scene: &mut Scene<'_>, chat: &Chat, user: &User) -> Result<(),
     };
     outbox::enqueue(scene.tx, &new).await?;
     Ok(())
+}
+
+/// Lets the project's open run spend more than was approved.
+async fn limit(scene: &mut Scene<'_>, chat: &Chat, user: &User, credits: &str) -> Result<(), Error> {
+    let Ok(credits) = credits.parse::<MicroCredits>() else {
+        return scene.say("Write how many credits more: /limit 20").await;
+    };
+    let open = chats::open_runs(scene.tx, scene.chat_id).await?;
+    let Some(run) = open.into_iter().find(|run| chat.project.is_none_or(|project| project == run.project)) else {
+        return scene.say("Nothing is under way in this project.").await;
+    };
+    let (key, by) = (format!("telegram:{}", scene.update_id), format!("user:{}", user.id));
+    let more = More { user: user.id, run: run.run, credits, key: &key, by: &by };
+    let text = match quotes::allow_more(&mut **scene.tx, &scene.parts.client, &more).await? {
+        Some(limit) => format!("The project may spend {} credits more now.", limit.left),
+        None => "Nothing limits this project but its budget: no plan was approved yet.".to_owned(),
+    };
+    scene.say(&text).await
 }
 
 async fn cancel(scene: &mut Scene<'_>, chat: &Chat) -> Result<(), Error> {

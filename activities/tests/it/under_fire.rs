@@ -1,0 +1,501 @@
+//! Every fault of a provider × every moment at which a worker dies around a call: real worker processes on a real Postgres, and
+//! a provider that keeps a journal. Whatever happens, journal and ledger tell the same story.
+//!
+//! By default each pair meets one dialect. `LOOPWRIGHT_MATRIX=full` takes all three; other words pick the pairs whose name holds
+//! them.
+
+use futures_util::{StreamExt, future::BoxFuture, stream};
+use loopwright_activities::{
+    MIGRATIONS,
+    billing::{
+        BillingSettings, LedgerHook, MicroCredits, audit,
+        ledger::{self, Identity},
+    },
+    orchestrator::{Message, Orchestrator, Pace, Request, Role, Routing},
+    provider::{KeyIdentity, Settings, Timeouts},
+    testing::{Dialect, Endpoint, Entry, FakeProvider, Fault, Reply, Seen, Stage, When},
+};
+use loopwright_engine::{
+    Failure,
+    activity::{Activity, Context, Registry},
+    client::{Client, Deploy, Start},
+    definition::{Bundle, Definition, FORMAT, Kind, RetryPolicy, Step},
+    embedded::testing::{database, url},
+    ids::{DefinitionHash, RunId},
+    signature::Signature,
+    view::{RunStatus, RunView},
+    worker::{self, WorkerConfig, WorkerHandle},
+};
+use secrecy::SecretString;
+use serde_json::{Value, json};
+use sqlx::PgPool;
+use std::{
+    collections::BTreeMap,
+    process::{Child, Command, Stdio},
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+use uuid::Uuid;
+
+/// The child's database and task queue.
+const DATABASE: &str = "LOOPWRIGHT_TEST_DATABASE";
+const QUEUE: &str = "LOOPWRIGHT_TEST_QUEUE";
+/// The engine's: where the child dies.
+const POINT: &str = "LOOPWRIGHT_CRASH_POINT";
+const MATRIX: &str = "LOOPWRIGHT_MATRIX";
+/// A dead worker's runs are taken over after so long.
+const LEASE: Duration = Duration::from_millis(1_500);
+const PATIENCE: Duration = Duration::from_secs(180);
+/// Pairs that are tried at once: most of their time they wait for a lease or a time-out.
+const AT_ONCE: usize = 6;
+/// What a user has at first.
+const CREDITS: i64 = 1_000;
+
+/// When the first worker dies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Death {
+    Never,
+    /// At a crash point of the engine, the n-th time that it gets there. Those that a call passes are passed once more by the
+    /// second call.
+    Point(&'static str, u32),
+    PointOfCall(&'static str),
+    /// Killed when the provider has got the question.
+    Sent,
+    /// Killed when the provider has sent its headers.
+    Headers,
+}
+
+const DEATHS: [(&str, Death); 8] = [
+    ("never", Death::Never),
+    ("before send", Death::PointOfCall("open.after_commit")),
+    ("after send", Death::Sent),
+    ("after headers", Death::Headers),
+    ("after reply", Death::PointOfCall("meter.after_fence")),
+    ("after the answer is recorded", Death::PointOfCall("meter.after_commit")),
+    // The first time is the attempt's start.
+    ("before settle", Death::Point("settle.before_hook", 2)),
+    ("after settle", Death::Point("commit.after_commit", 2)),
+];
+
+/// Faults after which the run cannot get an answer: its only key or address is of no use.
+const FINAL: [(Fault, &str); 2] =
+    [(Fault::BadKey, "provider.key_invalid"), (Fault::NoBalance, "provider.no_balance")];
+
+fn faults() -> Vec<Option<Fault>> {
+    use Fault as F;
+    let faults = [
+        F::ResetBeforeHeaders,
+        F::CloseBeforeHeaders,
+        F::ResetAfterHeaders,
+        F::ResetMidBody,
+        F::CloseMidBody,
+        F::ResetAfterFinish,
+        F::NoFinishReason,
+        F::NoDone,
+        F::StallBeforeHeaders,
+        F::StallAfterHeaders,
+        F::StallMidBody,
+        F::CommentsOnly,
+        F::CommentsForever,
+        F::Split,
+        F::OneByte,
+        F::ErrorMidStream,
+        F::ErrorInside,
+        F::RateLimited(None),
+        F::RateLimited(Some(1)),
+        F::NoBalance,
+        F::BudgetInFlight,
+        F::BadKey,
+        F::HtmlError,
+        F::HtmlPage,
+        F::UsageAbsent,
+        F::UsageTwice,
+        F::UnknownFinishReason,
+        F::HugeBody,
+        F::HugeError,
+        F::Gzip,
+        F::GzipDamaged,
+        F::GzipBomb,
+    ];
+    std::iter::once(None).chain(faults.map(Some)).collect()
+}
+
+/// One pair at one dialect.
+#[derive(Clone)]
+struct Pair {
+    n: usize,
+    dialect: Dialect,
+    fault: Option<Fault>,
+    death: (&'static str, Death),
+}
+
+impl Pair {
+    /// Each pair has a key of its own: what becomes of one key concerns nobody else.
+    fn key(&self) -> String {
+        format!("sk-under-fire-{:05}", self.n)
+    }
+    fn fingerprint(&self) -> String {
+        KeyIdentity::of(self.dialect.name(), Some(&SecretString::from(self.key()))).fingerprint
+    }
+    fn queue(&self) -> String {
+        format!("pair-{}", self.n)
+    }
+    fn name(&self) -> String {
+        format!("{:?}, dies {}, {}, call {}", self.fault, self.death.0, self.dialect.name(), ["a", "b"][self.struck()])
+    }
+    /// Which of the two calls is struck: the second, so that a finished one is there that must not be bought again, or the first.
+    fn struck(&self) -> usize {
+        self.n % 2
+    }
+    /// What becomes of this key's n-th question.
+    fn fault_of(&self, nth: usize) -> Option<Fault> {
+        let held = match self.death.1 {
+            Death::Sent => Some(Fault::StallBeforeHeaders),
+            Death::Headers => Some(Fault::StallAfterHeaders),
+            _ => None,
+        };
+        match (nth.checked_sub(self.struck())?, held) {
+            (0, Some(held)) => Some(held),
+            (0, None) | (1, Some(_)) => self.fault.clone(),
+            _ => None,
+        }
+    }
+}
+
+fn pairs() -> Vec<Pair> {
+    let wanted = std::env::var(MATRIX).unwrap_or_default();
+    let full = wanted == "full";
+    let mut pairs = Vec::new();
+    for (f, fault) in faults().into_iter().enumerate() {
+        for (d, death) in DEATHS.into_iter().enumerate() {
+            let dialects = if full { Dialect::ALL.to_vec() } else { vec![Dialect::ALL[(f + d) % 3]] };
+            for dialect in dialects {
+                // The parity decides which call is struck.
+                let n = pairs.len() * 2 + (f + d / 2) % 2;
+                pairs.push(Pair { n, dialect, fault: fault.clone(), death });
+            }
+        }
+    }
+    pairs.retain(|pair| full || pair.name().contains(&wanted));
+    assert!(!pairs.is_empty(), "no pair is called {wanted}");
+    pairs
+}
+
+/// Two calls, one after the other.
+struct Asks(Orchestrator);
+
+impl Activity for Asks {
+    fn signature(&self) -> Signature {
+        Signature {
+            name: "asks@1".into(),
+            summary: "two model calls".into(),
+            input_schema: json!({"type": "object"}),
+            output_schema: json!({}),
+            run_timeout_ms: 120_000,
+            heartbeat_timeout_ms: None,
+            metered: true,
+            idempotent: true,
+            failure_codes: vec![],
+        }
+    }
+    fn run(&self, ctx: Context, _input: Value) -> BoxFuture<'static, Result<Value, Failure>> {
+        let orchestrator = self.0.clone();
+        Box::pin(async move {
+            let mut texts = Vec::new();
+            for name in ["a", "b"] {
+                let request = Request {
+                    role: Role::Utility,
+                    purpose: "test".into(),
+                    messages: vec![Message::User { text: format!("call {name}") }],
+                    tools: Vec::new(),
+                    output_schema: None,
+                    max_output_tokens: 200,
+                };
+                texts.push(orchestrator.call(&ctx, name, request).await?.text);
+            }
+            Ok(json!({ "texts": texts }))
+        })
+    }
+    fn reserve(&self, _input: &Value) -> Value {
+        json!({ "calls": [self.0.planned(Role::Utility, 2, 100, 200)] })
+    }
+}
+
+/// A worker of one queue with the given settings.
+async fn worker(pool: PgPool, queue: &str, lookup: impl Fn(&str) -> Option<String>) -> WorkerHandle {
+    let mut settings = Settings::from_lookup(&lookup).expect("settings");
+    let second = Duration::from_secs(1);
+    settings.timeouts = Timeouts { connect: second, first_byte: second, idle: second, total: 3 * second };
+    let routing = Routing::shipped().with_settings(&settings, None);
+    let pace = Pace { backoff: Duration::from_millis(10), ..Pace::default() };
+    let orchestrator = Orchestrator::with_pace(routing, settings.providers().expect("providers"), pace);
+    let hook = Arc::new(LedgerHook::new(BillingSettings::default()));
+    let registry = Registry::new().with(Asks(orchestrator));
+    let config =
+        WorkerConfig { hook, queues: vec![queue.to_owned()], slots: 2, lease: LEASE, ..WorkerConfig::new(pool, registry) };
+    worker::start(config).await.expect("worker")
+}
+
+/// The process that dies.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "started by the other test of this file in a process of its own"]
+async fn child_process() {
+    let (Ok(database), Ok(queue)) = (std::env::var(DATABASE), std::env::var(QUEUE)) else { return };
+    let pool = PgPool::connect(&database).await.expect("database");
+    worker(pool, &queue, |name| std::env::var(name).ok()).await.fenced().await;
+}
+
+struct Bench {
+    pool: PgPool,
+    client: Client,
+    fake: FakeProvider,
+    definition: DefinitionHash,
+}
+
+impl Bench {
+    async fn new(pairs: &[Pair]) -> Self {
+        let pool = database(MIGRATIONS).await;
+        let client = Client::new(pool.clone(), Arc::new(LedgerHook::new(BillingSettings::default())));
+        let step = Step {
+            id: "ask".into(),
+            condition: None,
+            kind: Kind::Activity { name: "asks@1".into(), with: BTreeMap::new() },
+            retry: RetryPolicy { attempts: 8, delay_ms: 20, ..RetryPolicy::default() },
+            timeouts: Default::default(),
+            catch: vec![],
+            continue_on_error: false,
+        };
+        let definition = Definition {
+            format: FORMAT,
+            name: "asks".into(),
+            inputs: BTreeMap::new(),
+            env: BTreeMap::new(),
+            timeout_ms: 3_600_000,
+            budget: Value::Null,
+            concurrency: None,
+            runs_on: Vec::new(),
+            executions_max: 100,
+            steps: vec![step],
+            finally: Vec::new(),
+            outputs: BTreeMap::new(),
+            queries: BTreeMap::new(),
+            extras: Value::Null,
+        };
+        let deployed = client.deploy(Deploy { definition, bundle: Bundle::new(), source: String::new(), author: None, message: None }).await.expect("deployed");
+        let fake = FakeProvider::saying(Reply::text("words")).await;
+        // A rule is asked once a request; which question of its key it is, is counted here.
+        let known: Arc<BTreeMap<String, Pair>> = Arc::new(pairs.iter().map(|p| (p.key(), p.clone())).collect());
+        type Counts = BTreeMap<String, usize>;
+        let counted: Arc<Mutex<(BTreeMap<(&'static str, usize), usize>, Counts)>> = Arc::default();
+        let mut all: Vec<Fault> = faults().into_iter().flatten().collect();
+        all.dedup();
+        for fault in all {
+            let (known, counted, fault_here) = (known.clone(), counted.clone(), fault.clone());
+            let pick = move |seen: &Seen, ordinal: usize| {
+                let Some(pair) = seen.key().and_then(|key| known.get(key)) else { return false };
+                if !matches!(seen.endpoint, Endpoint::Generate { .. }) {
+                    return false;
+                }
+                let mut counted = counted.lock().expect("no panic while held");
+                let (requests, counts) = &mut *counted;
+                let nth = *requests.entry((seen.dialect.name(), ordinal)).or_insert_with(|| {
+                    let count = counts.entry(pair.key()).or_default();
+                    *count += 1;
+                    *count - 1
+                });
+                pair.fault_of(nth).as_ref() == Some(&fault_here)
+            };
+            fake.inject(When::picked(pick), fault);
+        }
+        Self { pool, client, fake, definition: deployed.hash }
+    }
+
+    async fn user(&self, pair: &Pair) -> Uuid {
+        let mut tx = self.pool.begin().await.expect("tx");
+        let identity = Identity::Telegram(i64::try_from(pair.n).expect("small") + 1);
+        let (user, _) =
+            ledger::ensure_user(&mut tx, &identity, MicroCredits::from_credits(CREDITS)).await.expect("user");
+        tx.commit().await.expect("commit");
+        user
+    }
+
+    fn child(&self, pair: &Pair) -> Child {
+        let mut command = Command::new(std::env::current_exe().expect("this binary"));
+        command
+            .args(["under_fire::child_process", "--exact", "--ignored", "--nocapture"])
+            .env(DATABASE, url(&self.pool))
+            .env(QUEUE, pair.queue())
+            .envs(self.fake.environment(&[pair.dialect], &pair.key()))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        match pair.death.1 {
+            Death::Point(name, nth) => command.env(POINT, format!("{name}:{nth}")),
+            Death::PointOfCall(name) => command.env(POINT, format!("{name}:{}", pair.struck() + 1)),
+            Death::Never | Death::Sent | Death::Headers => command.env_remove(POINT),
+        };
+        command.spawn().expect("child")
+    }
+
+    /// The journal of a pair, with what each question was.
+    fn story(&self, pair: &Pair) -> Vec<(Entry, String)> {
+        let (seen, journal, mine) = (self.fake.seen(), self.fake.journal(), pair.fingerprint());
+        let asked = |entry: &Entry| matches!(entry.endpoint, Endpoint::Generate { .. }) && entry.key_fingerprint == mine;
+        let all = journal.into_iter().zip(seen).filter(|(entry, _)| asked(entry));
+        all.map(|(entry, seen)| (entry, if seen.body.to_string().contains("call b") { "b" } else { "a" }.to_owned())).collect()
+    }
+
+    async fn until_dead(&self, pair: &Pair, child: &mut Child) {
+        if let Death::Sent | Death::Headers = pair.death.1 {
+            let (mine, at) = (pair.fingerprint(), pair.struck());
+            let stage = if pair.death.1 == Death::Sent { Stage::Received } else { Stage::Headers };
+            let reached = |journal: &[Entry]| {
+                let mut asked = journal.iter().filter(|entry| entry.key_fingerprint == mine);
+                asked.nth(at).is_some_and(|entry| entry.stage >= stage)
+            };
+            self.fake.journal_when(reached).await;
+            child.kill().expect("killed");
+        }
+        // It dies by itself at its point.
+        while child.try_wait().expect("child").is_none() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    async fn until_closed(&self, run: RunId) -> RunView {
+        loop {
+            let view = self.client.describe(run).await.expect("view");
+            if view.status.is_closed() {
+                return view;
+            }
+            self.client.wait_change(run, view.seq, Duration::from_secs(1)).await.expect("waits");
+        }
+    }
+
+    /// Drives one run to its end and returns what is wrong with it.
+    async fn drive(&self, pair: &Pair) -> Vec<String> {
+        let user = self.user(pair).await;
+        let attributes = json!({ "user_id": user.to_string() });
+        let start = Start {
+            run_id: None,
+            definition: self.definition,
+            inputs: json!({}),
+            workflow_id: None,
+            attributes,
+            queue: pair.queue(),
+            topic: None,
+            admission: Default::default(),
+        };
+        let run = self.client.start(start).await.expect("started").run_id;
+        let mut child = self.child(pair);
+        let view = if pair.death.1 == Death::Never {
+            let view = self.until_closed(run).await;
+            child.kill().expect("killed");
+            child.wait().expect("child");
+            view
+        } else {
+            self.until_dead(pair, &mut child).await;
+            let settings: BTreeMap<&str, String> =
+                self.fake.environment(&[pair.dialect], &pair.key()).into_iter().collect();
+            let rescuer = worker(self.pool.clone(), &pair.queue(), |name| settings.get(name).cloned()).await;
+            let view = self.until_closed(run).await;
+            rescuer.drain(Duration::from_secs(5)).await;
+            view
+        };
+        self.check(pair, user, &view).await
+    }
+
+    async fn check(&self, pair: &Pair, user: Uuid, view: &RunView) -> Vec<String> {
+        let mut wrong = Vec::new();
+        let mut note = |fine: bool, what: String| {
+            if !fine {
+                wrong.push(what);
+            }
+        };
+        let code = view.failure.as_ref().map(|failure| failure.code.as_str());
+        let expected = FINAL.iter().find(|(fault, _)| Some(fault) == pair.fault.as_ref()).map(|(_, code)| *code);
+        note(code == expected, format!("ended as {:?} {:?}", view.status, view.failure));
+        note((view.status == RunStatus::Completed) == expected.is_none(), format!("ended as {:?}", view.status));
+
+        type Row = (String, String, i64, Option<String>, bool);
+        let rows: Vec<Row> = sqlx::query_as(
+            "select k.call_key, k.state, k.cost_pusd, k.provider_request_id, k.late from api_key_usage k
+             join activity_attempts a on a.id = k.attempt_id where a.run_id = $1 order by k.id",
+        )
+        .bind(view.run_id.0)
+        .fetch_all(&self.pool)
+        .await
+        .expect("rows");
+        let story = self.story(pair);
+        // Every question was announced before it was sent; only what died in between was never sent.
+        let unsent = usize::from(pair.death.0 == "before send");
+        note(rows.len() == story.len() + unsent, format!("{} rows, {} questions: {rows:?} {story:#?}", rows.len(), story.len()));
+        for (key, state, cost, id, late) in &rows {
+            note(state != "started", format!("{key} is open"));
+            note(state == "succeeded" || *cost == 0, format!("{key} is {state} and costs {cost}"));
+            note(!late || *cost == 0, format!("{key} came late and costs {cost}"));
+            let told = |entry: &Entry| entry.provider_request_id.as_ref() == id.as_ref();
+            let entries = story.iter().filter(|(entry, _)| id.is_some() && told(entry)).count();
+            note(id.is_none() || entries == 1, format!("{key}: {entries} answers have the id {id:?}"));
+        }
+        // What was answered and recorded is not asked again: its question is the last of its call.
+        for name in ["a", "b"] {
+            let of_call = |key: &str| key == name || key.starts_with(&format!("{name}."));
+            let done: Vec<&Row> = rows.iter().filter(|(key, state, ..)| of_call(key) && state == "succeeded").collect();
+            note(done.len() <= 1, format!("{name} was bought {} times", done.len()));
+            note(done.len() == 1 || expected.is_some(), format!("{name} was never answered"));
+            let last = story.iter().rfind(|(_, call)| call == name);
+            if let (Some((.., id, _)), Some((entry, _))) = (done.first(), last) {
+                note(*id == entry.provider_request_id, format!("{name} was asked again after it was answered"));
+                note(entry.stage == Stage::Finished, format!("{name} is recorded, and its answer got to {:?}", entry.stage));
+            }
+        }
+        let charged: Vec<(String, i64, i64)> = sqlx::query_as(
+            "select a.state, (select count(*) from credit_transactions t where t.attempt_id = a.id and t.kind = 'hold')
+                           - (select count(*) from credit_transactions t where t.attempt_id = a.id and t.kind = 'capture'),
+                    (select coalesce(sum(-t.amount_ucr), 0) from credit_transactions t where t.attempt_id = a.id and t.kind = 'capture')::bigint
+                  - ceil((select coalesce(sum(k.cost_pusd), 0) from api_key_usage k where k.attempt_id = a.id) * 120 / 10000000000.0 * 10000)::bigint
+             from activity_attempts a where a.run_id = $1",
+        )
+        .bind(view.run_id.0)
+        .fetch_all(&self.pool)
+        .await
+        .expect("attempts");
+        for (state, open, difference) in charged {
+            note(state != "running" && open == 0, format!("an attempt is {state} with {open} open holds"));
+            note(difference == 0, format!("an attempt was charged {difference} more than its calls cost"));
+        }
+        let (balance, held, captured): (i64, i64, i64) = sqlx::query_as(
+            "select credit_balance_ucr, credit_held_ucr, (select coalesce(sum(-amount_ucr), 0)::bigint from credit_transactions
+                     where user_id = u.id and kind = 'capture') from users u where id = $1",
+        )
+        .bind(user)
+        .fetch_one(&self.pool)
+        .await
+        .expect("user");
+        note(held == 0 && balance == CREDITS * 1_000_000 - captured, format!("balance {balance}, held {held}"));
+        wrong.into_iter().map(|what| format!("{}: {what}", pair.name())).collect()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_fault_at_no_moment_loses_work_buys_twice_or_charges_twice() {
+    let pairs = pairs();
+    let bench = Bench::new(&pairs).await;
+    let driven = stream::iter(&pairs).map(|pair| {
+        let bench = &bench;
+        async move {
+            let begun = Instant::now();
+            let wrong = match tokio::time::timeout(PATIENCE, bench.drive(pair)).await {
+                Ok(wrong) => wrong,
+                Err(_) => vec![format!("{}: has not ended after {} s: {:#?}", pair.name(), PATIENCE.as_secs(), bench.story(pair))],
+            };
+            println!("{:>6.1} s  {}{}", begun.elapsed().as_secs_f64(), pair.name(), if wrong.is_empty() { "" } else { "  WRONG" });
+            wrong
+        }
+    });
+    let wrong: Vec<Vec<String>> = driven.buffer_unordered(AT_ONCE).collect().await;
+    let wrong = wrong.concat();
+    assert!(wrong.is_empty(), "{} of {} pairs:\n{}", wrong.len(), pairs.len(), wrong.join("\n"));
+    let broken = audit::run(&mut bench.pool.acquire().await.expect("conn")).await.expect("audit");
+    assert!(broken.is_empty(), "{broken:?}");
+}
