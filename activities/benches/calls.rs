@@ -28,7 +28,10 @@ use loopwright_engine::{
     worker::{self, WorkerConfig},
 };
 use serde_json::{Value, json};
-use sqlx::{ConnectOptions, Connection, PgPool, postgres::{PgConnectOptions, PgPoolOptions}};
+use sqlx::{
+    ConnectOptions, Connection, PgPool,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
 use std::{
     collections::{BTreeMap, BTreeSet},
     process::ExitCode,
@@ -288,10 +291,17 @@ async fn load(options: &Options, pool: &PgPool, single: &[Duration]) -> Result<b
     let registry =
         Registry::new().with(Asks { orchestrator: orchestrator.clone(), calls: options.calls, log: log.clone() });
     let deployed = client
-        .deploy(Deploy { definition: definition(), bundle: Bundle::new(), source: String::new(), author: None, message: None })
+        .deploy(Deploy {
+            definition: definition(),
+            bundle: Bundle::new(),
+            source: String::new(),
+            author: None,
+            message: None,
+        })
         .await?;
     let users = users(pool).await?;
-    let config = WorkerConfig { hook, slots: u32::try_from(options.runs)?, ..WorkerConfig::new(pool.clone(), registry) };
+    let config =
+        WorkerConfig { hook, slots: u32::try_from(options.runs)?, ..WorkerConfig::new(pool.clone(), registry) };
     let worker = worker::start(config).await?;
     let before = counters(pool).await?;
     let begun = Instant::now();
@@ -377,7 +387,9 @@ async fn report(
     let (plain, repeated) = (of(&|m| m.requests == 1), of(&|m| m.requests > 1));
     let asked = fake.journal().iter().filter(|entry| matches!(entry.endpoint, Endpoint::Generate { .. })).count();
     let rows: Vec<(String, i64)> =
-        sqlx::query_as("select state, count(*) from api_key_usage group by state order by state").fetch_all(pool).await?;
+        sqlx::query_as("select state, count(*) from api_key_usage group by state order by state")
+            .fetch_all(pool)
+            .await?;
     let recorded: i64 = rows.iter().map(|(_, n)| n).sum();
     let completed: i64 =
         sqlx::query_scalar("select count(*) from runs where status = 'completed'").fetch_one(pool).await?;
@@ -393,7 +405,12 @@ async fn report(
         USERS,
         ms(options.think)
     );
-    println!("calls that were answered       {} in {:.1} s: {:.0}/s", measured.len(), took.as_secs_f64(), measured.len() as f64 / took.as_secs_f64());
+    println!(
+        "calls that were answered       {} in {:.1} s: {:.0}/s",
+        measured.len(),
+        took.as_secs_f64(),
+        measured.len() as f64 / took.as_secs_f64()
+    );
     println!("requests that the provider saw {asked}, recorded {recorded}: {rows:?}");
     for (q, name) in [(0.5, "p50"), (0.99, "p99")] {
         let (ours, limit) = (quantile(&plain, q), two(q));
@@ -406,11 +423,19 @@ async fn report(
     }
     let p99 = quantile(&plain, 0.99);
     println!("  goal: p99 below {}: {}", ms(GOAL), if p99 < GOAL { "reached" } else { "NOT REACHED" });
-    println!("  of {} calls that needed more than one request, waits included: p50 {}, p99 {}", repeated.len(), ms(quantile(&repeated, 0.5)), ms(quantile(&repeated, 0.99)));
+    println!(
+        "  of {} calls that needed more than one request, waits included: p50 {}, p99 {}",
+        repeated.len(),
+        ms(quantile(&repeated, 0.5)),
+        ms(quantile(&repeated, 0.99))
+    );
     println!("commits per call               {:.2}", (after.0 - before.0) as f64 / measured.len().max(1) as f64);
     println!("deadlocks                      {}", after.2 - before.2);
     println!("runs completed                 {completed} of {}", options.runs);
-    println!("invariants broken              {}", if broken.is_empty() { "none".to_owned() } else { format!("{invariants:?}") });
+    println!(
+        "invariants broken              {}",
+        if broken.is_empty() { "none".to_owned() } else { format!("{invariants:?}") }
+    );
     Ok(broken.is_empty()
         && after.2 == before.2
         && completed == i64::try_from(options.runs)?

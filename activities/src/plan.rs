@@ -415,8 +415,12 @@ mod tests {
             limits: MicroCredits(high),
             call: MicroCredits(1),
         };
-        let shown = summary(&answer, &known(), &[part("b", 500_000, 8_000_000), part(verify::NAME, 1_000_000, 1_000_000)]);
-        assert!(shown.contains("2. Do b — `true` (0.5 to 8 credits)\n") && shown.contains("1. Do a — `true`\n"), "{shown}");
+        let shown =
+            summary(&answer, &known(), &[part("b", 500_000, 8_000_000), part(verify::NAME, 1_000_000, 1_000_000)]);
+        assert!(
+            shown.contains("2. Do b — `true` (0.5 to 8 credits)\n") && shown.contains("1. Do a — `true`\n"),
+            "{shown}"
+        );
         assert!(shown.ends_with("1.5 to 9 credits"), "{shown}");
     }
 }

@@ -66,7 +66,9 @@ impl FromStr for MicroCredits {
         let (whole, part) = text.split_once('.').unwrap_or((text, ""));
         let digits = |text: &str| text.bytes().all(|b| b.is_ascii_digit());
         if whole.is_empty() || !digits(whole) || !digits(part) || part.len() > DECIMALS || text.ends_with('.') {
-            return Err(format!("`{text}` is not a number of credits such as 50 or 12.5, with up to {DECIMALS} decimals"));
+            return Err(format!(
+                "`{text}` is not a number of credits such as 50 or 12.5, with up to {DECIMALS} decimals"
+            ));
         }
         // Too long to be a number is too much for everybody.
         Ok(Self(format!("{whole}{part:0<DECIMALS$}").parse().unwrap_or(i64::MAX)))

@@ -610,7 +610,8 @@ impl Ledger {
         self.apply(Transition { ord: 0, run_id: attempt.run_id, ended: vec![], started }).await
     }
     async fn end(&self, attempt: &AttemptRef) {
-        let ended = vec![AttemptEnd { attempt: attempt.clone(), outcome: Outcome::Succeeded, failure: None, again: false }];
+        let ended =
+            vec![AttemptEnd { attempt: attempt.clone(), outcome: Outcome::Succeeded, failure: None, again: false }];
         assert_eq!(self.apply(Transition { ord: 0, run_id: attempt.run_id, ended, started: vec![] }).await, None);
     }
     async fn apply(&self, transition: Transition) -> Option<String> {

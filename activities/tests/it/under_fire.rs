@@ -78,8 +78,7 @@ const DEATHS: [(&str, Death); 8] = [
 ];
 
 /// Faults after which the run cannot get an answer: its only key or address is of no use.
-const FINAL: [(Fault, &str); 2] =
-    [(Fault::BadKey, "provider.key_invalid"), (Fault::NoBalance, "provider.no_balance")];
+const FINAL: [(Fault, &str); 2] = [(Fault::BadKey, "provider.key_invalid"), (Fault::NoBalance, "provider.no_balance")];
 
 fn faults() -> Vec<Option<Fault>> {
     use Fault as F;
@@ -89,7 +88,7 @@ fn faults() -> Vec<Option<Fault>> {
         F::ResetAfterHeaders,
         F::ResetMidBody,
         F::CloseMidBody,
-        F::ResetAfterFinish,
+        F::CloseAfterFinish,
         F::NoFinishReason,
         F::NoDone,
         F::StallBeforeHeaders,
@@ -231,8 +230,13 @@ async fn worker(pool: PgPool, queue: &str, lookup: impl Fn(&str) -> Option<Strin
     let orchestrator = Orchestrator::with_pace(routing, settings.providers().expect("providers"), pace);
     let hook = Arc::new(LedgerHook::new(BillingSettings::default()));
     let registry = Registry::new().with(Asks(orchestrator));
-    let config =
-        WorkerConfig { hook, queues: vec![queue.to_owned()], slots: 2, lease: LEASE, ..WorkerConfig::new(pool, registry) };
+    let config = WorkerConfig {
+        hook,
+        queues: vec![queue.to_owned()],
+        slots: 2,
+        lease: LEASE,
+        ..WorkerConfig::new(pool, registry)
+    };
     worker::start(config).await.expect("worker")
 }
 
@@ -281,7 +285,10 @@ impl Bench {
             queries: BTreeMap::new(),
             extras: Value::Null,
         };
-        let deployed = client.deploy(Deploy { definition, bundle: Bundle::new(), source: String::new(), author: None, message: None }).await.expect("deployed");
+        let deployed = client
+            .deploy(Deploy { definition, bundle: Bundle::new(), source: String::new(), author: None, message: None })
+            .await
+            .expect("deployed");
         let fake = FakeProvider::saying(Reply::text("words")).await;
         // A rule is asked once a request; which question of its key it is, is counted here.
         let known: Arc<BTreeMap<String, Pair>> = Arc::new(pairs.iter().map(|p| (p.key(), p.clone())).collect());
@@ -339,9 +346,11 @@ impl Bench {
     /// The journal of a pair, with what each question was.
     fn story(&self, pair: &Pair) -> Vec<(Entry, String)> {
         let (seen, journal, mine) = (self.fake.seen(), self.fake.journal(), pair.fingerprint());
-        let asked = |entry: &Entry| matches!(entry.endpoint, Endpoint::Generate { .. }) && entry.key_fingerprint == mine;
+        let asked =
+            |entry: &Entry| matches!(entry.endpoint, Endpoint::Generate { .. }) && entry.key_fingerprint == mine;
         let all = journal.into_iter().zip(seen).filter(|(entry, _)| asked(entry));
-        all.map(|(entry, seen)| (entry, if seen.body.to_string().contains("call b") { "b" } else { "a" }.to_owned())).collect()
+        all.map(|(entry, seen)| (entry, if seen.body.to_string().contains("call b") { "b" } else { "a" }.to_owned()))
+            .collect()
     }
 
     async fn until_dead(&self, pair: &Pair, child: &mut Child) {
@@ -428,7 +437,10 @@ impl Bench {
         let story = self.story(pair);
         // Every question was announced before it was sent; only what died in between was never sent.
         let unsent = usize::from(pair.death.0 == "before send");
-        note(rows.len() == story.len() + unsent, format!("{} rows, {} questions: {rows:?} {story:#?}", rows.len(), story.len()));
+        note(
+            rows.len() == story.len() + unsent,
+            format!("{} rows, {} questions: {rows:?} {story:#?}", rows.len(), story.len()),
+        );
         for (key, state, cost, id, late) in &rows {
             note(state != "started", format!("{key} is open"));
             note(state == "succeeded" || *cost == 0, format!("{key} is {state} and costs {cost}"));
@@ -446,7 +458,10 @@ impl Bench {
             let last = story.iter().rfind(|(_, call)| call == name);
             if let (Some((.., id, _)), Some((entry, _))) = (done.first(), last) {
                 note(*id == entry.provider_request_id, format!("{name} was asked again after it was answered"));
-                note(entry.stage == Stage::Finished, format!("{name} is recorded, and its answer got to {:?}", entry.stage));
+                note(
+                    entry.stage == Stage::Finished,
+                    format!("{name} is recorded, and its answer got to {:?}", entry.stage),
+                );
             }
         }
         let charged: Vec<(String, i64, i64)> = sqlx::query_as(
@@ -487,9 +502,19 @@ async fn no_fault_at_no_moment_loses_work_buys_twice_or_charges_twice() {
             let begun = Instant::now();
             let wrong = match tokio::time::timeout(PATIENCE, bench.drive(pair)).await {
                 Ok(wrong) => wrong,
-                Err(_) => vec![format!("{}: has not ended after {} s: {:#?}", pair.name(), PATIENCE.as_secs(), bench.story(pair))],
+                Err(_) => vec![format!(
+                    "{}: has not ended after {} s: {:#?}",
+                    pair.name(),
+                    PATIENCE.as_secs(),
+                    bench.story(pair)
+                )],
             };
-            println!("{:>6.1} s  {}{}", begun.elapsed().as_secs_f64(), pair.name(), if wrong.is_empty() { "" } else { "  WRONG" });
+            println!(
+                "{:>6.1} s  {}{}",
+                begun.elapsed().as_secs_f64(),
+                pair.name(),
+                if wrong.is_empty() { "" } else { "  WRONG" }
+            );
             wrong
         }
     });

@@ -46,6 +46,8 @@ pub(super) async fn allow(id: Uuid, mut call: Call) -> Result<Response, Error> {
     let more = More { user: caller.user, run: RunId(id), credits, key: &key, by: &by };
     match call.state.store.allow_more(&call.state.client, &more).await? {
         Some(limit) => json(200, &Allowed::from(limit)),
-        None => Err(Error::new(Code::LimitMissing, "Nobody approved a sum for this run; its budget is in its definition.")),
+        None => {
+            Err(Error::new(Code::LimitMissing, "Nobody approved a sum for this run; its budget is in its definition."))
+        }
     }
 }

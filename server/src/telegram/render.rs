@@ -206,7 +206,9 @@ pub fn progress(name: &str, progress: &Progress, spent_ucr: i64, available: &str
     }
     match progress.standing {
         Standing::Credits => lines.push("Waits for credits: /buy, and it goes on by itself.".to_owned()),
-        Standing::Limit => lines.push("Has spent what you approved: /limit and a number of credits, and it goes on.".to_owned()),
+        Standing::Limit => {
+            lines.push("Has spent what you approved: /limit and a number of credits, and it goes on.".to_owned())
+        }
         Standing::Closed(_) => {}
         _ => lines.push(format!("Now: {}", escape(&cut(&progress.now, 300)))),
     }
