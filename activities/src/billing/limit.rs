@@ -64,7 +64,7 @@ pub async fn raise(
     let Some(limit) = in_force(conn, run).await? else { return Ok(None) };
     let (left, cap) = (limit.left.0.saturating_add(more.0), limit.cap.0.saturating_add(more.0));
     insert(conn, run, key, MicroCredits(left), MicroCredits(cap), by).await?;
-    Ok(in_force(conn, run).await?)
+    in_force(conn, run).await
 }
 
 async fn insert(

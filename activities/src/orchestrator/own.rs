@@ -35,13 +35,18 @@ pub(super) struct Own {
     pub platform_fallback: bool,
 }
 
+/// When it was read, and what was found.
+type Known = (Instant, Option<Arc<Own>>);
+/// Since when the key is as it is, and its client.
+type Client = (Option<DateTime<Utc>>, Arc<Slot>);
+
 /// The users whose keys this process knows.
 pub(super) struct Owners {
     keys: Keys,
     /// For versions and time limits.
     settings: Settings,
-    users: Mutex<HashMap<Uuid, (Instant, Option<Arc<Own>>)>>,
-    slots: Mutex<HashMap<Uuid, (Option<DateTime<Utc>>, Arc<Slot>)>>,
+    users: Mutex<HashMap<Uuid, Known>>,
+    slots: Mutex<HashMap<Uuid, Client>>,
 }
 
 impl Owners {

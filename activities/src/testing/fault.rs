@@ -72,6 +72,8 @@ const HUGE_TIMES: usize = 1024;
 const BOMB_PIECE: usize = 1024 * 1024;
 const BOMB_TIMES: usize = 4096;
 
+type Pick = dyn Fn(&Seen, usize) -> bool + Send + Sync;
+
 /// Which requests a fault is for.
 #[derive(Clone)]
 pub enum When {
@@ -80,7 +82,7 @@ pub enum When {
     /// Every question of a dialect.
     Every(Dialect),
     /// What a function picks, among all requests; its number is that of [`When::Nth`].
-    Picked(Arc<dyn Fn(&Seen, usize) -> bool + Send + Sync>),
+    Picked(Arc<Pick>),
 }
 
 impl When {

@@ -217,6 +217,9 @@ impl Record {
     }
 }
 
+/// What is written by hand instead of an answer, whether nothing is missing once it is, and its line in the journal.
+type Takeover = (Vec<Act>, bool, Record);
+
 /// Hyper gives the socket back: what follows is written by hand.
 #[derive(Debug, thiserror::Error)]
 #[error("the socket is taken over")]
@@ -225,7 +228,7 @@ struct TakenOver;
 async fn connection(stream: TcpStream, state: Arc<State>) {
     // Without it a byte per write would not be a byte per packet.
     let _ = stream.set_nodelay(true);
-    let takeover: Arc<Mutex<Option<(Vec<Act>, bool, Record)>>> = Arc::default();
+    let takeover: Arc<Mutex<Option<Takeover>>> = Arc::default();
     let service = service_fn(|request: Request<Incoming>| {
         let (state, takeover) = (Arc::clone(&state), Arc::clone(&takeover));
         Box::pin(async move {

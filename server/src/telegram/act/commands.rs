@@ -149,7 +149,7 @@ async fn limit(scene: &mut Scene<'_>, chat: &Chat, user: &User, credits: &str) -
     };
     let (key, by) = (format!("telegram:{}", scene.update_id), format!("user:{}", user.id));
     let more = More { user: user.id, run: run.run, credits, key: &key, by: &by };
-    let text = match quotes::allow_more(&mut **scene.tx, &scene.parts.client, &more).await? {
+    let text = match quotes::allow_more(scene.tx, &scene.parts.client, &more).await? {
         Some(limit) => format!("The project may spend {} credits more now.", limit.left),
         None => "Nothing limits this project but its budget: no plan was approved yet.".to_owned(),
     };
