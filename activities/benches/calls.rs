@@ -344,7 +344,7 @@ async fn start(client: &Client, definition: DefinitionHash, (user, project): &(U
     let attributes = json!({"user_id": user.to_string(), "project_id": project.to_string()});
     let start = Start {
         run_id: None,
-        definition: definition,
+        definition,
         inputs: json!({}),
         workflow_id: None,
         attributes,
