@@ -5,7 +5,8 @@
 -- One row per part of the work and step that forecast it. The newest of a run and part counts; `forecast_errors` sets it beside
 -- what was paid.
 create table forecasts (
-  run_id uuid not null, path text not null,
+  shard smallint not null, run_id uuid not null,
+  path text not null,
   part text not null,                          -- id of an item, or the name of the activity
   activity text not null,                      -- that does it
   project_id uuid not null references projects,
@@ -13,17 +14,18 @@ create table forecasts (
   high_ucr bigint not null,
   limits_ucr bigint not null check (limits_ucr > 0),  -- if every call that is expected uses all of its limits
   stated_at timestamptz not null default engine_now(),
-  primary key (run_id, path, part),
+  primary key (shard, run_id, path, part),
   constraint forecasts_interval_check check (low_ucr <= high_ucr)
 );
 create index forecasts_activity on forecasts (activity, stated_at desc);
+create index forecasts_run on forecasts (run_id);
 create index forecasts_project on forecasts (project_id);
 
 create view forecast_errors as
 select f.run_id, f.part, f.activity, f.project_id, f.low_ucr, f.high_ucr, f.limits_ucr, f.stated_at, paid.spent_ucr,
        r.closed_at is not null as over
-from (select distinct on (run_id, part) * from forecasts order by run_id, part, stated_at desc, path desc) f
-join runs r on r.run_id = f.run_id
+from (select distinct on (shard, run_id, part) * from forecasts order by shard, run_id, part, stated_at desc, path desc) f
+join runs r on r.shard = f.shard and r.run_id = f.run_id
 cross join lateral (
   select coalesce(sum(-t.amount_ucr), 0)::bigint as spent_ucr
   from activity_attempts a join credit_transactions t on t.attempt_id = a.id and t.kind = 'capture'

@@ -89,7 +89,7 @@ async fn lane(pool: PgPool, spread: Spread, hook: Arc<dyn TransitionHook>, mut q
             bytes += next.0.bytes();
             batch.push(next);
         }
-        // Runs are locked in the order of their ids, by everybody: two batches of two workers may mean the same runs.
+        // Runs are locked in the order of their shards and ids, by everybody: two batches of two workers may mean the same runs.
         batch.sort_unstable_by_key(|queued| queued.0.run_id);
         for (shard, batch) in spread.divide(batch, |queued| queued.0.run_id.shard()) {
             metrics::histogram!("loopwright_commit_batch_items")

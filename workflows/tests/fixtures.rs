@@ -36,7 +36,7 @@ fn catalog() -> Catalog {
             &["project_id", "idea"],
             &["complete", "question", "suggestions", "requirements", "assumptions", "summary"],
         ),
-        signature("plan@1", &["changes"], &["project_id"], &["summary_markdown", "todo", "forecast"]),
+        signature("plan@1", &["changes"], &["project_id"], &["summary_markdown", "todo", "forecast", "limit_credits"]),
         signature(
             "implement@1",
             &["todo", "role", "evidence"],
@@ -57,7 +57,14 @@ fn catalog() -> Catalog {
         ),
         signature("verify@1", &[], &["project_id"], &["verdict", "report_markdown", "criteria", "todo"]),
         signature("readme@1", &[], &["project_id"], &["path", "commands"]),
+        signature("limit@1", &["credits"], &["credits"], &["left_credits", "limit_credits"]),
         signature("deliver@1", &["verdict"], &["project_id", "verdict"], &["commit", "verdict", "todo"]),
+        signature("reconcile-calls@1", &[], &[], &["checked", "changed", "findings"]),
+        signature("reconcile-grants@1", &[], &[], &["checked", "changed", "findings"]),
+        signature("reconcile-ledger@1", &[], &[], &["checked", "changed", "findings"]),
+        signature("reconcile-payments@1", &[], &[], &["checked", "changed", "findings"]),
+        signature("reconcile-prices@1", &[], &[], &["checked", "changed", "findings"]),
+        signature("reconcile-providers@1", &[], &[], &["checked", "changed", "findings"]),
         signature("agent@1", &["prompt", "role"], &["prompt"], &["value"]),
     ])
 }
@@ -180,12 +187,12 @@ fn redo_ranges_become_repeats_around_their_steps() {
     let (compiled, _) = compile(&dev_loop(), "dev-loop.yaml", &Bundle::new(), &catalog());
     let steps = compiled.expect("compiles").definition.steps;
     let ids: Vec<&str> = steps.iter().map(|s| s.id.as_str()).collect();
-    assert_eq!(ids, ["gather", "plan..approve", "implement..verify", "decide", "readme", "deliver"]);
+    assert_eq!(ids, ["gather", "plan..approve", "limit", "implement..verify", "decide", "readme", "deliver"]);
     let inner = |step: &Step| match &step.kind {
         Kind::Repeat { steps, .. } | Kind::Foreach { steps, .. } => steps.clone(),
         other => panic!("{other:?}"),
     };
-    let implement = inner(&steps[2])[0].clone();
+    let implement = inner(&steps[3])[0].clone();
     let ids: Vec<String> = inner(&implement).iter().map(|s| s.id.clone()).collect();
     assert_eq!(ids, ["code..check", "commit"]);
 }

@@ -6,6 +6,7 @@
 
 use super::{MicroCredits, Rate, price};
 use crate::usage::PlannedCall;
+use loopwright_engine::ids::RunId;
 use serde::Serialize;
 use sqlx::PgConnection;
 use uuid::Uuid;
@@ -110,8 +111,11 @@ fn share(of: MicroCredits, millionths: i64) -> MicroCredits {
 /// What the newest parts of an activity have cost, as millionths of their limits: the lower and the upper end.
 async fn shares(conn: &mut PgConnection, activity: &str) -> Result<Option<(i64, i64)>, sqlx::Error> {
     let mut shares: Vec<i64> = sqlx::query_scalar(
-        "select (spent_ucr::numeric * 1000000 / limits_ucr)::bigint from forecast_errors
-         where activity = $1 and over and spent_ucr > 0 order by stated_at desc limit $2",
+        // The runs first: the view adds up what each of their parts has cost.
+        "with newest as (select run_id from forecasts where activity = $1 order by stated_at desc limit $2)
+         select (spent_ucr::numeric * 1000000 / limits_ucr)::bigint from forecast_errors
+         where run_id = any(array(select distinct run_id from newest)) and activity = $1 and over and spent_ucr > 0
+         order by stated_at desc limit $2",
     )
     .bind(activity)
     .bind(LEARNED_MAX)
@@ -152,10 +156,10 @@ pub async fn keep(
 ) -> Result<(), sqlx::Error> {
     let of = |amount: fn(&Part) -> i64| parts.iter().map(amount).collect::<Vec<i64>>();
     sqlx::query(
-        "insert into forecasts (run_id, path, part, activity, project_id, low_ucr, high_ucr, limits_ucr)
-         select $1, $2, part, activity, $3, low, high, greatest(limits, 1)
+        "insert into forecasts (shard, run_id, path, part, activity, project_id, low_ucr, high_ucr, limits_ucr)
+         select $9, $1, $2, part, activity, $3, low, high, greatest(limits, 1)
          from unnest($4::text[], $5::text[], $6::bigint[], $7::bigint[], $8::bigint[]) t(part, activity, low, high, limits)
-         on conflict (run_id, path, part) do nothing",
+         on conflict (shard, run_id, path, part) do nothing",
     )
     .bind(run)
     .bind(path)
@@ -165,6 +169,7 @@ pub async fn keep(
     .bind(of(|part| part.forecast.low.0))
     .bind(of(|part| part.forecast.high.0))
     .bind(of(|part| part.limits.0))
+    .bind(RunId(run).shard())
     .execute(conn)
     .await?;
     Ok(())

@@ -6,6 +6,7 @@ use super::{
     ledger::{self, LedgerError},
     money::MicroCredits,
 };
+use loopwright_engine::ids::RunId;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
@@ -96,8 +97,8 @@ async fn insert(
 pub async fn in_force(conn: &mut PgConnection, run: Uuid) -> Result<Option<Limit>, LedgerError> {
     let found: Option<(i32, i64, i64)> = sqlx::query_as(
         "with recursive line as (
-           select $1::uuid as run_id, 0 as n union all
-           select r.forked_from, line.n + 1 from line join runs r on r.run_id = line.run_id
+           select $3::smallint as shard, $1::uuid as run_id, 0 as n union all
+           select r.forked_shard, r.forked_from, line.n + 1 from line join runs r on r.shard = line.shard and r.run_id = line.run_id
            where r.forked_from is not null and line.n < $2)
          select line.n, s.allowed_ucr, s.cap_ucr from line
          cross join lateral (select allowed_ucr, cap_ucr from spending_limits where run_id = line.run_id order by id desc limit 1) s
@@ -105,6 +106,7 @@ pub async fn in_force(conn: &mut PgConnection, run: Uuid) -> Result<Option<Limit
     )
     .bind(run)
     .bind(ORIGINS_MAX)
+    .bind(RunId(run).shard())
     .fetch_optional(&mut *conn)
     .await?;
     let Some((n, allowed, cap)) = found else { return Ok(None) };

@@ -142,6 +142,12 @@ impl Pair {
     fn name(&self) -> String {
         format!("{:?}, dies {}, {}, call {}", self.fault, self.death.0, self.dialect.name(), ["a", "b"][self.struck()])
     }
+    /// What points a process at the fake, with this pair's key.
+    fn environment(&self, fake: &FakeProvider) -> BTreeMap<&'static str, String> {
+        let mut all: BTreeMap<_, _> = fake.environment(&[self.dialect], &self.key()).into_iter().collect();
+        all.insert("OPENAI_MODEL", "some-model".into());
+        all
+    }
     /// Which of the two calls is struck: the second, so that a finished one is there that must not be bought again, or the first.
     fn struck(&self) -> usize {
         self.n % 2
@@ -156,6 +162,8 @@ impl Pair {
         match (nth.checked_sub(self.struck())?, held) {
             (0, Some(held)) => Some(held),
             (0, None) | (1, Some(_)) => self.fault.clone(),
+            // A bad key stays one.
+            _ if FINAL.iter().any(|(fault, _)| Some(fault) == self.fault.as_ref()) => self.fault.clone(),
             _ => None,
         }
     }
@@ -292,8 +300,9 @@ impl Bench {
         let fake = FakeProvider::saying(Reply::text("words")).await;
         // A rule is asked once a request; which question of its key it is, is counted here.
         let known: Arc<BTreeMap<String, Pair>> = Arc::new(pairs.iter().map(|p| (p.key(), p.clone())).collect());
-        type Counts = BTreeMap<String, usize>;
-        let counted: Arc<Mutex<(BTreeMap<(&'static str, usize), usize>, Counts)>> = Arc::default();
+        /// Which question of its key a request is, by dialect and ordinal; questions so far, by key.
+        type Counted = (BTreeMap<(&'static str, usize), usize>, BTreeMap<String, usize>);
+        let counted: Arc<Mutex<Counted>> = Arc::default();
         let mut all: Vec<Fault> = faults().into_iter().flatten().collect();
         all.dedup();
         for fault in all {
@@ -332,7 +341,7 @@ impl Bench {
             .args(["under_fire::child_process", "--exact", "--ignored", "--nocapture"])
             .env(DATABASE, url(&self.pool))
             .env(QUEUE, pair.queue())
-            .envs(self.fake.environment(&[pair.dialect], &pair.key()))
+            .envs(pair.environment(&self.fake))
             .stdout(Stdio::null())
             .stderr(Stdio::null());
         match pair.death.1 {
@@ -403,8 +412,7 @@ impl Bench {
             view
         } else {
             self.until_dead(pair, &mut child).await;
-            let settings: BTreeMap<&str, String> =
-                self.fake.environment(&[pair.dialect], &pair.key()).into_iter().collect();
+            let settings = pair.environment(&self.fake);
             let rescuer = worker(self.pool.clone(), &pair.queue(), |name| settings.get(name).cloned()).await;
             let view = self.until_closed(run).await;
             rescuer.drain(Duration::from_secs(5)).await;
@@ -458,8 +466,10 @@ impl Bench {
             let last = story.iter().rfind(|(_, call)| call == name);
             if let (Some((.., id, _)), Some((entry, _))) = (done.first(), last) {
                 note(*id == entry.provider_request_id, format!("{name} was asked again after it was answered"));
+                // Everything was said, and then the connection broke.
+                let broke = pair.fault == Some(Fault::CloseAfterFinish) && entry.stage == Stage::Body;
                 note(
-                    entry.stage == Stage::Finished,
+                    entry.stage == Stage::Finished || broke,
                     format!("{name} is recorded, and its answer got to {:?}", entry.stage),
                 );
             }

@@ -100,7 +100,7 @@ impl Client {
     /// Those of [`Self::fork`]; `fork_invalid` also for a child run, whose parent waits for it, for a run that has continued as new, and for a closed run whose
     /// business key another open run has; `run_exists` if `run_id` is taken; `run_imported`.
     /// # Transaction
-    /// One: everything or nothing. Lock order: the old run, what the hook locks, the group, the key, the schedule's action. Idempotent by `run_id`: a second
+    /// One: everything or nothing. Lock order: the old run, the group, what the hook locks, the key, the schedule's action. Idempotent by `run_id`: a second
     /// request finds the old run closed and its fork there.
     pub async fn reset(&self, run: RunId, asked: Fork) -> Result<Reset> {
         let mut conn = self.pool.acquire().await?;
@@ -123,6 +123,10 @@ impl Client {
             let (decided, hook, key, reason) = (decided.clone(), self.hook.clone(), key.clone(), reason.clone());
             Box::pin(async move {
                 let text = format!("reset to transition {} as run {}: {reason}", decided.seq, decided.run);
+                // Before the hook locks accounts: whoever arrives at a group has locked it then.
+                store::starts::lock_to_end(conn, run).await?;
+                let group = decided.place(conn).await?.map(|place| place.group);
+                store::groups::reserve(conn, None, group.as_deref()).await?;
                 let terminated = match crate::worker::terminate_in(conn, hook.as_ref(), run, &text).await {
                     Ok(()) => true,
                     Err(Error::RunClosed(_)) => {

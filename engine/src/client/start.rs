@@ -113,7 +113,8 @@ impl Client {
         let ends = workflow_id.is_some() && admission.id_conflict == IdConflict::TerminateExisting;
         if let Some(id) = workflow_id {
             if ends {
-                self.end_and_take(conn, id, run).await?;
+                let rate = admission.rate.as_ref().map(|rate| rate.key.as_str());
+                self.end_and_take(conn, id, run, (rate, place.map(|place| place.group.as_str()))).await?;
             } else if let Some(open) = starts::take_id(conn, id, run).await? {
                 return match admission.id_conflict {
                     IdConflict::UseExisting => Ok(Some(open)),
@@ -130,7 +131,7 @@ impl Client {
                 return Err(Error::WorkflowIdUsed { id, run, status: status.as_str() });
             }
         }
-        // Rates and groups are locked behind all runs: see `store::starts`.
+        // Rates and groups are locked behind all runs, and before accounts: see `store::starts`.
         let not_before = next_start(conn, start).await?;
         if place.is_some() || admission.rate.is_some() {
             let arrival = groups::arrive(conn, run, place, not_before, true).await?;
@@ -143,10 +144,18 @@ impl Client {
 
     /// Terminates the open run under an id, and gives the id to another. Two who do so at once do it one after the other: the
     /// second ends the run of the first.
-    async fn end_and_take(&self, conn: &mut PgConnection, id: &str, run: RunId) -> Result<()> {
+    /// `waits`: the rate and the group at which the new run arrives.
+    async fn end_and_take(
+        &self,
+        conn: &mut PgConnection,
+        id: &str,
+        run: RunId,
+        waits: (Option<&str>, Option<&str>),
+    ) -> Result<()> {
         for _ in 0..TAKE_TRIES {
             if let Some(open) = starts::holder(conn, id).await? {
                 starts::lock_to_end(conn, open).await?;
+                groups::reserve(conn, waits.0, waits.1).await?;
                 let why = format!("run {run} was started in its place, under the id `{id}`");
                 match crate::worker::terminate_in(conn, self.hook.as_ref(), open, &why).await {
                     // It has closed meanwhile, and perhaps left.

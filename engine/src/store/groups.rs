@@ -82,6 +82,26 @@ pub(crate) async fn arrive(
     Ok(Arrival::Admitted)
 }
 
+/// Locks the rows of a rate and of a group, made if they are not there, for a transaction whose hook locks accounts before somebody
+/// [`arrive`]s: everybody else locks accounts last.
+pub(crate) async fn reserve(conn: &mut PgConnection, rate: Option<&str>, group: Option<&str>) -> Result<()> {
+    if let Some(key) = rate {
+        sqlx::query("insert into rate_limits (key) values ($1) on conflict (key) do update set key = excluded.key")
+            .bind(key)
+            .execute(&mut *conn)
+            .await?;
+    }
+    if let Some(name) = group {
+        sqlx::query(
+            "insert into concurrency_groups (name, arrivals) values ($1, 0) on conflict (name) do update set name = excluded.name",
+        )
+        .bind(name)
+        .execute(conn)
+        .await?;
+    }
+    Ok(())
+}
+
 /// Forgets up to [`PASS_MAX`] groups that no run takes part in, and rates under which nothing has started for so long that they
 /// hold nobody back. Returns how many.
 pub(crate) async fn forget(pool: &PgPool) -> Result<u64> {
@@ -291,9 +311,12 @@ pub(super) async fn let_in(conn: &mut PgConnection, group: &str) -> Result<usize
     for (run, places) in waiting {
         let Some(place) = free_place(&taken, places.unsigned_abs()) else { break };
         let run = RunId(run);
-        // Nobody who came later goes before it; the next pass is soon.
-        if !lock_free(conn, run).await? {
-            break;
+        match lock_free(conn, run).await? {
+            Some(true) => {}
+            // Nobody who came later goes before it; the next pass is soon.
+            Some(false) => break,
+            // Nobody waits for a run that is not there.
+            None => continue,
         }
         if !admit(conn, run).await? {
             continue;
@@ -310,15 +333,23 @@ pub(super) async fn let_in(conn: &mut PgConnection, group: &str) -> Result<usize
     Ok(admitted)
 }
 
-/// Locks a run's row, unless somebody else has.
-async fn lock_free(conn: &mut PgConnection, run: RunId) -> Result<bool> {
+/// Locks a run's row, unless somebody else has: then it is `Some(false)`. `None`: there is no such run.
+async fn lock_free(conn: &mut PgConnection, run: RunId) -> Result<Option<bool>> {
     let locked: Option<i32> =
         sqlx::query_scalar("select 1 from runs where shard = $1 and run_id = $2 for no key update skip locked")
             .bind(run.shard())
             .bind(run.0)
-            .fetch_optional(conn)
+            .fetch_optional(&mut *conn)
             .await?;
-    Ok(locked.is_some())
+    if locked.is_some() {
+        return Ok(Some(true));
+    }
+    let there: Option<i32> = sqlx::query_scalar("select 1 from runs where shard = $1 and run_id = $2")
+        .bind(run.shard())
+        .bind(run.0)
+        .fetch_optional(conn)
+        .await?;
+    Ok(there.map(|_| false))
 }
 
 /// Lets in who waited for its time only.

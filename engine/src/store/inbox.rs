@@ -334,8 +334,9 @@ pub(crate) async fn unblock_waiting(
 /// Runs that one statement wakes. Chosen: a few milliseconds under their locks.
 const UNBLOCKED_AT_ONCE: usize = 500;
 
-/// [`send`] of `unblock` to many; `runs` are in the order of their ids, in which they are locked.
-async fn unblock_all(conn: &mut PgConnection, runs: Vec<uuid::Uuid>) -> Result<u64> {
+/// [`send`] of `unblock` to many. They are locked in the order of their shards and ids, as everywhere.
+async fn unblock_all(conn: &mut PgConnection, mut runs: Vec<uuid::Uuid>) -> Result<u64> {
+    runs.sort_unstable_by_key(|run| (RunId(*run).shard(), *run));
     let mut woken = 0;
     for some in runs.chunks(UNBLOCKED_AT_ONCE) {
         let runs = some.iter().map(|run| RunId(*run));
@@ -347,7 +348,7 @@ async fn unblock_all(conn: &mut PgConnection, runs: Vec<uuid::Uuid>) -> Result<u
             "with target as (select r.shard, r.run_id, k.payload
                              from unnest((select $1::smallint[]), (select $2::uuid[]), (select $3::jsonb[])) k(shard, run_id, payload)
                              join runs r on r.shard = k.shard and r.run_id = k.run_id
-                             where r.closed_at is null and r.imported_at is null order by r.run_id for no key update of r),
+                             where r.closed_at is null and r.imported_at is null order by r.shard, r.run_id for no key update of r),
                   u as (update runs r set inbox_n = r.inbox_n + 1 from target t where r.shard = t.shard and r.run_id = t.run_id
                         returning r.shard, r.run_id, r.inbox_n, r.seq, r.queue, r.priority, r.lane, t.payload,
                                   r.parked and r.admitted and r.status <> 'quarantined' as wakes),

@@ -1,6 +1,7 @@
 //! The rows of a start: the run, its place in the queue, its id, and whom the id named before.
 //!
-//! Lock order of a start: the run that it ends with those who hear of that, the id, its rate, its group. Whoever closes a run holds
+//! Lock order of a start: the run that it ends with those who hear of that, then its rate and group (and the accounts of the ended run,
+//! by the hook), the id; of one that ends none: the id, its rate, its group. Whoever closes a run holds
 //! it and then takes its id away, so nobody may hold an id and ask for a run; and whoever holds a group waits for no run.
 
 use super::{blobs, spread::Spread, transitions};
@@ -146,7 +147,7 @@ pub(crate) async fn last_closed(conn: &mut PgConnection, id: &str) -> Result<Opt
 }
 
 /// Locks a run that is to be ended in this transaction, together with those who hear of it: its parent and its open children,
-/// in the order of their ids as `transitions::lock` does. A child that it starts at the same instant is locked later and perhaps
+/// in the order of `transitions::lock_runs`. A child that it starts at the same instant is locked later and perhaps
 /// out of order; then Postgres ends one of two, and it is done again.
 pub(crate) async fn lock_to_end(conn: &mut PgConnection, run: RunId) -> Result<()> {
     let kin: Vec<uuid::Uuid> = sqlx::query_scalar(

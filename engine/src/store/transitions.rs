@@ -390,15 +390,13 @@ async fn standing(conn: &mut PgConnection, shard: Option<i16>, runs: &[RunId]) -
 
 static LOCK: Forms = Forms::new(
     "select from unnest((select $1::smallint[]), (select $2::uuid[])) k(shard, run_id)
-     join runs r on r.shard = k.shard and r.run_id = k.run_id/*at r*/ order by r.run_id for no key update of r",
+     join runs r on r.shard = k.shard and r.run_id = k.run_id/*at r*/ order by r.shard, r.run_id for no key update of r",
     "$3",
 );
 
 /// Locks the runs of a batch together with those that it sends messages to (of a chain, the one that is open), in the order of
-/// their ids. A child that ends while
-/// its parent stops it is in two batches of two workers, and each would hold its own run and wait for the other's.
-///
-/// Where runs are spread, in the order of their shards first: everybody there does it so.
+/// [`lock_runs`]. A child that ends while its parent stops it is in two batches of two workers, and each would hold its own run and
+/// wait for the other's.
 pub(crate) async fn lock<I: Borrow<Item>>(conn: &mut PgConnection, spread: Spread, items: &[I]) -> Result<()> {
     let mut runs: Vec<RunId> = items.iter().flat_map(|item| item.borrow().effects.told()).collect();
     if runs.is_empty() {
@@ -412,7 +410,7 @@ pub(crate) async fn lock<I: Borrow<Item>>(conn: &mut PgConnection, spread: Sprea
     lock_runs(conn, spread, runs).await
 }
 
-/// Locks runs in the order of their ids; by shard, in the order of their shards first.
+/// Locks runs in the order of their shards, and of their ids in each: the same whether they are locked together or shard by shard.
 pub(super) async fn lock_runs(conn: &mut PgConnection, spread: Spread, runs: Vec<RunId>) -> Result<()> {
     for (shard, runs) in spread.divide(runs, RunId::shard) {
         let query = sqlx::query(LOCK.text(shard))

@@ -80,6 +80,15 @@ const EVERYWHERE: &[(&str, &str)] = &[
 /// What is left of them where runs are said shard by shard. Off the path of a step, all of them.
 const ONE_BY_ONE: &[(&str, &str)] = &[
     ("first_run_id = ", "chains: as above"),
+    (
+        "where workflow_id = $1 and closed_at is not null",
+        "starts that ask how the last run under their id ended: none under the default policy",
+    ),
+    ("where parent_run_id = $2 and closed_at is null", "starts that end the open run under their id: its children"),
+    (
+        "k.run_id order by r.shard, r.run_id for no key update of r",
+        "terminations, resets and starts that end the open run: they lock it with its kin",
+    ),
     ("from admissions", "groups: as above"),
     (
         "with recursive line",
@@ -408,7 +417,10 @@ async fn child_process() {
             routed.push(sql.clone());
             continue;
         }
-        match everywhere.iter().find(|(what, _)| sql.contains(what)) {
+        // A batch takes places of groups away as well: no reason for it to go everywhere, but where a termination sends it.
+        let batch = sql.contains("insert into history");
+        let excuse = everywhere.iter().find(|(what, _)| sql.contains(what) && !(batch && *what == "from admissions"));
+        match excuse {
             Some((what, _)) => drop(excused.insert(*what)),
             None => problems.push(format!("{found:?}\n{sql}")),
         }

@@ -160,13 +160,14 @@ fn works(gate: Option<Arc<Semaphore>>) -> Vec<Work> {
             }
         }),
         work("plan@1", |input| {
-            json!({"summary_markdown": format!("The plan. {}", input["changes"].as_str().unwrap_or_default()),
+            json!({"summary_markdown": format!("The plan. {}", input["changes"].as_str().unwrap_or_default()), "limit_credits": "5",
                    "todo": [{"id": "one", "title": "First"}, {"id": "two", "title": "Second"}]})
         }),
         Work::new("implement@1", implement).metered(),
         work("check@1", |input| json!({"passed": true, "again": false, "reason": "", "work": input["work"]})),
         work("commit@1", |_| json!({"oid": "c0ffee"})),
         work("verify@1", |_| json!({"verdict": "accept", "report_markdown": "", "todo": []})),
+        work("limit@1", |input| json!({"left_credits": input["credits"], "limit_credits": input["credits"]})),
         work("readme@1", |_| json!({})),
         work("deliver@1", |_| json!({"commit": "c0ffee0123"})),
     ]
