@@ -2,16 +2,26 @@
 --
 -- Forward only. The release before works on this schema: every new column has a default or may be null, and the states that
 -- are new it never writes.
+--
+-- What an operator has to expect: one transaction, during which no attempt starts, ends or calls a model; they wait and go on. No
+-- table is rewritten or scanned for a constraint. What takes time is the indexes at the end, some seconds per million rows of
+-- `api_key_usage`, `credit_transactions` and `activity_attempts`. On a large database build those beforehand, each by its own
+-- `create index concurrently` under the same name: they are skipped here then (drop what such a build left invalid). The file gives
+-- up after five seconds of waiting for a lock, behind a long report or a dump for example, or if it met the job that gives rejected
+-- runs back: nothing was changed then; run it again.
+set local lock_timeout = '5s';
+-- All at once and users first, as the hook does: whoever has locked no user row yet waits there and holds nothing that we need.
+lock table users, activity_attempts, api_key_usage, payments in access exclusive mode;
 
--- Set by the hourly audit for the users that a broken invariant names: no new hold until an operator has looked.
-alter table users add column holds_stopped_at timestamptz, add column holds_stopped_why text,
-  add constraint users_holds_stopped_check check ((holds_stopped_at is null) = (holds_stopped_why is null));
+-- Set by the hourly audit for the users that a broken invariant names: no new hold until an operator has looked. What stood open
+-- at `holds_released_at` does not stop its user again.
+alter table users add column holds_stopped_at timestamptz, add column holds_stopped_why text, add column holds_released_at timestamptz,
+  add constraint users_holds_stopped_check check ((holds_stopped_at is null) = (holds_stopped_why is null)) not valid;
 
 -- `refused`: the payment provider would not give the money back; the credits were given back instead.
 alter table payments drop constraint payments_refund_state_check,
-  add constraint payments_refund_state_check check (refund_state in ('none','requested','done','chargeback','refused'));
+  add constraint payments_refund_state_check check (refund_state in ('none','requested','done','chargeback','refused')) not valid;
 alter table payments add column refund_error text;  -- what the payment provider said last
-create index payments_requested on payments (charge_id) where refund_state = 'requested';
 
 -- Why a metered attempt failed, and whether another attempt of its step follows; null while it runs, and for rows of before.
 alter table activity_attempts add column failure_code text, add column again boolean;
@@ -40,11 +50,6 @@ insert into refund_rules (rule, effective_from, gives, failures, activity, final
 
 -- Look-ups of calls whose outcome is unknown: how often was asked, and when to ask again.
 alter table api_key_usage add column lookups int not null default 0, add column next_lookup_at timestamptz;
-create index api_key_usage_unknown on api_key_usage (provider, finished_at) where state = 'unknown' and provider_request_id is not null;
-create index api_key_usage_finished on api_key_usage (finished_at);
-
-create index credit_grants_expiry on credit_grants (expires_at) where expires_at is not null and remaining_ucr > held_ucr;
-create index credit_transactions_created on credit_transactions (created_at);
 
 -- What a reconciliation found: one row per difference, seen again or resolved.
 create table reconcile_findings (
@@ -73,3 +78,17 @@ create index provider_totals_newest on provider_totals (provider, fingerprint, i
 
 -- How far a job that reads a list of the outside has come.
 create table reconcile_cursors (job text primary key, position bigint not null check (position >= 0), updated_at timestamptz not null default engine_now());
+
+-- Of a project's cap, of a user's report, and of the attempts beside one that meets a cap.
+create index if not exists activity_attempts_project on activity_attempts (project_id);
+create index if not exists activity_attempts_user on activity_attempts (user_id, ended_at);
+create index if not exists activity_attempts_running_run on activity_attempts (run_id) where state = 'running';
+create index if not exists activity_attempts_running_project on activity_attempts (project_id) where state = 'running';
+create index if not exists api_key_usage_unknown on api_key_usage (provider, finished_at) where state = 'unknown' and provider_request_id is not null;
+create index if not exists api_key_usage_finished on api_key_usage (finished_at);
+create index if not exists payments_requested on payments (charge_id) where refund_state = 'requested';
+create index if not exists credit_grants_expiry on credit_grants (expires_at) where expires_at is not null and remaining_ucr > held_ucr;
+create index if not exists credit_transactions_created on credit_transactions (created_at);
+-- Runs whose newest verdict is a rejection: the recent rejections, and whether one is the newest of its run.
+create index if not exists project_records_rejected on project_records (created_at) where kind = 'verdict' and body->>'verdict' = 'reject';
+create index if not exists project_records_verdicts on project_records (run_id, n desc) where kind = 'verdict';

@@ -177,31 +177,62 @@ pub async fn snapshot(conn: &mut PgConnection) -> Result<Vec<Violation>, sqlx::E
     run(conn).await
 }
 
+/// The job whose findings the invariants are.
+pub const JOB: &str = "reconcile-ledger";
+
+/// Invariants of liveness: a late worker broke them, no sum is wrong. They are told and stop nobody.
+const LIVENESS: [&str; 2] = ["I15", "I16"];
+
 /// Stops new holds of the users that `found` names, and of nobody else. What is held already pays for its attempts. Returns the
-/// users that were not stopped before. [`super::ledger::resume_holds`] undoes it.
+/// users that were not stopped before. [`super::ledger::resume_holds`] undoes it: what stood open then does not stop its user
+/// again, for somebody has looked.
 ///
 /// # Transaction
-/// Locks users in ascending order.
+/// Locks users in ascending order. Notes in the findings what it has seen, not yet as told.
 pub async fn stop_affected(conn: &mut PgConnection, found: &[Violation]) -> Result<Vec<Uuid>, sqlx::Error> {
-    let mut affected: BTreeMap<Uuid, Vec<&str>> = BTreeMap::new();
-    for violation in found {
+    let mut affected: BTreeMap<Uuid, Vec<&Violation>> = BTreeMap::new();
+    for violation in found.iter().filter(|violation| !LIVENESS.contains(&violation.invariant)) {
         if let Some(user) = violation.user {
-            affected.entry(user).or_default().push(violation.invariant);
+            affected.entry(user).or_default().push(violation);
         }
     }
     let mut stopped = Vec::new();
-    for (user, mut invariants) in affected {
-        invariants.dedup();
+    for (user, violations) in affected {
+        let kinds: Vec<&str> = violations.iter().map(|violation| violation.invariant).collect();
+        let subjects: Vec<&str> = violations.iter().map(|violation| violation.subject.as_str()).collect();
         let done = sqlx::query(
-            "update users set holds_stopped_at = engine_now(), holds_stopped_why = $2 where id = $1 and holds_stopped_at is null",
+            "with new as (
+               select s.kind from unnest($2::text[], $3::text[]) as s(kind, subject)
+               where not exists (select from reconcile_findings f join users r on r.id = $1 and f.first_seen_at <= r.holds_released_at
+                                 where f.job = $4 and f.kind = s.kind and f.subject = s.subject and f.resolved_at is null))
+             update users set holds_stopped_at = engine_now(), holds_stopped_why = (select string_agg(distinct kind, ', ') from new)
+             where id = $1 and holds_stopped_at is null and exists (select from new)",
         )
         .bind(user)
-        .bind(invariants.join(", "))
+        .bind(&kinds)
+        .bind(&subjects)
+        .bind(JOB)
         .execute(&mut *conn)
         .await?;
         if done.rows_affected() > 0 {
             stopped.push(user);
         }
+        let messages: Vec<&str> = violations.iter().map(|violation| violation.meaning).collect();
+        // A release is compared with these, also if it was a person who ran the audit and no job has reported yet.
+        sqlx::query(
+            "insert into reconcile_findings (job, kind, subject, message, user_id, seen)
+             select distinct on (s.kind, s.subject) $4::text, s.kind, s.subject, s.message, $1::uuid, 0
+             from unnest($2::text[], $3::text[], $5::text[]) as s(kind, subject, message)
+             on conflict (job, kind, subject) do update set resolved_at = null, seen = 0, first_seen_at = engine_now(), last_seen_at = engine_now()
+             where reconcile_findings.resolved_at is not null",
+        )
+        .bind(user)
+        .bind(&kinds)
+        .bind(&subjects)
+        .bind(JOB)
+        .bind(&messages)
+        .execute(&mut *conn)
+        .await?;
     }
     Ok(stopped)
 }

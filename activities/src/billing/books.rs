@@ -13,6 +13,8 @@ const LOOKUP_HOURS: i32 = 24;
 /// Seconds until a call is asked about first, doubled up to the longest. Chosen: the provider knows it after some seconds.
 const LOOKUP_SECONDS: f64 = 30.0;
 const LOOKUP_SECONDS_MAX: f64 = 7_200.0;
+/// Largest count of tokens that a look-up is believed. The same as of an answer.
+const TOKENS_MAX: u64 = 1 << 40;
 
 /// A call of unknown outcome, with the provider's name for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,7 +23,7 @@ pub struct UnknownCall {
     pub provider_request_id: String,
 }
 
-/// Calls of a provider that may be asked about now, oldest first.
+/// Calls of a provider on keys of the platform that may be asked about now, oldest first.
 ///
 /// # Transaction
 /// Reads only.
@@ -31,8 +33,9 @@ pub async fn unknown_calls(
     limit: i64,
 ) -> Result<Vec<UnknownCall>, sqlx::Error> {
     let rows: Vec<(i64, String)> = sqlx::query_as(
-        "select id, provider_request_id from api_key_usage
+        "select id, provider_request_id from api_key_usage u
          where provider = $1 and state = 'unknown' and provider_request_id is not null and usage_source = 'none'
+           and exists (select from api_keys k where k.id = u.api_key_id and k.user_id is null)
            and finished_at > engine_now() - make_interval(hours => $2) and coalesce(next_lookup_at, finished_at) <= engine_now()
          order by finished_at limit $3",
     )
@@ -53,7 +56,7 @@ pub async fn fill(
     model: Option<&str>,
     finish_reason: Option<&str>,
 ) -> Result<bool, sqlx::Error> {
-    let tokens = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+    let tokens = |n: u64| i64::try_from(n.min(TOKENS_MAX)).unwrap_or(i64::MAX);
     let done = sqlx::query(
         "update api_key_usage set usage_source = 'lookup', tokens_prompt = $2, tokens_cached = least($3, $2), tokens_output = $4,
            tokens_reasoning = least($5, $4), provider_cost_pusd = $6, raw_usage = $7, model_served = coalesce(model_served, $8),
@@ -74,7 +77,7 @@ pub async fn fill(
     Ok(done.rows_affected() > 0)
 }
 
-/// The provider does not know a call yet: it is asked again later, each time after twice the pause.
+/// The provider does not know a call yet, or cannot say: it is asked again later, each time after twice the pause.
 pub async fn ask_later(conn: &mut PgConnection, id: i64) -> Result<(), sqlx::Error> {
     sqlx::query(
         "update api_key_usage set lookups = lookups + 1,
@@ -152,7 +155,8 @@ pub struct Drift {
     pub own_cost: PicoUsd,
 }
 
-/// Models of which, over the last day, the provider's costs and our arithmetic differ by more than `bps`.
+/// Models of which, over the last day, the provider's costs and our arithmetic differ by more than `bps`. Only calls on keys of
+/// the platform: what a user's own key is charged is between him and his provider.
 pub async fn drifted(conn: &mut PgConnection, bps: i64) -> Result<Vec<Drift>, sqlx::Error> {
     let rows: Vec<(String, String, i64, i64)> = sqlx::query_as(
         "select provider, model_requested, least(theirs, 9e18)::bigint, least(ours, 9e18)::bigint from (
@@ -163,6 +167,7 @@ pub async fn drifted(conn: &mut PgConnection, bps: i64) -> Result<Vec<Drift>, sq
              + (k.tokens_output - coalesce(k.tokens_reasoning, 0))::numeric * m.output_umtok
              + coalesce(k.tokens_reasoning, 0)::numeric * coalesce(m.reasoning_umtok, m.output_umtok)) ours
            from api_key_usage k join model_pricing m on m.id = k.pricing_id
+           join api_keys y on y.id = k.api_key_id and y.user_id is null
            where k.state = 'succeeded' and k.provider_cost_pusd is not null and k.finished_at > engine_now() - interval '1 day'
            group by 1, 2) s
          where abs(theirs - ours) * 10000 > $1 * greatest(theirs, ours) order by 1, 2",
@@ -206,6 +211,7 @@ pub async fn keep_findings(
         let seen: i32 = sqlx::query_scalar(
             "insert into reconcile_findings (job, kind, subject, message, user_id) values ($1, $2, $3, $4, $5)
              on conflict (job, kind, subject) do update set message = excluded.message, last_seen_at = engine_now(), resolved_at = null,
+               first_seen_at = case when reconcile_findings.resolved_at is null then reconcile_findings.first_seen_at else engine_now() end,
                seen = case when reconcile_findings.resolved_at is null then reconcile_findings.seen + 1 else 1 end
              returning seen",
         )

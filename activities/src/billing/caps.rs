@@ -57,7 +57,8 @@ impl Cap {
         project: Option<Uuid>,
     ) -> Result<&'static str, LedgerError> {
         let others: bool = sqlx::query_scalar(
-            "select exists (select from activity_attempts where state = 'running' and id <> $2 and (run_id = $1 or project_id = $3))",
+            "select exists (select from activity_attempts where state = 'running' and id <> $2 and run_id = $1)
+                 or exists (select from activity_attempts where state = 'running' and id <> $2 and project_id = $3)",
         )
         .bind(attempt.run_id.0)
         .bind(attempt.attempt_id.0)

@@ -358,13 +358,15 @@ async fn adjusted(
     Ok(true)
 }
 
-/// Lets a user hold credits again whose holds an audit has stopped. False if they were not stopped.
+/// Lets a user hold credits again whose holds an audit has stopped. False if they were not stopped. What stands open now does
+/// not stop him again.
 ///
 /// Wake the user's runs in the same transaction and before this, as for [`grant`].
 pub async fn resume_holds(conn: &mut PgConnection, user: Uuid) -> Result<bool, LedgerError> {
     lock(conn, user).await?;
     let done = sqlx::query(
-        "update users set holds_stopped_at = null, holds_stopped_why = null where id = $1 and holds_stopped_at is not null",
+        "update users set holds_stopped_at = null, holds_stopped_why = null, holds_released_at = engine_now()
+         where id = $1 and holds_stopped_at is not null",
     )
     .bind(user)
     .execute(conn)

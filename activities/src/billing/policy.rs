@@ -5,11 +5,15 @@ use super::{
     ledger::{self, GrantSource, LedgerError},
     money::{MicroCredits, Rate},
 };
+use loopwright_engine::ids::RunId;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
 /// Failure class of a call whose answer had not the required shape.
 const UNUSABLE: &str = "model.output_invalid";
+/// The rule that gives back what a provider spoiled. A user's own key and his own server are not the platform's provider: who
+/// could make them fail would have the platform's calls for nothing.
+const PROVIDER_FAULT: &str = "provider_fault";
 
 /// Asks the policy about an attempt that has just been settled with a failure. Of several rules that fit the most generous one
 /// is taken.
@@ -31,10 +35,16 @@ pub(super) async fn attempt_ended(conn: &mut PgConnection, attempt: Uuid) -> Res
                        from credit_transactions h join credit_transactions c on c.hold_txn_id = h.id where h.attempt_id = a.id) s on s.taken > 0
          join inforce r on a.failure_code = any(r.failures) and (r.activity is null or r.activity = a.activity)
            and not (r.final_only and a.again) and r.gives in ('unusable_calls', 'attempt') and r.share_bps > 0
+           and (r.rule <> $3 or coalesce(
+             (select y.user_id is null from api_key_usage k join api_keys y on y.id = k.api_key_id
+              where k.attempt_id = a.id and k.state in ('failed', 'unknown') order by k.call_no desc limit 1),
+             not exists (select from api_key_usage k join api_keys y on y.id = k.api_key_id
+                         where k.attempt_id = a.id and y.user_id is not null)))
          where a.id = $1",
     )
     .bind(attempt)
     .bind(UNUSABLE)
+    .bind(PROVIDER_FAULT)
     .fetch_all(&mut *conn)
     .await?;
     let given = rules.iter().map(|(user, gives, share, taken, credits_per_usd, markup_bps, cost)| {
@@ -49,19 +59,33 @@ pub(super) async fn attempt_ended(conn: &mut PgConnection, attempt: Uuid) -> Res
     give(conn, user, attempt, amount).await.map(drop)
 }
 
-/// Gives back, at most for `limit` attempts, what the rules say of runs that closed with a rejected verdict. Returns
-/// the user of each grant; wake their runs afterwards.
+/// Gives back, at most for `limit` attempts, what the rules say of runs that completed with a rejected verdict. A run that its
+/// user cancelled after the verdict gives nothing. Returns the user of each grant; wake their runs afterwards.
 ///
 /// # Transaction
 /// The caller's, one for all of them: users are locked in ascending order.
 pub async fn rejected_runs(conn: &mut PgConnection, limit: i64) -> Result<Vec<Uuid>, LedgerError> {
     /// Runs that closed longer ago are over. Chosen.
     const DAYS: i32 = 30;
+    /// Older verdicts are not looked at: an owner has two weeks to decide about one, and his run closes then. Chosen.
+    const VERDICT_DAYS: i32 = 60;
+    let rejected: Vec<Uuid> = sqlx::query_scalar(
+        "select v.run_id from project_records v
+         where v.kind = 'verdict' and v.body->>'verdict' = 'reject' and v.created_at > engine_now() - make_interval(days => $1)
+           and not exists (select from project_records w where w.kind = 'verdict' and w.run_id = v.run_id and w.n > v.n)",
+    )
+    .bind(VERDICT_DAYS)
+    .fetch_all(&mut *conn)
+    .await?;
+    if rejected.is_empty() {
+        return Ok(Vec::new());
+    }
+    // The key of `runs` begins with the shard.
+    let shards: Vec<i16> = rejected.iter().map(|run| RunId(*run).shard()).collect();
     let due: Vec<(Uuid, Uuid, i64, i32)> = sqlx::query_as(
         "select a.id, a.user_id, sum(-t.amount_ucr)::bigint, r.share_bps
-         from runs n
-         join lateral (select body from project_records where run_id = n.run_id and kind = 'verdict' order by n desc limit 1) v
-           on v.body->>'verdict' = 'reject'
+         from unnest($3::smallint[], $4::uuid[]) as v(shard, run_id)
+         join runs n on n.shard = v.shard and n.run_id = v.run_id and n.status = 'completed'
          join activity_attempts a on a.run_id = n.run_id and a.state = 'completed'
          join lateral (select distinct on (q.rule) q.* from refund_rules q where q.gives = 'rejected_run' and q.activity = a.activity
                          and q.effective_from <= n.closed_at order by q.rule, q.effective_from desc) r on r.share_bps > 0
@@ -72,6 +96,8 @@ pub async fn rejected_runs(conn: &mut PgConnection, limit: i64) -> Result<Vec<Uu
     )
     .bind(limit)
     .bind(DAYS)
+    .bind(shards)
+    .bind(rejected)
     .fetch_all(&mut *conn)
     .await?;
     let mut given = Vec::new();

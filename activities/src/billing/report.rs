@@ -84,7 +84,7 @@ pub async fn spent(conn: &mut PgConnection, by: By, span: Span) -> Result<Vec<Sp
     };
     let order = if by == By::Day { "1" } else { "sum(s.taken) desc nulls last, 1" };
     let sql = format!(
-        "select {key}, count(*), coalesce(sum(k.calls), 0)::bigint, coalesce(sum(k.prompt), 0)::bigint, coalesce(sum(k.output), 0)::bigint,
+        "select {key}, count(*), coalesce(sum(k.calls), 0)::bigint, least(coalesce(sum(k.prompt), 0), 9e18)::bigint, least(coalesce(sum(k.output), 0), 9e18)::bigint,
                 trim_scale(coalesce(sum(k.cost), 0) * 1e-12)::text, trim_scale(coalesce(sum(s.taken), 0) * 1e-6)::text,
                 trim_scale(coalesce(sum(s.uncollected), 0) * 1e-6)::text, trim_scale(coalesce(sum(g.amount_ucr), 0) * 1e-6)::text
          from activity_attempts a
@@ -102,8 +102,8 @@ pub async fn spent(conn: &mut PgConnection, by: By, span: Span) -> Result<Vec<Sp
 
 async fn by_model(conn: &mut PgConnection, span: Span) -> Result<Vec<Spent>, sqlx::Error> {
     let sql = format!(
-        "select k.provider || '/' || k.model_requested, count(distinct a.id), count(*), coalesce(sum(k.tokens_prompt), 0)::bigint,
-                coalesce(sum(k.tokens_output), 0)::bigint, trim_scale(sum(k.cost_pusd) * 1e-12)::text,
+        "select k.provider || '/' || k.model_requested, count(distinct a.id), count(*), least(coalesce(sum(k.tokens_prompt), 0), 9e18)::bigint,
+                least(coalesce(sum(k.tokens_output), 0), 9e18)::bigint, trim_scale(sum(k.cost_pusd) * 1e-12)::text,
                 trim_scale(coalesce(sum(k.cost_pusd::numeric * h.rate_credits_per_usd * (10000 + h.markup_bps) / 1e16), 0))::text, '0', '0'
          from activity_attempts a join api_key_usage k on k.attempt_id = a.id
          join credit_transactions h on h.attempt_id = a.id and h.kind = 'hold' and h.hold_no = 1

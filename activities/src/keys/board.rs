@@ -17,6 +17,14 @@ use uuid::Uuid;
 pub const STANDING_AGE_MAX: Duration = Duration::from_secs(1);
 /// Most rows that are read: keys out of service, of which an installation has a handful.
 const ROWS_MAX: i64 = 1_000;
+/// Most models that keys may not use that are remembered; beyond it they are simply asked again.
+const FORBIDDEN_MAX: usize = 4_096;
+
+/// How long a key is not asked for a model that it may not use. Chosen: soon enough after somebody has allowed it; a
+/// refusal costs nothing.
+pub const FORBIDDEN_FOR: Duration = Duration::from_secs(10 * 60);
+/// Reason of a [`Standing::Cooling`] that waiting does not end.
+pub const FORBIDDEN: &str = "model.unavailable";
 
 /// Which row of `api_keys`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -55,6 +63,9 @@ struct Known {
     standings: HashMap<KeyRef, Standing>,
     /// What a provider said when it refused a key, in words for its owner.
     said: HashMap<KeyRef, Failure>,
+    /// Models that a key may not use, until when, and what the provider said. Of this process alone: a row holds one rest,
+    /// and two forbidden models must not make it the key's.
+    forbidden: HashMap<(KeyRef, String), (Instant, Failure)>,
     read_at: Option<Instant>,
 }
 
@@ -115,7 +126,8 @@ impl Board {
     /// Whether `key` may be used for `model` now.
     #[must_use]
     pub fn standing(&self, key: &KeyRef, model: &str, now: Instant) -> Standing {
-        match self.lock().standings.get(key) {
+        let known = self.lock();
+        let standing = match known.standings.get(key) {
             Some(Standing::Cooling { model: only, until, .. })
                 if *until <= now || only.as_deref().is_some_and(|only| only != model) =>
             {
@@ -123,7 +135,35 @@ impl Board {
             }
             Some(standing) => standing.clone(),
             None => Standing::Active,
+        };
+        if standing != Standing::Active || known.forbidden.is_empty() {
+            return standing;
         }
+        match known.forbidden.get(&(key.clone(), model.to_owned())) {
+            Some((until, _)) if *until > now => {
+                Standing::Cooling { model: Some(model.to_owned()), until: *until, reason: FORBIDDEN.to_owned() }
+            }
+            _ => standing,
+        }
+    }
+
+    /// Leaves a key alone for a model that it may not use, for [`FORBIDDEN_FOR`], in this process.
+    pub fn forbid(&self, key: &KeyRef, model: &str, why: &Failure) {
+        let now = Instant::now();
+        let mut known = self.lock();
+        if known.forbidden.len() >= FORBIDDEN_MAX {
+            known.forbidden.retain(|_, (until, _)| *until > now);
+            if known.forbidden.len() >= FORBIDDEN_MAX {
+                known.forbidden.clear();
+            }
+        }
+        known.forbidden.insert((key.clone(), model.to_owned()), (now + FORBIDDEN_FOR, why.clone()));
+    }
+
+    /// What the provider said when it refused `key` this model.
+    #[must_use]
+    pub fn said_of_model(&self, key: &KeyRef, model: &str) -> Option<Failure> {
+        self.lock().forbidden.get(&(key.clone(), model.to_owned())).map(|(_, failure)| failure.clone())
     }
 
     /// What the provider said when it refused `key`, if this process heard it.
@@ -263,6 +303,22 @@ fn milliseconds(ms: f64) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn models_that_a_key_may_not_use_are_left_out_one_by_one() {
+        let board = Board::default();
+        let key = KeyRef::Own(Uuid::nil());
+        let now = Instant::now();
+        for model in ["a", "b"] {
+            board.forbid(&key, model, &Failure::permanent(FORBIDDEN, model));
+        }
+        for model in ["a", "b"] {
+            assert!(matches!(board.standing(&key, model, now), Standing::Cooling { .. }), "{model}");
+            assert_eq!(board.said_of_model(&key, model).unwrap().message, model);
+        }
+        assert_eq!(board.standing(&key, "c", now), Standing::Active);
+        assert_eq!(board.standing(&key, "a", now + FORBIDDEN_FOR + Duration::from_secs(60)), Standing::Active);
+    }
 
     #[tokio::test]
     async fn a_key_cools_for_a_model_and_for_two_of_them_altogether() {

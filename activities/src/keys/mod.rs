@@ -13,11 +13,11 @@ mod rate;
 mod ring;
 mod store;
 
-pub use board::{Board, KeyRef, STANDING_AGE_MAX, Standing};
+pub use board::{Board, FORBIDDEN, FORBIDDEN_FOR, KeyRef, STANDING_AGE_MAX, Standing};
 pub use envelope::{Content, Envelope, Place, VERSION, open, rewrap, seal};
 pub use rate::{Grant, Rates, Taken, WINDOW};
 pub use ring::Ring;
-pub use store::{KEYS_PER_USER_MAX, KeyView, Keys, NewKey, OwnKey, Rewrapped, Status};
+pub use store::{KEY_ROWS_PER_USER_MAX, KEYS_PER_USER_MAX, KeyView, Keys, NewKey, OwnKey, Rewrapped, Status};
 
 use crate::provider::address::AddressError;
 use uuid::Uuid;
@@ -33,7 +33,9 @@ pub enum Error {
     Address(#[from] AddressError),
     #[error("there is no such key")]
     NotFound,
-    #[error("a user keeps at most {KEYS_PER_USER_MAX} keys: delete one first")]
+    #[error(
+        "a user keeps at most {KEYS_PER_USER_MAX} keys, and {KEY_ROWS_PER_USER_MAX} with those that he deleted: delete one, or use a former one again"
+    )]
     TooMany,
     #[error("key {id} does not open: its row was changed, or copied from another one")]
     Corrupt { id: Uuid },

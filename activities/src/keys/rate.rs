@@ -4,6 +4,9 @@
 //! whoever dies when. A dead worker's slice is free again when its window has passed. Nothing that is read often is
 //! written: a slice is a twentieth of the budget, so a scope sees about twenty leases in a window, and one refusal for
 //! each worker and wait.
+//!
+//! The oldest need that was refused is noted: smaller ones leave it its room until it is served, or until a quarter of a
+//! window after it was told to come back. So a large prompt is not starved by small ones.
 
 use sqlx::PgPool;
 use std::{

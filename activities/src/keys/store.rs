@@ -18,6 +18,9 @@ use uuid::Uuid;
 
 /// Most keys that a user keeps. Chosen: a few for each provider.
 pub const KEYS_PER_USER_MAX: usize = 8;
+/// Most rows of a user, revoked ones included: they stay for the usage that points at them, so somebody who adds and
+/// deletes keys without end would fill the table. Chosen: a new key each month for eight years.
+pub const KEY_ROWS_PER_USER_MAX: usize = 100;
 /// Longest key, in bytes: twice what the longest of today's providers hand out, tokens included.
 const KEY_BYTES_MAX: usize = 4_096;
 /// Longest label, model or base URL, in bytes.
@@ -163,7 +166,8 @@ impl Keys {
         self.ring.is_some()
     }
 
-    /// Stores a user's key, or seals it anew with new terms if it is known.
+    /// Stores a user's key, or seals it anew with new terms if it is known. That puts it back into service, unless an
+    /// operator took it out.
     ///
     /// # Errors
     /// `keys_unavailable`, `key_invalid`, `address_refused`, `keys_too_many`.
@@ -183,14 +187,14 @@ impl Keys {
         .bind(user)
         .fetch_optional(&mut *tx)
         .await?;
-        let others: i64 = sqlx::query_scalar(
-            "select count(*) from api_keys where user_id = $1 and status <> 'revoked' and id is distinct from $2",
+        let (others, rows): (i64, i64) = sqlx::query_as(
+            "select count(*) filter (where status <> 'revoked'), count(*) from api_keys where user_id = $1 and id is distinct from $2",
         )
         .bind(user)
         .bind(known)
         .fetch_one(&mut *tx)
         .await?;
-        if others >= KEYS_PER_USER_MAX as i64 {
+        if others >= KEYS_PER_USER_MAX as i64 || (known.is_none() && rows >= KEY_ROWS_PER_USER_MAX as i64) {
             return Err(Error::TooMany);
         }
         let id = known.unwrap_or_else(Uuid::now_v7);
@@ -204,7 +208,11 @@ impl Keys {
              on conflict (id) do update set label = excluded.label, base_url = excluded.base_url, model = excluded.model,
                platform_fallback = excluded.platform_fallback, ciphertext = excluded.ciphertext, nonce = excluded.nonce,
                wrapped_dek = excluded.wrapped_dek, kek_id = excluded.kek_id, envelope_version = excluded.envelope_version,
-               sealed_at = excluded.sealed_at, rotated_at = engine_now(), status = 'active', disabled_reason = null,
+               sealed_at = excluded.sealed_at, rotated_at = engine_now(),
+               status = case when api_keys.status in ('disabled', 'revoked') and api_keys.disabled_reason = 'operator'
+                             then 'disabled' else 'active' end,
+               disabled_reason = case when api_keys.status in ('disabled', 'revoked') and api_keys.disabled_reason = 'operator'
+                                      then 'operator' end,
                cooldown_until = null, cooling_model = null
              returning",
             view!()
@@ -306,13 +314,15 @@ impl Keys {
     }
 
     /// Takes a key away for good; of this user, if one is named. Its row stays for the usage that points at it, the sealed
-    /// key is destroyed. A key from the environment is refused from then on.
+    /// key is destroyed. A key from the environment is refused from then on. That an operator took it out of service
+    /// stays known, so that adding it again does not undo it.
     ///
     /// # Errors
     /// `key_not_found`.
     pub async fn revoke(&self, user: Option<Uuid>, id: Uuid) -> Result<(), Error> {
         let done = sqlx::query(
-            "update api_keys set status = 'revoked', disabled_reason = 'revoked', cooldown_until = null, cooling_model = null,
+            "update api_keys set status = 'revoked', cooling_model = null, cooldown_until = null,
+               disabled_reason = case when status = 'disabled' and disabled_reason = 'operator' then 'operator' else 'revoked' end,
                ciphertext = case when source = 'sealed' then ''::bytea end, nonce = case when source = 'sealed' then ''::bytea end,
                wrapped_dek = case when source = 'sealed' then ''::bytea end, kek_id = case when source = 'sealed' then '' end
              where id = $1 and status <> 'revoked' and ($2::uuid is null or user_id = $2)",

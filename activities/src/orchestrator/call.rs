@@ -43,6 +43,8 @@ const COUNTS_MAX: usize = 4_096;
 const DAY_QUOTA_COOLS_FOR: Duration = Duration::from_secs(10 * 60);
 /// How long a key rests whose account is empty: soon enough after somebody has topped it up.
 const NO_BALANCE_COOLS_FOR: Duration = Duration::from_secs(60 * 60);
+/// Longest rest of a key that is believed, whatever a provider says: a week, as for every other wait.
+const KEY_RESTS_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
 /// Mark of a wait for a budget of ours, inside this file only.
 const BUDGET_PER_MINUTE: &str = "budget per minute";
 
@@ -488,7 +490,7 @@ impl Orchestrator {
                     tries_left = tries_left.max(1);
                     continue;
                 }
-                Err(Interrupted::Engine(failure)) => return Verdict::Stop(failure),
+                Err(Interrupted::Unannounced(failure) | Interrupted::Engine(failure)) => return Verdict::Stop(failure),
                 Err(Interrupted::Unpriced(message)) => {
                     tracing::error!(provider = %candidate.provider, model = %candidate.model, "a model has no price and is not used; `loopwright pricing import` or `sync`");
                     return Verdict::Next(Failure::permanent("model.unpriced", message));
@@ -537,7 +539,7 @@ impl Orchestrator {
     }
 
     /// Tells everybody what an error says of its key: how long it is left alone, if it is too much for it; that it is out of
-    /// service, if it was refused.
+    /// service, if it was refused. That it may not use a model is remembered by this process alone.
     async fn remember(&self, slot: &Slot, candidate: &Candidate, error: &ProviderError) -> Option<Duration> {
         let board = &self.0.board;
         let failure = &error.failure;
@@ -548,7 +550,7 @@ impl Orchestrator {
             }
             "transient.rate_limited" => {
                 let rests = error.key_rests_until.and_then(|until| (until - chrono::Utc::now()).to_std().ok());
-                let asked = error.retry_after().max(rests);
+                let asked = error.retry_after().max(rests).map(|wait| wait.min(KEY_RESTS_MAX));
                 let wait = match error.advice {
                     // A quota of the day: the wait that some name beside it is the one of the minute.
                     Advice::OtherModel | Advice::OtherKey => asked.unwrap_or_default().max(DAY_QUOTA_COOLS_FOR),
@@ -558,8 +560,12 @@ impl Orchestrator {
                 let model = (error.http_status != Some(402)).then_some(candidate.model.as_str());
                 Some(board.cool(&slot.key, model, wait, failure).await)
             }
-            "provider.key_invalid" => {
-                board.disable(&slot.key, failure).await;
+            // Not about the key for good: one refusal of one model must not take the key from the others.
+            _ if error.advice == Advice::OtherKey
+                && error.http_status == Some(403)
+                && failure.code != "provider.no_balance" =>
+            {
+                board.forbid(&slot.key, &candidate.model, failure);
                 None
             }
             // Gemini's prepaid balance does not come back by itself; other accounts fill again.
@@ -575,15 +581,27 @@ impl Orchestrator {
         }
     }
 
-    /// Gives back what a prompt was estimated too high, and all of it if it was never served.
+    /// Gives back what was not spent: of a usable answer what its prompt was estimated too high; everything if nothing was
+    /// sent; the tokens, but not the request, if the server said no. What may have been served stays spent as estimated, and
+    /// so does an answer without the required shape.
     async fn settle_grants(&self, grants: &[Grant], outcome: &Result<Judged, Interrupted>) {
         let Some(rates) = &self.0.rates else { return };
-        let spent = match outcome {
-            Ok(Judged::Reply(reply)) => reply.tokens_prompt,
-            _ => return,
+        let (requests, tokens) = match outcome {
+            Ok(Judged::Reply(reply)) => (None, Some(reply.tokens_prompt)),
+            Err(Interrupted::Unannounced(_) | Interrupted::Unpriced(_)) => (Some(0), Some(0)),
+            Err(Interrupted::Provider(error)) => match unspent(error) {
+                Unspent::Nothing => return,
+                Unspent::Tokens => (None, Some(0)),
+                Unspent::Everything => (Some(0), Some(0)),
+            },
+            // The reading could not be closed: the request was sent.
+            Ok(Judged::Unusable(_)) | Err(Interrupted::Engine(_)) => return,
         };
-        if let Some(tokens) = grants.iter().find(|grant| grant.scope.starts_with("tokens ")) {
-            rates.give_back(tokens, spent).await;
+        for grant in grants {
+            let spent = if grant.scope.starts_with("tokens ") { tokens } else { requests };
+            if let Some(spent) = spent {
+                rates.give_back(grant, spent).await;
+            }
         }
     }
 
@@ -603,10 +621,12 @@ impl Orchestrator {
         let meter_key = format!("{}.a{}.{}", task.key, ctx.info().attempt, progress.requests);
         progress.requests += 1;
         let opened = opened(&running.slot, candidate, request, limit);
-        match ctx.meter_open(&meter_key, &to_value(&opened)?).await {
+        let opened = to_value(&opened).map_err(Interrupted::Unannounced)?;
+        match ctx.meter_open(&meter_key, &opened).await {
+            Ok(()) => {}
             // Nobody may use a model that has no price, and others of the role may have one.
             Err(failure) if failure.code == PRICE_MISSING => return Err(Interrupted::Unpriced(failure.message)),
-            opened => opened?,
+            Err(failure) => return Err(Interrupted::Unannounced(failure)),
         }
         let started = Instant::now();
         let request_id = RequestIdSlot::default();
@@ -714,7 +734,9 @@ enum Judged {
 
 /// Why a request brought nothing.
 enum Interrupted {
-    /// The engine or its hook said no.
+    /// The engine or its hook said no before anything was sent.
+    Unannounced(Failure),
+    /// The engine said no to what came of it.
     Engine(Failure),
     /// The model has no price.
     Unpriced(String),
@@ -724,6 +746,24 @@ enum Interrupted {
 impl From<Failure> for Interrupted {
     fn from(failure: Failure) -> Self {
         Self::Engine(failure)
+    }
+}
+
+/// What a failed request took of the budgets per minute only on paper.
+enum Unspent {
+    Nothing,
+    Tokens,
+    Everything,
+}
+
+/// What of a failed request can be given back.
+fn unspent(error: &ProviderError) -> Unspent {
+    match (error.state, &error.usage, error.http_status) {
+        // A status of success is an answer that was served and could not be used.
+        (CallState::Failed, None, Some(status)) if status >= 300 => Unspent::Tokens,
+        // The connection was not made: only then is there neither a status nor a doubt.
+        (CallState::Failed, None, None) if error.failure.code == "transient.network" => Unspent::Everything,
+        _ => Unspent::Nothing,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::breaker::{Breaker, Permit};
 use crate::{
-    keys::{Board, KeyRef, Standing},
+    keys::{Board, FORBIDDEN, KeyRef, Standing},
     provider::Provider,
 };
 use loopwright_engine::Failure;
@@ -108,6 +108,11 @@ impl Pool {
                 // An empty account does not fill by itself.
                 Standing::Cooling { reason, .. } if reason == "provider.no_balance" => {
                     out.get_or_insert((board.said(&slot.key), reason));
+                    continue;
+                }
+                // Nor does a right to a model.
+                Standing::Cooling { reason, .. } if reason == FORBIDDEN => {
+                    out.get_or_insert((board.said_of_model(&slot.key, model), reason));
                     continue;
                 }
                 Standing::Cooling { until, .. } => {

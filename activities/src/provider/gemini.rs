@@ -3,7 +3,7 @@
 use super::{
     Call, Completion, KeyIdentity, Provider, ProviderError, StructuredOutput, Timeouts,
     address::{Trust, join},
-    chat::{TOOL_CALLS_MAX, schema_instruction},
+    chat::{TOKENS_MAX, TOOL_CALLS_MAX, schema_instruction},
     estimate,
     http::{Answer, Http, header, secret_header},
     retry::{Hints, Names, Report, classify},
@@ -504,14 +504,15 @@ fn is_refusal(reason: &str) -> bool {
 
 /// Usage by the provider's arithmetic. Some models count thoughts within candidates, so the total decides.
 fn usage(raw: &Value) -> Usage {
-    let count = |name: &str| raw.get(name).and_then(Value::as_u64).unwrap_or(0);
-    let tokens_prompt = count("promptTokenCount").saturating_add(count("toolUsePromptTokenCount"));
+    let count = |name: &str| raw.get(name).and_then(Value::as_u64).unwrap_or(0).min(TOKENS_MAX);
+    let tokens_prompt = (count("promptTokenCount") + count("toolUsePromptTokenCount")).min(TOKENS_MAX);
     let thoughts = count("thoughtsTokenCount");
-    let parts = count("candidatesTokenCount").saturating_add(thoughts);
-    let tokens_output = match raw.get("totalTokenCount").and_then(Value::as_u64) {
+    let parts = count("candidatesTokenCount") + thoughts;
+    let total = match raw.get("totalTokenCount").and_then(Value::as_u64) {
         Some(total) => total.checked_sub(tokens_prompt).unwrap_or(parts),
         None => parts,
     };
+    let tokens_output = total.min(TOKENS_MAX);
     Usage {
         tokens_prompt,
         tokens_cached: count("cachedContentTokenCount").min(tokens_prompt),
@@ -557,6 +558,9 @@ mod tests {
         assert_eq!(no_total.tokens_output, 5);
         let absurd = usage(&json!({"promptTokenCount": 9, "candidatesTokenCount": 2, "totalTokenCount": 1}));
         assert_eq!(absurd.tokens_output, 2);
+        let endless = usage(&json!({"promptTokenCount": u64::MAX, "toolUsePromptTokenCount": u64::MAX,
+            "candidatesTokenCount": u64::MAX, "thoughtsTokenCount": u64::MAX, "totalTokenCount": u64::MAX}));
+        assert_eq!((endless.tokens_prompt, endless.tokens_output), (TOKENS_MAX, TOKENS_MAX));
     }
 
     #[test]

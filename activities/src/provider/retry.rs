@@ -20,7 +20,8 @@ pub enum Advice {
     /// This model will not do it; another may.
     OtherModel,
     /// This key will not do it at present; another may. Where there is none: if the code is `transient.rate_limited`, a
-    /// quota of this model is used up and another model may do it; otherwise no model of this provider will.
+    /// quota of this model is used up and another model may do it; after a 403 (`model.unavailable`) the key may not use
+    /// this model; otherwise no model of this provider will.
     OtherKey,
     /// The key is refused, or its account is empty for good: it should not be sent again until a person has acted.
     DisableKey,
@@ -169,7 +170,7 @@ pub fn classify(names: &Names, status: u16, hints: Hints, report: &Report) -> Pr
     let retry_after = hints.retry_after.or(report.retry_after);
     let title = names.title;
     let mut error = match status {
-        _ if report.key_refused() && (400..=403).contains(&status) => {
+        _ if (report.key_refused() || key_blocked(report)) && (400..=403).contains(&status) => {
             ProviderError::new(names.key_refused(), Advice::DisableKey)
         }
         401 => ProviderError::new(names.key_refused(), Advice::DisableKey),
@@ -184,7 +185,8 @@ pub fn classify(names: &Names, status: u16, hints: Hints, report: &Report) -> Pr
             // Gemini's word for a prepaid account that is empty; elsewhere a balance may come back by itself.
             if report.has("resource_exhausted") { Advice::DisableKey } else { Advice::OtherKey },
         ),
-        403 if report.limit_source.is_some() => ProviderError::new(
+        // OpenRouter's older form has no source of the limit, only words.
+        403 if report.limit_source.is_some() || report.mentions("key limit exceeded") => ProviderError::new(
             Failure::permanent(
                 "provider.no_balance",
                 format!("{title}: the budget of the key is spent: raise it or change {}", names.key_setting),
@@ -192,9 +194,12 @@ pub fn classify(names: &Names, status: u16, hints: Hints, report: &Report) -> Pr
             Advice::OtherKey,
         ),
         400 | 403 | 422 if report.refusal() => ProviderError::refused(names, "moderation"),
+        // Without a key that is what is missing, but an open server may also refuse one model.
+        403 if !names.key_is_set => ProviderError::new(names.key_refused(), Advice::OtherKey),
         // A page instead of the API's own words may come from a proxy, which knows nothing of the key.
-        403 if report.is_empty() => ProviderError::new(names.key_refused(), Advice::OtherKey),
-        403 => ProviderError::new(names.key_refused(), Advice::DisableKey),
+        403 if report.is_empty() => forbidden(format!("{title}: something before the server forbids it (HTTP 403)")),
+        // It may be about one model or one region: it must not take the key from everybody for good.
+        403 => forbidden(format!("{title}: the key may not use the model (HTTP 403)")),
         400 | 413 | 422 | 500 if report.context_overflow() => overflow(format!("{title}: the prompt is too long")),
         413 => overflow(format!("{title}: the request is too large")),
         404 => ProviderError::new(
@@ -256,6 +261,16 @@ pub fn classify(names: &Names, status: u16, hints: Hints, report: &Report) -> Pr
     error
 }
 
+/// Gemini's reasons that are about the key or its project and not about the model.
+fn key_blocked(report: &Report) -> bool {
+    ["service_disabled", "consumer_suspended", "consumer_invalid", "api_key_service_blocked"]
+        .iter()
+        .any(|reason| report.has(reason))
+}
+
+fn forbidden(message: String) -> ProviderError {
+    ProviderError::new(Failure::permanent("model.unavailable", message), Advice::OtherKey)
+}
 fn overflow(message: String) -> ProviderError {
     ProviderError::new(Failure::permanent("model.context_overflow", message), Advice::OtherModel)
 }
@@ -287,6 +302,29 @@ mod tests {
         let keyless = Names { title: "The OpenAI-compatible server", key_setting: "OPENAI_API_KEY", key_is_set: false };
         let error = classify(&keyless, 401, Hints::default(), &Report::default());
         assert_eq!(error.failure.message, "The OpenAI-compatible server asks for a key: set OPENAI_API_KEY");
+    }
+
+    #[test]
+    fn only_a_reason_about_the_key_disables_it() {
+        let reason = |reason: &str| json!({"error": {"status": "PERMISSION_DENIED", "details": [{"reason": reason}]}});
+        for (body, code, advice) in [
+            (reason("SERVICE_DISABLED"), "provider.key_invalid", Advice::DisableKey),
+            (reason("API_KEY_INVALID"), "provider.key_invalid", Advice::DisableKey),
+            (reason("IAM_PERMISSION_DENIED"), "model.unavailable", Advice::OtherKey),
+            (json!({"error": {"code": "model_not_found"}}), "model.unavailable", Advice::OtherKey),
+            (
+                json!({"error": {"message": "Key limit exceeded (daily limit)."}}),
+                "provider.no_balance",
+                Advice::OtherKey,
+            ),
+            (json!("a page"), "model.unavailable", Advice::OtherKey),
+        ] {
+            let error = classified(403, &body);
+            assert_eq!((error.failure.code.as_str(), error.advice), (code, advice), "{body}");
+        }
+        let keyless = Names { key_is_set: false, ..NAMES };
+        let error = classify(&keyless, 403, Hints::default(), &Report::default());
+        assert_eq!((error.failure.code.as_str(), error.advice), ("provider.key_invalid", Advice::OtherKey));
     }
 
     #[test]

@@ -1,13 +1,11 @@
-//! The invariants of money, every hour: a user whom a broken one names holds nothing more until an operator has looked.
+//! The invariants of money, every hour: a user whom a newly broken one names holds nothing more until an operator has looked.
 
 use super::{Books, Output, report, store};
 use crate::billing::{
-    audit::{self, INVARIANTS},
+    audit::{self, INVARIANTS, JOB},
     books::Finding,
 };
 use loopwright_engine::{Failure, transaction};
-
-const JOB: &str = "reconcile-ledger";
 
 pub(super) async fn run(b: &Books) -> Result<Output, Failure> {
     let mut tx = transaction::begin(&b.pool).await.map_err(|e| store(&e))?;

@@ -140,11 +140,16 @@ async fn report(books: &Books, job: &'static str, found: &[Finding], complete: b
     let mut tx = transaction::begin(&books.pool).await.map_err(|e| store(&e))?;
     let new = books::keep_findings(&mut tx, job, found, complete).await.map_err(|e| store(&e))?;
     tx.commit().await.map_err(|e| store(&e))?;
-    for finding in &new {
+    tell(job, &new);
+    Ok(u64::try_from(found.len()).unwrap_or(u64::MAX))
+}
+
+/// Tells the operator of findings that were kept and are new.
+fn tell(job: &'static str, new: &[Finding]) {
+    for finding in new {
         tracing::error!(job, kind = finding.kind, subject = finding.subject, "{}", finding.message);
         metrics::counter!("loopwright_reconcile_findings_total", "job" => job).increment(1);
     }
-    Ok(u64::try_from(found.len()).unwrap_or(u64::MAX))
 }
 
 fn store(error: &sqlx::Error) -> Failure {

@@ -1,7 +1,7 @@
 //! Sums, every day: what the provider says that our key has used since yesterday beside what our books say; and, by model, what it
 //! charged beside what our price says.
 
-use super::{Books, Output, asked, report, store};
+use super::{Books, Output, asked, store, tell};
 use crate::{
     billing::books::{self, Finding, Totals},
     decimal::usd_from_pusd,
@@ -18,21 +18,24 @@ const DRIFT_BPS: i64 = 200;
 pub(super) async fn run(b: &Books) -> Result<Output, Failure> {
     let mut found = Vec::new();
     let mut done = Output::default();
-    if let Some(account) = &b.openrouter {
-        let (usage, whole) = account.totals().await.map_err(asked)?;
-        let mut tx = transaction::begin(&b.pool).await.map_err(|e| store(&e))?;
-        let own = books::owed(&mut tx, "openrouter", account.fingerprint()).await.map_err(|e| store(&e))?;
+    // No connection is held while the provider is asked.
+    let said = match &b.openrouter {
+        Some(account) => Some((account.fingerprint(), account.totals().await.map_err(asked)?)),
+        None => None,
+    };
+    // The sums are kept with what they showed, or not at all: who dies between compares the same sums again.
+    let mut tx = transaction::begin(&b.pool).await.map_err(|e| store(&e))?;
+    if let Some((fingerprint, (usage, whole))) = said {
+        let own = books::owed(&mut tx, "openrouter", fingerprint).await.map_err(|e| store(&e))?;
         let now = Totals { usage: usage.into(), account: whole.into(), own };
-        let before = books::keep_totals(&mut tx, "openrouter", account.fingerprint(), now).await;
+        let before = books::keep_totals(&mut tx, "openrouter", fingerprint, now).await;
         let before = before.map_err(|e| store(&e))?;
-        tx.commit().await.map_err(|e| store(&e))?;
         done.checked += 1;
         found.extend(before.and_then(|before| difference(before, now)));
     } else {
         done.skipped = "OpenRouter is not configured; only prices were compared".into();
     }
-    let mut conn = b.pool.acquire().await.map_err(|e| store(&e))?;
-    for drift in books::drifted(&mut conn, DRIFT_BPS).await.map_err(|e| store(&e))? {
+    for drift in books::drifted(&mut tx, DRIFT_BPS).await.map_err(|e| store(&e))? {
         let (theirs, ours) = (usd_from_pusd(drift.provider_cost.0.into()), usd_from_pusd(drift.own_cost.0.into()));
         found.push(Finding {
             kind: "price_stale",
@@ -43,8 +46,10 @@ pub(super) async fn run(b: &Books) -> Result<Output, Failure> {
             user: None,
         });
     }
-    drop(conn);
-    done.findings = report(b, JOB, &found, true).await?;
+    let new = books::keep_findings(&mut tx, JOB, &found, true).await.map_err(|e| store(&e))?;
+    tx.commit().await.map_err(|e| store(&e))?;
+    tell(JOB, &new);
+    done.findings = u64::try_from(found.len()).unwrap_or(u64::MAX);
     Ok(done)
 }
 

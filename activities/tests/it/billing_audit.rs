@@ -33,6 +33,7 @@ const CORRUPTIONS: &[(&str, &str)] = &[
              insert into runs (shard, run_id, workflow, definition, status, inputs, closed_at)
                select 0, run_id, 'n', decode(repeat('00', 32), 'hex'), 'failed', '{}', now() from activity_attempts where state = 'running'"),
     ("I17", "update api_key_usage set state = 'failed' where call_key = 'a.0'"),
+    ("I18", "update api_keys set user_id = (select id from users)"),
 ];
 
 #[tokio::test]

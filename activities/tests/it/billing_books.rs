@@ -9,7 +9,7 @@ use futures_util::future::BoxFuture;
 use loopwright_activities::{
     billing::{
         books::{self, Kept},
-        ledger::LedgerError,
+        ledger::{self, LedgerError},
         pricelist::{self, Trust},
         purchase::{self, Payment},
         report::{self, By, Span},
@@ -78,10 +78,12 @@ async fn a_lost_answer_is_looked_up_until_the_provider_knows_it_and_charges_nobo
     bench.open(&attempt, "a.0", 100).await;
     bench.close(&attempt, "a.0", CallState::Unknown, 0, 0).await;
     bench.end(&attempt, Outcome::Failed).await;
-    sqlx::query("update api_key_usage set provider = 'openrouter', provider_request_id = 'gen-1'")
-        .execute(&bench.pool)
-        .await
-        .expect("as if");
+    sqlx::raw_sql(
+        "update api_key_usage set provider = 'openrouter', provider_request_id = 'gen-1'; update api_keys set provider = 'openrouter'",
+    )
+    .execute(&bench.pool)
+    .await
+    .expect("as if");
     let fake = FakeProvider::start(|seen: &Seen, n| {
         assert_eq!(seen.path, "/api/v1/generation?id=gen-1");
         if n == 0 {
@@ -104,6 +106,82 @@ async fn a_lost_answer_is_looked_up_until_the_provider_knows_it_and_charges_nobo
     assert_eq!(row, ("unknown".into(), "lookup".into(), 194, 310_000_001, 0));
     assert_eq!(bench.balance().await, (100_000_000, 0));
     assert_eq!(bench.violations().await.iter().filter(|name| **name != "I13").count(), 0);
+}
+
+#[tokio::test]
+async fn an_error_of_one_look_up_does_not_stop_the_others_and_own_keys_are_not_looked_up() {
+    let bench = Bench::new(100).await;
+    let attempt = bench.attempt(RunId::new(), 1);
+    bench.start(&attempt).await;
+    for key in ["a.0", "a.1"] {
+        bench.open(&attempt, key, 100).await;
+        bench.close(&attempt, key, CallState::Unknown, 0, 0).await;
+    }
+    bench.end(&attempt, Outcome::Failed).await;
+    sqlx::raw_sql(
+        "update api_key_usage set provider = 'openrouter', provider_request_id = 'gen-' || call_no; update api_keys set provider = 'openrouter'",
+    )
+    .execute(&bench.pool)
+    .await
+    .expect("as if");
+    let fake = FakeProvider::start(|seen: &Seen, _| {
+        if seen.path.ends_with("gen-1") {
+            return answer("500 Internal Server Error", r#"{"error":{"code":500,"message":"not this one"}}"#);
+        }
+        answer("200 OK", r#"{"data":{"id":"gen-2","model":"m","total_cost":0.0003,"native_tokens_prompt":194,"native_tokens_completion":12}}"#)
+    })
+    .await;
+    let books = Books { openrouter: openrouter(&fake), ..books_of(&bench) };
+    assert_eq!(job(&books, "reconcile-calls").await, Output { checked: 2, changed: 1, ..Output::default() });
+    assert_eq!(job(&books, "reconcile-calls").await.checked, 0, "the first one is asked again later");
+    sqlx::raw_sql(
+        "update api_key_usage set next_lookup_at = engine_now(); update api_keys set user_id = (select id from users)",
+    )
+    .execute(&bench.pool)
+    .await
+    .expect("a user's own key");
+    assert_eq!(job(&books, "reconcile-calls").await.checked, 0, "the platform's key does not know calls of others");
+}
+
+#[tokio::test]
+async fn what_was_released_stops_nobody_again_until_something_new_breaks() {
+    let bench = Bench::new(100).await;
+    let books = books_of(&bench);
+    sqlx::query("update users set ledger_seq = ledger_seq + 1").execute(&bench.pool).await.expect("corrupted");
+    assert_eq!(job(&books, "reconcile-ledger").await.changed, 1);
+    let mut conn = bench.pool.acquire().await.expect("conn");
+    assert!(ledger::resume_holds(&mut conn, bench.user).await.expect("released"));
+    let again = job(&books, "reconcile-ledger").await;
+    assert_eq!((again.findings, again.changed), (1, 0), "an operator has looked at it");
+    // Mended and broken again it is new.
+    sqlx::query("update users set ledger_seq = ledger_seq - 1").execute(&bench.pool).await.expect("mended");
+    assert_eq!(job(&books, "reconcile-ledger").await.findings, 0);
+    sqlx::query("update users set ledger_seq = ledger_seq + 1").execute(&bench.pool).await.expect("corrupted");
+    assert_eq!(job(&books, "reconcile-ledger").await.changed, 1);
+    assert!(ledger::resume_holds(&mut conn, bench.user).await.expect("released"));
+    // And so is another difference beside the old one.
+    sqlx::query("update users set credit_balance_ucr = credit_balance_ucr + 1")
+        .execute(&bench.pool)
+        .await
+        .expect("corrupted");
+    assert_eq!(job(&books, "reconcile-ledger").await.changed, 1);
+    let why: String =
+        sqlx::query_scalar("select holds_stopped_why from users").fetch_one(&bench.pool).await.expect("why");
+    assert_eq!(why, "I6");
+}
+
+#[tokio::test]
+async fn a_late_worker_is_told_and_stops_nobody() {
+    let bench = Bench::new(100).await;
+    let books = books_of(&bench);
+    bench.start(&bench.attempt(RunId::new(), 1)).await;
+    sqlx::query("update activity_attempts set lease_expires_at = engine_now() - interval '1 hour'")
+        .execute(&bench.pool)
+        .await
+        .expect("late");
+    let done = job(&books, "reconcile-ledger").await;
+    assert_eq!((done.findings, done.changed), (1, 0));
+    assert_eq!(bench.start(&bench.attempt(RunId::new(), 1)).await, None);
 }
 
 #[tokio::test]

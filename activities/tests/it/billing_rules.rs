@@ -236,6 +236,40 @@ async fn a_providers_fault_gives_back_what_no_later_attempt_uses() {
 }
 
 #[tokio::test]
+async fn the_fault_of_a_users_own_provider_gives_nothing_back() {
+    let bench = Bench::new(100).await;
+    for (own, given) in [(true, 0), (false, 1)] {
+        let attempt = bench.attempt(RunId::new(), 1);
+        bench.start(&attempt).await;
+        bench.open(&attempt, "a.0", 100).await;
+        bench.close(&attempt, "a.0", CallState::Succeeded, 1_000, 100).await;
+        bench.open(&attempt, "a.1", 100).await;
+        bench.close(&attempt, "a.1", CallState::Failed, 0, 0).await;
+        // As if the call that failed had been made on a key that the user brought.
+        sqlx::query(
+            "with k as (insert into api_keys (provider, user_id, source, last4, fingerprint)
+                        select 'rehearsed', $2, 'environment', '', decode(repeat('22', 32), 'hex') where $3 returning id)
+             update api_key_usage set api_key_id = k.id, worst_pusd = 0 from k where attempt_id = $1 and call_key = 'a.1'",
+        )
+        .bind(attempt.attempt_id.0)
+        .bind(bench.user)
+        .bind(own)
+        .execute(&bench.pool)
+        .await
+        .expect("own key");
+        bench.end_with(&attempt, Outcome::Failed, Some("transient.http"), false).await;
+        let back: i64 =
+            sqlx::query_scalar("select count(*) from credit_grants where source_ref = 'refund-policy:' || $1")
+                .bind(attempt.attempt_id.0)
+                .fetch_one(&bench.pool)
+                .await
+                .expect("count");
+        assert_eq!(back, given, "own: {own}");
+    }
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+#[tokio::test]
 async fn a_run_that_ends_rejected_gives_its_verification_back() {
     let bench = Bench::new(100).await;
     let run = bench.run(json!({"credits": 50}), None).await;
@@ -261,10 +295,12 @@ async fn a_run_that_ends_rejected_gives_its_verification_back() {
     verdict(2, "reject").await;
     let mut conn = bench.pool.acquire().await.expect("conn");
     assert_eq!(policy::rejected_runs(&mut conn, 10).await.expect("open run"), Vec::<Uuid>::new(), "it is not over");
-    sqlx::query("update runs set status = 'completed', closed_at = engine_now()")
+    sqlx::query("update runs set status = 'cancelled', closed_at = engine_now()")
         .execute(&bench.pool)
         .await
         .expect("closed");
+    assert_eq!(policy::rejected_runs(&mut conn, 10).await.expect("cancelled"), Vec::<Uuid>::new(), "by its user");
+    sqlx::query("update runs set status = 'completed'").execute(&bench.pool).await.expect("closed");
     assert_eq!(policy::rejected_runs(&mut conn, 10).await.expect("rejected"), [bench.user]);
     assert_eq!(policy::rejected_runs(&mut conn, 10).await.expect("again"), Vec::<Uuid>::new());
     assert_eq!(bench.balance().await.0, 100_000_000 - CALL_UCR);

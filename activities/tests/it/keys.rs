@@ -10,7 +10,7 @@ use loopwright_activities::{
         BillingSettings, LedgerHook, MicroCredits, audit,
         ledger::{self, Identity},
     },
-    keys::{Error, Keys, NewKey, Rates, Ring, Taken},
+    keys::{Error, KeyView, Keys, NewKey, Rates, Ring, Taken},
     orchestrator::{Candidate, Message, Orchestrator, Pace, Request, Role, Routing},
     provider::{Settings, StructuredOutput, address::Lookup},
     usage::{CallClosed, CallOpened, CallState, PlannedCall, Reserve, Usage, UsageSource},
@@ -538,11 +538,11 @@ async fn a_dead_workers_slice_comes_back_and_a_call_larger_than_a_slice_is_serve
     assert!(matches!(dead.take("tokens x", 1_000, 700).await.unwrap(), Taken::Granted(_)));
     drop(dead);
     assert!(matches!(living.take("tokens y", 1_000, 700).await.unwrap(), Taken::Granted(_)), "another scope");
-    let Taken::Wait(wait) = living.take("tokens x", 1_000, 400).await.unwrap() else { panic!("over the budget") };
-    assert!(wait <= MINUTE * 13 / 12 + Duration::from_millis(1), "{wait:?}");
     let Taken::Granted(small) = living.take("tokens x", 1_000, 250).await.unwrap() else { panic!("there is room") };
     living.give_back(&small, 50).await;
     assert!(matches!(living.take("tokens x", 1_000, 200).await.unwrap(), Taken::Granted(_)), "what was not spent");
+    let Taken::Wait(wait) = living.take("tokens x", 1_000, 400).await.unwrap() else { panic!("over the budget") };
+    assert!(wait <= MINUTE * 13 / 12 + Duration::from_millis(1), "{wait:?}");
     // Time goes by.
     sqlx::query("update rate_leases set expires_at = expires_at - $1 * interval '1 ms'")
         .bind(MINUTE.as_millis() as f64 * 1.1)
@@ -554,6 +554,135 @@ async fn a_dead_workers_slice_comes_back_and_a_call_larger_than_a_slice_is_serve
     let rows: i64 =
         sqlx::query_scalar("select count(*) from rate_leases where scope = 'tokens x'").fetch_one(&pool).await.unwrap();
     assert_eq!(rows, 1, "what no longer counts is gone");
+}
+
+#[tokio::test]
+async fn small_calls_leave_a_large_one_that_was_refused_its_room() {
+    let pool = database(MIGRATIONS).await;
+    // Long enough that no want ends while this is asked; time goes by in the rows.
+    let minute = Duration::from_secs(600);
+    let worker = || Rates::new(pool.clone(), minute);
+    let pass = |share: f64| {
+        let ms = minute.as_millis() as f64 * share;
+        sqlx::query("update rate_leases set expires_at = expires_at - $1 * interval '1 ms'").bind(ms).execute(&pool)
+    };
+    assert!(matches!(worker().take("tokens x", 1_000, 500).await.unwrap(), Taken::Granted(_)));
+    pass(0.5).await.unwrap();
+    assert!(matches!(worker().take("tokens x", 1_000, 400).await.unwrap(), Taken::Granted(_)));
+    assert!(matches!(worker().take("tokens x", 1_000, 500).await.unwrap(), Taken::Wait(_)), "the large one");
+    assert!(
+        matches!(worker().take("tokens x", 1_000, 50).await.unwrap(), Taken::Wait(_)),
+        "there is room, but not for it"
+    );
+    // The 500 of the first are back: 600.
+    pass(0.6).await.unwrap();
+    let Taken::Wait(wait) = worker().take("tokens x", 1_000, 200).await.unwrap() else {
+        panic!("it would take the room")
+    };
+    assert!(wait <= minute / 60 + Duration::from_millis(1), "{wait:?}");
+    assert!(matches!(worker().take("tokens x", 1_000, 100).await.unwrap(), Taken::Granted(_)), "beside it");
+    assert!(matches!(worker().take("tokens x", 1_000, 500).await.unwrap(), Taken::Granted(_)), "the large one");
+    let wants: i64 = sqlx::query_scalar("select count(*) from rate_wants").fetch_one(&pool).await.unwrap();
+    assert_eq!(wants, 0);
+    // One that does not come back is forgotten.
+    assert!(matches!(worker().take("tokens x", 1_000, 900).await.unwrap(), Taken::Wait(_)));
+    pass(2.0).await.unwrap();
+    assert!(matches!(worker().take("tokens x", 1_000, 200).await.unwrap(), Taken::Wait(_)));
+    sqlx::query("update rate_wants set wanted_until = engine_now()").execute(&pool).await.unwrap();
+    assert!(matches!(worker().take("tokens x", 1_000, 200).await.unwrap(), Taken::Granted(_)));
+}
+
+#[tokio::test]
+async fn what_was_never_served_goes_back_to_the_budget() {
+    let pool = database(MIGRATIONS).await;
+    let server = FakeProvider::start(|_, n| match n {
+        0 => answer_json(404, "", &Dialect::OpenAi.error(404, "x")),
+        _ => stream(&Dialect::OpenAi.good("hi")),
+    })
+    .await;
+    // Room for one of these prompts.
+    let request = || Request { messages: vec![Message::User { text: "x".repeat(2_000) }], ..request() };
+    let tokens = loopwright_activities::provider::estimate::request_tokens_max(&request());
+    let limited = Candidate { tokens_per_minute: Some(tokens), ..candidate("openai_compatible", "m") };
+    let one = worker(&Keys::new(pool, None, false), &server, "key-a", limited);
+    let failure = one.call(&attempt_of(None).0, "a", request()).await.unwrap_err();
+    assert_eq!(failure.code, "model.unavailable");
+    one.call(&attempt_of(None).0, "b", request()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_model_that_a_key_may_not_use_leaves_it_the_others() {
+    let pool = database(MIGRATIONS).await;
+    let server = FakeProvider::start(|seen, _| match seen.body["model"].as_str() {
+        Some("m") => stream(&Dialect::OpenAi.good("hi")),
+        _ => answer_json(403, "", &Dialect::OpenAi.error(403, "permission_error")),
+    })
+    .await;
+    register(&pool, &["key-a"]).await;
+    let keys = Keys::new(pool.clone(), None, false);
+    for model in ["forbidden", "forbidden", "forbidden-too"] {
+        let failure = ask(&worker(&keys, &server, "key-a", candidate("openai_compatible", model))).await.unwrap_err();
+        assert_eq!((failure.code.as_str(), failure.kind), ("model.unavailable", FailureKind::Permanent), "{model}");
+    }
+    assert_eq!(server.seen().len(), 2, "each model once, remembered");
+    ask(&worker(&keys, &server, "key-a", candidate("openai_compatible", "m"))).await.unwrap();
+    let status: String = sqlx::query_scalar("select status from api_keys").fetch_one(&pool).await.unwrap();
+    assert_eq!(status, "active");
+}
+
+#[tokio::test]
+async fn a_rest_beyond_a_week_is_not_believed() {
+    let pool = database(MIGRATIONS).await;
+    let body = json!({"error": {"code": 429, "message": "m", "metadata": {"resets_at": "2199-01-01T00:00:00Z"}}});
+    let server = FakeProvider::always(answer_json(429, "", &body)).await;
+    register(&pool, &["key-a"]).await;
+    let keys = Keys::new(pool.clone(), None, false);
+    let _ = ask(&worker(&keys, &server, "key-a", candidate("openai_compatible", "m"))).await.unwrap_err();
+    let days: f64 =
+        sqlx::query_scalar("select (extract(epoch from cooldown_until - engine_now()) / 86400)::float8 from api_keys")
+            .fetch_one(&pool)
+            .await
+            .unwrap();
+    assert!((6.9..=7.0).contains(&days), "{days}");
+}
+
+async fn put(keys: &Keys, user: Uuid) -> KeyView {
+    keys.put(user, &new_key("gemini", SECRET)).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_key_that_an_operator_disabled_is_not_enabled_by_its_owner() {
+    let pool = database(MIGRATIONS).await;
+    let ann = user(&pool, 1).await;
+    let keys = Keys::new(pool.clone(), Some(ring(&[("a", 1)])), false);
+    let id = put(&keys, ann).await.id;
+    keys.set_enabled(id, false).await.unwrap();
+    for _ in 0..2 {
+        let view = put(&keys, ann).await;
+        assert_eq!((view.id, view.status.as_str(), view.reason.as_deref()), (id, "disabled", Some("operator")));
+        // Nor by a detour.
+        keys.revoke(Some(ann), id).await.unwrap();
+    }
+    put(&keys, ann).await;
+    keys.set_enabled(id, true).await.unwrap();
+    assert_eq!(put(&keys, ann).await.status, "active");
+    // What a provider said ends with the key that is put anew.
+    sqlx::query("update api_keys set status = 'disabled', disabled_reason = 'provider.key_invalid'")
+        .execute(&pool)
+        .await
+        .unwrap();
+    assert_eq!(put(&keys, ann).await.status, "active");
+    // Deleted keys count too, in the end.
+    sqlx::query(
+        "insert into api_keys (provider, user_id, source, ciphertext, nonce, wrapped_dek, kek_id, last4, fingerprint, status)
+         select 'gemini', $1::uuid, 'sealed', ''::bytea, ''::bytea, ''::bytea, '', '', int4send(n), 'revoked' from generate_series(1, 99) n",
+    )
+    .bind(ann)
+    .execute(&pool)
+    .await
+    .unwrap();
+    assert_eq!(keys.put(ann, &new_key("gemini", "sk-one-too-many")).await.unwrap_err().code(), "keys_too_many");
+    assert_eq!(put(&keys, ann).await.id, id, "a known one is no new row");
 }
 
 #[tokio::test]

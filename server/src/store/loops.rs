@@ -44,7 +44,7 @@ impl Store {
     pub async fn spend(&self, run: RunId) -> Result<Vec<Spend>, Error> {
         let rows: Vec<(String, String, i64, i64, i64)> = sqlx::query_as(
             "select u.purpose, coalesce(u.model_served, u.model_requested), count(*),
-                    coalesce(sum(u.tokens_prompt), 0)::bigint, coalesce(sum(u.tokens_output), 0)::bigint
+                    least(coalesce(sum(u.tokens_prompt), 0), 9e18)::bigint, least(coalesce(sum(u.tokens_output), 0), 9e18)::bigint
              from api_key_usage u join activity_attempts a on a.id = u.attempt_id
              where a.run_id = $1 and u.state in ('succeeded', 'failed') group by 1, 2 order by min(u.id)",
         )

@@ -56,11 +56,27 @@ async fn refunds(session: &Session) -> Result<(), Error> {
             // Asking again is safe: a charge is given back once.
             Err(fault) => {
                 tracing::warn!(charge = refund.charge_id, ?fault, "a refund is not carried out yet; it is tried again");
-                break;
+                if concerns_all(&fault) {
+                    break;
+                }
             }
         }
     }
     Ok(())
+}
+
+/// Whether the next refund would meet the same. A payer who has blocked the bot keeps nobody else waiting.
+fn concerns_all(fault: &Fault) -> bool {
+    match fault {
+        Fault::Quiet(_) | Fault::NotSent(_) | Fault::Unknown(_) | Fault::Token => true,
+        Fault::Blocked(_)
+        | Fault::Conflict(_)
+        | Fault::NotModified
+        | Fault::Gone
+        | Fault::Entities
+        | Fault::Late
+        | Fault::Refused(_) => false,
+    }
 }
 
 /// Telegram's list of Stars of a bot.
@@ -115,6 +131,22 @@ fn line(raw: &Value) -> Result<StarTransaction, Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn only_what_concerns_all_refunds_stops_a_pass() {
+        for fault in [
+            Fault::Quiet(Duration::from_secs(1)),
+            Fault::NotSent(String::new()),
+            Fault::Unknown(String::new()),
+            Fault::Token,
+        ] {
+            assert!(concerns_all(&fault), "{fault:?}");
+        }
+        for fault in [Fault::Blocked(String::new()), Fault::Conflict(String::new()), Fault::Gone, Fault::Late] {
+            assert!(!concerns_all(&fault), "{fault:?}");
+        }
+    }
 
     #[test]
     fn a_list_of_stars_is_read_or_stops() {

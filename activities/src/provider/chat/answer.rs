@@ -16,6 +16,10 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json, value::RawValue};
 use std::{collections::BTreeSet, ops::ControlFlow};
 
+/// Largest count of tokens that is believed. Chosen: far above every context window, and sums of them stay within what the
+/// database holds.
+pub(in crate::provider) const TOKENS_MAX: u64 = 1 << 40;
+
 /// Reads an answer with a good status to its end.
 ///
 /// # Errors
@@ -345,7 +349,7 @@ pub(in crate::provider) fn parse_arguments(text: &str) -> Value {
 /// The usage of a chunk, if it has one.
 fn usage(chunk: &Value, text: &str) -> Option<Usage> {
     let raw = chunk.get("usage").filter(|usage| usage.is_object())?;
-    let count = |pointer: &str| raw.pointer(pointer).and_then(Value::as_u64).unwrap_or(0);
+    let count = |pointer: &str| raw.pointer(pointer).and_then(Value::as_u64).unwrap_or(0).min(TOKENS_MAX);
     if raw.get("prompt_tokens").is_none() && raw.get("completion_tokens").is_none() {
         return None;
     }
@@ -469,5 +473,16 @@ mod tests {
         let usage = usage(&serde_json::from_str(text).unwrap(), text).unwrap();
         assert_eq!((usage.tokens_prompt, usage.tokens_cached, usage.tokens_output), (194, 194, 12));
         assert_eq!((usage.tokens_reasoning, usage.provider_cost_pusd), (5, Some(310_000_001)));
+    }
+
+    #[test]
+    fn absurd_counts_are_cut() {
+        let text = r#"{"usage":{"prompt_tokens":18446744073709551615,"completion_tokens":9223372036854775807,
+            "completion_tokens_details":{"reasoning_tokens":18446744073709551615}}}"#;
+        let usage = usage(&serde_json::from_str(text).unwrap(), text).unwrap();
+        assert_eq!(
+            (usage.tokens_prompt, usage.tokens_output, usage.tokens_reasoning),
+            (TOKENS_MAX, TOKENS_MAX, TOKENS_MAX)
+        );
     }
 }

@@ -4,7 +4,7 @@
 mod answer;
 mod request;
 
-pub(super) use answer::{ServedModel, read};
+pub(super) use answer::{ServedModel, TOKENS_MAX, read};
 pub(super) use request::{messages, response_format, schema_instruction, tools};
 
 /// Most calls of tools in one answer: more is a model gone wild.

@@ -49,6 +49,7 @@ async fn the_table_of_gemini_holds() {
     let rpc = |code: u16, status: &str, details: Value| json!({"error": {"code": code, "status": status, "message": "upstream text", "details": details}});
     let plain = |code: u16, status: &str| rpc(code, status, json!([]));
     let bad_key = json!([{"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "API_KEY_INVALID"}]);
+    let disabled = json!([{"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "SERVICE_DISABLED"}]);
     let delay = |delay: &str| json!([{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": delay}]);
     let quota = |id: &str, value: &str| {
         json!([{"@type": "type.googleapis.com/google.rpc.QuotaFailure",
@@ -65,7 +66,10 @@ async fn the_table_of_gemini_holds() {
             Row(400, None, rpc(400, "INVALID_ARGUMENT", bad_key), "provider.key_invalid", DisableKey, None),
             Row(400, None, plain(400, "FAILED_PRECONDITION"), "provider.bad_request", OtherModel, None),
             Row(401, None, plain(401, "UNAUTHENTICATED"), "provider.key_invalid", DisableKey, None),
-            Row(403, None, plain(403, "PERMISSION_DENIED"), "provider.key_invalid", DisableKey, None),
+            // The reference says "disable", but the same status refuses one model to a key that serves the others: what
+            // disables is a reason that is about the key.
+            Row(403, None, plain(403, "PERMISSION_DENIED"), "model.unavailable", OtherKey, None),
+            Row(403, None, rpc(403, "PERMISSION_DENIED", disabled), "provider.key_invalid", DisableKey, None),
             Row(402, None, plain(402, "RESOURCE_EXHAUSTED"), "provider.no_balance", DisableKey, None),
             Row(404, None, plain(404, "NOT_FOUND"), "model.unavailable", OtherModel, None),
             Row(429, None, plain(429, "RESOURCE_EXHAUSTED"), "transient.rate_limited", SameModel, None),
@@ -116,7 +120,16 @@ async fn the_table_of_openrouter_holds() {
             Row(400, None, typed(400, "content_policy_violation"), "model.refused", OtherModel, None),
             Row(400, None, typed(400, "refusal"), "model.refused", OtherModel, None),
             Row(401, None, typed(401, "authentication"), "provider.key_invalid", DisableKey, None),
-            Row(403, None, typed(403, "permission_denied"), "provider.key_invalid", DisableKey, None),
+            // The reference: "permission", which may be for one model.
+            Row(403, None, typed(403, "permission_denied"), "model.unavailable", OtherKey, None),
+            Row(
+                403,
+                None,
+                json!({"error": {"code": 403, "message": "upstream: Key limit exceeded (daily limit)"}}),
+                "provider.no_balance",
+                OtherKey,
+                None,
+            ),
             Row(403, None, typed(403, "guardrail"), "model.refused", OtherModel, None),
             Row(403, None, typed(403, "moderation"), "model.refused", OtherModel, None),
             Row(403, None, source(403, "key"), "provider.no_balance", OtherKey, None),
@@ -191,9 +204,18 @@ async fn the_errors_of_servers_with_the_openai_dialect_hold() {
                 None,
             ),
             Row(401, None, json!("no"), "provider.key_invalid", DisableKey, None),
-            Row(403, None, error("permission_error", Value::Null), "provider.key_invalid", DisableKey, None),
+            // The reference says nothing of 403; OpenAI refuses a project one of its models so.
+            Row(403, None, error("permission_error", Value::Null), "model.unavailable", OtherKey, None),
+            Row(
+                403,
+                None,
+                error("invalid_request_error", json!("model_not_found")),
+                "model.unavailable",
+                OtherKey,
+                None,
+            ),
             // No word of the API: a proxy knows nothing of the key.
-            Row(403, None, json!("forbidden"), "provider.key_invalid", OtherKey, None),
+            Row(403, None, json!("forbidden"), "model.unavailable", OtherKey, None),
             Row(
                 404,
                 None,
