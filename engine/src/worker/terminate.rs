@@ -54,7 +54,7 @@ async fn end(conn: &mut PgConnection, hook: &dyn TransitionHook, item: &Item) ->
     let items = [item];
     // Where runs are spread, Citus refuses this statement for a run with children on other shards.
     transitions::lock(conn, Spread::Together, &items).await?;
-    let verdicts = transitions::send(&mut *conn, None, &items).await?;
+    let verdicts = transitions::send(&mut *conn, Some(item.run_id.shard()), &items).await?;
     match verdicts[..] {
         [Verdict::Accepted { .. }] => {}
         // An earlier sending had succeeded and its answer was lost.

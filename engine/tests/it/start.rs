@@ -430,5 +430,5 @@ async fn no_step_changes_what_the_index_of_ids_holds() {
     .fetch_all(&bench.pool)
     .await
     .expect("columns");
-    assert_eq!(columns, ["closed_at", "continued_as", "imported_at", "workflow_id"]);
+    assert_eq!(columns, ["closed_at", "continued_as", "imported_at", "run_id", "workflow_id"]);
 }
