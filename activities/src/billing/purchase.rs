@@ -113,7 +113,7 @@ pub async fn refund(conn: &mut PgConnection, user: Uuid, charge_id: &str) -> Res
 /// is taken as an `adjustment`. Returns the credits taken, perhaps zero; `None` if the purchase was taken back before.
 ///
 /// What is still held pays for its attempts; the rest of it can never be held again, because the grant ends here, and
-/// [`expire`] takes it. What is used stays with the platform.
+/// its expiry takes it. What is used stays with the platform.
 ///
 /// # Errors
 /// [`LedgerError::Mismatch`] when the user made no such payment.

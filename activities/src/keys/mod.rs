@@ -5,7 +5,7 @@
 //! orchestrator ─▶ Keys::own (opened in memory) · Board (cooling, disabled; read once a second) · Rates (per minute)
 //! ```
 //!
-//! It makes no request and chooses no model: that is [`crate::orchestrator`]. A key leaves it as a [`SecretString`] only.
+//! It makes no request and chooses no model: that is [`crate::orchestrator`]. A key leaves it as a [`secrecy::SecretString`] only.
 
 mod board;
 mod envelope;

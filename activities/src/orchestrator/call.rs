@@ -1,21 +1,28 @@
 //! The coordinator: one call of an activity becomes as many requests as it takes, each of them announced before it is
 //! sent and closed with what became of it.
 
+mod answer;
+mod failure;
+mod keys;
+
 use super::{
-    Message, Reply, Request, Role, ToolCall, budget,
+    Reply, Request, Role, budget,
     own::{Own, Owners},
     route::{Candidate, Routing},
-    service::{Blocked, Pool, Running, Slot},
+    service::{Pool, Running, Slot},
     structured::Shape,
 };
 use crate::{
-    keys::{Board, Grant, KeyRef, Keys, Rates, Taken},
+    keys::{Board, Keys, Rates},
     provider::{
         Advice, Call, Completion, Provider, ProviderError, RequestIdSlot, Settings, estimate::request_tokens_max, hex,
         settings::SettingsError,
     },
     usage::{CallClosed, CallOpened, CallState, PlannedCall},
 };
+use answer::{Judged, Unusable, append_repair, judge, unreadable};
+use failure::{BUDGET_PER_MINUTE, is_out, named, outward, to_its_owner, verdict_over};
+use keys::Refused;
 use loopwright_engine::{
     Failure, FailureKind,
     activity::{AttemptInfo, Context},
@@ -31,22 +38,10 @@ use std::{
 
 /// Requests to one candidate within a call: the second cures most passing faults, a third is a storm.
 pub const TRIES_PER_CANDIDATE: u32 = 2;
-/// Tries to store a reading whose call has been paid for.
-const CLOSE_TRIES_MAX: u32 = 3;
 /// Why the ledger's hook refuses a call of a model without a price.
 const PRICE_MISSING: &str = "price_missing";
 /// Most calls that failed whose request counts are remembered: many times what a worker runs at once.
 const COUNTS_MAX: usize = 4_096;
-
-/// How long a key rests whose quota of the day is used up. Chosen: days end at hours that providers choose; it costs one
-/// refused request in ten minutes.
-const DAY_QUOTA_COOLS_FOR: Duration = Duration::from_secs(10 * 60);
-/// How long a key rests whose account is empty: soon enough after somebody has topped it up.
-const NO_BALANCE_COOLS_FOR: Duration = Duration::from_secs(60 * 60);
-/// Longest rest of a key that is believed, whatever a provider says: a week, as for every other wait.
-const KEY_RESTS_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
-/// Mark of a wait for a budget of ours, inside this file only.
-const BUDGET_PER_MINUTE: &str = "budget per minute";
 
 /// How long the orchestrator waits; [`Default`] is what production uses, tests make it short.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,19 +84,6 @@ struct Choice {
     own: bool,
 }
 
-/// Why a candidate is not asked now.
-enum Refused {
-    /// It may be after this long.
-    Later(Failure, Duration),
-    No(Failure),
-}
-
-/// A key, and what a call takes of its budgets.
-struct Admitted {
-    running: Running,
-    grants: Vec<Grant>,
-}
-
 /// What became of one candidate.
 enum Verdict {
     Answered(Reply),
@@ -115,44 +97,6 @@ struct Progress {
     requests: u32,
     /// What has to be repaired, or could not be.
     unusable: Option<Unusable>,
-}
-
-/// A finished answer that did not have the required shape. It has been paid for, so it is recorded like a usable one: an
-/// attempt that carries on for a lost one begins where that one was.
-#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
-struct Unusable {
-    provider: String,
-    model: String,
-    text: String,
-    errors: Vec<String>,
-}
-
-impl Unusable {
-    /// Checkpoint of the `n`-th unusable answer, 1 or 2, of the attempts that count as one for the retry policy.
-    fn key(ctx: &Context, key: &str, n: u32) -> String {
-        format!("call:{key}~unusable.{}.{n}", ctx.info().counted)
-    }
-
-    fn is_from(&self, candidate: &Candidate) -> bool {
-        (self.provider.as_str(), self.model.as_str()) == (candidate.provider.as_str(), candidate.model.as_str())
-    }
-
-    async fn recorded(ctx: &Context, key: &str, n: u32) -> Result<Option<Self>, Failure> {
-        let found = ctx.checkpoint(&Self::key(ctx, key, n)).await?;
-        found.map(serde_json::from_value).transpose().map_err(|error| unreadable(key, &error))
-    }
-
-    /// How the call ends when the repair was unusable too.
-    fn twice(self) -> Failure {
-        let text = format!("{} answered twice without the required shape", self.model);
-        Failure::retryable("model.output_invalid", text).with_detail(json!({ "errors": self.errors }))
-    }
-}
-
-/// Asking again would pay twice, so an unreadable record is an error and not a miss.
-fn unreadable(key: &str, error: &serde_json::Error) -> Failure {
-    let text = format!("the recorded answer {key} cannot be read: {error}");
-    Failure::permanent("model.record_unreadable", text)
 }
 
 /// The parts of one call that its candidates share.
@@ -370,63 +314,6 @@ impl Orchestrator {
         Failure::permanent("model.unavailable", message)
     }
 
-    fn pool<'a>(&'a self, task: &'a Task<'_>, choice: &Choice) -> Option<&'a Pool> {
-        let provider = choice.candidate.provider.as_str();
-        match (choice.own, &task.own) {
-            (true, Some(own)) => own.pools.get(provider),
-            _ => self.0.pools.get(provider),
-        }
-    }
-
-    /// Takes a key that is in service and the call's part of its budgets per minute. Whatever is taken and not used goes back.
-    async fn admit(&self, pool: &Pool, choice: &Choice, tokens: u64) -> Result<Admitted, Refused> {
-        let candidate = &choice.candidate;
-        self.0.board.refresh().await;
-        let mut skip = Vec::new();
-        let mut soonest: Option<Duration> = None;
-        loop {
-            let (at, running) = match pool.take(&self.0.board, &candidate.model, Instant::now(), &skip) {
-                Ok(taken) => taken,
-                Err(blocked) => return Err(refused(candidate, blocked, soonest)),
-            };
-            match self.spend(&running.slot, candidate, tokens).await {
-                Ok(grants) => return Ok(Admitted { running, grants }),
-                Err(wait) => {
-                    soonest = Some(soonest.map_or(wait, |known| known.min(wait)));
-                    skip.push(at);
-                }
-            }
-        }
-    }
-
-    /// A call's part of the budgets per minute of a key of the platform; or how long to wait.
-    async fn spend(&self, slot: &Slot, candidate: &Candidate, tokens: u64) -> Result<Vec<Grant>, Duration> {
-        let (Some(rates), KeyRef::Platform { fingerprint, .. }) = (&self.0.rates, &slot.key) else {
-            return Ok(Vec::new());
-        };
-        let scope = |what: &str| format!("{what} {} {} {fingerprint}", candidate.provider, candidate.model);
-        let budgets = [
-            ("requests", candidate.requests_per_minute.map(u64::from), 1),
-            ("tokens", candidate.tokens_per_minute, tokens),
-        ];
-        let mut grants = Vec::new();
-        for (what, budget, need) in budgets {
-            let Some(budget) = budget else { continue };
-            match rates.take(&scope(what), budget, need).await {
-                Ok(Taken::Granted(grant)) => grants.push(grant),
-                Ok(Taken::Wait(wait)) => {
-                    for grant in &grants {
-                        rates.give_back(grant, 0).await;
-                    }
-                    return Err(wait);
-                }
-                // A budget that cannot be asked for must not stop work: the provider still says when it is too much.
-                Err(error) => tracing::warn!(%error, "a budget per minute could not be asked for"),
-            }
-        }
-        Ok(grants)
-    }
-
     async fn ask(&self, task: &Task<'_>, choice: &Choice, progress: &mut Progress) -> Verdict {
         let candidate = &choice.candidate;
         let Some(pool) = self.pool(task, choice) else {
@@ -538,73 +425,6 @@ impl Orchestrator {
         }
     }
 
-    /// Tells everybody what an error says of its key: how long it is left alone, if it is too much for it; that it is out of
-    /// service, if it was refused. That it may not use a model is remembered by this process alone.
-    async fn remember(&self, slot: &Slot, candidate: &Candidate, error: &ProviderError) -> Option<Duration> {
-        let board = &self.0.board;
-        let failure = &error.failure;
-        match failure.code.as_str() {
-            _ if error.advice == Advice::DisableKey => {
-                board.disable(&slot.key, failure).await;
-                None
-            }
-            "transient.rate_limited" => {
-                let rests = error.key_rests_until.and_then(|until| (until - chrono::Utc::now()).to_std().ok());
-                let asked = error.retry_after().max(rests).map(|wait| wait.min(KEY_RESTS_MAX));
-                let wait = match error.advice {
-                    // A quota of the day: the wait that some name beside it is the one of the minute.
-                    Advice::OtherModel | Advice::OtherKey => asked.unwrap_or_default().max(DAY_QUOTA_COOLS_FOR),
-                    _ => asked.unwrap_or_else(|| jittered(self.0.pace.backoff)),
-                };
-                // 402: the budget of running requests, which is the key's. A limit of requests is the model's.
-                let model = (error.http_status != Some(402)).then_some(candidate.model.as_str());
-                Some(board.cool(&slot.key, model, wait, failure).await)
-            }
-            // Not about the key for good: one refusal of one model must not take the key from the others.
-            _ if error.advice == Advice::OtherKey
-                && error.http_status == Some(403)
-                && failure.code != "provider.no_balance" =>
-            {
-                board.forbid(&slot.key, &candidate.model, failure);
-                None
-            }
-            // Gemini's prepaid balance does not come back by itself; other accounts fill again.
-            "provider.no_balance" if candidate.provider == "gemini" => {
-                board.disable(&slot.key, failure).await;
-                None
-            }
-            "provider.no_balance" => {
-                board.cool(&slot.key, None, NO_BALANCE_COOLS_FOR, failure).await;
-                None
-            }
-            _ => None,
-        }
-    }
-
-    /// Gives back what was not spent: of a usable answer what its prompt was estimated too high; everything if nothing was
-    /// sent; the tokens, but not the request, if the server said no. What may have been served stays spent as estimated, and
-    /// so does an answer without the required shape.
-    async fn settle_grants(&self, grants: &[Grant], outcome: &Result<Judged, Interrupted>) {
-        let Some(rates) = &self.0.rates else { return };
-        let (requests, tokens) = match outcome {
-            Ok(Judged::Reply(reply)) => (None, Some(reply.tokens_prompt)),
-            Err(Interrupted::Unannounced(_) | Interrupted::Unpriced(_)) => (Some(0), Some(0)),
-            Err(Interrupted::Provider(error)) => match unspent(error) {
-                Unspent::Nothing => return,
-                Unspent::Tokens => (None, Some(0)),
-                Unspent::Everything => (Some(0), Some(0)),
-            },
-            // The reading could not be closed: the request was sent.
-            Ok(Judged::Unusable(_)) | Err(Interrupted::Engine(_)) => return,
-        };
-        for grant in grants {
-            let spent = if grant.scope.starts_with("tokens ") { tokens } else { requests };
-            if let Some(spent) = spent {
-                rates.give_back(grant, spent).await;
-            }
-        }
-    }
-
     /// One request, from its announcement to its closed reading.
     #[allow(clippy::too_many_arguments)]
     async fn request(
@@ -673,7 +493,7 @@ impl Orchestrator {
         }
     }
 
-    /// Stores a reading; a store that is away for a moment must not lose an answer that has been paid for.
+    /// Stores a reading. The engine insists while its store is away: an answer that has been paid for is not lost.
     async fn close(
         &self,
         ctx: &Context,
@@ -681,18 +501,7 @@ impl Orchestrator {
         closed: &CallClosed,
         checkpoint: Option<(&str, &Value)>,
     ) -> Result<(), Interrupted> {
-        let reading = to_value(closed)?;
-        let mut tries = 1;
-        loop {
-            match ctx.meter_close(key, &reading, checkpoint).await {
-                Ok(()) => return Ok(()),
-                Err(failure) if failure.kind == FailureKind::Retryable && tries < CLOSE_TRIES_MAX => {
-                    tries += 1;
-                    tokio::time::sleep(jittered(self.0.pace.backoff)).await;
-                }
-                Err(failure) => return Err(Interrupted::Engine(failure)),
-            }
-        }
+        ctx.meter_close(key, &to_value(closed)?, checkpoint).await.map_err(Interrupted::Engine)
     }
 
     fn requests_so_far(&self, ctx: &Context, key: &str) -> u32 {
@@ -726,12 +535,6 @@ impl Orchestrator {
     }
 }
 
-/// An answer, held against what was asked for.
-enum Judged {
-    Reply(Reply),
-    Unusable(Unusable),
-}
-
 /// Why a request brought nothing.
 enum Interrupted {
     /// The engine or its hook said no before anything was sent.
@@ -746,24 +549,6 @@ enum Interrupted {
 impl From<Failure> for Interrupted {
     fn from(failure: Failure) -> Self {
         Self::Engine(failure)
-    }
-}
-
-/// What a failed request took of the budgets per minute only on paper.
-enum Unspent {
-    Nothing,
-    Tokens,
-    Everything,
-}
-
-/// What of a failed request can be given back.
-fn unspent(error: &ProviderError) -> Unspent {
-    match (error.state, &error.usage, error.http_status) {
-        // A status of success is an answer that was served and could not be used.
-        (CallState::Failed, None, Some(status)) if status >= 300 => Unspent::Tokens,
-        // The connection was not made: only then is there neither a status nor a doubt.
-        (CallState::Failed, None, None) if error.failure.code == "transient.network" => Unspent::Everything,
-        _ => Unspent::Nothing,
     }
 }
 
@@ -813,71 +598,6 @@ fn closed_badly(error: &ProviderError, request_id: &RequestIdSlot) -> CallClosed
     }
 }
 
-fn judge(task: &Task<'_>, candidate: &Candidate, completion: &Completion) -> Judged {
-    let json = match &task.shape {
-        // A model that calls tools first will answer later.
-        Some(shape) if completion.tool_calls.is_empty() => match shape.read(&completion.text) {
-            Ok(json) => Some(json),
-            Err(errors) => {
-                return Judged::Unusable(Unusable {
-                    provider: candidate.provider.clone(),
-                    model: candidate.model.clone(),
-                    text: recordable(&completion.text).chars().take(REPAIR_CHARS_MAX).collect(),
-                    errors: errors.iter().map(|error| recordable(error)).collect(),
-                });
-            }
-        },
-        _ => None,
-    };
-    let tool_calls = completion.tool_calls.iter().cloned();
-    Judged::Reply(Reply {
-        text: recordable(&completion.text),
-        json: json.map(without_nul),
-        tool_calls: tool_calls.map(|call| ToolCall { arguments: without_nul(call.arguments), ..call }).collect(),
-        parts: without_nul(completion.parts.clone()),
-        provider: candidate.provider.clone(),
-        model: completion.model_served.clone(),
-        tokens_prompt: completion.usage.tokens_prompt,
-        tokens_output: completion.usage.tokens_output,
-    })
-}
-
-/// A text as Postgres takes it: an answer with a NUL would be paid for and could not be recorded, again and again.
-fn recordable(text: &str) -> String {
-    text.replace('\0', "\u{2400}")
-}
-
-fn without_nul(value: Value) -> Value {
-    match value {
-        Value::String(text) => Value::String(recordable(&text)),
-        Value::Array(items) => items.into_iter().map(without_nul).collect(),
-        Value::Object(fields) => {
-            fields.into_iter().map(|(name, value)| (recordable(&name), without_nul(value))).collect()
-        }
-        other => other,
-    }
-}
-
-/// Most of an unusable answer that is kept and shown to the model again, in characters.
-const REPAIR_CHARS_MAX: usize = 8_000;
-
-fn append_repair(request: &mut Request, text: &str, errors: &[String]) {
-    if !text.trim().is_empty() {
-        request.messages.push(Message::Model {
-            text: text.to_owned(),
-            tool_calls: vec![],
-            parts: Value::Null,
-            provider: String::new(),
-        });
-    }
-    let text = format!(
-        "This answer cannot be used:\n- {}\nAnswer again, completely, with exactly one JSON value that satisfies the \
-         required schema, and nothing else.",
-        errors.join("\n- ")
-    );
-    request.messages.push(Message::User { text });
-}
-
 /// Updates the breaker and the metrics.
 fn observe(running: &Running, candidate: &Candidate, result: &Result<Completion, ProviderError>, elapsed: Duration) {
     let breaker = &running.slot.breaker;
@@ -900,54 +620,6 @@ fn observe(running: &Running, candidate: &Candidate, result: &Result<Completion,
     metrics::histogram!("loopwright_model_request_seconds", &labels).record(elapsed.as_secs_f64());
 }
 
-/// What only its owner can cure is said to him, not in the words of the operator's settings.
-fn to_its_owner(mut error: ProviderError, candidate: &Candidate) -> ProviderError {
-    let what = match error.failure.code.as_str() {
-        "provider.key_invalid" => "refused your key: replace it",
-        "provider.no_balance" => "says that the account of your key is empty: top it up, or replace the key",
-        _ => return error,
-    };
-    error.failure.message = format!("{} {what}", candidate.provider);
-    error
-}
-
-/// Whether a failure takes its key out of service.
-fn is_out(failure: &Failure) -> bool {
-    matches!(failure.code.as_str(), "provider.key_invalid" | "provider.no_balance")
-}
-
-/// Why no key of a candidate can be used, and whether waiting helps. `budget`: the soonest wait for a budget per minute.
-fn refused(candidate: &Candidate, blocked: Blocked, budget: Option<Duration>) -> Refused {
-    let provider = &candidate.provider;
-    let (code, wait) = match (blocked, budget) {
-        (Blocked::Wait { code, wait }, Some(soonest)) if wait < soonest => (code, wait),
-        (_, Some(soonest)) => (BUDGET_PER_MINUTE, soonest),
-        (Blocked::Wait { code, wait }, None) => (code, wait),
-        (Blocked::Out { said: Some(failure), .. }, None) => return Refused::No(failure),
-        (Blocked::Out { said: None, reason }, None) => {
-            let code = if reason.starts_with("provider.") { reason } else { "provider.key_disabled".to_owned() };
-            let message = format!(
-                "no key for {provider} is in service: replace it, or see `loopwright api-keys list` and enable it again"
-            );
-            return Refused::No(Failure::permanent(code, message));
-        }
-    };
-    let message = match code {
-        BUDGET_PER_MINUTE => format!("the budget per minute of {provider} {} is used up", candidate.model),
-        "model.unavailable" => format!("{provider} is out of service after repeated failures"),
-        _ => format!("{provider}: every key has to wait"),
-    };
-    Refused::Later(Failure::retryable(code, message).with_retry_after_ms(milliseconds(wait).max(1)), wait)
-}
-
-/// A budget per minute of ours is told like a limit of the provider's.
-fn outward(mut failure: Failure) -> Failure {
-    if failure.code == BUDGET_PER_MINUTE {
-        failure.code = "transient.rate_limited".to_owned();
-    }
-    failure
-}
-
 /// Waits inside a call; the run may end it.
 async fn sleep(task: &Task<'_>, wait: Duration) -> Result<(), Failure> {
     tokio::select! {
@@ -955,41 +627,6 @@ async fn sleep(task: &Task<'_>, wait: Duration) -> Result<(), Failure> {
         () = task.ctx.cancellation().cancelled() => Err(Failure::cancelled()),
         () = tokio::time::sleep(wait) => Ok(()),
     }
-}
-
-/// The failure with the names of its provider and model in its detail.
-fn named(mut failure: Failure, candidate: &Candidate) -> Failure {
-    if !failure.detail.is_object() {
-        failure.detail = json!({});
-    }
-    failure.detail["provider"] = json!(candidate.provider);
-    failure.detail["model"] = json!(candidate.model);
-    failure
-}
-
-/// One failure for several candidates: while one of them may still answer later, that is what counts, and the
-/// soonest; otherwise the best candidate's reason. The others are in the detail.
-fn verdict_over(failures: Vec<Failure>) -> Failure {
-    let soonest = failures
-        .iter()
-        .enumerate()
-        .filter(|(_, failure)| failure.kind == FailureKind::Retryable)
-        .min_by_key(|(_, failure)| failure.retry_after_ms.unwrap_or(0))
-        .map(|(at, _)| at);
-    let at = soonest.unwrap_or(0);
-    let others: Vec<Value> = failures
-        .iter()
-        .enumerate()
-        .filter(|(other, _)| *other != at)
-        .map(|(_, f)| json!({ "provider": f.detail["provider"], "model": f.detail["model"], "code": f.code, "message": f.message }))
-        .collect();
-    let Some(mut failure) = failures.into_iter().nth(at) else {
-        return Failure::permanent("model.unavailable", "no model is left to ask");
-    };
-    if !others.is_empty() {
-        failure.detail["others"] = Value::Array(others);
-    }
-    failure
 }
 
 fn to_value<T: serde::Serialize>(value: &T) -> Result<Value, Failure> {

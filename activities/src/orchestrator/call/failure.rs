@@ -1,0 +1,67 @@
+//! What a call that brought nothing says: of one candidate, and over all of them.
+
+use crate::{orchestrator::route::Candidate, provider::ProviderError};
+use loopwright_engine::{Failure, FailureKind};
+use serde_json::{Value, json};
+
+/// Mark of a wait for a budget of ours, inside this file only.
+pub(super) const BUDGET_PER_MINUTE: &str = "budget per minute";
+
+/// What only its owner can cure is said to him, not in the words of the operator's settings.
+pub(super) fn to_its_owner(mut error: ProviderError, candidate: &Candidate) -> ProviderError {
+    let what = match error.failure.code.as_str() {
+        "provider.key_invalid" => "refused your key: replace it",
+        "provider.no_balance" => "says that the account of your key is empty: top it up, or replace the key",
+        _ => return error,
+    };
+    error.failure.message = format!("{} {what}", candidate.provider);
+    error
+}
+
+/// Whether a failure takes its key out of service.
+pub(super) fn is_out(failure: &Failure) -> bool {
+    matches!(failure.code.as_str(), "provider.key_invalid" | "provider.no_balance")
+}
+
+/// A budget per minute of ours is told like a limit of the provider's.
+pub(super) fn outward(mut failure: Failure) -> Failure {
+    if failure.code == BUDGET_PER_MINUTE {
+        failure.code = "transient.rate_limited".to_owned();
+    }
+    failure
+}
+
+/// The failure with the names of its provider and model in its detail.
+pub(super) fn named(mut failure: Failure, candidate: &Candidate) -> Failure {
+    if !failure.detail.is_object() {
+        failure.detail = json!({});
+    }
+    failure.detail["provider"] = json!(candidate.provider);
+    failure.detail["model"] = json!(candidate.model);
+    failure
+}
+
+/// One failure for several candidates: while one of them may still answer later, that is what counts, and the
+/// soonest; otherwise the best candidate's reason. The others are in the detail.
+pub(super) fn verdict_over(failures: Vec<Failure>) -> Failure {
+    let soonest = failures
+        .iter()
+        .enumerate()
+        .filter(|(_, failure)| failure.kind == FailureKind::Retryable)
+        .min_by_key(|(_, failure)| failure.retry_after_ms.unwrap_or(0))
+        .map(|(at, _)| at);
+    let at = soonest.unwrap_or(0);
+    let others: Vec<Value> = failures
+        .iter()
+        .enumerate()
+        .filter(|(other, _)| *other != at)
+        .map(|(_, f)| json!({ "provider": f.detail["provider"], "model": f.detail["model"], "code": f.code, "message": f.message }))
+        .collect();
+    let Some(mut failure) = failures.into_iter().nth(at) else {
+        return Failure::permanent("model.unavailable", "no model is left to ask");
+    };
+    if !others.is_empty() {
+        failure.detail["others"] = Value::Array(others);
+    }
+    failure
+}

@@ -1,0 +1,207 @@
+//! Which key serves a candidate now, what a call takes of its budgets per minute, and what an error says of it to everybody.
+
+use super::{
+    super::{
+        route::Candidate,
+        service::{Blocked, Pool, Running, Slot},
+    },
+    Choice, Interrupted, Orchestrator, Task,
+    answer::Judged,
+    failure::BUDGET_PER_MINUTE,
+    jittered, milliseconds,
+};
+use crate::{
+    keys::{Grant, KeyRef, Taken},
+    provider::{Advice, ProviderError},
+    usage::CallState,
+};
+use loopwright_engine::Failure;
+use std::time::{Duration, Instant};
+
+/// How long a key rests whose quota of the day is used up. Chosen: days end at hours that providers choose; it costs one
+/// refused request in ten minutes.
+const DAY_QUOTA_COOLS_FOR: Duration = Duration::from_secs(10 * 60);
+/// How long a key rests whose account is empty: soon enough after somebody has topped it up.
+const NO_BALANCE_COOLS_FOR: Duration = Duration::from_secs(60 * 60);
+/// Longest rest of a key that is believed, whatever a provider says: a week, as for every other wait.
+const KEY_RESTS_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
+/// Why a candidate is not asked now.
+pub(super) enum Refused {
+    /// It may be after this long.
+    Later(Failure, Duration),
+    No(Failure),
+}
+
+/// A key, and what a call takes of its budgets.
+pub(super) struct Admitted {
+    pub(super) running: Running,
+    pub(super) grants: Vec<Grant>,
+}
+
+impl Orchestrator {
+    pub(super) fn pool<'a>(&'a self, task: &'a Task<'_>, choice: &Choice) -> Option<&'a Pool> {
+        let provider = choice.candidate.provider.as_str();
+        match (choice.own, &task.own) {
+            (true, Some(own)) => own.pools.get(provider),
+            _ => self.0.pools.get(provider),
+        }
+    }
+
+    /// Takes a key that is in service and the call's part of its budgets per minute. Whatever is taken and not used goes back.
+    pub(super) async fn admit(&self, pool: &Pool, choice: &Choice, tokens: u64) -> Result<Admitted, Refused> {
+        let candidate = &choice.candidate;
+        self.0.board.refresh().await;
+        let mut skip = Vec::new();
+        let mut soonest: Option<Duration> = None;
+        loop {
+            let (at, running) = match pool.take(&self.0.board, &candidate.model, Instant::now(), &skip) {
+                Ok(taken) => taken,
+                Err(blocked) => return Err(refused(candidate, blocked, soonest)),
+            };
+            match self.spend(&running.slot, candidate, tokens).await {
+                Ok(grants) => return Ok(Admitted { running, grants }),
+                Err(wait) => {
+                    soonest = Some(soonest.map_or(wait, |known| known.min(wait)));
+                    skip.push(at);
+                }
+            }
+        }
+    }
+
+    /// A call's part of the budgets per minute of a key of the platform; or how long to wait.
+    pub(super) async fn spend(&self, slot: &Slot, candidate: &Candidate, tokens: u64) -> Result<Vec<Grant>, Duration> {
+        let (Some(rates), KeyRef::Platform { fingerprint, .. }) = (&self.0.rates, &slot.key) else {
+            return Ok(Vec::new());
+        };
+        let scope = |what: &str| format!("{what} {} {} {fingerprint}", candidate.provider, candidate.model);
+        let budgets = [
+            ("requests", candidate.requests_per_minute.map(u64::from), 1),
+            ("tokens", candidate.tokens_per_minute, tokens),
+        ];
+        let mut grants = Vec::new();
+        for (what, budget, need) in budgets {
+            let Some(budget) = budget else { continue };
+            match rates.take(&scope(what), budget, need).await {
+                Ok(Taken::Granted(grant)) => grants.push(grant),
+                Ok(Taken::Wait(wait)) => {
+                    for grant in &grants {
+                        rates.give_back(grant, 0).await;
+                    }
+                    return Err(wait);
+                }
+                // A budget that cannot be asked for must not stop work: the provider still says when it is too much.
+                Err(error) => tracing::warn!(%error, "a budget per minute could not be asked for"),
+            }
+        }
+        Ok(grants)
+    }
+
+    /// Tells everybody what an error says of its key: how long it is left alone, if it is too much for it; that it is out of
+    /// service, if it was refused. That it may not use a model is remembered by this process alone.
+    pub(super) async fn remember(&self, slot: &Slot, candidate: &Candidate, error: &ProviderError) -> Option<Duration> {
+        let board = &self.0.board;
+        let failure = &error.failure;
+        match failure.code.as_str() {
+            _ if error.advice == Advice::DisableKey => {
+                board.disable(&slot.key, failure).await;
+                None
+            }
+            "transient.rate_limited" => {
+                let rests = error.key_rests_until.and_then(|until| (until - chrono::Utc::now()).to_std().ok());
+                let asked = error.retry_after().max(rests).map(|wait| wait.min(KEY_RESTS_MAX));
+                let wait = match error.advice {
+                    // A quota of the day: the wait that some name beside it is the one of the minute.
+                    Advice::OtherModel | Advice::OtherKey => asked.unwrap_or_default().max(DAY_QUOTA_COOLS_FOR),
+                    _ => asked.unwrap_or_else(|| jittered(self.0.pace.backoff)),
+                };
+                // 402: the budget of running requests, which is the key's. A limit of requests is the model's.
+                let model = (error.http_status != Some(402)).then_some(candidate.model.as_str());
+                Some(board.cool(&slot.key, model, wait, failure).await)
+            }
+            // Not about the key for good: one refusal of one model must not take the key from the others.
+            _ if error.advice == Advice::OtherKey
+                && error.http_status == Some(403)
+                && failure.code != "provider.no_balance" =>
+            {
+                board.forbid(&slot.key, &candidate.model, failure);
+                None
+            }
+            // Gemini's prepaid balance does not come back by itself; other accounts fill again.
+            "provider.no_balance" if candidate.provider == "gemini" => {
+                board.disable(&slot.key, failure).await;
+                None
+            }
+            "provider.no_balance" => {
+                board.cool(&slot.key, None, NO_BALANCE_COOLS_FOR, failure).await;
+                None
+            }
+            _ => None,
+        }
+    }
+
+    /// Gives back what was not spent: of a usable answer what its prompt was estimated too high; everything if nothing was
+    /// sent; the tokens, but not the request, if the server said no. What may have been served stays spent as estimated, and
+    /// so does an answer without the required shape.
+    pub(super) async fn settle_grants(&self, grants: &[Grant], outcome: &Result<Judged, Interrupted>) {
+        let Some(rates) = &self.0.rates else { return };
+        let (requests, tokens) = match outcome {
+            Ok(Judged::Reply(reply)) => (None, Some(reply.tokens_prompt)),
+            Err(Interrupted::Unannounced(_) | Interrupted::Unpriced(_)) => (Some(0), Some(0)),
+            Err(Interrupted::Provider(error)) => match unspent(error) {
+                Unspent::Nothing => return,
+                Unspent::Tokens => (None, Some(0)),
+                Unspent::Everything => (Some(0), Some(0)),
+            },
+            // The reading could not be closed: the request was sent.
+            Ok(Judged::Unusable(_)) | Err(Interrupted::Engine(_)) => return,
+        };
+        for grant in grants {
+            let spent = if grant.scope.starts_with("tokens ") { tokens } else { requests };
+            if let Some(spent) = spent {
+                rates.give_back(grant, spent).await;
+            }
+        }
+    }
+}
+
+/// What a failed request took of the budgets per minute only on paper.
+enum Unspent {
+    Nothing,
+    Tokens,
+    Everything,
+}
+
+/// What of a failed request can be given back.
+fn unspent(error: &ProviderError) -> Unspent {
+    match (error.state, &error.usage, error.http_status) {
+        // A status of success is an answer that was served and could not be used.
+        (CallState::Failed, None, Some(status)) if status >= 300 => Unspent::Tokens,
+        // The connection was not made: only then is there neither a status nor a doubt.
+        (CallState::Failed, None, None) if error.failure.code == "transient.network" => Unspent::Everything,
+        _ => Unspent::Nothing,
+    }
+}
+
+/// Why no key of a candidate can be used, and whether waiting helps. `budget`: the soonest wait for a budget per minute.
+fn refused(candidate: &Candidate, blocked: Blocked, budget: Option<Duration>) -> Refused {
+    let provider = &candidate.provider;
+    let (code, wait) = match (blocked, budget) {
+        (Blocked::Wait { code, wait }, Some(soonest)) if wait < soonest => (code, wait),
+        (_, Some(soonest)) => (BUDGET_PER_MINUTE, soonest),
+        (Blocked::Wait { code, wait }, None) => (code, wait),
+        (Blocked::Out { said: Some(failure), .. }, None) => return Refused::No(failure),
+        (Blocked::Out { said: None, reason }, None) => {
+            let code = if reason.starts_with("provider.") { reason } else { "provider.key_disabled".to_owned() };
+            let message = format!(
+                "no key for {provider} is in service: replace it, or see `loopwright api-keys list` and enable it again"
+            );
+            return Refused::No(Failure::permanent(code, message));
+        }
+    };
+    let message = match code {
+        BUDGET_PER_MINUTE => format!("the budget per minute of {provider} {} is used up", candidate.model),
+        "model.unavailable" => format!("{provider} is out of service after repeated failures"),
+        _ => format!("{provider}: every key has to wait"),
+    };
+    Refused::Later(Failure::retryable(code, message).with_retry_after_ms(milliseconds(wait).max(1)), wait)
+}
