@@ -30,6 +30,14 @@ impl CapKind {
         }
     }
 
+    /// What helps, to be said after the numbers.
+    pub fn remedy(self) -> &'static str {
+        match self {
+            Self::Approved => "; allow more and it goes on by itself",
+            Self::Run | Self::Item | Self::Project => "",
+        }
+    }
+
     /// Failure code of a step that nothing it could wait for gives more; or what it waits for.
     fn code(self) -> &'static str {
         match self {

@@ -114,10 +114,11 @@ impl LedgerHook {
         let tightest = caps::tightest(conn, attempt, owner.project).await?;
         if let Some(cap) = tightest.filter(|cap| cap.left.0 < needed) {
             let message = format!(
-                "{} is used up: {} credits are left of it, the next step needs {}",
+                "{} is used up: {} credits are left of it, the next step needs {}{}",
                 cap.kind.of_what(),
                 cap.left,
-                MicroCredits(needed)
+                MicroCredits(needed),
+                cap.kind.remedy()
             );
             return Ok(Some((cap.used_up(conn, attempt, owner.project).await?.into(), message)));
         }
@@ -219,10 +220,10 @@ impl LedgerHook {
                 );
             }
             if let Some(cap) = caps::tightest(conn, attempt, owner.project).await?.filter(|cap| cap.left < more) {
-                let (what, left) = (cap.kind.of_what(), cap.left);
+                let (what, left, remedy) = (cap.kind.of_what(), cap.left, cap.kind.remedy());
                 return refused(
                     cap.used_up(conn, attempt, owner.project).await?,
-                    format!("{what} is used up: {left} credits are left of it, the next call needs {more}"),
+                    format!("{what} is used up: {left} credits are left of it, the next call needs {more}{remedy}"),
                 );
             }
             hold::place(conn, owner.user, id, hold_no + 1, more, self.settings.rate, at).await?;

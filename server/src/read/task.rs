@@ -133,6 +133,7 @@ fn name(activity: &str, path: &str, title: Option<&str>) -> String {
     match activity.split('@').next().unwrap_or_default() {
         "gather" => "Gather requirements".into(),
         "plan" => "Plan the architecture and the TODO list".into(),
+        "limit" => "Put the approved sum into force".into(),
         "implement" => format!("Implement{item}"),
         "check" => format!("Run the checks{}", of(&item)),
         "commit" => format!("Commit{item}"),

@@ -144,6 +144,7 @@ impl Script {
                 lines.extend(self.items.iter().map(|(id, title)| format!("          [ ] {id}: {title}")));
                 lines
             }
+            "limit" => vec![format!("limit     {} credits from here on, as approved", said("left_credits"))],
             "implement" => {
                 let n = item(path).and_then(|id| self.items.iter().position(|(known, _)| *known == id));
                 let title = n.map_or("", |n| self.items[n].1.as_str());
