@@ -5,15 +5,12 @@ use super::{
     call::{Call, Need, json},
     runs::owned,
 };
-use crate::store::quotes::{Allowed, More};
+use crate::store::quotes::{Allowed, MORE_MAX, More};
 use loopwright_activities::billing::MicroCredits;
 use loopwright_engine::ids::RunId;
 use serde::Deserialize;
 use uuid::Uuid;
 use warp::reply::Response;
-
-/// Most credits that one request may allow. Chosen: more is a slip of the keyboard.
-const MORE_MAX: MicroCredits = MicroCredits(1_000_000_000_000);
 
 /// `GET /v1/runs/{id}/forecast`: part by part, beside what was spent, and the limit.
 pub(super) async fn forecast(id: Uuid, call: Call) -> Result<Response, Error> {

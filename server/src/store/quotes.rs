@@ -12,6 +12,9 @@ use serde_json::json;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
+/// Most credits that are allowed at once. Chosen: more is a slip of the keyboard.
+pub const MORE_MAX: MicroCredits = MicroCredits(1_000_000_000_000);
+
 /// One part of the work.
 #[derive(Clone, Debug, Serialize)]
 pub struct Part {

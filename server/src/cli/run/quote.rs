@@ -4,7 +4,7 @@ use super::SENDER;
 use crate::{
     app::App,
     cli::{print, table},
-    store::quotes::{Allowed, More, Quote},
+    store::quotes::{Allowed, MORE_MAX, More, Quote},
 };
 use anyhow::Context as _;
 use loopwright_activities::billing::{MicroCredits, forecast::Quality};
@@ -38,6 +38,7 @@ pub(super) async fn act(command: Command, app: &App, json: bool) -> anyhow::Resu
             print(json, &app.store.forecast_quality(i32::from(days)).await?, |all| judged(all))
         }
         Command::Limit { run, credits } => {
+            anyhow::ensure!(credits.0 > 0 && credits <= MORE_MAX, "more than 0 and at most {MORE_MAX} credits at once");
             let view = app.client.describe(run).await?;
             anyhow::ensure!(!view.status.is_closed(), "run_closed: run {run} has ended and spends nothing any more");
             let user = view.attributes["user_id"].as_str().and_then(|id| Uuid::parse_str(id).ok());

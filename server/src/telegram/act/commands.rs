@@ -3,7 +3,7 @@
 use super::{Action, Scene, talk};
 use crate::{
     store::{
-        quotes::{self, More},
+        quotes::{self, MORE_MAX, More},
         telegram::{
             chats::{self, Chat},
             outbox,
@@ -140,8 +140,9 @@ async fn download(scene: &mut Scene<'_>, chat: &Chat, user: &User) -> Result<(),
 
 /// Lets the project's open run spend more than was approved.
 async fn limit(scene: &mut Scene<'_>, chat: &Chat, user: &User, credits: &str) -> Result<(), Error> {
-    let Ok(credits) = credits.parse::<MicroCredits>() else {
-        return scene.say("Write how many credits more: /limit 20").await;
+    let credits = credits.parse::<MicroCredits>().ok().filter(|more| more.0 > 0 && *more <= MORE_MAX);
+    let Some(credits) = credits else {
+        return scene.say(&format!("Write how many credits more, up to {MORE_MAX}: /limit 20")).await;
     };
     let open = chats::open_runs(scene.tx, scene.chat_id).await?;
     let Some(run) = open.into_iter().find(|run| chat.project.is_none_or(|project| project == run.project)) else {
