@@ -491,6 +491,7 @@ impl Client {
         match store::inbox::send(conn, &message).await? {
             Sent::Stored => Ok(Some(true)),
             Sent::Duplicate => Ok(Some(false)),
+            Sent::Full => Err(full(run)),
             Sent::NoOpenRun if self.handed_on(conn, run, signal.dedupe_id.as_deref()).await? => Ok(Some(false)),
             Sent::NoOpenRun => self.open(conn, run).await.map(|_| None),
         }
@@ -511,6 +512,10 @@ pub(crate) fn closed(run: RunId, chain: &Chain) -> Error {
         Some(next) => format!("{run} (run {next} goes on in its place)"),
         None => run.to_string(),
     })
+}
+
+fn full(run: RunId) -> Error {
+    Error::InboxFull { run: run.to_string(), limit: store::inbox::UNREAD_MAX }
 }
 
 /// # Errors

@@ -20,13 +20,17 @@ use crate::{
     transaction::Session,
 };
 use sqlx::PgPool;
-use std::{future::Future, io, pin::Pin, sync::Arc};
+use std::{future::Future, io, pin::Pin, sync::Arc, time::Duration};
 use tokio::sync::{mpsc, oneshot};
 
 /// Most transitions of one batch. Chosen: beyond it throughput grows little and a refusal gets dearer.
 const BATCH_ITEMS_MAX: usize = 256;
 /// Most bytes of one batch.
 const BATCH_BYTES_MAX: usize = 1 << 20;
+/// Longest wait for the answer to a batch; then its session is left and it is sent again, which is harmless. Chosen: whoever holds
+/// a run's lock is ended by Postgres after 15 s, and a batch is written within one. A server that takes statements and answers none
+/// (frozen, or behind a proxy that forgot it) would stop this worker's transitions for ever.
+const ANSWER_MAX: Duration = Duration::from_secs(60);
 /// Lanes of each kind where runs are spread: as many commits may be under way. Chosen: each is a session of Postgres, and each of
 /// its batches holds what is queued for sixteen shards.
 const LANES: i16 = 8;
@@ -117,7 +121,8 @@ fn commit_batch<'a>(
     Box::pin(async move {
         let mut tries = 0;
         let error = loop {
-            match send(session, shard, hook, &items).await {
+            let sent = tokio::time::timeout(ANSWER_MAX, send(session, shard, hook, &items));
+            match sent.await.unwrap_or_else(|_| Err(sqlx::Error::Io(io::ErrorKind::TimedOut.into()).into())) {
                 Ok(Sent::Done(verdicts)) => return verdicts.into_iter().map(Ok).collect(),
                 Ok(Sent::Refused(refused)) => return without_refused(session, shard, hook, items, refused).await,
                 Err(Undone::Hook(HookError::Sql(error))) if is_transient(&error) => {
@@ -196,6 +201,7 @@ async fn send(
     crash_point("commit.after_begin");
     let spread = if shard.is_none() { Spread::Together } else { Spread::ByShard };
     transitions::lock(&mut tx, spread, items).await.map_err(Undone::of)?;
+    crash_point("commit.after_lock");
     let verdicts = transitions::send(&mut tx, shard, items).await.map_err(Undone::of)?;
     crash_point("commit.after_transitions");
     let refused = transitions::apply_effects(&mut tx, items, &verdicts, hook).await?;

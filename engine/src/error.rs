@@ -47,6 +47,8 @@ pub enum Error {
     InputInvalid(Vec<String>),
     #[error("the signal is not valid: {}", .0.join("; "))]
     SignalInvalid(Vec<String>),
+    #[error("{limit} messages wait to be read by run {run} already: see what it waits for, and send this one again later")]
+    InboxFull { run: String, limit: i64 },
     #[error("no update `{1}` was sent to run {0}")]
     UpdateNotFound(String, String),
     #[error("run {run} has not answered update `{id}` yet: {why}; ask again with the same id")]
@@ -116,6 +118,7 @@ impl Error {
             Self::DefinitionInvalid(_) => "definition_invalid",
             Self::InputInvalid(_) => "input_invalid",
             Self::SignalInvalid(_) => "signal_invalid",
+            Self::InboxFull { .. } => "inbox_full",
             Self::UpdateNotFound(..) => "update_not_found",
             Self::UpdatePending { .. } => "update_pending",
             Self::QueryNotFound { .. } => "query_not_found",
@@ -199,7 +202,7 @@ mod tests {
             .filter_map(|(_, r)| r.split('"').next())
             .map(str::to_owned)
             .collect();
-        assert_eq!(codes.len(), 38, "{codes:?}");
+        assert_eq!(codes.len(), 39, "{codes:?}");
         assert_eq!(listed("Errors"), codes);
     }
 

@@ -110,7 +110,7 @@ pub enum HookError {
 /// Takes part in the engine's transactions.
 ///
 /// # Transaction
-/// Both methods run inside an open transaction of the engine, last in it, and cannot commit. They must be
+/// All methods run inside an open transaction of the engine, last in it, and cannot commit. They must be
 /// idempotent: after a lost answer the same transition is sent again. Lock order: worker → run → the hook's rows.
 pub trait TransitionHook: Send + Sync + 'static {
     /// Sees the accepted transitions of a batch that start or end attempts of metered activities.
@@ -130,6 +130,13 @@ pub trait TransitionHook: Send + Sync + 'static {
         attempt: &'a AttemptRef,
         reading: Reading<'a>,
     ) -> BoxFuture<'a, Result<Verdict, HookError>>;
+
+    /// Ends as lost whatever this hook has open for a run that is ended although it cannot be read: nobody can say any more which
+    /// attempts were under way.
+    fn abandon<'a>(&'a self, conn: &'a mut PgConnection, run: RunId) -> BoxFuture<'a, Result<(), HookError>> {
+        let _ = (conn, run);
+        Box::pin(async { Ok(()) })
+    }
 }
 
 /// A hook that accepts everything and records nothing.

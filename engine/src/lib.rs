@@ -38,6 +38,8 @@ pub mod retention;
 pub mod sim;
 #[cfg(feature = "runtime")]
 mod store;
+#[cfg(feature = "runtime")]
+mod tcp;
 #[cfg(feature = "test-util")]
 pub mod testing;
 #[cfg(feature = "runtime")]

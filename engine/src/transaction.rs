@@ -3,8 +3,11 @@
 
 pub use crate::store::is_transient;
 
-use crate::{Error, Result, store::retry_pause};
-use sqlx::{ConnectOptions, Connection, PgConnection, PgPool, Postgres, Transaction, postgres::PgConnectOptions};
+use crate::{Error, Result, store::retry_pause, tcp};
+use sqlx::{
+    ConnectOptions, Connection, PgConnection, PgPool, Postgres, Transaction,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
 use std::{
     pin::Pin,
     sync::Arc,
@@ -36,6 +39,17 @@ const SESSION: [(&str, &str); 4] = [
 pub fn session(options: PgConnectOptions) -> PgConnectOptions {
     let own = options.get_options().unwrap_or_default().to_owned();
     options.options(SESSION.into_iter().filter(|(name, _)| !own.contains(name)))
+}
+
+/// The beginning of a pool whose TCP connections neither wait for acknowledgements nor for a server that is gone. Every pool of
+/// a worker must be made with it, of the same options.
+#[must_use]
+pub fn pool(options: &PgConnectOptions) -> PgPoolOptions {
+    let options = options.clone();
+    PgPoolOptions::new().after_connect(move |_, _| {
+        tcp::settle(&options);
+        Box::pin(async { Ok(()) })
+    })
 }
 
 /// Begins a transaction. Dropping it rolls it back; the only way in this workspace to begin one (a test looks for others).
@@ -72,7 +86,9 @@ impl Session {
     pub(crate) async fn conn(&mut self) -> sqlx::Result<&mut PgConnection> {
         if self.conn.is_none() {
             let connecting = tokio::time::timeout(CONNECT_TIMEOUT, self.options.connect());
-            return Ok(self.conn.insert(connecting.await.map_err(|_| sqlx::Error::PoolTimedOut)??));
+            let conn = connecting.await.map_err(|_| sqlx::Error::PoolTimedOut)??;
+            tcp::settle(&self.options);
+            return Ok(self.conn.insert(conn));
         }
         self.conn.as_mut().ok_or(sqlx::Error::PoolClosed)
     }

@@ -14,6 +14,7 @@ use chrono::{DateTime, Utc};
 use futures_util::future::BoxFuture;
 use loopwright_engine::{
     client::Client,
+    ids::RunId,
     hook::{
         AttemptRef, AttemptStart, HookError, Outcome, Phase, Reading, Refusal, Transition, TransitionHook, Verdict,
     },
@@ -467,6 +468,24 @@ impl TransitionHook for LedgerHook {
                 }
             }
             Ok(refusals)
+        })
+    }
+
+    fn abandon<'a>(&'a self, conn: &'a mut PgConnection, run: RunId) -> BoxFuture<'a, Result<(), HookError>> {
+        Box::pin(async move {
+            let running: Vec<(Uuid, Uuid)> = sqlx::query_as(
+                "select id, user_id from activity_attempts where run_id = $1 and state = 'running' order by user_id, id",
+            )
+            .bind(run.0)
+            .fetch_all(&mut *conn)
+            .await?;
+            for (attempt, user) in running {
+                ledger::lock(conn, user).await.map_err(hook_error)?;
+                let ended = hold::Ended { state: "lost", failure: None, again: false };
+                hold::settle(conn, attempt, ended).await.map_err(hook_error)?;
+                self.returned.add(user);
+            }
+            Ok(())
         })
     }
 

@@ -9,7 +9,7 @@ use crate::{
 };
 use sqlx::{
     AssertSqlSafe, ConnectOptions, Connection, PgPool,
-    postgres::{PgConnectOptions, PgPoolOptions},
+    postgres::PgConnectOptions,
 };
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
@@ -28,7 +28,7 @@ pub(super) struct Host {
 
 /// A pool as a worker has it.
 pub(super) fn pool(options: PgConnectOptions) -> PgPool {
-    PgPoolOptions::new()
+    crate::transaction::pool(&options)
         .max_connections(POOL_MAX)
         .acquire_timeout(Duration::from_secs(60))
         // A ping per statement would be measured as the engine's latency; a broken connection is retried anyway.

@@ -3,6 +3,7 @@
 use super::{
     Result,
     host::Host,
+    process,
     report::{Figure, quantile},
     scene,
 };
@@ -47,9 +48,22 @@ pub(super) async fn commit(host: &Host, rows: usize) -> Result<Commit> {
     Ok(Commit { p50: quantile(&times, 0.5), p99: quantile(&times, 0.99) })
 }
 
-/// The engine's own batch statement with the events of real transitions, on runs that nobody claims, on one connection:
-/// transitions per second at that batch size.
-pub(super) async fn batch(host: &Host, size: usize, events: &Value) -> Result<f64> {
+/// What one transition costs in the engine's own batch statement, and nothing but it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Batch {
+    /// Transitions a second.
+    pub(super) rate: f64,
+    /// Transitions of each commit.
+    pub(super) size: usize,
+    pub(super) wal_bytes: f64,
+    /// Microseconds of Postgres.
+    pub(super) postgres_cpu: f64,
+    /// Microseconds of the process that sends it: the driver, and writing the parameters.
+    pub(super) driver_cpu: f64,
+}
+
+/// The batch statement with the events of real transitions, on runs that nobody claims, on one connection.
+pub(super) async fn batch(host: &Host, size: usize, events: &Value) -> Result<Batch> {
     let size = size.max(1);
     let definition = scene::deploy(host, scene::chain("raw", 1)).await?;
     let runs = scene::start(host, definition, &serde_json::json!({}), "raw", size * 4).await?;
@@ -74,6 +88,7 @@ pub(super) async fn batch(host: &Host, size: usize, events: &Value) -> Result<f6
         effects: Effects::default(),
     };
     let (mut begun, mut committed, mut seq) = (Instant::now(), 0usize, 0);
+    let (mut before, mut own) = (host.counters().await?, process::cpu_of_this());
     while begun.elapsed() < BATCH_TIME {
         for some in runs.chunks(size) {
             let items: Vec<Item> = some.iter().map(|run| item(*run, seq)).collect();
@@ -85,15 +100,25 @@ pub(super) async fn batch(host: &Host, size: usize, events: &Value) -> Result<f6
         }
         if seq == 0 {
             // The first ones prepare the statement.
+            (before, own) = (host.counters().await?, process::cpu_of_this());
             (begun, committed) = (Instant::now(), 0);
         }
         seq += 1;
     }
-    let rate = committed as f64 / begun.elapsed().as_secs_f64();
+    let committed = committed as f64;
+    let rate = committed / begun.elapsed().as_secs_f64();
+    let (after, own) = (host.counters().await?, process::cpu_of_this() - own);
+    let alone = Batch {
+        rate,
+        size,
+        wal_bytes: (after.wal_bytes - before.wal_bytes) / committed,
+        postgres_cpu: (after.postgres_cpu - before.postgres_cpu) * 1e6 / committed,
+        driver_cpu: own * 1e6 / committed,
+    };
     sqlx::query("delete from history where run_id in (select run_id from runs where queue = 'raw')")
         .execute(&mut *conn)
         .await?;
     sqlx::query("delete from ready where queue = 'raw'").execute(&mut *conn).await?;
     sqlx::query("delete from runs where queue = 'raw'").execute(&mut *conn).await?;
-    Ok(rate)
+    Ok(alone)
 }

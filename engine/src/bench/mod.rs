@@ -133,7 +133,7 @@ async fn measure(host: &host::Host, options: &Options, progress: &dyn Fn(&str)) 
     let commit = limits::commit(host, options.share(2_000)).await?;
     report.figures.push(commit.figure());
     progress("steps of many runs");
-    steps::many(host, options, &mut report).await?;
+    let batch = steps::many(host, options, &mut report).await?;
     progress("one step after the other");
     steps::sequential(host, options, &commit, &mut report).await?;
     progress("fan-out and join");
@@ -141,7 +141,7 @@ async fn measure(host: &host::Host, options: &Options, progress: &dyn Fn(&str)) 
     progress("signal to resumed step");
     signal::measure(host, options, &commit, &mut report).await?;
     progress("parked runs");
-    parked::measure(host, options, progress, &mut report).await?;
+    parked::measure(host, options, &batch, progress, &mut report).await?;
     progress("kill -9 and takeover");
     takeover::measure(host, options, &mut report).await?;
     Ok(report)

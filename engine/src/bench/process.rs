@@ -154,6 +154,11 @@ pub(super) fn postmaster_of(backend: u32) -> Option<u32> {
     Some(parent)
 }
 
+/// Processor time of this process, in seconds.
+pub(super) fn cpu_of_this() -> f64 {
+    stat(std::process::id()).map_or(f64::NAN, |s| s.cpu.as_secs_f64())
+}
+
 /// Processor time of a process and of its children, those that have ended included.
 pub(super) fn cpu_of_tree(root: u32) -> Option<Duration> {
     let own = stat(root)?;

@@ -91,6 +91,7 @@ impl Client {
         let stored = match store::inbox::send(&mut conn, &message).await? {
             Sent::Stored => true,
             Sent::Duplicate => false,
+            Sent::Full => return Err(super::full(run)),
             Sent::NoOpenRun => return Err(self.refusal(&mut conn, run).await),
         };
         drop(conn);

@@ -83,6 +83,9 @@ impl Client {
         if sent == Sent::NoOpenRun && store::inbox::update_sent(&mut conn, run, &id).await?.is_none() {
             return Err(self.refusal(&mut conn, run).await);
         }
+        if sent == Sent::Full {
+            return Err(super::full(run));
+        }
         drop(conn);
         if sent == Sent::Stored {
             self.wake().await;

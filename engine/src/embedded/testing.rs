@@ -53,7 +53,7 @@ pub fn url(pool: &PgPool) -> String {
 
 /// A pool whose sessions stay: a database is given up when its last session ends.
 fn pool(options: PgConnectOptions) -> PgPool {
-    PgPoolOptions::new()
+    crate::transaction::pool(&options)
         .max_connections(POOL_MAX)
         .idle_timeout(None)
         .max_lifetime(None)

@@ -15,6 +15,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sqlx::{PgConnection, Row, postgres::PgRow, types::Json};
 
+/// Signals and updates that may wait to be read by one run; more are refused. Chosen: ten times what the mailbox keeps of one name, and
+/// at 256 KiB each what a worker can hold for a moment. A run that is held back, quarantined or without a worker reads none.
+pub(crate) const UNREAD_MAX: i64 = 1_000;
+
 /// What a message is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -41,6 +45,10 @@ impl Kind {
             Self::Terminate => "terminate",
         }
     }
+    /// Whether whoever sends it decides how many there are. What the engine itself and an operator say always gets through.
+    pub(crate) fn is_bounded(self) -> bool {
+        matches!(self, Self::Signal | Self::Update)
+    }
 }
 
 /// A message to put into a run's inbox.
@@ -62,6 +70,8 @@ pub(crate) enum Sent {
     Duplicate,
     /// There is no such run, or it is closed; or it does not have the definition that was asked for.
     NoOpenRun,
+    /// [`UNREAD_MAX`] messages wait to be read already.
+    Full,
 }
 
 /// How a child run ended, as its parent hears it.
@@ -79,7 +89,8 @@ pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Res
     let slot = Slot::Message { kind: message.kind.as_str(), name: message.name };
     let mut blobs = Vec::new();
     let payload = payload::pack(message.run, slot, message.payload, &mut blobs)?;
-    // Of a message that nobody takes there is nothing to store; that a run has closed or knows an id does not change any more.
+    // Of a message that nobody takes there is nothing to store; that a run has closed or knows an id does not change any more, and
+    // where the inbox has room again meanwhile the message is sent again.
     if !blobs.is_empty() && is_wanted(conn, message).await? {
         blobs::put(conn, &blobs).await?;
     }
@@ -92,6 +103,7 @@ pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Res
                        where i.shard = $1 and $6::text is not null and i.dedupe_id = $6),
               u as (update runs r set inbox_n = r.inbox_n + 1 from target t
                     where r.shard = $1 and r.shard = t.shard and r.run_id = t.run_id and not exists (select from seen)
+                      and ($9::bigint is null or r.inbox_n - r.inbox_seen < $9)
                     returning r.shard, r.run_id, r.inbox_n, r.seq, r.queue, r.priority, r.lane, 
                               r.parked and r.admitted and r.status <> 'quarantined' as wakes),
               m as (insert into inbox (shard, run_id, n, kind, name, payload, dedupe_id, sender, run_seq)
@@ -100,7 +112,8 @@ pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Res
               w as (insert into ready (shard, run_id, queue, priority, lane, due_at)
                       select shard, run_id, queue, priority, lane, engine_now() from u where wakes
                     on conflict (shard, run_id) do update set timed = false, due_at = least(ready.due_at, excluded.due_at))
-         select exists (select from target) as open, exists (select from m) as stored",
+         select exists (select from target) as open, exists (select from m) as stored,
+                exists (select from seen) or exists (select from u) as taken",
     )
     .bind(message.run.shard())
     .bind(message.run.0)
@@ -110,24 +123,28 @@ pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Res
     .bind(message.dedupe_id)
     .bind(message.sender)
     .bind(message.definition.map(|hash| hash.0.to_vec()))
+    .bind(message.kind.is_bounded().then_some(UNREAD_MAX))
     .fetch_one(&mut *conn)
     .await?;
-    Ok(match (row.try_get("open")?, row.try_get("stored")?) {
-        (false, _) => Sent::NoOpenRun,
-        (true, true) => Sent::Stored,
-        (true, false) => Sent::Duplicate,
+    Ok(match (row.try_get("open")?, row.try_get("stored")?, row.try_get("taken")?) {
+        (false, ..) => Sent::NoOpenRun,
+        (true, true, _) => Sent::Stored,
+        (true, false, true) => Sent::Duplicate,
+        (true, false, false) => Sent::Full,
     })
 }
 
 /// Whether the run is open and does not know the sender's id.
 async fn is_wanted(conn: &mut PgConnection, message: &Outgoing<'_>) -> Result<bool> {
     Ok(sqlx::query_scalar(
-        "select exists (select from runs where shard = $1 and run_id = $2 and closed_at is null)
+        "select exists (select from runs where shard = $1 and run_id = $2 and closed_at is null
+                          and ($4::bigint is null or inbox_n - inbox_seen < $4))
             and not exists (select from inbox where shard = $1 and run_id = $2 and dedupe_id = $3)",
     )
     .bind(message.run.shard())
     .bind(message.run.0)
     .bind(message.dedupe_id)
+    .bind(message.kind.is_bounded().then_some(UNREAD_MAX))
     .fetch_one(conn)
     .await?)
 }

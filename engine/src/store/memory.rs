@@ -7,7 +7,7 @@
 use super::{
     chain::{KNOWN_MAX, Successor},
     groups::{self, Arrival},
-    inbox::{ChildResult, Kind, Sent},
+    inbox::{ChildResult, Kind, Sent, UNREAD_MAX},
     transitions::{Child, Item, Text, Verdict},
     turns::{Due, Turns},
 };
@@ -553,6 +553,9 @@ impl Memory {
         let seen = post.dedupe_id.is_some() && messages.iter().any(|m| m.dedupe_id == post.dedupe_id);
         if seen && self.mutant != Some(Mutant::StoresDuplicates) {
             return Sent::Duplicate;
+        }
+        if post.kind.is_bounded() && row.inbox_n - row.inbox_seen >= UNREAD_MAX {
+            return Sent::Full;
         }
         row.inbox_n += 1;
         messages.push(Message {

@@ -505,6 +505,47 @@ pub(crate) async fn seize(conn: &mut PgConnection, run: RunId) -> Result<bool> {
     Ok(seized.is_some())
 }
 
+/// What the end of a run is written with that cannot be read.
+pub(crate) struct Unreadable {
+    pub(crate) epoch: i64,
+    pub(crate) seq: i64,
+    pub(crate) inbox_seen: i64,
+    pub(crate) queue: String,
+    pub(crate) topic: Option<String>,
+    pub(crate) parent: Option<RunId>,
+    pub(crate) chain: Chain,
+    /// Open ones.
+    pub(crate) children: Vec<RunId>,
+}
+
+/// A run's row without anything that has to be folded or opened.
+pub(crate) async fn unreadable(conn: &mut PgConnection, run: RunId) -> Result<Unreadable> {
+    let row = sqlx::query(
+        "select epoch, seq, inbox_seen, queue, topic, parent_run_id, first_run_id, continued_from, continued_as
+         from runs where shard = $1 and run_id = $2",
+    )
+    .bind(run.shard())
+    .bind(run.0)
+    .fetch_optional(&mut *conn)
+    .await?;
+    let Some(row) = row else { return Err(retention::absent(conn, run).await) };
+    let children: Vec<uuid::Uuid> =
+        sqlx::query_scalar("select run_id from runs where parent_run_id = $1 and closed_at is null order by run_id")
+            .bind(run.0)
+            .fetch_all(conn)
+            .await?;
+    Ok(Unreadable {
+        epoch: row.try_get("epoch")?,
+        seq: row.try_get("seq")?,
+        inbox_seen: row.try_get("inbox_seen")?,
+        queue: row.try_get("queue")?,
+        topic: row.try_get("topic")?,
+        parent: row.try_get::<Option<uuid::Uuid>, _>("parent_run_id")?.map(RunId),
+        chain: chain(&row)?,
+        children: children.into_iter().map(RunId).collect(),
+    })
+}
+
 /// Gives up ownership without a transition: nothing happened, the run waits until `due` or for a message.
 /// False if the epoch moved or a message came in meanwhile.
 pub(crate) async fn release(

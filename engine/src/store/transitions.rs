@@ -449,6 +449,7 @@ pub(crate) async fn apply_effects<I: Borrow<Item>>(
         }
     }
     chain::arrive(conn, arrivals).await.map_err(Undone::of)?;
+    crate::committer::crash_point("settle.after_arrivals");
     let mut messages: Vec<(RunId, Kind, Value)> = Vec::new();
     for (_, item) in accepted() {
         messages.extend(

@@ -480,7 +480,13 @@ impl Driver {
     async fn commit(&self, item: &mut Arc<Item>) -> Result<Committed> {
         let mut pause = UNREACHABLE_PAUSE_MIN;
         loop {
-            match self.shared.committer.commit(item.clone()).await {
+            let answer = tokio::select! {
+                biased;
+                answer = self.shared.committer.commit(item.clone()) => answer,
+                // Whatever becomes of it: who takes the run over finds it there or not.
+                () = self.shared.fenced.cancelled() => return Err(Error::LeaseLost),
+            };
+            match answer {
                 Ok(Verdict::Accepted { inbox_n }) => return Ok(Committed::Accepted { inbox_n }),
                 Ok(Verdict::Unread { .. }) => {
                     let item = Arc::make_mut(item);

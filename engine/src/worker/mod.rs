@@ -50,6 +50,7 @@ use slots::Slots;
 use sqlx::{PgConnection, PgPool};
 use std::{
     collections::{HashMap, HashSet},
+    io,
     sync::{
         Arc, Mutex, MutexGuard,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -85,6 +86,9 @@ const STRAYS_LOOK: Duration = Duration::from_secs(2);
 const STRAYS_MAX: i64 = 256;
 /// Runs freed by one takeover statement.
 const TAKE_OVER_BATCH: i64 = 500;
+
+/// Longest wait at the end for what still asks Postgres something: its answer changes nothing any more.
+const FAREWELL_MAX: Duration = Duration::from_secs(10);
 
 /// How a worker is set up.
 #[derive(Clone)]
@@ -270,11 +274,14 @@ impl WorkerHandle {
         if tokio::time::timeout(context::INSIST_MAX, self.shared.storing.wait()).await.is_err() {
             tracing::warn!(worker_id = %self.shared.id, "answers from outside could not be stored");
         }
-        if let Err(error) = leave(&self.shared).await {
+        let left = tokio::time::timeout(FAREWELL_MAX, leave(&self.shared)).await;
+        if let Err(error) = left.unwrap_or_else(|_| Err(Error::Sql(sqlx::Error::Io(io::ErrorKind::TimedOut.into())))) {
             tracing::warn!(%error, "could not say goodbye; others take over when the lease ends");
         }
         self.tasks.close();
-        self.tasks.wait().await;
+        if tokio::time::timeout(FAREWELL_MAX, self.tasks.wait()).await.is_err() {
+            tracing::warn!(worker_id = %self.shared.id, tasks = self.tasks.len(), "something still waits for Postgres; it is left behind");
+        }
         tracing::info!(worker_id = %self.shared.id, "worker stopped");
     }
 }

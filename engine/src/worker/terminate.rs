@@ -13,11 +13,20 @@ use crate::{
         transitions::{self, Effects, Item, Undone, Verdict, child_result},
     },
     transaction::in_transaction,
+    view::RunStatus,
 };
 use sqlx::PgConnection;
 use std::{cell::Cell, collections::BTreeMap, sync::Arc};
 
-/// Closes a run at an operator's wish: takes it over, closes its attempts, settles them, ends it.
+/// How a run ends at once.
+struct Ending {
+    item: Item,
+    /// Its history does not say which attempts were under way.
+    unreadable: bool,
+}
+
+/// Closes a run at an operator's wish: takes it over, closes its attempts, settles them, ends it. A run that is broken ends as well:
+/// its open children are cancelled, and the hook gives up what it has open for it.
 pub(crate) async fn terminate(
     pool: &sqlx::PgPool,
     hook: Arc<dyn TransitionHook>,
@@ -26,12 +35,12 @@ pub(crate) async fn terminate(
 ) -> Result<()> {
     let mut conn = pool.acquire().await?;
     // By itself: whoever owns the run is fenced off, also if we die before it is ended.
-    let item = Arc::new(closing(&mut conn, run, reason).await?);
+    let ending = Arc::new(closing(&mut conn, run, reason).await?);
     drop(conn);
     crate::committer::crash_point("terminate.before_commit");
     let ended = in_transaction(pool, |conn| {
-        let (item, hook) = (item.clone(), hook.clone());
-        Box::pin(async move { end(conn, hook.as_ref(), &item).await })
+        let (ending, hook) = (ending.clone(), hook.clone());
+        Box::pin(async move { end(conn, hook.as_ref(), &ending).await })
     })
     .await;
     crate::committer::crash_point("terminate.after_commit");
@@ -45,12 +54,13 @@ pub(crate) async fn terminate_in(
     run: RunId,
     reason: &str,
 ) -> Result<()> {
-    let item = closing(&mut *conn, run, reason).await?;
-    end(conn, hook, &item).await
+    let ending = closing(&mut *conn, run, reason).await?;
+    end(conn, hook, &ending).await
 }
 
 /// Writes the last transition of a run and what it does to others.
-async fn end(conn: &mut PgConnection, hook: &dyn TransitionHook, item: &Item) -> Result<()> {
+async fn end(conn: &mut PgConnection, hook: &dyn TransitionHook, ending: &Ending) -> Result<()> {
+    let item = &ending.item;
     let items = [item];
     // Where runs are spread, Citus refuses this statement for a run with children on other shards.
     transitions::lock(conn, Spread::Together, &items).await?;
@@ -61,24 +71,90 @@ async fn end(conn: &mut PgConnection, hook: &dyn TransitionHook, item: &Item) ->
         [Verdict::Stale { epoch, seq }] if epoch == item.epoch && seq == item.seq + 1 => return Ok(()),
         _ => return Err(Error::LeaseLost),
     }
-    match transitions::apply_effects(conn, &items, &verdicts, hook).await {
-        // Nothing starts, so nothing is refused.
-        Ok(_) => Ok(()),
-        Err(Undone::Left(error)) => Err(error),
-        Err(Undone::Hook(HookError::Sql(error))) => Err(Error::Sql(error)),
-        Err(Undone::Hook(HookError::Invariant(text))) => Err(Error::Invariant(text)),
+    // Nothing starts, so nothing is refused.
+    transitions::apply_effects(conn, &items, &verdicts, hook).await.map_err(undone)?;
+    if ending.unreadable {
+        hook.abandon(conn, item.run_id).await.map_err(|error| undone(error.into()))?;
+    }
+    Ok(())
+}
+
+fn undone(why: Undone) -> Error {
+    match why {
+        Undone::Left(error) => error,
+        Undone::Hook(HookError::Sql(error)) => Error::Sql(error),
+        Undone::Hook(HookError::Invariant(text)) => Error::Invariant(text),
     }
 }
 
-/// Takes the run from whoever owns it; its last transition, ready to be committed.
-async fn closing(conn: &mut PgConnection, run: RunId, reason: &str) -> Result<Item> {
+/// Whether the run itself is at fault, and no other program or moment would read it.
+fn is_broken(error: &Error) -> bool {
+    matches!(error, Error::Invariant(_) | Error::PayloadCorrupt(_))
+}
+
+/// Takes the run from whoever owns it; its last transition, ready to be committed. Nothing happens if somebody else could read it
+/// and this program cannot.
+async fn closing(conn: &mut PgConnection, run: RunId, reason: &str) -> Result<Ending> {
+    // Who lacks its key or is too old for it must not take it from those who work on it.
+    if let Err(error) = store::runs::load(&mut *conn, run).await
+        && !is_broken(&error)
+    {
+        return Err(error);
+    }
     // Whoever owns it is fenced off from here on.
     let taken = store::runs::seize(&mut *conn, run).await?;
     crate::committer::crash_point("terminate.after_seize");
-    let loaded = store::runs::load(&mut *conn, run).await?;
     if !taken {
-        return Err(crate::client::closed(run, &loaded.chain));
+        return Err(crate::client::closed(run, &store::runs::standing(conn, run).await?.chain));
     }
+    match last(conn, run, reason).await {
+        Ok(item) => Ok(Ending { item, unreadable: false }),
+        Err(error) if is_broken(&error) => {
+            tracing::error!(run_id = %run, %error, "run cannot be read; it is ended as it stands");
+            Ok(Ending { item: last_of_unreadable(conn, run, reason).await?, unreadable: true })
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// The last transition of a run that cannot be read: its end, and nothing about what was under way. Its open children are cancelled,
+/// whatever their calls would have said.
+async fn last_of_unreadable(conn: &mut PgConnection, run: RunId, reason: &str) -> Result<Item> {
+    let there = store::runs::unreadable(&mut *conn, run).await?;
+    let (seq, status) = (there.seq + 1, RunStatus::Terminated);
+    let failure = crate::Failure::permanent("cancelled", reason.to_owned());
+    let known = there.chain.first.unwrap_or(run);
+    let parent =
+        there.parent.map(|parent| (parent, child_result(known, status.as_str(), None, Some(failure.clone()))));
+    let closed =
+        [Event::RunClosed { status, output: None, failure: Some(failure.clone()), at: store::runs::now(conn).await? }];
+    let mut large = Vec::new();
+    let events = payload::pack(run, Slot::Events { seq }, &closed, &mut large)?;
+    let failure = payload::pack(run, Slot::Failure, &failure, &mut large)?;
+    store::blobs::put(conn, &large).await?;
+    Ok(Item {
+        run_id: run,
+        epoch: there.epoch,
+        seq: there.seq,
+        status: status.as_str(),
+        parked: false,
+        due: None,
+        waiting: None,
+        inbox_seen: there.inbox_seen,
+        queue: there.queue,
+        topic: there.topic,
+        cursor: None,
+        format: payload::format(&events, format_of(&closed)),
+        events,
+        output: None,
+        failure: Some(failure),
+        effects: Effects { cancelled_children: there.children, parent, ..Effects::default() },
+    })
+}
+
+/// The last transition of a run, as its state says.
+async fn last(conn: &mut PgConnection, run: RunId, reason: &str) -> Result<Item> {
+    let loaded = store::runs::load(&mut *conn, run).await?;
     let pinned = store::definitions::load(&mut *conn, loaded.definition).await?;
     let now = store::runs::now(conn).await?;
     let mut state = loaded.state;

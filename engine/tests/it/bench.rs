@@ -91,6 +91,18 @@ impl TransitionHook for Accounts {
             Ok(refusals)
         })
     }
+    /// As long as only one run has metered attempts under way.
+    fn abandon<'a>(&'a self, conn: &'a mut PgConnection, _: RunId) -> BoxFuture<'a, Result<(), HookError>> {
+        Box::pin(async move {
+            sqlx::query(
+                "insert into test_ends select attempt_id, 'Abandoned' from test_starts s
+                 where not exists (select from test_ends e where e.attempt_id = s.attempt_id)",
+            )
+            .execute(conn)
+            .await?;
+            Ok(())
+        })
+    }
     fn meter<'a>(
         &'a self,
         conn: &'a mut PgConnection,

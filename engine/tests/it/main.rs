@@ -3,6 +3,7 @@
 mod archive;
 mod away;
 mod bench;
+mod broken;
 mod chain;
 mod citus;
 mod client;

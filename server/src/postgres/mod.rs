@@ -5,7 +5,7 @@ use loopwright_engine::{embedded, transaction};
 use secrecy::ExposeSecret;
 use sqlx::{
     ConnectOptions, Connection, PgConnection, PgPool,
-    postgres::{PgConnectOptions, PgPoolOptions},
+    postgres::PgConnectOptions,
 };
 use std::time::Duration;
 
@@ -72,7 +72,7 @@ pub async fn open(config: &Config, fallback: Fallback) -> Result<Database, Error
     reach(&options)
         .await
         .map_err(|reason| Error::Unreachable { address: redact(&url).into_owned(), reason: one_line(&reason) })?;
-    let pool = PgPoolOptions::new()
+    let pool = transaction::pool(&options)
         .max_connections(POOL_MAX)
         .acquire_timeout(ACQUIRE_TIMEOUT)
         .test_before_acquire(false)

@@ -144,6 +144,7 @@ impl From<loopwright_engine::Error> for Error {
             E::QueryNotFound { .. } => Self::new(Code::NotFound, format!("{error}.")),
             E::QueryFailed { .. } => Self::new(Code::QueryFailed, format!("{error}.")),
             E::UpdateNotFound(..) => Self::not_found("update"),
+            E::InboxFull { .. } => Self::new(Code::RateLimited, format!("{error}.")).retry_after(30),
             E::UpdatePending { .. } => Self::new(Code::RequestInProgress, format!("{error}.")).retry_after(5),
             E::InputInvalid(list) | E::SignalInvalid(list) => {
                 let error = Self::new(Code::InputInvalid, list.join("; "));
@@ -172,15 +173,17 @@ impl From<loopwright_engine::Error> for Error {
                 Self::new(Code::Unavailable, "This server lacks the key that the run is sealed with.").retry_after(30)
             }
             E::RunImported(_) => Self::new(Code::RunClosed, "The run was imported and can only be read."),
-            other @ (E::DefinitionNotFound(_)
-            | E::RunExists(_)
+            E::LeaseLost => {
+                Self::new(Code::RequestInProgress, "The run went on meanwhile; ask once more.").retry_after(1)
+            }
+            E::DefinitionNotFound(_) => Self::new(Code::InputInvalid, format!("{error}.")),
+            other @ (E::RunExists(_)
             | E::ForkInvalid(_)
             | E::MigrationInvalid(_)
             | E::MigrationBusy { .. }
             | E::ArchiveInvalid { .. }
             | E::ArchiveUnwritable(_)
             | E::DefinitionInvalid(_)
-            | E::LeaseLost
             | E::Refused { .. }
             | E::PayloadCorrupt(_)
             | E::Invariant(_)

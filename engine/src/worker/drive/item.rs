@@ -111,6 +111,9 @@ impl Driver {
     pub(super) fn effects(&self, decision: &Decision) -> Effects {
         let mut effects = Effects::default();
         let metered = |activity: &str| self.shared.registry.signature(activity).is_some_and(|s| s.metered);
+        // One that is not known here, of a newer release or another kind of worker, may have been metered where it began. The hook
+        // ignores those it never saw.
+        let was_metered = |activity: &str| self.shared.registry.signature(activity).is_none_or(|s| s.metered);
         for event in &decision.events {
             match event {
                 Event::AttemptStarted { path, attempt, attempt_id, activity, deadline, .. } if metered(activity) => {
@@ -126,7 +129,7 @@ impl Driver {
                     effects.started.push(AttemptStart { attempt, reserve });
                 }
                 Event::AttemptEnded { path, attempt, attempt_id, activity, outcome, failure, at, .. }
-                    if metered(activity) =>
+                    if was_metered(activity) =>
                 {
                     let attempt = self.attempt_ref(path, *attempt, *attempt_id, activity, *at);
                     let failure = failure.as_ref().map(|f| f.code.clone());

@@ -68,6 +68,9 @@ enum Command {
         /// Words, which become {"text": …}, or JSON that begins with { or [
         #[arg(default_value = "{}")]
         payload: String,
+        /// Yours: the same signal sent twice under one id arrives once
+        #[arg(long)]
+        id: Option<String>,
     },
     /// Decide an approval
     Approve {
@@ -177,9 +180,9 @@ async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<()> {
                 }
             }
         }
-        Command::Signal { run, name, payload } => {
+        Command::Signal { run, name, payload, id } => {
             let payload = payload_of(&payload);
-            let signal = Signal { name, payload, dedupe_id: None, sender: Some(SENDER.into()) };
+            let signal = Signal { name, payload, dedupe_id: id, sender: Some(SENDER.into()) };
             client.signal(run, signal).await?;
             print(json, &serde_json::json!({"status": "accepted"}), |_| "Sent.".into())
         }

@@ -3,7 +3,7 @@
 use crate::{app::App, cli::print};
 use anyhow::Context as _;
 use loopwright_engine::{
-    admission::{Admission, IdConflict, IdReuse, Priority},
+    admission::{Admission, IdConflict, IdReuse, OnConflict, Place, Priority, Rate},
     client::{Start, Started},
 };
 use serde_json::Value;
@@ -34,13 +34,57 @@ pub(super) struct Args {
     /// 1 is first, 5 last
     #[arg(long, default_value_t = Priority::default().number())]
     priority: i16,
+    /// Runs of one priority take turns by this [default: the attribute user_id]
+    #[arg(long, value_name = "KEY")]
+    fairness_key: Option<String>,
+    /// At most --group-limit runs of this group are under way [default: what the definition says]
+    #[arg(long, value_name = "NAME")]
+    group: Option<String>,
+    #[arg(long, requires = "group", value_name = "RUNS", default_value_t = 1)]
+    group_limit: u32,
+    /// If the group is full
+    #[arg(long, requires = "group", value_enum, default_value_t = Full::Queue)]
+    group_full: Full,
+    /// Starts under this key begin at most so many in a period; the others wait for their time
+    #[arg(long, value_name = "KEY", requires_all = ["rate_starts", "rate_per"])]
+    rate: Option<String>,
+    #[arg(long, requires = "rate", value_name = "STARTS")]
+    rate_starts: Option<u32>,
+    #[arg(long, requires = "rate", value_name = "SECONDS")]
+    rate_per: Option<u32>,
     /// No run that continues it goes on for longer, counted from now
     #[arg(long, value_name = "SECONDS")]
     chain_timeout: Option<u64>,
 }
 
+/// What a run does that finds no place in its group.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Full {
+    /// Wait, in the order of arrival
+    Queue,
+    /// Cancel the oldest and wait for their end
+    CancelRunning,
+    /// Start nothing
+    Fail,
+}
+
+impl From<Full> for OnConflict {
+    fn from(full: Full) -> Self {
+        match full {
+            Full::Queue => Self::Queue,
+            Full::CancelRunning => Self::CancelRunning,
+            Full::Fail => Self::Fail,
+        }
+    }
+}
+
 pub(super) async fn act(args: Args, app: &App, json: bool) -> anyhow::Result<()> {
     let client = &app.client;
+    let place = |group| Place { group, limit: args.group_limit, on_conflict: args.group_full.into() };
+    let rate = |key| {
+        let (starts, seconds) = (args.rate_starts?, args.rate_per?);
+        Some(Rate { key, starts, per_ms: i64::from(seconds) * 1_000 })
+    };
     let start = Start {
         run_id: None,
         definition: client.pointer(&args.workflow, "current").await?,
@@ -54,7 +98,9 @@ pub(super) async fn act(args: Args, app: &App, json: bool) -> anyhow::Result<()>
             id_reuse: args.id_reuse,
             id_conflict: args.id_conflict,
             chain_timeout: args.chain_timeout.map(Duration::from_secs),
-            ..Admission::default()
+            fairness_key: args.fairness_key,
+            place: args.group.map(place),
+            rate: args.rate.and_then(rate),
         },
     };
     let Started { run_id, created } = client.start(start).await?;

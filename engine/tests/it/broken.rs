@@ -1,0 +1,206 @@
+//! What is broken, silent or in too large a number, and still has an end: runs that cannot be read, wires that say nothing, inboxes that
+//! nobody empties, activities that a worker has never heard of.
+
+use crate::{
+    bench::{Bench, Gate, PATIENCE, Work, definition, step, waits_for, work},
+    faults::{GRACE, LONG, SHORT, reaches},
+    way::Way,
+};
+use loopwright_engine::{
+    Failure,
+    activity::Registry,
+    client::{Signal, Why},
+    definition::{Branch, CallVersion, Join, Kind, ParentClose, Step, WaitUntil},
+    ids::RunId,
+    view::{RunStatus, Waiting},
+    worker::{self, WorkerConfig},
+};
+use serde_json::{Value, json};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+fn call(workflow: &str) -> Step {
+    let (workflow, version, with) = (workflow.into(), CallVersion::Latest, BTreeMap::new());
+    step(if workflow == "middle" { "m" } else { "l" }, Kind::Call {
+        workflow,
+        version,
+        with,
+        parent_close: ParentClose::Abandon,
+    })
+}
+
+async fn child_of(bench: &Bench, run: RunId) -> RunId {
+    let view = bench.until(run, "calls", |v| v.waiting.iter().any(|w| matches!(w, Waiting::Child { .. }))).await;
+    let child = |w: &Waiting| if let Waiting::Child { run_id, .. } = w { Some(*run_id) } else { None };
+    view.waiting.iter().find_map(child).expect("a child")
+}
+
+async fn count(bench: &Bench, sql: &'static str) -> i64 {
+    sqlx::query_scalar(sql).fetch_one(&bench.pool).await.expect("count")
+}
+
+/// In the middle of a family, with an attempt under way, something overwrites its history. Nobody can drive it; it is terminated,
+/// and everybody around it hears of that.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_cannot_be_read_is_terminated_with_what_it_holds() {
+    let bench = Bench::new().await;
+    let gate = Gate::new();
+    {
+        let gate = gate.clone();
+        bench.script(move |_, _| {
+            let gate = gate.clone();
+            async move {
+                gate.pass().await;
+                Ok(json!(1))
+            }
+        });
+    }
+    bench.deploy(definition("leaf", vec![step("s", Kind::Await(waits_for("go")))])).await;
+    let branches = vec![
+        Branch { name: "works".into(), steps: vec![work("w", &[])] },
+        Branch { name: "calls".into(), steps: vec![call("leaf")] },
+    ];
+    let both = Kind::Parallel { branches, join: Join::All, fail_fast: true };
+    bench.deploy(definition("middle", vec![step("both", both)])).await;
+    let first = bench.worker_with(SHORT, 4).await;
+    let top = bench.start(definition("top", vec![call("middle")]), json!({})).await;
+    let middle = child_of(&bench, top).await;
+    gate.arrived(1).await;
+    let leaf = child_of(&bench, middle).await;
+    bench.until(leaf, "waits", |v| !v.waiting.is_empty()).await;
+    first.crash();
+    sqlx::query("update history set events = '[{\"type\": \"nothing_that_is_known\"}]' where run_id = $1 and seq = 2")
+        .bind(middle.0)
+        .execute(&bench.pool)
+        .await
+        .expect("overwritten");
+    let second = bench.worker_with(LONG, 4).await;
+    reaches(&bench.pool, "select count(*) from runs where status = 'quarantined'", 1).await;
+    assert_eq!(bench.client.describe(middle).await.expect_err("unreadable").code(), "invariant");
+
+    bench.client.terminate(middle, "nothing to be saved").await.expect("terminated");
+
+    assert_eq!(bench.closed(top).await.status, RunStatus::Failed, "it hears that its child was stopped");
+    assert_eq!(bench.closed(leaf).await.status, RunStatus::Cancelled);
+    assert_eq!(count(&bench, "select count(*) from runs where closed_at is null").await, 0);
+    let outcomes = bench.outcomes().await;
+    assert_eq!(outcomes.into_iter().collect::<Vec<_>>(), [("Abandoned".to_owned(), 1)], "the hook let go of it");
+    let again = bench.client.terminate(middle, "again").await.expect_err("it has ended");
+    assert_eq!(again.code(), "run_closed");
+    second.drain(GRACE).await;
+}
+
+/// An operator's program of an older release, or without the payload key, does not take a run from a worker that can read it.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_cannot_read_a_run_does_not_fence_its_owner() {
+    let bench = Bench::new().await;
+    let gate = Gate::new();
+    {
+        let gate = gate.clone();
+        bench.script(move |_, _| {
+            let gate = gate.clone();
+            async move {
+                gate.pass().await;
+                Ok(json!(1))
+            }
+        });
+    }
+    let worker = bench.worker_with(LONG, 4).await;
+    let run = bench.start(definition("newer", vec![work("w", &[])]), json!({})).await;
+    gate.arrived(1).await;
+    let format = async |n: i16| {
+        sqlx::query("update history set format = $2 where run_id = $1")
+            .bind(run.0)
+            .bind(n)
+            .execute(&bench.pool)
+            .await
+            .expect("format");
+    };
+    format(900).await;
+    let refused = bench.client.terminate(run, "by an old program").await.expect_err("not its to read");
+    assert_eq!(refused.code(), "newer_release");
+    format(1).await;
+    gate.open(1);
+    let view = bench.closed(run).await;
+    assert_eq!(view.status, RunStatus::Completed);
+    worker.drain(GRACE).await;
+    assert_eq!(bench.outcomes().await.into_iter().collect::<Vec<_>>(), [("Succeeded".to_owned(), 1)], "one attempt");
+    bench.audit().await;
+}
+
+/// A metered attempt is lost, and the worker that takes the run over has never heard of its activity.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_attempt_is_settled_by_a_worker_that_does_not_know_its_activity() {
+    let bench = Bench::new().await;
+    let gate = Gate::new();
+    {
+        let gate = gate.clone();
+        bench.script(move |_, _| {
+            let gate = gate.clone();
+            async move {
+                gate.pass().await;
+                Ok(json!(1))
+            }
+        });
+    }
+    let first = bench.worker_with(SHORT, 4).await;
+    let run = bench.start(definition("unheard", vec![work("w", &[])]), json!({})).await;
+    gate.arrived(1).await;
+    first.crash();
+    let mut config = WorkerConfig::new(bench.pool.clone(), Registry::new());
+    (config.hook, config.lease) = (bench.hook.clone(), LONG);
+    let stranger = worker::start(config).await.expect("worker");
+    reaches(&bench.pool, "select count(*) from test_ends where outcome = 'Lost'", 1).await;
+    stranger.drain(GRACE).await;
+    gate.open(1);
+    let third = bench.worker_with(LONG, 4).await;
+    assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
+    third.drain(GRACE).await;
+    bench.audit().await;
+}
+
+fn go(id: u32) -> Signal {
+    Signal { name: "go".into(), payload: json!({ "n": id }), dedupe_id: Some(format!("s{id}")), sender: None }
+}
+
+/// Nobody drives the run; whoever sends on and on is told to wait, and an operator still gets through.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_inbox_that_nobody_reads_takes_a_thousand_messages() {
+    let bench = Bench::new().await;
+    let run = bench.start(definition("deaf", vec![step("s", Kind::Await(waits_for("go")))]), json!({})).await;
+    for id in 0..1_000 {
+        assert!(bench.client.signal(run, go(id)).await.expect("stored"), "{id}");
+    }
+    assert_eq!(bench.client.signal(run, go(1_000)).await.expect_err("full").code(), "inbox_full");
+    assert!(!bench.client.signal(run, go(7)).await.expect("one that is there already"));
+    // Too large for its row: nothing of it stays either.
+    let large = Signal { payload: json!({ "text": "x".repeat(100_000) }), ..go(1_001) };
+    assert_eq!(bench.client.signal(run, large).await.expect_err("full").code(), "inbox_full");
+    assert_eq!(count(&bench, "select count(*) from blobs").await, 0);
+    assert!(bench.client.pause(run, Why::default()).await.expect("an operator's"));
+    assert!(bench.client.resume(run, Why::default()).await.expect("an operator's"));
+    let worker = bench.worker_with(LONG, 4).await;
+    assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
+    worker.drain(GRACE).await;
+    bench.audit().await;
+}
+
+/// The wire goes silent in the middle of a commit: no answer, no end. The worker stops when its lease is over and hangs on nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_whose_wire_went_silent_comes_to_its_end() {
+    let bench = Bench::new().await;
+    let way = Way::to(&bench.pool).await;
+    let silent = way.dies_at("insert into history");
+    let script = |_, _| Box::pin(async { Ok::<_, Failure>(Value::Null) }) as futures_util::future::BoxFuture<'static, _>;
+    let mut config = WorkerConfig::new(way.pool(4).await, Registry::new().with(Work(Arc::new(script))));
+    (config.hook, config.lease) = (bench.hook.clone(), SHORT);
+    let cut = worker::start(config).await.expect("worker");
+    let nap = step("nap", Kind::Wait { until: WaitUntil::For(1) });
+    let run = bench.start(definition("silent", vec![nap, work("w", &[])]), json!({})).await;
+    silent.cancelled().await;
+    cut.fenced().await;
+    tokio::time::timeout(PATIENCE, cut.drain(Duration::ZERO)).await.expect("it ends");
+    let other = bench.worker_with(LONG, 4).await;
+    assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
+    other.drain(GRACE).await;
+    bench.audit().await;
+}
