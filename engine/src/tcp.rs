@@ -78,13 +78,11 @@ mod tests {
                 tokio::spawn(async move { copy_bidirectional(&mut here, &mut there).await });
             }
         });
-        let url = options.to_url_lossy();
-        let database = url.path().trim_start_matches('/').to_owned();
         PgConnectOptions::new_without_pgpass()
             .host("127.0.0.1")
             .port(port)
             .username(options.get_username())
-            .database(&database)
+            .database(options.get_database().expect("database"))
             .ssl_mode(PgSslMode::Disable)
     }
 

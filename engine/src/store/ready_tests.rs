@@ -171,3 +171,37 @@ async fn the_depth_of_a_queue_is_what_is_due_and_for_how_long() {
     queue(&pool, "a", 11_000, 3, false, 10).await;
     assert_eq!(depths(&pool, Spread::Together).await.expect("test")[0].due, DEPTH_MAX);
 }
+
+#[tokio::test]
+async fn a_claim_finds_its_runs_by_their_keys_although_it_was_planned_before_there_were_any() {
+    let pool = database(MIGRATIONS).await;
+    let plan = Session::like(&pool).plan(TAKE.text(None), 4).await;
+    assert!(!plan.contains("Seq Scan"), "{plan}");
+}
+
+/// 5,000 runs that one worker owns stand in the index of owners; a takeover of another does not walk over them.
+#[tokio::test]
+async fn a_takeover_does_not_read_what_the_living_own() {
+    let pool = database(MIGRATIONS).await;
+    sqlx::query("insert into definitions (hash, name, version, format, source, bundle, ir) values (decode(repeat('07', 32), 'hex'), 'w', 1, 1, '', '{}', '{}')")
+        .execute(&pool)
+        .await
+        .expect("definition");
+    sqlx::query(
+        "insert into runs (shard, run_id, workflow, definition, status, inputs, owner)
+         select 0, gen_random_uuid(), 'w', decode(repeat('07', 32), 'hex'), 'running', '{}', $1 from generate_series(1, 5000)",
+    )
+    .bind(uuid::Uuid::now_v7())
+    .execute(&pool)
+    .await
+    .expect("runs");
+    let explain = format!("explain (analyze, buffers, format json) {}", crate::store::workers::TAKE_OVER.text(None));
+    let plan: Value = sqlx::query_scalar(sqlx::AssertSqlSafe(explain))
+        .bind(vec![uuid::Uuid::now_v7()])
+        .bind(100_i64)
+        .fetch_one(&pool)
+        .await
+        .expect("plan");
+    let pages = plan[0]["Plan"]["Shared Hit Blocks"].as_i64().expect("pages");
+    assert!(pages < 20, "{pages} pages: {plan:#}");
+}

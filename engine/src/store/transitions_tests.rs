@@ -6,7 +6,7 @@ use crate::{
     embedded::testing::database,
     hook::NoHook,
     store::groups,
-    transaction::begin,
+    transaction::{Session, begin},
 };
 use sqlx::{PgPool, Postgres, Transaction};
 
@@ -190,4 +190,12 @@ async fn what_a_batch_locks_is_found_by_indexes() {
         let pages = pages("Shared Hit Blocks") + pages("Shared Read Blocks");
         assert!(pages < 60, "{pages} pages: {plan:#}");
     }
+}
+
+/// A worker comes up on a new database and keeps its plans: they must not be those for a table without runs.
+#[tokio::test]
+async fn a_batch_finds_its_runs_by_their_keys_although_it_was_planned_before_there_were_any() {
+    let pool = database(MIGRATIONS).await;
+    let plan = Session::like(&pool).plan(SEND.text(None), 17).await;
+    assert!(plan.contains("Index Scan using runs_pkey on runs r") && !plan.contains("Seq Scan"), "{plan}");
 }

@@ -54,7 +54,7 @@ async fn a_run_that_cannot_be_read_is_terminated_with_what_it_holds() {
             }
         });
     }
-    bench.deploy(definition("leaf", vec![step("s", Kind::Await(waits_for("go")))])).await;
+    bench.deploy(definition("leaf", vec![step("s", Kind::Await(Box::new(waits_for("go"))))])).await;
     let branches = vec![
         Branch { name: "works".into(), steps: vec![work("w", &[])] },
         Branch { name: "calls".into(), steps: vec![call("leaf")] },
@@ -68,7 +68,7 @@ async fn a_run_that_cannot_be_read_is_terminated_with_what_it_holds() {
     let leaf = child_of(&bench, middle).await;
     bench.until(leaf, "waits", |v| !v.waiting.is_empty()).await;
     first.crash();
-    sqlx::query("update history set events = '[{\"type\": \"nothing_that_is_known\"}]' where run_id = $1 and seq = 2")
+    sqlx::query("update history set events = '[{\"type\": \"nothing_that_is_known\"}]' where run_id = $1")
         .bind(middle.0)
         .execute(&bench.pool)
         .await
@@ -166,7 +166,7 @@ fn go(id: u32) -> Signal {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_inbox_that_nobody_reads_takes_a_thousand_messages() {
     let bench = Bench::new().await;
-    let run = bench.start(definition("deaf", vec![step("s", Kind::Await(waits_for("go")))]), json!({})).await;
+    let run = bench.start(definition("deaf", vec![step("s", Kind::Await(Box::new(waits_for("go"))))]), json!({})).await;
     for id in 0..1_000 {
         assert!(bench.client.signal(run, go(id)).await.expect("stored"), "{id}");
     }
