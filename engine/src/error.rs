@@ -47,7 +47,9 @@ pub enum Error {
     InputInvalid(Vec<String>),
     #[error("the signal is not valid: {}", .0.join("; "))]
     SignalInvalid(Vec<String>),
-    #[error("{limit} messages wait to be read by run {run} already: see what it waits for, and send this one again later")]
+    #[error(
+        "{limit} messages wait to be read by run {run} already: see what it waits for, and send this one again later"
+    )]
     InboxFull { run: String, limit: i64 },
     #[error("no update `{1}` was sent to run {0}")]
     UpdateNotFound(String, String),

@@ -14,10 +14,10 @@ use chrono::{DateTime, Utc};
 use futures_util::future::BoxFuture;
 use loopwright_engine::{
     client::Client,
-    ids::RunId,
     hook::{
         AttemptRef, AttemptStart, HookError, Outcome, Phase, Reading, Refusal, Transition, TransitionHook, Verdict,
     },
+    ids::RunId,
 };
 use sqlx::PgConnection;
 use std::{collections::BTreeMap, convert::Infallible};

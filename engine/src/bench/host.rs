@@ -7,10 +7,7 @@ use crate::{
     hook::NoHook,
     migrate::{self, MIGRATIONS},
 };
-use sqlx::{
-    AssertSqlSafe, ConnectOptions, Connection, PgPool,
-    postgres::PgConnectOptions,
-};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgPool, postgres::PgConnectOptions};
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 /// Connections of one process, as the product has them.

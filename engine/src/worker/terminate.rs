@@ -124,8 +124,7 @@ async fn last_of_unreadable(conn: &mut PgConnection, run: RunId, reason: &str) -
     let (seq, status) = (there.seq + 1, RunStatus::Terminated);
     let failure = crate::Failure::permanent("cancelled", reason.to_owned());
     let known = there.chain.first.unwrap_or(run);
-    let parent =
-        there.parent.map(|parent| (parent, child_result(known, status.as_str(), None, Some(failure.clone()))));
+    let parent = there.parent.map(|parent| (parent, child_result(known, status.as_str(), None, Some(failure.clone()))));
     let closed =
         [Event::RunClosed { status, output: None, failure: Some(failure.clone()), at: store::runs::now(conn).await? }];
     let mut large = Vec::new();

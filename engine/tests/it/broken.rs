@@ -20,12 +20,10 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 fn call(workflow: &str) -> Step {
     let (workflow, version, with) = (workflow.into(), CallVersion::Latest, BTreeMap::new());
-    step(if workflow == "middle" { "m" } else { "l" }, Kind::Call {
-        workflow,
-        version,
-        with,
-        parent_close: ParentClose::Abandon,
-    })
+    step(
+        if workflow == "middle" { "m" } else { "l" },
+        Kind::Call { workflow, version, with, parent_close: ParentClose::Abandon },
+    )
 }
 
 async fn child_of(bench: &Bench, run: RunId) -> RunId {
@@ -190,7 +188,8 @@ async fn a_worker_whose_wire_went_silent_comes_to_its_end() {
     let bench = Bench::new().await;
     let way = Way::to(&bench.pool).await;
     let silent = way.dies_at("insert into history");
-    let script = |_, _| Box::pin(async { Ok::<_, Failure>(Value::Null) }) as futures_util::future::BoxFuture<'static, _>;
+    let script =
+        |_, _| Box::pin(async { Ok::<_, Failure>(Value::Null) }) as futures_util::future::BoxFuture<'static, _>;
     let mut config = WorkerConfig::new(way.pool(4).await, Registry::new().with(Work(Arc::new(script))));
     (config.hook, config.lease) = (bench.hook.clone(), SHORT);
     let cut = worker::start(config).await.expect("worker");

@@ -59,8 +59,7 @@ const EVERYWHERE: &[(&str, &str)] = &[
         "claim: the same, for timers that are over in a long queue, and for runs with a message while a worker has no room",
     ),
     ("where r.owner = $1 and not exists", "strays: one look of a worker every 2 s, for all its runs"),
-    ("on d.id = r.owner", "takeover: after a worker has died, and one look of each worker every 750 ms"),
-    ("update dead_workers", "takeover: the same"),
+    ("where r.owner = any($1::uuid[])", "takeover: only after a worker has died, until all of its runs are free"),
     ("first_run_id = ", "chains: whoever stops a child asks for the run that is open in its place"),
     (
         "where workflow_id = $1 and closed_at is not null",

@@ -197,7 +197,12 @@ async fn a_run_that_cannot_be_terminated_is_tried_once_a_look() {
     stage.create("s", hourly(Overlap::TerminateOther)).await;
     assert_eq!(stage.set_and_fire("2026-11-25T10:00:00Z").await, 1);
     let broken = stage.open("s").await[0].1;
-    sqlx::query("update runs set cursor = '{}'").execute(&stage.bench.pool).await.expect("broken");
+    for sql in [
+        "create function test_refuse() returns trigger language plpgsql as $$ begin raise exception 'it stays'; end $$",
+        "create trigger test_refuse before update on runs for each row when (new.status = 'terminated') execute function test_refuse()",
+    ] {
+        sqlx::query(sql).execute(&stage.bench.pool).await.expect("broken");
+    }
     let epoch = async || -> i64 {
         sqlx::query_scalar("select epoch from runs where run_id = $1")
             .bind(broken.0)
@@ -211,7 +216,7 @@ async fn a_run_that_cannot_be_terminated_is_tried_once_a_look() {
     assert_eq!(epoch().await, 1);
     assert_eq!(stage.set_and_fire("2026-11-25T11:00:02Z").await, 0);
     assert_eq!(epoch().await, 2, "and again when the schedule is looked at again");
-    sqlx::query("update runs set cursor = null").execute(&stage.bench.pool).await.expect("mended");
+    sqlx::query("drop trigger test_refuse on runs").execute(&stage.bench.pool).await.expect("mended");
     assert_eq!(stage.set_and_fire("2026-11-25T11:00:04Z").await, 1);
 }
 

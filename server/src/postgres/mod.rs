@@ -3,10 +3,7 @@
 use crate::{config::Config, telemetry::redact};
 use loopwright_engine::{embedded, transaction};
 use secrecy::ExposeSecret;
-use sqlx::{
-    ConnectOptions, Connection, PgConnection, PgPool,
-    postgres::PgConnectOptions,
-};
+use sqlx::{ConnectOptions, Connection, PgConnection, PgPool, postgres::PgConnectOptions};
 use std::time::Duration;
 
 /// Connections of one process. Chosen, not measured: the committer needs one, a page of the server a few.
