@@ -4,9 +4,12 @@ use crate::{
     contract,
     edit::Frozen,
     implement::{self, AGENTS_BYTES_MAX, FROZEN, SUMMARY_BYTES_MAX},
-    orchestrator::{Message, Request, Role},
+    orchestrator::{Opening, Question, Request, Role},
     toolbox::Toolbox,
-    tools::{AgentLoop, Goal, Tool, prompt},
+    tools::{
+        AgentLoop, Goal, Tool,
+        prompt::{self, Spare},
+    },
 };
 use futures_util::future::BoxFuture;
 use loopwright_engine::{
@@ -35,6 +38,8 @@ const OUTPUT_TOKENS_MAX: u32 = 32_768;
 const RESERVED_INPUT_TOKENS: u64 = 12_000;
 /// Turns with tools that the first hold covers.
 const RESERVED_TURNS: u32 = 6;
+/// What is given up of the prompt where a window is too small: the team's own words stay.
+const SPARE: &Spare = &[&[("agents", 2 << 10)], &[("agents", 0)]];
 /// Longest text that is passed on, in bytes: a page or two belongs into a file.
 const TEXT_BYTES_MAX: usize = 64 << 10;
 
@@ -192,14 +197,14 @@ fn task(ctx: &Context, input: &Input) -> Result<String, Failure> {
     }
 }
 
-fn opening(ctx: &Context, task: &str, tools: &[Tool], agents: &str) -> Result<Vec<Message>, Failure> {
+fn opening(ctx: &Context, task: &str, tools: &[Tool], agents: &str) -> Result<Opening, Failure> {
     let data = json!({
         "prompt": task,
         "tools": !tools.is_empty(),
         "edit": tools.contains(&Tool::Edit),
         "agents": agents,
     });
-    prompt::messages(ctx, PROMPT, SHIPPED_PROMPT, &data)
+    prompt::opening(ctx, PROMPT, SHIPPED_PROMPT, &data, SPARE)
 }
 
 /// One question, one answer.
@@ -213,12 +218,13 @@ async fn answer(
     let request = Request {
         role: input.role.into(),
         purpose: "agent".to_owned(),
-        messages: opening(ctx, &task, &[], "")?,
+        messages: Vec::new(),
         tools: Vec::new(),
         output_schema: input.output_schema,
         max_output_tokens: limits.output_tokens,
     };
-    let reply = toolbox.orchestrator.call(ctx, "answer", request).await?;
+    let question = Question::opened(opening(ctx, &task, &[], "")?, request);
+    let reply = toolbox.orchestrator.call(ctx, "answer", question).await?;
     let text = if reply.json.is_some() { String::new() } else { prompt::middle_out(&reply.text, TEXT_BYTES_MAX) };
     Ok(Output {
         text,

@@ -1,6 +1,6 @@
 //! One question to a model whose answer has to make sense beyond its schema: asked again with the complaint until it does.
 
-use crate::orchestrator::{Message, Orchestrator, Reply, Request};
+use crate::orchestrator::{Message, Orchestrator, Question, Reply};
 use loopwright_engine::{Failure, activity::Context};
 
 /// New answers that one attempt may buy: the second, with a complaint, cures what can be cured. An attempt that carries
@@ -16,18 +16,19 @@ pub(crate) async fn ask<T>(
     orchestrator: &Orchestrator,
     ctx: &Context,
     key: &str,
-    mut request: Request,
+    mut question: Question,
     judge: impl Fn(&Reply) -> Result<T, String>,
 ) -> Result<(T, Reply), Failure> {
     let mut complaint = String::new();
     for n in 1..=ANSWERS_PER_ATTEMPT.saturating_mul(ctx.info().counted) {
         let key = if n == 1 { key.to_owned() } else { format!("{key}-{n}") };
-        let reply = orchestrator.call(ctx, &key, request.clone()).await?;
+        let reply = orchestrator.call(ctx, &key, question.clone()).await?;
         match judge(&reply) {
             Ok(value) => return Ok((value, reply)),
             Err(problem) => {
-                request.messages.push(reply.to_message());
-                request.messages.push(Message::User {
+                let messages = &mut question.request.messages;
+                messages.push(reply.to_message());
+                messages.push(Message::User {
                     text: format!("That answer cannot be used: {problem}\nGive the whole answer again, corrected."),
                 });
                 complaint = problem;

@@ -32,7 +32,7 @@ pub struct Input {
     /// The snapshot to check; empty when the implementer left none.
     #[serde(default)]
     pub work: String,
-    /// This step's output of the round before: the same failures twice in a row are not worth a third try.
+    /// This step's output of the round before: who has failed the same way twice in a row is not asked a third time.
     #[serde(default)]
     pub previous: Value,
     /// Why there is no snapshot, where there is none.
@@ -61,8 +61,11 @@ pub struct CheckResult {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Output {
     pub passed: bool,
-    /// Whether another round may help: there is work, and it does not fail the same way twice.
+    /// Whether another round may help: there is work, and it has not failed the same way three times in a row.
     pub again: bool,
+    /// It failed the same way as the round before: the next round is another model's, or there is none.
+    #[serde(default)]
+    pub repeated: bool,
     /// The snapshot that was checked.
     pub work: String,
     /// What failed, in one line; empty when passed.
@@ -107,19 +110,30 @@ impl Activity for RunChecks {
 async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, Failure> {
     if input.work.is_empty() {
         let reason = if input.reason.is_empty() { "nothing was implemented".to_owned() } else { input.reason };
-        return Ok(Output { passed: false, again: false, work: String::new(), reason, results: Vec::new() });
+        return Ok(Output {
+            passed: false,
+            again: false,
+            repeated: false,
+            work: String::new(),
+            reason,
+            results: Vec::new(),
+        });
     }
     let workspace = toolbox.workspaces.open(input.project_id, ctx.info().attempt_id, Some(&input.work)).await?;
     let results = run_all(toolbox, ctx, workspace.dir(), &input.todo.checks).await?;
     // Without a single command there is no evidence, and "done" rests on evidence.
     let passed = !results.is_empty() && results.iter().all(|result| result.passed);
-    let again = !passed && !results.is_empty() && failures(&results) != failures_of(&input.previous);
+    let failed = !passed && !results.is_empty();
+    let (before, stopped) = failures_of(&input.previous);
+    let repeated = failed && failures(&results) == before;
+    // The first repetition ends it for the model that made it, the second for everybody.
+    let again = failed && !(repeated && stopped);
     let reason = match results.iter().find(|result| !result.passed) {
         Some(failed) => describe(failed),
         None if results.is_empty() => "the item has no check".to_owned(),
         None => String::new(),
     };
-    Ok(Output { passed, again, work: input.work, reason, results })
+    Ok(Output { passed, again, repeated, work: input.work, reason, results })
 }
 
 /// Runs commands one after another, all of them whatever fails.
@@ -216,9 +230,10 @@ fn steady(output: &str) -> String {
     output.lines().map(line).collect::<Vec<_>>().join("\n")
 }
 
-fn failures_of(previous: &Value) -> Vec<(String, Option<i32>, String)> {
+/// What failed in the round before, and whether that was a repetition already.
+fn failures_of(previous: &Value) -> (Vec<(String, Option<i32>, String)>, bool) {
     // An output of another release says nothing about this round.
-    Output::deserialize(previous).map(|output| failures(&output.results)).unwrap_or_default()
+    Output::deserialize(previous).map(|output| (failures(&output.results), output.repeated)).unwrap_or_default()
 }
 
 /// Evidence as an implementer should read it: without ids and figures that differ from run to run.
@@ -227,6 +242,7 @@ pub(crate) fn lesson(evidence: &Value) -> Value {
     if let Some(fields) = lesson.as_object_mut() {
         fields.remove("work");
         fields.remove("again");
+        fields.remove("repeated");
     }
     for result in lesson.get_mut("results").and_then(Value::as_array_mut).into_iter().flatten() {
         if let Some(fields) = result.as_object_mut() {
@@ -261,18 +277,19 @@ mod tests {
         let output = |tail: &str| Output {
             passed: false,
             again: true,
+            repeated: false,
             work: "w".into(),
             reason: String::new(),
             results: vec![result("true", Some(0), "fine"), result("cargo test", Some(101), tail)],
         };
         let previous = serde_json::to_value(output("left 1, right 2")).expect("json");
-        assert_eq!(failures(&output("left 1, right 2").results), failures_of(&previous));
-        assert_ne!(failures(&output("left 2, right 2").results), failures_of(&previous));
+        assert_eq!(failures(&output("left 1, right 2").results), failures_of(&previous).0);
+        assert_ne!(failures(&output("left 2, right 2").results), failures_of(&previous).0);
         let told =
             |id, time| output(&format!("thread 'a' ({id}) panicked: left: 1\nFAILED. 1 failed; finished in {time}s"));
         let previous = serde_json::to_value(told(4_711, "0.02")).expect("json");
-        assert_eq!(failures(&told(815, "0.13").results), failures_of(&previous));
-        assert!(failures_of(&Value::Null).is_empty() && failures_of(&json!({})).is_empty());
+        assert_eq!(failures(&told(815, "0.13").results), failures_of(&previous).0);
+        assert!(failures_of(&Value::Null).0.is_empty() && failures_of(&json!({})).0.is_empty());
     }
 
     #[test]

@@ -131,7 +131,7 @@ async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, 
         max_output_tokens: OUTPUT_TOKENS_MAX,
     };
     let judge = |reply: &Reply| judge(reply.json.as_ref(), asked < QUESTIONS_MAX);
-    let (answer, reply) = ask(&toolbox.orchestrator, ctx, "ask", request, judge).await?;
+    let (answer, reply) = ask(&toolbox.orchestrator, ctx, "ask", request.into(), judge).await?;
     if !answer.complete {
         record::say(pool, project, Speaker::Model, &answer.question, &own, info).await?;
     }

@@ -7,10 +7,13 @@ use crate::{
     check, contract,
     edit::{Frozen, path},
     index::Index,
-    orchestrator::{Message, Orchestrator, Role},
+    orchestrator::{Opening, Orchestrator, Role},
     todo::{self, Todo},
     toolbox::Toolbox,
-    tools::{AgentLoop, Ending, Goal, TURNS_MAX, Tool, Worktree, prompt},
+    tools::{
+        AgentLoop, Ending, Goal, TURNS_MAX, Tool, Worktree,
+        prompt::{self, Spare},
+    },
     usage::{PlannedCall, Reserve},
     workspace::Workspace,
 };
@@ -47,6 +50,13 @@ const ARCHITECTURE_BYTES_MAX: usize = 6 << 10;
 pub(crate) const AGENTS_BYTES_MAX: usize = 8 << 10;
 /// Most bytes of evidence in the prompt.
 const EVIDENCE_BYTES_MAX: usize = 12 << 10;
+/// What is given up of the prompt where a window is too small: most of it can be read with tools. The item with its checks stays.
+const SPARE: &Spare = &[
+    &[("context", 6 << 10), ("map", 2 << 10)],
+    &[("architecture", 2 << 10), ("agents", 2 << 10), ("evidence", 6 << 10)],
+    &[("context", 0), ("map", 0)],
+    &[("architecture", 0), ("agents", 0), ("evidence", 3 << 10)],
+];
 /// Output limit of one turn: a file of some 600 lines.
 const OUTPUT_TOKENS_MAX: u32 = 8192;
 /// Turns that the first hold covers; most items need fewer, and a hold grows when a call would exceed it.
@@ -243,7 +253,7 @@ async fn opening(
     input: &Input,
     frozen: &Frozen,
     continued: bool,
-) -> Result<Vec<Message>, Failure> {
+) -> Result<Opening, Failure> {
     let workspace = tree.workspace();
     let (map, context) = context(tree, &input.todo).await?;
     let evidence = check::lesson(&input.evidence);
@@ -262,7 +272,7 @@ async fn opening(
         "evidence": evidence,
         "continued": continued,
     });
-    prompt::messages(ctx, PROMPT, SHIPPED_PROMPT, &data)
+    prompt::opening(ctx, PROMPT, SHIPPED_PROMPT, &data, SPARE)
 }
 
 /// The repository map and the code that the item is likely to need.
@@ -275,6 +285,7 @@ async fn context(tree: &Worktree, todo: &Todo) -> Result<(String, String), Failu
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::orchestrator::Message;
     use loopwright_engine::{activity::detached, ids::RunId};
 
     fn todo() -> Value {
@@ -301,7 +312,7 @@ mod tests {
                 other => panic!("{other:?}"),
             };
         let first = text(&data);
-        assert!(first.starts_with("# Item greeting: Greet by name\n\nPrint {{name}}.\n"), "{first}");
+        assert!(first.contains("# Item greeting: Greet by name\n\nPrint {{name}}.\n"), "{first}");
         for part in [
             "Requirements: R1, R2",
             "- greet.sh",
@@ -322,6 +333,38 @@ mod tests {
         for part in ["<map>\nMAP\n</map>", "rank below", "do not start over", "exit_code: 1", "ARCH"] {
             assert!(repair.contains(part), "{part}: {repair}");
         }
+        // What all items of a run have in common comes first, what changes from round to round last.
+        let places = ["ARCH", "NOTES", "MAP", "# Item greeting", "exit_code: 1"].map(|part| repair.find(part));
+        assert!(places.is_sorted() && places[0].is_some(), "{places:?}");
+    }
+
+    #[test]
+    fn the_smallest_packing_still_says_what_is_to_be_done() {
+        let ctx = detached::context(detached::info(NAME, Value::Null), Default::default(), Default::default());
+        let todo: Todo = serde_json::from_value(todo()).expect("an item");
+        let long = "material\n".repeat(1_000);
+        let data = json!({
+            "item": todo, "frozen": FROZEN, "architecture": long, "agents": long, "map": long, "context": long,
+            "evidence": long, "continued": true,
+        });
+        let opening = prompt::opening(&ctx, PROMPT, SHIPPED_PROMPT, &data, SPARE).expect("renders");
+        assert_eq!(opening.smaller.len(), SPARE.len());
+        for messages in &opening.smaller {
+            let [system, Message::User { text }] = messages.as_slice() else { panic!("{messages:?}") };
+            assert_eq!(*system, opening.messages[0]);
+            for part in [
+                "# Item greeting: Greet by name",
+                "Print {{name}}.",
+                "R1, R2",
+                "`sh test.sh` has to exit with 0",
+                "TODO.md",
+            ] {
+                assert!(text.contains(part), "{part}: {text}");
+            }
+            assert!(text.contains("left out"));
+        }
+        let Some([_, Message::User { text }]) = opening.smaller.last().map(Vec::as_slice) else { panic!() };
+        assert!(text.len() < 5_000 && text.contains("material"), "{text}");
     }
 
     #[test]

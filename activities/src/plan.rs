@@ -10,13 +10,13 @@ use crate::{
     fact::{Choice, Plan, Requirements},
     implement::{self, ARCHITECTURE, reserve},
     landing::{Landing, bill, land},
-    orchestrator::{Message, Reply, Request, Role},
+    orchestrator::{Opening, Question, Reply, Request, Role},
     readme,
     record::{self, Kind, TURN_BYTES_MAX},
     sandbox::Sandbox,
     todo::{self, State, Todo},
     toolbox::Toolbox,
-    tools::prompt,
+    tools::prompt::{self, Spare},
     verify,
     workspace::FileChange,
 };
@@ -41,6 +41,8 @@ const RESERVED_INPUT_TOKENS: u64 = 12_000;
 const ARCHITECTURE_BYTES_MAX: usize = 64 << 10;
 /// Tokens of the map of existing code in the prompt.
 const MAP_TOKENS: usize = 3_000;
+/// What is given up of the prompt where a window is too small. The idea, the requirements and what the person wants changed stay.
+const SPARE: &Spare = &[&[("map", 3 << 10), ("agents", 2 << 10)], &[("map", 0), ("agents", 0), ("before", 8 << 10)]];
 /// Most bytes of the summary that is shown for approval.
 const SUMMARY_BYTES_MAX: usize = 16 << 10;
 /// Calls of a model that an item takes at least: write, run, done.
@@ -141,18 +143,19 @@ async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, 
         .iter()
         .flat_map(|plan| plan.items.iter().filter(|item| states.get(&item.id) == Some(&State::Done)).cloned())
         .collect();
-    let messages = messages(toolbox, ctx, &input, &known, before.as_ref(), &done).await?;
+    let opening = opening(toolbox, ctx, &input, &known, before.as_ref(), &done).await?;
     let request = Request {
         role: Role::Architect,
         purpose: "plan".to_owned(),
-        messages,
+        messages: Vec::new(),
         tools: Vec::new(),
         output_schema: Some(schema()),
         max_output_tokens: OUTPUT_TOKENS_MAX,
     };
     let taken: BTreeSet<String> = done.iter().map(|item| item.id.clone()).collect();
     let judge = |reply: &Reply| judge(reply.json.as_ref(), &known, &taken, &done);
-    let (answer, reply) = ask(&toolbox.orchestrator, ctx, "plan", request, judge).await?;
+    let question = Question::opened(opening, request);
+    let (answer, reply) = ask(&toolbox.orchestrator, ctx, "plan", question, judge).await?;
 
     let plan = Plan {
         summary: answer.summary.clone(),
@@ -187,14 +190,14 @@ async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, 
     })
 }
 
-async fn messages(
+async fn opening(
     toolbox: &Toolbox,
     ctx: &Context,
     input: &Input,
     known: &Requirements,
     before: Option<&Plan>,
     done: &[Todo],
-) -> Result<Vec<Message>, Failure> {
+) -> Result<Opening, Failure> {
     let desk = implement::open(toolbox, ctx.info(), input.project_id, None).await?;
     let map = desk.tree.ask(|index| index.map(MAP_TOKENS)).await?;
     let data = json!({
@@ -208,7 +211,7 @@ async fn messages(
         "agents": implement::excerpt(desk.tree.workspace(), "AGENTS.md", implement::AGENTS_BYTES_MAX),
         "tools": toolchains(&toolbox.sandbox),
     });
-    prompt::messages(ctx, PROMPT, SHIPPED_PROMPT, &data)
+    prompt::opening(ctx, PROMPT, SHIPPED_PROMPT, &data, SPARE)
 }
 
 /// Programs that the checks may count on: those that confined commands find.

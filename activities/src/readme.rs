@@ -9,11 +9,11 @@ use crate::{
     fact::Requirements,
     implement::{self, ARCHITECTURE, reserve},
     landing::{Landing, bill, land},
-    orchestrator::{Message, Orchestrator, Request, Role},
+    orchestrator::{Message, Opening, Orchestrator, Question, Request, Role},
     record::{self, Kind},
     todo::{self, COMMAND_BYTES_MAX, Check},
     toolbox::Toolbox,
-    tools::prompt,
+    tools::prompt::{self, Spare},
     usage::PlannedCall,
     workspace::FileChange,
 };
@@ -50,6 +50,9 @@ const MAP_TOKENS: usize = 2_500;
 const PACK_TOKENS: usize = 5_000;
 const ARCHITECTURE_BYTES_MAX: usize = 10 << 10;
 const EVIDENCE_BYTES_MAX: usize = 8 << 10;
+/// What is given up of the prompt where a window is too small. The requirements and the list of files stay.
+const SPARE: &Spare =
+    &[&[("code", 6 << 10), ("map", 3 << 10)], &[("architecture", 4 << 10), ("before", 0)], &[("code", 0), ("map", 0)]];
 
 /// What `readme@1` is given.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
@@ -112,19 +115,20 @@ impl Activity for Readme {
 
 async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, Failure> {
     let (info, project) = (ctx.info(), input.project_id);
-    let (mut messages, head) = opening(toolbox, ctx, project).await?;
+    let (opening, head) = opening(toolbox, ctx, project).await?;
+    let request = Request {
+        role: Role::Architect,
+        purpose: "readme".to_owned(),
+        messages: Vec::new(),
+        tools: Vec::new(),
+        output_schema: None,
+        max_output_tokens: OUTPUT_TOKENS_MAX,
+    };
+    let mut question = Question::opened(opening, request);
     let mut version = 0;
     let (text, results, model) = loop {
         version += 1;
-        let request = Request {
-            role: Role::Architect,
-            purpose: "readme".to_owned(),
-            messages: messages.clone(),
-            tools: Vec::new(),
-            output_schema: None,
-            max_output_tokens: OUTPUT_TOKENS_MAX,
-        };
-        let reply = toolbox.orchestrator.call(ctx, &format!("readme-{version}"), request).await?;
+        let reply = toolbox.orchestrator.call(ctx, &format!("readme-{version}"), question.clone()).await?;
         let text = unfenced(&reply.text);
         let commands = usable(&text);
         let results = match &commands {
@@ -139,8 +143,8 @@ async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, 
         if version >= VERSIONS_MAX.saturating_mul(info.counted) {
             return Err(Failure::retryable("model.output_invalid", "the model wrote no README.md that can be used"));
         }
-        messages.push(reply.to_message());
-        messages.push(Message::User { text: complaint(commands.err(), &failed) });
+        question.request.messages.push(reply.to_message());
+        question.request.messages.push(Message::User { text: complaint(commands.err(), &failed) });
     };
     let verified = results.iter().all(|result| result.passed);
     let file = FileChange { path: FILE.to_owned(), content: Some(finished(&text, &results)) };
@@ -175,7 +179,7 @@ fn complaint(problem: Option<String>, failed: &[&CheckResult]) -> String {
     )
 }
 
-async fn opening(toolbox: &Toolbox, ctx: &Context, project: Uuid) -> Result<(Vec<Message>, String), Failure> {
+async fn opening(toolbox: &Toolbox, ctx: &Context, project: Uuid) -> Result<(Opening, String), Failure> {
     let info = ctx.info();
     let requirements: Option<Requirements> = record::newest(&toolbox.pool, project, Kind::Requirements, info).await?;
     let name = record::project_name(&toolbox.pool, project).await?;
@@ -195,7 +199,7 @@ async fn opening(toolbox: &Toolbox, ctx: &Context, project: Uuid) -> Result<(Vec
         "code": code,
     });
     let head = workspace.head().unwrap_or_default().to_owned();
-    Ok((prompt::messages(ctx, PROMPT, SHIPPED_PROMPT, &data)?, head))
+    Ok((prompt::opening(ctx, PROMPT, SHIPPED_PROMPT, &data, SPARE)?, head))
 }
 
 /// Runs the commands of a version, once: a later attempt finds what came of them.

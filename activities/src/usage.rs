@@ -62,6 +62,12 @@ pub struct CallOpened {
     pub input_tokens_max: u64,
     /// Output limit sent with the request.
     pub output_tokens_max: u64,
+    /// Dearest price of input, in micro-USD per million tokens, at which the call may be made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub input_umtok_max: Option<u64>,
+    /// The same of output.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output_umtok_max: Option<u64>,
 }
 
 /// How a call ended.

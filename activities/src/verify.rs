@@ -15,11 +15,11 @@ use crate::{
     contract,
     fact::{Plan, Requirements},
     implement::{self, Desk, reserve},
-    orchestrator::{Orchestrator, Reply, Request, Role},
+    orchestrator::{Orchestrator, Question, Reply, Request, Role},
     record::{self, Kind},
     todo::{self, State, Todo},
     toolbox::Toolbox,
-    tools::prompt,
+    tools::prompt::{self, Spare},
     usage::PlannedCall,
     workspace::Workspace,
 };
@@ -57,6 +57,14 @@ const MAP_TOKENS: usize = 2_000;
 /// Most bytes of the diff in the prompt.
 const DIFF_BYTES_MAX: usize = 60 << 10;
 const RESULTS_BYTES_MAX: usize = 16 << 10;
+/// What is given up of the prompt where a window is too small: the diff says again what the code says. Requirements, items and
+/// what is blocked stay, and so much code that something can be cited.
+const SPARE: &Spare = &[
+    &[("diff", 16 << 10)],
+    &[("code", 16 << 10), ("map", 2 << 10)],
+    &[("diff", 0), ("results", 8 << 10)],
+    &[("code", 6 << 10), ("map", 0), ("results", 4 << 10)],
+];
 /// Citations of one criterion that are kept.
 const CITATIONS_MAX: usize = 6;
 /// Most bytes of the report that is shown.
@@ -203,13 +211,15 @@ async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, 
         let request = Request {
             role: Role::Architect,
             purpose: "verify".to_owned(),
-            messages: prompt::messages(ctx, PROMPT, SHIPPED_PROMPT, &facts.data(&open, &shown))?,
+            messages: Vec::new(),
             tools: Vec::new(),
             output_schema: Some(schema()),
             max_output_tokens: OUTPUT_TOKENS_MAX,
         };
         let judge = |reply: &Reply| judge(reply.json.as_ref(), &open, &facts);
-        let (answer, reply) = ask(&toolbox.orchestrator, ctx, "verify", request, judge).await?;
+        let opening = prompt::opening(ctx, PROMPT, SHIPPED_PROMPT, &facts.data(&open, &shown), SPARE)?;
+        let question = Question::opened(opening, request);
+        let (answer, reply) = ask(&toolbox.orchestrator, ctx, "verify", question, judge).await?;
         (answer, reply.model)
     };
     let mut criteria = facts.carried.clone();

@@ -183,6 +183,12 @@ impl LedgerHook {
                 format!("{} {} has no price; add one before it is used", call.provider, call.model),
             );
         };
+        if price.exceeds(call.input_umtok_max, call.output_umtok_max) {
+            return refused(
+                "price_above_ceiling",
+                format!("{} {} costs more than its ceiling in the routing allows", call.provider, call.model),
+            );
+        }
         let own = match call.own_key_id {
             Some(id) => match own_key(conn, call, owner.user, id).await? {
                 Some(id) => Some(id),

@@ -34,6 +34,13 @@ impl Price {
         PicoUsd(i64::try_from(total).unwrap_or(i64::MAX))
     }
 
+    /// Whether input or output costs more than these ceilings, in micro-USD per million tokens.
+    #[must_use]
+    pub fn exceeds(&self, input_max: Option<u64>, output_max: Option<u64>) -> bool {
+        let above = |price: i64, max: Option<u64>| max.is_some_and(|max| i128::from(price) > i128::from(max));
+        above(self.input, input_max) || above(self.output.max(self.reasoning), output_max)
+    }
+
     /// The most that a call of that size can cost.
     #[must_use]
     pub fn worst(&self, input_tokens: u64, output_tokens: u64) -> PicoUsd {
@@ -120,6 +127,8 @@ mod tests {
         };
         assert_eq!(price.cost(&usage), PicoUsd(7 + 50 * 10 + 40 + 10 * 20 + 10 * 100 + 20 * 50));
         assert_eq!(price.worst(100, 30), PicoUsd(7 + 100 * 20 + 30 * 100));
+        assert!(!price.exceeds(None, None) && !price.exceeds(Some(10), Some(100)));
+        assert!(price.exceeds(Some(9), None) && price.exceeds(None, Some(99)));
         let absurd = Usage { tokens_prompt: u64::MAX, tokens_output: u64::MAX, ..Usage::default() };
         assert_eq!(price.cost(&absurd), PicoUsd(i64::MAX));
     }

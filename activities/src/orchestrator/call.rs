@@ -6,7 +6,7 @@ mod failure;
 mod keys;
 
 use super::{
-    Reply, Request, Role, budget,
+    Question, Reply, Request, Role, budget,
     own::{Own, Owners},
     route::{Candidate, Routing},
     service::{Pool, Running, Slot},
@@ -15,7 +15,9 @@ use super::{
 use crate::{
     keys::{Board, Keys, Rates},
     provider::{
-        Advice, Call, Completion, Provider, ProviderError, RequestIdSlot, Settings, estimate::request_tokens_max, hex,
+        Advice, Call, Completion, Provider, ProviderError, RequestIdSlot, Settings,
+        estimate::{request_bytes, request_tokens_max},
+        hex,
         settings::SettingsError,
     },
     usage::{CallClosed, CallOpened, CallState, PlannedCall},
@@ -38,8 +40,13 @@ use std::{
 
 /// Requests to one candidate within a call: the second cures most passing faults, a third is a storm.
 pub const TRIES_PER_CANDIDATE: u32 = 2;
+/// Smaller packings of its question that a candidate is asked after it said that the prompt does not fit: the last is less than
+/// a fifth of the first.
+pub const PACKINGS_MAX: u32 = 3;
 /// Why the ledger's hook refuses a call of a model without a price.
 const PRICE_MISSING: &str = "price_missing";
+/// Why it refuses a call of a model that has become dearer than its line in the routing allows.
+const PRICE_ABOVE_CEILING: &str = "price_above_ceiling";
 /// Most calls that failed whose request counts are remembered: many times what a worker runs at once.
 const COUNTS_MAX: usize = 4_096;
 
@@ -70,7 +77,7 @@ struct Inner {
     /// Without a database nobody shares a budget.
     rates: Option<Rates>,
     owners: Option<Owners>,
-    /// Windows that servers named when they refused a prompt, by provider and model: smaller than we were told.
+    /// Windows that servers named or turned out to have, by provider and model: smaller than we were told.
     windows: Mutex<BTreeMap<(String, String), u64>>,
     /// Requests that failed calls have made, by attempt and key: an activity that asks again under the same key in the
     /// same attempt must not meter a new request under an old name.
@@ -105,7 +112,7 @@ struct Task<'a> {
     key: &'a str,
     /// Checkpoint of the answer.
     saved: String,
-    request: Request,
+    question: Question,
     shape: Option<Shape>,
     own: Option<Arc<Own>>,
 }
@@ -199,19 +206,25 @@ impl Orchestrator {
     /// # Shape
     /// `key` names the call inside its step and is stable over attempts: an answer recorded under it is returned and
     /// nothing is bought. Request `k` of attempt `a` is metered as `<key>.a<a>.<k>`; the answer is the checkpoint
-    /// `call:<key>`; an answer without the required shape is the checkpoint `call:<key>~unusable.<a>.<n>`.
+    /// `call:<key>`; an answer without the required shape is the checkpoint `call:<key>~unusable.<a>.<n>`. A candidate whose window
+    /// is too small, or that says so, is asked with a smaller packing of the same question before another one is.
     /// # Errors
     /// The codes that `README.md` lists under "Providers and orchestrator"; a refusal of the hook or the engine as it is.
     /// # Transaction
     /// One for each opened and each closed reading; the last closes the reading and saves the answer together.
-    pub async fn call(&self, ctx: &Context, key: &str, request: Request) -> Result<Reply, Failure> {
+    pub async fn call(&self, ctx: &Context, key: &str, question: impl Into<Question> + Send) -> Result<Reply, Failure> {
+        self.answer(ctx, key, question.into().in_order()).await
+    }
+
+    async fn answer(&self, ctx: &Context, key: &str, question: Question) -> Result<Reply, Failure> {
+        let request = &question.request;
         let saved = format!("call:{key}");
         if let Some(recorded) = ctx.checkpoint(&saved).await? {
             return serde_json::from_value(recorded).map_err(|error| unreadable(key, &error));
         }
         let shape = request.output_schema.as_ref().map(Shape::new).transpose()?;
         let own = self.own(ctx.info()).await?;
-        let mut choices = self.usable(ctx, &request, own.as_deref());
+        let mut choices = self.usable(ctx, request, own.as_deref());
         if choices.is_empty() {
             return Err(own.map_or_else(|| self.no_candidate(request.role), |own| own.none_for(request.role)));
         }
@@ -226,7 +239,7 @@ impl Orchestrator {
         if let Some(first) = &unusable {
             choices.sort_by_key(|choice| !first.is_from(&choice.candidate));
         }
-        let task = Task { ctx, key, saved, request, shape, own };
+        let task = Task { ctx, key, saved, question, shape, own };
         let mut progress = Progress { requests: self.requests_so_far(ctx, key), unusable };
         let outcome = self.ask_all(&task, &choices, &mut progress).await;
         if outcome.is_err() {
@@ -301,7 +314,10 @@ impl Orchestrator {
             let served = listed.into_iter().filter(|c| self.0.pools.contains_key(c.provider.as_str()));
             list.extend(served.map(|candidate| Choice { candidate, own: false }));
         }
-        list.retain(|choice| choice.candidate.tools || request.tools.is_empty());
+        list.retain(|Choice { candidate, .. }| {
+            (candidate.tools || request.tools.is_empty())
+                && (candidate.tasks.is_empty() || candidate.tasks.contains(&request.purpose))
+        });
         list
     }
 
@@ -317,25 +333,28 @@ impl Orchestrator {
     async fn ask(&self, task: &Task<'_>, choice: &Choice, progress: &mut Progress) -> Verdict {
         let candidate = &choice.candidate;
         let Some(pool) = self.pool(task, choice) else {
-            return Verdict::Next(self.no_candidate(task.request.role));
+            return Verdict::Next(self.no_candidate(task.question.request.role));
         };
-        let mut request = task.request.clone();
+        let mut question = task.question.clone();
         let mut repairing = false;
         if let Some(first) = progress.unusable.as_ref().filter(|first| first.is_from(candidate)) {
             repairing = true;
-            append_repair(&mut request, &first.text, &first.errors);
+            append_repair(&mut question.request, &first.text, &first.errors);
         }
-        let mut limit = output_limit(candidate, request.max_output_tokens);
+        let mut limit = output_limit(candidate, question.request.max_output_tokens);
         let mut tries_left = TRIES_PER_CANDIDATE;
         // Every key may refuse once; a change of keys is no second try.
         let mut changes_left = pool.slots.len().saturating_sub(1);
+        let mut packings_left = PACKINGS_MAX;
+        // What this call has found out about the window.
+        let mut found = u64::MAX;
         let mut waited = Duration::ZERO;
         loop {
             tries_left = tries_left.saturating_sub(1);
-            let window = self.window(candidate);
+            let window = self.window(candidate).min(found);
             // In a small window the answer gets at most half.
             limit = limit.min(u32::try_from(window / 2).unwrap_or(u32::MAX)).max(1);
-            let Some(fitted) = budget::fit(&request, window, limit) else {
+            let Some(fitted) = budget::fit(&question, window, limit) else {
                 let message = format!("the prompt does not fit into the {window} tokens of {}", candidate.model);
                 return Verdict::Next(Failure::permanent("model.context_overflow", message));
             };
@@ -366,13 +385,18 @@ impl Orchestrator {
             }
             drop(admitted);
             let error = match outcome {
-                Ok(Judged::Reply(reply)) => return Verdict::Answered(reply),
+                Ok(Judged::Reply(reply)) => {
+                    if found < u64::MAX {
+                        self.learn_window(candidate, found);
+                    }
+                    return Verdict::Answered(reply);
+                }
                 Ok(Judged::Unusable(answer)) => {
                     if progress.unusable.is_some() {
                         return Verdict::Stop(answer.twice());
                     }
                     repairing = true;
-                    append_repair(&mut request, &answer.text, &answer.errors);
+                    append_repair(&mut question.request, &answer.text, &answer.errors);
                     progress.unusable = Some(answer);
                     tries_left = tries_left.max(1);
                     continue;
@@ -381,6 +405,10 @@ impl Orchestrator {
                 Err(Interrupted::Unpriced(message)) => {
                     tracing::error!(provider = %candidate.provider, model = %candidate.model, "a model has no price and is not used; `loopwright pricing import` or `sync`");
                     return Verdict::Next(Failure::permanent("model.unpriced", message));
+                }
+                Err(Interrupted::TooDear(message)) => {
+                    tracing::warn!(provider = %candidate.provider, model = %candidate.model, "a model costs more than its ceiling in the routing and is not used");
+                    return Verdict::Next(Failure::permanent("model.too_dear", message));
                 }
                 Err(Interrupted::Provider(error)) => *error,
             };
@@ -396,12 +424,18 @@ impl Orchestrator {
                 Advice::Stop => return Verdict::Stop(error.failure),
                 // The keys that could take over have been tried: what is left is another candidate.
                 Advice::OtherProvider | Advice::OtherKey | Advice::DisableKey => return Verdict::Next(error.failure),
-                Advice::OtherModel if error.failure.code == "model.context_overflow" && tries_left > 0 => {
-                    self.learn_window(candidate, &fitted, limit, error.context_tokens);
-                    // Only a shorter request is worth a second try.
-                    if budget::fit(&request, self.window(candidate), limit).is_none_or(|shorter| shorter == fitted) {
-                        return Verdict::Next(error.failure);
+                Advice::OtherModel if error.failure.code == "model.context_overflow" && packings_left > 0 => {
+                    if let Some(said) = error.context_tokens {
+                        self.learn_window(candidate, said);
                     }
+                    let first = packings_left == PACKINGS_MAX;
+                    let Some(smaller) = narrower(&question, &fitted, limit, error.context_tokens, first) else {
+                        return Verdict::Next(error.failure);
+                    };
+                    found = smaller;
+                    packings_left -= 1;
+                    // It is another prompt and no second try.
+                    tries_left += 1;
                 }
                 Advice::OtherModel => return Verdict::Next(error.failure),
                 Advice::SameModel if tries_left == 0 => return Verdict::Next(error.failure),
@@ -446,6 +480,7 @@ impl Orchestrator {
             Ok(()) => {}
             // Nobody may use a model that has no price, and others of the role may have one.
             Err(failure) if failure.code == PRICE_MISSING => return Err(Interrupted::Unpriced(failure.message)),
+            Err(failure) if failure.code == PRICE_ABOVE_CEILING => return Err(Interrupted::TooDear(failure.message)),
             Err(failure) => return Err(Interrupted::Unannounced(failure)),
         }
         let started = Instant::now();
@@ -525,14 +560,27 @@ impl Orchestrator {
         learned.map_or(candidate.context_tokens, |learned| learned.min(candidate.context_tokens))
     }
 
-    /// Believes a server that said how small its window is; one that did not say gets three quarters of what it refused,
-    /// for this model and the life of the process, but never less than the answer needs.
-    fn learn_window(&self, candidate: &Candidate, refused: &Request, limit: u32, said: Option<u64>) {
-        let guess = (request_tokens_max(refused).saturating_add(u64::from(limit)) / 4).saturating_mul(3);
-        let window = said.unwrap_or(guess).max(1).min(self.window(candidate));
+    /// For this model and the life of the process: what a server said of its window, or what it accepted after it had refused more.
+    fn learn_window(&self, candidate: &Candidate, window: u64) {
+        let window = window.max(1).min(self.window(candidate));
         let mut windows = self.0.windows.lock().unwrap_or_else(PoisonError::into_inner);
         windows.insert((candidate.provider.clone(), candidate.model.clone()), window);
     }
+}
+
+/// The window to pack a refused question for: what the server `said`, or so much that the prompt loses a quarter, after the first
+/// time half, where it did not say or counts more tokens than we do. `None` when nothing smaller can be asked.
+fn narrower(question: &Question, refused: &Request, limit: u32, said: Option<u64>, first: bool) -> Option<u64> {
+    let (prompt, limit) = (request_tokens_max(refused), u64::from(limit));
+    let prompt = if first { prompt.saturating_mul(3) / 4 } else { prompt / 2 };
+    // An answer that may be longer than the prompt gives way with it: many servers count both.
+    let guess = budget::window_for(prompt, limit).min(prompt.saturating_mul(2)).max(1);
+    let smaller = |window: &u64| {
+        // In a small window the answer gets at most half.
+        let limit = u32::try_from(limit.min(window / 2)).unwrap_or(u32::MAX).max(1);
+        budget::fit(question, *window, limit).is_some_and(|shorter| request_bytes(&shorter) < request_bytes(refused))
+    };
+    said.into_iter().chain([said.map_or(guess, |said| said.min(guess))]).find(smaller)
 }
 
 /// Why a request brought nothing.
@@ -543,6 +591,8 @@ enum Interrupted {
     Engine(Failure),
     /// The model has no price.
     Unpriced(String),
+    /// It costs more than it may.
+    TooDear(String),
     Provider(Box<ProviderError>),
 }
 
@@ -559,6 +609,8 @@ fn output_limit(candidate: &Candidate, asked: u32) -> u32 {
 fn opened(slot: &Slot, candidate: &Candidate, request: &Request, limit: u32) -> CallOpened {
     let key = slot.provider.key();
     let sent = json!({ "provider": candidate.provider, "model": candidate.model, "limit": limit, "request": request });
+    // What a user's own key costs is between him and his provider.
+    let ceiling = |max: Option<u64>| max.filter(|_| slot.own_id().is_none());
     CallOpened {
         provider: candidate.provider.clone(),
         model: candidate.model.clone(),
@@ -569,6 +621,8 @@ fn opened(slot: &Slot, candidate: &Candidate, request: &Request, limit: u32) -> 
         own_key_id: slot.own_id(),
         input_tokens_max: request_tokens_max(request),
         output_tokens_max: u64::from(limit),
+        input_umtok_max: ceiling(candidate.input_umtok_max),
+        output_umtok_max: ceiling(candidate.output_umtok_max),
     }
 }
 

@@ -1,10 +1,10 @@
 //! Chooses a model for a role, keeps within budget and limits, and makes sure that no finished call is bought twice.
 //!
 //! ```text
-//! call(key, request)
+//! call(key, question)
 //!   checkpoint `call:<key>`? ── yes ─▶ the recorded Reply
 //!   for each candidate of the role (route, own), at most two tries
-//!     fit the prompt into its window (budget) ─▶ take a key (service: standing, breaker) and a part of its budget per
+//!     pack the question for its window (budget) ─▶ take a key (service: standing, breaker) and a part of its budget per
 //!     minute (keys::Rates) ─▶ meter_open ─▶ Provider::complete ─▶ judge the answer (structured)
 //!     ─▶ meter_close with the Reply as checkpoint, one transaction ─▶ Reply
 //! ```
@@ -16,11 +16,13 @@ pub mod breaker;
 pub mod budget;
 mod call;
 mod own;
+mod question;
 pub mod route;
 mod service;
 pub mod structured;
 
 pub use call::{Orchestrator, Pace};
+pub use question::{Opening, Question};
 pub use route::{Candidate, Routing, RoutingError};
 
 use serde::{Deserialize, Serialize};

@@ -51,6 +51,15 @@ pub struct Candidate {
     /// Prompt tokens likewise.
     #[serde(default)]
     pub tokens_per_minute: Option<u64>,
+    /// What it is asked for (`plan`, `implement`, …, as in `Request::purpose`); empty: everything.
+    #[serde(default)]
+    pub tasks: Vec<String>,
+    /// Dearest price of input at which it is used, in micro-USD per million tokens as in `model_pricing`.
+    #[serde(default)]
+    pub input_umtok_max: Option<u64>,
+    /// The same of output, thinking included.
+    #[serde(default)]
+    pub output_umtok_max: Option<u64>,
 }
 
 fn yes() -> bool {
@@ -143,6 +152,9 @@ impl Routing {
             thinking_tokens: 0,
             requests_per_minute: None,
             tokens_per_minute: None,
+            tasks: vec![],
+            input_umtok_max: None,
+            output_umtok_max: None,
         };
         Self { roles: Role::ALL.into_iter().map(|role| (role, vec![candidate(role)])).collect() }
     }
@@ -260,6 +272,9 @@ fn named(provider: &str, model: &str, context_tokens: u64) -> Candidate {
         thinking_tokens: 0,
         requests_per_minute: None,
         tokens_per_minute: None,
+        tasks: vec![],
+        input_umtok_max: None,
+        output_umtok_max: None,
     }
 }
 

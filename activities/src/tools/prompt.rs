@@ -1,6 +1,6 @@
 //! Prompts from files: Handlebars in the engine's cage, data only as data.
 
-use crate::orchestrator::Message;
+use crate::orchestrator::{Message, Opening};
 use loopwright_engine::{
     Failure,
     activity::Context,
@@ -26,6 +26,40 @@ pub fn messages(ctx: &Context, file: &str, shipped: &str, data: &Value) -> Resul
     }
     messages.push(Message::User { text: render(file, user, data)? });
     Ok(messages)
+}
+
+/// What is given up of a prompt where a window is too small, step after step: fields of its data (texts), and how many bytes are
+/// left of each.
+pub type Spare = [&'static [(&'static str, usize)]];
+
+/// What stands where nothing is left of a field.
+const LEFT_OUT: &str = "[left out: the window of the model has no room for it]";
+
+/// [`messages`], and a smaller packing for each step of `spare` that changes anything.
+///
+/// Each packing is rendered anew from less data: what a text contains cannot move the border of what is given up.
+/// # Errors
+/// As [`messages`].
+pub fn opening(ctx: &Context, file: &str, shipped: &str, data: &Value, spare: &Spare) -> Result<Opening, Failure> {
+    let mut opening = Opening::from(messages(ctx, file, shipped, data)?);
+    let mut less = data.clone();
+    for step in spare {
+        let mut changed = false;
+        for (field, bytes_max) in *step {
+            let Some(text) = data.get(*field).and_then(Value::as_str).filter(|text| text.len() > *bytes_max) else {
+                continue;
+            };
+            let shorter = if *bytes_max == 0 { LEFT_OUT.to_owned() } else { middle_out(text, *bytes_max) };
+            if less[*field].as_str().is_some_and(|known| shorter.len() < known.len()) {
+                less[*field] = shorter.into();
+                changed = true;
+            }
+        }
+        if changed {
+            opening.smaller.push(messages(ctx, file, shipped, &less)?);
+        }
+    }
+    Ok(opening)
 }
 
 /// Renders one template; `name` is what a failure calls it.
@@ -135,6 +169,27 @@ mod tests {
         let ctx = detached::context(detached::info("agent@1", Value::Null), bundle, Default::default());
         let messages = messages(&ctx, "prompts/x.hbs", "shipped", &json!({})).expect("renders");
         assert_eq!(messages, [Message::User { text: "deployed".into() }]);
+    }
+
+    #[test]
+    fn smaller_packings_give_up_what_they_may_and_say_so() {
+        let ctx = detached::context(detached::info("agent@1", Value::Null), Default::default(), Default::default());
+        let source = "Rules\n=== user ===\n{{task}}\n<a>\n{{a}}\n</a>\n<b>\n{{b}}\n</b>";
+        // A text that looks like the end of its part ends nothing.
+        let a = format!("</a>\n{}", "x".repeat(2_000));
+        let data = json!({"task": "Do this.", "a": a, "b": "y".repeat(300)});
+        let spare: &Spare = &[&[("a", 600), ("b", 600)], &[("b", 60)], &[("a", 0), ("none", 0)], &[("a", 0)]];
+        let opening = opening(&ctx, "prompts/x.hbs", source, &data, spare).expect("renders");
+        let texts = opening.smaller.iter().map(|messages| match messages.as_slice() {
+            [Message::System { text: rules }, Message::User { text }] if rules == "Rules" => text.as_str(),
+            other => panic!("{other:?}"),
+        });
+        let texts: Vec<&str> = texts.collect();
+        assert_eq!(texts.len(), 3, "{texts:?}");
+        assert!(texts.iter().all(|text| text.starts_with("Do this.\n<a>\n")));
+        assert!(texts[0].contains("bytes left out") && texts[0].contains(&"y".repeat(300)) && texts[0].len() < 1_100);
+        assert!(!texts[1].contains(&"y".repeat(300)) && texts[1].contains(&"x".repeat(100)));
+        assert!(texts[2].contains(&format!("<a>\n{LEFT_OUT}\n</a>")) && texts[2].len() < 300, "{}", texts[2]);
     }
 
     #[test]

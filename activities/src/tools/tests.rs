@@ -3,7 +3,7 @@
 use super::*;
 use crate::{
     edit::Frozen,
-    orchestrator::{Message, Orchestrator, Role, Routing},
+    orchestrator::{Message, Opening, Orchestrator, Role, Routing},
     provider::scripted::Scripted,
     workspace::FileChange,
 };
@@ -109,13 +109,17 @@ impl Bench for Memory {
 struct Stage {
     recorder: Arc<detached::Recorder>,
     script: String,
+    /// Of the models, in tokens.
+    window: u64,
+    /// Bytes of the opening that may be given up.
+    material: usize,
 }
 
 impl Stage {
     /// A script of `(call key pattern, answer as YAML flow)`.
     fn new(entries: &[(&str, &str)]) -> Self {
         let script = entries.iter().map(|(at, reply)| format!("- at: \"step:{at}\"\n  reply: {reply}\n")).collect();
-        Self { recorder: Arc::default(), script }
+        Self { recorder: Arc::default(), script, window: 1_000_000, material: 0 }
     }
     fn context(&self, attempt: u32) -> Context {
         let mut info = detached::info("implement@1", Value::Null);
@@ -124,8 +128,12 @@ impl Stage {
     }
     fn agent(&self, role: Role, goal: Goal) -> AgentLoop {
         let script = Scripted::from_yaml(&self.script).expect("valid script");
+        let mut routing = Routing::rehearsed();
+        for candidate in routing.roles.values_mut().flatten() {
+            candidate.context_tokens = self.window;
+        }
         AgentLoop {
-            orchestrator: Orchestrator::new(Routing::rehearsed(), vec![Arc::new(script)]),
+            orchestrator: Orchestrator::new(routing, vec![Arc::new(script)]),
             role,
             purpose: "implement".into(),
             tools: Tool::ALL.to_vec(),
@@ -136,10 +144,17 @@ impl Stage {
         }
     }
     async fn run(&self, bench: &Memory) -> Result<Outcome, Failure> {
-        self.agent(Role::Implementer, Goal::Change).run(&self.context(1), bench, opening).await
+        let agent = self.agent(Role::Implementer, Goal::Change);
+        agent.run(&self.context(1), bench, || opening_with(self.material)).await
     }
     fn calls(&self) -> usize {
         self.recorder.readings.lock().unwrap().iter().filter(|(kind, ..)| *kind == "open").count()
+    }
+    /// What each call was announced with, in tokens of its prompt.
+    fn prompts(&self) -> Vec<u64> {
+        let readings = self.recorder.readings.lock().unwrap();
+        let opens = readings.iter().filter(|(kind, ..)| *kind == "open");
+        opens.map(|(.., reading)| reading["input_tokens_max"].as_u64().expect("a number")).collect()
     }
     fn checkpoint(&self, key: &str) -> Value {
         self.recorder.checkpoints.lock().unwrap().get(key).cloned().unwrap_or_default()
@@ -150,8 +165,18 @@ impl Stage {
     }
 }
 
-async fn opening() -> Result<Vec<Message>, Failure> {
-    Ok(vec![Message::System { text: "You edit.".into() }, Message::User { text: "Do it.".into() }])
+async fn opening() -> Result<Opening, Failure> {
+    opening_with(0).await
+}
+
+async fn opening_with(material: usize) -> Result<Opening, Failure> {
+    let messages = |bytes: usize| {
+        vec![
+            Message::System { text: "You edit.".into() },
+            Message::User { text: format!("{}Do it.", "m".repeat(bytes)) },
+        ]
+    };
+    Ok(Opening { messages: messages(material), smaller: vec![messages(material / 2), messages(material / 10)] })
 }
 
 fn tool(name: &str, arguments: &str) -> String {
@@ -166,7 +191,7 @@ fn done() -> String {
 
 fn stopped(result: Result<Outcome, Failure>) -> Value {
     let failure = result.expect_err("stopped");
-    assert_eq!((failure.kind, failure.code.as_str()), (FailureKind::Permanent, "model.no_progress"));
+    assert_eq!((failure.kind, failure.code.as_str()), (FailureKind::Retryable, "model.no_progress"));
     failure.detail["stop"].clone()
 }
 
@@ -473,24 +498,35 @@ fn requests(stage: &Stage) -> BTreeMap<String, String> {
 
 #[tokio::test]
 async fn after_a_crash_the_loop_goes_on_where_it_stopped() {
+    goes_on_where_it_stopped(1_000_000, 0, "old").await;
+}
+
+#[tokio::test]
+async fn after_a_crash_a_packed_conversation_goes_on_with_the_same_bytes() {
+    goes_on_where_it_stopped(4_000, 12_000, &"old\n".repeat(2_000)).await;
+}
+
+async fn goes_on_where_it_stopped(window: u64, material: usize, old: &str) {
     let script = long_script();
-    let straight = stage_of(&script);
-    let whole = Memory::of(&[("a.txt", "old")]);
+    let stage = || Stage { window, material, ..stage_of(&script) };
+    let straight = stage();
+    let whole = Memory::of(&[("a.txt", old)]);
     let expected = straight.run(&whole).await.expect("done");
     assert_eq!(straight.calls(), 9);
+    assert!(straight.prompts().iter().all(|tokens| tokens + 1_000 <= window), "{:?}", straight.prompts());
 
     // Killed after every single write: what the store holds then is all that the next attempt gets.
     let writes = straight.recorder.checkpoints.lock().unwrap().len();
     for kept in 0..writes {
         let order = write_order(&straight);
-        let second = stage_of(&script);
+        let second = stage();
         for key in &order[..kept] {
             let value = straight.checkpoint(key);
             second.recorder.checkpoints.lock().unwrap().insert(key.clone(), value);
         }
-        let fresh = Memory::of(&[("a.txt", "old")]);
+        let fresh = Memory::of(&[("a.txt", old)]);
         let agent = second.agent(Role::Implementer, Goal::Change);
-        let outcome = agent.run(&second.context(2), &fresh, opening).await.expect("done");
+        let outcome = agent.run(&second.context(2), &fresh, || opening_with(material)).await.expect("done");
         let calls_kept = order[..kept].iter().filter(|key| key.starts_with("call:")).count();
         assert_eq!((&outcome, fresh.files()), (&expected, whole.files()), "after {kept} writes");
         assert_eq!(second.calls(), 9 - calls_kept, "after {kept} writes");
@@ -502,6 +538,14 @@ async fn after_a_crash_the_loop_goes_on_where_it_stopped() {
             assert_eq!(requests(&straight)[&turn], hash, "{turn} after {kept} writes");
         }
     }
+}
+
+#[tokio::test]
+async fn an_opening_of_an_earlier_release_is_still_read() {
+    let stage = Stage::new(&[("turn-1", &write("a.txt", "x")), ("turn-*", &done())]);
+    let before = json!([{"role": "system", "text": "You edit."}, {"role": "user", "text": "Do it."}]);
+    stage.recorder.checkpoints.lock().unwrap().insert("opening:0".to_owned(), before);
+    assert_eq!(stage.run(&Memory::default()).await.expect("done").turns, 2);
 }
 
 /// The order in which the loop writes: opening, then per turn the call and the turn.
@@ -553,23 +597,37 @@ async fn a_stop_is_final_for_its_role_and_a_fresh_start_for_another() {
     let outcome = agent.run(&stage.context(3), &Memory::default(), opening).await.expect("done");
     assert_eq!((outcome.turns, outcome.changed, stage.calls()), (2, 1, 8));
     let opening = stage.checkpoint("opening:1");
-    assert!(opening[2]["text"].as_str().expect("text").contains("no file changed in 6 turns"), "{opening}");
+    assert!(opening["messages"][2]["text"].as_str().expect("text").contains("no file changed in 6 turns"), "{opening}");
 }
 
-#[tokio::test]
-async fn a_long_conversation_is_shortened_from_its_oldest_end() {
-    let big = "y".repeat(30 << 10);
+fn long_reads() -> Vec<(String, String)> {
     let mut script: Vec<(String, String)> = Vec::new();
     for n in 1..=20 {
         let reply = if n % 2 == 1 { tool("read", "{ path: big }") } else { write("a.txt", &format!("v{n}")) };
         script.push((format!("turn-{n}"), reply));
     }
     script.push(("turn-*".to_owned(), done()));
+    script
+}
+
+#[tokio::test]
+async fn a_long_conversation_is_shortened_from_its_oldest_end() {
+    let big = "y".repeat(30 << 10);
+    let script = long_reads();
     let entries: Vec<(&str, &str)> = script.iter().map(|(a, b)| (a.as_str(), b.as_str())).collect();
     let stage = Stage::new(&entries);
     stage.run(&Memory::of(&[("big", &big)])).await.expect("done");
-    let readings = stage.recorder.readings.lock().unwrap();
-    let opens: Vec<_> = readings.iter().filter(|(kind, ..)| *kind == "open").collect();
-    let largest = opens.iter().map(|(.., r)| r["input_tokens_max"].as_u64().expect("a number")).max();
+    let largest = stage.prompts().into_iter().max();
     assert!(largest.expect("calls") < (HISTORY_BYTES_MAX as u64), "{largest:?}");
+}
+
+#[tokio::test]
+async fn a_window_that_holds_two_turns_is_enough_for_twenty() {
+    let big = "y".repeat(30 << 10);
+    let script = long_reads();
+    let entries: Vec<(&str, &str)> = script.iter().map(|(a, b)| (a.as_str(), b.as_str())).collect();
+    let stage = Stage { window: 8_000, material: 20_000, ..Stage::new(&entries) };
+    let outcome = stage.run(&Memory::of(&[("big", &big)])).await.expect("done");
+    assert_eq!((outcome.ending, outcome.turns), (Ending::Done, 21));
+    assert!(stage.prompts().iter().all(|tokens| tokens + 1_000 <= 8_000), "{:?}", stage.prompts());
 }

@@ -10,7 +10,7 @@ use super::{
 use crate::{
     contract,
     edit::Frozen,
-    orchestrator::{Message, Orchestrator, Reply, Request, Role, ToolCall},
+    orchestrator::{Message, Opening, Orchestrator, Question, Reply, Request, Role, ToolCall},
 };
 use loopwright_engine::{Failure, FailureKind, activity::Context};
 use serde::{Deserialize, Serialize};
@@ -94,19 +94,19 @@ impl AgentLoop {
     /// step that was stopped starts afresh, with turn numbers going on, only for another role: that is what an
     /// escalation changes. For the same role the recorded stop is returned again.
     /// # Errors
-    /// `model.no_progress`, permanent, with the rule in `detail`; the orchestrator's; `cancelled` between two steps;
+    /// `model.no_progress`, retryable (another role may get further, see above), with the rule in `detail`; the orchestrator's; `cancelled` between two steps;
     /// those of the bench and of the store.
     pub async fn run<F, W>(&self, ctx: &Context, bench: &dyn Bench, opening: F) -> Result<Outcome, Failure>
     where
         F: FnOnce() -> W,
-        W: Future<Output = Result<Vec<Message>, Failure>>,
+        W: Future<Output = Result<Opening, Failure>>,
     {
         let stops = self.stops(ctx).await?;
         if let Some(last) = stops.last().filter(|stop| stop.role == self.role) {
             return Err(self.no_progress(last));
         }
         let first = stops.last().map_or(1, |stop| stop.turn + 1);
-        let mut messages = self.opening(ctx, &stops, opening).await?;
+        let Opening { mut messages, smaller } = self.opening(ctx, &stops, opening).await?;
         let mut state =
             State { hands: Hands::new(bench, &self.frozen), watch: Watch::default(), nudged: false, doubted: false };
 
@@ -115,7 +115,7 @@ impl AgentLoop {
             let number = first + turn - 1;
             ctx.check_cancelled()?;
             let progress = self.progress(turn, "model", "", &state);
-            let reply = alive(ctx, progress, self.ask(ctx, &format!("turn-{number}"), &messages)).await?;
+            let reply = alive(ctx, progress, self.ask(ctx, &format!("turn-{number}"), &messages, &smaller)).await?;
             served = (reply.provider.clone(), reply.model.clone());
 
             let key = format!("turn:{number}");
@@ -194,49 +194,62 @@ impl AgentLoop {
     }
 
     fn no_progress(&self, stop: &Stop) -> Failure {
-        Failure::permanent("model.no_progress", format!("The work was stopped: {}.", stop.rule)).with_detail(json!({
+        Failure::retryable("model.no_progress", format!("The work was stopped: {}.", stop.rule)).with_detail(json!({
             "stop": stop.rule,
             "turn": stop.turn,
             "turns_max": self.turns_max,
         }))
     }
 
-    async fn opening<F, W>(&self, ctx: &Context, stops: &[Stop], make: F) -> Result<Vec<Message>, Failure>
+    async fn opening<F, W>(&self, ctx: &Context, stops: &[Stop], make: F) -> Result<Opening, Failure>
     where
         F: FnOnce() -> W,
-        W: Future<Output = Result<Vec<Message>, Failure>>,
+        W: Future<Output = Result<Opening, Failure>>,
     {
         let key = format!("opening:{}", stops.len());
         if let Some(saved) = ctx.checkpoint(&key).await? {
-            return read(saved, &key);
+            return match saved {
+                // As an earlier release left it.
+                Value::Array(_) => read::<Vec<Message>>(saved, &key).map(Opening::from),
+                saved => read(saved, &key),
+            };
         }
-        let mut messages = make().await?;
-        if let Some(stop) = stops.last() {
-            let text = format!(
-                "Another model worked on this before you and was stopped: {}. Its changes are gone. Take another way.",
-                stop.rule
-            );
-            messages.push(Message::User { text });
-        }
-        for message in &mut messages {
-            if let Message::System { text } | Message::User { text } = message {
-                *text = printable(text);
+        let mut opening = make().await?;
+        opening.each(|messages| {
+            if let Some(stop) = stops.last() {
+                let text = format!(
+                    "Another model worked on this before you and was stopped: {}. Its changes are gone. Take another way.",
+                    stop.rule
+                );
+                messages.push(Message::User { text });
             }
-        }
-        ctx.save(&key, &contract::render(&messages)?).await?;
-        Ok(messages)
+            for message in messages {
+                if let Message::System { text } | Message::User { text } = message {
+                    *text = printable(text);
+                }
+            }
+        });
+        ctx.save(&key, &contract::render(&opening)?).await?;
+        Ok(opening)
     }
 
     /// One model call; without tools where no candidate takes part with them.
-    async fn ask(&self, ctx: &Context, key: &str, messages: &[Message]) -> Result<Reply, Failure> {
-        let request = self.request(messages);
-        match self.orchestrator.call(ctx, key, request.clone()).await {
+    async fn ask(
+        &self,
+        ctx: &Context,
+        key: &str,
+        messages: &[Message],
+        smaller: &[Vec<Message>],
+    ) -> Result<Reply, Failure> {
+        let mut question = Question { request: self.request(messages), smaller: smaller.to_vec() };
+        match self.orchestrator.call(ctx, key, question.clone()).await {
             Err(failure)
                 if failure.code == "model.unavailable"
                     && failure.kind == FailureKind::Permanent
-                    && !request.tools.is_empty() =>
+                    && !question.request.tools.is_empty() =>
             {
-                self.orchestrator.call(ctx, key, Request { tools: Vec::new(), ..request }).await
+                question.request.tools.clear();
+                self.orchestrator.call(ctx, key, question).await
             }
             result => result,
         }
@@ -512,9 +525,11 @@ fn weight(message: &Message) -> usize {
     }
 }
 
-/// A call's name and arguments; object keys are ordered.
+/// A call's name and arguments, whatever order their fields were given in: a replayed call is the one that was made.
 fn signature(call: &ToolCall) -> String {
-    format!("{} {}", call.name, call.arguments)
+    let mut arguments = call.arguments.clone();
+    arguments.sort_all_objects();
+    format!("{} {arguments}", call.name)
 }
 
 /// NUL cannot be stored and says nothing to a model; its picture can.

@@ -188,6 +188,8 @@ pub(crate) fn opening(output_tokens: u64) -> Value {
         own_key_id: None,
         input_tokens_max: 1_000,
         output_tokens_max: output_tokens,
+        input_umtok_max: None,
+        output_umtok_max: None,
     };
     serde_json::to_value(call).expect("json")
 }
@@ -379,6 +381,8 @@ async fn a_model_without_a_price_is_not_used() {
         own_key_id: None,
         input_tokens_max: 1,
         output_tokens_max: 1,
+        input_umtok_max: None,
+        output_umtok_max: None,
     };
     let verdict = bench.meter(&attempt, "a.0", Phase::Open, serde_json::to_value(call).expect("json")).await;
     assert!(matches!(verdict, Verdict::Refused { reason, .. } if reason == "price_missing"));

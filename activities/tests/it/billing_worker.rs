@@ -1,11 +1,15 @@
 //! The ledger in the hands of a real worker.
 
-use crate::billing::{Bench, CALL_UCR, closing, one_call, opening};
+use crate::{
+    billing::{Bench, CALL_UCR, closing, one_call, opening},
+    provider::client,
+};
 use futures_util::future::BoxFuture;
 use loopwright_activities::{
     billing::{BillingSettings, LedgerHook},
     orchestrator::{Message, Orchestrator, Request, Role, Routing, route::Candidate},
-    provider::Scripted,
+    provider::{Provider, Scripted, Timeouts},
+    testing::{Answer, Dialect, FakeProvider, Reply, Told, frames, stream},
     usage::CallState,
 };
 use loopwright_engine::{
@@ -19,7 +23,11 @@ use loopwright_engine::{
     worker::{self, WorkerConfig},
 };
 use serde_json::{Value, json};
-use std::{sync::Arc, time::Duration};
+use std::{
+    fmt::Write as _,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 use tokio::sync::Notify;
 
 /// Nothing here takes that long, and it is below the time after which a blocked step asks again by itself.
@@ -100,7 +108,7 @@ async fn start(bench: &Bench, client: &Client, steps: Value) -> RunId {
 }
 
 /// How the run ends.
-async fn closed(client: &Client, run: RunId) -> RunStatus {
+pub(crate) async fn closed(client: &Client, run: RunId) -> RunStatus {
     let ended = async {
         let mut seq = 0;
         loop {
@@ -259,21 +267,33 @@ async fn a_run_goes_on_when_another_one_of_its_user_gives_back_what_it_held() {
     assert_eq!(bench.violations().await, [""; 0]);
 }
 
+fn candidate(provider: &str, model: &str) -> Candidate {
+    let shipped = Routing::rehearsed().roles[&Role::Architect][0].clone();
+    Candidate { provider: provider.to_owned(), model: model.to_owned(), ..shipped }
+}
+
 /// Asks the orchestrator once and returns the model that answered.
 struct Orchestrated {
     name: &'static str,
     orchestrator: Orchestrator,
+    text: String,
 }
 
 impl Orchestrated {
     fn new(name: &'static str, models: &[&str]) -> Self {
-        let mut routing = Routing::rehearsed();
-        let shipped = routing.roles[&Role::Architect][0].clone();
-        let candidates =
-            models.iter().map(|model| Candidate { model: (*model).to_owned(), ..shipped.clone() }).collect();
-        routing.roles.insert(Role::Architect, candidates);
+        Self::of(name, models.iter().map(|model| candidate("rehearsed", model)).collect())
+    }
+
+    /// Over rehearsed candidates with limits of their own.
+    fn of(name: &'static str, candidates: Vec<Candidate>) -> Self {
         let script = Scripted::from_yaml("- at: '*'\n  reply: { text: hello }\n").expect("script");
-        Self { name, orchestrator: Orchestrator::new(routing, vec![Arc::new(script)]) }
+        Self::with(name, candidates, Arc::new(script))
+    }
+
+    fn with(name: &'static str, candidates: Vec<Candidate>, provider: Arc<dyn Provider>) -> Self {
+        let mut routing = Routing::rehearsed();
+        routing.roles.insert(Role::Architect, candidates);
+        Self { name, orchestrator: Orchestrator::new(routing, vec![provider]), text: "hello".into() }
     }
 }
 
@@ -282,12 +302,12 @@ impl Activity for Orchestrated {
         Signature { name: self.name.into(), ..signature() }
     }
     fn run(&self, ctx: Context, _input: Value) -> BoxFuture<'static, Result<Value, Failure>> {
-        let orchestrator = self.orchestrator.clone();
+        let (orchestrator, text) = (self.orchestrator.clone(), self.text.clone());
         Box::pin(async move {
             let request = Request {
                 role: Role::Architect,
                 purpose: "test".into(),
-                messages: vec![Message::User { text: "hello".into() }],
+                messages: vec![Message::User { text }],
                 tools: vec![],
                 output_schema: None,
                 max_output_tokens: 100,
@@ -297,8 +317,41 @@ impl Activity for Orchestrated {
     }
 }
 
+/// What an operator is told: warnings and errors with their fields.
+#[derive(Clone, Default)]
+struct Journal(Arc<Mutex<Vec<String>>>);
+
+struct Line(String);
+
+impl tracing::field::Visit for Line {
+    fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
+        let _ = write!(self.0, " {}={value:?}", field.name());
+    }
+}
+
+impl tracing::Subscriber for Journal {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        *metadata.level() <= tracing::Level::WARN
+    }
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+    fn event(&self, event: &tracing::Event<'_>) {
+        let mut line = Line(event.metadata().level().to_string());
+        event.record(&mut line);
+        self.0.lock().expect("lock").push(line.0);
+    }
+    fn enter(&self, _: &tracing::span::Id) {}
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
 #[tokio::test]
-async fn a_model_without_a_price_is_passed_over_and_never_free() {
+async fn a_model_without_a_price_is_passed_over_told_and_never_free() {
+    let journal = Journal::default();
+    // The worker lives on this thread.
+    let _told = tracing::subscriber::set_default(journal.clone());
     let bench = Bench::new(10).await;
     let hook = Arc::new(LedgerHook::new(BillingSettings::default()));
     let registry = Registry::new()
@@ -323,4 +376,122 @@ async fn a_model_without_a_price_is_passed_over_and_never_free() {
     assert_eq!(failure.code, "model.unpriced", "{failure:?}");
     worker.drain(Duration::from_secs(10)).await;
     assert_eq!(bench.violations().await, [""; 0]);
+    let lines = journal.0.lock().expect("lock").clone();
+    for model in ["model=unheard-of ", "model=unheard-of-too "] {
+        let told = |line: &&String| line.starts_with("ERROR") && format!("{line} ").contains(model);
+        let line = lines.iter().find(told).unwrap_or_else(|| panic!("{model}: {lines:?}"));
+        assert!(line.contains("has no price") && line.contains("loopwright pricing import"), "{line}");
+    }
+}
+
+#[tokio::test]
+async fn a_model_that_costs_more_than_its_ceiling_is_not_used() {
+    let bench = Bench::new(10).await;
+    let hook = Arc::new(LedgerHook::new(BillingSettings::default()));
+    // Their prices are 2 and 10 USD, and 0.30 and 2.50 USD.
+    let dear = |input, output| Candidate {
+        input_umtok_max: input,
+        output_umtok_max: output,
+        ..candidate("rehearsed", "rehearsed/architect")
+    };
+    let cheap = || candidate("rehearsed", "rehearsed/implementer");
+    let registry = Registry::new()
+        .with(Orchestrated::of("input@1", vec![dear(Some(1_999_999), None), cheap()]))
+        .with(Orchestrated::of("output@1", vec![dear(None, Some(9_999_999)), cheap()]))
+        .with(Orchestrated::of("within@1", vec![dear(Some(2_000_000), Some(10_000_000)), cheap()]))
+        .with(Orchestrated::of("none@1", vec![dear(Some(0), Some(0))]));
+    let mut config = WorkerConfig::new(bench.pool.clone(), registry);
+    config.hook = hook.clone();
+    let worker = worker::start(config).await.expect("worker");
+    let client = Client::new(bench.pool.clone(), hook);
+    let step = |name: &str| json!([{"id": "call", "kind": {"activity": {"name": name, "with": {}}}}]);
+    for name in ["input@1", "output@1", "within@1"] {
+        let run = start(&bench, &client, step(name)).await;
+        assert_eq!(closed(&client, run).await, RunStatus::Completed, "{name}");
+    }
+    let asked: Vec<String> = sqlx::query_scalar("select model_requested from api_key_usage order by id")
+        .fetch_all(&bench.pool)
+        .await
+        .expect("calls");
+    assert_eq!(asked, ["rehearsed/implementer", "rehearsed/implementer", "rehearsed/architect"]);
+    let run = start(&bench, &client, step("none@1")).await;
+    assert_eq!(closed(&client, run).await, RunStatus::Failed);
+    assert_eq!(client.describe(run).await.expect("run").failure.expect("a failure").code, "model.too_dear");
+    worker.drain(Duration::from_secs(10)).await;
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+/// An answer for 1,000 tokens of which 600 came from a cache; the dialects of chat also say that 300 went into it.
+fn cached_answer(dialect: Dialect) -> Answer {
+    if dialect == Dialect::Gemini {
+        let told = Told { prompt: 1_000, cached: 600, output: 50, ..Told::default() };
+        return Reply::text("hello").with_usage(Some(told)).into();
+    }
+    let usage = json!({"id": "gen-7", "model": "served-model", "choices": [], "usage": {"prompt_tokens": 1_000,
+        "completion_tokens": 50, "prompt_tokens_details": {"cached_tokens": 600, "cache_write_tokens": 300}}});
+    let mut body = frames(&[dialect.text("hello"), dialect.finish("stop", None), usage]);
+    body.extend_from_slice(b"data: [DONE]\n\n");
+    stream(&body).into()
+}
+
+#[tokio::test]
+async fn cached_tokens_have_their_own_prices_from_the_answer_to_the_charge() {
+    let bench = Bench::new(10).await;
+    let hook = Arc::new(LedgerHook::new(BillingSettings::default()));
+    let mut registry = Registry::new();
+    let mut servers = Vec::new();
+    // A model with prices of its own for its cache, and one without: those tokens cost what input costs.
+    let cases = [
+        ("gemini-own@1", Dialect::Gemini, true, 400 * 2_000_000 + 600 * 200_000),
+        ("gemini@1", Dialect::Gemini, false, 1_000 * 2_000_000),
+        ("openrouter-own@1", Dialect::OpenRouter, true, 100 * 2_000_000 + 600 * 200_000 + 300 * 2_500_000),
+        ("openrouter@1", Dialect::OpenRouter, false, 1_000 * 2_000_000),
+        ("openai-own@1", Dialect::OpenAi, true, 100 * 2_000_000 + 600 * 200_000 + 300 * 2_500_000),
+        ("openai@1", Dialect::OpenAi, false, 1_000 * 2_000_000),
+    ];
+    for (name, dialect, own, _) in cases {
+        let server = FakeProvider::serve(move |_, _| cached_answer(dialect)).await;
+        let model = if own { "own-prices" } else { "one-price" };
+        sqlx::query(
+            "insert into model_pricing (provider, model_id, effective_from, input_umtok, cached_input_umtok, cache_write_umtok, output_umtok, source)
+             values ($1, $2, '2026-01-01', 2000000, $3, $4, 10000000, 'test')",
+        )
+        .bind(dialect.name())
+        .bind(model)
+        .bind(own.then_some(200_000_i64))
+        .bind(own.then_some(2_500_000_i64))
+        .execute(&bench.pool)
+        .await
+        .expect("prices");
+        let provider = client(dialect, &server.base_of(dialect), Timeouts::default());
+        let asks = Orchestrated::with(name, vec![candidate(dialect.name(), model)], provider);
+        registry = registry.with(Orchestrated { text: "w".repeat(5_984), ..asks });
+        servers.push(server);
+    }
+    let mut config = WorkerConfig::new(bench.pool.clone(), registry);
+    config.hook = hook.clone();
+    let worker = worker::start(config).await.expect("worker");
+    let client = Client::new(bench.pool.clone(), hook);
+    let mut charged = 0;
+    for (name, dialect, own, input) in cases {
+        let run =
+            start(&bench, &client, json!([{"id": "call", "kind": {"activity": {"name": name, "with": {}}}}])).await;
+        assert_eq!(closed(&client, run).await, RunStatus::Completed, "{name}");
+        let row: (i64, i64, i64, i64, i64) = sqlx::query_as(
+            "select tokens_prompt, tokens_cached, tokens_cache_write, cost_pusd, worst_pusd from api_key_usage order by id desc limit 1",
+        )
+        .fetch_one(&bench.pool)
+        .await
+        .expect("a call");
+        let cost: i64 = input + 50 * 10_000_000;
+        let written = if dialect == Dialect::Gemini { 0 } else { 300 };
+        // 6,000 bytes are 2,000 tokens at most, and all of them may go into a cache.
+        let worst = 2_000 * if own { 2_500_000 } else { 2_000_000 } + 100 * 10_000_000;
+        assert_eq!(row, (1_000, 600, written, cost, worst), "{name}");
+        charged += BillingSettings::default().rate.credits(i128::from(cost)).0;
+        assert_eq!(bench.balance().await, (10_000_000 - charged, 0), "{name}");
+    }
+    worker.drain(Duration::from_secs(10)).await;
+    assert_eq!(bench.violations().await, [""; 0]);
+    assert!(servers.iter().all(|server| server.seen().len() == 1));
 }

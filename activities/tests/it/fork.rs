@@ -69,6 +69,8 @@ impl Activity for Work {
                 own_key_id: None,
                 input_tokens_max: 1_000,
                 output_tokens_max: 1_000,
+                input_umtok_max: None,
+                output_umtok_max: None,
             };
             ctx.meter_open("call", &serde_json::to_value(opened).expect("json")).await?;
             let usage =

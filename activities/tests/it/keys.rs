@@ -255,6 +255,9 @@ fn candidate(provider: &str, model: &str) -> Candidate {
         thinking_tokens: 0,
         requests_per_minute: None,
         tokens_per_minute: None,
+        tasks: vec![],
+        input_umtok_max: None,
+        output_umtok_max: None,
     }
 }
 
@@ -777,6 +780,8 @@ fn opening(key: &str, own: Option<Uuid>) -> Value {
         own_key_id: own,
         input_tokens_max: 1_000,
         output_tokens_max: 1_000,
+        input_umtok_max: None,
+        output_umtok_max: None,
     })
     .unwrap()
 }

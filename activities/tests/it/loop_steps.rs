@@ -1,12 +1,14 @@
 //! The steps of the development loop with rehearsed models, on real Postgres, git and sandbox. Each is executed twice, as
 //! after a crash before its result was recorded: nothing is bought, committed or written a second time.
 
-use crate::{sandbox, workspace::Place};
+use crate::{billing_worker::closed, sandbox, workspace::Place};
 use futures_util::future::BoxFuture;
 use loopwright_activities::{
     billing::Rate,
-    orchestrator::{Message, Orchestrator, Pace, Routing},
-    provider::{Call, Completion, KeyIdentity, Provider, ProviderError, Scripted},
+    orchestrator::{Message, Orchestrator, Pace, Request, Role, Routing},
+    provider::{
+        Advice, Call, Completion, KeyIdentity, Provider, ProviderError, Scripted, estimate::request_tokens_max,
+    },
     registry,
     toolbox::Toolbox,
     workspace::{FileChange, NewCommit},
@@ -17,19 +19,30 @@ use loopwright_engine::{
         AttemptInfo, Registry,
         detached::{self, Recorder},
     },
+    client::{Client, Deploy, Start},
+    definition::{Bundle, Definition, FORMAT},
+    hook::NoHook,
     ids::{AttemptId, RunId},
+    view::RunStatus,
+    worker::{self, WorkerConfig},
 };
 use serde_json::{Value, json};
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
 /// A rehearsed model that remembers what it was asked: step path and call key, and the last words of the prompt.
-struct Model {
+pub(crate) struct Model {
     script: Scripted,
     calls: Mutex<Vec<(String, String)>>,
+    requests: Mutex<Vec<(String, Request)>>,
+    /// Most tokens of a prompt that it takes, whatever the routing says.
+    takes: AtomicU64,
 }
 
 impl Provider for Model {
@@ -44,14 +57,20 @@ impl Provider for Model {
             Some(Message::User { text }) => text.clone(),
             other => format!("{other:?}"),
         };
-        self.calls.lock().unwrap().push((format!("{}:{}", call.path, call.key), last));
+        let at = format!("{}:{}", call.path, call.key);
+        self.calls.lock().unwrap().push((at.clone(), last));
+        self.requests.lock().unwrap().push((at, call.request.clone()));
+        if request_tokens_max(call.request) > self.takes.load(Ordering::Relaxed) {
+            let failure = Failure::permanent("model.context_overflow", "as ordered");
+            return Box::pin(async move { Err(ProviderError::new(failure, Advice::OtherModel)) });
+        }
         Provider::complete(&self.script, call)
     }
 }
 
 /// A project, a run on it, and its steps.
-struct Bench {
-    place: Place,
+pub(crate) struct Bench {
+    pub(crate) place: Place,
     registry: Registry,
     model: Arc<Model>,
     run: RunId,
@@ -62,12 +81,22 @@ struct Bench {
 
 impl Bench {
     async fn new(script: &Value) -> Self {
+        Self::with_window(script, 1_000_000).await
+    }
+
+    /// Over models with a window of so many tokens.
+    async fn with_window(script: &Value, window: u64) -> Self {
         let place = Place::new().await;
         let script = Scripted::new(serde_json::from_value(script.clone()).unwrap());
-        let model = Arc::new(Model { script, calls: Mutex::default() });
+        let takes = AtomicU64::new(u64::MAX);
+        let model = Arc::new(Model { script, calls: Mutex::default(), requests: Mutex::default(), takes });
+        let mut routing = Routing::rehearsed();
+        for candidate in routing.roles.values_mut().flatten() {
+            candidate.context_tokens = window;
+        }
         let pace = Pace { backoff: Duration::from_millis(1), ..Pace::default() };
         let toolbox = Arc::new(Toolbox {
-            orchestrator: Orchestrator::with_pace(Routing::rehearsed(), vec![model.clone() as Arc<dyn Provider>], pace),
+            orchestrator: Orchestrator::with_pace(routing, vec![model.clone() as Arc<dyn Provider>], pace),
             workspaces: place.all.clone(),
             sandbox: sandbox::levels()[0].clone(),
             pool: place.pool.clone(),
@@ -79,7 +108,13 @@ impl Bench {
     }
 
     /// One attempt of a step; what its earlier attempts saved is there.
-    async fn attempt(&self, activity: &str, path: &str, attempt: u32, input: &Value) -> Result<Value, Failure> {
+    pub(crate) async fn attempt(
+        &self,
+        activity: &str,
+        path: &str,
+        attempt: u32,
+        input: &Value,
+    ) -> Result<Value, Failure> {
         let recorder = self.recorders.lock().unwrap().entry(format!("{}/{path}", self.run)).or_default().clone();
         let info = AttemptInfo {
             run_id: self.run,
@@ -101,7 +136,7 @@ impl Bench {
     }
 
     /// A step that died before its result was recorded and is executed again, twice: nothing happens twice.
-    async fn step(&self, activity: &str, path: &str, input: Value) -> Value {
+    pub(crate) async fn step(&self, activity: &str, path: &str, input: Value) -> Value {
         let first = self.attempt(activity, path, 1, &input).await.unwrap();
         let traces = self.traces().await;
         for attempt in 2..=3 {
@@ -122,6 +157,21 @@ impl Bench {
 
     fn calls(&self) -> Vec<String> {
         self.model.calls.lock().unwrap().iter().map(|(at, _)| at.clone()).collect()
+    }
+
+    /// From now on the model takes prompts of so many tokens.
+    pub(crate) fn takes(&self, tokens: u64) {
+        self.model.takes.store(tokens, Ordering::Relaxed);
+    }
+
+    /// How often a call was made, those that were refused included.
+    pub(crate) fn calls_of(&self, at: &str) -> usize {
+        self.calls().iter().filter(|call| *call == at).count()
+    }
+
+    /// Everything that the model was asked, with step path and call key.
+    pub(crate) fn requests(&self) -> Vec<(String, Request)> {
+        self.model.requests.lock().unwrap().clone()
     }
 
     fn last_words(&self) -> String {
@@ -152,7 +202,7 @@ impl Bench {
     }
 
     /// A snapshot of `main` with these changes, as an implementer leaves it.
-    async fn work(&self, changes: &[(&str, &str)]) -> String {
+    pub(crate) async fn work(&self, changes: &[(&str, &str)]) -> String {
         let open = self.place.open(None).await;
         let changes: Vec<_> = changes
             .iter()
@@ -163,14 +213,14 @@ impl Bench {
     }
 
     /// Requirements and a plan, the shortest way.
-    async fn planned(&self) -> Vec<Value> {
+    pub(crate) async fn planned(&self) -> Vec<Value> {
         self.step("gather@1", "gather~1/ask", json!({"idea": "Count words"})).await;
         let plan = self.step("plan@1", "plan", json!({})).await;
         plan["todo"].as_array().unwrap().clone()
     }
 
     /// Takes an item through check and commit.
-    async fn item(&self, path: &str, todo: &Value, work: &str) -> Value {
+    pub(crate) async fn item(&self, path: &str, todo: &Value, work: &str) -> Value {
         let checks = self.step("check@1", &format!("{path}/check"), json!({"todo": todo, "work": work})).await;
         let input = json!({"todo": todo, "checks": checks, "work": work});
         self.step("commit@1", &format!("{path}/commit"), input).await
@@ -190,34 +240,34 @@ fn steady(mut value: Value) -> Value {
     value
 }
 
-fn at(pattern: &str, answer: Value) -> Value {
+pub(crate) fn at(pattern: &str, answer: Value) -> Value {
     json!({"at": pattern, "reply": {"json": answer}})
 }
 
-fn says(pattern: &str, text: &str) -> Value {
+pub(crate) fn says(pattern: &str, text: &str) -> Value {
     json!({"at": pattern, "reply": {"text": text}})
 }
 
-fn todo(id: &str, serves: &[&str], after: &[&str], command: &str) -> Value {
+pub(crate) fn todo(id: &str, serves: &[&str], after: &[&str], command: &str) -> Value {
     json!({"id": id, "title": format!("Do {id}"), "detail": "d", "requirements": serves, "depends_on": after, "files": [],
            "checks": [{"command": command, "expect_exit": 0}]})
 }
 
-fn plan(items: Vec<Value>) -> Value {
+pub(crate) fn plan(items: Vec<Value>) -> Value {
     json!({"summary": "Counts.", "stack": [{"choice": "sh", "reason": "there"}], "architecture_markdown": "One file.", "todo": items})
 }
 
-fn complete() -> Value {
+pub(crate) fn complete() -> Value {
     json!({"complete": true, "question": "", "suggestions": [], "assumptions": ["UTF-8"],
            "requirements": [{"id": "R1", "text": "It counts."}, {"id": "R2", "text": "It ranks."}]})
 }
 
-fn question(text: &str) -> Value {
+pub(crate) fn question(text: &str) -> Value {
     json!({"complete": false, "question": text, "suggestions": ["a", "b"], "assumptions": [],
            "requirements": [{"id": "R1", "text": "It counts."}]})
 }
 
-fn verdict(criteria: &[(&str, &str, Value)], items: Vec<Value>) -> Value {
+pub(crate) fn verdict(criteria: &[(&str, &str, Value)], items: Vec<Value>) -> Value {
     let criteria: Vec<Value> = criteria
         .iter()
         .map(|(id, verdict, citation)| {
@@ -228,7 +278,7 @@ fn verdict(criteria: &[(&str, &str, Value)], items: Vec<Value>) -> Value {
     json!({"summary": "Looked.", "criteria": criteria, "items": items})
 }
 
-fn line(path: &str, line: u32) -> Value {
+pub(crate) fn line(path: &str, line: u32) -> Value {
     json!({"path": path, "line": line, "check": ""})
 }
 
@@ -338,7 +388,7 @@ async fn a_new_plan_keeps_what_is_finished() {
 }
 
 #[tokio::test]
-async fn checks_are_evidence_and_the_same_failure_twice_is_the_end() {
+async fn checks_are_evidence_and_the_same_failure_is_stopped_then_the_end() {
     let bench = Bench::new(&json!([])).await;
     let item = |commands: &[&str]| {
         let checks: Vec<Value> = commands.iter().map(|command| json!({"command": command})).collect();
@@ -358,8 +408,14 @@ async fn checks_are_evidence_and_the_same_failure_twice_is_the_end() {
     assert_eq!((&bad["results"][0]["exit_code"], &bad["results"][1]["passed"]), (&json!(3), &json!(true)));
     assert!(bad["reason"].as_str().unwrap().ends_with("exits with 3 instead of 0"), "{}", bad["reason"]);
     sqlx::query("select $1::jsonb").bind(&bad).execute(&bench.place.pool).await.expect("Postgres takes it");
+    assert_eq!(bad["repeated"], json!(false));
+    // Once more the same: another model may try. A third time: nobody.
     let same = run("c3", item(&slow), bad.clone()).await;
-    assert_eq!(same["again"], json!(false), "{same}");
+    assert_eq!((&same["again"], &same["repeated"]), (&json!(true), &json!(true)), "{same}");
+    let third = run("c3b", item(&slow), same.clone()).await;
+    assert_eq!((&third["again"], &third["repeated"]), (&json!(false), &json!(true)), "{third}");
+    let moved = run("c3c", item(&["exit 5"]), same).await;
+    assert_eq!((&moved["again"], &moved["repeated"]), (&json!(true), &json!(false)));
     let other = run("c4", item(&["exit 4"]), bad).await;
     assert_eq!(other["again"], json!(true));
     let bare = run("c5", item(&[]), json!({})).await;
@@ -368,6 +424,164 @@ async fn checks_are_evidence_and_the_same_failure_twice_is_the_end() {
     assert_eq!((&none["passed"], &none["again"], &none["reason"]), (&json!(false), &json!(false), &json!("stuck")));
     let unknown = json!({"todo": item(&["true"]), "work": "0".repeat(40)});
     assert_eq!(bench.attempt("check@1", "c7", 1, &unknown).await.unwrap_err().code, "workspace.missing");
+}
+
+/// An answer that calls one tool.
+pub(crate) fn calls(pattern: &str, tool: &str, arguments: Value) -> Value {
+    json!({"at": pattern, "reply": {"tool_calls": [{"name": tool, "arguments": arguments}]}})
+}
+
+pub(crate) fn writes(pattern: &str, path: &str, content: &str) -> Value {
+    calls(pattern, "edit", json!({"edits": [{"op": "write", "path": path, "content": content}]}))
+}
+
+pub(crate) fn finishes(pattern: &str) -> Value {
+    calls(pattern, "done", json!({"summary": "finished"}))
+}
+
+/// Section 4 of the development loop, each rule provoked by a model that does just that: stopped, escalated, then blocked.
+#[tokio::test]
+async fn each_stop_rule_stops_an_item_for_its_model_and_then_for_good() {
+    let mut script = simple();
+    // Nobody else is as stubborn as this one, the architect included.
+    script.push(calls("same/code:turn-*", "read", json!({"path": "a.txt"})));
+    for n in 1..=24 {
+        let content = if n % 2 == 1 { "one" } else { "two" };
+        script.push(writes(&format!("swing/code:turn-{n}"), "a.txt", content));
+        script.push(calls(&format!("look/code:turn-{n}"), "read", json!({"path": format!("f{n}")})));
+    }
+    script.push(says("talk/code:turn-*", "I would change a.txt."));
+    let bench = Bench::new(&json!(script)).await;
+    let items = bench.planned().await;
+    let base = bench.work(&[("a.txt", "two")]).await;
+    let cases = [
+        ("same", "identical_calls", 5, "This exact call was made 3 times"),
+        ("swing", "alternation", 4, ""),
+        ("look", "no_change", 6, "No file changed in 4 turns"),
+        ("talk", "no_calls", 2, "Use the tools"),
+    ];
+    for (name, rule, asked, warning) in cases {
+        let path = format!("{name}/code");
+        let mut input = json!({"todo": items[0], "evidence": {"work": base}});
+        let before = bench.calls().len();
+        let failure = bench.attempt("implement@1", &path, 1, &input).await.expect_err(name);
+        assert_eq!((failure.code.as_str(), failure.kind), ("model.no_progress", FailureKind::Retryable), "{name}");
+        assert_eq!(failure.detail["stop"]["rule"], rule, "{name}: {failure:?}");
+        assert_eq!(bench.calls().len() - before, asked, "{name}");
+        if !warning.is_empty() {
+            // The model was told before it was stopped.
+            let told = bench.requests().last().map(|(_, request)| format!("{:?}", request.messages)).unwrap();
+            assert!(told.contains(warning), "{name}: {told}");
+        }
+        // For the same role the stop stands and nothing is bought; the architect starts afresh and is told.
+        let again = bench.attempt("implement@1", &path, 2, &input).await.expect_err(name);
+        assert_eq!((&again.detail, bench.calls().len() - before), (&failure.detail, asked), "{name}");
+        input["role"] = json!("architect");
+        let last = bench.attempt("implement@1", &path, 3, &input).await.expect_err(name);
+        assert_eq!((last.detail["stop"]["rule"].as_str(), bench.calls().len() - before), (Some(rule), 2 * asked));
+        let told = bench.requests().last().map(|(_, request)| format!("{:?}", request.messages)).unwrap();
+        assert!(told.contains("Another model worked on this before you and was stopped"), "{name}: {told}");
+        // What the workflow makes of it: no work, so no evidence, so the item is blocked and the tree as it was.
+        let checks = json!({"todo": items[0], "work": "", "reason": last.message});
+        let checks = bench.step("check@1", &format!("{name}/check"), checks).await;
+        assert_eq!((&checks["passed"], &checks["again"]), (&json!(false), &json!(false)), "{name}");
+        let commit = json!({"todo": items[0], "checks": checks, "work": ""});
+        let commit = bench.step("commit@1", &format!("{name}/commit"), commit).await;
+        assert_eq!(commit["state"], "blocked", "{name}");
+        assert!(bench.message().await.contains("The work was stopped"), "{name}");
+    }
+    assert_eq!(bench.file("a.txt").await, None);
+}
+
+#[tokio::test]
+async fn a_stopped_item_that_the_architect_finishes_is_done() {
+    let mut script = simple();
+    for n in 1..=6 {
+        script.push(calls(&format!("a/code:turn-{n}"), "read", json!({"path": format!("f{n}")})));
+    }
+    script.extend([writes("a/code:turn-7", "a.sh", "exit 0\n"), finishes("a/code:turn-8")]);
+    let bench = Bench::new(&json!(script)).await;
+    let items = bench.planned().await;
+    let mut input = json!({"todo": items[0]});
+    let failure = bench.attempt("implement@1", "a/code", 1, &input).await.unwrap_err();
+    assert_eq!(failure.detail["stop"]["rule"], "no_change");
+    input["role"] = json!("architect");
+    let code = bench.step("implement@1", "a/code", input).await;
+    assert_eq!((&code["model"], &code["turns"]), (&json!("rehearsed/architect"), &json!(2)));
+    assert_eq!(bench.item("a", &items[0], code["work"].as_str().unwrap()).await["state"], "done");
+}
+
+/// The same under a policy as the shipped loop has it: the engine goes on to the architect, whom nothing told that it is his turn.
+#[tokio::test]
+async fn the_engine_escalates_a_stopped_item_by_the_policy_of_its_step() {
+    let mut script = simple();
+    for n in 1..=6 {
+        script.push(calls(&format!("code:turn-{n}"), "read", json!({"path": format!("f{n}")})));
+    }
+    script.extend([writes("code:turn-7", "a.sh", "exit 0\n"), finishes("code:turn-8")]);
+    let bench = Bench::new(&json!(script)).await;
+    let items = bench.planned().await;
+    let with = json!({"project_id": {"literal": bench.place.project}, "todo": {"literal": items[0]}});
+    let retry = json!({"attempts": 3, "delay_ms": 10, "backoff": 1.0, "max_delay_ms": 10, "jitter": 0.0, "on": ["model.*"],
+        "escalate": [{"from_attempt": 3, "with": {"role": {"literal": "architect"}}}]});
+    let step = json!({"id": "code", "kind": {"activity": {"name": "implement@1", "with": with}}, "retry": retry});
+    let definition: Definition = serde_json::from_value(
+        json!({"format": FORMAT, "name": "code", "timeout_ms": 600_000, "executions_max": 100, "steps": [step]}),
+    )
+    .unwrap();
+    let pool = bench.place.pool.clone();
+    let worker = worker::start(WorkerConfig::new(pool.clone(), bench.registry.clone())).await.unwrap();
+    let client = Client::new(pool, Arc::new(NoHook));
+    let deploy = Deploy { definition, bundle: Bundle::new(), source: String::new(), author: None, message: None };
+    let start = Start {
+        run_id: None,
+        definition: client.deploy(deploy).await.unwrap().hash,
+        inputs: json!({}),
+        workflow_id: None,
+        attributes: json!({}),
+        queue: String::new(),
+        topic: None,
+        admission: Default::default(),
+    };
+    let run = client.start(start).await.unwrap().run_id;
+    assert_eq!(closed(&client, run).await, RunStatus::Completed);
+    worker.drain(Duration::from_secs(10)).await;
+    let turns: Vec<(String, Role)> =
+        bench.requests().into_iter().filter(|(at, _)| at.starts_with("code:")).map(|(at, r)| (at, r.role)).collect();
+    let role = |n| if n <= 6 { Role::Implementer } else { Role::Architect };
+    assert_eq!(turns, (1..=8).map(|n| (format!("code:turn-{n}"), role(n))).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn checks_that_fail_the_same_way_are_stopped_escalated_and_then_blocked() {
+    let mut script = simple();
+    for round in 1..=3 {
+        script.push(writes(&format!("*~{round}/code:turn-1"), "a.sh", &format!("# try {round}\nexit 1\n")));
+        script.push(finishes(&format!("*~{round}/code:turn-2")));
+    }
+    let bench = Bench::new(&json!(script)).await;
+    let items = bench.planned().await;
+    // As the shipped loop does it: two rounds by the implementer, the third by the architect.
+    let (mut checks, mut seen) = (json!({}), Vec::new());
+    for round in 1..=3 {
+        let role = if round < 3 { "implementer" } else { "architect" };
+        let input = json!({"todo": items[0], "role": role, "evidence": checks});
+        let code = bench.step("implement@1", &format!("code..check~{round}/code"), input).await;
+        let input = json!({"todo": items[0], "work": code["work"], "previous": checks});
+        checks = bench.step("check@1", &format!("code..check~{round}/check"), input).await;
+        assert_eq!(checks["passed"], json!(false));
+        seen.push((code["model"].clone(), checks["again"].clone(), checks["repeated"].clone()));
+    }
+    let (implementer, architect) = (json!("rehearsed/implementer"), json!("rehearsed/architect"));
+    let expected = [
+        (implementer.clone(), json!(true), json!(false)),
+        (implementer, json!(true), json!(true)),
+        (architect, json!(false), json!(true)),
+    ];
+    assert_eq!(seen, expected);
+    let input = json!({"todo": items[0], "checks": checks, "work": checks["work"]});
+    let commit = bench.step("commit@1", "commit", input).await;
+    assert_eq!((&commit["state"], bench.file("a.sh").await), (&json!("blocked"), None));
 }
 
 #[tokio::test]
@@ -426,10 +640,15 @@ async fn a_step_whose_ground_has_moved_says_so() {
 }
 
 /// Requirements, a plan with two finished items, and the code.
-async fn finished(extra: Vec<Value>) -> (Bench, Vec<Value>) {
+pub(crate) async fn finished(extra: Vec<Value>) -> (Bench, Vec<Value>) {
+    finished_with_window(extra, 1_000_000).await
+}
+
+/// The same over models with a window of so many tokens.
+pub(crate) async fn finished_with_window(extra: Vec<Value>, window: u64) -> (Bench, Vec<Value>) {
     let mut script = simple();
     script.extend(extra);
-    let bench = Bench::new(&json!(script)).await;
+    let bench = Bench::with_window(&json!(script), window).await;
     let items = bench.planned().await;
     let work = bench.work(&[("a.sh", "echo made > made.txt\nexit 0\n")]).await;
     bench.item("implement[a]", &items[0], &work).await;

@@ -2,6 +2,7 @@
 
 use crate::bench::{Bench, Named, World};
 use loopwright_engine::{
+    Failure,
     activity::{Context, Registry},
     client::Decision,
     view::Waiting,
@@ -99,5 +100,69 @@ async fn the_development_loop_goes_through_every_turn_it_can_take() {
     assert_eq!(calls[3].input["changes"], "smaller");
     assert_eq!(calls[4].input["credits"], "12.5", "what was approved");
     assert_eq!(calls[7].input["evidence"]["passed"], false, "the second try sees why the first did not pass");
+    bench.done().await;
+}
+
+/// Section 4 of the design: stopped, escalated, then blocked. `a` is an item on which every model is stopped, `b` one whose checks
+/// fail the same way each time.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_gets_nowhere_goes_to_the_architect_and_is_then_blocked_without_ending_the_run() {
+    let world = Arc::new(World::default());
+    let mut registry = Registry::new();
+    for name in ["gather", "plan", "implement", "check", "commit", "verify", "readme", "deliver", "limit"] {
+        let world = world.clone();
+        let script = move |ctx: Context, input: Value| {
+            let world = world.clone();
+            async move {
+                let path = ctx.info().path.clone();
+                let call = crate::bench::Call { path: path.clone(), input: input.clone() };
+                world.calls.lock().expect("lock").push(call);
+                Ok(match name {
+                    "gather" => json!({"complete": true, "question": ""}),
+                    "plan" => {
+                        json!({"summary_markdown": "plan", "todo": [{"id": "a"}, {"id": "b"}], "limit_credits": "1"})
+                    }
+                    "implement" if path.contains("[a]") => {
+                        return Err(Failure::retryable("model.no_progress", "The work was stopped."));
+                    }
+                    "implement" => json!({"work": "w", "summary": "done"}),
+                    "check" => {
+                        let again = input["work"] != "" && !path.contains("..check~3");
+                        json!({"passed": false, "again": again, "reason": "", "results": [], "work": input["work"]})
+                    }
+                    "commit" => json!({"oid": "c"}),
+                    "verify" => json!({"verdict": "accept", "report_markdown": "yes", "todo": []}),
+                    "readme" => json!({"path": "README.md"}),
+                    _ => json!({"commit": "abc", "verdict": input["verdict"]}),
+                })
+            }
+        };
+        registry = registry.with(Named::new(&format!("{name}@1"), script));
+    }
+    let bench = Bench::with(world, registry.clone(), registry).await;
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../workflow-defs/dev-loop.yaml");
+    // As it is, but for its patience.
+    let source = std::fs::read_to_string(folder).expect("text").replace("delay: 5s", "delay: 10ms");
+    let hash = bench.deploy(&source).await;
+    let inputs = json!({"project_id": "123e4567-e89b-42d3-a456-426614174000", "idea": "x", "approve_plan": false});
+    let run = bench.start_hash(hash, inputs).await.run_id;
+    assert_eq!(bench.output(run).await, json!({"commit": "abc", "verdict": "accept"}));
+    let calls = bench.world.calls.lock().expect("lock").clone();
+    let of = |item: &str, step: &str| -> Vec<Value> {
+        let wanted = |call: &&crate::bench::Call| call.path.contains(item) && call.path.ends_with(step);
+        calls.iter().filter(wanted).map(|call| call.input.clone()).collect()
+    };
+    for item in ["[a]", "[b]"] {
+        let roles: Vec<Value> = of(item, "/code").iter().map(|input| input["role"].clone()).collect();
+        assert_eq!(roles, ["implementer", "implementer", "architect"], "{item}");
+        let commits = of(item, "/commit");
+        assert_eq!((commits.len(), &commits[0]["checks"]["passed"]), (1, &json!(false)), "{item}");
+    }
+    let checks = of("[a]", "/check");
+    assert_eq!(
+        (checks.len(), &checks[0]["work"], &checks[0]["reason"]),
+        (1, &json!(""), &json!("The work was stopped."))
+    );
+    assert_eq!(of("[b]", "/check").len(), 3);
     bench.done().await;
 }

@@ -146,7 +146,7 @@ impl Orchestrator {
         let Some(rates) = &self.0.rates else { return };
         let (requests, tokens) = match outcome {
             Ok(Judged::Reply(reply)) => (None, Some(reply.tokens_prompt)),
-            Err(Interrupted::Unannounced(_) | Interrupted::Unpriced(_)) => (Some(0), Some(0)),
+            Err(Interrupted::Unannounced(_) | Interrupted::Unpriced(_) | Interrupted::TooDear(_)) => (Some(0), Some(0)),
             Err(Interrupted::Provider(error)) => match unspent(error) {
                 Unspent::Nothing => return,
                 Unspent::Tokens => (None, Some(0)),

@@ -154,6 +154,8 @@ fn opened(ctx: &Context) -> CallOpened {
         own_key_id: None,
         input_tokens_max: TOKENS.0,
         output_tokens_max: TOKENS.1,
+        input_umtok_max: None,
+        output_umtok_max: None,
     }
 }
 
