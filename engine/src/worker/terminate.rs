@@ -9,7 +9,6 @@ use crate::{
     payload::{self, Slot},
     store::{
         self,
-        spread::Spread,
         transitions::{self, Effects, Item, Undone, Verdict, child_result},
     },
     transaction::in_transaction,
@@ -26,7 +25,7 @@ pub(crate) async fn terminate(
 ) -> Result<()> {
     let mut conn = pool.acquire().await?;
     // By itself: whoever owns the run is fenced off, also if we die before it is ended.
-    let item = Arc::new(closing(&mut conn, run, reason).await?);
+    let item = Arc::new(closing(&mut conn, run, Input::Terminated { reason: reason.to_owned() }).await?);
     drop(conn);
     crate::committer::crash_point("terminate.before_commit");
     let ended = in_transaction(pool, |conn| {
@@ -45,15 +44,24 @@ pub(crate) async fn terminate_in(
     run: RunId,
     reason: &str,
 ) -> Result<()> {
-    let item = closing(&mut *conn, run, reason).await?;
+    close_in(conn, hook, run, Input::Terminated { reason: reason.to_owned() }).await
+}
+
+/// The same by another input that closes a run whatever it does.
+pub(crate) async fn close_in(
+    conn: &mut PgConnection,
+    hook: &dyn TransitionHook,
+    run: RunId,
+    input: Input,
+) -> Result<()> {
+    let item = closing(&mut *conn, run, input).await?;
     end(conn, hook, &item).await
 }
 
 /// Writes the last transition of a run and what it does to others.
 async fn end(conn: &mut PgConnection, hook: &dyn TransitionHook, item: &Item) -> Result<()> {
     let items = [item];
-    // Where runs are spread, Citus refuses this statement for a run with children on other shards.
-    transitions::lock(conn, Spread::Together, &items).await?;
+    transitions::lock(conn, None, &items).await?;
     let verdicts = transitions::send(&mut *conn, Some(item.run_id.shard()), &items).await?;
     match verdicts[..] {
         [Verdict::Accepted { .. }] => {}
@@ -71,7 +79,7 @@ async fn end(conn: &mut PgConnection, hook: &dyn TransitionHook, item: &Item) ->
 }
 
 /// Takes the run from whoever owns it; its last transition, ready to be committed.
-async fn closing(conn: &mut PgConnection, run: RunId, reason: &str) -> Result<Item> {
+async fn closing(conn: &mut PgConnection, run: RunId, input: Input) -> Result<Item> {
     // Whoever owns it is fenced off from here on.
     let taken = store::runs::seize(&mut *conn, run).await?;
     crate::committer::crash_point("terminate.after_seize");
@@ -95,8 +103,7 @@ async fn closing(conn: &mut PgConnection, run: RunId, reason: &str) -> Result<It
         workflow: &pinned.definition.name,
     };
     let decision =
-        machine::decide(&pinned.definition, &mut state, Input::Terminated { reason: reason.to_owned() }, &moment)
-            .map_err(|e| Error::Invariant(e.to_string()))?;
+        machine::decide(&pinned.definition, &mut state, input, &moment).map_err(|e| Error::Invariant(e.to_string()))?;
     let attributes = Arc::new(loaded.attributes.clone());
     let budget = Arc::new(pinned.definition.budget.clone());
     let mut effects = Effects::default();
