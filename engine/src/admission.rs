@@ -162,19 +162,19 @@ pub struct Admission {
     /// `None`: the attribute [`FAIRNESS_ATTRIBUTE`], and nobody's if there is none. Children and forks have their parent's.
     pub fairness_key: Option<String>,
     /// `None`: the definition's `concurrency`, if it has one.
-    /// The runs that continue this one have it too.
+    /// The runs that continue this one have it too, and its forks.
     pub place: Option<Place>,
-    /// The same: each start of a chain counts.
+    /// The same: each start of a chain counts, and each fork.
     pub rate: Option<Rate>,
     /// What becomes of the start if the last run under its id has closed, or one is open.
     pub id_reuse: IdReuse,
     pub id_conflict: IdConflict,
-    /// Counted from this start: no run of the chain goes on for longer, only its `finally`. Temporal's execution timeout. 1 s to ten
-    /// years.
+    /// Counted from this start: no run of the chain goes on for longer, only its `finally`, nor one that a reset puts in the place of one
+    /// of them. Temporal's execution timeout. 1 s to ten years.
     pub chain_timeout: Option<Duration>,
 }
 
-/// What of a start's terms the next runs of its chain must have and no definition says: column `runs.admission`.
+/// What of a start's terms the next runs of its chain and its forks must have and no definition says: column `runs.admission`.
 #[cfg(feature = "runtime")]
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Named {

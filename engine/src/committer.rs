@@ -200,7 +200,7 @@ async fn send(
     let mut tx = session.begin().await?;
     crash_point("commit.after_begin");
     let spread = if shard.is_none() { Spread::Together } else { Spread::ByShard };
-    transitions::lock(&mut tx, spread, items).await.map_err(Undone::of)?;
+    transitions::lock(&mut tx, Some(spread), items).await.map_err(Undone::of)?;
     crash_point("commit.after_lock");
     let verdicts = transitions::send(&mut tx, shard, items).await.map_err(Undone::of)?;
     crash_point("commit.after_transitions");

@@ -19,13 +19,19 @@ use std::collections::BTreeMap;
 /// - 4: runs that end and close as continued.
 /// - 5: `run_migrated`.
 /// - 6: nothing new is said; the row is stored in parts or sealed (`APART`).
-pub const FORMAT: u16 = 6;
+/// - 7: nothing new is said; the run has terms that an older release would drop (`TERMS`).
+pub const FORMAT: u16 = 7;
 
 /// The number of a row, or of a stored state, whose text is not all that was said: a value lies apart in `blobs`, or all of it is
 /// sealed. The vocabulary is that of 5. A release that does not know it would take a reference for the value. It belongs to what is
 /// stored: whoever reads the events gets their vocabulary's number.
 #[cfg(feature = "runtime")]
 pub(crate) const APART: u16 = 6;
+
+/// The number of every stored state of a run whose start named what goes along a chain: a group, a rate, the time of the chain. A
+/// release that does not know it would start the next run without them.
+#[cfg(feature = "runtime")]
+pub(crate) const TERMS: u16 = 7;
 
 /// How an attempt ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

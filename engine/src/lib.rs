@@ -33,6 +33,8 @@ pub mod migrate;
 #[cfg(feature = "runtime")]
 pub mod payload;
 #[cfg(feature = "runtime")]
+mod request;
+#[cfg(feature = "runtime")]
 pub mod retention;
 #[cfg(feature = "test-util")]
 pub mod sim;

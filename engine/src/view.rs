@@ -246,3 +246,17 @@ pub struct HistoryRow {
     pub events: Vec<Value>,
     pub at: DateTime<Utc>,
 }
+
+/// An archive of retired runs, as it is recorded.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Recorded {
+    /// Its name, without the folder.
+    pub file: String,
+    /// Of the file as it lies there; hex.
+    pub sha256: String,
+    pub bytes: u64,
+    pub runs: u64,
+    /// Its runs had closed before.
+    pub closed_before: DateTime<Utc>,
+    pub made_at: DateTime<Utc>,
+}

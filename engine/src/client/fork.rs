@@ -3,14 +3,19 @@
 use super::{Client, Started, pause::checked};
 use crate::{
     Error, Result,
-    admission::Place,
+    admission::Named,
     archive::check,
     definition::inputs::prepare,
-    event::Event,
+    event::{Event, TERMS},
     ids::{DefinitionHash, RunId},
     machine::{self, Moment, RunState, fold},
     signature::Catalog,
-    store::{self, definitions::Pinned, forks::Maker},
+    store::{
+        self,
+        chain::{self, Arrives},
+        definitions::Pinned,
+        forks::{Maker, Terms},
+    },
     transaction::in_transaction,
 };
 use serde_json::{Map, Value};
@@ -64,16 +69,29 @@ struct Decided {
     workflow: String,
     /// Instead of those of `like`.
     attributes: Option<Value>,
+    /// Those of the start of `like`; the deadline only of a reset.
+    terms: Terms,
     event: Event,
     state: RunState,
+}
+
+/// What a fork is made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum For {
+    Itself,
+    /// It takes the run's place, in its chain's time as well.
+    Reset,
 }
 
 impl Client {
     /// Starts a run whose state is that of another after one of its transitions. Both share the history up to there by
     /// reference; steps that had ended keep their outputs, attempts, checkpoints and cost under the old run and are not done
     /// again. Steps that were under way begin anew, with attempts and children of their own; the old run ends and settles
-    /// its own. The new run has the old one's queue, attributes (unless others are given) and outbox topic, neither its business
-    /// key nor its parent, and its whole timeout from now on. Signals that waited at the fork wait in both.
+    /// its own. The new run has the old one's queue, attributes (unless others are given), outbox topic, priority and fairness key,
+    /// neither its business key nor its parent, and its whole timeout from now on. Signals that waited at the fork wait in both.
+    ///
+    /// It waits for a place in the old run's group and counts under its rate, whoever named them, and is never turned away. It is in
+    /// no chain: the time of the old run's does not bound it.
     ///
     /// A fork before a former fork is one of the run that made that transition.
     ///
@@ -82,10 +100,16 @@ impl Client {
     /// # Transaction
     /// One: run, first transition, queue row. Idempotent by `run_id`.
     pub async fn fork(&self, run: RunId, asked: Fork) -> Result<Started> {
-        let decided = Arc::new(self.decide_fork(run, &asked).await?);
+        let decided = Arc::new(self.decide_fork(run, &asked, For::Itself).await?);
         let created = in_transaction(&self.pool, |conn| {
             let decided = decided.clone();
-            Box::pin(async move { decided.insert(conn).await })
+            Box::pin(async move {
+                let inserted = decided.insert(conn).await?;
+                if inserted {
+                    decided.arrive(conn).await?;
+                }
+                Ok(inserted)
+            })
         })
         .await?;
         self.wake().await;
@@ -94,14 +118,16 @@ impl Client {
 
     /// Forks a run and ends the old one, if it is still open, as terminated: its attempts are closed and settled, its
     /// business key goes to the new run. If a schedule had started it, the new run is in its place there as well: as long as it
-    /// is open, the overlap policy counts it.
+    /// is open, the overlap policy counts it. If the first start of its chain has bounded that (`chain_timeout`), the new run ends
+    /// by then too.
     ///
     /// # Errors
-    /// Those of [`Self::fork`]; `fork_invalid` also for a child run, whose parent waits for it, for a run that has continued as new, and for a closed run whose
-    /// business key another open run has; `run_exists` if `run_id` is taken; `run_imported`.
+    /// Those of [`Self::fork`]; `fork_invalid` also for a child run, whose parent waits for it, for a run that has continued as new,
+    /// for one whose chain's time is over, and for a closed run whose business key another open run has; `run_exists` if
+    /// `run_id` is taken; `run_imported`.
     /// # Transaction
-    /// One: everything or nothing. Lock order: the old run, the group, what the hook locks, the key, the schedule's action. Idempotent by `run_id`: a second
-    /// request finds the old run closed and its fork there.
+    /// One: everything or nothing. Lock order: the old run; if it is open, the rate, the group and what the hook locks; the key, the
+    /// schedule's action, the rate and the group. Idempotent by `run_id`: a second request finds the old run closed and its fork there.
     pub async fn reset(&self, run: RunId, asked: Fork) -> Result<Reset> {
         let mut conn = self.pool.acquire().await?;
         let standing = store::runs::standing(&mut conn, run).await?;
@@ -117,27 +143,23 @@ impl Client {
             let why = format!("run {parent} waits for this run at `{path}`: reset that one, or fork this one");
             return Err(Error::ForkInvalid(vec![why]));
         }
-        let decided = Arc::new(self.decide_fork(run, &asked).await?);
+        let decided = Arc::new(self.decide_fork(run, &asked, For::Reset).await?);
         let (key, reason) = (old.workflow_id, checked(&asked.reason)?);
         let terminated = in_transaction(&self.pool, |conn| {
             let (decided, hook, key, reason) = (decided.clone(), self.hook.clone(), key.clone(), reason.clone());
             Box::pin(async move {
                 let text = format!("reset to transition {} as run {}: {reason}", decided.seq, decided.run);
-                // Before the hook locks accounts: whoever arrives at a group has locked it then.
-                store::starts::lock_to_end(conn, run).await?;
-                let group = decided.place(conn).await?.map(|place| place.group);
-                store::groups::reserve(conn, None, group.as_deref()).await?;
-                let terminated = match crate::worker::terminate_in(conn, hook.as_ref(), run, &text).await {
-                    Ok(()) => true,
-                    Err(Error::RunClosed(_)) => {
-                        // It may have gone on as another since it was looked at.
-                        if let Some(next) = store::runs::standing(conn, run).await?.chain.continued_as {
-                            return Err(Error::ForkInvalid(vec![went_on(next)]));
-                        }
-                        false
+                let terminated = store::starts::lock_to_end(conn, run).await?;
+                if terminated {
+                    // Before the hook locks accounts: whoever arrives at a group has locked it then. The key is the run's own.
+                    if let Some(arrives) = decided.arrives(conn).await? {
+                        arrives.reserve(conn).await?;
                     }
-                    Err(error) => return Err(error),
-                };
+                    crate::worker::terminate_in(conn, hook.as_ref(), run, &text).await?;
+                } else if let Some(next) = store::runs::standing(conn, run).await?.chain.continued_as {
+                    // It has gone on as another since it was looked at.
+                    return Err(Error::ForkInvalid(vec![went_on(next)]));
+                }
                 if !decided.insert(conn).await? {
                     // The answer of an earlier sending was lost: then all of it was done.
                     if !terminated && decided.is_there(conn).await? {
@@ -153,6 +175,8 @@ impl Client {
                 }
                 let why = format!("a reset took the place of run {run}");
                 store::schedules::hand_over(conn, run, decided.run, &why).await?;
+                // Last: another start under the key of a closed run would hold the key and wait for the group.
+                decided.arrive(conn).await?;
                 Ok(terminated)
             })
         })
@@ -161,7 +185,7 @@ impl Client {
         Ok(Reset { run_id: decided.run, terminated })
     }
 
-    async fn decide_fork(&self, run: RunId, asked: &Fork) -> Result<Decided> {
+    async fn decide_fork(&self, run: RunId, asked: &Fork, wanted: For) -> Result<Decided> {
         let reason = checked(&asked.reason)?;
         let (seq, again) = match &asked.at {
             At::Seq(seq) => (*seq, None),
@@ -185,7 +209,17 @@ impl Client {
         let pinned: Pinned = store::definitions::load(&mut conn, definition).await?;
         let calls = store::definitions::resolve_calls(&mut conn, &pinned.definition).await?;
         let now = store::runs::now(&mut conn).await?;
+        let mut terms = store::forks::terms(&mut conn, run).await?;
         drop(conn);
+        if wanted == For::Itself {
+            terms.deadline = None;
+        }
+        if let Some(over) = terms.deadline.filter(|deadline| *deadline <= now) {
+            return Err(Error::ForkInvalid(vec![format!(
+                "the time of its chain was over at {}: fork it, a fork is in no chain, or start another",
+                over.to_rfc3339()
+            )]));
+        }
         let mut state = self.state_at(run, new, seq).await?;
         let inputs = match (asked.inputs.is_empty(), state.inputs.clone()) {
             (true, _) => None,
@@ -215,12 +249,16 @@ impl Client {
             inputs,
             migrated: definition != maker.definition,
             again,
+            until: terms.deadline,
         };
         let event = machine::fork(&pinned.definition, &state, fork, &moment).map_err(Error::ForkInvalid)?;
         fold(&mut state, &event).map_err(|e| Error::Invariant(format!("fork of run {run}: {e}")))?;
+        if terms.named != Named::default() || terms.deadline.is_some() {
+            state.format = state.format.max(TERMS);
+        }
         let seq = i64::try_from(seq).unwrap_or(i64::MAX);
         let (workflow, attributes) = (pinned.definition.name, asked.attributes.clone());
-        Ok(Decided { run: new, like: run, maker, seq, definition, workflow, attributes, event, state })
+        Ok(Decided { run: new, like: run, maker, seq, definition, workflow, attributes, terms, event, state })
     }
 
     /// The fold of a run's first `seq` rows, under another id.
@@ -269,18 +307,20 @@ impl Decided {
     async fn insert(&self, conn: &mut PgConnection) -> Result<bool> {
         let state = serde_json::to_value(&self.state).map_err(|e| Error::Invariant(e.to_string()))?;
         store::forks::hold(conn, [self.maker.run, self.like]).await?;
-        let inserted = store::forks::insert(conn, &self.row(&state)).await?;
-        if inserted && let Some(place) = self.place(conn).await? {
-            // It waits for a place like any other run, but it is not turned away: somebody has asked for just this one.
-            store::groups::hold_back(conn, self.run).await?;
-            store::groups::arrive(conn, self.run, Some(&place), None, false).await?;
-        }
-        Ok(inserted)
+        store::forks::insert(conn, &self.row(&state)).await
     }
 
-    async fn place(&self, conn: &mut PgConnection) -> Result<Option<Place>> {
-        let group = store::definitions::concurrency(conn, self.definition).await?;
-        Ok(group.map(|group| group.place(&self.state.inputs).unwrap_or_else(|_| group.fallback(&self.workflow))))
+    /// What it waits for, like any other run of those terms and of its definition.
+    async fn arrives(&self, conn: &mut PgConnection) -> Result<Option<Arrives>> {
+        Arrives::by(conn, self.terms.named.clone(), self.definition, &self.workflow, &self.state.inputs).await
+    }
+
+    /// Holds it back as long as it must wait, once it is inserted.
+    async fn arrive(&self, conn: &mut PgConnection) -> Result<()> {
+        match self.arrives(conn).await? {
+            Some(arrives) => chain::arrive(conn, vec![(arrives, self.run)]).await,
+            None => Ok(()),
+        }
     }
 
     async fn is_there(&self, conn: &mut PgConnection) -> Result<bool> {
@@ -296,6 +336,7 @@ impl Decided {
             workflow: &self.workflow,
             definition: self.definition,
             attributes: self.attributes.as_ref(),
+            chain_deadline: self.terms.deadline,
             inputs: &self.state.inputs,
             event: &self.event,
             state,

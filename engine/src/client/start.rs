@@ -131,7 +131,7 @@ impl Client {
                 return Err(Error::WorkflowIdUsed { id, run, status: status.as_str() });
             }
         }
-        // Rates and groups are locked behind all runs, and before accounts: see `store::starts`.
+        // Behind all runs and the id, before accounts: see `store::starts`.
         let not_before = next_start(conn, start).await?;
         if place.is_some() || admission.rate.is_some() {
             let arrival = groups::arrive(conn, run, place, not_before, true).await?;
@@ -153,15 +153,13 @@ impl Client {
         waits: (Option<&str>, Option<&str>),
     ) -> Result<()> {
         for _ in 0..TAKE_TRIES {
-            if let Some(open) = starts::holder(conn, id).await? {
-                starts::lock_to_end(conn, open).await?;
+            // If it has closed meanwhile, its id is perhaps another start's, who arrives at the group next: the id comes first then.
+            if let Some(open) = starts::holder(conn, id).await?
+                && starts::lock_to_end(conn, open).await?
+            {
                 groups::reserve(conn, waits.0, waits.1).await?;
                 let why = format!("run {run} was started in its place, under the id `{id}`");
-                match crate::worker::terminate_in(conn, self.hook.as_ref(), open, &why).await {
-                    // It has closed meanwhile, and perhaps left.
-                    Ok(()) | Err(Error::RunClosed(_) | Error::RunNotFound(_) | Error::RunArchived { .. }) => {}
-                    Err(error) => return Err(error),
-                }
+                crate::worker::terminate_in(conn, self.hook.as_ref(), open, &why).await?;
                 crate::committer::crash_point("start.after_terminate");
             }
             if starts::take_free_id(conn, id, run).await? {

@@ -15,6 +15,7 @@ use crate::{
     ids::{DefinitionHash, RunId},
     view::RunStatus,
 };
+use chrono::{DateTime, Utc};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
@@ -32,6 +33,8 @@ pub struct Fork {
     pub migrated: bool,
     /// A step that begins anew although it had begun, with the steps after it in its block.
     pub again: Option<String>,
+    /// No run of its chain goes on beyond it: of one that takes the parent's place.
+    pub until: Option<DateTime<Utc>>,
 }
 
 /// The first event of a fork. `state` is the fold of the shared rows, under the new run's id.
@@ -83,6 +86,7 @@ pub fn fork(definition: &Definition, state: &RunState, fork: Fork, moment: &Mome
     if !problems.is_empty() {
         return Err(problems);
     }
+    let deadline = moment.now + millis(definition.timeout_ms);
     Ok(Event::RunForked {
         parent: fork.parent,
         seq: fork.seq,
@@ -93,7 +97,7 @@ pub fn fork(definition: &Definition, state: &RunState, fork: Fork, moment: &Mome
         calls: next.calls,
         restarted,
         at: moment.now,
-        deadline: moment.now + millis(definition.timeout_ms),
+        deadline: fork.until.map_or(deadline, |until| deadline.min(until)),
     })
 }
 

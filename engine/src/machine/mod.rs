@@ -83,6 +83,8 @@ pub enum Input {
     Tick,
     /// An operator ends the run at once.
     Terminated { reason: String },
+    /// The time of its chain is over, and nobody has let it begin: it fails at once. There is nothing to clean up.
+    Expired,
     /// Several at one instant, in this order: a claim, and what the inbox held then.
     Several(Vec<Input>),
 }

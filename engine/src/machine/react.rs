@@ -55,13 +55,28 @@ pub(super) fn react(
         Input::Tick => Ok(()),
         Input::Several(inputs) => inputs.into_iter().try_for_each(|i| react(definition, state, i, moment, decision)),
         Input::Terminated { reason } => terminate(state, reason, moment, decision),
+        Input::Expired => {
+            let failure =
+                Failure::permanent("timeout.run_total", "the time of its chain was over before it could begin");
+            close(state, RunStatus::Failed, failure, moment, decision)
+        }
     }
 }
 
-/// Ends the run at once. Its children hear of it as their calls say.
 fn terminate(
     state: &mut RunState,
     reason: String,
+    moment: &Moment<'_>,
+    decision: &mut Decision,
+) -> Result<(), Illegal> {
+    close(state, RunStatus::Terminated, Failure::permanent("cancelled", reason), moment, decision)
+}
+
+/// Ends the run at once, without `finally`. Its children hear of it as their calls say.
+fn close(
+    state: &mut RunState,
+    status: RunStatus,
+    failure: Failure,
     moment: &Moment<'_>,
     decision: &mut Decision,
 ) -> Result<(), Illegal> {
@@ -74,8 +89,7 @@ fn terminate(
             decision.commands.extend(stop_child(live));
         }
     });
-    let failure = Some(Failure::permanent("cancelled", reason));
-    emit(state, Event::RunClosed { status: RunStatus::Terminated, output: None, failure, at: moment.now }, decision)
+    emit(state, Event::RunClosed { status, output: None, failure: Some(failure), at: moment.now }, decision)
 }
 
 fn start(

@@ -295,6 +295,7 @@ fn input(state: &mut RunState, events: &[Event]) -> Result<(Input, usize, DateTi
     let (mut first, mut messages) = (Vec::new(), Vec::new());
     let mut earliest = DateTime::UNIX_EPOCH;
     let mut used = 0;
+    let at_once = closes_at_once(state, events);
     while let Some(event) = events.get(used) {
         let next = events.get(used + 1);
         let mut takes = 1;
@@ -305,7 +306,7 @@ fn input(state: &mut RunState, events: &[Event]) -> Result<(Input, usize, DateTi
                 takes += usize::from(matches!(next, Some(Event::RunEnding { ending: Ending::Failed { .. }, .. })));
             }
             Event::AttemptEnded { outcome, failure, .. } => {
-                if closes_terminated(events).is_none() && !taken_over(*outcome, failure.as_ref()) {
+                if at_once.is_none() && !taken_over(*outcome, failure.as_ref()) {
                     return Ok((results(&events[used..])?, used, earliest));
                 }
                 if taken_over(*outcome, failure.as_ref()) && first.is_empty() {
@@ -313,7 +314,8 @@ fn input(state: &mut RunState, events: &[Event]) -> Result<(Input, usize, DateTi
                 }
             }
             // What an ended attempt leaves to others, or what came due: decided, and no input follows what the tree decides.
-            Event::AttemptReady { .. } | Event::RunClosed { status: RunStatus::Terminated, .. } => {}
+            Event::AttemptReady { .. } => {}
+            Event::RunClosed { .. } if at_once.is_some() => {}
             Event::SignalReceived { n, name, payload, sender, at } => {
                 earliest = earliest.max(*at);
                 messages.push(Inbound::Signal {
@@ -378,12 +380,11 @@ fn input(state: &mut RunState, events: &[Event]) -> Result<(Input, usize, DateTi
         }
         used += takes;
     }
-    if let Some(reason) = closes_terminated(events) {
-        if first.is_empty() && messages.is_empty() {
-            return Ok((Input::Terminated { reason }, events.len(), earliest));
-        }
+    match at_once {
+        Some(input) if first.is_empty() && messages.is_empty() => return Ok((input, events.len(), earliest)),
         // Among others it was a message; what follows from it is the same.
-        messages.push(Inbound::Terminate { reason });
+        Some(Input::Terminated { reason }) => messages.push(Inbound::Terminate { reason }),
+        Some(_) | None => {}
     }
     if !messages.is_empty() {
         first.push(Input::Messages(messages));
@@ -422,11 +423,19 @@ fn taken_over(outcome: Outcome, failure: Option<&Failure>) -> bool {
         && failure.is_some_and(|f| f.kind == FailureKind::Lost && f.code == "transient.worker_lost")
 }
 
-/// The reason, if the row is a termination.
-fn closes_terminated(events: &[Event]) -> Option<String> {
+/// What ended the run at once, if the row says so. `before`: the state that it follows.
+fn closes_at_once(before: &RunState, events: &[Event]) -> Option<Input> {
+    let ends = |e: &Event| matches!(e, Event::RunEnding { .. });
     match events.last() {
         Some(Event::RunClosed { status: RunStatus::Terminated, failure, .. }) => {
-            Some(failure.as_ref().map(|f| f.message.clone()).unwrap_or_default())
+            let reason = failure.as_ref().map(|f| f.message.clone()).unwrap_or_default();
+            Some(Input::Terminated { reason })
+        }
+        // Whatever else fails a run is said first.
+        Some(Event::RunClosed { status: RunStatus::Failed, .. })
+            if before.ending.is_none() && !events.iter().any(ends) =>
+        {
+            Some(Input::Expired)
         }
         _ => None,
     }

@@ -297,7 +297,8 @@ fn stamped(slot: Slot<'_>, mut document: Value) -> Result<Text> {
         && is_marked(&text)
         && let Some(state) = document.as_object_mut()
     {
-        state.insert("format".into(), event::APART.into());
+        let own = state.get("format").and_then(Value::as_u64).unwrap_or(0);
+        state.insert("format".into(), own.max(event::APART.into()).into());
         return raw(document.to_string());
     }
     raw(text)

@@ -9,6 +9,7 @@
 
 pub(crate) mod file;
 
+pub use crate::view::Recorded;
 use crate::{
     Error, Result,
     archive::BYTES_MAX,
@@ -42,20 +43,6 @@ pub struct Policy {
     pub keep: Duration,
     /// Folder of the archives. Made if it is not there.
     pub archive: PathBuf,
-}
-
-/// An archive, as it is recorded.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Recorded {
-    /// Its name, without the folder.
-    pub file: String,
-    /// Of the file as it lies there; hex.
-    pub sha256: String,
-    pub bytes: u64,
-    pub runs: u64,
-    /// Its runs had closed before.
-    pub closed_before: DateTime<Utc>,
-    pub made_at: DateTime<Utc>,
 }
 
 /// What a turn came to.

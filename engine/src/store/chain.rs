@@ -3,7 +3,7 @@
 use super::{
     blobs, definitions, groups,
     inbox::{self, Outgoing, Sent},
-    schedules,
+    schedules, starts,
     transitions::Text,
 };
 use crate::{
@@ -61,9 +61,9 @@ impl Successor {
 /// Workflow, definition, the instant that it waits for, messages ever sent to the run before, what the first start named.
 type StartedRow = (String, Vec<u8>, Option<DateTime<Utc>>, i64, Option<Json<Named>>);
 
-/// What a run waits for that was started in a transition.
+/// What a run waits for that somebody has started who cannot be turned away.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Arrives {
+pub(crate) struct Arrives {
     place: Option<Place>,
     rate: Option<Rate>,
     not_before: Option<DateTime<Utc>>,
@@ -74,14 +74,39 @@ impl Arrives {
     pub(super) fn at(place: Place) -> Self {
         Self { place: Some(place), ..Self::default() }
     }
+
+    /// At the group that a start has named, otherwise at its definition's, and at the rate of the start. `None`: it waits for nothing.
+    pub(crate) async fn by(
+        conn: &mut PgConnection,
+        named: Named,
+        definition: DefinitionHash,
+        workflow: &str,
+        inputs: &Value,
+    ) -> Result<Option<Self>> {
+        let place = match named.place {
+            Some(place) => Some(place),
+            None => {
+                let group = definitions::concurrency(conn, definition).await?;
+                group.map(|group| group.place(inputs).unwrap_or_else(|_| group.fallback(workflow)))
+            }
+        };
+        let rate = named.rate;
+        Ok((place.is_some() || rate.is_some()).then_some(Self { place, rate, not_before: None }))
+    }
+
+    /// Locks what [`arrive`] locks, for a transaction that locks accounts before: see [`groups::reserve`].
+    pub(crate) async fn reserve(&self, conn: &mut PgConnection) -> Result<()> {
+        let (rate, place) = (self.rate.as_ref(), self.place.as_ref());
+        groups::reserve(conn, rate.map(|rate| rate.key.as_str()), place.map(|place| place.group.as_str())).await
+    }
 }
 
 /// Holds back runs that were started in this transaction until there is a place for them and their time has come. Never turned
-/// away: a parent waits for its child, and a chain would end.
+/// away: a parent waits for its child, a chain would end, and a fork is just this one that somebody has asked for.
 ///
 /// # Transaction
 /// Locks rates, then groups, by their names.
-pub(super) async fn arrive(conn: &mut PgConnection, mut arrivals: Vec<(Arrives, RunId)>) -> Result<()> {
+pub(crate) async fn arrive(conn: &mut PgConnection, mut arrivals: Vec<(Arrives, RunId)>) -> Result<()> {
     arrivals.sort_by(|(a, _), (b, _)| a.rate.as_ref().map(|r| &r.key).cmp(&b.rate.as_ref().map(|r| &r.key)));
     for (arrives, _) in &mut arrivals {
         if let Some(rate) = &arrives.rate {
@@ -114,15 +139,17 @@ pub(super) async fn start(conn: &mut PgConnection, old: RunId, next: &Successor)
     };
     let mut large = Vec::new();
     let inputs = payload::pack(next.run_id, Slot::Inputs, &next.inputs, &mut large)?;
+    let with_terms = starts::with_terms(next.run_id)?;
     let started: Option<StartedRow> = sqlx::query_as(
         "with o as (update runs set continued_as = $2 where shard = $5 and run_id = $6 and status = 'continued' returning *),
               r as (insert into runs (shard, run_id, workflow, definition, workflow_id, status, parked, queue, attributes, topic, inputs,
                                       parent_shard, parent_run_id, parent_path, depth, priority, fairness_key, lane,
-                                      first_run_id, continued_from, admission, chain_deadline)
+                                      first_run_id, continued_from, admission, chain_deadline, cursor)
                     select $1, $2, workflow, coalesce($3, definition), workflow_id, 'pending', true, coalesce(split_part(queue, '[', 1) || $9::text, queue),
                            attributes, topic, $4,
                            parent_shard, parent_run_id, parent_path, depth, priority, fairness_key, lane,
-                           coalesce(first_run_id, run_id), run_id, admission, chain_deadline
+                           coalesce(first_run_id, run_id), run_id, admission, chain_deadline,
+                           case when admission is not null or chain_deadline is not null then $10::jsonb end
                     from o
                     returning shard, run_id, workflow, definition, workflow_id, queue, priority, lane, admission),
               k as (insert into workflow_ids (workflow_id, shard, run_id)
@@ -142,6 +169,7 @@ pub(super) async fn start(conn: &mut PgConnection, old: RunId, next: &Successor)
     .bind(next.not_before)
     .bind(CONTINUE_EVERY_MS)
     .bind(labels)
+    .bind(Json(&*with_terms))
     .fetch_optional(&mut *conn)
     .await?;
     let Some((workflow, definition, not_before, messages, named)) = started else {
@@ -153,15 +181,9 @@ pub(super) async fn start(conn: &mut PgConnection, old: RunId, next: &Successor)
     }
     let hash = definitions::hash_of(definition).ok_or_else(|| Error::Invariant("a definition's hash".into()))?;
     schedules::hand_over(conn, old, next.run_id, &format!("run {old} continued as new")).await?;
-    let Named { place, rate } = named.map(|named| named.0).unwrap_or_default();
-    let place = match place {
-        Some(place) => Some(place),
-        None => {
-            let group = definitions::concurrency(conn, hash).await?;
-            group.map(|group| group.place(&next.inputs).unwrap_or_else(|_| group.fallback(&workflow)))
-        }
-    };
-    Ok((place.is_some() || rate.is_some()).then_some(Arrives { place, rate, not_before }))
+    let named = named.map(|named| named.0).unwrap_or_default();
+    let arrives = Arrives::by(conn, named, hash, &workflow, &next.inputs).await?;
+    Ok(arrives.map(|arrives| Arrives { not_before, ..arrives }))
 }
 
 /// What no step of the old run has taken is the next run's, in order: what it had read, then what it had not. Of what was taken

@@ -2,9 +2,9 @@
 
 use crate::{
     Error, Result,
-    client::{Deploy, Deployed, Version},
     definition::{Bundle, Concurrency, Definition, Kind},
     ids::DefinitionHash,
+    request::{Deploy, Deployed, Version},
     transaction,
 };
 use serde_json::Value;

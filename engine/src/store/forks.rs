@@ -2,12 +2,14 @@
 
 use crate::{
     Error, Result,
+    admission::Named,
     event::{Event, format_of},
     ids::{DefinitionHash, RunId},
     labels,
     payload::{self, Slot},
     store::{blobs, definitions},
 };
+use chrono::{DateTime, Utc};
 use serde_json::Value;
 use sqlx::{PgConnection, Row, types::Json};
 
@@ -60,19 +62,42 @@ pub(crate) async fn maker(conn: &mut PgConnection, run: RunId, seq: i64) -> Resu
     }
 }
 
+/// On what terms a run was started that another is made like.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Terms {
+    pub(crate) named: Named,
+    /// Of its chain.
+    pub(crate) deadline: Option<DateTime<Utc>>,
+}
+
+/// # Errors
+/// `run_not_found`, `run_archived`.
+pub(crate) async fn terms(conn: &mut PgConnection, run: RunId) -> Result<Terms> {
+    let found: Option<(Option<Json<Named>>, Option<DateTime<Utc>>)> =
+        sqlx::query_as("select admission, chain_deadline from runs where shard = $1 and run_id = $2")
+            .bind(run.shard())
+            .bind(run.0)
+            .fetch_optional(&mut *conn)
+            .await?;
+    let Some((named, deadline)) = found else { return Err(super::retention::absent(conn, run).await) };
+    Ok(Terms { named: named.map(|named| named.0).unwrap_or_default(), deadline })
+}
+
 /// A fork, ready to be stored.
 pub(crate) struct New<'a> {
     pub(crate) run: RunId,
     /// Whose rows are shared up to `seq`.
     pub(crate) maker: &'a Maker,
     pub(crate) seq: i64,
-    /// The run whose queue, attributes and outbox topic it has.
+    /// The run whose queue, attributes, outbox topic, priority, fairness key, group and rate it has.
     pub(crate) like: RunId,
     pub(crate) workflow: &'a str,
     pub(crate) definition: DefinitionHash,
     /// Instead of those of `like`.
     pub(crate) attributes: Option<&'a Value>,
     pub(crate) inputs: &'a Value,
+    /// No run of its chain goes on beyond it.
+    pub(crate) chain_deadline: Option<DateTime<Utc>>,
     /// Its first own event, and the state after it.
     pub(crate) event: &'a Event,
     pub(crate) state: &'a Value,
@@ -110,8 +135,9 @@ pub(crate) async fn insert(conn: &mut PgConnection, new: &New<'_>) -> Result<boo
     let inserted = sqlx::query(
         "with r as (insert into runs (shard, run_id, workflow, definition, status, parked, queue, attributes, topic, inputs, depth, seq,
                                       inbox_n, inbox_seen, cursor, cursor_seq, forked_shard, forked_from, forked_seq,
-                                      priority, fairness_key, lane)
-                    select $1, $2, $3, $4, 'running', true, split_part(queue, '[', 1) || $17::text, coalesce($16, attributes), topic, $5, $6, $7 + 1, $8, $8, $9, $7 + 1, $10, $11, $7, priority, fairness_key, lane
+                                      priority, fairness_key, lane, admission, chain_deadline)
+                    select $1, $2, $3, $4, 'running', true, split_part(queue, '[', 1) || $17::text, coalesce($16, attributes), topic, $5, $6, $7 + 1, $8, $8, $9, $7 + 1, $10, $11, $7,
+                           priority, fairness_key, lane, admission, $18::timestamptz
                     from runs where shard = $12 and run_id = $13
                       -- One of that id has been here, and has left.
                       and not exists (select from archived_runs a where a.shard = $1 and a.run_id = $2)
@@ -136,6 +162,7 @@ pub(crate) async fn insert(conn: &mut PgConnection, new: &New<'_>) -> Result<boo
     .bind(Json(&*events))
     .bind(new.attributes)
     .bind(labels)
+    .bind(new.chain_deadline)
     .execute(&mut *conn)
     .await?;
     if inserted.rows_affected() == 1 {

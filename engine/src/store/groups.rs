@@ -2,8 +2,8 @@
 //!
 //! A run of a group has a row from its start to its end; its `place` is a number that no other run of the group has, and
 //! `null` while it waits. The row goes with the transition that closes the run, so a place is free in the commit that ends its
-//! holder, and never before. Who waits is let in by [`advance`], in the order of arrival; whoever dies in the middle of it
-//! leaves it to the next pass, of any worker.
+//! holder, and never before. Who waits is let in by a pass (`worker::admit`), in the order of arrival; whoever dies in the middle of it
+//! leaves it to the next, of any worker.
 //!
 //! Lock order: runs, then the group's row, then rows here. A pass goes the other way, from its group to those who wait, and so it
 //! waits for none of them: one whose row somebody has locked is perhaps being stopped by a batch that starts another in its group.
@@ -11,7 +11,6 @@
 use crate::{
     Error, Result,
     admission::{OnConflict, PERIOD_MS_MAX, Place, Rate},
-    client::Client,
     ids::RunId,
     store::inbox::{self, Kind, Outgoing},
     transaction::{self, in_transaction},
@@ -238,53 +237,20 @@ pub(crate) async fn anybody_waits(pool: &PgPool) -> Result<bool> {
     Ok(sqlx::query_scalar("select exists (select from admissions where place is null)").fetch_one(pool).await?)
 }
 
-/// One pass: cancels those who must make room, ends those who were cancelled while they waited, lets in who may. Returns how
-/// many came in. What cannot be done now is logged, and holds up no other run and no other group.
-///
-/// # Errors
-/// `database`, if it cannot be asked who waits. What was done stays done; the next pass does the rest.
-pub(crate) async fn advance(client: &Client) -> Result<usize> {
-    let pool = client.pool();
-    if !anybody_waits(pool).await? {
-        return Ok(0);
-    }
-    let passes = |error: &crate::Error| tracing::warn!(%error, "runs that wait for a place are looked at again soon");
-    if let Err(error) = make_room(pool).await {
-        passes(&error);
-    }
-    if let Err(error) = end_cancelled(client).await {
-        passes(&error);
-    }
-    let mut admitted = let_in_timed(pool).await.unwrap_or_else(|error| {
-        passes(&error);
-        0
-    });
-    let groups: Vec<String> = sqlx::query_scalar(
+/// Groups at which somebody waits whose time has come, at most [`PASS_MAX`].
+pub(crate) async fn wanted(pool: &PgPool) -> Result<Vec<String>> {
+    Ok(sqlx::query_scalar(
         // By chance: with more groups than a pass takes, each has its turn, however many of the others are full.
         "select group_name from admissions where place is null and group_name is not null
            and coalesce(not_before, '-infinity') <= engine_now() group by 1 order by random() limit $1",
     )
     .bind(PASS_MAX)
     .fetch_all(pool)
-    .await?;
-    for group in groups {
-        let let_in = in_transaction(pool, |conn| {
-            let group = group.clone();
-            Box::pin(async move { let_in(conn, &group).await })
-        });
-        match let_in.await {
-            Ok(many) => admitted += many,
-            Err(error) => passes(&error),
-        }
-    }
-    if admitted > 0 {
-        client.wake().await;
-    }
-    Ok(admitted)
+    .await?)
 }
 
 /// Lets in who waits at a group, in the order of arrival, until there is no place.
-pub(super) async fn let_in(conn: &mut PgConnection, group: &str) -> Result<usize> {
+pub(crate) async fn let_in(conn: &mut PgConnection, group: &str) -> Result<usize> {
     let locked: Option<i32> =
         sqlx::query_scalar("select 1 from concurrency_groups where name = $1 for update skip locked")
             .bind(group)
@@ -353,7 +319,7 @@ async fn lock_free(conn: &mut PgConnection, run: RunId) -> Result<Option<bool>> 
 }
 
 /// Lets in who waited for its time only.
-async fn let_in_timed(pool: &PgPool) -> Result<usize> {
+pub(crate) async fn let_in_timed(pool: &PgPool) -> Result<usize> {
     let due: Vec<uuid::Uuid> = sqlx::query_scalar(
         "select run_id from admissions where place is null and group_name is null and not_before <= engine_now()
          order by not_before limit $1",
@@ -383,7 +349,7 @@ async fn let_in_timed(pool: &PgPool) -> Result<usize> {
 }
 
 /// Where the newest who waits wants the others cancelled: all but the newest that have room together with it.
-async fn make_room(pool: &PgPool) -> Result<()> {
+pub(crate) async fn make_room(pool: &PgPool) -> Result<()> {
     let old: Vec<(uuid::Uuid, uuid::Uuid)> = sqlx::query_as(
         "select o.run_id, w.run_id from
            (select distinct on (group_name) group_name, run_id, n, places, on_conflict from admissions
@@ -417,8 +383,8 @@ async fn make_room(pool: &PgPool) -> Result<()> {
     Ok(())
 }
 
-/// Ends the runs that were cancelled, or told to end with their parent, while they waited. They have begun nothing, so there is nothing to clean up.
-async fn end_cancelled(client: &Client) -> Result<()> {
+/// Runs that were cancelled, or told to end with their parent, while they waited; at most [`PASS_MAX`].
+pub(crate) async fn cancelled(pool: &PgPool) -> Result<Vec<RunId>> {
     let cancelled: Vec<uuid::Uuid> = sqlx::query_scalar(
         "select a.run_id from admissions a join runs r on r.shard = a.shard and r.run_id = a.run_id
          where a.place is null and r.inbox_n > r.inbox_seen and not r.admitted
@@ -426,15 +392,28 @@ async fn end_cancelled(client: &Client) -> Result<()> {
          order by random() limit $1",
     )
     .bind(PASS_MAX)
-    .fetch_all(client.pool())
+    .fetch_all(pool)
     .await?;
-    for run in cancelled {
-        match client.terminate(RunId(run), "cancelled before there was a place for it").await {
-            Ok(()) | Err(crate::Error::RunClosed(_) | crate::Error::LeaseLost) => {}
-            Err(error) => tracing::warn!(%run, %error, "a run that was cancelled while it waited cannot be ended"),
-        }
-    }
-    Ok(())
+    Ok(cancelled.into_iter().map(RunId).collect())
+}
+
+/// Runs whose chain's time was over while they waited; at most [`PASS_MAX`].
+pub(crate) async fn expired(pool: &PgPool) -> Result<Vec<RunId>> {
+    let expired: Vec<uuid::Uuid> = sqlx::query_scalar(
+        "select a.run_id from admissions a join runs r on r.shard = a.shard and r.run_id = a.run_id
+         where a.place is null and not r.admitted and r.chain_deadline <= engine_now() order by random() limit $1",
+    )
+    .bind(PASS_MAX)
+    .fetch_all(pool)
+    .await?;
+    Ok(expired.into_iter().map(RunId).collect())
+}
+
+/// Whether a run is open and held back. Who has locked its row knows it until the transaction ends: nobody can let it in.
+pub(crate) async fn waits(conn: &mut PgConnection, run: RunId) -> Result<bool> {
+    let waits =
+        "select exists (select from runs where shard = $1 and run_id = $2 and not admitted and closed_at is null)";
+    Ok(sqlx::query_scalar(waits).bind(run.shard()).bind(run.0).fetch_one(conn).await?)
 }
 
 /// Why a run is held back, for people. `None` if it is not.

@@ -2,6 +2,7 @@
 
 use super::{
     blobs,
+    spread::{Forms, Spread, bind_shard},
     transitions::{Text, size},
 };
 use crate::{
@@ -351,35 +352,40 @@ pub(crate) async fn unblock_waiting(
 /// Runs that one statement wakes. Chosen: a few milliseconds under their locks.
 const UNBLOCKED_AT_ONCE: usize = 500;
 
-/// [`send`] of `unblock` to many. They are locked in the order of their shards and ids, as everywhere.
-async fn unblock_all(conn: &mut PgConnection, mut runs: Vec<uuid::Uuid>) -> Result<u64> {
-    runs.sort_unstable_by_key(|run| (RunId(*run).shard(), *run));
+static UNBLOCK: Forms = Forms::new(
+    "with target as (select r.shard, r.run_id, k.payload
+                     from unnest((select $1::smallint[]), (select $2::uuid[]), (select $3::jsonb[])) k(shard, run_id, payload)
+                     join runs r on r.shard = k.shard and r.run_id = k.run_id/*at r*/
+                     where r.closed_at is null and r.imported_at is null order by r.shard, r.run_id for no key update of r),
+          u as (update runs r set inbox_n = r.inbox_n + 1 from target t where r.shard = t.shard and r.run_id = t.run_id/*at r*/
+                returning r.shard, r.run_id, r.inbox_n, r.seq, r.queue, r.priority, r.lane, t.payload,
+                          r.parked and r.admitted and r.status <> 'quarantined' as wakes),
+          w as (insert into ready (shard, run_id, queue, priority, lane, due_at)
+                  select shard, run_id, queue, priority, lane, engine_now() from u where wakes
+                on conflict (shard, run_id) do update set timed = false, due_at = least(ready.due_at, excluded.due_at))
+     insert into inbox (shard, run_id, n, kind, payload, run_seq) select shard, run_id, inbox_n, 'unblock', payload, seq from u",
+    "$4",
+);
+
+/// [`send`] of `unblock` to many, shard by shard where runs are spread. They are locked in the order of their shards and ids, as
+/// everywhere.
+async fn unblock_all(conn: &mut PgConnection, runs: Vec<uuid::Uuid>) -> Result<u64> {
+    let mut runs: Vec<RunId> = runs.into_iter().map(RunId).collect();
+    runs.sort_unstable_by_key(|run| (run.shard(), *run));
+    let spread = Spread::among(conn, &runs).await?;
     let mut woken = 0;
-    for some in runs.chunks(UNBLOCKED_AT_ONCE) {
-        let runs = some.iter().map(|run| RunId(*run));
-        // Sealed for each.
-        let slot = Slot::Message { kind: Kind::Unblock.as_str(), name: "" };
-        let payloads = runs.clone().map(|run| payload::pack(run, slot, &Value::Null, &mut Vec::new()));
-        let payloads: Vec<Text> = payloads.collect::<Result<_>>()?;
-        let sent = sqlx::query(
-            "with target as (select r.shard, r.run_id, k.payload
-                             from unnest((select $1::smallint[]), (select $2::uuid[]), (select $3::jsonb[])) k(shard, run_id, payload)
-                             join runs r on r.shard = k.shard and r.run_id = k.run_id
-                             where r.closed_at is null and r.imported_at is null order by r.shard, r.run_id for no key update of r),
-                  u as (update runs r set inbox_n = r.inbox_n + 1 from target t where r.shard = t.shard and r.run_id = t.run_id
-                        returning r.shard, r.run_id, r.inbox_n, r.seq, r.queue, r.priority, r.lane, t.payload,
-                                  r.parked and r.admitted and r.status <> 'quarantined' as wakes),
-                  w as (insert into ready (shard, run_id, queue, priority, lane, due_at)
-                          select shard, run_id, queue, priority, lane, engine_now() from u where wakes
-                        on conflict (shard, run_id) do update set timed = false, due_at = least(ready.due_at, excluded.due_at))
-             insert into inbox (shard, run_id, n, kind, payload, run_seq) select shard, run_id, inbox_n, 'unblock', payload, seq from u",
-        )
-        .bind(runs.clone().map(|run| run.shard()).collect::<Vec<i16>>())
-        .bind(some)
-        .bind(payloads.iter().map(|text| Json(&**text)).collect::<Vec<_>>())
-        .execute(&mut *conn)
-        .await?;
-        woken += sent.rows_affected();
+    for (shard, runs) in spread.divide(runs, RunId::shard) {
+        for some in runs.chunks(UNBLOCKED_AT_ONCE) {
+            // Sealed for each.
+            let slot = Slot::Message { kind: Kind::Unblock.as_str(), name: "" };
+            let payloads = some.iter().map(|run| payload::pack(*run, slot, &Value::Null, &mut Vec::new()));
+            let payloads: Vec<Text> = payloads.collect::<Result<_>>()?;
+            let query = sqlx::query(UNBLOCK.text(shard))
+                .bind(some.iter().map(|run| run.shard()).collect::<Vec<i16>>())
+                .bind(some.iter().map(|run| run.0).collect::<Vec<_>>())
+                .bind(payloads.iter().map(|text| Json(&**text)).collect::<Vec<_>>());
+            woken += bind_shard!(query, shard).execute(&mut *conn).await?.rows_affected();
+        }
     }
     Ok(woken)
 }

@@ -63,6 +63,8 @@ pub enum Mutant {
     ActsEarly,
     /// A lost answer is taken for a success. The worker's, not the store's.
     TrustsLostAnswers,
+    /// What stands where a transition was to go is taken for that transition. The worker's, not the store's.
+    TakesAnyForItsOwn,
 }
 
 impl Mutant {
@@ -87,6 +89,7 @@ impl Mutant {
         Self::ForgetsMessages,
         Self::ActsEarly,
         Self::TrustsLostAnswers,
+        Self::TakesAnyForItsOwn,
     ];
 }
 
@@ -345,7 +348,7 @@ impl Memory {
         admitted
     }
 
-    /// Those that were cancelled while they waited, as [`super::groups::advance`] finds them.
+    /// Those that were cancelled while they waited, as [`super::groups::cancelled`] finds them.
     pub(crate) fn cancelled_before(&self) -> Vec<RunId> {
         let cancelled = |run: &RunId| {
             self.inbox.get(run).into_iter().flatten().any(|m| [Kind::Cancel, Kind::Terminate].contains(&m.kind))

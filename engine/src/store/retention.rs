@@ -7,13 +7,17 @@ use super::{
 use crate::{
     Error, Result,
     ids::{RunId, SHARDS},
-    retention::Recorded,
     transaction::in_transaction,
+    view::Recorded,
 };
 use chrono::{DateTime, Utc};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, PgPool, Row};
-use std::{collections::HashSet, ops::Range, sync::Arc};
+use std::{ops::Range, sync::Arc};
 use uuid::Uuid;
+
+mod families;
+
+pub(crate) use families::Families;
 
 /// Tables with rows that belong to a run and go with it, all with `shard` and `run_id`; beside them `history` and, last, `runs`.
 ///
@@ -128,92 +132,6 @@ const JUDGE: &str = "
         union
         select n.needed from kept k join needs n on n.stays = k.run_id)
     select w.shard, w.run_id from web w where not exists (select from kept k where k.run_id = w.run_id) order by w.run_id";
-
-/// Most runs that are judged together: they leave in one file and one transaction.
-const KIN_MAX: usize = 20_000;
-/// Walks to the kin of a page's runs. A page that is one large family takes one, and a few for each other that it is in; what
-/// is left then waits for the next look. Chosen: a walk is 20,000 runs at most.
-const WALKS_MAX: usize = 64;
-/// Runs that a look remembers, 16 bytes each. Beyond that it forgets, and judges some again.
-const SEEN_MAX: usize = 1_000_000;
-
-/// The runs that [`JUDGE`] would look at, up to one more than `most`.
-async fn kin(conn: &mut PgConnection, asked: &[RunId], most: usize) -> Result<Vec<RunId>> {
-    let found: Vec<Uuid> = sqlx::query_scalar(
-        "with recursive reach as (
-           select r.shard, r.run_id from unnest((select $1::smallint[]), (select $2::uuid[])) a(shard, run_id) join runs r using (shard, run_id)
-           union
-           select n.shard, n.run_id from reach k cross join lateral (
-             select p.shard, p.run_id from runs c join runs p on p.shard = c.parent_shard and p.run_id = c.parent_run_id
-             where c.shard = k.shard and c.run_id = k.run_id
-             union all select c.shard, c.run_id from runs c where c.parent_run_id = k.run_id
-             union all select f.shard, f.run_id from runs f where f.forked_from = k.run_id) n)
-         select run_id from reach limit $3",
-    )
-    .bind(asked.iter().map(RunId::shard).collect::<Vec<i16>>())
-    .bind(asked.iter().map(|run| run.0).collect::<Vec<Uuid>>())
-    .bind(i64::try_from(most.saturating_add(1)).unwrap_or(i64::MAX))
-    .fetch_all(conn)
-    .await?;
-    Ok(found.into_iter().map(RunId).collect())
-}
-
-/// Judges page after page of one look. Who was judged with a page before is not judged again, and a family that is too large to
-/// leave together keeps nobody but itself.
-pub(crate) struct Families {
-    most: usize,
-    seen: HashSet<RunId>,
-    walks: usize,
-}
-
-impl Families {
-    pub(crate) fn new() -> Self {
-        Self { most: KIN_MAX, seen: HashSet::new(), walks: 0 }
-    }
-
-    /// The runs that leave if those of a page are to: see [`JUDGE`].
-    pub(crate) async fn judge(
-        &mut self,
-        conn: &mut PgConnection,
-        asked: Vec<RunId>,
-        before: DateTime<Utc>,
-    ) -> Result<Vec<RunId>> {
-        let (mut todo, mut leaving) = (vec![asked], Vec::new());
-        self.walks = 0;
-        while let Some(mut some) = todo.pop() {
-            some.retain(|run| !self.seen.contains(run));
-            if some.is_empty() {
-                continue;
-            }
-            if self.walks == WALKS_MAX {
-                let left: usize = some.len() + todo.iter().map(Vec::len).sum::<usize>();
-                tracing::warn!(runs = left, "runs among too many large families are looked at again at the next look");
-                break;
-            }
-            self.walks += 1;
-            let reached = kin(conn, &some, self.most).await?;
-            if reached.len() <= self.most {
-                leaving.extend(judge(conn, &some, before, false).await?);
-                // Those of the page are not asked for again.
-                self.see(reached.into_iter().chain(some));
-            } else if some.len() > 1 {
-                todo.push(some.split_off(some.len() / 2));
-                todo.push(some);
-            } else {
-                tracing::warn!(run_id = %some[0], most = self.most, "a run with too many children, parents and forks to leave in one file stays, and they with it");
-                self.see(reached.into_iter());
-            }
-        }
-        Ok(leaving)
-    }
-
-    fn see(&mut self, runs: impl Iterator<Item = RunId>) {
-        if self.seen.len() > SEEN_MAX {
-            self.seen.clear();
-        }
-        self.seen.extend(runs);
-    }
-}
 
 /// The runs that leave if those of `asked` are to: see [`JUDGE`]. `only`: nobody else leaves with them.
 pub(crate) async fn judge(

@@ -7,12 +7,12 @@ use super::{
 };
 use crate::{
     Error, Result,
-    client::Filter,
     event::Event,
     filter::FilterError,
     ids::{DefinitionHash, RunId, WorkerId},
     machine::{RunState, fold},
     payload::{self, Slot, Stored},
+    request::Filter,
     transaction,
     view::{Chain, Origin, RunStatus, RunSummary},
 };

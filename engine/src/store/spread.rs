@@ -4,8 +4,11 @@
 //! must stand in it as one value. So there what concerns many runs is said shard by shard. On one server nothing is divided: no
 //! statement more, no batch smaller, and the texts are the same.
 
-use crate::{Result, ids::SHARDS};
-use sqlx::{ConnectOptions, Connection, PgPool};
+use crate::{
+    Result,
+    ids::{RunId, SHARDS},
+};
+use sqlx::{ConnectOptions, Connection, PgConnection, PgPool};
 use std::{collections::BTreeMap, sync::OnceLock};
 
 /// A setting of the database, so that all of its workers agree: `on` and `off` say it, otherwise Citus is asked.
@@ -23,8 +26,15 @@ impl Spread {
     /// What the database of this pool wants. On a session of its own: a pool's may be older than the setting.
     pub(crate) async fn of(pool: &PgPool) -> Result<Self> {
         let mut conn = pool.connect_options().connect().await?;
+        let spread = Self::here(&mut conn).await?;
+        conn.close().await?;
+        Ok(spread)
+    }
+
+    /// What the database of this session wants.
+    async fn here(conn: &mut PgConnection) -> Result<Self> {
         let asked: Option<String> =
-            sqlx::query_scalar("select current_setting($1, true)").bind(SETTING).fetch_one(&mut conn).await?;
+            sqlx::query_scalar("select current_setting($1, true)").bind(SETTING).fetch_one(&mut *conn).await?;
         let by_shard = match asked.as_deref() {
             Some("on") => true,
             Some("off") => false,
@@ -32,12 +42,20 @@ impl Spread {
                 let citus = "select exists (select from pg_extension where extname = 'citus')";
                 let runs = "select exists (select from pg_dist_partition where logicalrelid = 'runs'::regclass)";
                 // The second table is the extension's.
-                sqlx::query_scalar(citus).fetch_one(&mut conn).await?
-                    && sqlx::query_scalar(runs).fetch_one(&mut conn).await?
+                sqlx::query_scalar(citus).fetch_one(&mut *conn).await?
+                    && sqlx::query_scalar(runs).fetch_one(&mut *conn).await?
             }
         };
-        conn.close().await?;
         Ok(if by_shard { Self::ByShard } else { Self::Together })
+    }
+
+    /// How to speak of these runs, for who is no worker and has not asked at its start. Runs of one shard are spoken of as such
+    /// anywhere, so only for several the database is asked.
+    pub(crate) async fn among(conn: &mut PgConnection, runs: &[RunId]) -> Result<Self> {
+        match runs.split_first() {
+            Some((first, others)) if others.iter().any(|run| run.shard() != first.shard()) => Self::here(conn).await,
+            _ => Ok(Self::ByShard),
+        }
     }
 
     /// What a look at all runs goes through: everything at once, or every shard, beginning at `first`.

@@ -1,18 +1,24 @@
 //! The rows of a start: the run, its place in the queue, its id, and whom the id named before.
 //!
-//! Lock order of a start: the run that it ends with those who hear of that, then its rate and group (and the accounts of the ended run,
-//! by the hook), the id; of one that ends none: the id, its rate, its group. Whoever closes a run holds
-//! it and then takes its id away, so nobody may hold an id and ask for a run; and whoever holds a group waits for no run.
+//! Lock order, of a start, of a reset and of the committer alike: runs, the id, rates and groups, accounts. The id of a run that is open
+//! is locked with its run: whoever closes a run holds its row before it takes the id away, and whoever meets the id of an open run asks
+//! for nothing more. So who ends a run may lock its group and its accounts (the hook) before the id, and who ends none may not.
+//! Nobody may hold an id and ask for a run, and whoever holds a group waits for no run.
 
-use super::{blobs, spread::Spread, transitions};
+use super::{
+    blobs,
+    transitions::{self, Text},
+};
 use crate::{
     Error, Result,
     admission::lane,
-    client::Start,
     definition::Definition,
+    event,
     ids::RunId,
     labels,
+    machine::RunState,
     payload::{self, Slot},
+    request::Start,
     view::RunStatus,
 };
 use serde_json::Value;
@@ -53,11 +59,13 @@ pub(crate) async fn insert(
     let chain_ms = start.admission.chain_timeout.map(|t| i64::try_from(t.as_millis()).unwrap_or(i64::MAX));
     let mut large = Vec::new();
     let inputs = payload::pack(run, Slot::Inputs, inputs, &mut large)?;
+    let named = start.admission.named();
+    let cursor = if named.is_some() || chain_ms.is_some() { Some(with_terms(run)?) } else { None };
     let inserted: Option<i32> = sqlx::query_scalar(
         "with r as (insert into runs (shard, run_id, workflow, definition, workflow_id, status, parked, queue, attributes, topic, inputs,
-                                      priority, fairness_key, lane, admitted, waiting, admission, chain_deadline)
+                                      priority, fairness_key, lane, admitted, waiting, admission, chain_deadline, cursor)
            select $1, $2, $3, $4, $5, 'pending', true, $6, $7, $8, $9, $10, $11, $12, not $13, case when $13 then 'concurrency' end,
-                  $14, engine_now() + $15::bigint * interval '1 millisecond'
+                  $14, engine_now() + $15::bigint * interval '1 millisecond', $16
            -- Its id says that it was started already, whether it is here or in an archive.
            where not exists (select from archived_runs a where a.shard = $1 and a.run_id = $2)
            on conflict do nothing returning shard, run_id, queue, priority, lane),
@@ -78,14 +86,22 @@ pub(crate) async fn insert(
     .bind(key)
     .bind(lane(key))
     .bind(held)
-    .bind(start.admission.named().map(Json))
+    .bind(named.map(Json))
     .bind(chain_ms)
+    .bind(cursor.as_deref().map(Json))
     .fetch_optional(&mut *conn)
     .await?;
     if inserted.is_some() {
         blobs::put(conn, &large).await?;
     }
     Ok(inserted.is_some())
+}
+
+/// The state of a run that nobody has begun and whose start named terms: it says by its number that a release which does not know
+/// them leaves the run alone. Without terms no state is stored.
+pub(super) fn with_terms(run: RunId) -> Result<Text> {
+    let state = RunState { format: event::TERMS, ..RunState::new(run) };
+    payload::pack(run, Slot::Cursor { seq: 0 }, &state, &mut Vec::new())
 }
 
 /// Gives an id to a run, or says which open run has it.
@@ -148,8 +164,8 @@ pub(crate) async fn last_closed(conn: &mut PgConnection, id: &str) -> Result<Opt
 
 /// Locks a run that is to be ended in this transaction, together with those who hear of it: its parent and its open children,
 /// in the order of `transitions::lock_runs`. A child that it starts at the same instant is locked later and perhaps
-/// out of order; then Postgres ends one of two, and it is done again.
-pub(crate) async fn lock_to_end(conn: &mut PgConnection, run: RunId) -> Result<()> {
+/// out of order; then Postgres ends one of two, and it is done again. False: it is not open any more.
+pub(crate) async fn lock_to_end(conn: &mut PgConnection, run: RunId) -> Result<bool> {
     let kin: Vec<uuid::Uuid> = sqlx::query_scalar(
         "select run_id from runs where parent_run_id = $2 and closed_at is null
          union all select parent_run_id from runs where shard = $1 and run_id = $2 and parent_run_id is not null",
@@ -160,5 +176,7 @@ pub(crate) async fn lock_to_end(conn: &mut PgConnection, run: RunId) -> Result<(
     .await?;
     let mut runs: Vec<RunId> = kin.into_iter().map(RunId).collect();
     runs.push(run);
-    transitions::lock_runs(conn, Spread::Together, runs).await
+    transitions::lock_runs(conn, None, runs).await?;
+    let open = "select exists (select from runs where shard = $1 and run_id = $2 and closed_at is null)";
+    Ok(sqlx::query_scalar(open).bind(run.shard()).bind(run.0).fetch_one(conn).await?)
 }

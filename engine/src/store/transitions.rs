@@ -396,8 +396,8 @@ static LOCK: Forms = Forms::new(
 
 /// Locks the runs of a batch together with those that it sends messages to (of a chain, the one that is open), in the order of
 /// [`lock_runs`]. A child that ends while its parent stops it is in two batches of two workers, and each would hold its own run and
-/// wait for the other's.
-pub(crate) async fn lock<I: Borrow<Item>>(conn: &mut PgConnection, spread: Spread, items: &[I]) -> Result<()> {
+/// wait for the other's. `spread`: where it is not known, it is asked.
+pub(crate) async fn lock<I: Borrow<Item>>(conn: &mut PgConnection, spread: Option<Spread>, items: &[I]) -> Result<()> {
     let mut runs: Vec<RunId> = items.iter().flat_map(|item| item.borrow().effects.told()).collect();
     if runs.is_empty() {
         return Ok(());
@@ -411,7 +411,11 @@ pub(crate) async fn lock<I: Borrow<Item>>(conn: &mut PgConnection, spread: Sprea
 }
 
 /// Locks runs in the order of their shards, and of their ids in each: the same whether they are locked together or shard by shard.
-pub(super) async fn lock_runs(conn: &mut PgConnection, spread: Spread, runs: Vec<RunId>) -> Result<()> {
+pub(super) async fn lock_runs(conn: &mut PgConnection, spread: Option<Spread>, runs: Vec<RunId>) -> Result<()> {
+    let spread = match spread {
+        Some(spread) => spread,
+        None => Spread::among(conn, &runs).await?,
+    };
     for (shard, runs) in spread.divide(runs, RunId::shard) {
         let query = sqlx::query(LOCK.text(shard))
             .bind(runs.iter().map(|run| run.shard()).collect::<Vec<i16>>())

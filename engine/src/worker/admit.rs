@@ -1,6 +1,14 @@
 //! What workers do for runs that are held back: see who may begin. Any worker may; the lock of a group's row says who does.
 
-use crate::{client::Client, store::groups};
+use super::terminate::close_in;
+use crate::{
+    Result,
+    client::Client,
+    ids::RunId,
+    machine::Input,
+    store::{groups, starts},
+    transaction::in_transaction,
+};
 use std::{
     sync::Arc,
     time::{Duration, Instant},
@@ -22,7 +30,7 @@ pub(super) async fn keep(client: Client, freed: Arc<Notify>, draining: Cancellat
             () = freed.notified() => {}
             () = tokio::time::sleep(LOOK_EVERY.mul_f64(0.75 + fastrand::f64() / 2.0)) => {}
         }
-        if let Err(error) = groups::advance(&client).await {
+        if let Err(error) = pass(&client).await {
             tracing::warn!(%error, "cannot look after the runs that are held back");
         }
         if forgot.elapsed() >= FORGET_EVERY {
@@ -32,4 +40,65 @@ pub(super) async fn keep(client: Client, freed: Arc<Notify>, draining: Cancellat
             }
         }
     }
+}
+
+/// One pass: cancels those who must make room, ends those who were cancelled or whose time was over while they waited, lets in who
+/// may. What cannot be done now is logged, and holds up no other run and no other group.
+///
+/// # Errors
+/// `database`, if it cannot be asked who waits. What was done stays done; the next pass does the rest.
+async fn pass(client: &Client) -> Result<()> {
+    let pool = client.pool();
+    if !groups::anybody_waits(pool).await? {
+        return Ok(());
+    }
+    let passes = |error: &crate::Error| tracing::warn!(%error, "runs that wait for a place are looked at again soon");
+    if let Err(error) = groups::make_room(pool).await {
+        passes(&error);
+    }
+    if let Err(error) = end_those_who_wait_in_vain(client).await {
+        passes(&error);
+    }
+    let mut admitted = groups::let_in_timed(pool).await.unwrap_or_else(|error| {
+        passes(&error);
+        0
+    });
+    for group in groups::wanted(pool).await? {
+        let let_in = in_transaction(pool, |conn| {
+            let group = group.clone();
+            Box::pin(async move { groups::let_in(conn, &group).await })
+        });
+        match let_in.await {
+            Ok(many) => admitted += many,
+            Err(error) => passes(&error),
+        }
+    }
+    if admitted > 0 {
+        client.wake().await;
+    }
+    Ok(())
+}
+
+/// They have begun nothing, so there is nothing to clean up.
+async fn end_those_who_wait_in_vain(client: &Client) -> Result<()> {
+    let reason = || "cancelled before there was a place for it".to_owned();
+    let mut all: Vec<(RunId, Input)> = Vec::new();
+    all.extend(
+        groups::cancelled(client.pool()).await?.into_iter().map(|r| (r, Input::Terminated { reason: reason() })),
+    );
+    all.extend(groups::expired(client.pool()).await?.into_iter().map(|run| (run, Input::Expired)));
+    for (run, input) in all {
+        let ended = in_transaction(client.pool(), |conn| {
+            let (hook, input) = (client.hook().clone(), input.clone());
+            Box::pin(async move {
+                starts::lock_to_end(conn, run).await?;
+                // Whoever was let in since hears of it himself, and cleans up.
+                if groups::waits(conn, run).await? { close_in(conn, hook.as_ref(), run, input).await } else { Ok(()) }
+            })
+        });
+        if let Err(error) = ended.await {
+            tracing::warn!(run_id = %run, %error, "a run that waits in vain cannot be ended");
+        }
+    }
+    Ok(())
 }

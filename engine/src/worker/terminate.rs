@@ -9,7 +9,6 @@ use crate::{
     payload::{self, Slot},
     store::{
         self,
-        spread::Spread,
         transitions::{self, Effects, Item, Undone, Verdict, child_result},
     },
     transaction::in_transaction,
@@ -35,7 +34,7 @@ pub(crate) async fn terminate(
 ) -> Result<()> {
     let mut conn = pool.acquire().await?;
     // By itself: whoever owns the run is fenced off, also if we die before it is ended.
-    let ending = Arc::new(closing(&mut conn, run, reason).await?);
+    let ending = Arc::new(closing(&mut conn, run, Input::Terminated { reason: reason.to_owned() }).await?);
     drop(conn);
     crate::committer::crash_point("terminate.before_commit");
     let ended = in_transaction(pool, |conn| {
@@ -54,7 +53,17 @@ pub(crate) async fn terminate_in(
     run: RunId,
     reason: &str,
 ) -> Result<()> {
-    let ending = closing(&mut *conn, run, reason).await?;
+    close_in(conn, hook, run, Input::Terminated { reason: reason.to_owned() }).await
+}
+
+/// The same by another input that closes a run whatever it does.
+pub(crate) async fn close_in(
+    conn: &mut PgConnection,
+    hook: &dyn TransitionHook,
+    run: RunId,
+    input: Input,
+) -> Result<()> {
+    let ending = closing(&mut *conn, run, input).await?;
     end(conn, hook, &ending).await
 }
 
@@ -62,8 +71,7 @@ pub(crate) async fn terminate_in(
 async fn end(conn: &mut PgConnection, hook: &dyn TransitionHook, ending: &Ending) -> Result<()> {
     let item = &ending.item;
     let items = [item];
-    // Where runs are spread, Citus refuses this statement for a run with children on other shards.
-    transitions::lock(conn, Spread::Together, &items).await?;
+    transitions::lock(conn, None, &items).await?;
     let verdicts = transitions::send(&mut *conn, Some(item.run_id.shard()), &items).await?;
     match verdicts[..] {
         [Verdict::Accepted { .. }] => {}
@@ -94,7 +102,7 @@ fn is_broken(error: &Error) -> bool {
 
 /// Takes the run from whoever owns it; its last transition, ready to be committed. Nothing happens if somebody else could read it
 /// and this program cannot.
-async fn closing(conn: &mut PgConnection, run: RunId, reason: &str) -> Result<Ending> {
+async fn closing(conn: &mut PgConnection, run: RunId, input: Input) -> Result<Ending> {
     // Who lacks its key or is too old for it must not take it from those who work on it.
     if let Err(error) = store::runs::load(&mut *conn, run).await
         && !is_broken(&error)
@@ -107,11 +115,15 @@ async fn closing(conn: &mut PgConnection, run: RunId, reason: &str) -> Result<En
     if !taken {
         return Err(crate::client::closed(run, &store::runs::standing(conn, run).await?.chain));
     }
-    match last(conn, run, reason).await {
+    let reason = match &input {
+        Input::Terminated { reason } => reason.clone(),
+        _ => "its time was over".to_owned(),
+    };
+    match last(conn, run, input).await {
         Ok(item) => Ok(Ending { item, unreadable: false }),
         Err(error) if is_broken(&error) => {
             tracing::error!(run_id = %run, %error, "run cannot be read; it is ended as it stands");
-            Ok(Ending { item: last_of_unreadable(conn, run, reason).await?, unreadable: true })
+            Ok(Ending { item: last_of_unreadable(conn, run, &reason).await?, unreadable: true })
         }
         Err(error) => Err(error),
     }
@@ -152,7 +164,7 @@ async fn last_of_unreadable(conn: &mut PgConnection, run: RunId, reason: &str) -
 }
 
 /// The last transition of a run, as its state says.
-async fn last(conn: &mut PgConnection, run: RunId, reason: &str) -> Result<Item> {
+async fn last(conn: &mut PgConnection, run: RunId, input: Input) -> Result<Item> {
     let loaded = store::runs::load(&mut *conn, run).await?;
     let pinned = store::definitions::load(&mut *conn, loaded.definition).await?;
     let now = store::runs::now(conn).await?;
@@ -170,8 +182,7 @@ async fn last(conn: &mut PgConnection, run: RunId, reason: &str) -> Result<Item>
         workflow: &pinned.definition.name,
     };
     let decision =
-        machine::decide(&pinned.definition, &mut state, Input::Terminated { reason: reason.to_owned() }, &moment)
-            .map_err(|e| Error::Invariant(e.to_string()))?;
+        machine::decide(&pinned.definition, &mut state, input, &moment).map_err(|e| Error::Invariant(e.to_string()))?;
     let attributes = Arc::new(loaded.attributes.clone());
     let budget = Arc::new(pinned.definition.budget.clone());
     let mut effects = Effects::default();

@@ -27,6 +27,8 @@ use tokio::sync::Semaphore;
 
 /// Nothing in these tests takes that long; a test that waits longer has found a bug.
 pub const PATIENCE: Duration = Duration::from_secs(60);
+/// Lease of a worker that is not to lose it, however busy the machine is. Who is to die, dies by [`Bench::dies`].
+const LEASE: Duration = Duration::from_secs(10);
 
 type Script = Arc<dyn Fn(Context, Value) -> BoxFuture<'static, Result<Value, Failure>> + Send + Sync>;
 
@@ -178,7 +180,18 @@ impl Bench {
     }
 
     pub async fn worker(&self) -> WorkerHandle {
-        self.worker_with(Duration::from_millis(600), 32).await
+        self.worker_with(LEASE, 32).await
+    }
+
+    /// A worker dies as `kill -9` does, and its lease is over.
+    pub async fn dies(&self, worker: WorkerHandle) {
+        let id = worker.id();
+        worker.crash();
+        sqlx::query("update workers set heartbeat_at = heartbeat_at - interval '1 day' where id = $1")
+            .bind(id.0)
+            .execute(&self.pool)
+            .await
+            .expect("its lease is over");
     }
 
     pub async fn worker_with(&self, lease: Duration, slots: u32) -> WorkerHandle {

@@ -72,6 +72,7 @@ const EVERYWHERE: &[(&str, &str)] = &[
         "from admissions",
         "groups: whoever may come in, 4 times a second for all groups; only runs that are held back have rows",
     ),
+    ("where attributes @> $1", "unblock: which runs a user has, when credits come in"),
     ("kept as (", "retention: who may leave, for a thousand runs at once, once an hour"),
     ("from archived_runs r join archives", "a run that is gone: by its shard; the other table is everywhere"),
 ];
@@ -84,15 +85,12 @@ const ONE_BY_ONE: &[(&str, &str)] = &[
         "starts that ask how the last run under their id ended: none under the default policy",
     ),
     ("where parent_run_id = $2 and closed_at is null", "starts that end the open run under their id: its children"),
-    (
-        "k.run_id order by r.shard, r.run_id for no key update of r",
-        "terminations, resets and starts that end the open run: they lock it with its kin",
-    ),
     ("from admissions", "groups: as above"),
     (
         "with recursive line",
         "history of a fork: its parents' rows lie where they lie; for people, and for a fork's first load",
     ),
+    ("where attributes @> $1", "unblock: as above"),
     ("kept as (", "retention: as above; off on Citus"),
     ("from archived_runs r join archives", "a run that is gone: by its shard; the other table is everywhere"),
 ];
@@ -315,7 +313,7 @@ async fn everything_happens(pool: &PgPool) {
     for run in &runs {
         bench.until(*run, "first", |v| !v.live.is_empty()).await;
     }
-    dies.crash();
+    bench.dies(dies).await;
     let worker = bench.worker().await;
     let client = &bench.client;
     for run in &runs {
@@ -331,6 +329,9 @@ async fn everything_happens(pool: &PgPool) {
         client.signal(*run, go()).await.expect("signal");
         bench.until(*run, "answer", waits("answer")).await;
     }
+    let mut tx = pool.begin().await.expect("transaction");
+    assert_eq!(client.unblock_in(&mut tx, &json!({"user_id": "u1"})).await.expect("woken"), 4);
+    tx.commit().await.expect("commit");
     let update = Update { name: "answer".into(), id: Some("u".into()), ..Update::default() };
     client.update(runs[0], update, Duration::from_secs(20)).await.expect("update");
     client.signal(runs[1], Signal { name: "answer".into(), ..Signal::default() }).await.expect("signal");
@@ -438,6 +439,8 @@ async fn child_process() {
         ("progress", "insert into attempt_progress"),
         ("history", "with recursive line"),
         ("messages to driven runs", "r.inbox_n > r.inbox_seen"),
+        ("waking all runs of a user", "inbox_n, 'unblock', payload, seq"),
+        ("locking a run with its kin", "order by r.shard, r.run_id for no key update of r"),
     ] {
         // A fork's is its parents' as well: not of one shard.
         if one && what == "history" {

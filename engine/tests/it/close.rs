@@ -97,7 +97,7 @@ async fn a_paused_child_whose_worker_died_ends_with_its_parent() {
     gate.arrived(1).await;
     bench.client.pause(child, loopwright_engine::client::Why::default()).await.expect("paused");
     bench.until(child, "paused", |v| v.status == RunStatus::Paused).await;
-    first.crash();
+    bench.dies(first).await;
     bench.client.terminate(run, "enough").await.expect("terminated");
     let second = bench.worker().await;
     assert_eq!(bench.closed(child).await.status, RunStatus::Terminated);

@@ -103,7 +103,7 @@ async fn a_place_outlives_its_holders_worker_and_goes_with_its_holder() {
         (start(&bench, hash).await, start(&bench, hash).await, start(&bench, hash).await, start(&bench, hash).await);
     let worker = bench.worker().await;
     gate.arrived(1).await;
-    worker.crash();
+    bench.dies(worker).await;
     // Who waits and is cancelled is gone, without a place; its worker is dead, another one sees to it.
     bench.client.cancel(cancelled, "not needed").await.unwrap();
     let worker = bench.worker_with(LONG, 8).await;

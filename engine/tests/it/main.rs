@@ -27,6 +27,7 @@ mod runs;
 mod schedules;
 mod skew;
 mod start;
+mod terms;
 mod together;
 mod update;
 mod way;

@@ -50,7 +50,7 @@ async fn a_paused_run_settles_what_runs_and_starts_nothing_until_it_is_resumed()
         sqlx::query_as("select owner, waiting, status from runs").fetch_one(&bench.pool).await.expect("row");
     assert_eq!((owner, waiting.as_deref(), status.as_str()), (None, Some("paused"), "paused"), "in nobody's memory");
     // Whoever takes it over does not start it either.
-    worker.crash();
+    bench.dies(worker).await;
     let second = bench.worker().await;
     bench.client.pause(run, why("again", "p2")).await.expect("sent");
     let seen = "select inbox_seen = inbox_n from runs";

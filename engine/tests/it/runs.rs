@@ -67,7 +67,7 @@ async fn a_dead_worker_s_attempt_goes_on_elsewhere_from_its_checkpoint() {
     let first = bench.worker().await;
     let run = bench.start(definition("crash", vec![work("a", &[]), work("b", &[])]), json!({})).await;
     gate.arrived(1).await;
-    first.crash();
+    bench.dies(first).await;
     let second = bench.worker().await;
     gate.open(8);
     let view = bench.until(run, "b runs", |v| v.status.is_closed() || v.live.iter().any(|l| l.path == "b")).await;
@@ -372,7 +372,7 @@ async fn many_runs_on_two_workers_all_end_although_one_dies() {
         runs.push(bench.start_as(hash, json!({}), None).await.run_id);
     }
     // In the middle of whatever it was doing.
-    one.crash();
+    bench.dies(one).await;
     for run in runs {
         assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
     }

@@ -118,7 +118,7 @@ async fn an_answer_that_takes_too_long_is_pending_and_found_later_also_after_the
         let client = client.clone();
         tokio::spawn(async move { client.updated(run, "u1", LONG).await })
     };
-    first.crash();
+    bench.dies(first).await;
     let second = bench.worker().await;
     gate.open(2);
     assert_eq!(waits.await.expect("task").expect("answered"), completed("u1", 2));

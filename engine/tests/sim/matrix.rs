@@ -225,6 +225,7 @@ fn inputs(place: &Place) -> Vec<(&'static str, Input, DateTime<Utc>)> {
         ("cancel", cancel(), soon),
         ("terminated by its parent", message(Inbound::Terminate { reason: "parent".into() }), soon),
         ("terminated", Input::Terminated { reason: "operator".into() }, soon),
+        ("expired", Input::Expired, soon),
     ]
 }
 

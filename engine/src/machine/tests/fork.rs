@@ -30,6 +30,7 @@ fn branch_with(
         inputs: None,
         migrated: false,
         again: None,
+        until: None,
     };
     change(&mut asked);
     let calls = BTreeMap::new();

@@ -108,6 +108,12 @@ impl Bench {
             let any = crate::definition::Input { schema: json!({}), required: true, default: None };
             definition.inputs.insert(name.clone(), any);
         }
+        let mut bench = Self::pending(definition);
+        bench.input(Input::Started { inputs, until: None });
+        bench
+    }
+    /// Nobody has begun it.
+    fn pending(definition: Definition) -> Self {
         let run = RunId::new();
         let signature = Signature {
             name: "work@1".into(),
@@ -120,7 +126,7 @@ impl Bench {
             idempotent: true,
             failure_codes: Vec::new(),
         };
-        let mut bench = Self {
+        Self {
             definition,
             state: RunState::new(run),
             mirror: RunState::new(run),
@@ -137,9 +143,7 @@ impl Bench {
             ended_children: Vec::new(),
             n: 0,
             rows: Vec::new(),
-        };
-        bench.input(Input::Started { inputs, until: None });
-        bench
+        }
     }
     /// Decides until the hook lets the decision pass, as a worker does.
     fn decide(&mut self, input: &Input) -> Decision {

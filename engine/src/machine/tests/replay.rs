@@ -89,6 +89,14 @@ fn refusals_lost_workers_children_and_cancels_are_told_from_their_events() {
     let mut run = Bench::start(definition(vec![act("a", &[])]));
     run.input(Input::Terminated { reason: "now".into() });
     assert_eq!(run.replayed(&run.definition, 0).divergence, None);
+    // Before it began, as it is; and with an attempt under way, which cannot be, and is told all the same.
+    let mut held = Bench::pending(definition(vec![act("a", &[])]));
+    let mut run = Bench::start(definition(vec![act("a", &[])]));
+    for run in [&mut held, &mut run] {
+        run.input(Input::Expired);
+        assert_eq!(run.failed_code(), "timeout.run_total");
+        assert_eq!(run.replayed(&run.definition, 0).divergence, None);
+    }
 }
 
 #[test]
