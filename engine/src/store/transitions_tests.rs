@@ -54,7 +54,7 @@ fn item(run_id: RunId, status: &'static str, effects: Effects) -> Item {
 /// What the committer does with a batch, up to its messages.
 async fn written(pool: &PgPool, items: &[Item]) -> (Transaction<'static, Postgres>, Vec<Verdict>) {
     let mut tx = begin(pool).await.expect("begin");
-    lock(&mut tx, Spread::Together, items).await.expect("locked");
+    lock(&mut tx, Some(Spread::Together), items).await.expect("locked");
     let verdicts = send(&mut tx, None, items).await.expect("sent");
     (tx, verdicts)
 }

@@ -195,7 +195,8 @@ async fn a_family_that_is_too_large_keeps_nobody_else_and_is_walked_once() {
         sqlx::query_scalar("select engine_now() - interval '90 days'").fetch_one(&mut *conn).await.unwrap();
     let all = |runs: &[RunId]| runs.iter().copied().collect::<BTreeSet<_>>();
     // Six may leave together; there are seven. Those who stand beside it leave.
-    let mut families = Families { most: 6, ..Families::new() };
+    let mut families = Families::new();
+    families.most = 6;
     let page = [&children[..3], &alone[..3]].concat();
     let left = families.judge(&mut conn, page, before).await.unwrap();
     assert_eq!(all(&left), all(&alone[..3]));
@@ -207,7 +208,8 @@ async fn a_family_that_is_too_large_keeps_nobody_else_and_is_walked_once() {
     assert_eq!(all(&left), all(&alone[3..]));
     assert_eq!(families.read, 2);
     // One that fits leaves whole with its first, and is not judged again.
-    let mut families = Families { most: 7, ..Families::new() };
+    let mut families = Families::new();
+    families.most = 7;
     let left = families.judge(&mut conn, children[..1].to_vec(), before).await.unwrap();
     assert_eq!(all(&left), all(&[&children[..], &[parent]].concat()));
     let left = families.judge(&mut conn, children[1..].to_vec(), before).await.unwrap();
@@ -237,7 +239,8 @@ async fn many_families_that_are_too_large_keep_nobody_else_of_their_page() {
     }
     let before: DateTime<Utc> =
         sqlx::query_scalar("select engine_now() - interval '90 days'").fetch_one(&mut *conn).await.unwrap();
-    let mut families = Families { most: 5, ..Families::new() };
+    let mut families = Families::new();
+    families.most = 5;
     let left = families.judge(&mut conn, page.clone(), before).await.unwrap();
     assert_eq!((left.len(), left.into_iter().collect::<BTreeSet<_>>()), (free.len(), free), "each once");
     // Of those who stay, nobody is walked again in this look.
