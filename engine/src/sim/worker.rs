@@ -359,14 +359,10 @@ impl Driver {
                 self.flight = Some(flight);
                 return Next::Goes;
             }
-            // An earlier sending had succeeded and its answer was lost; or one of another decision, which was refused since, has
-            // arrived late.
+            // An earlier sending had succeeded and its answer was lost.
             Some(Answer::Verdict(Verdict::Stale { epoch, seq }))
                 if epoch == flight.item.epoch && seq == flight.item.seq + 1 =>
             {
-                if store.mutant != Some(Mutant::TakesAnyForItsOwn) && !is_there(store, &flight.item) {
-                    return Next::Ends;
-                }
                 self.notified = true;
                 self.inbox_seen
             }
@@ -374,7 +370,7 @@ impl Driver {
             Some(Answer::Verdict(Verdict::Refused { reason, message })) => {
                 // The same input again, on the state as it was, with the hook's answer known.
                 let row = &store.runs[&self.run];
-                if row.owner != Some(moment.worker) || row.epoch != self.epoch || row.seq != self.seq {
+                if row.owner != Some(moment.worker) || row.epoch != self.epoch {
                     return Next::Ends;
                 }
                 match load_state(store, self.run) {
@@ -462,13 +458,6 @@ impl At {
 
 fn json(value: &impl Serialize) -> Text {
     text(value).expect("what is stored can be written")
-}
-
-/// As `store::history::is_there`: whether the transition that stands where this one was to go is this one.
-fn is_there(store: &Memory, item: &Item) -> bool {
-    let events: Value = serde_json::from_str(item.events.get()).expect("written a moment ago");
-    let rows = store.history.get(&item.run_id).map_or(&[][..], Vec::as_slice);
-    rows.iter().any(|row| row.seq == item.seq + 1 && row.epoch == item.epoch && row.events == events)
 }
 
 /// As `store::runs::load`: the cursor, and what has happened since.

@@ -419,6 +419,10 @@ impl World {
             return;
         }
         let batch: Vec<Item> = items.iter().map(|(_, item)| item.clone()).collect();
+        // A batch with effects is a transaction of several statements. Its sender has seen the answers of all when it sends
+        // the commit, so its rows are locked: whoever comes later waits until it is known how it ended. Late it cannot be.
+        let single = batch.iter().all(|i| i.effects.is_empty());
+        let fault = if fault == Fault::Late && !single { Fault::LostBefore } else { fault };
         let mut answers: Vec<Answer> = match fault {
             Fault::LostBefore | Fault::Late => vec![Answer::Lost; batch.len()],
             Fault::None | Fault::LostAfter | Fault::Doubled => {

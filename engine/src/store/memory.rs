@@ -63,8 +63,6 @@ pub enum Mutant {
     ActsEarly,
     /// A lost answer is taken for a success. The worker's, not the store's.
     TrustsLostAnswers,
-    /// What stands where a transition was to go is taken for that transition. The worker's, not the store's.
-    TakesAnyForItsOwn,
 }
 
 impl Mutant {
@@ -89,7 +87,6 @@ impl Mutant {
         Self::ForgetsMessages,
         Self::ActsEarly,
         Self::TrustsLostAnswers,
-        Self::TakesAnyForItsOwn,
     ];
 }
 
