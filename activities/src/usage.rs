@@ -1,6 +1,6 @@
 //! What a model call consumed, provider-neutral and before price: the one vocabulary that providers, the
-//! orchestrator and billing share. These values travel as the opaque readings of `Context::meter_open` and
-//! `Context::meter_close`, and as `Activity::reserve`.
+//! orchestrator and billing share. These values travel as the opaque readings of `Context::meter_open`,
+//! `Context::meter_note` and `Context::meter_close`, and as `Activity::reserve`.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -62,6 +62,13 @@ pub struct CallOpened {
     pub input_tokens_max: u64,
     /// Output limit sent with the request.
     pub output_tokens_max: u64,
+}
+
+/// Reading of `meter_note`: what is known of a call that is under way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CallNoted {
+    /// The provider's name for it.
+    pub provider_request_id: String,
 }
 
 /// How a call ended.

@@ -18,7 +18,7 @@ use crate::{
         Advice, Call, Completion, Provider, ProviderError, RequestIdSlot, Settings, estimate::request_tokens_max, hex,
         settings::SettingsError,
     },
-    usage::{CallClosed, CallOpened, CallState, PlannedCall},
+    usage::{CallClosed, CallNoted, CallOpened, CallState, PlannedCall},
 };
 use answer::{Judged, Unusable, append_repair, judge, unreadable};
 use failure::{BUDGET_PER_MINUTE, is_out, named, outward, to_its_owner, verdict_over};
@@ -32,6 +32,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::{
     collections::{BTreeMap, VecDeque},
+    future::Future,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -452,21 +453,18 @@ impl Orchestrator {
         let request_id = RequestIdSlot::default();
         // A repair is another question: a script may answer it differently.
         let key = if repairing { format!("{}~repair", task.key) } else { task.key.to_owned() };
-        let result = running
-            .slot
-            .provider
-            .complete(Call {
-                request,
-                model: &candidate.model,
-                path: &ctx.info().path,
-                key: &key,
-                max_output_tokens: limit,
-                structured_output: candidate.structured_output,
-                thinking: candidate.thinking.as_deref(),
-                cancellation: ctx.cancellation(),
-                request_id: &request_id,
-            })
-            .await;
+        let completing = running.slot.provider.complete(Call {
+            request,
+            model: &candidate.model,
+            path: &ctx.info().path,
+            key: &key,
+            max_output_tokens: limit,
+            structured_output: candidate.structured_output,
+            thinking: candidate.thinking.as_deref(),
+            cancellation: ctx.cancellation(),
+            request_id: &request_id,
+        });
+        let result = noting(ctx, &meter_key, &request_id, completing).await;
         observe(running, candidate, &result, started.elapsed());
         let result = result
             .map_err(|error| if running.slot.own_id().is_some() { to_its_owner(error, candidate) } else { error });
@@ -533,6 +531,31 @@ impl Orchestrator {
         let mut windows = self.0.windows.lock().unwrap_or_else(PoisonError::into_inner);
         windows.insert((candidate.provider.clone(), candidate.model.clone()), window);
     }
+}
+
+/// The outcome of a call, and beside it, as soon as the provider has named the call, a note of that name: whoever looks into the
+/// books after the death of this process can ask the provider by it. An answer that is there at once is not kept waiting for the
+/// note: its reading holds the name too.
+async fn noting(
+    ctx: &Context,
+    key: &str,
+    request_id: &RequestIdSlot,
+    completing: impl Future<Output = Result<Completion, ProviderError>>,
+) -> Result<Completion, ProviderError> {
+    let note = async {
+        let noted = CallNoted { provider_request_id: request_id.known().await };
+        let Ok(noted) = serde_json::to_value(noted) else { return };
+        if let Err(failure) = ctx.meter_note(key, &noted).await {
+            tracing::warn!(key, %failure, "the provider's name for a call under way is not recorded");
+        }
+    };
+    tokio::pin!(completing);
+    tokio::select! {
+        biased;
+        result = &mut completing => return result,
+        () = note => {}
+    }
+    completing.await
 }
 
 /// Why a request brought nothing.
