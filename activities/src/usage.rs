@@ -35,9 +35,30 @@ pub struct Usage {
     /// What the provider says it charged, in pico-USD, parsed from its decimal text.
     #[serde(default)]
     pub provider_cost_pusd: Option<i64>,
+    /// The call was served by a key that the account's owner has deposited with the provider (OpenRouter's `is_byok`): what the
+    /// provider charged is its fee, and the vendor behind it charges the call itself.
+    #[serde(default)]
+    pub upstream_key: bool,
+    /// What that vendor charged, in pico-USD, where the provider says it.
+    #[serde(default)]
+    pub upstream_cost_pusd: Option<i64>,
     /// The provider's own usage object, verbatim.
     #[serde(default)]
     pub raw: Value,
+}
+
+impl Usage {
+    /// What the call cost in all by the provider's words, in pico-USD. `None`: it does not say, and our own arithmetic counts.
+    #[must_use]
+    pub fn total_cost_pusd(&self) -> Option<i64> {
+        let charged = self.provider_cost_pusd?;
+        if !self.upstream_key {
+            return Some(charged);
+        }
+        // A vendor that took nothing is not known from one whose price is not known.
+        let upstream = self.upstream_cost_pusd.filter(|cost| *cost > 0)?;
+        charged.checked_add(upstream)
+    }
 }
 
 /// Reading of `meter_open`: a call is about to be made.

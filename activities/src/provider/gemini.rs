@@ -520,8 +520,8 @@ fn usage(raw: &Value) -> Usage {
         tokens_output,
         tokens_reasoning: thoughts.min(tokens_output),
         source: UsageSource::Provider,
-        provider_cost_pusd: None,
         raw: raw.clone(),
+        ..Usage::default()
     }
 }
 

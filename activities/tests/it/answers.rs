@@ -249,6 +249,42 @@ fn saying_usage(dialect: Dialect, usage: Value) -> Answer {
     Answer::Acts(stream(&body))
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_on_a_key_that_openrouter_holds_for_us_is_not_given_away() {
+    // 11 and 7 tokens at 0.75 and 3.75 USD per million.
+    const ARITHMETIC: i64 = 34_500_000;
+    for (usage, charged, said) in [
+        (
+            json!({"cost": 0.0000155, "is_byok": true, "cost_details": {"upstream_inference_cost": 0.00031}}),
+            325_500_000,
+            15_500_000,
+        ),
+        (json!({"cost": 0, "is_byok": true, "cost_details": {"upstream_inference_cost": null}}), ARITHMETIC, 0),
+        (json!({"cost": 0.0000155, "is_byok": true}), ARITHMETIC, 15_500_000),
+        (
+            json!({"cost": 0.00031, "is_byok": false, "cost_details": {"upstream_inference_cost": null}}),
+            310_000_000,
+            310_000_000,
+        ),
+    ] {
+        let mut usage = usage.clone();
+        usage["prompt_tokens"] = json!(11);
+        usage["completion_tokens"] = json!(7);
+        let (what, byok) = (usage.to_string(), usage["is_byok"] == true);
+        let fake = FakeProvider::serve(move |_, _| saying_usage(Dialect::OpenRouter, usage.clone())).await;
+        let bench = Bench::new(Dialect::OpenRouter, fake).await;
+        let view = bench.drive(asking(request())).await;
+        assert_eq!(view.status, RunStatus::Completed, "{what}: {:?}", view.failure);
+        let rows = bench.rows(view.run_id).await;
+        let (_, _, _, _, _, cost, provider_cost, _) = &rows[0];
+        assert_eq!((*cost, *provider_cost), (charged, Some(said)), "{what}");
+        // A fee beside our price for the call is no price that changed; what another call is charged would be.
+        let mut conn = bench.pool.acquire().await.expect("conn");
+        assert_eq!(books::drifted(&mut conn, 200).await.expect("sql").is_empty(), byok, "{what}");
+        bench.balances().await;
+    }
+}
+
 #[tokio::test]
 async fn a_note_names_a_call_under_way_and_changes_nothing_of_one_that_is_closed() {
     let bench = billing::Bench::new(100).await;
