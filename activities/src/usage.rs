@@ -2,8 +2,9 @@
 //! orchestrator and billing share. These values travel as the opaque readings of `Context::meter_open`,
 //! `Context::meter_note` and `Context::meter_close`, and as `Activity::reserve`.
 
+use crate::nul;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// Where token counts come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,6 +48,9 @@ pub struct Usage {
     pub raw: Value,
 }
 
+/// Largest usage object of a provider that is kept, in bytes of JSON: ten times the longest that is known.
+pub const RAW_BYTES_MAX: usize = 16 * 1024;
+
 impl Usage {
     /// What the call cost in all by the provider's words, in pico-USD. `None`: it does not say, and our own arithmetic counts.
     #[must_use]
@@ -58,6 +62,13 @@ impl Usage {
         // A vendor that took nothing is not known from one whose price is not known.
         let upstream = self.upstream_cost_pusd.filter(|cost| *cost > 0)?;
         charged.checked_add(upstream)
+    }
+
+    /// The provider's own usage object as it can be kept: without NUL, and of one that is too large only its size.
+    #[must_use]
+    pub fn raw_to_keep(&self) -> Value {
+        let bytes = self.raw.to_string().len();
+        if bytes > RAW_BYTES_MAX { json!({ "too_large_bytes": bytes }) } else { nul::value(self.raw.clone()) }
     }
 }
 

@@ -2,7 +2,7 @@
 //! findings. It never moves credits.
 
 use super::money::PicoUsd;
-use crate::usage::Usage;
+use crate::{nul, usage::Usage};
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 use sqlx::PgConnection;
@@ -69,9 +69,9 @@ pub async fn fill(
     .bind(tokens(usage.tokens_output))
     .bind(tokens(usage.tokens_reasoning))
     .bind(usage.provider_cost_pusd.map(|c| c.max(0)))
-    .bind(&usage.raw)
-    .bind(model)
-    .bind(finish_reason)
+    .bind(usage.raw_to_keep())
+    .bind(model.map(nul::text))
+    .bind(finish_reason.map(nul::text))
     .execute(conn)
     .await?;
     Ok(done.rows_affected() > 0)

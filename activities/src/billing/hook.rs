@@ -9,7 +9,10 @@ use super::{
     price,
     returned::{CREDITS, Returned},
 };
-use crate::usage::{CallClosed, CallNoted, CallOpened, CallState, PlannedCall, Reserve};
+use crate::{
+    nul,
+    usage::{CallClosed, CallNoted, CallOpened, CallState, PlannedCall, Reserve},
+};
 use chrono::{DateTime, Utc};
 use futures_util::future::BoxFuture;
 use loopwright_engine::{
@@ -393,7 +396,7 @@ async fn close(
     .bind(usage_id)
     .bind(new_state)
     .bind(after_the_end)
-    .bind(&call.model_served)
+    .bind(call.model_served.as_deref().map(nul::text))
     .bind(&call.provider_request_id)
     .bind(call.http_status.map(i32::from))
     .bind(&call.error_class)
@@ -409,7 +412,7 @@ async fn close(
     .bind(priced.map(|p| p.id))
     .bind(cost)
     .bind(usage.provider_cost_pusd.map(|c| c.max(0)))
-    .bind(&usage.raw)
+    .bind(usage.raw_to_keep())
     .execute(conn)
     .await?;
     Ok(())

@@ -183,6 +183,16 @@ impl RequestIdSlot {
     }
 }
 
+/// Longest name of a model that an answer is believed, in bytes: longer than any that is known.
+const MODEL_BYTES_MAX: usize = 200;
+
+/// The model that an answer names; nothing if that is no name of a model: it goes into rows and histories, and prices are looked
+/// up by it.
+fn model_named(name: &str) -> Option<String> {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b':' | b'/' | b'@' | b'~' | b'+' | b'-');
+    (!name.is_empty() && name.len() <= MODEL_BYTES_MAX && name.bytes().all(plain)).then(|| name.to_owned())
+}
+
 /// A complete answer: a finish reason was seen and it is a good one.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Completion {
@@ -287,5 +297,13 @@ mod tests {
         let other = slot.clone();
         let (id, ()) = tokio::join!(slot.known(), async { other.offer("gen-1") });
         assert_eq!((id.as_str(), slot.known().await.as_str()), ("gen-1", "gen-1"));
+    }
+
+    #[test]
+    fn what_is_no_name_of_a_model_is_none() {
+        assert_eq!(model_named("google/gemini-3.8-flash:free").as_deref(), Some("google/gemini-3.8-flash:free"));
+        for name in ["", "a b", "a\0b", "\u{e4}", &"x".repeat(MODEL_BYTES_MAX + 1)] {
+            assert_eq!(model_named(name), None, "{name:?}");
+        }
     }
 }

@@ -250,6 +250,25 @@ fn saying_usage(dialect: Dialect, usage: Value) -> Answer {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_usage_of_a_server_is_kept_without_nul_and_within_bounds() {
+    for (padding, kept) in [(0, json!("a\u{2400}b")), (20_000, Value::Null)] {
+        let usage =
+            json!({"prompt_tokens": 11, "completion_tokens": 7, "note": "a\u{0}b", "\u{0}": "x".repeat(padding)});
+        let fake = FakeProvider::serve(move |_, _| saying_usage(Dialect::OpenAi, usage.clone())).await;
+        let bench = Bench::new(Dialect::OpenAi, fake).await;
+        let view = bench.drive(asking(request())).await;
+        assert_eq!((view.status, &view.failure), (RunStatus::Completed, &None), "{padding}");
+        assert_eq!(bench.fake.seen().len(), 1, "bought once");
+        let rows = bench.rows(view.run_id).await;
+        let (_, state, _, prompt, output, _, _, raw) = &rows[0];
+        assert_eq!((state.as_str(), prompt, output), ("succeeded", &Some(11), &Some(7)));
+        let raw = raw.as_ref().expect("raw usage");
+        assert_eq!(raw["note"], kept, "{raw}");
+        assert_eq!(raw["too_large_bytes"].as_u64().is_some_and(|bytes| bytes > 20_000), padding > 0, "{raw}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_call_on_a_key_that_openrouter_holds_for_us_is_not_given_away() {
     // 11 and 7 tokens at 0.75 and 3.75 USD per million.
     const ARITHMETIC: i64 = 34_500_000;

@@ -7,6 +7,7 @@ use crate::{
     provider::{
         Call, Completion, estimate,
         http::Answer,
+        model_named,
         retry::{Hints, Names, ProviderError, Report, classify},
         sse::{DONE, Event, documents},
     },
@@ -132,8 +133,8 @@ impl Gathered {
         if let Some(id) = chunk.get("id").and_then(Value::as_str) {
             call.request_id.offer(id);
         }
-        if let Some(model) = chunk.get("model").and_then(Value::as_str).filter(|m| !m.is_empty()) {
-            self.model = Some(model.to_owned());
+        if let Some(model) = chunk.get("model").and_then(Value::as_str).and_then(model_named) {
+            self.model = Some(model);
         }
         if let Some(usage) = usage(chunk, text) {
             self.usage = Some(usage);
