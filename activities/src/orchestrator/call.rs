@@ -218,7 +218,7 @@ impl Orchestrator {
         }
         let mut unusable = None;
         // Only a former attempt can have left one that this one does not know.
-        if shape.is_some() && ctx.info().attempt > 1 {
+        if ctx.info().attempt > 1 {
             unusable = Unusable::recorded(ctx, key, 1).await?;
             if let (Some(_), Some(second)) = (&unusable, Unusable::recorded(ctx, key, 2).await?) {
                 return Err(second.twice());

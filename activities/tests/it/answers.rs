@@ -218,6 +218,61 @@ fn with_tool() -> Request {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_is_nested_too_deep_is_booked_and_refused() {
+    let with_schema = Request { output_schema: Some(json!({"type": "object"})), ..request() };
+    for (dialect, levels, tool) in [
+        (Dialect::OpenAi, 60, true),
+        (Dialect::Gemini, 45, true),
+        (Dialect::OpenRouter, 110, true),
+        (Dialect::OpenAi, 60, false),
+    ] {
+        let what = format!("{dialect:?} {levels} {tool}");
+        let (reply, request) = if tool {
+            (Reply::tool_call("f", nested(levels)), with_tool())
+        } else {
+            (Reply::text(&nested(levels).to_string()), with_schema.clone())
+        };
+        let bench = Bench::new(dialect, FakeProvider::saying(reply).await).await;
+        let view = bench.drive(asking(request)).await;
+        let code = view.failure.as_ref().map(|failure| failure.code.as_str());
+        assert_eq!(
+            (view.status, code),
+            (RunStatus::Failed, Some("model.output_invalid")),
+            "{what}: {:?}",
+            view.failure
+        );
+        let rows = bench.rows(view.run_id).await;
+        assert_eq!(rows.len(), 2, "{what}: asked once more, and no more: {rows:?}");
+        for (key, state, class, prompt, output, cost, ..) in &rows {
+            assert_eq!(
+                (state.as_str(), class.as_deref()),
+                ("succeeded", Some("model.output_invalid")),
+                "{what}: {key}"
+            );
+            assert_eq!(
+                (prompt, output, *cost > 0),
+                (&Some(11), &Some(7), true),
+                "{what}: {key} has been used and paid for"
+            );
+        }
+        let repair = bench.fake.seen()[1].body.to_string();
+        assert!(repair.contains("nested") && repair.contains("below 40 levels"), "{what}: the model is told: {repair}");
+        bench.balances().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_of_a_usual_depth_is_kept() {
+    for dialect in [Dialect::OpenAi, Dialect::Gemini] {
+        let reply = Reply::tool_call("f", nested(40));
+        let bench = Bench::new(dialect, FakeProvider::saying(reply).await).await;
+        let view = bench.drive(asking(with_tool())).await;
+        assert_eq!((view.status, &view.failure), (RunStatus::Completed, &None), "{dialect:?}");
+        assert_eq!(bench.rows(view.run_id).await.len(), 1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_reading_is_stored_though_its_checkpoint_cannot_be() {
     let script: Script = Arc::new(|ctx, _| {
         Box::pin(async move {
