@@ -17,6 +17,7 @@ mod loop_steps;
 mod orchestrator;
 mod provider;
 mod quotes;
+mod report;
 mod sandbox;
 mod under_fire;
 mod workspace;
