@@ -17,6 +17,7 @@ pub mod index;
 pub mod keys;
 mod landing;
 pub mod limit;
+mod nul;
 pub mod orchestrator;
 pub mod plan;
 pub mod provider;

@@ -1,9 +1,10 @@
 //! What a model call consumed, provider-neutral and before price: the one vocabulary that providers, the
-//! orchestrator and billing share. These values travel as the opaque readings of `Context::meter_open` and
-//! `Context::meter_close`, and as `Activity::reserve`.
+//! orchestrator and billing share. These values travel as the opaque readings of `Context::meter_open`,
+//! `Context::meter_note` and `Context::meter_close`, and as `Activity::reserve`.
 
+use crate::nul;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// Where token counts come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,9 +36,40 @@ pub struct Usage {
     /// What the provider says it charged, in pico-USD, parsed from its decimal text.
     #[serde(default)]
     pub provider_cost_pusd: Option<i64>,
+    /// The call was served by a key that the account's owner has deposited with the provider (OpenRouter's `is_byok`): what the
+    /// provider charged is its fee, and the vendor behind it charges the call itself.
+    #[serde(default)]
+    pub upstream_key: bool,
+    /// What that vendor charged, in pico-USD, where the provider says it.
+    #[serde(default)]
+    pub upstream_cost_pusd: Option<i64>,
     /// The provider's own usage object, verbatim.
     #[serde(default)]
     pub raw: Value,
+}
+
+/// Largest usage object of a provider that is kept, in bytes of JSON: ten times the longest that is known.
+pub const RAW_BYTES_MAX: usize = 16 * 1024;
+
+impl Usage {
+    /// What the call cost in all by the provider's words, in pico-USD. `None`: it does not say, and our own arithmetic counts.
+    #[must_use]
+    pub fn total_cost_pusd(&self) -> Option<i64> {
+        let charged = self.provider_cost_pusd?;
+        if !self.upstream_key {
+            return Some(charged);
+        }
+        // A vendor that took nothing is not known from one whose price is not known.
+        let upstream = self.upstream_cost_pusd.filter(|cost| *cost > 0)?;
+        charged.checked_add(upstream)
+    }
+
+    /// The provider's own usage object as it can be kept: without NUL, and of one that is too large only its size.
+    #[must_use]
+    pub fn raw_to_keep(&self) -> Value {
+        let bytes = self.raw.to_string().len();
+        if bytes > RAW_BYTES_MAX { json!({ "too_large_bytes": bytes }) } else { nul::value(self.raw.clone()) }
+    }
 }
 
 /// Reading of `meter_open`: a call is about to be made.
@@ -68,6 +100,13 @@ pub struct CallOpened {
     /// The same of output.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output_umtok_max: Option<u64>,
+}
+
+/// Reading of `meter_note`: what is known of a call that is under way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CallNoted {
+    /// The provider's name for it.
+    pub provider_request_id: String,
 }
 
 /// How a call ended.

@@ -118,11 +118,15 @@ pub struct AttemptInfo {
     pub budget: Arc<Value>,
 }
 
+/// Largest value of one checkpoint, in bytes of JSON.
+pub const CHECKPOINT_BYTES_MAX: usize = 8 << 20;
+
 /// The store's side of a context: fenced checkpoints, readings, progress.
 pub(crate) trait ContextBackend: Send + Sync {
     fn checkpoint<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Value>, Failure>>;
     fn save<'a>(&'a self, key: &'a str, value: &'a Value) -> BoxFuture<'a, Result<(), Failure>>;
     fn meter_open<'a>(&'a self, key: &'a str, reading: &'a Value) -> BoxFuture<'a, Result<(), Failure>>;
+    fn meter_note<'a>(&'a self, key: &'a str, reading: &'a Value) -> BoxFuture<'a, Result<(), Failure>>;
     fn meter_close<'a>(
         &'a self,
         key: &'a str,
@@ -189,11 +193,23 @@ impl Context {
     pub async fn meter_open(&self, key: &str, reading: &Value) -> Result<(), Failure> {
         self.backend.meter_open(key, reading).await
     }
+    /// Records what became known of a call that is under way, for the case that this process dies before it can close it. Await
+    /// it beside the call: a failure is no reason to give the call up.
+    ///
+    /// # Errors
+    /// `transient.store`: nothing was recorded. It is tried once.
+    /// # Transaction
+    /// One short transaction around `TransitionHook::meter`, in a task of its own and without a lock on the run.
+    pub async fn meter_note(&self, key: &str, reading: &Value) -> Result<(), Failure> {
+        self.backend.meter_note(key, reading).await
+    }
     /// Records what the call consumed, and with it the checkpoint of its answer, in one transaction.
     ///
-    /// A reading is a fact: it is accepted even from an attempt that lost its lease, while the checkpoint is not.
+    /// A reading is a fact: it is accepted even from an attempt that lost its lease, or with a checkpoint that cannot be kept,
+    /// while the checkpoint is not.
     /// # Errors
-    /// `lease_lost` after the reading was stored, when the attempt is stale.
+    /// `lease_lost` after the reading was stored, when the attempt is stale; `limit.size` after it was stored, when the
+    /// checkpoint is larger than [`CHECKPOINT_BYTES_MAX`] or nested deeper than `definition::inputs::DEPTH_MAX`.
     pub async fn meter_close(
         &self,
         key: &str,
@@ -225,6 +241,8 @@ pub mod detached {
         pub checkpoints: Mutex<BTreeMap<String, Value>>,
         /// (`open` or `close`, key, reading), in order.
         pub readings: Mutex<Vec<(&'static str, String, Value)>>,
+        /// (key, reading) of calls under way.
+        pub notes: Mutex<Vec<(String, Value)>>,
         pub progress: Mutex<Vec<Value>>,
     }
 
@@ -243,6 +261,10 @@ pub mod detached {
         }
         fn meter_open<'a>(&'a self, key: &'a str, reading: &'a Value) -> BoxFuture<'a, Result<(), Failure>> {
             self.readings.lock().expect("no panic while held").push(("open", key.to_owned(), reading.clone()));
+            Box::pin(async { Ok(()) })
+        }
+        fn meter_note<'a>(&'a self, key: &'a str, reading: &'a Value) -> BoxFuture<'a, Result<(), Failure>> {
+            self.notes.lock().expect("no panic while held").push((key.to_owned(), reading.clone()));
             Box::pin(async { Ok(()) })
         }
         fn meter_close<'a>(

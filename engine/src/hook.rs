@@ -67,10 +67,13 @@ pub struct Refusal {
     pub message: String,
 }
 
-/// Whether an outside call is about to be made or has been.
+/// Whether an outside call is about to be made, is under way, or has been.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
     Open,
+    /// Something has become known of a call that is under way, and the process that makes it may die: a fact for later. It may
+    /// arrive after the call was closed and must not change what is recorded of it then.
+    Note,
     Close,
 }
 
@@ -80,7 +83,7 @@ pub struct Reading<'a> {
     pub key: &'a str,
     pub phase: Phase,
     /// Whether the attempt's result still counts. If not, another worker has the run or is about to take it: what this
-    /// call brought is thrown away and a later attempt may make it again. Always true of [`Phase::Open`].
+    /// call brought is thrown away and a later attempt may make it again. Looked at for [`Phase::Close`], otherwise true.
     pub current: bool,
     pub body: &'a Value,
 }

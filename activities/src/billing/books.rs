@@ -2,7 +2,7 @@
 //! findings. It never moves credits.
 
 use super::money::PicoUsd;
-use crate::usage::Usage;
+use crate::{nul, usage::Usage};
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 use sqlx::PgConnection;
@@ -69,9 +69,9 @@ pub async fn fill(
     .bind(tokens(usage.tokens_output))
     .bind(tokens(usage.tokens_reasoning))
     .bind(usage.provider_cost_pusd.map(|c| c.max(0)))
-    .bind(&usage.raw)
-    .bind(model)
-    .bind(finish_reason)
+    .bind(usage.raw_to_keep())
+    .bind(model.map(nul::text))
+    .bind(finish_reason.map(nul::text))
     .execute(conn)
     .await?;
     Ok(done.rows_affected() > 0)
@@ -156,7 +156,8 @@ pub struct Drift {
 }
 
 /// Models of which, over the last day, the provider's costs and our arithmetic differ by more than `bps`. Only calls on keys of
-/// the platform: what a user's own key is charged is between him and his provider.
+/// the platform: what a user's own key is charged is between him and his provider. Nor those that a provider served on a key
+/// deposited with it: its charge is a fee.
 pub async fn drifted(conn: &mut PgConnection, bps: i64) -> Result<Vec<Drift>, sqlx::Error> {
     let rows: Vec<(String, String, i64, i64)> = sqlx::query_as(
         "select provider, model_requested, least(theirs, 9e18)::bigint, least(ours, 9e18)::bigint from (
@@ -168,7 +169,7 @@ pub async fn drifted(conn: &mut PgConnection, bps: i64) -> Result<Vec<Drift>, sq
              + coalesce(k.tokens_reasoning, 0)::numeric * coalesce(m.reasoning_umtok, m.output_umtok)) ours
            from api_key_usage k join model_pricing m on m.id = k.pricing_id
            join api_keys y on y.id = k.api_key_id and y.user_id is null
-           where k.state = 'succeeded' and k.provider_cost_pusd is not null and k.finished_at > engine_now() - interval '1 day'
+           where k.state = 'succeeded' and k.provider_cost_pusd is not null and k.raw_usage->>'is_byok' is distinct from 'true' and k.finished_at > engine_now() - interval '1 day'
            group by 1, 2) s
          where abs(theirs - ours) * 10000 > $1 * greatest(theirs, ours) order by 1, 2",
     )

@@ -9,7 +9,10 @@ use super::{
     price,
     returned::{CREDITS, Returned},
 };
-use crate::usage::{CallClosed, CallOpened, CallState, PlannedCall, Reserve};
+use crate::{
+    nul,
+    usage::{CallClosed, CallNoted, CallOpened, CallState, PlannedCall, Reserve},
+};
 use chrono::{DateTime, Utc};
 use futures_util::future::BoxFuture;
 use loopwright_engine::{
@@ -371,7 +374,7 @@ async fn close(
         None => price::by_id(conn, pricing).await?,
         found => found,
     };
-    let cost = match (succeeded && !after_the_end, usage.provider_cost_pusd, &priced) {
+    let cost = match (succeeded && !after_the_end, usage.total_cost_pusd(), &priced) {
         (false, ..) => 0,
         (true, Some(cost), _) => cost.max(0),
         (true, None, Some(price)) => price.cost(&usage).0,
@@ -387,7 +390,7 @@ async fn close(
     let tokens = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
     let reported = call.usage.is_some();
     sqlx::query(
-        "update api_key_usage set state = $2, late = $3, finished_at = engine_now(), model_served = $4, provider_request_id = $5,
+        "update api_key_usage set state = $2, late = $3, finished_at = engine_now(), model_served = $4, provider_request_id = coalesce($5, provider_request_id),
            http_status = $6, error_class = $7, finish_reason = $8, stream_completed = $9,
            tokens_prompt = case when $10 then $11 end, tokens_cached = case when $10 then least($12, $11) end,
            tokens_cache_write = case when $10 then $13 end, tokens_output = case when $10 then $14 end,
@@ -400,7 +403,7 @@ async fn close(
     .bind(usage_id)
     .bind(new_state)
     .bind(after_the_end)
-    .bind(&call.model_served)
+    .bind(call.model_served.as_deref().map(nul::text))
     .bind(&call.provider_request_id)
     .bind(call.http_status.map(i32::from))
     .bind(&call.error_class)
@@ -416,7 +419,24 @@ async fn close(
     .bind(priced.map(|p| p.id))
     .bind(cost)
     .bind(usage.provider_cost_pusd.map(|c| c.max(0)))
-    .bind(&usage.raw)
+    .bind(usage.raw_to_keep())
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Stores the provider's name for a call that is under way; of a call that is closed meanwhile nothing changes.
+///
+/// # Transaction
+/// One update of the call's row, with no other lock: what a call costs does not depend on it.
+async fn note(conn: &mut PgConnection, attempt: Uuid, key: &str, call: &CallNoted) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "update api_key_usage set provider_request_id = $3
+         where attempt_id = $1 and call_key = $2 and state = 'started' and provider_request_id is null",
+    )
+    .bind(attempt)
+    .bind(key)
+    .bind(&call.provider_request_id)
     .execute(conn)
     .await?;
     Ok(())
@@ -507,6 +527,11 @@ impl TransitionHook for LedgerHook {
                 Phase::Open => {
                     let call: CallOpened = serde_json::from_value(reading.body.clone()).map_err(broken)?;
                     self.open(conn, attempt, reading.key, &call).await.map_err(hook_error)
+                }
+                Phase::Note => {
+                    let call: CallNoted = serde_json::from_value(reading.body.clone()).map_err(broken)?;
+                    note(conn, attempt.attempt_id.0, reading.key, &call).await?;
+                    Ok(Verdict::Accepted)
                 }
                 Phase::Close => {
                     let call: CallClosed = serde_json::from_value(reading.body.clone()).map_err(broken)?;

@@ -44,7 +44,8 @@ impl By {
 ///
 /// # Units
 /// `credits` is exact decimal text. By model it is the models' shares before the one rounding per attempt and before what an
-/// attempt could not pay, everywhere else what was captured. `cost_usd` is what calls cost, before rate and markup.
+/// attempt could not pay, everywhere else what was captured. `cost_usd` is what calls cost, before rate and markup. By model
+/// `attempts` counts those that used it, so that an attempt with two models is counted at both.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Spent {
     pub key: String,
@@ -100,16 +101,36 @@ pub async fn spent(conn: &mut PgConnection, by: By, span: Span) -> Result<Vec<Sp
     rows(conn, sql, span).await
 }
 
+/// An attempt may use several models, and be settled and refunded as one: what it could not pay and what it got back is shared by
+/// what each of them cost. The shares are whole micro-credits and add up (each is the growth of a rounded running sum).
 async fn by_model(conn: &mut PgConnection, span: Span) -> Result<Vec<Spent>, sqlx::Error> {
+    let share = |amount: &str| {
+        format!(
+            "trim_scale(coalesce(sum(case when total > 0 then div({amount} * upto, total) - div({amount} * (upto - cost), total) end), 0) * 1e-6)::text"
+        )
+    };
+    let (uncollected, given_back) = (share("uncollected"), share("given"));
     let sql = format!(
-        "select k.provider || '/' || k.model_requested, count(distinct a.id), count(*), least(coalesce(sum(k.tokens_prompt), 0), 9e18)::bigint,
-                least(coalesce(sum(k.tokens_output), 0), 9e18)::bigint, trim_scale(sum(k.cost_pusd) * 1e-12)::text,
-                trim_scale(coalesce(sum(k.cost_pusd::numeric * h.rate_credits_per_usd * (10000 + h.markup_bps) / 1e16), 0))::text, '0', '0'
-         from activity_attempts a join api_key_usage k on k.attempt_id = a.id
-         join credit_transactions h on h.attempt_id = a.id and h.kind = 'hold' and h.hold_no = 1
-         where a.ended_at is not null and ($1::timestamptz is null or a.ended_at >= $1) and ($2::timestamptz is null or a.ended_at < $2)
-           and ($3::uuid is null or a.user_id = $3)
-         group by 1 order by sum(k.cost_pusd) desc, 1 limit {ROWS_MAX}"
+        "with used as (
+           select a.id, k.provider || '/' || k.model_requested as model, count(*) as calls, sum(k.tokens_prompt) as prompt,
+                  sum(k.tokens_output) as output, sum(k.cost_pusd) as cost
+           from activity_attempts a join api_key_usage k on k.attempt_id = a.id
+           where a.ended_at is not null and ($1::timestamptz is null or a.ended_at >= $1) and ($2::timestamptz is null or a.ended_at < $2)
+             and ($3::uuid is null or a.user_id = $3)
+           group by 1, 2),
+         shared as (
+           select u.*, h.rate_credits_per_usd as rate, h.markup_bps as markup, s.uncollected, g.amount_ucr::numeric as given,
+                  sum(u.cost) over (partition by u.id) as total, sum(u.cost) over (partition by u.id order by u.model) as upto
+           from used u
+           -- Calls on a user's own key have no hold and cost nothing here; they are counted all the same.
+           left join credit_transactions h on h.attempt_id = u.id and h.kind = 'hold' and h.hold_no = 1
+           left join lateral (select sum(uncollected_ucr) as uncollected from credit_transactions
+                              where attempt_id = u.id and kind = 'capture') s on true
+           left join credit_grants g on g.source = 'adjustment' and g.source_ref = 'refund-policy:' || u.id)
+         select model, count(*), sum(calls)::bigint, least(coalesce(sum(prompt), 0), 9e18)::bigint,
+                least(coalesce(sum(output), 0), 9e18)::bigint, trim_scale(sum(cost) * 1e-12)::text,
+                trim_scale(coalesce(sum(cost * rate * (10000 + markup)), 0) * 1e-16)::text, {uncollected}, {given_back}
+         from shared group by 1 order by sum(cost) desc, 1 limit {ROWS_MAX}"
     );
     rows(conn, sql, span).await
 }

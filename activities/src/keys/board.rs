@@ -67,6 +67,8 @@ struct Known {
     /// and two forbidden models must not make it the key's.
     forbidden: HashMap<(KeyRef, String), (Instant, Failure)>,
     read_at: Option<Instant>,
+    /// When this process noted the standing of a key itself: rows that were asked for before say nothing of it.
+    noted: HashMap<KeyRef, Instant>,
 }
 
 /// Provider, fingerprint, status, reason, model, rest of the wait in ms.
@@ -91,6 +93,7 @@ impl Board {
             // Whoever comes while this is read goes on with what is known.
             known.read_at = Some(Instant::now());
         }
+        let asked_at = Instant::now();
         let rows: Result<Vec<Row>, _> = sqlx::query_as(
             "select provider, encode(fingerprint, 'hex'), status, disabled_reason, cooling_model,
                     (extract(epoch from cooldown_until - engine_now()) * 1000)::float8
@@ -103,11 +106,21 @@ impl Board {
             Ok(rows) => rows,
             Err(error) => return tracing::warn!(%error, "the standing of keys could not be read"),
         };
+        self.take_rows(rows, asked_at);
+    }
+
+    /// Takes over what rows said that were asked for at `asked_at`. What this process has noted since then is newer and stays.
+    fn take_rows(&self, rows: Vec<Row>, asked_at: Instant) {
         let mut known = self.lock();
-        known.standings.retain(|key, _| matches!(key, KeyRef::Own(_)));
+        let Known { standings, noted, .. } = &mut *known;
+        noted.retain(|_, at| *at >= asked_at);
+        standings.retain(|key, _| matches!(key, KeyRef::Own(_)) || noted.contains_key(key));
         for (provider, fingerprint, status, reason, model, wait_ms) in rows {
             let standing = standing(&status, reason, model, wait_ms);
-            known.standings.insert(KeyRef::Platform { provider, fingerprint }, standing);
+            let key = KeyRef::Platform { provider, fingerprint };
+            if !noted.contains_key(&key) {
+                standings.insert(key, standing);
+            }
         }
     }
 
@@ -213,6 +226,7 @@ impl Board {
             _ => true,
         };
         let model = model.filter(|_| same).map(str::to_owned);
+        known.noted.insert(key.clone(), Instant::now());
         known.standings.insert(key.clone(), Standing::Cooling { model, until, reason: why.code.clone() });
         known.said.insert(key.clone(), why.clone());
         until.saturating_duration_since(Instant::now())
@@ -228,6 +242,7 @@ impl Board {
             .increment(1);
         {
             let mut known = self.lock();
+            known.noted.insert(key.clone(), Instant::now());
             known.standings.insert(key.clone(), Standing::Disabled { reason: why.code.clone() });
             known.said.insert(key.clone(), why.clone());
         }
@@ -318,6 +333,27 @@ mod tests {
         }
         assert_eq!(board.standing(&key, "c", now), Standing::Active);
         assert_eq!(board.standing(&key, "a", now + FORBIDDEN_FOR + Duration::from_secs(60)), Standing::Active);
+    }
+
+    #[tokio::test]
+    async fn rows_that_were_asked_for_before_a_rest_was_noted_do_not_end_it() {
+        let board = Board::default();
+        let key = |n: u32| KeyRef::Platform { provider: "gemini".into(), fingerprint: n.to_string() };
+        let rests = |n| board.standing(&key(n), "m", Instant::now()) != Standing::Active;
+        let why = Failure::retryable("transient.rate_limited", "x");
+        let row = |n: u32| ("gemini".into(), n.to_string(), "disabled".to_owned(), None, None, None);
+        let asked_at = Instant::now();
+        board.cool(&key(1), None, Duration::from_secs(60), &why).await;
+        board.disable(&key(2), &why).await;
+        // The rows are older: of them both keys were active, and a third one was not.
+        board.take_rows(vec![row(3)], asked_at);
+        assert!(rests(1) && rests(2) && rests(3));
+        // A row of before does not stand above what was noted either.
+        board.take_rows(vec![("gemini".into(), "1".into(), "disabled".into(), None, None, None)], asked_at);
+        assert!(matches!(board.standing(&key(1), "m", Instant::now()), Standing::Cooling { .. }));
+        // Rows that were asked for later know everything.
+        board.take_rows(vec![row(2)], Instant::now() + Duration::from_millis(1));
+        assert!(!rests(1) && rests(2) && !rests(3));
     }
 
     #[tokio::test]

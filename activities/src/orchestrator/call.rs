@@ -20,7 +20,7 @@ use crate::{
         hex,
         settings::SettingsError,
     },
-    usage::{CallClosed, CallOpened, CallState, PlannedCall},
+    usage::{CallClosed, CallNoted, CallOpened, CallState, PlannedCall},
 };
 use answer::{Judged, Unusable, append_repair, judge, unreadable};
 use failure::{BUDGET_PER_MINUTE, is_out, named, outward, to_its_owner, verdict_over};
@@ -34,6 +34,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::{
     collections::{BTreeMap, VecDeque},
+    future::Future,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -230,7 +231,7 @@ impl Orchestrator {
         }
         let mut unusable = None;
         // Only a former attempt can have left one that this one does not know.
-        if shape.is_some() && ctx.info().attempt > 1 {
+        if ctx.info().attempt > 1 {
             unusable = Unusable::recorded(ctx, key, 1).await?;
             if let (Some(_), Some(second)) = (&unusable, Unusable::recorded(ctx, key, 2).await?) {
                 return Err(second.twice());
@@ -487,21 +488,18 @@ impl Orchestrator {
         let request_id = RequestIdSlot::default();
         // A repair is another question: a script may answer it differently.
         let key = if repairing { format!("{}~repair", task.key) } else { task.key.to_owned() };
-        let result = running
-            .slot
-            .provider
-            .complete(Call {
-                request,
-                model: &candidate.model,
-                path: &ctx.info().path,
-                key: &key,
-                max_output_tokens: limit,
-                structured_output: candidate.structured_output,
-                thinking: candidate.thinking.as_deref(),
-                cancellation: ctx.cancellation(),
-                request_id: &request_id,
-            })
-            .await;
+        let completing = running.slot.provider.complete(Call {
+            request,
+            model: &candidate.model,
+            path: &ctx.info().path,
+            key: &key,
+            max_output_tokens: limit,
+            structured_output: candidate.structured_output,
+            thinking: candidate.thinking.as_deref(),
+            cancellation: ctx.cancellation(),
+            request_id: &request_id,
+        });
+        let result = noting(ctx, &meter_key, &request_id, completing).await;
         observe(running, candidate, &result, started.elapsed());
         let result = result
             .map_err(|error| if running.slot.own_id().is_some() { to_its_owner(error, candidate) } else { error });
@@ -581,6 +579,31 @@ fn narrower(question: &Question, refused: &Request, limit: u32, said: Option<u64
         budget::fit(question, *window, limit).is_some_and(|shorter| request_bytes(&shorter) < request_bytes(refused))
     };
     said.into_iter().chain([said.map_or(guess, |said| said.min(guess))]).find(smaller)
+}
+
+/// The outcome of a call, and beside it, as soon as the provider has named the call, a note of that name: whoever looks into the
+/// books after the death of this process can ask the provider by it. An answer that is there at once is not kept waiting for the
+/// note: its reading holds the name too.
+async fn noting(
+    ctx: &Context,
+    key: &str,
+    request_id: &RequestIdSlot,
+    completing: impl Future<Output = Result<Completion, ProviderError>>,
+) -> Result<Completion, ProviderError> {
+    let note = async {
+        let noted = CallNoted { provider_request_id: request_id.known().await };
+        let Ok(noted) = serde_json::to_value(noted) else { return };
+        if let Err(failure) = ctx.meter_note(key, &noted).await {
+            tracing::warn!(key, %failure, "the provider's name for a call under way is not recorded");
+        }
+    };
+    tokio::pin!(completing);
+    tokio::select! {
+        biased;
+        result = &mut completing => return result,
+        () = note => {}
+    }
+    completing.await
 }
 
 /// Why a request brought nothing.

@@ -124,6 +124,8 @@ impl OpenRouterAccount {
             tokens_reasoning: answer.native_tokens_reasoning.unwrap_or(0),
             source: UsageSource::Lookup,
             provider_cost_pusd: Some(self.money(&answer.total_cost)?),
+            upstream_key: false,
+            upstream_cost_pusd: None,
             raw: self.read::<Value>(raw.data.get())?,
         };
         Ok(Some(Generation { usage, model: answer.model, finish_reason: answer.finish_reason }))

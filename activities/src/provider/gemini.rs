@@ -6,6 +6,7 @@ use super::{
     chat::{TOKENS_MAX, TOOL_CALLS_MAX, schema_instruction},
     estimate,
     http::{Answer, Http, header, secret_header},
+    model_named,
     retry::{Hints, Names, Report, classify},
     sse::{DONE, Event, documents},
 };
@@ -362,8 +363,9 @@ impl Gathered {
         if let Some(id) = response.get("responseId").and_then(Value::as_str) {
             call.request_id.offer(id);
         }
-        if let Some(model) = response.get("modelVersion").and_then(Value::as_str).filter(|m| !m.is_empty()) {
-            self.model = Some(model.strip_prefix("models/").unwrap_or(model).to_owned());
+        let named = response.get("modelVersion").and_then(Value::as_str);
+        if let Some(model) = named.and_then(|model| model_named(model.strip_prefix("models/").unwrap_or(model))) {
+            self.model = Some(model);
         }
         if let Some(usage) = response.get("usageMetadata").filter(|usage| usage.is_object()) {
             self.usage = Some(usage.clone());
@@ -520,8 +522,8 @@ fn usage(raw: &Value) -> Usage {
         tokens_output,
         tokens_reasoning: thoughts.min(tokens_output),
         source: UsageSource::Provider,
-        provider_cost_pusd: None,
         raw: raw.clone(),
+        ..Usage::default()
     }
 }
 

@@ -43,9 +43,10 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::{
     fmt::Write as _,
-    sync::{Arc, Mutex, Once},
+    sync::{Arc, Once},
     time::Duration,
 };
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 /// Largest answer that is read, in bytes after decompression: forty times a long answer, small enough for a worker
@@ -143,7 +144,7 @@ pub struct Call<'a> {
 
 /// Holds the provider's id of a request from the moment it is known: it survives a call whose answer is lost.
 #[derive(Clone, Debug, Default)]
-pub struct RequestIdSlot(Arc<Mutex<Option<String>>>);
+pub struct RequestIdSlot(Arc<watch::Sender<Option<String>>>);
 
 /// Longest request id that is kept, in bytes: it comes from outside and goes into an index.
 const REQUEST_ID_BYTES_MAX: usize = 200;
@@ -154,14 +155,42 @@ impl RequestIdSlot {
         if id.is_empty() || id.len() > REQUEST_ID_BYTES_MAX || !id.bytes().all(|b| b.is_ascii_graphic()) {
             return;
         }
-        let mut slot = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        slot.get_or_insert_with(|| id.to_owned());
+        self.0.send_if_modified(|slot| {
+            let first = slot.is_none();
+            if first {
+                *slot = Some(id.to_owned());
+            }
+            first
+        });
     }
     /// The id, once one is known.
     #[must_use]
     pub fn get(&self) -> Option<String> {
-        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+        self.0.borrow().clone()
     }
+    /// Waits for the id.
+    pub async fn known(&self) -> String {
+        let mut changes = self.0.subscribe();
+        loop {
+            if let Some(id) = changes.borrow_and_update().clone() {
+                return id;
+            }
+            // This slot holds the sender, so that it cannot be gone.
+            if changes.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+}
+
+/// Longest name of a model that an answer is believed, in bytes: longer than any that is known.
+const MODEL_BYTES_MAX: usize = 200;
+
+/// The model that an answer names; nothing if that is no name of a model: it goes into rows and histories, and prices are looked
+/// up by it.
+fn model_named(name: &str) -> Option<String> {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b':' | b'/' | b'@' | b'~' | b'+' | b'-');
+    (!name.is_empty() && name.len() <= MODEL_BYTES_MAX && name.bytes().all(plain)).then(|| name.to_owned())
 }
 
 /// A complete answer: a finish reason was seen and it is a good one.
@@ -260,5 +289,21 @@ mod tests {
             slot.offer(id);
         }
         assert_eq!(slot.get().as_deref(), Some("gen-1"));
+    }
+
+    #[tokio::test]
+    async fn an_id_is_waited_for() {
+        let slot = RequestIdSlot::default();
+        let other = slot.clone();
+        let (id, ()) = tokio::join!(slot.known(), async { other.offer("gen-1") });
+        assert_eq!((id.as_str(), slot.known().await.as_str()), ("gen-1", "gen-1"));
+    }
+
+    #[test]
+    fn what_is_no_name_of_a_model_is_none() {
+        assert_eq!(model_named("google/gemini-3.8-flash:free").as_deref(), Some("google/gemini-3.8-flash:free"));
+        for name in ["", "a b", "a\0b", "\u{e4}", &"x".repeat(MODEL_BYTES_MAX + 1)] {
+            assert_eq!(model_named(name), None, "{name:?}");
+        }
     }
 }

@@ -8,8 +8,6 @@ use std::time::Duration;
 
 /// Longest wait that is believed, however long a provider says: a week.
 pub(super) const RETRY_AFTER_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
-/// Longest upstream code that is kept, in bytes.
-const CODE_BYTES_MAX: usize = 64;
 
 /// What an error answer says, whichever dialect it speaks.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -183,10 +181,113 @@ pub(super) fn seconds(number: f64) -> Option<Duration> {
     Duration::try_from_secs_f64(number).ok().map(|d| d.min(RETRY_AFTER_MAX))
 }
 
-/// An upstream code, cut to what is safe to store and show.
-pub(super) fn short_code(code: &str) -> String {
-    code.chars()
-        .filter(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | ':' | '/'))
-        .take(CODE_BYTES_MAX)
-        .collect()
+/// Error codes of the three dialects, in lower case: those that are documented and those that were seen. Nothing else of an error
+/// goes into a history: a server may say anything there, the key that it was sent too.
+const KNOWN_CODES: &[&str] = &[
+    // Statuses of google.rpc, and reasons of its ErrorInfo.
+    "aborted",
+    "already_exists",
+    "cancelled",
+    "data_loss",
+    "deadline_exceeded",
+    "failed_precondition",
+    "internal",
+    "invalid_argument",
+    "not_found",
+    "out_of_range",
+    "permission_denied",
+    "resource_exhausted",
+    "unauthenticated",
+    "unavailable",
+    "unimplemented",
+    "unknown",
+    "api_key_expired",
+    "api_key_invalid",
+    "api_key_service_blocked",
+    "billing_disabled",
+    "consumer_invalid",
+    "consumer_suspended",
+    "iam_permission_denied",
+    "service_disabled",
+    // OpenRouter's `error_type`.
+    "authentication",
+    "content_policy_violation",
+    "context_length_exceeded",
+    "guardrail",
+    "insufficient_credits",
+    "invalid_request",
+    "moderation",
+    "no_provider",
+    "overloaded",
+    "payload_too_large",
+    "payment_required",
+    "provider_unavailable",
+    "rate_limited",
+    "refusal",
+    "server_error",
+    "timeout",
+    "unprocessable",
+    // `type` and `code` of OpenAI and of the servers that resemble it.
+    "api_error",
+    "authentication_error",
+    "badrequesterror",
+    "content_filter",
+    "context_length",
+    "exceed_context_size_error",
+    "flagged",
+    "insufficient_quota",
+    "internal_server_error",
+    "internalservererror",
+    "invalid_api_key",
+    "invalid_request_error",
+    "invalid_value",
+    "missing_required_parameter",
+    "model_not_found",
+    "not_found_error",
+    "notfounderror",
+    "not_supported_error",
+    "overloaded_error",
+    "permission_error",
+    "rate_limit_error",
+    "rate_limit_exceeded",
+    "requests",
+    "string_above_max_length",
+    "tokens",
+    "unavailable_error",
+    "unsupported_parameter",
+    "unsupported_value",
+];
+/// What stands for every other code.
+const OTHER: &str = "other";
+/// Longest finish reason that is kept, in bytes: longer than any that is known.
+const REASON_BYTES_MAX: usize = 40;
+
+/// An upstream code as a history may hold it.
+pub(super) fn known_code(code: &str) -> &'static str {
+    KNOWN_CODES.iter().find(|known| known.eq_ignore_ascii_case(code)).copied().unwrap_or(OTHER)
+}
+
+/// A finish reason as a history may hold it. Reasons are an open list whose new words have to be seen, so what looks like a word is
+/// kept: letters and single underscores. A key has digits or signs, or is longer.
+pub(super) fn reason_word(reason: &str) -> &str {
+    let word = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphabetic());
+    if reason.len() <= REASON_BYTES_MAX && reason.split('_').all(word) { reason } else { OTHER }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_known_codes_and_plain_words_are_kept() {
+        assert_eq!((known_code("RESOURCE_EXHAUSTED"), known_code("sk-or-v1-0123")), ("resource_exhausted", OTHER));
+        for reason in ["stop", "MAX_TOKENS", "some_new_reason", "IMAGE_PROHIBITED_CONTENT"] {
+            assert_eq!(reason_word(reason), reason);
+        }
+        for reason in
+            ["", "_", "a__b", "sk-abc", "AIzaSyA1", "a b", "a\0", "abcdefghijklmnopqrstuvwxyz_abcdefghijklmno"]
+        {
+            assert_eq!(reason_word(reason), OTHER, "{reason:?}");
+        }
+    }
 }

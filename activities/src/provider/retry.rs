@@ -1,11 +1,11 @@
 //! Classifies what went wrong with a call, once, at the edge that saw it: HTTP status and error body become a
 //! [`ProviderError`] with a failure code, advice and the wait that the provider asked for.
 //!
-//! Nothing of an upstream body reaches a message: a failure is stored in histories and shown to users. Short codes
-//! are kept in its detail.
+//! Nothing of an upstream body reaches a failure, which is stored in histories and shown to users: of its codes those that are
+//! known by name, anything else is `other`.
 
-pub(super) use super::report::short_code;
 pub use super::report::{Hints, Report};
+use super::report::{known_code, reason_word};
 use crate::usage::{CallState, Usage};
 use chrono::{DateTime, Utc};
 use loopwright_engine::{Failure, FailureKind};
@@ -103,7 +103,7 @@ impl ProviderError {
     #[must_use]
     pub fn refused(provider: &Names, reason: &str) -> Self {
         let failure = Failure::permanent("model.refused", format!("{}: the model declined to answer", provider.title))
-            .with_detail(json!({ "reason": short_code(reason) }));
+            .with_detail(json!({ "reason": reason_word(reason) }));
         Self::new(failure, Advice::OtherModel)
     }
     /// The model ended in a way that leaves nothing usable, `reason` as it called it.
@@ -111,7 +111,7 @@ impl ProviderError {
     pub fn unusable(provider: &Names, reason: &str) -> Self {
         let failure =
             Failure::retryable("model.output_invalid", format!("{}: the answer is not usable", provider.title))
-                .with_detail(json!({ "finish_reason": short_code(reason) }));
+                .with_detail(json!({ "finish_reason": reason_word(reason) }));
         Self::new(failure, Advice::SameModel)
     }
     /// The run asked the call to stop.
@@ -125,10 +125,10 @@ impl ProviderError {
         self.usage = usage;
         self
     }
-    /// With the finish reason in the provider's words, cut to what is safe to store.
+    /// With the finish reason in the provider's words, if it is one that may be stored.
     #[must_use]
     pub fn with_finish_reason(mut self, reason: Option<String>) -> Self {
-        self.finish_reason = reason.map(|r| short_code(&r));
+        self.finish_reason = reason.map(|reason| reason_word(&reason).to_owned());
         self
     }
     /// The wait that the provider asked for.
@@ -256,7 +256,8 @@ pub fn classify(names: &Names, status: u16, hints: Hints, report: &Report) -> Pr
     if let (FailureKind::Retryable, Some(wait)) = (error.failure.kind, retry_after) {
         error.failure.retry_after_ms = Some(u64::try_from(wait.as_millis()).unwrap_or(u64::MAX));
     }
-    let codes: Vec<String> = report.codes.iter().map(|c| short_code(c)).collect();
+    let mut codes: Vec<&str> = report.codes.iter().map(|code| known_code(code)).collect();
+    codes.dedup();
     error.failure.detail = json!({ "http_status": status, "upstream_codes": codes });
     error
 }
@@ -361,10 +362,10 @@ mod tests {
     }
 
     #[test]
-    fn nothing_of_the_body_reaches_the_message() {
-        let body = json!({"error": {"code": "co de<b>", "message": "SECRET in <html>", "type": "SECRET TYPE\n"}});
+    fn nothing_of_the_body_reaches_the_failure() {
+        let body = json!({"error": {"code": "model_not_found", "message": "SECRET in <html>", "type": "SECRET_TYPE", "status": "SECRET"}});
         let failure = classified(418, &body).failure;
-        assert!(!failure.message.contains("SECRET"));
-        assert_eq!(failure.detail["upstream_codes"], json!(["secrettype", "codeb"]));
+        assert!(!format!("{failure:?}").to_lowercase().contains("secret"), "{failure:?}");
+        assert_eq!(failure.detail["upstream_codes"], json!(["other", "model_not_found"]));
     }
 }

@@ -4,7 +4,7 @@ use super::{Books, Output, asked, report, store};
 use crate::billing::{
     books::Finding,
     price,
-    pricelist::{self, Trust},
+    pricelist::{self, Tier, Trust},
 };
 use chrono::{Duration, Utc};
 use loopwright_engine::Failure;
@@ -37,15 +37,14 @@ pub(super) async fn run(b: &Books) -> Result<Output, Failure> {
         let Some(quote) = theirs.get(model) else { continue };
         done.checked += 1;
         let in_force = pricelist::in_force(&mut conn, "openrouter", model, now).await.map_err(|e| store(&e))?;
-        let basis = |tiers: &[pricelist::Tier]| {
-            tiers.iter().map(|t| (t.min_prompt_tokens, t.input_umtok, t.output_umtok)).collect::<Vec<_>>()
-        };
-        if !in_force.is_empty() && basis(&in_force) != basis(&quote.tiers) {
-            found.push(finding(
-                "price_differs",
-                format!("openrouter/{model}"),
-                "the provider's list says another price; `loopwright pricing sync`",
-            ));
+        if in_force.is_empty() {
+            continue;
+        }
+        let parts = differing(&in_force, &quote.tiers);
+        if !parts.is_empty() {
+            let text =
+                format!("the provider's list says another price ({}); `loopwright pricing sync`", parts.join(", "));
+            found.push(finding("price_differs", format!("openrouter/{model}"), &text));
         }
     }
     for (provider, model) in &b.candidates {
@@ -66,6 +65,57 @@ pub(super) async fn run(b: &Books) -> Result<Output, Failure> {
     Ok(done)
 }
 
+/// Parts of a price that differ in effect: a part that has no price of its own costs what it is a part of, and a size of prompts
+/// that has none costs what smaller ones do.
+fn differing(ours: &[Tier], theirs: &[Tier]) -> Vec<&'static str> {
+    type Part = (&'static str, fn(&Tier) -> i64);
+    const PARTS: [Part; 6] = [
+        ("input", |t| t.input_umtok),
+        ("output", |t| t.output_umtok),
+        ("cached input", |t| t.cached_input_umtok.unwrap_or(t.input_umtok)),
+        ("cache write", |t| t.cache_write_umtok.unwrap_or(t.input_umtok)),
+        ("reasoning", |t| t.reasoning_umtok.unwrap_or(t.output_umtok)),
+        ("request", |t| t.per_request_pusd),
+    ];
+    let floors: BTreeSet<i64> = ours.iter().chain(theirs).map(|tier| tier.min_prompt_tokens).collect();
+    let at = |tiers: &[Tier], floor: i64, part: fn(&Tier) -> i64| {
+        tiers.iter().rfind(|tier| tier.min_prompt_tokens <= floor).map(part)
+    };
+    let differs =
+        |part: fn(&Tier) -> i64| floors.iter().any(|floor| at(ours, *floor, part) != at(theirs, *floor, part));
+    PARTS.into_iter().filter(|(_, part)| differs(*part)).map(|(name, _)| name).collect()
+}
+
 fn finding(kind: &'static str, subject: String, message: &str) -> Finding {
     Finding { kind, message: format!("{subject}: {message}"), subject, user: None }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_part_of_a_price_is_compared_in_its_effect() {
+        let ours = Tier { input_umtok: 100, output_umtok: 400, cached_input_umtok: Some(10), ..Tier::default() };
+        let changed = |change: fn(&mut Tier)| {
+            let mut theirs = ours.clone();
+            change(&mut theirs);
+            differing(std::slice::from_ref(&ours), &[theirs])
+        };
+        assert_eq!(changed(|_| {}), [""; 0]);
+        assert_eq!(changed(|t| t.cached_input_umtok = Some(20)), ["cached input"]);
+        assert_eq!(changed(|t| t.cached_input_umtok = None), ["cached input"]);
+        assert_eq!(changed(|t| t.cache_write_umtok = Some(125)), ["cache write"]);
+        assert_eq!(changed(|t| t.reasoning_umtok = Some(800)), ["reasoning"]);
+        assert_eq!(changed(|t| t.per_request_pusd = 1), ["request"]);
+        assert_eq!(changed(|t| t.input_umtok = 200), ["input", "cache write"]);
+        // Said or not, it is the same price.
+        assert_eq!(changed(|t| t.cache_write_umtok = Some(100)), [""; 0]);
+        assert_eq!(changed(|t| t.reasoning_umtok = Some(400)), [""; 0]);
+
+        let long = Tier { min_prompt_tokens: 200_000, ..ours.clone() };
+        let dear = Tier { output_umtok: 600, ..long.clone() };
+        assert_eq!(differing(std::slice::from_ref(&ours), &[ours.clone(), long]), [""; 0]);
+        assert_eq!(differing(std::slice::from_ref(&ours), &[ours.clone(), dear]), ["output", "reasoning"]);
+    }
 }

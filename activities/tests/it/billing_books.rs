@@ -232,7 +232,7 @@ async fn sums_that_part_from_the_providers_are_told() {
 }
 
 const LIST: &str = r#"{"data": [
- {"id": "google/gemini-3.8-flash", "pricing": {"prompt": "0.00000075", "completion": "0.00000375"}},
+ {"id": "google/gemini-3.8-flash", "pricing": {"prompt": "0.00000075", "completion": "0.00000375", "input_cache_read": "0.000000075"}},
  {"id": "google/gemini-2.5-pro", "pricing": {"prompt": "0.0000013", "completion": "0.00001",
    "overrides": [{"min_prompt_tokens": 200000, "prompt": "0.0000025", "completion": "0.000015"}]}},
  {"id": "openrouter/auto", "pricing": {"prompt": "-1", "completion": "-1"}},

@@ -1,6 +1,7 @@
 // The helpers of tests may unwrap as tests do; clippy's own exception covers test functions only.
 #![allow(clippy::unwrap_used)]
 
+mod answers;
 mod billing;
 mod billing_audit;
 mod billing_books;
@@ -17,6 +18,7 @@ mod orchestrator;
 mod prompts;
 mod provider;
 mod quotes;
+mod report;
 mod sandbox;
 mod under_fire;
 mod workspace;

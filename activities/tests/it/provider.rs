@@ -21,12 +21,14 @@
 //! | A errors | `errors::the_table_of_gemini_holds` |
 //! | B headers, generation id as soon as headers arrive | `wire::requests_have_the_shape_of_their_dialect`, `faults` (every row behind the headers) |
 //! | B `model` of the answer is billed, cost | `wire::a_good_answer_is_read_with_its_usage_to_the_token` |
-//! | B `require_parameters`, no endpoint for a schema | `wire::requests_have_the_shape_of_their_dialect`, `forms::openrouter_and_gemini_step_down_where_a_schema_is_not_taken` |
+//! | B `require_parameters`, no endpoint for a schema | `wire::requests_have_the_shape_of_their_dialect`, `forms::openrouter_and_gemini_step_down_where_a_schema_is_not_taken`, `forms::openrouter_and_gemini_step_down_to_the_prompt` |
 //! | B tools sent again, `role: tool` | `wire::tool_calls_make_the_round_trip_past_a_strict_server` |
 //! | B comments, usage with choices, missing `[DONE]` | `faults` (`CommentsOnly`, `CommentsForever`, `UsageTwice`, `NoDone`), every reply of the fake |
 //! | B error before and after the first token, number or text as code | `errors::the_table_of_openrouter_holds`, `faults` (`ErrorMidStream`, `ErrorInside`) |
 //! | B errors, `availability`, `resets_at` | `errors::the_table_of_openrouter_holds`, `errors::a_spent_key_says_until_when_it_rests` |
 //! | B what is not billed | `wire::what_openrouter_does_not_bill_is_not_counted` |
+//! | B `is_byok`, `cost_details` | `answers::a_call_on_a_key_that_openrouter_holds_for_us_is_not_given_away`, `chat::answer::tests` |
+//! | B `/generation` of a call whose process died | `answers::a_call_whose_process_dies_after_the_headers_is_found_and_filled_in` |
 //! | B a cancelled stream may be billed | `limits::a_cancelled_call_closes_its_connection_and_is_unknown` |
 //! | C key optional | `forms::a_keyless_server_gets_no_authorization` |
 //! | C usage only with the option, or none | `wire::requests_have_the_shape_of_their_dialect`, `faults` (`UsageAbsent`) |
@@ -41,9 +43,19 @@
 //! | official clients | `official::the_official_clients_can_talk_to_the_fake` |
 //!
 //! Not used, so not tested: embeddings, token counts, caches, service tiers, safety settings, `allowedFunctionNames`,
-//! fallback lists and routing preferences of OpenRouter, its response cache, prices of `/models`. Known and not followed:
-//! `CONTINUATION` is a truncated answer (each hop is a call of its own, which the orchestrator would have to announce); a
-//! prompt that a server cut silently cannot be seen.
+//! fallback lists and routing preferences of OpenRouter, its response cache, prices of `/models`.
+//!
+//! Known and not followed, and why:
+//!
+//! | reference | what is done, and why |
+//! | --- | --- |
+//! | A `CONTINUATION`: resend with `continuationToken` | a truncated answer, billed as such. Each hop is a call with its own bill, so the orchestrator would have to announce it, hold for it and keep half an answer as a checkpoint; the reference does not say whether the parts of two hops join in the middle of a call of a tool. No model of ours has been seen to send it |
+//! | A 504: raise the client's time-out | `SameModel`, the time-outs stay. Ours are 120 s to the first byte and 15 min in all, above every deadline that the server has been seen to have: it is the server's that ended. A shorter request is what helps, and that is the caller's |
+//! | A 402: disable all keys of that billing account | the key that was refused. Which keys share an account nobody says, and a guess would take keys from users who pay for them. The others are disabled by their own refusal, which costs nothing |
+//! | A 401/403: disable the key | 403 only if its reason is about the key: the same status refuses one model to a key that serves others |
+//! | A 499: the caller hung up | `SameModel`: it was not us, so it was something between |
+//! | B 401/403, 402: no retry | no retry with this key; another key or provider is asked |
+//! | C a prompt that is cut silently | cannot be seen |
 
 use loopwright_activities::{
     orchestrator::{Message, Request, Role},

@@ -362,6 +362,29 @@ impl Bench {
             .collect()
     }
 
+    /// Whether the struck call is named by the headers behind which its worker dies. Gemini names a call in its body.
+    fn names(&self, pair: &Pair) -> bool {
+        pair.death.1 == Death::Headers && pair.dialect != Dialect::Gemini
+    }
+
+    /// How the key of the struck call's requests begins in the first attempt.
+    fn first_of_struck(&self, pair: &Pair) -> &'static str {
+        ["a.a1.", "b.a1."][pair.struck()]
+    }
+
+    /// Whether the books have the name of the call under way.
+    async fn named(&self, pair: &Pair) -> bool {
+        sqlx::query_scalar(
+            "select exists (select from api_key_usage k join api_keys y on y.id = k.api_key_id
+             where y.fingerprint = decode($1, 'hex') and starts_with(k.call_key, $2) and k.provider_request_id is not null)",
+        )
+        .bind(pair.fingerprint())
+        .bind(self.first_of_struck(pair))
+        .fetch_one(&self.pool)
+        .await
+        .expect("row")
+    }
+
     async fn until_dead(&self, pair: &Pair, child: &mut Child) {
         if let Death::Sent | Death::Headers = pair.death.1 {
             let (mine, at) = (pair.fingerprint(), pair.struck());
@@ -371,6 +394,12 @@ impl Bench {
                 asked.nth(at).is_some_and(|entry| entry.stage >= stage)
             };
             self.fake.journal_when(reached).await;
+            if self.names(pair) {
+                // What the headers said is recorded while the answer is awaited.
+                while !self.named(pair).await {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            }
             child.kill().expect("killed");
         }
         // It dies by itself at its point.
@@ -456,6 +485,8 @@ impl Bench {
             let told = |entry: &Entry| entry.provider_request_id.as_ref() == id.as_ref();
             let entries = story.iter().filter(|(entry, _)| id.is_some() && told(entry)).count();
             note(id.is_none() || entries == 1, format!("{key}: {entries} answers have the id {id:?}"));
+            let struck = self.names(pair) && state == "unknown" && key.starts_with(self.first_of_struck(pair));
+            note(!struck || id.is_some(), format!("{key} died behind its headers and has no id"));
         }
         // What was answered and recorded is not asked again: its question is the last of its call.
         for name in ["a", "b"] {

@@ -8,7 +8,7 @@
 use super::Shared;
 use crate::{
     Error,
-    activity::ContextBackend,
+    activity::{CHECKPOINT_BYTES_MAX, ContextBackend},
     committer::crash_point,
     definition::inputs::is_too_deep,
     failure::{Failure, FailureKind},
@@ -27,9 +27,6 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio_util::sync::CancellationToken;
-
-/// Largest value of one checkpoint, in bytes of JSON.
-const CHECKPOINT_BYTES_MAX: usize = 8 << 20;
 
 /// How long a store call is tried while Postgres is away. Chosen: a restart takes seconds, a failover of a hosted Postgres one or
 /// two minutes; whoever waits longer holds an answer that may be stale anyway. The last try may add [`TRY_MAX`].
@@ -137,6 +134,18 @@ impl Backend {
         stored.await.unwrap_or_else(|error| Err(Failure::retryable("transient.store", error.to_string())))
     }
 
+    /// Stores a note, once, in a task of its own. Nobody's work depends on it.
+    async fn note_alone(&self, key: &str, reading: &Value) -> Result<(), Failure> {
+        let (own, key, reading) = (self.clone(), key.to_owned(), reading.clone());
+        let stored = self.shared.storing.spawn(async move {
+            match tokio::time::timeout(TRY_MAX, own.note_once(&key, &reading)).await {
+                Ok(done) => done.map_err(|error| store_failure(&error)),
+                Err(_) => Err(Failure::retryable("transient.store", "the database did not answer in time")),
+            }
+        });
+        stored.await.unwrap_or_else(|error| Err(Failure::retryable("transient.store", error.to_string())))
+    }
+
     fn beat(&self) {
         *self.beat.lock().expect("no panic while held") = Instant::now();
     }
@@ -173,10 +182,19 @@ impl Backend {
         }
     }
 
+    /// Without the fence, whose lock the stream of an answer would share with everything that the run does: the hook changes
+    /// nothing of a call that is closed.
+    async fn note_once(&self, key: &str, reading: &Value) -> Result<(), Error> {
+        let mut tx = transaction::begin(&self.shared.pool).await?;
+        let reading = Reading { key, phase: Phase::Note, current: true, body: reading };
+        self.shared.hook.meter(&mut tx, &self.attempt, reading).await.map_err(of_hook)?;
+        tx.commit().await?;
+        Ok(())
+    }
+
     async fn close_once(&self, key: &str, reading: &Value, checkpoint: Option<(&str, &Value)>) -> Result<(), Error> {
-        if let Some((_, value)) = checkpoint {
-            Self::limit(value)?;
-        }
+        // What cannot be kept was consumed all the same.
+        let fits = checkpoint.map_or(Ok(()), |(_, value)| Self::limit(value));
         let mut tx = transaction::begin(&self.shared.pool).await?;
         let owned = self.counts(&mut tx).await?;
         // The reading is a fact about the outside: it is stored even when the attempt is stale. Its result is not,
@@ -185,13 +203,13 @@ impl Backend {
         crash_point("meter.after_fence");
         self.shared.hook.meter(&mut tx, &self.attempt, reading).await.map_err(of_hook)?;
         crash_point("meter.after_hook");
-        if let (true, Some((key, value))) = (owned, checkpoint) {
+        if let (true, true, Some((key, value))) = (owned, fits.is_ok(), checkpoint) {
             store::checkpoints::put(&mut tx, self.attempt.run_id, &self.attempt.path, key, value).await?;
         }
         crash_point("meter.before_commit");
         tx.commit().await?;
         crash_point("meter.after_commit");
-        if owned { Ok(()) } else { Err(Error::LeaseLost) }
+        if owned { fits } else { Err(Error::LeaseLost) }
     }
 }
 
@@ -209,6 +227,9 @@ impl ContextBackend for Backend {
     }
     fn meter_open<'a>(&'a self, key: &'a str, reading: &'a Value) -> BoxFuture<'a, Result<(), Failure>> {
         Box::pin(self.insist(move || self.open_once(key, reading)))
+    }
+    fn meter_note<'a>(&'a self, key: &'a str, reading: &'a Value) -> BoxFuture<'a, Result<(), Failure>> {
+        Box::pin(self.note_alone(key, reading))
     }
     fn meter_close<'a>(
         &'a self,

@@ -1,11 +1,16 @@
-//! A finished answer, held against the shape that was asked for: usable, or to be repaired once. Both are paid for and recorded.
+//! A finished answer, held against the shape that was asked for and against what can be kept: usable, or to be repaired once. Both
+//! are paid for and recorded.
 
 use super::{
     super::{Message, Reply, Request, ToolCall},
     Task,
 };
-use crate::{orchestrator::route::Candidate, provider::Completion};
-use loopwright_engine::{Failure, activity::Context};
+use crate::{nul, orchestrator::route::Candidate, provider::Completion};
+use loopwright_engine::{
+    Failure,
+    activity::{CHECKPOINT_BYTES_MAX, Context},
+    definition::inputs::{DEPTH_MAX, is_too_deep},
+};
 use serde_json::{Value, json};
 
 /// A finished answer that did not have the required shape. It has been paid for, so it is recorded like a usable one: an
@@ -35,7 +40,7 @@ impl Unusable {
 
     /// How the call ends when the repair was unusable too.
     pub(super) fn twice(self) -> Failure {
-        let text = format!("{} answered twice without the required shape", self.model);
+        let text = format!("{} answered twice in a form that cannot be used", self.model);
         Failure::retryable("model.output_invalid", text).with_detail(json!({ "errors": self.errors }))
     }
 }
@@ -58,45 +63,71 @@ pub(super) fn judge(task: &Task<'_>, candidate: &Candidate, completion: &Complet
         Some(shape) if completion.tool_calls.is_empty() => match shape.read(&completion.text) {
             Ok(json) => Some(json),
             Err(errors) => {
-                return Judged::Unusable(Unusable {
-                    provider: candidate.provider.clone(),
-                    model: candidate.model.clone(),
-                    text: recordable(&completion.text).chars().take(REPAIR_CHARS_MAX).collect(),
-                    errors: errors.iter().map(|error| recordable(error)).collect(),
-                });
+                let errors = errors.iter().map(|error| error_text(error)).collect();
+                return Judged::Unusable(unusable(candidate, completion, errors));
             }
         },
         _ => None,
     };
     let tool_calls = completion.tool_calls.iter().cloned();
-    Judged::Reply(Reply {
-        text: recordable(&completion.text),
-        json: json.map(without_nul),
-        tool_calls: tool_calls.map(|call| ToolCall { arguments: without_nul(call.arguments), ..call }).collect(),
-        parts: without_nul(completion.parts.clone()),
+    let reply = Reply {
+        text: nul::text(&completion.text),
+        json: json.map(nul::value),
+        tool_calls: tool_calls.map(|call| ToolCall { arguments: nul::value(call.arguments), ..call }).collect(),
+        parts: nul::value(completion.parts.clone()),
         provider: candidate.provider.clone(),
         model: completion.model_served.clone(),
         tokens_prompt: completion.usage.tokens_prompt,
         tokens_output: completion.usage.tokens_output,
-    })
-}
-
-/// A text as Postgres takes it: an answer with a NUL would be paid for and could not be recorded, again and again.
-pub(super) fn recordable(text: &str) -> String {
-    text.replace('\0', "\u{2400}")
-}
-
-pub(super) fn without_nul(value: Value) -> Value {
-    match value {
-        Value::String(text) => Value::String(recordable(&text)),
-        Value::Array(items) => items.into_iter().map(without_nul).collect(),
-        Value::Object(fields) => {
-            fields.into_iter().map(|(name, value)| (recordable(&name), without_nul(value))).collect()
-        }
-        other => other,
+    };
+    match unkeepable(&reply) {
+        None => Judged::Reply(reply),
+        Some(why) => Judged::Unusable(unusable(candidate, completion, vec![why])),
     }
 }
 
+fn unusable(candidate: &Candidate, completion: &Completion, errors: Vec<String>) -> Unusable {
+    Unusable {
+        provider: candidate.provider.clone(),
+        model: candidate.model.clone(),
+        text: nul::text(&completion.text).chars().take(REPAIR_CHARS_MAX).collect(),
+        errors,
+    }
+}
+
+/// What is wrong with an answer, cut: the place of an error in a deep value is named by all names above it.
+fn error_text(error: &str) -> String {
+    nul::text(error).chars().take(ERROR_CHARS_MAX).collect()
+}
+
+/// Whether lists and objects stand more than `levels` deep inside each other. A parser has read the value: at most 128.
+fn is_deeper(value: &Value, levels: usize) -> bool {
+    match value {
+        Value::Array(items) => levels == 0 || items.iter().any(|item| is_deeper(item, levels - 1)),
+        Value::Object(fields) => levels == 0 || fields.values().any(|item| is_deeper(item, levels - 1)),
+        _ => false,
+    }
+}
+
+/// Why an answer cannot be kept as a checkpoint, said to its model. It has been paid for all the same.
+fn unkeepable(reply: &Reply) -> Option<String> {
+    let mut given = reply.tool_calls.iter().map(|call| &call.arguments).chain(&reply.json);
+    // A reply can always be written.
+    let value = serde_json::to_value(reply).unwrap_or_default();
+    if given.any(|value| is_deeper(value, ANSWER_LEVELS_MAX)) || is_too_deep(&value) {
+        return Some(format!(
+            "lists and objects are nested in each other too deeply; stay below {ANSWER_LEVELS_MAX} levels"
+        ));
+    }
+    let bytes = value.to_string().len();
+    (bytes > CHECKPOINT_BYTES_MAX).then(|| "the answer is too large by far; say it in less".to_owned())
+}
+
+/// Nesting that a model is told to stay below. Chosen: what stands around its value in a record and in a history takes a few of the
+/// levels that the engine keeps.
+const ANSWER_LEVELS_MAX: usize = DEPTH_MAX - 8;
+/// Longest description of one thing that is wrong, in characters.
+const ERROR_CHARS_MAX: usize = 600;
 /// Most of an unusable answer that is kept and shown to the model again, in characters.
 pub(super) const REPAIR_CHARS_MAX: usize = 8_000;
 
@@ -109,10 +140,11 @@ pub(super) fn append_repair(request: &mut Request, text: &str, errors: &[String]
             provider: String::new(),
         });
     }
-    let text = format!(
-        "This answer cannot be used:\n- {}\nAnswer again, completely, with exactly one JSON value that satisfies the \
-         required schema, and nothing else.",
-        errors.join("\n- ")
-    );
+    let again = if request.output_schema.is_some() {
+        "Answer again, completely, with exactly one JSON value that satisfies the required schema, and nothing else."
+    } else {
+        "Nothing of it was done. Answer again, completely."
+    };
+    let text = format!("This answer cannot be used:\n- {}\n{again}", errors.join("\n- "));
     request.messages.push(Message::User { text });
 }

@@ -7,6 +7,7 @@ use crate::{
     provider::{
         Call, Completion, estimate,
         http::Answer,
+        model_named,
         retry::{Hints, Names, ProviderError, Report, classify},
         sse::{DONE, Event, documents},
     },
@@ -132,8 +133,8 @@ impl Gathered {
         if let Some(id) = chunk.get("id").and_then(Value::as_str) {
             call.request_id.offer(id);
         }
-        if let Some(model) = chunk.get("model").and_then(Value::as_str).filter(|m| !m.is_empty()) {
-            self.model = Some(model.to_owned());
+        if let Some(model) = chunk.get("model").and_then(Value::as_str).and_then(model_named) {
+            self.model = Some(model);
         }
         if let Some(usage) = usage(chunk, text) {
             self.usage = Some(usage);
@@ -355,7 +356,7 @@ fn usage(chunk: &Value, text: &str) -> Option<Usage> {
     }
     let tokens_prompt = count("/prompt_tokens");
     let tokens_output = count("/completion_tokens");
-    let provider_cost_pusd = cost_pusd(text);
+    let Costs { charged: provider_cost_pusd, upstream: upstream_cost_pusd, upstream_key } = costs(text);
     // Proxies that do not count send zeros; a price beside them (a cache hit of OpenRouter) says they are meant.
     if tokens_prompt == 0 && tokens_output == 0 && provider_cost_pusd.is_none() {
         return None;
@@ -369,12 +370,25 @@ fn usage(chunk: &Value, text: &str) -> Option<Usage> {
         tokens_reasoning: count("/completion_tokens_details/reasoning_tokens").min(tokens_output),
         source: UsageSource::Provider,
         provider_cost_pusd,
+        upstream_key,
+        upstream_cost_pusd,
         raw: raw.clone(),
     })
 }
 
-/// `usage.cost` by its own spelling: as a float it would lose digits.
-fn cost_pusd(text: &str) -> Option<i64> {
+/// What `usage` says of money.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Costs {
+    /// `cost`: what the account was charged. Where the call was served by a key of its owner's, the fee alone.
+    charged: Option<i64>,
+    /// `cost_details.upstream_inference_cost`.
+    upstream: Option<i64>,
+    /// `is_byok`. A server that leaves it out and names what the vendor charged means the same.
+    upstream_key: bool,
+}
+
+/// Amounts by their own spelling: as floats they would lose digits.
+fn costs(text: &str) -> Costs {
     #[derive(Deserialize)]
     struct Chunk<'a> {
         #[serde(borrow)]
@@ -382,11 +396,30 @@ fn cost_pusd(text: &str) -> Option<i64> {
     }
     #[derive(Deserialize)]
     struct Cost<'a> {
-        #[serde(borrow)]
+        #[serde(borrow, default)]
         cost: Option<&'a RawValue>,
+        #[serde(borrow, default)]
+        is_byok: Option<&'a RawValue>,
+        #[serde(borrow, default)]
+        cost_details: Option<&'a RawValue>,
     }
-    let chunk: Chunk<'_> = serde_json::from_str(text).ok()?;
-    pusd_from_decimal(chunk.usage?.cost?.get())
+    #[derive(Deserialize)]
+    struct Details<'a> {
+        #[serde(borrow, default)]
+        upstream_inference_cost: Option<&'a RawValue>,
+    }
+    let Some(cost) = serde_json::from_str::<Chunk<'_>>(text).ok().and_then(|chunk| chunk.usage) else {
+        return Costs::default();
+    };
+    let amount = |raw: Option<&RawValue>| raw.and_then(|raw| pusd_from_decimal(raw.get()));
+    let details = cost.cost_details.and_then(|raw| serde_json::from_str::<Details<'_>>(raw.get()).ok());
+    let upstream = amount(details.and_then(|details| details.upstream_inference_cost));
+    let upstream_key = match cost.is_byok.map(RawValue::get) {
+        Some("true") => true,
+        Some("false") => false,
+        _ => upstream.is_some_and(|cost| cost > 0),
+    };
+    Costs { charged: amount(cost.cost), upstream, upstream_key }
 }
 
 #[cfg(test)]
@@ -473,6 +506,40 @@ mod tests {
         let usage = usage(&serde_json::from_str(text).unwrap(), text).unwrap();
         assert_eq!((usage.tokens_prompt, usage.tokens_cached, usage.tokens_output), (194, 194, 12));
         assert_eq!((usage.tokens_reasoning, usage.provider_cost_pusd), (5, Some(310_000_001)));
+    }
+
+    #[test]
+    fn a_call_on_a_deposited_key_costs_its_fee_and_what_the_vendor_takes() {
+        let total = |said: &str| {
+            let text = format!(r#"{{"usage":{{"prompt_tokens":194,"completion_tokens":12,{said}}}}}"#);
+            let usage = usage(&serde_json::from_str(&text).unwrap(), &text).unwrap();
+            (usage.provider_cost_pusd, usage.total_cost_pusd())
+        };
+        let (fee, all) = (Some(15_500_000), Some(325_500_001));
+        for (said, expected) in [
+            (
+                r#""cost":0.0000155,"is_byok":true,"cost_details":{"upstream_inference_cost":0.000310000001}"#,
+                (fee, all),
+            ),
+            (r#""cost":0.0000155,"cost_details":{"upstream_inference_cost":0.000310000001}"#, (fee, all)),
+            (
+                r#""cost":0,"is_byok":true,"cost_details":{"upstream_inference_cost":3.1e-4}"#,
+                (Some(0), Some(310_000_000)),
+            ),
+            // Not said, or nothing: our own arithmetic.
+            (r#""cost":0.0000155,"is_byok":true"#, (fee, None)),
+            (r#""cost":0.0000155,"is_byok":true,"cost_details":null"#, (fee, None)),
+            (r#""cost":0,"is_byok":true,"cost_details":{"upstream_inference_cost":null}"#, (Some(0), None)),
+            (r#""cost":0,"is_byok":true,"cost_details":{"upstream_inference_cost":0}"#, (Some(0), None)),
+            (r#""cost":0,"is_byok":true,"cost_details":{"upstream_inference_cost":-1}"#, (Some(0), None)),
+            (r#""cost":0,"is_byok":true,"cost_details":"none""#, (Some(0), None)),
+            // OpenRouter's own key: what it says is all.
+            (r#""cost":0.0000155,"is_byok":false,"cost_details":{"upstream_inference_cost":null}"#, (fee, fee)),
+            (r#""cost":0.0000155,"is_byok":false,"cost_details":{"upstream_inference_cost":0.00031}"#, (fee, fee)),
+            (r#""cost":0"#, (Some(0), Some(0))),
+        ] {
+            assert_eq!(total(said), expected, "{said}");
+        }
     }
 
     #[test]

@@ -2,8 +2,11 @@
 
 use super::{KEY, PATIENT, ask_with, client, request, verdict};
 use loopwright_activities::{
-    provider::Advice::{self, DisableKey, OtherKey, OtherModel, OtherProvider, SameModel},
-    testing::{Answer, Dialect, FakeProvider, answer_json},
+    provider::{
+        Advice::{self, DisableKey, OtherKey, OtherModel, OtherProvider, SameModel},
+        ProviderError,
+    },
+    testing::{Answer, Dialect, FakeProvider, answer_json, frames, stream},
     usage::CallState,
 };
 use loopwright_engine::FailureKind;
@@ -263,16 +266,49 @@ async fn a_spent_key_says_until_when_it_rests() {
     assert_eq!(error.key_rests_until.unwrap().to_rfc3339(), "2026-11-27T00:00:00+00:00");
 }
 
+/// Every field that any dialect reads of an error, with the key in it.
+fn echoing(status: u16) -> Value {
+    let said = format!("bad key {KEY}");
+    json!({"id": KEY, "model": KEY, "error": {"message": said, "code": KEY, "type": KEY, "status": KEY, "param": KEY,
+        "metadata": {"error_type": KEY, "reason": KEY, "limit_source": KEY, "raw": said},
+        "availability": {"code": KEY, "retryable": status == 503},
+        "details": [{"@type": KEY, "reason": KEY, "violations": [{"quotaId": KEY, "quotaValue": KEY}]}]}})
+}
+
+/// Everything that an error carries on shows neither the key nor a piece of it that could be told from chance.
+fn shows_nothing(error: &ProviderError, what: &str) {
+    let shown = format!("{error:?} {} {}", error.failure.message, json!(error.failure)).to_lowercase();
+    for piece in [KEY, "secret", "key-0123", "0123456789"] {
+        assert!(!shown.contains(piece), "{what}: {piece} in {shown}");
+    }
+}
+
 #[tokio::test]
 async fn no_error_shows_the_key_or_the_words_of_the_server() {
     for dialect in Dialect::ALL {
-        for status in [400, 401, 402, 403, 429, 500] {
-            let body = json!({"error": {"message": format!("bad key {KEY}"), "code": format!("c {KEY}"), "type": KEY}});
-            let server = FakeProvider::always(answer_json(status, "", &body)).await;
+        for status in [400, 401, 402, 403, 404, 413, 422, 429, 500, 503] {
+            let headers = format!("x-request-note: {KEY}\r\n");
+            let server = FakeProvider::always(answer_json(status, &headers, &echoing(status))).await;
             let provider = client(dialect, &server.base(), PATIENT);
             let error = ask_with(provider.as_ref(), &request(), &CancellationToken::new()).await.error();
-            let shown = format!("{} {:?}", error.failure.message, provider.key());
-            assert!(!shown.contains(KEY), "{dialect:?} {status}: {shown}");
+            shows_nothing(&error, &format!("{dialect:?} {status}"));
+            let identity = format!("{:?}", provider.key());
+            assert!(!identity.contains(KEY), "{identity}");
+        }
+        // In the middle of a stream, and as the reason of its end.
+        let mut ends =
+            vec![frames(&[dialect.text("a"), echoing(500)]), frames(&[dialect.text("a"), dialect.finish(KEY, None)])];
+        if dialect == Dialect::Gemini {
+            ends.push(frames(&[json!({"promptFeedback": {"blockReason": KEY}})]));
+        } else {
+            let choice = json!({"index": 0, "delta": {}, "finish_reason": KEY, "error": {"code": KEY, "message": KEY}});
+            ends.push(frames(&[dialect.text("a"), json!({"choices": [choice]})]));
+        }
+        for body in ends {
+            let server = FakeProvider::always(stream(&body)).await;
+            let provider = client(dialect, &server.base(), PATIENT);
+            let error = ask_with(provider.as_ref(), &request(), &CancellationToken::new()).await.error();
+            shows_nothing(&error, &format!("{dialect:?} {}", String::from_utf8_lossy(&body)));
         }
     }
 }

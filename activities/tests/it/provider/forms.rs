@@ -9,7 +9,7 @@ use loopwright_activities::{
     },
     testing::{Dialect, FakeProvider, answer_json, stream},
 };
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 #[tokio::test]
@@ -80,6 +80,62 @@ async fn openrouter_and_gemini_step_down_where_a_schema_is_not_taken() {
     for requests in [2, 3] {
         ask_with(provider.as_ref(), &request, &CancellationToken::new()).await.completion();
         assert_eq!(server.seen().len(), requests);
+    }
+}
+
+#[tokio::test]
+async fn openrouter_and_gemini_step_down_to_the_prompt() {
+    let request = Request { output_schema: Some(json!({"type": "object"})), ..request() };
+    for dialect in [Dialect::OpenRouter, Dialect::Gemini] {
+        // Neither schemas nor JSON mode.
+        let server = FakeProvider::start(move |seen, _| match dialect {
+            Dialect::Gemini if seen.body["generationConfig"].get("responseJsonSchema").is_some() => {
+                let body =
+                    json!({"error": {"status": "INVALID_ARGUMENT", "message": "Unknown name responseJsonSchema"}});
+                answer_json(400, "", &body)
+            }
+            Dialect::Gemini if seen.body["generationConfig"].get("responseMimeType").is_some() => {
+                let body =
+                    json!({"error": {"status": "INVALID_ARGUMENT", "message": "response_mime_type is not supported"}});
+                answer_json(400, "", &body)
+            }
+            Dialect::OpenRouter if seen.body.get("response_format").is_some() => {
+                answer_json(404, "", &json!({"error": {"code": 404, "message": "No endpoints found"}}))
+            }
+            _ => stream(&dialect.good("{\"a\":1}")),
+        })
+        .await;
+        let provider = client(dialect, &server.base(), PATIENT);
+        for requests in [3, 4] {
+            let completion = ask_with(provider.as_ref(), &request, &CancellationToken::new()).await.completion();
+            assert_eq!(completion.text, "{\"a\":1}", "{dialect:?}");
+            assert_eq!(server.seen().len(), requests, "{dialect:?}: two refusals, then none ever again");
+        }
+        let seen = server.seen();
+        let (first, second, last) = (&seen[0].body, &seen[1].body, &seen[3].body);
+        let told = |body: &Value| match dialect {
+            Dialect::Gemini => body["systemInstruction"].to_string(),
+            _ => body["messages"][0]["content"].to_string(),
+        };
+        match dialect {
+            Dialect::Gemini => {
+                assert_eq!(first["generationConfig"]["responseJsonSchema"], json!({"type": "object"}));
+                assert_eq!(second["generationConfig"]["responseMimeType"], "application/json");
+                assert!(second["generationConfig"].get("responseJsonSchema").is_none());
+                assert!(last["generationConfig"].get("responseMimeType").is_none());
+            }
+            _ => {
+                assert_eq!(first["response_format"]["type"], "json_schema");
+                assert_eq!(second["response_format"], json!({"type": "json_object"}));
+                // Without a parameter that an endpoint could ignore, all of them may serve.
+                assert!(last.get("response_format").is_none() && last.get("provider").is_none(), "{last}");
+            }
+        }
+        assert!(!told(first).contains("JSON Schema"), "{dialect:?}");
+        assert!(
+            told(second).contains("JSON Schema") && told(last).contains("JSON Schema"),
+            "{dialect:?}: the prompt says it"
+        );
     }
 }
 

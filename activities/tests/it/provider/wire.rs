@@ -6,6 +6,7 @@ use loopwright_activities::{
     provider::{
         Advice, Gemini, Provider, StructuredOutput,
         address::{Trust, parse_base_url},
+        estimate::{self, request_bytes},
     },
     testing::{Answer, Dialect, FakeProvider, Reply, Told, answer_json, chunk, end, frames, stream, stream_head},
     usage::{CallState, UsageSource},
@@ -208,6 +209,33 @@ async fn a_turn_of_another_provider_is_accepted_by_each() {
         request.messages.push(Message::Tool { call_id, name: "read".into(), output: "x".into() });
         let second = ask_with(client(to, &server.base_of(to), PATIENT).as_ref(), &request, &cancellation).await;
         assert_eq!(second.completion().text, "done", "{from:?} to {to:?}");
+    }
+}
+
+#[tokio::test]
+async fn what_is_sent_back_verbatim_is_counted_before_it_is_sent() {
+    let noise = "0123456789abcdef".repeat(2_000);
+    for dialect in [Dialect::Gemini, Dialect::OpenRouter] {
+        let parts = match dialect {
+            Dialect::Gemini => json!([{"text": "short", "thoughtSignature": noise}]),
+            _ => json!({"role": "assistant", "content": "short",
+                "reasoning_details": [{"type": "reasoning.encrypted", "data": noise, "index": 0}]}),
+        };
+        let turn = Message::Model { text: "short".into(), tool_calls: vec![], parts, provider: dialect.name().into() };
+        let plain = request();
+        let mut long = plain.clone();
+        long.messages.extend([turn, Message::User { text: "go on".into() }]);
+        let server = FakeProvider::saying(Reply::text("done")).await;
+        let provider = client(dialect, &server.base_of(dialect), PATIENT);
+        for request in [&plain, &long] {
+            ask_with(provider.as_ref(), request, &CancellationToken::new()).await.completion();
+        }
+        let sizes: Vec<usize> = server.seen().iter().map(|seen| seen.body.to_string().len()).collect();
+        let counted = request_bytes(&long) - request_bytes(&plain);
+        // The braces around a user's turn are more bytes than tokens; everything else is text.
+        assert!(counted + 64 >= sizes[1] - sizes[0], "{dialect:?}: {counted} of {sizes:?}");
+        // Where it is not sent (another provider, or no usage was reported) nobody pays for it.
+        assert!(estimate::usage(&long, 4, 100).tokens_prompt < 100);
     }
 }
 
