@@ -65,6 +65,7 @@ pub const MIGRATIONS: &[Migration] = &[
     Migration { version: 20, name: "keys", sql: include_str!("../../migrations/0020_keys.sql") },
     Migration { version: 21, name: "ledger", sql: include_str!("../../migrations/0021_ledger.sql") },
     Migration { version: 22, name: "quotes", sql: include_str!("../../migrations/0022_quotes.sql") },
+    Migration { version: 23, name: "key_models", sql: include_str!("../../migrations/0023_key_models.sql") },
 ];
 
 /// Contracts of all activities.

@@ -21,6 +21,8 @@ const TOKENS_MAX: u64 = 1 << 40;
 pub struct UnknownCall {
     pub id: i64,
     pub provider_request_id: String,
+    /// Of the key that made it, in hex.
+    pub fingerprint: String,
 }
 
 /// Calls of a provider on keys of the platform that may be asked about now, oldest first.
@@ -32,10 +34,10 @@ pub async fn unknown_calls(
     provider: &str,
     limit: i64,
 ) -> Result<Vec<UnknownCall>, sqlx::Error> {
-    let rows: Vec<(i64, String)> = sqlx::query_as(
-        "select id, provider_request_id from api_key_usage u
-         where provider = $1 and state = 'unknown' and provider_request_id is not null and usage_source = 'none'
-           and exists (select from api_keys k where k.id = u.api_key_id and k.user_id is null)
+    let rows: Vec<(i64, String, String)> = sqlx::query_as(
+        "select u.id, u.provider_request_id, encode(k.fingerprint, 'hex')
+         from api_key_usage u join api_keys k on k.id = u.api_key_id and k.user_id is null
+         where u.provider = $1 and state = 'unknown' and provider_request_id is not null and usage_source = 'none'
            and finished_at > engine_now() - make_interval(hours => $2) and coalesce(next_lookup_at, finished_at) <= engine_now()
          order by finished_at limit $3",
     )
@@ -44,7 +46,8 @@ pub async fn unknown_calls(
     .bind(limit)
     .fetch_all(conn)
     .await?;
-    Ok(rows.into_iter().map(|(id, provider_request_id)| UnknownCall { id, provider_request_id }).collect())
+    let call = |(id, provider_request_id, fingerprint)| UnknownCall { id, provider_request_id, fingerprint };
+    Ok(rows.into_iter().map(call).collect())
 }
 
 /// Stores what the provider says that a call of unknown outcome consumed. It stays unknown to its attempt, whose next one made

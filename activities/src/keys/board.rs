@@ -29,7 +29,7 @@ pub const FORBIDDEN: &str = "model.unavailable";
 /// Which row of `api_keys`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum KeyRef {
-    /// A key from the environment, by its fingerprint in hex.
+    /// A key of the platform, from the environment or sealed, by its fingerprint in hex.
     Platform { provider: String, fingerprint: String },
     /// A user's own.
     Own(Uuid),
@@ -63,13 +63,25 @@ struct Known {
     standings: HashMap<KeyRef, Standing>,
     /// What a provider said when it refused a key, in words for its owner.
     said: HashMap<KeyRef, Failure>,
-    /// Models that a key may not use, until when, and what the provider said. Of this process alone: a row holds one rest,
-    /// and two forbidden models must not make it the key's.
-    forbidden: HashMap<(KeyRef, String), (Instant, Failure)>,
+    /// Models that a key may not use, and until when. Rows of their own: two forbidden models must not make it the key's.
+    forbidden: HashMap<(KeyRef, String), Forbidden>,
     read_at: Option<Instant>,
     /// When this process noted the standing of a key itself: rows that were asked for before say nothing of it.
     noted: HashMap<KeyRef, Instant>,
 }
+
+/// A model that a key may not use.
+#[derive(Debug)]
+struct Forbidden {
+    until: Instant,
+    /// What the provider said, if this process heard it.
+    said: Option<Failure>,
+    /// It has a row, so that others know it too.
+    shared: bool,
+}
+
+/// Key, provider, fingerprint, whether it is a user's, model, rest of the wait in ms.
+type ForbiddenRow = (Uuid, String, String, bool, String, f64);
 
 /// Provider, fingerprint, status, reason, model, rest of the wait in ms.
 type Row = (String, String, String, Option<String>, Option<String>, Option<f64>);
@@ -81,8 +93,8 @@ impl Board {
         Self { pool: Some(pool), known: Mutex::default() }
     }
 
-    /// Reads the platform's keys if what is known is older than [`STANDING_AGE_MAX`]. A database that does not answer
-    /// changes nothing: what was known still counts.
+    /// Reads the platform's keys, and which models keys may not use, if what is known is older than [`STANDING_AGE_MAX`]. A
+    /// database that does not answer changes nothing: what was known still counts.
     pub async fn refresh(&self) {
         let Some(pool) = &self.pool else { return };
         {
@@ -102,16 +114,36 @@ impl Board {
         .bind(ROWS_MAX)
         .fetch_all(pool)
         .await;
-        let rows = match rows {
-            Ok(rows) => rows,
-            Err(error) => return tracing::warn!(%error, "the standing of keys could not be read"),
+        let forbidden: Result<Vec<ForbiddenRow>, _> = sqlx::query_as(
+            "select k.id, k.provider, encode(k.fingerprint, 'hex'), k.user_id is not null, m.model,
+                    (extract(epoch from m.forbidden_until - engine_now()) * 1000)::float8
+             from api_key_models m join api_keys k on k.id = m.api_key_id where m.forbidden_until > engine_now() limit $1",
+        )
+        .bind(ROWS_MAX)
+        .fetch_all(pool)
+        .await;
+        let (rows, forbidden) = match (rows, forbidden) {
+            (Ok(rows), Ok(forbidden)) => (rows, forbidden),
+            (Err(error), _) | (_, Err(error)) => {
+                return tracing::warn!(%error, "the standing of keys could not be read");
+            }
         };
-        self.take_rows(rows, asked_at);
+        self.take_rows(rows, forbidden, asked_at);
     }
 
     /// Takes over what rows said that were asked for at `asked_at`. What this process has noted since then is newer and stays.
-    fn take_rows(&self, rows: Vec<Row>, asked_at: Instant) {
+    fn take_rows(&self, rows: Vec<Row>, forbidden: Vec<ForbiddenRow>, asked_at: Instant) {
         let mut known = self.lock();
+        let mut heard = std::mem::take(&mut known.forbidden);
+        for (id, provider, fingerprint, own, model, wait_ms) in forbidden {
+            let key = if own { KeyRef::Own(id) } else { KeyRef::Platform { provider, fingerprint } };
+            let at = (key, model);
+            let said = heard.remove(&at).and_then(|known| known.said);
+            let until = Instant::now() + milliseconds(wait_ms);
+            known.forbidden.insert(at, Forbidden { until, said, shared: true });
+        }
+        // What could not be written is known all the same; what has no row any more was lifted.
+        known.forbidden.extend(heard.into_iter().filter(|(_, known)| !known.shared));
         let Known { standings, noted, .. } = &mut *known;
         noted.retain(|_, at| *at >= asked_at);
         standings.retain(|key, _| matches!(key, KeyRef::Own(_)) || noted.contains_key(key));
@@ -153,30 +185,62 @@ impl Board {
             return standing;
         }
         match known.forbidden.get(&(key.clone(), model.to_owned())) {
-            Some((until, _)) if *until > now => {
+            Some(Forbidden { until, .. }) if *until > now => {
                 Standing::Cooling { model: Some(model.to_owned()), until: *until, reason: FORBIDDEN.to_owned() }
             }
             _ => standing,
         }
     }
 
-    /// Leaves a key alone for a model that it may not use, for [`FORBIDDEN_FOR`], in this process.
-    pub fn forbid(&self, key: &KeyRef, model: &str, why: &Failure) {
-        let now = Instant::now();
-        let mut known = self.lock();
-        if known.forbidden.len() >= FORBIDDEN_MAX {
-            known.forbidden.retain(|_, (until, _)| *until > now);
+    /// Leaves a key alone for a model that it may not use, for [`FORBIDDEN_FOR`].
+    ///
+    /// # Transaction
+    /// One statement: a row for key and model, and what is over goes. Without a row of the key only this process knows.
+    pub async fn forbid(&self, key: &KeyRef, model: &str, why: &Failure) {
+        {
+            let now = Instant::now();
+            let mut known = self.lock();
             if known.forbidden.len() >= FORBIDDEN_MAX {
-                known.forbidden.clear();
+                known.forbidden.retain(|_, known| known.until > now);
+                if known.forbidden.len() >= FORBIDDEN_MAX {
+                    known.forbidden.clear();
+                }
             }
+            let said = Some(why.clone());
+            let at = (key.clone(), model.to_owned());
+            known.forbidden.insert(at, Forbidden { until: now + FORBIDDEN_FOR, said, shared: false });
         }
-        known.forbidden.insert((key.clone(), model.to_owned()), (now + FORBIDDEN_FOR, why.clone()));
+        let Some(pool) = &self.pool else { return };
+        let (own, provider, fingerprint) = key.columns();
+        let written = sqlx::query(
+            "with over as (delete from api_key_models where forbidden_until < engine_now() - interval '1 day' and model <> $4)
+             insert into api_key_models (api_key_id, model, forbidden_until, reason)
+             select id, $4, engine_now() + $5 * interval '1 ms', $6 from api_keys
+             where id = $1 or ($1 is null and user_id is null and provider = $2 and fingerprint = decode($3, 'hex'))
+             on conflict (api_key_id, model) do update set forbidden_until = excluded.forbidden_until, reason = excluded.reason",
+        )
+        .bind(own)
+        .bind(provider)
+        .bind(fingerprint)
+        .bind(model)
+        .bind(FORBIDDEN_FOR.as_millis() as f64)
+        .bind(&why.code)
+        .execute(pool)
+        .await;
+        match written {
+            Ok(written) => {
+                if let Some(known) = self.lock().forbidden.get_mut(&(key.clone(), model.to_owned())) {
+                    known.shared = written.rows_affected() > 0;
+                }
+            }
+            Err(error) => tracing::warn!(%error, "others are not told that a key may not use a model"),
+        }
     }
 
-    /// What the provider said when it refused `key` this model.
+    /// What the provider said when it refused `key` this model, if this process heard it.
     #[must_use]
     pub fn said_of_model(&self, key: &KeyRef, model: &str) -> Option<Failure> {
-        self.lock().forbidden.get(&(key.clone(), model.to_owned())).map(|(_, failure)| failure.clone())
+        self.lock().forbidden.get(&(key.clone(), model.to_owned())).and_then(|known| known.said.clone())
     }
 
     /// What the provider said when it refused `key`, if this process heard it.
@@ -319,13 +383,13 @@ fn milliseconds(ms: f64) -> Duration {
 mod tests {
     use super::*;
 
-    #[test]
-    fn models_that_a_key_may_not_use_are_left_out_one_by_one() {
+    #[tokio::test]
+    async fn models_that_a_key_may_not_use_are_left_out_one_by_one() {
         let board = Board::default();
         let key = KeyRef::Own(Uuid::nil());
         let now = Instant::now();
         for model in ["a", "b"] {
-            board.forbid(&key, model, &Failure::permanent(FORBIDDEN, model));
+            board.forbid(&key, model, &Failure::permanent(FORBIDDEN, model)).await;
         }
         for model in ["a", "b"] {
             assert!(matches!(board.standing(&key, model, now), Standing::Cooling { .. }), "{model}");
@@ -346,13 +410,13 @@ mod tests {
         board.cool(&key(1), None, Duration::from_secs(60), &why).await;
         board.disable(&key(2), &why).await;
         // The rows are older: of them both keys were active, and a third one was not.
-        board.take_rows(vec![row(3)], asked_at);
+        board.take_rows(vec![row(3)], vec![], asked_at);
         assert!(rests(1) && rests(2) && rests(3));
         // A row of before does not stand above what was noted either.
-        board.take_rows(vec![("gemini".into(), "1".into(), "disabled".into(), None, None, None)], asked_at);
+        board.take_rows(vec![("gemini".into(), "1".into(), "disabled".into(), None, None, None)], vec![], asked_at);
         assert!(matches!(board.standing(&key(1), "m", Instant::now()), Standing::Cooling { .. }));
         // Rows that were asked for later know everything.
-        board.take_rows(vec![row(2)], Instant::now() + Duration::from_millis(1));
+        board.take_rows(vec![row(2)], vec![], Instant::now() + Duration::from_millis(1));
         assert!(!rests(1) && rests(2) && !rests(3));
     }
 

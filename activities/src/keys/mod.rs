@@ -1,8 +1,9 @@
-//! Keys of providers: which of them may be used now, and the sealed ones of users.
+//! Keys of providers: which of them may be used now, and the sealed ones of users and of the platform.
 //!
 //! ```text
-//! user ─ REST, CLI ─▶ Keys::put ─ envelope (random DEK, wrapped by the ring's first KEK) ─▶ api_keys
-//! orchestrator ─▶ Keys::own (opened in memory) · Board (cooling, disabled; read once a second) · Rates (per minute)
+//! user ─ REST, CLI ─▶ Keys::put ──────────┐
+//! operator ─ CLI ──▶ Keys::put_platform ──┴ envelope (random DEK, wrapped by the ring's first KEK) ─▶ api_keys
+//! orchestrator ─▶ Keys::own, Keys::platform (opened in memory) · Board (cooling, disabled; read once a second) · Rates (per minute)
 //! ```
 //!
 //! It makes no request and chooses no model: that is [`crate::orchestrator`]. A key leaves it as a [`secrecy::SecretString`] only.
@@ -11,13 +12,17 @@ mod board;
 mod envelope;
 mod rate;
 mod ring;
+mod rotate;
+mod rows;
 mod store;
 
 pub use board::{Board, FORBIDDEN, FORBIDDEN_FOR, KeyRef, STANDING_AGE_MAX, Standing};
 pub use envelope::{Content, Envelope, Place, VERSION, open, rewrap, seal};
 pub use rate::{Grant, Rates, Taken, WINDOW};
 pub use ring::Ring;
-pub use store::{KEY_ROWS_PER_USER_MAX, KEYS_PER_USER_MAX, KeyView, Keys, NewKey, OwnKey, Rewrapped, Status};
+pub use rotate::Rewrapped;
+pub use rows::{KeyView, SealedKey, Status};
+pub use store::{KEY_ROWS_PER_USER_MAX, KEYS_PER_USER_MAX, Keys, NewKey};
 
 use crate::provider::address::AddressError;
 use uuid::Uuid;

@@ -8,6 +8,7 @@ mod keys;
 use super::{
     Question, Reply, Request, Role, budget,
     own::{Own, Owners},
+    platform::Sealed,
     route::{Candidate, Routing},
     service::{Pool, Running, Slot},
     structured::Shape,
@@ -18,7 +19,7 @@ use crate::{
         Advice, Call, Completion, Provider, ProviderError, RequestIdSlot, Settings,
         estimate::{request_bytes, request_tokens_max},
         hex,
-        settings::SettingsError,
+        settings::{PROVIDERS, SettingsError},
     },
     usage::{CallClosed, CallNoted, CallOpened, CallState, PlannedCall},
 };
@@ -78,6 +79,8 @@ struct Inner {
     /// Without a database nobody shares a budget.
     rates: Option<Rates>,
     owners: Option<Owners>,
+    /// The platform's keys beside those of the environment.
+    sealed: Option<Sealed>,
     /// Windows that servers named or turned out to have, by provider and model: smaller than we were told.
     windows: Mutex<BTreeMap<(String, String), u64>>,
     /// Requests that failed calls have made, by attempt and key: an activity that asks again under the same key in the
@@ -149,9 +152,16 @@ impl Orchestrator {
         for provider in providers {
             slots.entry(provider.name()).or_default().push(Arc::new(Slot::platform(provider)));
         }
+        if keys.is_some() {
+            // The platform may keep sealed keys for any of them, also later.
+            for name in PROVIDERS {
+                slots.entry(name).or_default();
+            }
+        }
         let pools: BTreeMap<&'static str, Pool> =
             slots.into_iter().map(|(name, slots)| (name, Pool::new(slots))).collect();
         let names: Vec<&str> = pools.keys().copied().collect();
+        let sealed = keys.as_ref().map(|(keys, settings)| Sealed::new((*keys).clone(), settings.clone(), &pools));
         let inner = Inner {
             // A user's keys may serve providers that are not configured.
             routing: if keys.is_some() { routing } else { routing.only(&names) },
@@ -159,6 +169,7 @@ impl Orchestrator {
             pace,
             board: keys.as_ref().map(|(keys, _)| keys.board()).unwrap_or_default(),
             rates: keys.as_ref().map(|(keys, _)| keys.rates()),
+            sealed,
             owners: keys.map(|(keys, settings)| Owners::new(keys.clone(), settings)),
             windows: Mutex::default(),
             counts: Mutex::default(),
@@ -199,7 +210,9 @@ impl Orchestrator {
         if let Err(error) = keys.board().register(&rows).await {
             tracing::warn!(%error, "keys are not listed before their first call");
         }
-        Ok(Self::with_keys(routing, providers, Pace::default(), keys, settings.clone()))
+        let orchestrator = Self::with_keys(routing, providers, Pace::default(), keys, settings.clone());
+        orchestrator.refresh_keys().await;
+        Ok(orchestrator)
     }
 
     /// One model call with fallback over the candidates of its role.
@@ -225,6 +238,7 @@ impl Orchestrator {
         }
         let shape = request.output_schema.as_ref().map(Shape::new).transpose()?;
         let own = self.own(ctx.info()).await?;
+        self.refresh_keys().await;
         let mut choices = self.usable(ctx, request, own.as_deref());
         if choices.is_empty() {
             return Err(own.map_or_else(|| self.no_candidate(request.role), |own| own.none_for(request.role)));
@@ -285,13 +299,40 @@ impl Orchestrator {
     /// Whether answers come from a script and from nowhere else.
     #[must_use]
     pub fn is_rehearsed(&self) -> bool {
-        !self.0.pools.is_empty() && self.0.pools.keys().all(|name| *name == "rehearsed")
+        let mut served = self.0.pools.iter().filter(|(_, pool)| !pool.is_empty()).map(|(name, _)| *name).peekable();
+        served.peek().is_some() && served.all(|name| name == "rehearsed")
+    }
+
+    /// Whether the platform has a key, or a server that needs none, for any provider now.
+    #[must_use]
+    pub fn is_served(&self) -> bool {
+        self.0.pools.values().any(|pool| !pool.is_empty())
+    }
+
+    fn serves(&self, provider: &str) -> bool {
+        self.0.pools.get(provider).is_some_and(|pool| !pool.is_empty())
+    }
+
+    /// Keeps the platform's sealed keys known while no call does: estimates name who is served. Never ends.
+    pub async fn keep_keys(&self) -> std::convert::Infallible {
+        loop {
+            self.refresh_keys().await;
+            tokio::time::sleep(super::platform::AGE_MAX).await;
+        }
+    }
+
+    /// Reads the platform's sealed keys, if what is known of them is old. What cannot be read or opened is told in the log;
+    /// the others go on.
+    pub async fn refresh_keys(&self) {
+        if let Some(sealed) = &self.0.sealed {
+            sealed.refresh(&self.0.pools).await;
+        }
     }
 
     /// The candidates of a role that the platform's keys serve.
     fn configured_for(&self, role: Role) -> impl Iterator<Item = &Candidate> {
         let list = self.0.routing.candidates(role).iter();
-        list.filter(|candidate| self.0.pools.contains_key(candidate.provider.as_str()))
+        list.filter(|candidate| self.serves(&candidate.provider))
     }
 
     /// What the run's user has brought.
@@ -312,7 +353,7 @@ impl Orchestrator {
             list.extend(own.candidates(&listed).into_iter().map(|candidate| Choice { candidate, own: true }));
         }
         if own.is_none_or(|own| own.platform_fallback) {
-            let served = listed.into_iter().filter(|c| self.0.pools.contains_key(c.provider.as_str()));
+            let served = listed.into_iter().filter(|c| self.serves(&c.provider));
             list.extend(served.map(|candidate| Choice { candidate, own: false }));
         }
         list.retain(|Choice { candidate, .. }| {
@@ -323,7 +364,7 @@ impl Orchestrator {
     }
 
     fn no_candidate(&self, role: Role) -> Failure {
-        let message = if self.0.pools.is_empty() {
+        let message = if !self.is_served() {
             "no model provider is configured: set GEMINI_API_KEY, OPENROUTER_API_KEY or OPENAI_BASE_URL".to_owned()
         } else {
             format!("no configured provider has a model for the role {}: set {}", role.name(), role.setting())
@@ -345,7 +386,7 @@ impl Orchestrator {
         let mut limit = output_limit(candidate, question.request.max_output_tokens);
         let mut tries_left = TRIES_PER_CANDIDATE;
         // Every key may refuse once; a change of keys is no second try.
-        let mut changes_left = pool.slots.len().saturating_sub(1);
+        let mut changes_left = pool.len().saturating_sub(1);
         let mut packings_left = PACKINGS_MAX;
         // What this call has found out about the window.
         let mut found = u64::MAX;

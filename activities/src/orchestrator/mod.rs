@@ -16,6 +16,7 @@ pub mod breaker;
 pub mod budget;
 mod call;
 mod own;
+mod platform;
 mod question;
 pub mod route;
 mod service;

@@ -9,7 +9,7 @@ use super::{
     service::{Pool, Slot},
 };
 use crate::{
-    keys::{Error, Keys, OwnKey},
+    keys::{Error, Keys, SealedKey},
     provider::Settings,
 };
 use chrono::{DateTime, Utc};
@@ -77,7 +77,7 @@ impl Owners {
         Ok(own)
     }
 
-    fn opened(&self, rows: &[OwnKey]) -> Result<Own, Failure> {
+    fn opened(&self, rows: &[SealedKey]) -> Result<Own, Failure> {
         let mut by_provider: BTreeMap<String, Vec<Arc<Slot>>> = BTreeMap::new();
         let mut models: Vec<Candidate> = Vec::new();
         for row in rows {
@@ -98,7 +98,7 @@ impl Owners {
     }
 
     /// The client of a key, made once for each time that it is sealed.
-    fn slot(&self, row: &OwnKey) -> Result<Arc<Slot>, Failure> {
+    fn slot(&self, row: &SealedKey) -> Result<Arc<Slot>, Failure> {
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((sealed_at, slot)) = slots.get(&row.id)
             && *sealed_at == row.sealed_at

@@ -8,7 +8,7 @@ use crate::{
 use loopwright_engine::Failure;
 use std::{
     sync::{
-        Arc,
+        Arc, PoisonError, RwLock,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -51,10 +51,10 @@ impl Slot {
     }
 }
 
-/// The keys of one provider.
+/// The keys of one provider. They may change while calls are under way: a call goes on with the key that it has.
 #[derive(Default)]
 pub(super) struct Pool {
-    pub slots: Vec<Arc<Slot>>,
+    slots: RwLock<Vec<Arc<Slot>>>,
     turn: AtomicU64,
 }
 
@@ -84,25 +84,40 @@ pub(super) enum Blocked {
 
 impl Pool {
     pub fn new(slots: Vec<Arc<Slot>>) -> Self {
-        Self { slots, turn: AtomicU64::new(1) }
+        Self { slots: RwLock::new(slots), turn: AtomicU64::new(1) }
+    }
+
+    /// The keys as they are now.
+    pub fn slots(&self) -> Vec<Arc<Slot>> {
+        self.slots.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Other keys from now on.
+    pub fn replace(&self, slots: Vec<Arc<Slot>>) {
+        *self.slots.write().unwrap_or_else(PoisonError::into_inner) = slots;
+    }
+
+    pub fn len(&self) -> usize {
+        self.slots.read().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 
     /// The key with the fewest calls under way, of several the one that rested longest, among those that are in service for
     /// `model` and not in `skip`.
-    pub fn take(&self, board: &Board, model: &str, now: Instant, skip: &[usize]) -> Result<(usize, Running), Blocked> {
-        let mut order: Vec<usize> = (0..self.slots.len()).filter(|at| !skip.contains(at)).collect();
-        let rank = |at: &usize| {
-            let slot = &self.slots[*at];
-            (slot.running.load(Ordering::Relaxed), slot.taken.load(Ordering::Relaxed), *at)
-        };
-        order.sort_by_cached_key(rank);
+    pub fn take(&self, board: &Board, model: &str, now: Instant, skip: &[Arc<Slot>]) -> Result<Running, Blocked> {
+        let mut order = self.slots();
+        order.retain(|slot| !skip.iter().any(|skipped| Arc::ptr_eq(skipped, slot)));
+        // Stable: of equals the first in the list.
+        order.sort_by_cached_key(|slot| (slot.running.load(Ordering::Relaxed), slot.taken.load(Ordering::Relaxed)));
         let (mut soonest, mut out) = (None::<(Duration, &'static str)>, None);
         let mut wait_for = |wait: Duration, code| match soonest {
             Some((known, _)) if known <= wait => {}
             _ => soonest = Some((wait, code)),
         };
-        for at in order {
-            let slot = &self.slots[at];
+        for slot in order {
             match board.standing(&slot.key, model, now) {
                 Standing::Active => {}
                 // An empty account does not fill by itself.
@@ -128,7 +143,7 @@ impl Pool {
                 Permit::Allowed { probe } => {
                     slot.running.fetch_add(1, Ordering::Relaxed);
                     slot.taken.store(self.turn.fetch_add(1, Ordering::Relaxed), Ordering::Relaxed);
-                    return Ok((at, Running { slot: Arc::clone(slot), probe }));
+                    return Ok(Running { slot, probe });
                 }
                 Permit::Refused(wait) => wait_for(wait, "model.unavailable"),
             }
@@ -142,7 +157,7 @@ impl Pool {
 
     /// Whether a key could serve `model` now.
     pub fn is_free(&self, board: &Board, model: &str, now: Instant) -> bool {
-        self.slots
+        self.slots()
             .iter()
             .any(|slot| board.standing(&slot.key, model, now) == Standing::Active && slot.breaker.is_closed())
     }

@@ -10,12 +10,15 @@ use crate::{
     decimal::pusd_from_decimal,
     usage::{CallState, Usage, UsageSource},
 };
+use futures_util::future::BoxFuture;
 use reqwest::{
     Url,
     header::{AUTHORIZATION, HeaderMap},
 };
+use secrecy::SecretString;
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, value::RawValue};
+use std::sync::Arc;
 
 /// A call as its provider remembers it.
 #[derive(Clone, Debug, PartialEq)]
@@ -25,14 +28,48 @@ pub struct Generation {
     pub finish_reason: Option<String>,
 }
 
-/// OpenRouter's account interface.
-#[derive(Debug)]
+/// Keys that are kept elsewhere than in the environment.
+pub trait MoreKeys: Send + Sync + 'static {
+    /// Those of `provider` that open here, are in service, and may be sent to `address`.
+    fn at<'a>(&'a self, provider: &'a str, address: &'a str) -> BoxFuture<'a, Vec<SecretString>>;
+}
+
+/// OpenRouter's account interface, for each of the platform's keys. Keys may belong to several accounts.
 pub struct OpenRouterAccount {
     http: Http,
+    /// As it is configured; sealed keys are bound to it.
+    address: Url,
     base: Url,
-    headers: HeaderMap,
     names: Names,
-    key: KeyIdentity,
+    configured: Vec<AccountKey>,
+    more: Option<Arc<dyn MoreKeys>>,
+}
+
+/// A key that the account interface is asked with.
+#[derive(Clone)]
+pub struct AccountKey {
+    headers: HeaderMap,
+    identity: KeyIdentity,
+}
+
+impl AccountKey {
+    pub(crate) fn of(key: &SecretString) -> Result<Self, String> {
+        let mut headers = HeaderMap::new();
+        headers.insert(AUTHORIZATION, secret_header("Bearer ", key)?);
+        Ok(Self { headers, identity: KeyIdentity::of("openrouter", Some(key)) })
+    }
+
+    /// Keyed hash of the key, as calls record it.
+    #[must_use]
+    pub fn fingerprint(&self) -> &str {
+        &self.identity.fingerprint
+    }
+
+    /// Its last four characters, as far as they may be shown.
+    #[must_use]
+    pub fn last4(&self) -> &str {
+        &self.identity.last4
+    }
 }
 
 #[derive(Deserialize)]
@@ -41,41 +78,62 @@ struct Data<T> {
 }
 
 impl OpenRouterAccount {
-    /// The account of the configured key; `None` if OpenRouter is not configured.
+    /// The account of the configured keys; `None` if OpenRouter is not configured.
     ///
     /// # Errors
     /// A sentence that names what cannot be used.
     pub fn configured(settings: &Settings) -> Result<Option<Self>, String> {
-        let Some(endpoint) = &settings.openrouter else { return Ok(None) };
-        // Of several keys the first: they share the account, and what the others used is in its sum.
-        let Some(key) = endpoint.keys.first() else { return Ok(None) };
-        let mut base = endpoint.base.clone();
+        let account = Self::with_more(settings, None)?;
+        Ok(Some(account).filter(|account| !account.configured.is_empty()))
+    }
+
+    /// The same with keys of another place beside those that are configured, also where none is.
+    ///
+    /// # Errors
+    /// A sentence that names what cannot be used.
+    pub fn with_more(settings: &Settings, more: Option<Arc<dyn MoreKeys>>) -> Result<Self, String> {
+        let address = settings.address("openrouter")?;
+        let mut base = address.clone();
         if base.path() == "/" || base.path().is_empty() {
             base.set_path("/api/v1");
         }
-        let mut headers = HeaderMap::new();
-        headers.insert(AUTHORIZATION, secret_header("Bearer ", key)?);
-        Ok(Some(Self {
+        let keys = settings.openrouter.iter().flat_map(|endpoint| &endpoint.keys);
+        Ok(Self {
             http: Http::new(&base, settings.timeouts, Trust::Operator)?,
+            address,
             base,
-            headers,
             names: Names { title: "OpenRouter", key_setting: "OPENROUTER_API_KEY", key_is_set: true },
-            key: KeyIdentity::of("openrouter", Some(key)),
-        }))
+            configured: keys.map(AccountKey::of).collect::<Result<_, _>>()?,
+            more,
+        })
     }
 
-    /// Keyed hash of the key, as calls record it.
-    #[must_use]
-    pub fn fingerprint(&self) -> &str {
-        &self.key.fingerprint
+    /// The keys as they are now, each once: those of the environment first.
+    pub async fn keys(&self) -> Vec<AccountKey> {
+        let mut keys = self.configured.clone();
+        let more = match &self.more {
+            Some(more) => more.at("openrouter", self.address.as_str()).await,
+            None => Vec::new(),
+        };
+        for key in more.iter().filter_map(|key| AccountKey::of(key).ok()) {
+            if keys.iter().all(|known| known.fingerprint() != key.fingerprint()) {
+                keys.push(key);
+            }
+        }
+        keys
     }
 
-    async fn text(&self, path: &[&str], query: Option<(&str, &str)>) -> Result<String, ProviderError> {
+    async fn text(
+        &self,
+        key: &AccountKey,
+        path: &[&str],
+        query: Option<(&str, &str)>,
+    ) -> Result<String, ProviderError> {
         let mut url = join(&self.base, path);
         if let Some((name, value)) = query {
             url.query_pairs_mut().append_pair(name, value);
         }
-        self.http.get_text(&self.names, url, self.headers.clone()).await
+        self.http.get_text(&self.names, url, key.headers.clone()).await
     }
 
     fn read<T: DeserializeOwned>(&self, text: &str) -> Result<T, ProviderError> {
@@ -92,7 +150,7 @@ impl OpenRouterAccount {
     ///
     /// # Errors
     /// As every request.
-    pub async fn generation(&self, id: &str) -> Result<Option<Generation>, ProviderError> {
+    pub async fn generation(&self, key: &AccountKey, id: &str) -> Result<Option<Generation>, ProviderError> {
         #[derive(Deserialize)]
         struct Answer {
             #[serde(default)]
@@ -109,7 +167,7 @@ impl OpenRouterAccount {
             #[serde(default)]
             native_tokens_cached: Option<u64>,
         }
-        let text = match self.text(&["generation"], Some(("id", id))).await {
+        let text = match self.text(key, &["generation"], Some(("id", id))).await {
             Ok(text) => text,
             Err(error) if error.http_status == Some(404) => return Ok(None),
             Err(error) => return Err(error),
@@ -131,29 +189,40 @@ impl OpenRouterAccount {
         Ok(Some(Generation { usage, model: answer.model, finish_reason: answer.finish_reason }))
     }
 
-    /// What the key has used in all, and the whole account, in pico-USD.
+    /// What the key has used in all, in pico-USD.
     ///
     /// # Errors
     /// As every request.
-    pub async fn totals(&self) -> Result<(i64, i64), ProviderError> {
+    pub async fn used_by_key(&self, key: &AccountKey) -> Result<i64, ProviderError> {
         #[derive(Deserialize)]
         struct Key {
             usage: Box<RawValue>,
         }
+        let answer: Data<Key> = self.read(&self.text(key, &["key"], None).await?)?;
+        self.money(&answer.data.usage)
+    }
+
+    /// What the key's whole account has used in all, in pico-USD.
+    ///
+    /// # Errors
+    /// As every request.
+    pub async fn used_by_account(&self, key: &AccountKey) -> Result<i64, ProviderError> {
         #[derive(Deserialize)]
         struct Credits {
             total_usage: Box<RawValue>,
         }
-        let key: Data<Key> = self.read(&self.text(&["key"], None).await?)?;
-        let credits: Data<Credits> = self.read(&self.text(&["credits"], None).await?)?;
-        Ok((self.money(&key.data.usage)?, self.money(&credits.data.total_usage)?))
+        let answer: Data<Credits> = self.read(&self.text(key, &["credits"], None).await?)?;
+        self.money(&answer.data.total_usage)
     }
 
-    /// The list of models with their prices, as it came.
+    /// The list of models with their prices, as it came; `None` without a key.
     ///
     /// # Errors
     /// As every request.
-    pub async fn models(&self) -> Result<String, ProviderError> {
-        self.text(&["models"], None).await
+    pub async fn models(&self) -> Result<Option<String>, ProviderError> {
+        match self.keys().await.first() {
+            Some(key) => self.text(key, &["models"], None).await.map(Some),
+            None => Ok(None),
+        }
     }
 }

@@ -18,6 +18,7 @@ pub mod gemini;
 mod http;
 pub mod openai_compatible;
 pub mod openrouter;
+pub mod probe;
 mod report;
 pub mod retry;
 pub mod scripted;

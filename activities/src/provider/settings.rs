@@ -13,6 +13,9 @@ use std::{collections::BTreeMap, sync::Arc};
 /// Where the original of the OpenAI dialect lives.
 pub const OPENAI_BASE_URL: &str = "https://api.openai.com/v1";
 
+/// The providers that keys are for.
+pub const PROVIDERS: [&str; 3] = ["gemini", "openrouter", "openai_compatible"];
+
 /// A setting that cannot be used; the text names it and never holds its value.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{setting}: {problem}")]
@@ -43,6 +46,8 @@ pub struct Settings {
     pub gemini_version: String,
     pub openrouter: Option<Endpoint>,
     pub openai_compatible: Option<Endpoint>,
+    /// Addresses that are set, by provider, also without a key: sealed keys are sent there.
+    pub bases: BTreeMap<&'static str, Url>,
     /// `OPENAI_MODEL`: for every role, on the OpenAI-compatible server.
     pub openai_model: Option<String>,
     /// `OPENAI_CONTEXT_TOKENS`: its context window.
@@ -96,8 +101,16 @@ impl Settings {
             }
             None => None,
         };
+        let mut bases = BTreeMap::new();
+        for (provider, name) in PROVIDERS.into_iter().zip(["GEMINI_BASE_URL", "OPENROUTER_BASE_URL", "OPENAI_BASE_URL"])
+        {
+            if get(name).is_some() {
+                bases.insert(provider, base(name, "")?);
+            }
+        }
         let roles = [Role::Architect, Role::Implementer, Role::Utility];
         Ok(Self {
+            bases,
             gemini: keyed("GEMINI_API_KEY", "GEMINI_BASE_URL", gemini::BASE_URL)?,
             gemini_version: get("GEMINI_API_VERSION").unwrap_or_else(|| gemini::VERSION_DEFAULT.to_owned()),
             openrouter: keyed("OPENROUTER_API_KEY", "OPENROUTER_BASE_URL", openrouter::BASE_URL)?,
@@ -171,6 +184,58 @@ impl Settings {
         Ok(providers)
     }
 
+    /// The keys that are configured, each with its provider.
+    #[must_use]
+    pub fn keys(&self) -> Vec<(&'static str, &SecretString)> {
+        let endpoints = [&self.gemini, &self.openrouter, &self.openai_compatible];
+        let listed = PROVIDERS.into_iter().zip(endpoints);
+        listed.flat_map(|(name, endpoint)| endpoint.iter().flat_map(|e| &e.keys).map(move |key| (name, key))).collect()
+    }
+
+    /// Where the platform's keys of a provider are sent: the configured address, else the provider's own.
+    ///
+    /// # Errors
+    /// There is no such provider, in words.
+    pub fn address(&self, provider: &str) -> Result<Url, String> {
+        let (endpoint, default) = match provider {
+            "gemini" => (&self.gemini, gemini::BASE_URL),
+            "openrouter" => (&self.openrouter, openrouter::BASE_URL),
+            "openai_compatible" => (&self.openai_compatible, OPENAI_BASE_URL),
+            _ => return Err("the provider is gemini, openrouter or openai_compatible".to_owned()),
+        };
+        let configured = self.bases.get(provider).or(endpoint.as_ref().map(|endpoint| &endpoint.base));
+        match configured {
+            Some(base) => Ok(base.clone()),
+            None => parse_base_url(default, Trust::Operator).map_err(|e| e.to_string()),
+        }
+    }
+
+    /// A client for a sealed key of the platform. It is sent to the address that it was sealed with, and only while that is
+    /// the configured one: one provider is one server with its models.
+    ///
+    /// # Errors
+    /// Another address is configured; the key cannot be sent.
+    pub fn platform_client(
+        &self,
+        provider: &str,
+        sealed_address: Option<&str>,
+        key: &SecretString,
+    ) -> Result<Arc<dyn Provider>, String> {
+        let base = self.address(provider)?;
+        if sealed_address != Some(base.as_str()) {
+            return Err("it was stored for another address than the configured one: add it again".to_owned());
+        }
+        let version = if self.gemini_version.is_empty() { gemini::VERSION_DEFAULT } else { &self.gemini_version };
+        Ok(match provider {
+            "gemini" => Arc::new(Gemini::new(base, version, key, self.timeouts, Trust::Operator)?),
+            "openrouter" => Arc::new(OpenRouter::new(base, key, self.timeouts, Trust::Operator)?),
+            _ => {
+                let endpoint = Endpoint { base, keys: Vec::new() };
+                Arc::new(self.openai_with(&endpoint, Some(key)).map_err(|e| e.problem)?)
+            }
+        })
+    }
+
     /// A client for a key of a user, which is sent to the provider's own address, or to the one that it was stored for.
     ///
     /// # Errors
@@ -234,6 +299,25 @@ mod tests {
         let error = settings(&[("GEMINI_API_KEYS", &many)]).unwrap_err().to_string();
         assert_eq!(error, "GEMINI_API_KEYS: more than 16 keys");
         assert_eq!(settings(&[("OPENAI_API_KEY", "k")]).unwrap().names(), ["openai_compatible"]);
+    }
+
+    #[test]
+    fn a_sealed_key_goes_to_the_address_that_it_was_sealed_with_or_nowhere() {
+        let key = SecretString::from("k");
+        let plain = settings(&[]).unwrap();
+        assert_eq!(plain.address("openrouter").unwrap().as_str(), openrouter::BASE_URL);
+        assert!(plain.platform_client("openrouter", Some(openrouter::BASE_URL), &key).is_ok());
+        // An address without a key of the environment counts too.
+        let moved = settings(&[("OPENROUTER_BASE_URL", "https://proxy.example.com/api/v1/")]).unwrap();
+        assert_eq!(moved.address("openrouter").unwrap().as_str(), "https://proxy.example.com/api/v1");
+        for sealed in [Some(openrouter::BASE_URL), None, Some("https://evil.example.com")] {
+            let error = moved.platform_client("openrouter", sealed, &key).err().unwrap();
+            assert!(error.contains("another address") && !error.contains("example.com"), "{error}");
+        }
+        assert!(plain.address("mistral").is_err());
+        let listed = settings(&[("GEMINI_API_KEYS", "a,b"), ("OPENAI_API_KEY", "c")]).unwrap();
+        let names: Vec<_> = listed.keys().into_iter().map(|(name, _)| name).collect();
+        assert_eq!(names, ["gemini", "gemini", "openai_compatible"]);
     }
 
     #[test]

@@ -1,25 +1,43 @@
 //! Calls of unknown outcome, every minute: what did the provider make of them? The facts are filled in; nobody is charged.
 
 use super::{Books, Output, asked, store};
-use crate::{billing::books, provider::ProviderError};
+use crate::{
+    billing::books,
+    provider::{ProviderError, account::AccountKey},
+};
 use loopwright_engine::Failure;
+use std::collections::BTreeSet;
 
 /// Calls that one run asks about. Chosen: a minute's worth at a few a second.
 const CALLS_MAX: i64 = 100;
 
 pub(super) async fn run(b: &Books) -> Result<Output, Failure> {
-    let Some(account) = &b.openrouter else { return Ok(Output::skipped("OpenRouter is not configured")) };
+    let skipped = || Ok(Output::skipped("OpenRouter is not configured"));
+    let Some(account) = &b.openrouter else { return skipped() };
+    let keys = account.keys().await;
+    if keys.is_empty() {
+        return skipped();
+    }
     let mut conn = b.pool.acquire().await.map_err(|e| store(&e))?;
     let due = books::unknown_calls(&mut conn, "openrouter", CALLS_MAX).await.map_err(|e| store(&e))?;
     drop(conn);
     let mut done = Output::default();
+    let mut refused = BTreeSet::new();
+    let mut last = None;
     for call in due {
+        let Some(key) = key_of(&keys, &call.fingerprint) else { continue };
+        if refused.contains(key.fingerprint()) {
+            continue;
+        }
         // No connection is held while the provider is asked.
-        let found = account.generation(&call.provider_request_id).await;
+        let found = account.generation(key, &call.provider_request_id).await;
         if let Err(error) = &found
             && refuses_all(error)
         {
-            return Err(asked(error.clone()));
+            tracing::warn!(ends_in = key.last4(), %error, "calls of a key are not looked up now");
+            refused.insert(key.fingerprint().to_owned());
+            last = Some(error.clone());
+            continue;
         }
         let mut conn = b.pool.acquire().await.map_err(|e| store(&e))?;
         done.checked += 1;
@@ -40,7 +58,17 @@ pub(super) async fn run(b: &Books) -> Result<Output, Failure> {
             }
         }
     }
-    Ok(done)
+    // Another key may have been answered.
+    match last {
+        Some(error) if done.checked == 0 => Err(asked(error)),
+        _ => Ok(done),
+    }
+}
+
+/// The key that made a call: others may belong to another account, which does not know it. One that is not here any more is
+/// stood in for by the first.
+fn key_of<'a>(keys: &'a [AccountKey], fingerprint: &str) -> Option<&'a AccountKey> {
+    keys.iter().find(|key| key.fingerprint() == fingerprint).or(keys.first())
 }
 
 /// The key is refused or asked too often: the next call would hear the same.

@@ -17,9 +17,12 @@ const AHEAD_DAYS: i64 = 14;
 pub(super) async fn run(b: &Books) -> Result<Output, Failure> {
     let mut found = Vec::new();
     let mut done = Output::default();
-    let listed = match &b.openrouter {
-        Some(account) => {
-            let text = account.models().await.map_err(asked)?;
+    let list = match &b.openrouter {
+        Some(account) => account.models().await.map_err(asked)?,
+        None => None,
+    };
+    let listed = match list {
+        Some(text) => {
             let list = pricelist::from_openrouter(&text, Trust { free: true });
             list.map_err(|refusal| Failure::retryable("transient.http", refusal.to_string()))?.quotes
         }

@@ -227,7 +227,8 @@ async fn sums_that_part_from_the_providers_are_told() {
     assert_eq!(job(&books, "reconcile-providers").await.findings, 0);
     *used.lock().expect("no panic while held") = "37.7000000000001";
     assert_eq!(job(&books, "reconcile-providers").await.findings, 1, "0.20 USD that no call of ours cost");
-    assert_eq!(kinds(&open_findings(&bench).await), [("total_differs", "openrouter")]);
+    let found = open_findings(&bench).await;
+    assert!(found.len() == 1 && found[0].kind == "total_differs" && found[0].subject.starts_with("openrouter/"));
     assert_eq!(job(&books, "reconcile-providers").await.findings, 0, "until the next difference");
 }
 

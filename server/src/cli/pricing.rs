@@ -115,8 +115,9 @@ async fn act(command: Command, read: Option<List>, app: &App, json: bool) -> any
         }
         (Command::Sync { how, all }, _) => {
             let account = app.books(Vec::new())?.openrouter;
-            let account = account.context("OpenRouter is not configured; set OPENROUTER_API_KEY")?;
-            let text = account.models().await.map_err(|error| anyhow::anyhow!("{}", error.failure.message))?;
+            let unset = "OpenRouter is not configured; set OPENROUTER_API_KEY";
+            let list = account.context(unset)?.models().await;
+            let text = list.map_err(|error| anyhow::anyhow!("{}", error.failure.message))?.context(unset)?;
             let list = pricelist::from_openrouter(&text, Trust { free: how.allow_free })?;
             let known: Vec<String> = app.store.prices(false, None).await?.into_iter().map(|row| row.model).collect();
             let wanted: Vec<Quote> =

@@ -11,12 +11,15 @@ use super::{
     jittered, milliseconds,
 };
 use crate::{
-    keys::{Grant, KeyRef, Taken},
+    keys::{FORBIDDEN, Grant, KeyRef, Taken},
     provider::{Advice, ProviderError},
     usage::CallState,
 };
 use loopwright_engine::Failure;
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 /// How long a key rests whose quota of the day is used up. Chosen: days end at hours that providers choose; it costs one
 /// refused request in ten minutes.
@@ -54,15 +57,15 @@ impl Orchestrator {
         let mut skip = Vec::new();
         let mut soonest: Option<Duration> = None;
         loop {
-            let (at, running) = match pool.take(&self.0.board, &candidate.model, Instant::now(), &skip) {
-                Ok(taken) => taken,
+            let running = match pool.take(&self.0.board, &candidate.model, Instant::now(), &skip) {
+                Ok(running) => running,
                 Err(blocked) => return Err(refused(candidate, blocked, soonest)),
             };
             match self.spend(&running.slot, candidate, tokens).await {
                 Ok(grants) => return Ok(Admitted { running, grants }),
                 Err(wait) => {
                     soonest = Some(soonest.map_or(wait, |known| known.min(wait)));
-                    skip.push(at);
+                    skip.push(Arc::clone(&running.slot));
                 }
             }
         }
@@ -97,7 +100,7 @@ impl Orchestrator {
     }
 
     /// Tells everybody what an error says of its key: how long it is left alone, if it is too much for it; that it is out of
-    /// service, if it was refused. That it may not use a model is remembered by this process alone.
+    /// service, if it was refused; that it may not use a model.
     pub(super) async fn remember(&self, slot: &Slot, candidate: &Candidate, error: &ProviderError) -> Option<Duration> {
         let board = &self.0.board;
         let failure = &error.failure;
@@ -123,7 +126,7 @@ impl Orchestrator {
                 && error.http_status == Some(403)
                 && failure.code != "provider.no_balance" =>
             {
-                board.forbid(&slot.key, &candidate.model, failure);
+                board.forbid(&slot.key, &candidate.model, failure).await;
                 None
             }
             // Gemini's prepaid balance does not come back by itself; other accounts fill again.
@@ -190,6 +193,14 @@ fn refused(candidate: &Candidate, blocked: Blocked, budget: Option<Duration>) ->
         (_, Some(soonest)) => (BUDGET_PER_MINUTE, soonest),
         (Blocked::Wait { code, wait }, None) => (code, wait),
         (Blocked::Out { said: Some(failure), .. }, None) => return Refused::No(failure),
+        // Another worker has heard it.
+        (Blocked::Out { said: None, reason }, None) if reason == FORBIDDEN => {
+            let message = format!(
+                "no key for {provider} may use {}: allow it there, or use another model; each is asked again within ten minutes",
+                candidate.model
+            );
+            return Refused::No(Failure::permanent(FORBIDDEN, message));
+        }
         (Blocked::Out { said: None, reason }, None) => {
             let code = if reason.starts_with("provider.") { reason } else { "provider.key_disabled".to_owned() };
             let message = format!(
