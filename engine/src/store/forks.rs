@@ -70,10 +70,13 @@ pub(crate) struct Terms {
     pub(crate) deadline: Option<DateTime<Utc>>,
 }
 
+/// What its start named, and until when its chain may go on.
+type TermsRow = (Option<Json<Named>>, Option<DateTime<Utc>>);
+
 /// # Errors
 /// `run_not_found`, `run_archived`.
 pub(crate) async fn terms(conn: &mut PgConnection, run: RunId) -> Result<Terms> {
-    let found: Option<(Option<Json<Named>>, Option<DateTime<Utc>>)> =
+    let found: Option<TermsRow> =
         sqlx::query_as("select admission, chain_deadline from runs where shard = $1 and run_id = $2")
             .bind(run.shard())
             .bind(run.0)
