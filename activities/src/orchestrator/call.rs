@@ -6,7 +6,9 @@ mod failure;
 mod keys;
 
 use super::{
-    Reply, Request, Role, budget,
+    Reply, Request, Role,
+    breaker::OPEN_FOR,
+    budget,
     own::{Own, Owners},
     route::{Candidate, Routing},
     service::{Pool, Running, Slot},
@@ -21,7 +23,7 @@ use crate::{
     usage::{CallClosed, CallOpened, CallState, PlannedCall},
 };
 use answer::{Judged, Unusable, append_repair, judge, unreadable};
-use failure::{BUDGET_PER_MINUTE, is_out, named, outward, to_its_owner, verdict_over};
+use failure::{BUDGET_PER_MINUTE, is_out, is_passing, named, outward, to_its_owner, uncounted, verdict_over};
 use keys::Refused;
 use loopwright_engine::{
     Failure, FailureKind,
@@ -48,13 +50,14 @@ const COUNTS_MAX: usize = 4_096;
 pub struct Pace {
     /// Wait before the second try where the provider names none, with jitter of half of it either way.
     pub backoff: Duration,
-    /// Longest wait inside a call; beyond it the attempt ends with `retry_after_ms` and frees its worker.
+    /// Longest wait inside a call; beyond it the attempt ends with `retry_after_ms` and frees its worker. A provider that keeps
+    /// failing is left alone for as long.
     pub wait_max: Duration,
 }
 
 impl Default for Pace {
     fn default() -> Self {
-        Self { backoff: Duration::from_secs(1), wait_max: Duration::from_secs(30) }
+        Self { backoff: Duration::from_secs(1), wait_max: OPEN_FOR }
     }
 }
 
@@ -97,6 +100,10 @@ struct Progress {
     requests: u32,
     /// What has to be repaired, or could not be.
     unusable: Option<Unusable>,
+    /// A request failed and is billed all the same: to wait for somebody else and ask again would buy it once more.
+    billed: bool,
+    /// Providers that may have served the question, and the answer was lost.
+    lost: Vec<String>,
 }
 
 /// The parts of one call that its candidates share.
@@ -227,7 +234,7 @@ impl Orchestrator {
             choices.sort_by_key(|choice| !first.is_from(&choice.candidate));
         }
         let task = Task { ctx, key, saved, request, shape, own };
-        let mut progress = Progress { requests: self.requests_so_far(ctx, key), unusable };
+        let mut progress = Progress { requests: self.requests_so_far(ctx, key), unusable, ..Progress::default() };
         let outcome = self.ask_all(&task, &choices, &mut progress).await;
         if outcome.is_err() {
             self.count(ctx, key, progress.requests);
@@ -239,6 +246,10 @@ impl Orchestrator {
         let mut failures = Vec::new();
         for choice in choices {
             let candidate = &choice.candidate;
+            // Who may have billed the question is not asked again within the attempt.
+            if progress.lost.contains(&candidate.provider) {
+                continue;
+            }
             match self.ask(task, choice, progress).await {
                 Verdict::Answered(reply) => return Ok(reply),
                 Verdict::Stop(failure) => return Err(failure),
@@ -248,7 +259,9 @@ impl Orchestrator {
                 }
             }
         }
-        Err(verdict_over(failures))
+        let lost_too_often = !progress.lost.is_empty() && task.ctx.info().attempt > LOST_UNCOUNTED;
+        let verdict = verdict_over(failures);
+        Err(if progress.billed || lost_too_often { verdict } else { uncounted(verdict) })
     }
 
     /// Candidates of a role as (provider, model), for `Activity::reserve`.
@@ -329,6 +342,7 @@ impl Orchestrator {
         let mut tries_left = TRIES_PER_CANDIDATE;
         // Every key may refuse once; a change of keys is no second try.
         let mut changes_left = pool.slots.len().saturating_sub(1);
+        let several = changes_left > 0;
         let mut waited = Duration::ZERO;
         loop {
             tries_left = tries_left.saturating_sub(1);
@@ -365,7 +379,7 @@ impl Orchestrator {
                 cooled = self.remember(&admitted.running.slot, candidate, error).await;
             }
             drop(admitted);
-            let error = match outcome {
+            let mut error = match outcome {
                 Ok(Judged::Reply(reply)) => return Verdict::Answered(reply),
                 Ok(Judged::Unusable(answer)) => {
                     if progress.unusable.is_some() {
@@ -413,7 +427,6 @@ impl Orchestrator {
                     limit = limit.saturating_mul(2).min(candidate.max_output_tokens);
                 }
                 Advice::SameModel => {
-                    let wait = cooled.or_else(|| error.retry_after()).unwrap_or_else(|| jittered(self.0.pace.backoff));
                     if wait > self.0.pace.wait_max {
                         return Verdict::Next(error.failure);
                     }
@@ -467,7 +480,7 @@ impl Orchestrator {
                 request_id: &request_id,
             })
             .await;
-        observe(running, candidate, &result, started.elapsed());
+        observe(running, candidate, &result, started.elapsed(), self.0.pace.wait_max);
         let result = result
             .map_err(|error| if running.slot.own_id().is_some() { to_its_owner(error, candidate) } else { error });
         match result {
@@ -598,8 +611,14 @@ fn closed_badly(error: &ProviderError, request_id: &RequestIdSlot) -> CallClosed
     }
 }
 
-/// Updates the breaker and the metrics.
-fn observe(running: &Running, candidate: &Candidate, result: &Result<Completion, ProviderError>, elapsed: Duration) {
+/// Updates the breaker, which opens for `open_for`, and the metrics.
+fn observe(
+    running: &Running,
+    candidate: &Candidate,
+    result: &Result<Completion, ProviderError>,
+    elapsed: Duration,
+    open_for: Duration,
+) {
     let breaker = &running.slot.breaker;
     let outcome = match result {
         Ok(_) => {
@@ -609,7 +628,7 @@ fn observe(running: &Running, candidate: &Candidate, result: &Result<Completion,
         Err(error) => {
             match error.failure.kind {
                 FailureKind::Cancelled => {}
-                _ if error.unwell => breaker.unwell(Instant::now(), running.probe),
+                _ if error.unwell => breaker.unwell_for(Instant::now(), running.probe, open_for),
                 _ => breaker.well(),
             }
             error.failure.code.clone()

@@ -14,6 +14,7 @@ mod fork;
 mod keys;
 mod loop_steps;
 mod orchestrator;
+mod outage;
 mod provider;
 mod quotes;
 mod sandbox;

@@ -3,7 +3,7 @@
 use super::{
     super::{
         route::Candidate,
-        service::{Blocked, Pool, Running, Slot},
+        service::{Blocked, Pool, Running, Slot, UNAVAILABLE},
     },
     Choice, Interrupted, Orchestrator, Task,
     answer::Judged,
@@ -200,7 +200,7 @@ fn refused(candidate: &Candidate, blocked: Blocked, budget: Option<Duration>) ->
     };
     let message = match code {
         BUDGET_PER_MINUTE => format!("the budget per minute of {provider} {} is used up", candidate.model),
-        "model.unavailable" => format!("{provider} is out of service after repeated failures"),
+        UNAVAILABLE => format!("{provider} is out of service after repeated failures and is asked again soon"),
         _ => format!("{provider}: every key has to wait"),
     };
     Refused::Later(Failure::retryable(code, message).with_retry_after_ms(milliseconds(wait).max(1)), wait)
