@@ -89,6 +89,25 @@ pub struct CallClosed {
     pub usage: Option<Usage>,
 }
 
+impl CallClosed {
+    /// Whether the user pays for it: an answer, or one that the model itself did not bring to a good end (cut at its limit, not
+    /// usable, declined in the middle) and whose tokens the provider reports. What the provider spoiled, what is unknown, what was
+    /// refused before a token came and what only we have estimated of a failure is free.
+    #[must_use]
+    pub fn is_charged(&self) -> bool {
+        let Some(usage) = &self.usage else { return false };
+        match self.state {
+            CallState::Succeeded => true,
+            CallState::Unknown => false,
+            CallState::Failed => {
+                self.error_class.as_deref().is_some_and(|class| class.starts_with("model."))
+                    && usage.source == UsageSource::Provider
+                    && usage.tokens_output > 0
+            }
+        }
+    }
+}
+
 /// What one attempt may consume at most: `Activity::reserve`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Reserve {

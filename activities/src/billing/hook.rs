@@ -364,7 +364,7 @@ async fn close(
         None => price::by_id(conn, pricing).await?,
         found => found,
     };
-    let cost = match (succeeded && !after_the_end, usage.provider_cost_pusd, &priced) {
+    let cost = match (call.is_charged() && !after_the_end, usage.provider_cost_pusd, &priced) {
         (false, ..) => 0,
         (true, Some(cost), _) => cost.max(0),
         (true, None, Some(price)) => price.cost(&usage).0,
