@@ -20,6 +20,8 @@ pub const MODEL_FAILURES: &[&str] = &[
     "model.truncated",
     "model.context_overflow",
     "model.unavailable",
+    "model.unpriced",
+    "model.too_dear",
     "provider.key_invalid",
     "provider.no_balance",
     "transient.network",

@@ -58,6 +58,13 @@ pub struct CallOpened {
     /// never charged.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub own_key_id: Option<uuid::Uuid>,
+    /// Its server is on this machine or its network: a price for every model of the provider may count. Elsewhere only a price of
+    /// the model itself does.
+    #[serde(default)]
+    pub local: bool,
+    /// Dearest price of a million tokens, of any kind, at which it may be made; micro-USD.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub price_max_umtok: Option<u64>,
     /// Upper estimate of the prompt.
     pub input_tokens_max: u64,
     /// Output limit sent with the request.

@@ -42,6 +42,12 @@ use std::{
 pub const TRIES_PER_CANDIDATE: u32 = 2;
 /// Why the ledger's hook refuses a call of a model without a price.
 const PRICE_MISSING: &str = "price_missing";
+/// Why it refuses one of a model whose price is above what the routing allows.
+const PRICE_CEILING: &str = "price_ceiling";
+/// Attempts of a step of which a lost answer does not count: what may have been billed is bought again at the platform's cost, so
+/// that an outage of minutes ends no run. Later ones count, so a question is lost at most so often and as often as the step's
+/// policy says. Chosen: with delays that double, two minutes before it counts.
+const LOST_UNCOUNTED: u32 = 5;
 /// Most calls that failed whose request counts are remembered: many times what a worker runs at once.
 const COUNTS_MAX: usize = 4_096;
 
@@ -151,6 +157,7 @@ impl Orchestrator {
         let pools: BTreeMap<&'static str, Pool> =
             slots.into_iter().map(|(name, slots)| (name, Pool::new(slots))).collect();
         let names: Vec<&str> = pools.keys().copied().collect();
+        let routing = routing.with_all_limits();
         let inner = Inner {
             // A user's keys may serve providers that are not configured.
             routing: if keys.is_some() { routing } else { routing.only(&names) },
@@ -392,12 +399,23 @@ impl Orchestrator {
                     continue;
                 }
                 Err(Interrupted::Unannounced(failure) | Interrupted::Engine(failure)) => return Verdict::Stop(failure),
-                Err(Interrupted::Unpriced(message)) => {
-                    tracing::error!(provider = %candidate.provider, model = %candidate.model, "a model has no price and is not used; `loopwright pricing import` or `sync`");
-                    return Verdict::Next(Failure::permanent("model.unpriced", message));
-                }
+                Err(Interrupted::Unpriced(failure)) => return Verdict::Next(failure),
                 Err(Interrupted::Provider(error)) => *error,
             };
+            progress.billed |= error.usage.is_some();
+            let wait = cooled.or_else(|| error.retry_after()).unwrap_or_else(|| jittered(self.0.pace.backoff));
+            if is_passing(&error.failure) {
+                // Whoever waits, this call or its run, is told how long. Of several keys another may be free earlier: the next
+                // attempt finds out, and asks nobody for it.
+                let told = if several { error.retry_after().unwrap_or(self.0.pace.backoff) } else { wait };
+                error.failure.retry_after_ms = error.failure.retry_after_ms.max(Some(milliseconds(told).max(1)));
+            }
+            if error.state == CallState::Unknown && error.advice != Advice::Stop {
+                let labels = [("provider", candidate.provider.clone()), ("model", candidate.model.clone())];
+                metrics::counter!("loopwright_model_lost_answers_total", &labels).increment(1);
+                progress.lost.push(candidate.provider.clone());
+                return Verdict::Next(error.failure);
+            }
             let key_is_out = cooled.is_some()
                 || is_out(&error.failure)
                 || matches!(error.advice, Advice::OtherKey | Advice::DisableKey);
@@ -458,7 +476,14 @@ impl Orchestrator {
         match ctx.meter_open(&meter_key, &opened).await {
             Ok(()) => {}
             // Nobody may use a model that has no price, and others of the role may have one.
-            Err(failure) if failure.code == PRICE_MISSING => return Err(Interrupted::Unpriced(failure.message)),
+            Err(failure) if failure.code == PRICE_MISSING => {
+                tracing::error!(provider = %candidate.provider, model = %candidate.model, "a model has no price of its own and is not used; `loopwright pricing import` or `sync`");
+                return Err(Interrupted::Unpriced(Failure::permanent("model.unpriced", failure.message)));
+            }
+            Err(failure) if failure.code == PRICE_CEILING => {
+                tracing::warn!(provider = %candidate.provider, model = %candidate.model, "a model is dearer than the routing allows and is not used");
+                return Err(Interrupted::Unpriced(Failure::permanent("model.too_dear", failure.message)));
+            }
             Err(failure) => return Err(Interrupted::Unannounced(failure)),
         }
         let started = Instant::now();
@@ -554,8 +579,8 @@ enum Interrupted {
     Unannounced(Failure),
     /// The engine said no to what came of it.
     Engine(Failure),
-    /// The model has no price.
-    Unpriced(String),
+    /// The model has no price, or one above its ceiling.
+    Unpriced(Failure),
     Provider(Box<ProviderError>),
 }
 
@@ -580,6 +605,8 @@ fn opened(slot: &Slot, candidate: &Candidate, request: &Request, limit: u32) -> 
         key_fingerprint: key.fingerprint,
         key_last4: key.last4,
         own_key_id: slot.own_id(),
+        local: slot.provider.is_local(),
+        price_max_umtok: candidate.price_max_umtok,
         input_tokens_max: request_tokens_max(request),
         output_tokens_max: u64::from(limit),
     }

@@ -195,6 +195,8 @@ pub(crate) fn opening(output_tokens: u64) -> Value {
         key_fingerprint: "11".repeat(32),
         key_last4: "abcd".into(),
         own_key_id: None,
+        local: false,
+        price_max_umtok: None,
         input_tokens_max: 1_000,
         output_tokens_max: output_tokens,
     };
@@ -386,6 +388,8 @@ async fn a_model_without_a_price_is_not_used() {
         key_fingerprint: "11".repeat(32),
         key_last4: String::new(),
         own_key_id: None,
+        local: false,
+        price_max_umtok: None,
         input_tokens_max: 1,
         output_tokens_max: 1,
     };

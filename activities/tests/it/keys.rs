@@ -255,6 +255,7 @@ fn candidate(provider: &str, model: &str) -> Candidate {
         thinking_tokens: 0,
         requests_per_minute: None,
         tokens_per_minute: None,
+        price_max_umtok: None,
     }
 }
 
@@ -775,6 +776,8 @@ fn opening(key: &str, own: Option<Uuid>) -> Value {
         key_fingerprint: identity.fingerprint,
         key_last4: identity.last4,
         own_key_id: own,
+        local: true,
+        price_max_umtok: None,
         input_tokens_max: 1_000,
         output_tokens_max: 1_000,
     })

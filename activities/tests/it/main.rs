@@ -1,6 +1,7 @@
 // The helpers of tests may unwrap as tests do; clippy's own exception covers test functions only.
 #![allow(clippy::unwrap_used)]
 
+mod billed;
 mod billing;
 mod billing_audit;
 mod billing_books;

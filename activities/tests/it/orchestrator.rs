@@ -100,6 +100,7 @@ fn candidate(provider: &str, model: &str) -> Candidate {
         thinking_tokens: 0,
         requests_per_minute: None,
         tokens_per_minute: None,
+        price_max_umtok: None,
     }
 }
 

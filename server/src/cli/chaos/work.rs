@@ -152,6 +152,8 @@ fn opened(ctx: &Context) -> CallOpened {
         key_fingerprint: "0".repeat(64),
         key_last4: String::new(),
         own_key_id: None,
+        local: false,
+        price_max_umtok: None,
         input_tokens_max: TOKENS.0,
         output_tokens_max: TOKENS.1,
     }
