@@ -27,6 +27,7 @@ pub const MODEL_FAILURES: &[&str] = &[
     "transient.network",
     "transient.http",
     "transient.rate_limited",
+    "transient.unavailable",
 ];
 
 /// JSON Schema of `T` as an activity accepts it: defaulted fields are optional. Subschemas are inlined, so that a

@@ -90,6 +90,10 @@ pub struct CallOpened {
     /// never charged.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub own_key_id: Option<uuid::Uuid>,
+    /// Its server is on this machine or its network: a price for every model of the provider may count. Elsewhere only a price of
+    /// the model itself does.
+    #[serde(default)]
+    pub local: bool,
     /// Upper estimate of the prompt.
     pub input_tokens_max: u64,
     /// Output limit sent with the request.
@@ -132,6 +136,25 @@ pub struct CallClosed {
     pub stream_completed: bool,
     /// Also present on failed calls that the provider bills (truncated, refused after tokens).
     pub usage: Option<Usage>,
+}
+
+impl CallClosed {
+    /// Whether the user pays for it: an answer, or one that the model itself did not bring to a good end (cut at its limit, not
+    /// usable, declined in the middle) and whose tokens the provider reports. What the provider spoiled, what is unknown, what was
+    /// refused before a token came and what only we have estimated of a failure is free.
+    #[must_use]
+    pub fn is_charged(&self) -> bool {
+        let Some(usage) = &self.usage else { return false };
+        match self.state {
+            CallState::Succeeded => true,
+            CallState::Unknown => false,
+            CallState::Failed => {
+                self.error_class.as_deref().is_some_and(|class| class.starts_with("model."))
+                    && usage.source == UsageSource::Provider
+                    && usage.tokens_output > 0
+            }
+        }
+    }
 }
 
 /// What one attempt may consume at most: `Activity::reserve`.

@@ -42,6 +42,10 @@ pub struct Failure {
     /// Earliest sensible next attempt, in milliseconds from now, as the outside told us.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_after_ms: Option<u64>,
+    /// Nothing was tried, because nobody could be asked: the attempt that follows takes its place and the retry policy does not
+    /// count it. What ends such waiting is time: the step's `total`, the run's `timeout`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub uncounted: bool,
     /// Step path at which it was raised; the engine fills it in.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,
@@ -58,6 +62,7 @@ impl Failure {
             message: message.into(),
             detail: Value::Null,
             retry_after_ms: None,
+            uncounted: false,
             path: None,
             cause: None,
         }
@@ -87,6 +92,12 @@ impl Failure {
     #[must_use]
     pub fn with_retry_after_ms(mut self, ms: u64) -> Self {
         self.retry_after_ms = Some(ms);
+        self
+    }
+    /// The retry policy does not count the attempt that ends with this.
+    #[must_use]
+    pub fn without_counting(mut self) -> Self {
+        self.uncounted = true;
         self
     }
     #[must_use]
@@ -128,10 +139,13 @@ mod tests {
             let failure = Failure::new(kind, "a.b", "text")
                 .with_detail(serde_json::json!({"n": 1}))
                 .with_retry_after_ms(5)
+                .without_counting()
                 .with_cause(Failure::cancelled());
             let text = serde_json::to_string(&failure).expect("serializes");
             assert_eq!(serde_json::from_str::<Failure>(&text).expect("parses"), failure);
         }
+        let plain = serde_json::to_string(&Failure::retryable("a.b", "text")).expect("serializes");
+        assert!(!plain.contains("uncounted"), "as every release has written it: {plain}");
     }
 
     #[test]

@@ -16,10 +16,10 @@ use crate::{
 };
 use anyhow::Context;
 use loopwright_activities::{
-    billing::{BillingSettings, LedgerHook, MicroCredits, Rate},
+    billing::{BillingSettings, LedgerHook, MicroCredits, Rate, price},
     git::Git,
     keys::Keys,
-    orchestrator::{Orchestrator, Role, Routing},
+    orchestrator::{Orchestrator, Role, Routing, route::ListedLimits},
     provider::{Scripted, Settings as ProviderSettings, account::OpenRouterAccount},
     reconcile::{self, Books, Stars},
     sandbox::Sandbox,
@@ -124,6 +124,9 @@ impl App {
         let settings = ProviderSettings::from_lookup(&|name| self.config.provider_setting(name))?;
         let openrouter = OpenRouterAccount::configured(&settings).map_err(anyhow::Error::msg)?;
         let stars = telegram::StarList::configured(&self.config.telegram)?;
+        // A server of one's own has the price for every model.
+        let own_server = |provider: &str| provider == "openai_compatible" && settings.openai_is_local();
+        let candidates = candidates.into_iter().filter(|(provider, _)| !own_server(provider)).collect();
         Ok(Books {
             pool: self.pool.clone(),
             client: self.client.clone(),
@@ -365,7 +368,12 @@ pub fn catalog() -> Catalog {
 pub async fn toolbox(app: &App, models: &Models) -> anyhow::Result<Toolbox> {
     let config = &app.config;
     let keys = app.store.keys(&config.keys);
-    let orchestrator = orchestrator(config, models, &keys).await?;
+    // Without them limits that no file names are guessed.
+    let listed = price::limits(&app.pool).await.unwrap_or_else(|error| {
+        tracing::warn!(%error, "limits of models could not be read from the price list");
+        ListedLimits::new()
+    });
+    let orchestrator = orchestrator(config, models, &keys, listed).await?;
     let settings = config.sandbox.settings();
     // Finding out starts processes and waits for them.
     let sandbox = tokio::task::spawn_blocking(move || Sandbox::detect(settings)).await??;
@@ -399,10 +407,16 @@ pub fn providers(config: &Config) -> anyhow::Result<(Routing, ProviderSettings)>
     Ok((routing, settings))
 }
 
-async fn orchestrator(config: &Config, models: &Models, keys: &Keys) -> anyhow::Result<Orchestrator> {
+async fn orchestrator(
+    config: &Config,
+    models: &Models,
+    keys: &Keys,
+    listed: ListedLimits,
+) -> anyhow::Result<Orchestrator> {
     let script = match models {
         Models::Configured => {
             let (routing, settings) = providers(config)?;
+            let routing = routing.with_settings(&settings, None).with_listed_limits(&listed);
             return Ok(Orchestrator::configured(routing, &settings, Some(keys)).await?);
         }
         Models::Rehearsed(path) => Scripted::load(path).with_context(|| path.display().to_string())?,

@@ -117,7 +117,7 @@ pub const INVARIANTS: &[(&str, &str, &str)] = &[
         "I14",
         "a call's cost is not its tokens times their prices",
         "select k.id::text, k.user_id from api_key_usage k join model_pricing m on m.id = k.pricing_id
-         where k.provider_cost_pusd is null and k.state = 'succeeded' and not k.late
+         where k.provider_cost_pusd is null and (k.state = 'succeeded' or (k.state = 'failed' and k.cost_pusd > 0)) and not k.late
            and not exists (select from api_keys y where y.id = k.api_key_id and y.user_id is not null) and k.cost_pusd <> m.per_request_pusd
            + (k.tokens_prompt - coalesce(k.tokens_cached, 0) - coalesce(k.tokens_cache_write, 0))::numeric * m.input_umtok
            + coalesce(k.tokens_cached, 0)::numeric * coalesce(m.cached_input_umtok, m.input_umtok)
@@ -138,8 +138,9 @@ pub const INVARIANTS: &[(&str, &str, &str)] = &[
     ),
     (
         "I17",
-        "a call that did not succeed, or came late, was charged",
-        "select id::text, user_id from api_key_usage where cost_pusd > 0 and (state <> 'succeeded' or late)",
+        "a call was charged that came late, or whose answer is unknown, was spoiled by its provider or is not reported",
+        "select id::text, user_id from api_key_usage where cost_pusd > 0 and (late or not (state = 'succeeded'
+           or (state = 'failed' and coalesce(error_class, '') like 'model.%' and usage_source = 'provider' and tokens_output > 0)))",
     ),
     (
         "I18",

@@ -6,7 +6,7 @@ use super::{
     hold::{self, Reservable},
     ledger::{self, LedgerError},
     money::{MicroCredits, PicoUsd, Rate},
-    price,
+    price::{self, Rows},
     returned::{CREDITS, Returned},
 };
 use crate::{
@@ -180,18 +180,6 @@ impl LedgerHook {
         if running.is_none() {
             return refused("attempt_closed", "the attempt has ended".into());
         }
-        let Some(price) = price::find(conn, &call.provider, &call.model, call.input_tokens_max, None).await? else {
-            return refused(
-                "price_missing",
-                format!("{} {} has no price; add one before it is used", call.provider, call.model),
-            );
-        };
-        if price.exceeds(call.input_umtok_max, call.output_umtok_max) {
-            return refused(
-                "price_above_ceiling",
-                format!("{} {} costs more than its ceiling in the routing allows", call.provider, call.model),
-            );
-        }
         let own = match call.own_key_id {
             Some(id) => match own_key(conn, call, owner.user, id).await? {
                 Some(id) => Some(id),
@@ -199,9 +187,25 @@ impl LedgerHook {
             },
             None => None,
         };
-        let worst = match own {
-            Some(_) => PicoUsd(0),
-            None => price.worst(call.input_tokens_max, call.output_tokens_max),
+        let rows = if call.local { Rows::OwnOrAny } else { Rows::Own };
+        let price = price::find_among(conn, rows, &call.provider, &call.model, call.input_tokens_max, None).await?;
+        let worst = match (own, &price) {
+            // What his own key costs is between him and his provider: no price of ours is needed.
+            (Some(_), _) => PicoUsd(0),
+            (None, Some(price)) => {
+                if price.exceeds(call.input_umtok_max, call.output_umtok_max) {
+                    let text = format!("{} {} costs more than its ceiling in the routing allows", call.provider, call.model);
+                    return refused("price_above_ceiling", text);
+                }
+                price.worst(call.input_tokens_max, call.output_tokens_max)
+            }
+            (None, None) => {
+                let text = format!(
+                    "{} {} has no price of its own and is not used: `loopwright pricing import` or `sync`",
+                    call.provider, call.model
+                );
+                return refused("price_missing", text);
+            }
         };
         let (used, held, hold_no): (String, i64, i32) = sqlx::query_as(
             "select (select coalesce(sum(case state when 'started' then worst_pusd else cost_pusd end), 0)::text from api_key_usage where attempt_id = $1),
@@ -257,7 +261,7 @@ impl LedgerHook {
         .bind(&call.model)
         .bind(&call.purpose)
         .bind(&call.request_sha256)
-        .bind(price.id)
+        .bind(price.map(|price| price.id))
         .bind(worst.0)
         .execute(conn)
         .await?;
@@ -334,7 +338,7 @@ async fn api_key(conn: &mut PgConnection, call: &CallOpened) -> Result<Uuid, sql
 }
 
 /// Row id, state, provider, requested model, state of the attempt, late, start, price row.
-type OpenedCall = (i64, String, String, String, String, bool, DateTime<Utc>, i64);
+type OpenedCall = (i64, String, String, String, String, bool, DateTime<Utc>, Option<i64>);
 
 /// Stores what became of a call. `current` as in [`Reading::current`].
 async fn close(
@@ -370,11 +374,15 @@ async fn close(
         CallState::Failed => "failed",
     };
     // A model that was withdrawn meanwhile costs what was said when the call was announced, never nothing.
-    let priced = match price::find(conn, &provider, &model, usage.tokens_prompt, Some(started_at)).await? {
-        None => price::by_id(conn, pricing).await?,
-        found => found,
+    let priced = match pricing {
+        Some(announced) => match price::find(conn, &provider, &model, usage.tokens_prompt, Some(started_at)).await? {
+            None => price::by_id(conn, announced).await?,
+            found => found,
+        },
+        // On a user's own key, of a model that we have no price for.
+        None => None,
     };
-    let cost = match (succeeded && !after_the_end, usage.total_cost_pusd(), &priced) {
+    let cost = match (call.is_charged() && !after_the_end, usage.total_cost_pusd(), &priced) {
         (false, ..) => 0,
         (true, Some(cost), _) => cost.max(0),
         (true, None, Some(price)) => price.cost(&usage).0,

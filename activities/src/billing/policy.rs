@@ -1,5 +1,5 @@
 //! The refund policy: which failures give credits back. The rules are rows of `refund_rules`; what they give is a new grant under
-//! `adjust:refund-policy:<attempt>`, once per attempt.
+//! `adjust:refund-policy:<attempt>`, once per attempt, and `…:step` for what an earlier attempt of a failed step paid.
 
 use super::{
     ledger::{self, GrantSource, LedgerError},
@@ -11,6 +11,9 @@ use uuid::Uuid;
 
 /// Failure class of a call whose answer had not the required shape.
 const UNUSABLE: &str = "model.output_invalid";
+/// A provider that is out of service, and what that was called before 2026-11-26: rules of then mean it.
+const UNAVAILABLE: &str = "transient.unavailable";
+const UNAVAILABLE_BEFORE: &str = "model.unavailable";
 /// The rule that gives back what a provider spoiled. A user's own key and his own server are not the platform's provider: who
 /// could make them fail would have the platform's calls for nothing.
 const PROVIDER_FAULT: &str = "provider_fault";
@@ -21,19 +24,21 @@ const PROVIDER_FAULT: &str = "provider_fault";
 /// # Transaction
 /// The settlement's; the user row is locked.
 pub(super) async fn attempt_ended(conn: &mut PgConnection, attempt: Uuid) -> Result<(), LedgerError> {
-    // What gives, share, captured, rate, markup, cost of the unusable answers.
-    type Row = (Uuid, String, i32, i64, i64, i32, String);
+    // User, what gives, share, of the last attempt only, captured, rate, markup, cost of the unusable answers.
+    type Row = (Uuid, String, i32, bool, i64, i64, i32, String);
     let rules: Vec<Row> = sqlx::query_as(
         "with inforce as (
            select distinct on (r.rule) r.* from refund_rules r, activity_attempts a
            where a.id = $1 and r.effective_from <= a.ended_at order by r.rule, r.effective_from desc)
-         select a.user_id, r.gives, r.share_bps, s.taken, s.rate, s.markup,
+         select a.user_id, r.gives, r.share_bps, r.final_only, s.taken, s.rate, s.markup,
                 (select coalesce(sum(cost_pusd), 0)::text from api_key_usage where attempt_id = a.id and error_class = $2)
          from activity_attempts a
-         join lateral (select sum(-c.amount_ucr)::bigint taken, (array_agg(h.rate_credits_per_usd order by h.hold_no))[1] rate,
-                              (array_agg(h.markup_bps order by h.hold_no))[1] markup
-                       from credit_transactions h join credit_transactions c on c.hold_txn_id = h.id where h.attempt_id = a.id) s on s.taken > 0
-         join inforce r on a.failure_code = any(r.failures) and (r.activity is null or r.activity = a.activity)
+         cross join lateral (select coalesce(sum(-c.amount_ucr), 0)::bigint taken,
+                                    coalesce((array_agg(h.rate_credits_per_usd order by h.hold_no))[1], 0) rate,
+                                    coalesce((array_agg(h.markup_bps order by h.hold_no))[1], 0) markup
+                             from credit_transactions h join credit_transactions c on c.hold_txn_id = h.id where h.attempt_id = a.id) s
+         join inforce r on (a.failure_code = any(r.failures) or (a.failure_code = $4 and $5 = any(r.failures)))
+           and (r.activity is null or r.activity = a.activity)
            and not (r.final_only and a.again) and r.gives in ('unusable_calls', 'attempt') and r.share_bps > 0
            and (r.rule <> $3 or coalesce(
              (select y.user_id is null from api_key_usage k join api_keys y on y.id = k.api_key_id
@@ -45,9 +50,11 @@ pub(super) async fn attempt_ended(conn: &mut PgConnection, attempt: Uuid) -> Res
     .bind(attempt)
     .bind(UNUSABLE)
     .bind(PROVIDER_FAULT)
+    .bind(UNAVAILABLE)
+    .bind(UNAVAILABLE_BEFORE)
     .fetch_all(&mut *conn)
     .await?;
-    let given = rules.iter().map(|(user, gives, share, taken, credits_per_usd, markup_bps, cost)| {
+    let given = rules.iter().map(|(user, gives, share, _, taken, credits_per_usd, markup_bps, cost)| {
         let rate = Rate { credits_per_usd: *credits_per_usd, markup_bps: *markup_bps };
         let basis = match gives.as_str() {
             "unusable_calls" => rate.credits(cost.parse().unwrap_or(i128::MAX)).0.min(*taken),
@@ -56,7 +63,34 @@ pub(super) async fn attempt_ended(conn: &mut PgConnection, attempt: Uuid) -> Res
         (part(basis, *share), *user)
     });
     let Some((amount, user)) = given.max() else { return Ok(()) };
-    give(conn, user, attempt, amount).await.map(drop)
+    give(conn, user, &reference(attempt), amount).await?;
+    // The step has failed for good: what its earlier attempts bought is as useless as what the last one did.
+    let of_step = rules.iter().filter(|(_, gives, _, final_only, ..)| gives == "attempt" && *final_only);
+    match of_step.map(|(_, _, share, ..)| *share).max() {
+        Some(share) => earlier_attempts(conn, user, attempt, share).await,
+        None => Ok(()),
+    }
+}
+
+/// Gives back what the other attempts of a step paid, less what they have got back already. A key for each attempt.
+async fn earlier_attempts(conn: &mut PgConnection, user: Uuid, last: Uuid, share: i32) -> Result<(), LedgerError> {
+    let paid: Vec<(Uuid, i64, i64)> = sqlx::query_as(
+        "select b.id, sum(-t.amount_ucr)::bigint,
+                (select coalesce(sum(g.amount_ucr), 0)::bigint from credit_grants g
+                 where g.source = 'adjustment' and g.source_ref in ('refund-policy:' || b.id, 'refund-policy:' || b.id || ':step'))
+         from activity_attempts a
+         join activity_attempts b on b.run_id = a.run_id and b.path = a.path and b.user_id = a.user_id and b.id <> a.id
+         join credit_transactions t on t.attempt_id = b.id and t.kind = 'capture'
+         where a.id = $1 group by b.id, b.attempt_no having sum(-t.amount_ucr) > 0 order by b.attempt_no",
+    )
+    .bind(last)
+    .fetch_all(&mut *conn)
+    .await?;
+    for (attempt, taken, given) in paid {
+        let rest = MicroCredits(part(taken, share).0 - given);
+        give(conn, user, &format!("{}:step", reference(attempt)), rest).await?;
+    }
+    Ok(())
 }
 
 /// Gives back, at most for `limit` attempts, what the rules say of runs that completed with a rejected verdict. A run that its
@@ -102,7 +136,7 @@ pub async fn rejected_runs(conn: &mut PgConnection, limit: i64) -> Result<Vec<Uu
     .await?;
     let mut given = Vec::new();
     for (attempt, user, taken, share) in due {
-        if give(conn, user, attempt, part(taken, share)).await? {
+        if give(conn, user, &reference(attempt), part(taken, share)).await? {
             given.push(user);
         }
     }
@@ -115,10 +149,13 @@ fn part(amount: i64, share_bps: i32) -> MicroCredits {
     MicroCredits(i64::try_from(scaled / 10_000 + i128::from(scaled % 10_000 > 0)).unwrap_or(amount))
 }
 
-async fn give(conn: &mut PgConnection, user: Uuid, attempt: Uuid, amount: MicroCredits) -> Result<bool, LedgerError> {
+fn reference(attempt: Uuid) -> String {
+    format!("refund-policy:{attempt}")
+}
+
+async fn give(conn: &mut PgConnection, user: Uuid, reference: &str, amount: MicroCredits) -> Result<bool, LedgerError> {
     if amount.0 <= 0 {
         return Ok(false);
     }
-    let reference = format!("refund-policy:{attempt}");
-    ledger::grant(conn, user, GrantSource::Adjustment, &reference, amount, None).await
+    ledger::grant(conn, user, GrantSource::Adjustment, reference, amount, None).await
 }

@@ -3,7 +3,8 @@
 use super::money::PicoUsd;
 use crate::usage::Usage;
 use chrono::{DateTime, Utc};
-use sqlx::{PgConnection, Row, postgres::PgRow};
+use sqlx::{PgConnection, PgPool, Row, postgres::PgRow};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A row of `model_pricing`. Micro-USD per million tokens, which is pico-USD per token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,8 +54,21 @@ impl Price {
     }
 }
 
+/// The provider's price for every model of its own. It is a guess that somebody made for servers of one's own, and is never one for
+/// a server that sends bills: there only a price of the model counts.
+pub const ANY_MODEL: &str = "*";
+
+/// Which rows may price a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rows {
+    /// The model's own, else the provider's `*`.
+    OwnOrAny,
+    /// The model's own.
+    Own,
+}
+
 /// The price in force at `at` (now if `None`) for a prompt of that size: newest date, then the highest floor below the prompt; a model's own rows
-/// before the provider's `*`. `None` when the model has no price or is withdrawn: it may not be used.
+/// before the provider's `*`, as [`find_among`] with [`Rows::OwnOrAny`]. `None` when the model has no price or is withdrawn: it may not be used.
 ///
 /// # Transaction
 /// Reads only.
@@ -65,10 +79,25 @@ pub async fn find(
     prompt_tokens: u64,
     at: Option<DateTime<Utc>>,
 ) -> Result<Option<Price>, sqlx::Error> {
+    find_among(conn, Rows::OwnOrAny, provider, model, prompt_tokens, at).await
+}
+
+/// As [`find`], among some rows only.
+///
+/// # Transaction
+/// Reads only.
+pub async fn find_among(
+    conn: &mut PgConnection,
+    rows: Rows,
+    provider: &str,
+    model: &str,
+    prompt_tokens: u64,
+    at: Option<DateTime<Utc>>,
+) -> Result<Option<Price>, sqlx::Error> {
     let row = sqlx::query(
         "select id, input_umtok, cached_input_umtok, cache_write_umtok, output_umtok, reasoning_umtok, per_request_pusd, billable
          from model_pricing
-         where provider = $1 and model_id in ($2, '*') and service_tier = 'standard' and effective_from <= coalesce($4, engine_now())
+         where provider = $1 and model_id in ($2, $5) and service_tier = 'standard' and effective_from <= coalesce($4, engine_now())
            and (min_prompt_tokens = 0 or min_prompt_tokens < $3)
          order by (model_id = $2) desc, effective_from desc, min_prompt_tokens desc limit 1",
     )
@@ -76,12 +105,51 @@ pub async fn find(
     .bind(model)
     .bind(i64::try_from(prompt_tokens).unwrap_or(i64::MAX))
     .bind(at)
+    .bind(if rows == Rows::Own { model } else { ANY_MODEL })
     .fetch_optional(conn)
     .await?;
     match row {
         Some(row) if row.try_get::<bool, _>("billable")? => Ok(Some(of_row(&row)?)),
         _ => Ok(None),
     }
+}
+
+/// Those of `candidates` (provider, model) that have no price of their own now and so are not used, each once.
+///
+/// # Transaction
+/// Reads only, on a connection of its own.
+pub async fn missing(
+    pool: &PgPool,
+    candidates: impl IntoIterator<Item = (String, String)> + Send,
+) -> Result<BTreeSet<(String, String)>, sqlx::Error> {
+    let candidates: BTreeSet<_> = candidates.into_iter().collect();
+    let mut conn = pool.acquire().await?;
+    let mut missing = BTreeSet::new();
+    for (provider, model) in candidates {
+        if find_among(&mut conn, Rows::Own, &provider, &model, 0, None).await?.is_none() {
+            missing.insert((provider, model));
+        }
+    }
+    Ok(missing)
+}
+
+/// Limits of models as the newest rows in force name them: (provider, model) to window and longest answer, in tokens.
+///
+/// # Transaction
+/// Reads only, on a connection of its own.
+pub async fn limits(pool: &PgPool) -> Result<BTreeMap<(String, String), (u64, u32)>, sqlx::Error> {
+    let rows: Vec<(String, String, i64, i64)> = sqlx::query_as(
+        "select distinct on (provider, model_id) provider, model_id, context_tokens, max_output_tokens from model_pricing
+         where service_tier = 'standard' and effective_from <= engine_now() and context_tokens > 0 and max_output_tokens > 0
+         order by provider, model_id, effective_from desc, min_prompt_tokens",
+    )
+    .fetch_all(pool)
+    .await?;
+    let limits = |(provider, model, window, output): (String, String, i64, i64)| {
+        let limits = (u64::try_from(window).unwrap_or(0), u32::try_from(output).unwrap_or(u32::MAX));
+        ((provider, model), limits)
+    };
+    Ok(rows.into_iter().map(limits).collect())
 }
 
 /// The row with that id, in force or not.

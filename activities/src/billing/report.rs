@@ -93,7 +93,8 @@ pub async fn spent(conn: &mut PgConnection, by: By, span: Span) -> Result<Vec<Sp
                             where attempt_id = a.id and kind = 'capture') s on true
          left join lateral (select count(*) calls, sum(tokens_prompt) prompt, sum(tokens_output) output, sum(cost_pusd) cost
                             from api_key_usage where attempt_id = a.id) k on true
-         left join credit_grants g on g.source = 'adjustment' and g.source_ref = 'refund-policy:' || a.id
+         left join lateral (select sum(amount_ucr) amount_ucr from credit_grants where source = 'adjustment'
+                              and source_ref in ('refund-policy:' || a.id, 'refund-policy:' || a.id || ':step')) g on true
          where a.ended_at is not null and ($1::timestamptz is null or a.ended_at >= $1) and ($2::timestamptz is null or a.ended_at < $2)
            and ($3::uuid is null or a.user_id = $3)
          group by 1 order by {order} limit {ROWS_MAX}"

@@ -61,10 +61,14 @@ impl Breaker {
     }
     /// The provider failed or could not be reached. Of a call that began before it opened, this says nothing new.
     pub fn unwell(&self, now: Instant, probe: bool) {
+        self.unwell_for(now, probe, OPEN_FOR);
+    }
+    /// As [`Breaker::unwell`], open for that long if it opens.
+    pub fn unwell_for(&self, now: Instant, probe: bool, open_for: Duration) {
         let mut state = self.lock();
         state.failures = state.failures.saturating_add(1);
         if probe || (state.open_until.is_none() && state.failures >= FAILURES_TO_OPEN) {
-            state.open_until = Some(now + OPEN_FOR);
+            state.open_until = Some(now + open_for);
             state.probing = false;
         }
     }

@@ -6,7 +6,9 @@ mod failure;
 mod keys;
 
 use super::{
-    Question, Reply, Request, Role, budget,
+    Question, Reply, Request, Role,
+    breaker::OPEN_FOR,
+    budget,
     own::{Own, Owners},
     platform::Sealed,
     route::{Candidate, Routing},
@@ -24,7 +26,7 @@ use crate::{
     usage::{CallClosed, CallNoted, CallOpened, CallState, PlannedCall},
 };
 use answer::{Judged, Unusable, append_repair, judge, unreadable};
-use failure::{BUDGET_PER_MINUTE, is_out, named, outward, to_its_owner, verdict_over};
+use failure::{BUDGET_PER_MINUTE, is_out, is_passing, named, outward, to_its_owner, uncounted, verdict_over};
 use keys::Refused;
 use loopwright_engine::{
     Failure, FailureKind,
@@ -49,6 +51,10 @@ pub const PACKINGS_MAX: u32 = 3;
 const PRICE_MISSING: &str = "price_missing";
 /// Why it refuses a call of a model that has become dearer than its line in the routing allows.
 const PRICE_ABOVE_CEILING: &str = "price_above_ceiling";
+/// Attempts of a step of which a lost answer does not count: what may have been billed is bought again at the platform's cost, so
+/// that an outage of minutes ends no run. Later ones count, so a question is lost at most so often and as often as the step's
+/// policy says. Chosen: with delays that double, two minutes before it counts.
+const LOST_UNCOUNTED: u32 = 5;
 /// Most calls that failed whose request counts are remembered: many times what a worker runs at once.
 const COUNTS_MAX: usize = 4_096;
 
@@ -57,13 +63,14 @@ const COUNTS_MAX: usize = 4_096;
 pub struct Pace {
     /// Wait before the second try where the provider names none, with jitter of half of it either way.
     pub backoff: Duration,
-    /// Longest wait inside a call; beyond it the attempt ends with `retry_after_ms` and frees its worker.
+    /// Longest wait inside a call; beyond it the attempt ends with `retry_after_ms` and frees its worker. A provider that keeps
+    /// failing is left alone for as long.
     pub wait_max: Duration,
 }
 
 impl Default for Pace {
     fn default() -> Self {
-        Self { backoff: Duration::from_secs(1), wait_max: Duration::from_secs(30) }
+        Self { backoff: Duration::from_secs(1), wait_max: OPEN_FOR }
     }
 }
 
@@ -108,6 +115,10 @@ struct Progress {
     requests: u32,
     /// What has to be repaired, or could not be.
     unusable: Option<Unusable>,
+    /// A request failed and is billed all the same: to wait for somebody else and ask again would buy it once more.
+    billed: bool,
+    /// Providers that may have served the question, and the answer was lost.
+    lost: Vec<String>,
 }
 
 /// The parts of one call that its candidates share.
@@ -162,6 +173,7 @@ impl Orchestrator {
             slots.into_iter().map(|(name, slots)| (name, Pool::new(slots))).collect();
         let names: Vec<&str> = pools.keys().copied().collect();
         let sealed = keys.as_ref().map(|(keys, settings)| Sealed::new((*keys).clone(), settings.clone(), &pools));
+        let routing = routing.with_all_limits();
         let inner = Inner {
             // A user's keys may serve providers that are not configured.
             routing: if keys.is_some() { routing } else { routing.only(&names) },
@@ -255,7 +267,7 @@ impl Orchestrator {
             choices.sort_by_key(|choice| !first.is_from(&choice.candidate));
         }
         let task = Task { ctx, key, saved, question, shape, own };
-        let mut progress = Progress { requests: self.requests_so_far(ctx, key), unusable };
+        let mut progress = Progress { requests: self.requests_so_far(ctx, key), unusable, ..Progress::default() };
         let outcome = self.ask_all(&task, &choices, &mut progress).await;
         if outcome.is_err() {
             self.count(ctx, key, progress.requests);
@@ -267,6 +279,10 @@ impl Orchestrator {
         let mut failures = Vec::new();
         for choice in choices {
             let candidate = &choice.candidate;
+            // Who may have billed the question is not asked again within the attempt.
+            if progress.lost.contains(&candidate.provider) {
+                continue;
+            }
             match self.ask(task, choice, progress).await {
                 Verdict::Answered(reply) => return Ok(reply),
                 Verdict::Stop(failure) => return Err(failure),
@@ -276,7 +292,9 @@ impl Orchestrator {
                 }
             }
         }
-        Err(verdict_over(failures))
+        let lost_too_often = !progress.lost.is_empty() && task.ctx.info().attempt > LOST_UNCOUNTED;
+        let verdict = verdict_over(failures);
+        Err(if progress.billed || lost_too_often { verdict } else { uncounted(verdict) })
     }
 
     /// Candidates of a role as (provider, model), for `Activity::reserve`.
@@ -387,6 +405,7 @@ impl Orchestrator {
         let mut tries_left = TRIES_PER_CANDIDATE;
         // Every key may refuse once; a change of keys is no second try.
         let mut changes_left = pool.len().saturating_sub(1);
+        let several = changes_left > 0;
         let mut packings_left = PACKINGS_MAX;
         // What this call has found out about the window.
         let mut found = u64::MAX;
@@ -426,7 +445,7 @@ impl Orchestrator {
                 cooled = self.remember(&admitted.running.slot, candidate, error).await;
             }
             drop(admitted);
-            let error = match outcome {
+            let mut error = match outcome {
                 Ok(Judged::Reply(reply)) => {
                     if found < u64::MAX {
                         self.learn_window(candidate, found);
@@ -444,16 +463,23 @@ impl Orchestrator {
                     continue;
                 }
                 Err(Interrupted::Unannounced(failure) | Interrupted::Engine(failure)) => return Verdict::Stop(failure),
-                Err(Interrupted::Unpriced(message)) => {
-                    tracing::error!(provider = %candidate.provider, model = %candidate.model, "a model has no price and is not used; `loopwright pricing import` or `sync`");
-                    return Verdict::Next(Failure::permanent("model.unpriced", message));
-                }
-                Err(Interrupted::TooDear(message)) => {
-                    tracing::warn!(provider = %candidate.provider, model = %candidate.model, "a model costs more than its ceiling in the routing and is not used");
-                    return Verdict::Next(Failure::permanent("model.too_dear", message));
-                }
+                Err(Interrupted::Unpriced(failure)) => return Verdict::Next(failure),
                 Err(Interrupted::Provider(error)) => *error,
             };
+            progress.billed |= error.usage.is_some();
+            let wait = cooled.or_else(|| error.retry_after()).unwrap_or_else(|| jittered(self.0.pace.backoff));
+            if is_passing(&error.failure) {
+                // Whoever waits, this call or its run, is told how long. Of several keys another may be free earlier: the next
+                // attempt finds out, and asks nobody for it.
+                let told = if several { error.retry_after().unwrap_or(self.0.pace.backoff) } else { wait };
+                error.failure.retry_after_ms = error.failure.retry_after_ms.max(Some(milliseconds(told).max(1)));
+            }
+            if error.state == CallState::Unknown && error.advice != Advice::Stop {
+                let labels = [("provider", candidate.provider.clone()), ("model", candidate.model.clone())];
+                metrics::counter!("loopwright_model_lost_answers_total", &labels).increment(1);
+                progress.lost.push(candidate.provider.clone());
+                return Verdict::Next(error.failure);
+            }
             let key_is_out = cooled.is_some()
                 || is_out(&error.failure)
                 || matches!(error.advice, Advice::OtherKey | Advice::DisableKey);
@@ -489,7 +515,6 @@ impl Orchestrator {
                     limit = limit.saturating_mul(2).min(candidate.max_output_tokens);
                 }
                 Advice::SameModel => {
-                    let wait = cooled.or_else(|| error.retry_after()).unwrap_or_else(|| jittered(self.0.pace.backoff));
                     if wait > self.0.pace.wait_max {
                         return Verdict::Next(error.failure);
                     }
@@ -521,8 +546,14 @@ impl Orchestrator {
         match ctx.meter_open(&meter_key, &opened).await {
             Ok(()) => {}
             // Nobody may use a model that has no price, and others of the role may have one.
-            Err(failure) if failure.code == PRICE_MISSING => return Err(Interrupted::Unpriced(failure.message)),
-            Err(failure) if failure.code == PRICE_ABOVE_CEILING => return Err(Interrupted::TooDear(failure.message)),
+            Err(failure) if failure.code == PRICE_MISSING => {
+                tracing::error!(provider = %candidate.provider, model = %candidate.model, "a model has no price of its own and is not used; `loopwright pricing import` or `sync`");
+                return Err(Interrupted::Unpriced(Failure::permanent("model.unpriced", failure.message)));
+            }
+            Err(failure) if failure.code == PRICE_ABOVE_CEILING => {
+                tracing::warn!(provider = %candidate.provider, model = %candidate.model, "a model is dearer than the routing allows and is not used");
+                return Err(Interrupted::Unpriced(Failure::permanent("model.too_dear", failure.message)));
+            }
             Err(failure) => return Err(Interrupted::Unannounced(failure)),
         }
         let started = Instant::now();
@@ -541,7 +572,7 @@ impl Orchestrator {
             request_id: &request_id,
         });
         let result = noting(ctx, &meter_key, &request_id, completing).await;
-        observe(running, candidate, &result, started.elapsed());
+        observe(running, candidate, &result, started.elapsed(), self.0.pace.wait_max);
         let result = result
             .map_err(|error| if running.slot.own_id().is_some() { to_its_owner(error, candidate) } else { error });
         match result {
@@ -653,10 +684,8 @@ enum Interrupted {
     Unannounced(Failure),
     /// The engine said no to what came of it.
     Engine(Failure),
-    /// The model has no price.
-    Unpriced(String),
-    /// It costs more than it may.
-    TooDear(String),
+    /// The model has no price, or one above its ceiling.
+    Unpriced(Failure),
     Provider(Box<ProviderError>),
 }
 
@@ -683,6 +712,7 @@ fn opened(slot: &Slot, candidate: &Candidate, request: &Request, limit: u32) -> 
         key_fingerprint: key.fingerprint,
         key_last4: key.last4,
         own_key_id: slot.own_id(),
+        local: slot.provider.is_local(),
         input_tokens_max: request_tokens_max(request),
         output_tokens_max: u64::from(limit),
         input_umtok_max: ceiling(candidate.input_umtok_max),
@@ -716,8 +746,14 @@ fn closed_badly(error: &ProviderError, request_id: &RequestIdSlot) -> CallClosed
     }
 }
 
-/// Updates the breaker and the metrics.
-fn observe(running: &Running, candidate: &Candidate, result: &Result<Completion, ProviderError>, elapsed: Duration) {
+/// Updates the breaker, which opens for `open_for`, and the metrics.
+fn observe(
+    running: &Running,
+    candidate: &Candidate,
+    result: &Result<Completion, ProviderError>,
+    elapsed: Duration,
+    open_for: Duration,
+) {
     let breaker = &running.slot.breaker;
     let outcome = match result {
         Ok(_) => {
@@ -727,7 +763,7 @@ fn observe(running: &Running, candidate: &Candidate, result: &Result<Completion,
         Err(error) => {
             match error.failure.kind {
                 FailureKind::Cancelled => {}
-                _ if error.unwell => breaker.unwell(Instant::now(), running.probe),
+                _ if error.unwell => breaker.unwell_for(Instant::now(), running.probe, open_for),
                 _ => breaker.well(),
             }
             error.failure.code.clone()

@@ -26,6 +26,9 @@ const AGE_MAX: Duration = Duration::from_secs(1);
 /// Most users, and keys, that are remembered: each key holds a client. What is forgotten is read again.
 const REMEMBERED_MAX: usize = 1_024;
 
+/// When a step whose user's key this worker cannot open asks again, in milliseconds: an operator has to act. Chosen.
+const SEALED_WAIT_MS: u64 = 60_000;
+
 /// A user's keys by provider.
 pub(super) struct Own {
     pub pools: BTreeMap<String, Pool>,
@@ -162,6 +165,8 @@ fn failure(error: &Error) -> Failure {
                 "provider.key_sealed",
                 "your key cannot be opened on this worker: its operator has to set LOOPWRIGHT_KEY_ENCRYPTION_KEYS",
             )
+            .with_retry_after_ms(SEALED_WAIT_MS)
+            .without_counting()
         }
         other => {
             tracing::error!(error = %other, "a key of a user does not open");

@@ -30,9 +30,11 @@ pub struct Candidate {
     pub provider: String,
     /// As the provider spells it.
     pub model: String,
-    /// Window for prompt and answer together.
+    /// Window for prompt and answer together. 0, as the one below: what the price list says, else a careful guess.
+    #[serde(default)]
     pub context_tokens: u64,
     /// Most that one answer may hold, thinking included.
+    #[serde(default)]
     pub max_output_tokens: u32,
     #[serde(default)]
     pub structured_output: StructuredOutput,
@@ -61,6 +63,9 @@ pub struct Candidate {
     #[serde(default)]
     pub output_umtok_max: Option<u64>,
 }
+
+/// Limits of models by provider and name, from the price list: window and longest answer, in tokens.
+pub type ListedLimits = BTreeMap<(String, String), (u64, u32)>;
 
 fn yes() -> bool {
     true
@@ -113,12 +118,14 @@ impl Routing {
                     .contains(&candidate.provider.as_str())
                 {
                     "its provider is unknown"
-                } else if candidate.max_output_tokens == 0 {
-                    "its output limit is 0"
-                } else if u64::from(candidate.max_output_tokens) >= candidate.context_tokens {
+                } else if (candidate.max_output_tokens == 0) != (candidate.context_tokens == 0) {
+                    "one limit is 0 or missing: give both, or leave both to the price list"
+                } else if candidate.has_limits() && u64::from(candidate.max_output_tokens) >= candidate.context_tokens {
                     "its window has no room for a prompt besides the longest answer"
                 } else if candidate.requests_per_minute == Some(0) || candidate.tokens_per_minute == Some(0) {
                     "a budget per minute is 0: leave it out, or leave the candidate out"
+                } else if candidate.input_umtok_max == Some(0) || candidate.output_umtok_max == Some(0) {
+                    "its price ceiling is 0: leave it out, or leave the candidate out"
                 } else {
                     continue;
                 };
@@ -168,7 +175,7 @@ impl Routing {
             if settings.openai_compatible.is_some() {
                 let local = |model: &str, context_tokens: u64| {
                     let context_tokens = settings.openai_context_tokens.unwrap_or(context_tokens);
-                    named("openai_compatible", model, context_tokens)
+                    named("openai_compatible", model, Some(context_tokens))
                 };
                 let known = candidates.iter().any(|c| c.provider == "openai_compatible");
                 match (&settings.openai_model, offered) {
@@ -182,6 +189,27 @@ impl Routing {
                 put_first(candidates, candidate);
             }
             candidates.truncate(CANDIDATES_MAX);
+        }
+        self
+    }
+
+    /// This routing with the limits of the price list where neither its file nor a server has named any.
+    #[must_use]
+    pub fn with_listed_limits(mut self, listed: &ListedLimits) -> Self {
+        for candidate in self.roles.values_mut().flatten().filter(|candidate| !candidate.has_limits()) {
+            let known = listed.get(&(candidate.provider.clone(), candidate.model.clone()));
+            if let Some((context_tokens, max_output_tokens)) = known.filter(|(context, _)| *context > 1) {
+                candidate.limit_to(*context_tokens, *max_output_tokens);
+            }
+        }
+        self
+    }
+
+    /// This routing with a careful guess where nobody knows the limits of a model.
+    #[must_use]
+    pub fn with_all_limits(mut self) -> Self {
+        for candidate in self.roles.values_mut().flatten().filter(|candidate| !candidate.has_limits()) {
+            candidate.limit_to(CONTEXT_TOKENS_DEFAULT, OUTPUT_TOKENS_DEFAULT);
         }
         self
     }
@@ -202,7 +230,7 @@ impl Routing {
         let list: Vec<Candidate> = names
             .iter()
             .take(CANDIDATES_MAX)
-            .map(|name| known(name).unwrap_or_else(|| reference(name, None)))
+            .map(|name| known(name).unwrap_or_else(|| reference(name, None)).limited())
             .collect();
         (!list.is_empty()).then_some(list)
     }
@@ -220,6 +248,27 @@ impl Routing {
     #[must_use]
     pub fn candidates(&self, role: Role) -> &[Candidate] {
         self.roles.get(&role).map(Vec::as_slice).unwrap_or_default()
+    }
+}
+
+impl Candidate {
+    fn has_limits(&self) -> bool {
+        self.context_tokens > 0
+    }
+
+    /// Half of a small window stays free for the prompt.
+    fn limit_to(&mut self, context_tokens: u64, max_output_tokens: u32) {
+        let half = u32::try_from((context_tokens / 2).max(1)).unwrap_or(u32::MAX);
+        self.context_tokens = context_tokens.max(2);
+        self.max_output_tokens = max_output_tokens.clamp(1, half);
+    }
+
+    /// With a careful guess where nobody knows its limits.
+    fn limited(mut self) -> Self {
+        if !self.has_limits() {
+            self.limit_to(CONTEXT_TOKENS_DEFAULT, OUTPUT_TOKENS_DEFAULT);
+        }
+        self
     }
 }
 
@@ -247,25 +296,21 @@ impl Role {
 /// A candidate from `<provider>/<model>`; without a known provider in front, a model of the OpenAI-compatible server.
 fn reference(text: &str, local_context_tokens: Option<u64>) -> Candidate {
     match text.split_once('/') {
-        Some((provider @ ("gemini" | "openrouter" | "rehearsed"), model)) => {
-            named(provider, model, CONTEXT_TOKENS_DEFAULT)
-        }
+        Some((provider @ ("gemini" | "openrouter" | "rehearsed"), model)) => named(provider, model, None),
         Some(("openai_compatible" | "openai", model)) => {
-            named("openai_compatible", model, local_context_tokens.unwrap_or(LOCAL_CONTEXT_TOKENS_DEFAULT))
+            named("openai_compatible", model, Some(local_context_tokens.unwrap_or(LOCAL_CONTEXT_TOKENS_DEFAULT)))
         }
-        _ => named("openai_compatible", text, local_context_tokens.unwrap_or(LOCAL_CONTEXT_TOKENS_DEFAULT)),
+        _ => named("openai_compatible", text, Some(local_context_tokens.unwrap_or(LOCAL_CONTEXT_TOKENS_DEFAULT))),
     }
 }
 
-/// A candidate of which only the name is known.
-fn named(provider: &str, model: &str, context_tokens: u64) -> Candidate {
-    // Half of a small window stays free for the prompt.
-    let half = u32::try_from((context_tokens / 2).max(1)).unwrap_or(u32::MAX);
-    Candidate {
+/// A candidate of which only the name is known, and perhaps its window.
+fn named(provider: &str, model: &str, context_tokens: Option<u64>) -> Candidate {
+    let mut candidate = Candidate {
         provider: provider.to_owned(),
         model: model.to_owned(),
-        context_tokens: context_tokens.max(2),
-        max_output_tokens: OUTPUT_TOKENS_DEFAULT.min(half),
+        context_tokens: 0,
+        max_output_tokens: 0,
         structured_output: StructuredOutput::JsonSchema,
         tools: true,
         thinking: None,
@@ -275,13 +320,17 @@ fn named(provider: &str, model: &str, context_tokens: u64) -> Candidate {
         tasks: vec![],
         input_umtok_max: None,
         output_umtok_max: None,
+    };
+    if let Some(context_tokens) = context_tokens {
+        candidate.limit_to(context_tokens, OUTPUT_TOKENS_DEFAULT);
     }
+    candidate
 }
 
 /// A candidate that a user's own key names.
 pub(super) fn own_candidate(provider: &str, model: &str) -> Candidate {
     let local = provider == "openai_compatible";
-    named(provider, model, if local { OWN_CONTEXT_TOKENS } else { CONTEXT_TOKENS_DEFAULT })
+    named(provider, model, Some(if local { OWN_CONTEXT_TOKENS } else { CONTEXT_TOKENS_DEFAULT }))
 }
 
 /// Puts a candidate first; limits that the list knows for it are kept.
@@ -318,6 +367,7 @@ mod tests {
         for (text, expected) in [
             ("roles: { boss: [] }", "not valid"),
             ("roles: { architect: [{ provider: gemini }] }", "not valid"),
+            ("roles: { architect: [{ provider: gemini, model: m, input_umtok_max: dear }] }", "not valid"),
             ("roles: { architect: [{ provider: x, model: m, context_tokens: 9, max_output_tokens: 1 }] }", "provider"),
             (
                 "roles: { architect: [{ provider: gemini, model: m, context_tokens: 9, max_output_tokens: 9 }] }",
@@ -331,6 +381,8 @@ mod tests {
                 "roles: { architect: [{ provider: gemini, model: m, context_tokens: 9, max_output_tokens: 1, requests_per_minute: 0 }] }",
                 "per minute",
             ),
+            ("roles: { architect: [{ provider: gemini, model: m, context_tokens: 9 }] }", "limit"),
+            ("roles: { architect: [{ provider: gemini, model: m, input_umtok_max: 0 }] }", "ceiling"),
         ] {
             let error = Routing::from_yaml(text).unwrap_err().to_string();
             assert!(error.contains(expected), "{text}: {error}");
@@ -358,6 +410,33 @@ mod tests {
         assert_eq!(names(&routing, Role::Architect)[0], "openai_compatible/org/model:tag");
         assert_eq!(names(&routing, Role::Utility)[0], "gemini/gemini-3.8-flash");
         assert_eq!(routing.candidates(Role::Utility)[0].context_tokens, 1_048_576, "limits of the file are kept");
+    }
+
+    #[test]
+    fn limits_that_nobody_gives_come_from_the_price_list_and_else_are_guessed() {
+        let file = "roles: { architect: [{ provider: gemini, model: listed }, { provider: gemini, model: unlisted },
+            { provider: gemini, model: given, context_tokens: 900, max_output_tokens: 90 }, { provider: gemini, model: odd }] }";
+        let chosen = settings(&[("GEMINI_API_KEY", "k"), ("LOOPWRIGHT_MODEL_ARCHITECT", "gemini/named")]);
+        let all =
+            [("listed", (1_000_000, 60_000)), ("named", (500_000, 50_000)), ("given", (1, 1)), ("odd", (100, 100))];
+        let listed = all.into_iter().map(|(model, limits)| (("gemini".to_owned(), model.to_owned()), limits)).collect();
+        let routing = Routing::from_yaml(file).unwrap().with_settings(&chosen, None).with_listed_limits(&listed);
+        let routing = routing.with_settings(&chosen, None).with_all_limits();
+        let limits: Vec<_> = routing
+            .candidates(Role::Architect)
+            .iter()
+            .map(|c| (c.model.as_str(), c.context_tokens, c.max_output_tokens))
+            .collect();
+        assert_eq!(
+            limits,
+            [
+                ("named", 500_000, 50_000),
+                ("listed", 1_000_000, 60_000),
+                ("unlisted", CONTEXT_TOKENS_DEFAULT, OUTPUT_TOKENS_DEFAULT),
+                ("given", 900, 90),
+                ("odd", 100, 50),
+            ]
+        );
     }
 
     #[test]

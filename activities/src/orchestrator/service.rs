@@ -15,6 +15,9 @@ use std::{
 };
 use uuid::Uuid;
 
+/// What a key is waited for whose provider is out of service after failures in a row.
+pub(super) const UNAVAILABLE: &str = "transient.unavailable";
+
 /// One key with its client and its health, as this process sees it.
 pub(super) struct Slot {
     pub provider: Arc<dyn Provider>,
@@ -145,7 +148,7 @@ impl Pool {
                     slot.taken.store(self.turn.fetch_add(1, Ordering::Relaxed), Ordering::Relaxed);
                     return Ok(Running { slot, probe });
                 }
-                Permit::Refused(wait) => wait_for(wait, "model.unavailable"),
+                Permit::Refused(wait) => wait_for(wait, UNAVAILABLE),
             }
         }
         Err(match (soonest, out) {

@@ -90,6 +90,11 @@ pub trait Provider: Send + Sync + 'static {
     /// Which key is used, without revealing it.
     fn key(&self) -> KeyIdentity;
 
+    /// Whether its server is on this machine or its network, by its address alone: nobody sends a bill for it.
+    fn is_local(&self) -> bool {
+        false
+    }
+
     /// Makes one call and reads its answer to the end.
     ///
     /// # Errors

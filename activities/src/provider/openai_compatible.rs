@@ -6,7 +6,7 @@
 
 use super::{
     Call, Completion, KeyIdentity, Provider, ProviderError, Timeouts,
-    address::{Trust, join},
+    address::{Trust, is_local, join},
     chat::{self, ServedModel},
     http::{Http, secret_header},
     retry::{Names, Report},
@@ -184,6 +184,9 @@ impl Provider for OpenAiCompatible {
     }
     fn key(&self) -> KeyIdentity {
         self.key.clone()
+    }
+    fn is_local(&self) -> bool {
+        is_local(&self.base)
     }
     fn complete<'a>(&'a self, call: Call<'a>) -> BoxFuture<'a, Result<Completion, ProviderError>> {
         Box::pin(self.complete(call))

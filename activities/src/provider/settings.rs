@@ -128,6 +128,12 @@ impl Settings {
         self.gemini.is_none() && self.openrouter.is_none() && self.openai_compatible.is_none()
     }
 
+    /// Whether the OpenAI-compatible server is on this machine or its network: only there a price for every model (`*`) counts.
+    #[must_use]
+    pub fn openai_is_local(&self) -> bool {
+        self.openai_compatible.as_ref().is_some_and(|endpoint| is_local(&endpoint.base))
+    }
+
     /// Names of the configured providers.
     #[must_use]
     pub fn names(&self) -> Vec<&'static str> {
@@ -282,6 +288,17 @@ mod tests {
     #[test]
     fn a_provider_is_configured_by_its_key_and_a_local_server_by_its_address() {
         assert!(settings(&[("GEMINI_API_KEY", " ")]).unwrap().is_empty());
+        for (address, local) in [
+            ("http://127.0.0.1:8080/v1", true),
+            ("http://192.168.1.9:1234", true),
+            ("http://ollama:11434", true),
+            ("https://api.openai.com/v1", false),
+            ("https://8.8.8.8/v1", false),
+        ] {
+            let settings = settings(&[("OPENAI_BASE_URL", address)]).unwrap();
+            assert_eq!(settings.openai_is_local(), local, "{address}");
+            assert_eq!(settings.providers().unwrap()[0].is_local(), local, "{address}");
+        }
         let all = settings(&[
             ("GEMINI_API_KEY", "k"),
             ("OPENROUTER_API_KEY", "k"),

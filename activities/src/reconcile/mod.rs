@@ -45,7 +45,7 @@ pub struct Books {
     pub client: Client,
     pub openrouter: Option<Arc<OpenRouterAccount>>,
     pub stars: Option<Arc<dyn Stars>>,
-    /// (provider, model) of every role: each needs a price.
+    /// (provider, model) of every role: each needs a price of its own. Those of a server of one's own are left out.
     pub candidates: Vec<(String, String)>,
 }
 

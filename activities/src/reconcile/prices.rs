@@ -3,7 +3,7 @@
 use super::{Books, Output, asked, report, store};
 use crate::billing::{
     books::Finding,
-    price,
+    price::{self, Rows},
     pricelist::{self, Tier, Trust},
 };
 use chrono::{Duration, Utc};
@@ -52,7 +52,8 @@ pub(super) async fn run(b: &Books) -> Result<Output, Failure> {
     }
     for (provider, model) in &b.candidates {
         done.checked += 1;
-        if price::find(&mut conn, provider, model, 0, None).await.map_err(|e| store(&e))?.is_none() {
+        let own = price::find_among(&mut conn, Rows::Own, provider, model, 0, None).await;
+        if own.map_err(|e| store(&e))?.is_none() {
             let text = "a model of a role has no price, so it is not used; `loopwright pricing import` or `sync`";
             found.push(finding("price_missing", format!("{provider}/{model}"), text));
         }

@@ -132,6 +132,15 @@ impl Bench {
         self.meter(attempt, key, Phase::Close, closing(state, prompt, output)).await;
     }
 
+    /// A call that failed for a reason of the model's or the provider's, and reports what it used.
+    pub(crate) async fn cut(&self, attempt: &AttemptRef, key: &str, code: &str, prompt: u64, output: u64) {
+        let mut closed: CallClosed =
+            serde_json::from_value(closing(CallState::Succeeded, prompt, output)).expect("closing");
+        closed.state = CallState::Failed;
+        closed.error_class = Some(code.into());
+        self.meter(attempt, key, Phase::Close, serde_json::to_value(closed).expect("json")).await;
+    }
+
     pub(crate) async fn meter(&self, attempt: &AttemptRef, key: &str, phase: Phase, body: Value) -> Verdict {
         let mut tx = self.pool.begin().await.expect("tx");
         let verdict =
@@ -186,6 +195,7 @@ pub(crate) fn opening(output_tokens: u64) -> Value {
         key_fingerprint: "11".repeat(32),
         key_last4: "abcd".into(),
         own_key_id: None,
+        local: false,
         input_tokens_max: 1_000,
         output_tokens_max: output_tokens,
         input_umtok_max: None,
@@ -379,6 +389,7 @@ async fn a_model_without_a_price_is_not_used() {
         key_fingerprint: "11".repeat(32),
         key_last4: String::new(),
         own_key_id: None,
+        local: false,
         input_tokens_max: 1,
         output_tokens_max: 1,
         input_umtok_max: None,

@@ -28,18 +28,24 @@ const CORRUPTIONS: &[(&str, &str)] = &[
     ("I13", "insert into model_pricing (provider, model_id, effective_from, input_umtok, output_umtok, source)
              select provider, model_id, '2026-01-02', input_umtok, output_umtok, 'too late' from model_pricing where model_id = 'rehearsed/architect'"),
     ("I14", "update api_key_usage set tokens_output = tokens_output + 1 where call_key = 'a.0'"),
+    ("I14", "update api_key_usage set tokens_output = tokens_output + 1 where call_key = 'a.2'"),
     ("I15", "update activity_attempts set lease_expires_at = now() - interval '1 hour' where state = 'running'"),
     ("I16", "insert into definitions (hash, name, version, format, source, bundle, ir) values (decode(repeat('00', 32), 'hex'), 'n', 1, 1, '', '{}', '{}');
              insert into runs (shard, run_id, workflow, definition, status, inputs, closed_at)
                select 0, run_id, 'n', decode(repeat('00', 32), 'hex'), 'failed', '{}', now() from activity_attempts where state = 'running'"),
     ("I17", "update api_key_usage set state = 'failed' where call_key = 'a.0'"),
+    ("I17", "update api_key_usage set error_class = 'transient.http' where call_key = 'a.2'"),
+    ("I17", "update api_key_usage set state = 'unknown' where call_key = 'a.2'"),
+    ("I17", "update api_key_usage set usage_source = 'estimated' where call_key = 'a.2'"),
     ("I18", "update api_keys set user_id = (select id from users)"),
 ];
 
 #[tokio::test]
 async fn every_invariant_catches_its_corruption_and_no_other() {
     let names: Vec<&str> = INVARIANTS.iter().map(|(name, ..)| *name).collect();
-    assert_eq!(names, CORRUPTIONS.iter().map(|(name, _)| *name).collect::<Vec<_>>(), "each has one");
+    let mut corrupted: Vec<&str> = CORRUPTIONS.iter().map(|(name, _)| *name).collect();
+    corrupted.dedup();
+    assert_eq!(names, corrupted, "each has one");
     let bench = Bench::new(100).await;
     bench.grant("b", 1).await;
     sqlx::query("insert into orders (payload, user_id, stars, credits_ucr, state, expires_at) values ('ord', $1, 250, 50000000, 'open', engine_now() + interval '1 hour')")
@@ -56,6 +62,9 @@ async fn every_invariant_catches_its_corruption_and_no_other() {
     bench.close(&attempt, "a.0", CallState::Succeeded, 1_000, 100).await;
     bench.open(&attempt, "a.1", 100).await;
     bench.close(&attempt, "a.1", CallState::Failed, 0, 0).await;
+    // One that failed and is paid.
+    bench.open(&attempt, "a.2", 100).await;
+    bench.cut(&attempt, "a.2", "model.truncated", 1_000, 100).await;
     bench.end(&attempt, Outcome::Succeeded).await;
     bench.start(&bench.attempt(RunId::new(), 1)).await;
     assert_eq!(bench.violations().await, [""; 0]);

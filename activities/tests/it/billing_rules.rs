@@ -6,6 +6,7 @@ use loopwright_activities::{
         BillingSettings, MicroCredits, audit, hold,
         ledger::{self, GrantSource},
         policy,
+        report::{self, By, Span},
     },
     usage::{CallClosed, CallState},
 };
@@ -198,24 +199,40 @@ async fn unusable_answers_are_given_back_once_and_usable_ones_are_not() {
 }
 
 #[tokio::test]
-async fn a_providers_fault_gives_back_what_no_later_attempt_uses() {
+async fn a_providers_fault_gives_back_what_every_attempt_of_the_failed_step_paid() {
     let bench = Bench::new(100).await;
     let run = RunId::new();
-    for (number, again, given) in [(1, true, false), (2, false, true)] {
-        let attempt = bench.attempt(run, number);
-        bench.start(&attempt).await;
-        bench.open(&attempt, "a.0", 100).await;
-        bench.close(&attempt, "a.0", CallState::Succeeded, 1_000, 100).await;
-        bench.end_with(&attempt, Outcome::Failed, Some("transient.http"), again).await;
-        let back: i64 =
-            sqlx::query_scalar("select count(*) from credit_grants where source_ref = 'refund-policy:' || $1")
-                .bind(attempt.attempt_id.0)
-                .fetch_one(&bench.pool)
-                .await
-                .expect("count");
-        assert_eq!(back == 1, given, "attempt {number}");
+    let given = async |attempt: &AttemptRef, suffix: &str| -> i64 {
+        sqlx::query_scalar("select coalesce(sum(amount_ucr), 0)::bigint from credit_grants where source_ref = $1")
+            .bind(format!("refund-policy:{}{suffix}", attempt.attempt_id.0))
+            .fetch_one(&bench.pool)
+            .await
+            .expect("sum")
+    };
+    // The first buys two answers, one of them unusable; the second dies with its worker; the third finds nobody.
+    let attempts: Vec<AttemptRef> = (1..=3).map(|number| bench.attempt(run, number)).collect();
+    bench.start(&attempts[0]).await;
+    bench.open(&attempts[0], "a.0", 100).await;
+    bench.close(&attempts[0], "a.0", CallState::Succeeded, 1_000, 100).await;
+    unusable(&bench, &attempts[0], "a.1").await;
+    bench.end_with(&attempts[0], Outcome::Failed, Some("model.output_invalid"), true).await;
+    assert_eq!(given(&attempts[0], "").await, CALL_UCR);
+    bench.start(&attempts[1]).await;
+    bench.open(&attempts[1], "a.0", 100).await;
+    bench.close(&attempts[1], "a.0", CallState::Succeeded, 1_000, 100).await;
+    bench.end(&attempts[1], Outcome::Lost).await;
+    assert_eq!(bench.balance().await.0, 100_000_000 - 2 * CALL_UCR);
+    bench.start(&attempts[2]).await;
+    // Settled again, nothing is given again.
+    for _ in 0..2 {
+        bench.end_with(&attempts[2], Outcome::Failed, Some("transient.unavailable"), false).await;
+        assert_eq!(bench.balance().await.0, 100_000_000, "he paid for a step that failed");
     }
-    assert_eq!(bench.balance().await.0, 100_000_000 - CALL_UCR);
+    assert_eq!((given(&attempts[0], ":step").await, given(&attempts[1], ":step").await), (CALL_UCR, CALL_UCR));
+    let span = Span { from: None, to: None, user: None };
+    let spent =
+        report::spent(&mut bench.pool.acquire().await.expect("conn"), By::Activity, span).await.expect("report");
+    assert_eq!((spent[0].attempts, spent[0].credits.as_str(), spent[0].given_back.as_str()), (3, "1.08", "1.08"));
     // A rule is turned off by a newer row, for what ends from then on.
     sqlx::query(
         "insert into refund_rules (rule, effective_from, gives, failures, final_only, share_bps, source)
@@ -224,12 +241,12 @@ async fn a_providers_fault_gives_back_what_no_later_attempt_uses() {
     .execute(&bench.pool)
     .await
     .expect("rule");
-    let attempt = bench.attempt(run, 3);
+    let attempt = bench.attempt(RunId::new(), 1);
     bench.start(&attempt).await;
     bench.open(&attempt, "a.0", 100).await;
     bench.close(&attempt, "a.0", CallState::Succeeded, 1_000, 100).await;
     bench.end_with(&attempt, Outcome::Failed, Some("transient.http"), false).await;
-    assert_eq!(bench.balance().await.0, 100_000_000 - 2 * CALL_UCR);
+    assert_eq!(bench.balance().await.0, 100_000_000 - CALL_UCR);
     let changed = sqlx::query("update refund_rules set share_bps = 0").execute(&bench.pool).await;
     assert!(changed.expect_err("append-only").to_string().contains("append-only"));
     assert_eq!(bench.violations().await, [""; 0]);

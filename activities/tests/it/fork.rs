@@ -67,6 +67,7 @@ impl Activity for Work {
                 key_fingerprint: "00".into(),
                 key_last4: String::new(),
                 own_key_id: None,
+                local: false,
                 input_tokens_max: 1_000,
                 output_tokens_max: 1_000,
                 input_umtok_max: None,

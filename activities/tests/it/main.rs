@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod answers;
+mod billed;
 mod billing;
 mod billing_audit;
 mod billing_books;
@@ -16,6 +17,7 @@ mod keys;
 mod loop_steps;
 mod orchestrator;
 mod prompts;
+mod outage;
 mod provider;
 mod quotes;
 mod report;

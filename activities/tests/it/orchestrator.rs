@@ -204,7 +204,7 @@ async fn an_unreadable_record_is_an_error_and_not_a_second_purchase() {
 }
 
 #[tokio::test]
-async fn an_unknown_outcome_is_recorded_as_such_and_the_next_try_is_another_call() {
+async fn an_unknown_outcome_is_recorded_as_such_and_not_repeated_within_its_attempt() {
     let stub = Stub::new("openrouter", |call, n| match n {
         0 => {
             call.request_id.offer("gen-1");
@@ -212,14 +212,42 @@ async fn an_unknown_outcome_is_recorded_as_such_and_the_next_try_is_another_call
         }
         _ => Ok(said("there")),
     });
-    let orchestrator = orchestrator(&[candidate("openrouter", "m")], &[stub]);
+    let orchestrator =
+        orchestrator(&[candidate("openrouter", "m"), candidate("openrouter", "n")], &[Arc::clone(&stub)]);
     let bench = Bench::attempt(&Arc::default(), 3);
-    orchestrator.call(&bench.ctx, "plan", request()).await.unwrap();
+    let failure = orchestrator.call(&bench.ctx, "plan", request()).await.unwrap_err();
+    assert_eq!((failure.code.as_str(), failure.kind), ("transient.network", FailureKind::Retryable));
+    assert!(failure.uncounted, "an outage of minutes ends no run");
+    assert_eq!(stub.count(), 1, "neither model of a server that may have billed it is asked again");
+    let next = Bench::attempt(&bench.recorder, 4);
+    orchestrator.call(&next.ctx, "plan", request()).await.unwrap();
     let closed = bench.closed();
-    assert_eq!(bench.keys(), ["plan.a3.0", "plan.a3.1"]);
+    assert_eq!(bench.keys(), ["plan.a3.0", "plan.a4.0"]);
     assert_eq!((closed[0].1.state, closed[0].1.provider_request_id.as_deref()), (CallState::Unknown, Some("gen-1")));
     assert_eq!(closed[0].1.error_class.as_deref(), Some("transient.network"));
     assert_eq!(closed[1].1.state, CallState::Succeeded);
+}
+
+#[tokio::test]
+async fn after_a_lost_answer_another_provider_may_be_asked_and_many_lost_answers_count() {
+    let lost = Stub::new("gemini", |_, _| {
+        Err(ProviderError { state: CallState::Unknown, ..failed("transient.network", Advice::SameModel) })
+    });
+    let other = Stub::new("openrouter", |_, n| match n {
+        0 => Ok(said("there")),
+        _ => Err(failed("model.refused", Advice::OtherModel)),
+    });
+    let list = [candidate("gemini", "a"), candidate("gemini", "b"), candidate("openrouter", "c")];
+    let orchestrator = orchestrator(&list, &[Arc::clone(&lost), Arc::clone(&other)]);
+    let reply = orchestrator.call(&Bench::new().ctx, "plan", request()).await.unwrap();
+    assert_eq!((reply.provider.as_str(), lost.count()), ("openrouter", 1));
+    let recorder = Arc::default();
+    for attempt in 2..=4 {
+        let bench = Bench::attempt(&recorder, attempt);
+        assert!(orchestrator.call(&bench.ctx, "other", request()).await.unwrap_err().uncounted);
+    }
+    let late = orchestrator.call(&Bench::attempt(&recorder, 6).ctx, "other", request()).await.unwrap_err();
+    assert_eq!((late.code.as_str(), late.uncounted, lost.count()), ("transient.network", false, 5));
 }
 
 #[tokio::test]
@@ -663,9 +691,9 @@ async fn a_provider_that_keeps_failing_is_left_alone_for_a_while() {
         assert_eq!(failure.code, "transient.http");
     }
     let failure = orchestrator.call(&bench.ctx, "k2", request()).await.unwrap_err();
-    assert_eq!((failure.code.as_str(), stub.count()), ("model.unavailable", 5));
+    assert_eq!((failure.code.as_str(), stub.count()), ("transient.unavailable", 5));
     let failure = orchestrator.call(&bench.ctx, "k3", request()).await.unwrap_err();
-    assert_eq!((failure.kind, stub.count()), (FailureKind::Retryable, 5));
+    assert_eq!((failure.kind, failure.uncounted, stub.count()), (FailureKind::Retryable, true, 5));
     assert!((1..=30_000).contains(&failure.retry_after_ms.unwrap()));
     assert_eq!(bench.closed().len(), 5);
 }

@@ -462,9 +462,9 @@ impl Bench {
         note(code == expected, format!("ended as {:?} {:?}", view.status, view.failure));
         note((view.status == RunStatus::Completed) == expected.is_none(), format!("ended as {:?}", view.status));
 
-        type Row = (String, String, i64, Option<String>, bool);
+        type Row = (String, String, i64, Option<String>, bool, String);
         let rows: Vec<Row> = sqlx::query_as(
-            "select k.call_key, k.state, k.cost_pusd, k.provider_request_id, k.late from api_key_usage k
+            "select k.call_key, k.state, k.cost_pusd, k.provider_request_id, k.late, coalesce(k.error_class, '') from api_key_usage k
              join activity_attempts a on a.id = k.attempt_id where a.run_id = $1 order by k.id",
         )
         .bind(view.run_id.0)
@@ -478,9 +478,11 @@ impl Bench {
             rows.len() == story.len() + unsent,
             format!("{} rows, {} questions: {rows:?} {story:#?}", rows.len(), story.len()),
         );
-        for (key, state, cost, id, late) in &rows {
+        for (key, state, cost, id, late, class) in &rows {
             note(state != "started", format!("{key} is open"));
-            note(state == "succeeded" || *cost == 0, format!("{key} is {state} and costs {cost}"));
+            // An answer that the model did not end well was served; everything else that failed is free.
+            let served = state == "succeeded" || (state == "failed" && class.starts_with("model."));
+            note(served || *cost == 0, format!("{key} is {state} ({class}) and costs {cost}"));
             note(!late || *cost == 0, format!("{key} came late and costs {cost}"));
             let told = |entry: &Entry| entry.provider_request_id.as_ref() == id.as_ref();
             let entries = story.iter().filter(|(entry, _)| id.is_some() && told(entry)).count();
@@ -495,7 +497,7 @@ impl Bench {
             note(done.len() <= 1, format!("{name} was bought {} times", done.len()));
             note(done.len() == 1 || expected.is_some(), format!("{name} was never answered"));
             let last = story.iter().rfind(|(_, call)| call == name);
-            if let (Some((.., id, _)), Some((entry, _))) = (done.first(), last) {
+            if let (Some((_, _, _, id, ..)), Some((entry, _))) = (done.first(), last) {
                 note(*id == entry.provider_request_id, format!("{name} was asked again after it was answered"));
                 // It is whole when its finish reason has been read: the client does not wait for what comes after it, and the
                 // server may be on its last bytes.

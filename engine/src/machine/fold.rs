@@ -93,6 +93,9 @@ pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
         Event::RetryScheduled { path, due_at, failure } => {
             *phase_from(state, path, |p| *p == Phase::Queued)? =
                 Phase::Backoff { until: *due_at, failure: failure.clone() };
+            if let (true, Some(Live::Activity { counted, .. })) = (failure.uncounted, &mut state.node_mut(path)?.live) {
+                *counted = counted.saturating_sub(1);
+            }
         }
         Event::AttemptReady { path } => {
             let waits = |p: &Phase| matches!(p, Phase::Backoff { .. } | Phase::Blocked { .. });

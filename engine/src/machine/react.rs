@@ -289,7 +289,8 @@ fn retry_at(
     failure: &Failure,
     moment: &Moment<'_>,
 ) -> Option<DateTime<Utc>> {
-    let Some(Live::Activity { counted, total_deadline, .. }) = state.node(path).and_then(|n| n.live.as_ref()) else {
+    let Some(live @ Live::Activity { counted, total_deadline, .. }) = state.node(path).and_then(|n| n.live.as_ref())
+    else {
         return None;
     };
     let wanted = match failure.kind {
@@ -300,25 +301,40 @@ fn retry_at(
         }
         FailureKind::Permanent | FailureKind::Cancelled | FailureKind::Lost | FailureKind::Blocked => false,
     };
-    if !wanted || *counted >= policy.attempts {
+    // Who allows one attempt wants no other one, whatever the first has met.
+    let over = if failure.uncounted { policy.attempts <= 1 } else { *counted >= policy.attempts };
+    if !wanted || over {
         return None;
     }
-    let due = moment.now + millis(delay_ms(policy, *counted, moment.draw).max(failure.retry_after_ms.unwrap_or(0)));
+    let delay = delay_ms(policy, tries(live, failure), moment.draw);
+    let due = moment.now + millis(delay.max(failure.retry_after_ms.unwrap_or(0)));
     if due >= state.deadline || total_deadline.is_some_and(|t| due >= t) {
         return None;
     }
     Some(due)
 }
 
-/// Delay before attempt `counted + 1`: `min(delay × backoff^(counted-1), max)`, times a factor in `[1 - jitter, 1]`.
+/// How many attempts the delay grows with: those that count, or, after one that does not, those before that did not either.
+pub(super) fn tries(live: &Live, failure: &Failure) -> u32 {
+    match live {
+        Live::Activity { attempt, counted, .. } if failure.uncounted => attempt.saturating_sub(*counted) + 1,
+        Live::Activity { counted, .. } => *counted,
+        _ => 0,
+    }
+}
+
+/// More doublings change no delay, and a power without end times no delay is no number.
+const EXPONENT_MAX: u32 = 64;
+
+/// Delay after `tries` attempts: `min(delay × backoff^(tries-1), max)`, times a factor in `[1 - jitter, 1]`.
 #[expect(
     clippy::cast_precision_loss,
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
     reason = "a delay, not money"
 )]
-pub(super) fn delay_ms(policy: &RetryPolicy, counted: u32, draw: u64) -> u64 {
-    let exponent = i32::try_from(counted.saturating_sub(1)).unwrap_or(i32::MAX);
+pub(super) fn delay_ms(policy: &RetryPolicy, tries: u32, draw: u64) -> u64 {
+    let exponent = i32::try_from(tries.saturating_sub(1).min(EXPONENT_MAX)).unwrap_or(i32::MAX);
     let raw = (policy.delay_ms as f64 * policy.backoff.powi(exponent)).min(policy.max_delay_ms as f64);
     let part = (draw >> 11) as f64 / (1u64 << 53) as f64;
     (raw * (1.0 - policy.jitter.clamp(0.0, 1.0) * part)).max(0.0) as u64

@@ -19,7 +19,7 @@
 
 use super::{
     Current, Illegal, Inbound, Input, Moment, Refusals, RunState,
-    react::delay_ms,
+    react::{delay_ms, tries},
     scope::find_step,
     state::{Live, Phase},
 };
@@ -511,18 +511,18 @@ fn instant(event: &Event) -> Option<DateTime<Utc>> {
 /// A draw that gives the recorded instant of a retry; any, if there is no retry or no draw gives it.
 fn draw(definition: &Definition, state: &RunState, events: &[Event], now: DateTime<Utc>) -> u64 {
     let retry = events.iter().find_map(|e| match e {
-        Event::RetryScheduled { path, due_at, .. } => Some((path, *due_at)),
+        Event::RetryScheduled { path, due_at, failure } => Some((path, *due_at, failure)),
         _ => None,
     });
-    let Some((path, due_at)) = retry else { return 0 };
-    let Some(Live::Activity { counted, .. }) = state.node(path).and_then(|n| n.live.as_ref()) else { return 0 };
+    let Some((path, due_at, failure)) = retry else { return 0 };
+    let Some(live @ Live::Activity { .. }) = state.node(path).and_then(|n| n.live.as_ref()) else { return 0 };
     let Ok(step) = find_step(definition, state, path) else { return 0 };
     let wanted = u64::try_from((due_at - now).num_milliseconds()).unwrap_or(0);
     // The delay falls as the draw rises.
     let (mut low, mut high) = (0u64, (1u64 << 53) - 1);
     while low < high {
         let middle = low + (high - low) / 2;
-        if delay_ms(&step.retry, *counted, middle << 11) > wanted {
+        if delay_ms(&step.retry, tries(live, failure), middle << 11) > wanted {
             low = middle + 1;
         } else {
             high = middle;

@@ -112,7 +112,8 @@ pub enum Live {
         overrides: Vec<(u32, serde_json::Map<String, Value>)>,
         /// Number of the newest attempt.
         attempt: u32,
-        /// Attempts that count against the retry policy: all but lost and blocked ones.
+        /// Attempts that count against the retry policy: all but lost and blocked ones, and those that said so
+        /// themselves ([`crate::failure::Failure::uncounted`]).
         counted: u32,
         lost: u32,
         phase: Phase,

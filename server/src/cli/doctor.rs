@@ -7,7 +7,11 @@ use crate::{
     postgres::Fallback,
     telemetry::redact,
 };
-use loopwright_activities::sandbox::{Level, Sandbox};
+use loopwright_activities::{
+    billing::price,
+    orchestrator::Role,
+    sandbox::{Level, Sandbox},
+};
 use secrecy::ExposeSecret;
 use serde::Serialize;
 use std::{process::Command, time::Duration};
@@ -263,8 +267,37 @@ async fn database(config: Config) -> Vec<Check> {
         Err(error) => Check::new("clock", State::Failed, error.to_string(), "check the database's log"),
     });
     checks.push(keys(&app).await);
+    checks.push(prices(&app).await);
     app.close().await;
     checks
+}
+
+/// Models of roles that have no price, and so are not used.
+async fn prices(app: &App) -> Check {
+    // What is wrong with them stands under `models`.
+    let Ok((routing, settings)) = app::providers(&app.config) else {
+        return Check::new("prices", State::Warning, "the models are not known", "correct what `models` says");
+    };
+    let routing = routing.with_settings(&settings, None).only(&settings.names());
+    let own_server = |provider: &str| provider == "openai_compatible" && settings.openai_is_local();
+    let candidates = Role::ALL.iter().flat_map(|role| routing.candidates(*role));
+    let candidates = candidates
+        .filter(|candidate| !own_server(&candidate.provider))
+        .map(|candidate| (candidate.provider.clone(), candidate.model.clone()));
+    match price::missing(&app.pool, candidates.collect::<Vec<_>>()).await {
+        Ok(missing) if missing.is_empty() => Check::new("prices", State::Ok, "every model of a role has one", ""),
+        Ok(missing) => {
+            let names: Vec<String> =
+                missing.into_iter().map(|(provider, model)| format!("{provider}/{model}")).collect();
+            Check::new(
+                "prices",
+                State::Failed,
+                format!("no price, so never used: {}", names.join(", ")),
+                "loopwright pricing import FILE, or pricing sync",
+            )
+        }
+        Err(error) => Check::new("prices", State::Warning, error.to_string(), "loopwright migrate"),
+    }
 }
 
 /// Keys of providers that are out of service, and whether users' can be opened.

@@ -23,6 +23,17 @@ pub(super) fn is_out(failure: &Failure) -> bool {
     matches!(failure.code.as_str(), "provider.key_invalid" | "provider.no_balance")
 }
 
+/// Whether a failure is about the provider's state now and not about the question.
+pub(super) fn is_passing(failure: &Failure) -> bool {
+    failure.kind == FailureKind::Retryable && failure.code.starts_with("transient.")
+}
+
+/// The verdict over a call that nobody could be asked for, or that nobody has answered, and that cost nothing: the run waits until
+/// somebody can, and its retry policy does not count that.
+pub(super) fn uncounted(failure: Failure) -> Failure {
+    if is_passing(&failure) && failure.retry_after_ms.is_some() { failure.without_counting() } else { failure }
+}
+
 /// A budget per minute of ours is told like a limit of the provider's.
 pub(super) fn outward(mut failure: Failure) -> Failure {
     if failure.code == BUDGET_PER_MINUTE {

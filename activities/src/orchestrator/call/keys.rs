@@ -3,7 +3,7 @@
 use super::{
     super::{
         route::Candidate,
-        service::{Blocked, Pool, Running, Slot},
+        service::{Blocked, Pool, Running, Slot, UNAVAILABLE},
     },
     Choice, Interrupted, Orchestrator, Task,
     answer::Judged,
@@ -149,7 +149,7 @@ impl Orchestrator {
         let Some(rates) = &self.0.rates else { return };
         let (requests, tokens) = match outcome {
             Ok(Judged::Reply(reply)) => (None, Some(reply.tokens_prompt)),
-            Err(Interrupted::Unannounced(_) | Interrupted::Unpriced(_) | Interrupted::TooDear(_)) => (Some(0), Some(0)),
+            Err(Interrupted::Unannounced(_) | Interrupted::Unpriced(_)) => (Some(0), Some(0)),
             Err(Interrupted::Provider(error)) => match unspent(error) {
                 Unspent::Nothing => return,
                 Unspent::Tokens => (None, Some(0)),
@@ -211,7 +211,7 @@ fn refused(candidate: &Candidate, blocked: Blocked, budget: Option<Duration>) ->
     };
     let message = match code {
         BUDGET_PER_MINUTE => format!("the budget per minute of {provider} {} is used up", candidate.model),
-        "model.unavailable" => format!("{provider} is out of service after repeated failures"),
+        UNAVAILABLE => format!("{provider} is out of service after repeated failures and is asked again soon"),
         _ => format!("{provider}: every key has to wait"),
     };
     Refused::Later(Failure::retryable(code, message).with_retry_after_ms(milliseconds(wait).max(1)), wait)

@@ -85,6 +85,7 @@ fn opening(key: &str, own: Option<Uuid>) -> Value {
         key_fingerprint: identity.fingerprint,
         key_last4: identity.last4,
         own_key_id: own,
+        local: true,
         input_tokens_max: 1_000,
         output_tokens_max: 1_000,
         input_umtok_max: None,

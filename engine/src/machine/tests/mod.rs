@@ -13,6 +13,7 @@ mod random;
 mod replay;
 mod tables;
 mod update;
+mod waits;
 
 use super::*;
 use crate::{

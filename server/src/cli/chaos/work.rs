@@ -152,6 +152,7 @@ fn opened(ctx: &Context) -> CallOpened {
         key_fingerprint: "0".repeat(64),
         key_last4: String::new(),
         own_key_id: None,
+        local: false,
         input_tokens_max: TOKENS.0,
         output_tokens_max: TOKENS.1,
         input_umtok_max: None,

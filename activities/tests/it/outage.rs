@@ -1,0 +1,485 @@
+//! A provider that is away: runs wait for it, say so, pay no more, and buy nothing twice that they need not.
+
+use crate::billing::Bench;
+use futures_util::future::BoxFuture;
+use loopwright_activities::{
+    billing::{BillingSettings, LedgerHook},
+    orchestrator::{
+        Candidate, Message, Orchestrator, Pace, Request, Role, Routing,
+        breaker::{Breaker, FAILURES_TO_OPEN, OPEN_FOR, Permit},
+    },
+    provider::{Advice, Call, Completion, KeyIdentity, Provider, ProviderError, Settings, StructuredOutput, Timeouts},
+    testing::{Dialect, Endpoint, FakeProvider, Fault, Reply, When},
+    usage::{CallState, Usage, UsageSource},
+};
+use loopwright_engine::{
+    Failure, FailureKind,
+    activity::{
+        Activity, Context, Registry,
+        detached::{self, Recorder},
+    },
+    client::{Client, Deploy, Start},
+    definition::{Bundle, Definition, FORMAT},
+    signature::Signature,
+    view::{RunStatus, RunView, Waiting},
+    worker::{self, WorkerConfig},
+};
+use serde_json::{Value, json};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{
+        Arc, Barrier,
+        atomic::{AtomicU8, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+use tokio::{sync::Notify, task::JoinSet};
+
+const PATIENCE: Duration = Duration::from_secs(180);
+const DEV_LOOP: &str = include_str!("../../../workflow-defs/dev-loop.yaml");
+
+/// The retry policies that the shipped loop declares.
+fn shipped_policies() -> Vec<Value> {
+    fn collect(value: &Value, found: &mut Vec<Value>) {
+        match value {
+            Value::Object(fields) => {
+                for (name, field) in fields {
+                    if name == "retry" {
+                        found.push(field.clone());
+                    }
+                    collect(field, found);
+                }
+            }
+            Value::Array(items) => items.iter().for_each(|item| collect(item, found)),
+            _ => {}
+        }
+    }
+    // `on` is a word here.
+    let options = serde_yaml::options! { strict_booleans: true };
+    let document: Value = serde_yaml::from_str_with_options(DEV_LOOP, options).unwrap();
+    let mut found = Vec::new();
+    collect(&document, &mut found);
+    found
+}
+
+#[test]
+fn the_shipped_loop_tries_again_what_may_pass() {
+    let policies = shipped_policies();
+    assert!(policies.len() >= 2);
+    for policy in policies {
+        for code in [
+            "transient.unavailable",
+            "transient.http",
+            "transient.network",
+            "transient.rate_limited",
+            "model.truncated",
+            "model.output_invalid",
+            "provider.key_sealed",
+        ] {
+            let failure = Failure::retryable(code, "x");
+            let named = policy["on"].as_array().unwrap().iter().any(|p| failure.matches(p.as_str().unwrap()));
+            assert!(named, "{code} is in no {policy}");
+        }
+    }
+}
+
+/// Two calls, one after the other.
+struct Asks(Orchestrator);
+
+impl Activity for Asks {
+    fn signature(&self) -> Signature {
+        Signature {
+            name: "asks@1".into(),
+            summary: "two model calls".into(),
+            input_schema: json!({"type": "object"}),
+            output_schema: json!({}),
+            run_timeout_ms: 60_000,
+            heartbeat_timeout_ms: None,
+            metered: true,
+            idempotent: true,
+            failure_codes: vec![],
+        }
+    }
+    fn run(&self, ctx: Context, _input: Value) -> BoxFuture<'static, Result<Value, Failure>> {
+        let orchestrator = self.0.clone();
+        Box::pin(async move {
+            for name in ["a", "b"] {
+                orchestrator.call(&ctx, name, request()).await?;
+            }
+            Ok(json!({ "counted": ctx.info().counted }))
+        })
+    }
+    fn reserve(&self, _input: &Value) -> Value {
+        json!({ "calls": [self.0.planned(Role::Utility, 2, 100, 200)] })
+    }
+}
+
+fn request() -> Request {
+    Request {
+        role: Role::Utility,
+        purpose: "test".into(),
+        messages: vec![Message::User { text: "hello".into() }],
+        tools: vec![],
+        output_schema: None,
+        max_output_tokens: 200,
+    }
+}
+
+/// A run of two calls with the loop's own policy, its delays scaled down, on a provider that spoils questions `1..=away`.
+/// Returns its end and what it was seen to wait for.
+async fn run(bench: &Bench, fake: &FakeProvider, away: usize, fault: Fault) -> (RunView, BTreeSet<String>) {
+    fake.inject(
+        When::picked(move |seen, nth| matches!(seen.endpoint, Endpoint::Generate { .. }) && (1..=away).contains(&nth)),
+        fault,
+    );
+    let settings: BTreeMap<_, _> = fake.environment(&[Dialect::OpenRouter], "sk-outage-000001").into_iter().collect();
+    let mut settings = Settings::from_lookup(&|name| settings.get(name).cloned()).unwrap();
+    let second = Duration::from_secs(1);
+    settings.timeouts = Timeouts { connect: second, first_byte: second, idle: second, total: 3 * second };
+    let pace = Pace { backoff: Duration::from_millis(1), wait_max: Duration::from_millis(20) };
+    let routing = Routing::shipped().with_settings(&settings, None);
+    let orchestrator = Orchestrator::with_pace(routing, settings.providers().unwrap(), pace);
+    let hook = Arc::new(LedgerHook::new(BillingSettings::default()));
+    let mut config = WorkerConfig::new(bench.pool.clone(), Registry::new().with(Asks(orchestrator)));
+    config.hook = hook.clone();
+    let worker = worker::start(config).await.unwrap();
+    let client = Client::new(bench.pool.clone(), hook);
+
+    let declared = shipped_policies().remove(0);
+    let retry = json!({
+        "attempts": declared["attempts"], "on": declared["on"],
+        "delay_ms": 1, "backoff": 2.0, "max_delay_ms": 20, "jitter": 0.0,
+    });
+    let step = json!({"id": "ask", "kind": {"activity": {"name": "asks@1", "with": {}}}, "retry": retry});
+    let definition: Definition = serde_json::from_value(
+        json!({"format": FORMAT, "name": "asks", "timeout_ms": 600_000, "executions_max": 1_000, "steps": [step]}),
+    )
+    .unwrap();
+    let deploy = Deploy { definition, bundle: Bundle::new(), source: String::new(), author: None, message: None };
+    let start = Start {
+        run_id: None,
+        definition: client.deploy(deploy).await.unwrap().hash,
+        inputs: json!({}),
+        workflow_id: None,
+        attributes: json!({"user_id": bench.user.to_string(), "project_id": bench.project.to_string()}),
+        queue: String::new(),
+        topic: None,
+        admission: Default::default(),
+    };
+    let run = client.start(start).await.unwrap().run_id;
+    let mut waited_for = BTreeSet::new();
+    let ended = async {
+        loop {
+            let view = client.describe(run).await.unwrap();
+            for waiting in &view.waiting {
+                if let Waiting::Retry { failure, .. } = waiting {
+                    waited_for.insert(failure.code.clone());
+                }
+            }
+            if view.status.is_closed() {
+                return view;
+            }
+            client.wait_change(run, view.seq, Duration::from_secs(1)).await.unwrap();
+        }
+    };
+    let view = tokio::time::timeout(PATIENCE, ended).await.expect("the run does not end");
+    worker.drain(Duration::from_secs(10)).await;
+    (view, waited_for)
+}
+
+/// Calls by state, and what was charged for the others than those that succeeded.
+async fn calls(bench: &Bench) -> (i64, i64, i64, i64) {
+    sqlx::query_as(
+        "select count(*) filter (where state = 'succeeded'), count(*) filter (where state = 'failed'),
+                count(*) filter (where state = 'unknown'),
+                coalesce(sum(cost_pusd) filter (where state <> 'succeeded'), 0)::bigint from api_key_usage",
+    )
+    .fetch_one(&bench.pool)
+    .await
+    .unwrap()
+}
+
+/// 0.00031 USD a call, 120 credits a USD, rounded up per attempt.
+const CALL_UCR: i64 = 37_200;
+
+#[tokio::test]
+async fn an_outage_beyond_every_patience_delays_a_run_and_costs_no_more() {
+    let bench = Bench::new(100).await;
+    let fake = FakeProvider::saying(Reply::text("words")).await;
+    let (view, waited_for) = run(&bench, &fake, 25, Fault::HtmlError).await;
+    assert_eq!((view.status, view.failure), (RunStatus::Completed, None));
+    assert!(waited_for.iter().any(|code| code.starts_with("transient.")), "it says what it waits for: {waited_for:?}");
+    assert_eq!(calls(&bench).await, (2, 25, 0, 0));
+    let attempts: i64 =
+        sqlx::query_scalar("select count(*) from activity_attempts").fetch_one(&bench.pool).await.unwrap();
+    assert!(attempts > 10, "many more than the policy's three: {attempts}");
+    assert_eq!(bench.balance().await, (100_000_000 - 2 * CALL_UCR, 0));
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn answers_that_are_lost_for_a_while_delay_a_run_and_cost_its_user_nothing() {
+    let bench = Bench::new(100).await;
+    let fake = FakeProvider::saying(Reply::text("words")).await;
+    let (view, _) = run(&bench, &fake, 6, Fault::ResetBeforeHeaders).await;
+    assert_eq!((view.status, view.failure), (RunStatus::Completed, None));
+    assert_eq!(calls(&bench).await, (2, 0, 6, 0));
+    // One question in an attempt at most: no attempt has two lost answers.
+    let twice: i64 = sqlx::query_scalar(
+        "select count(*) from (select from api_key_usage where state = 'unknown' group by attempt_id having count(*) > 1) t",
+    )
+    .fetch_one(&bench.pool)
+    .await
+    .unwrap();
+    assert_eq!(twice, 0);
+    assert_eq!(bench.balance().await, (100_000_000 - 2 * CALL_UCR, 0));
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn answers_that_are_always_lost_end_the_step_after_a_bounded_number() {
+    let bench = Bench::new(100).await;
+    let fake = FakeProvider::saying(Reply::text("words")).await;
+    let (view, _) = run(&bench, &fake, usize::MAX, Fault::ResetBeforeHeaders).await;
+    assert_eq!(view.status, RunStatus::Failed);
+    assert_eq!(view.failure.unwrap().code, "transient.network");
+    let (answered, failed, lost, cost) = calls(&bench).await;
+    // Five that do not count, and the policy's three.
+    assert_eq!((answered, failed, lost, cost), (1, 0, 8, 0));
+    // And what he paid for the first answer is given back: the step is of no use to him.
+    assert_eq!(bench.balance().await, (100_000_000, 0));
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+const FAILS: u8 = 0;
+const HANGS: u8 = 1;
+const ANSWERS: u8 = 2;
+
+/// A provider that does as it is told; what hangs is let go by `go`, and fails then.
+#[derive(Default)]
+struct Told {
+    how: AtomicU8,
+    calls: AtomicUsize,
+    under_way: AtomicUsize,
+    most_at_once: AtomicUsize,
+    began: Notify,
+    go: Notify,
+}
+
+impl Told {
+    fn now(&self, how: u8) {
+        self.how.store(how, Ordering::SeqCst);
+    }
+    fn calls(&self) -> usize {
+        self.calls.load(Ordering::SeqCst)
+    }
+    async fn answer(&self, call: Call<'_>) -> Result<Completion, ProviderError> {
+        self.calls.fetch_add(1, Ordering::SeqCst);
+        match self.how.load(Ordering::SeqCst) {
+            FAILS => Err(away()),
+            HANGS => {
+                let now = self.under_way.fetch_add(1, Ordering::SeqCst) + 1;
+                self.most_at_once.fetch_max(now, Ordering::SeqCst);
+                self.began.notify_one();
+                let end = tokio::select! {
+                    () = call.cancellation.cancelled() => ProviderError::cancelled(CallState::Unknown),
+                    () = self.go.notified() => away(),
+                };
+                self.under_way.fetch_sub(1, Ordering::SeqCst);
+                Err(end)
+            }
+            _ => Ok(Completion {
+                text: "there".into(),
+                tool_calls: vec![],
+                parts: Value::Null,
+                model_served: "m".into(),
+                finish_reason: "stop".into(),
+                usage: Usage { tokens_prompt: 1, tokens_output: 1, source: UsageSource::Provider, ..Usage::default() },
+                http_status: Some(200),
+                provider_request_id: None,
+            }),
+        }
+    }
+}
+
+fn away() -> ProviderError {
+    let failure = Failure::retryable("transient.http", "away");
+    ProviderError { unwell: true, ..ProviderError::new(failure, Advice::SameModel) }
+}
+
+impl Provider for Told {
+    fn name(&self) -> &'static str {
+        "gemini"
+    }
+    fn key(&self) -> KeyIdentity {
+        KeyIdentity { fingerprint: "f".repeat(64), last4: "last".into() }
+    }
+    fn complete<'a>(&'a self, call: Call<'a>) -> BoxFuture<'a, Result<Completion, ProviderError>> {
+        Box::pin(self.answer(call))
+    }
+}
+
+fn candidate() -> Candidate {
+    Candidate { structured_output: StructuredOutput::Prompt, ..Routing::shipped().candidates(Role::Utility)[0].clone() }
+}
+
+fn context() -> Context {
+    detached::context(detached::info("plan@1", json!({})), BTreeMap::new(), Arc::new(Recorder::default()))
+}
+
+/// An orchestrator whose breaker is half-open as soon as it has opened, which it has.
+async fn half_open() -> (Orchestrator, Arc<Told>) {
+    let told = Arc::new(Told::default());
+    let routing = Routing { roles: BTreeMap::from([(Role::Utility, vec![candidate()])]) };
+    let pace = Pace { backoff: Duration::from_millis(1), wait_max: Duration::ZERO };
+    let orchestrator = Orchestrator::with_pace(routing, vec![told.clone() as Arc<dyn Provider>], pace);
+    for _ in 0..FAILURES_TO_OPEN {
+        let failure = orchestrator.call(&context(), "a", request()).await.unwrap_err();
+        assert_eq!((failure.code.as_str(), failure.uncounted), ("transient.http", true));
+    }
+    assert_eq!(told.calls(), usize::try_from(FAILURES_TO_OPEN).unwrap());
+    (orchestrator, told)
+}
+
+#[tokio::test]
+async fn a_probe_that_is_dropped_or_cancelled_gives_its_place_back() {
+    for cancelled in [false, true] {
+        let (orchestrator, told) = half_open().await;
+        let before = told.calls();
+        told.now(HANGS);
+        let ctx = context();
+        let stop = ctx.cancellation().clone();
+        let (mine, of_probe) = (orchestrator.clone(), ctx);
+        let probe = tokio::spawn(async move { mine.call(&of_probe, "a", request()).await });
+        told.began.notified().await;
+        let other = orchestrator.call(&context(), "a", request()).await.unwrap_err();
+        assert_eq!((other.code.as_str(), other.uncounted), ("transient.unavailable", true));
+        assert_eq!(told.calls(), before + 1, "somebody is finding out already");
+        if cancelled {
+            stop.cancel();
+            assert_eq!(probe.await.unwrap().unwrap_err().kind, FailureKind::Cancelled);
+        } else {
+            probe.abort();
+            assert!(probe.await.unwrap_err().is_cancelled());
+        }
+        told.now(ANSWERS);
+        let reply = orchestrator.call(&context(), "a", request()).await.unwrap();
+        assert_eq!((reply.text.as_str(), told.calls()), ("there", before + 2), "cancelled: {cancelled}");
+        // It is closed again: nobody is a probe.
+        orchestrator.call(&context(), "a", request()).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn however_many_ask_at_once_one_of_them_is_the_probe() {
+    const MANY: usize = 16;
+    let (orchestrator, told) = half_open().await;
+    told.now(HANGS);
+    for round in 0..50 {
+        let before = told.calls();
+        let together = Arc::new(tokio::sync::Barrier::new(MANY));
+        let mut all = JoinSet::new();
+        for _ in 0..MANY {
+            let (orchestrator, together) = (orchestrator.clone(), together.clone());
+            all.spawn(async move {
+                let ctx = context();
+                together.wait().await;
+                orchestrator.call(&ctx, "a", request()).await.unwrap_err().code
+            });
+        }
+        let ended = async {
+            // All but the probe are told at once; the probe is still under way.
+            for _ in 1..MANY {
+                assert_eq!(all.join_next().await.unwrap().unwrap(), "transient.unavailable", "round {round}");
+            }
+            assert_eq!(told.calls(), before + 1, "round {round}");
+            told.go.notify_one();
+            assert_eq!(all.join_next().await.unwrap().unwrap(), "transient.http", "round {round}");
+        };
+        tokio::time::timeout(PATIENCE, ended).await.expect("two probes");
+    }
+    assert_eq!(told.most_at_once.load(Ordering::SeqCst), 1);
+}
+
+#[test]
+fn threads_that_ask_a_half_open_breaker_at_one_instant_get_one_permit() {
+    const THREADS: usize = 8;
+    for round in 0..200 {
+        let breaker = Breaker::default();
+        let start = Instant::now();
+        for _ in 0..FAILURES_TO_OPEN {
+            breaker.unwell(start, false);
+        }
+        let (together, allowed) = (Barrier::new(THREADS), AtomicUsize::new(0));
+        std::thread::scope(|scope| {
+            for _ in 0..THREADS {
+                scope.spawn(|| {
+                    together.wait();
+                    if breaker.permit(start + OPEN_FOR) == (Permit::Allowed { probe: true }) {
+                        allowed.fetch_add(1, Ordering::SeqCst);
+                    }
+                });
+            }
+        });
+        assert_eq!(allowed.load(Ordering::SeqCst), 1, "round {round}");
+    }
+}
+
+/// A provider whose quota of the day is used up, with or without a named end.
+struct Quota(Option<u64>);
+
+impl Provider for Quota {
+    fn name(&self) -> &'static str {
+        "gemini"
+    }
+    fn key(&self) -> KeyIdentity {
+        KeyIdentity { fingerprint: "f".repeat(64), last4: "last".into() }
+    }
+    fn complete<'a>(&'a self, _call: Call<'a>) -> BoxFuture<'a, Result<Completion, ProviderError>> {
+        let mut failure = Failure::retryable("transient.rate_limited", "the quota of the day is used up");
+        failure.retry_after_ms = self.0;
+        Box::pin(async move { Err(ProviderError::new(failure, Advice::OtherKey)) })
+    }
+}
+
+#[tokio::test]
+async fn a_quota_of_the_day_is_waited_for_without_being_counted() {
+    for (named, at_least) in [(None, 599_000), (Some(5_000), 599_000), (Some(8 * 3_600_000), 8 * 3_600_000 - 1_000)] {
+        let routing = Routing { roles: BTreeMap::from([(Role::Utility, vec![candidate()])]) };
+        let orchestrator = Orchestrator::new(routing, vec![Arc::new(Quota(named))]);
+        // The first is refused by the provider, the second already by what everybody knows of the key.
+        for _ in 0..2 {
+            let failure = orchestrator.call(&context(), "a", request()).await.unwrap_err();
+            assert_eq!((failure.code.as_str(), failure.uncounted), ("transient.rate_limited", true));
+            assert!(failure.retry_after_ms.unwrap() >= at_least, "{named:?}: {failure:?}");
+        }
+    }
+}
+
+/// Answers badly and is paid for it, while another one is out of service.
+struct Declines;
+
+impl Provider for Declines {
+    fn name(&self) -> &'static str {
+        "openrouter"
+    }
+    fn key(&self) -> KeyIdentity {
+        KeyIdentity { fingerprint: "e".repeat(64), last4: "last".into() }
+    }
+    fn complete<'a>(&'a self, _call: Call<'a>) -> BoxFuture<'a, Result<Completion, ProviderError>> {
+        let mut error = ProviderError::new(Failure::permanent("model.refused", "in the middle"), Advice::OtherModel);
+        error.usage = Some(Usage { tokens_output: 9, source: UsageSource::Provider, ..Usage::default() });
+        Box::pin(async move { Err(error) })
+    }
+}
+
+#[tokio::test]
+async fn what_was_bought_in_vain_counts_although_another_one_may_come_back() {
+    let told = Arc::new(Told::default());
+    let declines = Candidate { provider: "openrouter".into(), ..candidate() };
+    let routing = Routing { roles: BTreeMap::from([(Role::Utility, vec![declines, candidate()])]) };
+    let pace = Pace { backoff: Duration::from_millis(1), wait_max: Duration::ZERO };
+    let orchestrator = Orchestrator::with_pace(routing, vec![Arc::new(Declines), told], pace);
+    let failure = orchestrator.call(&context(), "a", request()).await.unwrap_err();
+    assert_eq!((failure.code.as_str(), failure.uncounted), ("transient.http", false), "it would be bought for ever");
+}

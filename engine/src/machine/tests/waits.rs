@@ -1,0 +1,93 @@
+//! Attempts that found nobody to ask: they wait, they grow apart, and only time ends them.
+
+use super::*;
+use crate::view::Waiting;
+
+fn away() -> Failure {
+    Failure::retryable("transient.unavailable", "nobody is there").with_retry_after_ms(1_000).without_counting()
+}
+
+fn counted(run: &Bench) -> u32 {
+    match &run.state.node("a").expect("a step").live {
+        Some(Live::Activity { counted, .. }) => *counted,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn attempts_that_found_nobody_to_ask_do_not_count_and_do_not_escalate() {
+    let mut a = act("a", &[("role", lit(json!("implementer")))]);
+    a.retry.escalate =
+        vec![Escalate { from_attempt: 3, with: BTreeMap::from([("role".into(), lit(json!("architect")))]) }];
+    let mut run = Bench::start(definition(vec![a]));
+    // 5, 10, 20, 40, 80, and then two minutes each.
+    for (n, seconds) in [5, 10, 20, 40, 80, 120, 120, 120].into_iter().enumerate() {
+        run.end("a", Err(away()));
+        let waiting = waiting(&run.definition, &run.state);
+        assert!(matches!(&waiting[0], Waiting::Retry { failure, .. } if failure.code == "transient.unavailable"));
+        run.later(seconds * 1_000 - 1);
+        assert!(run.live().is_empty(), "wait {n} is {seconds} s");
+        run.later(1);
+        assert_eq!(run.live["a"], (u32::try_from(n).expect("small") + 2, json!({"role": "implementer"})));
+        assert_eq!(counted(&run), 1, "the first of the policy's attempts, still");
+    }
+    // All three are left.
+    for _ in 0..2 {
+        run.end("a", Err(Failure::retryable("transient.network", "x")));
+        run.later(3_600_000);
+    }
+    assert_eq!(run.live["a"].1, json!({"role": "architect"}));
+    run.end("a", Err(away()));
+    run.later(3_600_000);
+    run.ok("a", json!(1));
+    assert_eq!(run.state.status, RunStatus::Completed);
+    let replayed = run.replayed(&run.definition.clone(), 0);
+    assert!(replayed.divergence.is_none(), "and decides so again: {:?}", replayed.divergence);
+}
+
+#[test]
+fn what_the_outside_asks_for_wins_over_a_shorter_delay() {
+    let mut run = Bench::start(definition(vec![act("a", &[])]));
+    run.end("a", Err(away().with_retry_after_ms(8 * 3_600_000)));
+    run.later(8 * 3_600_000 - 1);
+    assert!(run.live().is_empty());
+    run.later(1);
+    assert_eq!(run.live["a"].0, 2);
+}
+
+#[test]
+fn time_ends_the_waiting_and_so_does_a_policy_that_says_no() {
+    let mut slow = act("a", &[]);
+    slow.timeouts.total_ms = Some(60_000);
+    let mut run = Bench::start(definition(vec![slow]));
+    for _ in 0..10 {
+        if run.state.status.is_closed() {
+            break;
+        }
+        run.end("a", Err(away()));
+        run.later(20_000);
+    }
+    assert_eq!(run.failed_code(), "transient.unavailable", "the next attempt would begin after the total");
+
+    let mut once = act("a", &[]);
+    once.retry.attempts = 1;
+    let mut run = Bench::start(definition(vec![once]));
+    run.end("a", Err(away()));
+    assert_eq!(run.failed_code(), "transient.unavailable");
+
+    let mut other = act("a", &[]);
+    other.retry.on = vec!["transient.network".into()];
+    let mut run = Bench::start(definition(vec![other]));
+    run.end("a", Err(away()));
+    assert_eq!(run.failed_code(), "transient.unavailable");
+}
+
+#[test]
+fn ten_thousand_waits_overflow_nothing() {
+    let policy = RetryPolicy { delay_ms: 0, ..RetryPolicy::default() };
+    assert_eq!(super::super::react::delay_ms(&policy, u32::MAX, u64::MAX), 0);
+    assert_eq!(
+        super::super::react::delay_ms(&RetryPolicy { jitter: 0.0, ..RetryPolicy::default() }, u32::MAX, 0),
+        120_000
+    );
+}
