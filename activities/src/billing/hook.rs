@@ -194,7 +194,8 @@ impl LedgerHook {
             (Some(_), _) => PicoUsd(0),
             (None, Some(price)) => {
                 if price.exceeds(call.input_umtok_max, call.output_umtok_max) {
-                    let text = format!("{} {} costs more than its ceiling in the routing allows", call.provider, call.model);
+                    let text =
+                        format!("{} {} costs more than its ceiling in the routing allows", call.provider, call.model);
                     return refused("price_above_ceiling", text);
                 }
                 price.worst(call.input_tokens_max, call.output_tokens_max)

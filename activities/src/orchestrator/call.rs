@@ -742,7 +742,7 @@ fn closed_badly(error: &ProviderError, request_id: &RequestIdSlot) -> CallClosed
         error_class: Some(error.failure.code.clone()),
         finish_reason: error.finish_reason.clone(),
         stream_completed: error.stream_completed,
-        usage: error.usage.clone(),
+        usage: error.usage.as_deref().cloned(),
     }
 }
 

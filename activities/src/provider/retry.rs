@@ -48,7 +48,7 @@ pub struct ProviderError {
     /// The stream was read to its proper end.
     pub stream_completed: bool,
     /// What was consumed all the same, as far as it is known.
-    pub usage: Option<Usage>,
+    pub usage: Option<Box<Usage>>,
     /// Until when the key is of no use, where the provider says so.
     pub key_rests_until: Option<DateTime<Utc>>,
     /// Context window that the server named when it refused a prompt, in tokens.
@@ -122,7 +122,7 @@ impl ProviderError {
     /// With what was consumed all the same.
     #[must_use]
     pub fn with_usage(mut self, usage: Option<Usage>) -> Self {
-        self.usage = usage;
+        self.usage = usage.map(Box::new);
         self
     }
     /// With the finish reason in the provider's words, if it is one that may be stored.

@@ -176,7 +176,7 @@ enum Unspent {
 
 /// What of a failed request can be given back.
 fn unspent(error: &ProviderError) -> Unspent {
-    match (error.state, &error.usage, error.http_status) {
+    match (error.state, error.usage.as_deref(), error.http_status) {
         // A status of success is an answer that was served and could not be used.
         (CallState::Failed, None, Some(status)) if status >= 300 => Unspent::Tokens,
         // The connection was not made: only then is there neither a status nor a doubt.
