@@ -420,7 +420,7 @@ async fn an_answer_that_hit_its_limit_is_asked_for_again_with_more_room() {
         if call.max_output_tokens < 2_000 {
             let mut error = failed("model.truncated", Advice::SameModel);
             error.stream_completed = true;
-            error.usage = Some(Usage { tokens_output: 1_000, ..Usage::default() });
+            error.usage = Some(Box::new(Usage { tokens_output: 1_000, ..Usage::default() }));
             return Err(error);
         }
         Ok(said("long"))

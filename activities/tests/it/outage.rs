@@ -468,7 +468,7 @@ impl Provider for Declines {
     }
     fn complete<'a>(&'a self, _call: Call<'a>) -> BoxFuture<'a, Result<Completion, ProviderError>> {
         let mut error = ProviderError::new(Failure::permanent("model.refused", "in the middle"), Advice::OtherModel);
-        error.usage = Some(Usage { tokens_output: 9, source: UsageSource::Provider, ..Usage::default() });
+        error.usage = Some(Box::new(Usage { tokens_output: 9, source: UsageSource::Provider, ..Usage::default() }));
         Box::pin(async move { Err(error) })
     }
 }
