@@ -250,7 +250,7 @@ mod tests {
         assert!(first.starts_with(|c: char| c > '0') && opening(&fitted).starts_with("do it\n\n[… "), "{first}");
         assert_eq!(fitted.messages[fitted.messages.len() - 2..], question.request.messages[20..]);
         // A turn goes with its outputs.
-        assert!(is_model(&fitted.messages[2]) && fitted.messages.len() % 2 == 0);
+        assert!(is_model(&fitted.messages[2]) && fitted.messages.len().is_multiple_of(2));
     }
 
     #[test]
