@@ -12,6 +12,7 @@ mod house;
 mod keys;
 mod limits;
 mod loop_run;
+mod money;
 mod projects;
 mod runs;
 mod schedule;
