@@ -122,7 +122,16 @@ impl App {
     /// A setting cannot be used.
     pub fn books(&self, candidates: Vec<(String, String)>) -> anyhow::Result<Books> {
         let settings = ProviderSettings::from_lookup(&|name| self.config.provider_setting(name))?;
-        let openrouter = OpenRouterAccount::configured(&settings).map_err(anyhow::Error::msg)?;
+        let sealed = Arc::new(self.store.keys(&self.config.keys));
+        let openrouter = match OpenRouterAccount::with_more(&settings, Some(sealed)) {
+            Ok(account) => Some(account),
+            Err(why) if settings.openrouter.is_some() => return Err(anyhow::Error::msg(why)),
+            // Nobody has configured it: a machine without certificates must not fail for it.
+            Err(why) => {
+                tracing::debug!(why, "sealed keys of OpenRouter are not reconciled by this process");
+                None
+            }
+        };
         let stars = telegram::StarList::configured(&self.config.telegram)?;
         // A server of one's own has the price for every model.
         let own_server = |provider: &str| provider == "openai_compatible" && settings.openai_is_local();
@@ -334,8 +343,10 @@ pub async fn run_worker(app: &App, models: &Models, mut stop: watch::Receiver<bo
     tracing::info!(sandbox = ?toolbox.sandbox.level(), "generated code is confined");
     if toolbox.orchestrator.is_rehearsed() {
         tracing::warn!("models are rehearsed: answers come from a script");
-    } else if !app.config.providers.any() {
-        tracing::warn!("no model provider is configured; set GEMINI_API_KEY, OPENROUTER_API_KEY or OPENAI_BASE_URL");
+    } else if !toolbox.orchestrator.is_served() {
+        tracing::warn!(
+            "no model provider is configured; set GEMINI_API_KEY, OPENROUTER_API_KEY or OPENAI_BASE_URL, or `loopwright api-keys add --platform`"
+        );
     }
     let grace = Duration::from_millis(app.config.worker.drain_ms);
     loop {
@@ -345,6 +356,7 @@ pub async fn run_worker(app: &App, models: &Models, mut stop: watch::Receiver<bo
             // Nobody left to say so means stop as well.
             _ = async { stop.wait_for(|stop| *stop).await.is_ok() } => false,
             never = app.hook.wake_waiting(&app.client) => match never {},
+            never = toolbox.orchestrator.keep_keys() => match never {},
         };
         worker.drain(if fenced { Duration::ZERO } else { grace }).await;
         if !fenced {

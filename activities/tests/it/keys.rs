@@ -16,7 +16,7 @@
 //! | `Debug` is redacted | `sealed::a_key_is_kept_sealed_and_opens_in_its_own_row_alone`, `src/keys/envelope.rs`, `src/keys/ring.rs` |
 //! | no key in a log line, only id and last four | `log::no_log_line_holds_a_key` |
 //! | no key in a failure or record | `own::a_users_key_serves_his_runs_and_goes_to_its_own_server_alone`, `provider::errors::no_error_shows_the_key_or_the_words_of_the_server` |
-//! | a key pasted into the chat: deleted, in no table, `telegram_inbox.raw` and `conversations` included | `server/tests/it/telegram.rs`: `a_pasted_key_is_deleted_and_nowhere_in_the_database` (every table is searched); shapes: `server/src/telegram/secret.rs` |
+//! | a key pasted into the chat: deleted, in no table, `telegram_inbox.raw` and `conversations` included | `server/tests/it/telegram.rs`: `a_pasted_key_is_deleted_and_nowhere_in_the_database` (every table is searched), `a_key_in_a_caption_a_quote_or_an_edit_is_deleted_too_and_one_that_stays_is_nowhere_else`; shapes: `server/src/telegram/secret.rs` |
 //! | a revoked key is destroyed | `sealed::a_revoked_key_is_destroyed_and_may_come_back` |
 //!
 //! | section 3 | test |
@@ -26,6 +26,7 @@
 //! | DNS rebinding, at the moment of the connection | `src/provider/address.rs`: `a_name_that_changes_its_address_after_the_check_reaches_nothing_inside`, `a_connection_is_refused_by_the_address_at_its_moment_and_says_so` |
 //! | never to another host than it was stored for | `sealed::a_key_is_kept_sealed_and_opens_in_its_own_row_alone` (a bent row), `platform::a_key_goes_to_the_address_that_it_was_stored_for_or_nowhere` |
 //! | redirects | `own::a_users_key_serves_his_runs_and_goes_to_its_own_server_alone`, `provider::faults` (`Redirect`) |
+//! | proxies of the environment | `server/tests/it/keys.rs`: `keys_are_tested_without_the_proxy_of_the_environment` |
 //! | error body of 10 MB, body limit, decompression limit | `provider::faults` (`HugeError`, `HugeBody`, `GzipBomb`) |
 //! | total and idle limits | `provider::limits` |
 //! | no word of the upstream | `provider::errors::no_error_shows_the_key_or_the_words_of_the_server`, `probe::what_a_provider_says_of_a_key_is_told_in_our_words` |

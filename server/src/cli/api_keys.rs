@@ -1,6 +1,8 @@
 //! `loopwright api-keys`: the keys of providers, the platform's and those of users. A key is read from a file or from
 //! standard input, never from an argument: arguments are seen by everybody on the machine.
 
+pub(crate) mod test;
+
 use super::{Context, print, table, token::DEVELOPER};
 use crate::{app::App, store::users::User};
 use anyhow::Context as _;
@@ -8,7 +10,11 @@ use clap::Subcommand;
 use loopwright_activities::keys::{KeyView, Keys, NewKey};
 use secrecy::SecretString;
 use serde_json::json;
-use std::{io::Read, path::PathBuf};
+use std::{
+    io::{IsTerminal, Read},
+    path::PathBuf,
+};
+use test::Tested;
 use uuid::Uuid;
 
 /// Longest input that is read as a key, in bytes; the keys themselves have a smaller limit.
@@ -22,13 +28,16 @@ pub(crate) struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Keep a key for a user's own runs; read from standard input
+    /// Keep a key for a user's own runs, or with --platform for everybody's; read from standard input
     Add {
         /// gemini, openrouter or openai_compatible
         provider: String,
         /// Whose; otherwise the developer's
         #[arg(long, value_name = "USER")]
         user: Option<Uuid>,
+        /// The platform's: every worker with the ring uses it beside the keys of its environment
+        #[arg(long, conflicts_with_all = ["user", "base_url", "model", "platform_fallback"])]
+        platform: bool,
         /// Read the key from this file instead
         #[arg(long, value_name = "FILE")]
         file: Option<PathBuf>,
@@ -49,6 +58,15 @@ enum Command {
         /// Only of this user
         #[arg(long, value_name = "USER")]
         user: Option<Uuid>,
+    },
+    /// Ask the provider whether a key works; costs nothing, changes nothing
+    Test {
+        /// Its id or label
+        #[arg(value_name = "KEY", required_unless_present = "all")]
+        key: Option<String>,
+        /// Every key of the platform
+        #[arg(long, conflicts_with = "key")]
+        all: bool,
     },
     /// Put a key back into service
     Enable {
@@ -84,7 +102,13 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<()> {
 
 async fn act(command: Command, app: &App, keys: &Keys, json: bool) -> anyhow::Result<()> {
     match command {
-        Command::Add { provider, user, file, label, base_url, model, platform_fallback } => {
+        Command::Add { provider, platform: true, file, label, .. } => {
+            let address = test::settings(&app.config)?.address(&provider).map_err(anyhow::Error::msg)?;
+            let key = read(file.as_deref())?;
+            let new = NewKey { provider, key, label, base_url: None, model: None, platform_fallback: false };
+            shown(json, &[keys.put_platform(&new, address.as_str()).await?])
+        }
+        Command::Add { provider, user, platform: false, file, label, base_url, model, platform_fallback } => {
             let user = match user {
                 Some(user) => user,
                 None => {
@@ -104,6 +128,14 @@ async fn act(command: Command, app: &App, keys: &Keys, json: bool) -> anyhow::Re
                 let counts = wrapped.iter().map(|(kek, rows)| format!("\n{rows} wrapped by `{kek}`"));
                 rows(&list) + "\n" + &counts.collect::<String>()
             })
+        }
+        Command::Test { key, .. } => {
+            let (settings, subjects) = test::meant(app, keys, key.as_deref()).await?;
+            let tested = test::ask(&settings, subjects).await;
+            print(json, &tested, |tested| tested.iter().map(line).collect::<Vec<_>>().join("\n"))?;
+            let bad = tested.iter().filter(|one| !one.works()).count();
+            anyhow::ensure!(bad == 0, "{bad} of {} keys do not work", tested.len());
+            Ok(())
         }
         Command::Enable { id } => {
             let view = keys.set_enabled(id, true).await?;
@@ -129,6 +161,13 @@ async fn act(command: Command, app: &App, keys: &Keys, json: bool) -> anyhow::Re
             })
         }
     }
+}
+
+/// A key that was tested, with what to do.
+fn line(tested: &Tested) -> String {
+    let id = tested.id.map_or_else(|| "-".to_owned(), |id| id.to_string());
+    let remedy = if tested.remedy.is_empty() { String::new() } else { format!("\n  → {}", tested.remedy) };
+    format!("{id}  {}{remedy}", tested.finding())
 }
 
 fn shown(json: bool, list: &[KeyView]) -> anyhow::Result<()> {
@@ -157,6 +196,10 @@ fn read(file: Option<&std::path::Path>) -> anyhow::Result<SecretString> {
         Some(path) => {
             let file = std::fs::File::open(path).with_context(|| format!("{} cannot be read", path.display()))?;
             file.take(INPUT_BYTES_MAX).read_to_string(&mut text).context("the file is no text")?;
+        }
+        None if std::io::stdin().is_terminal() => {
+            eprint!("The key, then Enter (it is shown; `< file` does not show it): ");
+            std::io::BufRead::read_line(&mut std::io::stdin().lock().take(INPUT_BYTES_MAX), &mut text)?;
         }
         None => {
             std::io::stdin().take(INPUT_BYTES_MAX).read_to_string(&mut text).context("standard input is no text")?;

@@ -1,6 +1,6 @@
 //! `loopwright doctor`: what this machine has, what it lacks, what to do.
 
-use super::{Context, EXIT_FAILED, print, table};
+use super::{Context, EXIT_FAILED, api_keys::test, print, table};
 use crate::{
     app::{self, App},
     config::{Config, VARIABLES},
@@ -10,6 +10,7 @@ use crate::{
 use loopwright_activities::{
     billing::price,
     orchestrator::Role,
+    provider::Settings,
     sandbox::{Level, Sandbox},
 };
 use secrecy::ExposeSecret;
@@ -71,8 +72,9 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<u8> {
     let config = context.config;
     let mut checks =
         vec![data_dir(&config), git(), sandbox(&config), providers(&config), tokens(&config), payload(&config)];
+    checks.extend(environment_keys(&config, args.offline).await);
     checks.push(telegram(&config, args.offline).await);
-    checks.extend(database(config).await);
+    checks.extend(database(config, args.offline).await);
     let failed = checks.iter().any(|c| c.state == State::Failed);
     print(json, &checks, |checks| {
         let mark = |state| match state {
@@ -179,7 +181,7 @@ fn providers(config: &Config) -> Check {
 fn tokens(config: &Config) -> Check {
     match crate::rest::auth::Registry::new(&config.auth) {
         Err(error) => Check::new("tokens", State::Failed, error.to_string(), "correct that key"),
-        Ok(_) if config.auth.keys.is_empty() => Check::new(
+        Ok(_) if config.auth.keys.is_empty() && config.auth.jwks_url.is_none() => Check::new(
             "tokens",
             State::Warning,
             "no key is configured: `dev` uses one of this machine, `server` will not start",
@@ -188,7 +190,14 @@ fn tokens(config: &Config) -> Check {
         Ok(_) => Check::new(
             "tokens",
             State::Ok,
-            format!("{} key(s), issuer {}", config.auth.keys.len(), config.auth.issuer),
+            match config.auth.jwks_url.as_ref().and_then(|url| url.host_str()) {
+                Some(host) => format!(
+                    "{} key(s) and those published at {host}, issuer {}",
+                    config.auth.keys.len(),
+                    config.auth.issuer
+                ),
+                None => format!("{} key(s), issuer {}", config.auth.keys.len(), config.auth.issuer),
+            },
             "",
         ),
     }
@@ -222,7 +231,7 @@ async fn telegram(config: &Config, offline: bool) -> Check {
     }
 }
 
-async fn database(config: Config) -> Vec<Check> {
+async fn database(config: Config, offline: bool) -> Vec<Check> {
     let embedded = config.database_url.is_none();
     let app = match App::open(config, Fallback::Embedded).await {
         Ok(app) => app,
@@ -268,6 +277,7 @@ async fn database(config: Config) -> Vec<Check> {
     });
     checks.push(keys(&app).await);
     checks.push(prices(&app).await);
+    checks.extend(sealed_keys(&app, offline).await);
     app.close().await;
     checks
 }
@@ -300,6 +310,40 @@ async fn prices(app: &App) -> Check {
     }
 }
 
+/// The keys of the environment, one line each. What is wrong with the settings themselves is told under `models`.
+async fn environment_keys(config: &Config, offline: bool) -> Vec<Check> {
+    match test::settings(config) {
+        Ok(settings) => ask(&settings, test::of_environment(&settings), offline).await,
+        Err(_) => Vec::new(),
+    }
+}
+
+/// The same of the platform's sealed ones.
+async fn sealed_keys(app: &App, offline: bool) -> Vec<Check> {
+    let Ok(settings) = test::settings(&app.config) else { return Vec::new() };
+    let keys = app.store.keys(&app.config.keys);
+    match test::of_platform(&keys, &settings).await {
+        Ok(subjects) => ask(&settings, subjects, offline).await,
+        Err(error) => vec![Check::new("key", State::Warning, format!("{error:#}"), "loopwright migrate")],
+    }
+}
+
+async fn ask(settings: &Settings, subjects: Vec<test::Subject>, offline: bool) -> Vec<Check> {
+    if offline && !subjects.is_empty() {
+        return vec![Check::new("key", State::Ok, format!("{} key(s); not asked", subjects.len()), "")];
+    }
+    let tested = test::ask(settings, subjects).await;
+    let check = |one: test::Tested| {
+        let state = match (one.works(), one.remedy.is_empty()) {
+            (true, true) => State::Ok,
+            (true, false) => State::Warning,
+            (false, _) => State::Failed,
+        };
+        Check::new("key", state, one.finding(), one.remedy)
+    };
+    tested.into_iter().map(check).collect()
+}
+
 /// Keys of providers that are out of service, and whether users' can be opened.
 async fn keys(app: &App) -> Check {
     let keys = app.store.keys(&app.config.keys);
@@ -314,7 +358,7 @@ async fn keys(app: &App) -> Check {
         return Check::new(
             "keys",
             State::Failed,
-            format!("{rows} key(s) of users are wrapped by `{kek}`, which is not configured"),
+            format!("{rows} sealed key(s) are wrapped by `{kek}`, which is not configured"),
             "put it back into LOOPWRIGHT_KEY_ENCRYPTION_KEYS, behind the first",
         );
     }
@@ -328,7 +372,7 @@ async fn keys(app: &App) -> Check {
             "loopwright api-keys list; replace them, or `api-keys enable KEY`",
         );
     }
-    let users = list.iter().filter(|key| key.source == "sealed" && key.status != "revoked").count();
+    let users = list.iter().filter(|key| key.user_id.is_some() && key.status != "revoked").count();
     let kept = match app.config.keys.encryption {
         Some(_) => format!("{users} key(s) of users"),
         None => "users keep no keys here".to_owned(),

@@ -21,10 +21,10 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<()> {
     if let Some(listen) = args.listen {
         config.http.listen = listen;
     }
-    if config.auth.keys.is_empty() {
+    if config.auth.keys.is_empty() && config.auth.jwks_url.is_none() {
         return Err(Error::value(
             "auth.keys",
-            "no key for tokens is configured; set LOOPWRIGHT_JWT_SECRET (openssl rand -hex 32)",
+            "no key for tokens is configured; set LOOPWRIGHT_JWT_SECRET (openssl rand -hex 32), or LOOPWRIGHT_JWT_JWKS_URL",
         )
         .into());
     }

@@ -42,7 +42,7 @@ pub const VARIABLES: &[Variable] = &[
     v(
         "LOOPWRIGHT_KEY_ENCRYPTION_KEYS",
         "keys.encryption_keys",
-        "keys that wrap the provider keys of users, <id>:<base64 of 32 bytes> with commas: the first wraps, all unwrap; default: no keys of users",
+        "keys that wrap the sealed keys of providers, of users and of the platform, <id>:<base64 of 32 bytes> with commas: the first wraps, all unwrap; default: none are kept",
     ),
     v("LOOPWRIGHT_KEY_ENCRYPTION_KEYS_FILE", "keys.encryption_keys_file", "file that holds it"),
     v(
@@ -60,6 +60,7 @@ pub const VARIABLES: &[Variable] = &[
     v("LOOPWRIGHT_JWT_SECRET_FILE", "auth.keys[].secret_file", "file that holds it"),
     v("LOOPWRIGHT_JWT_ISSUER", "auth.issuer", "the only issuer that is believed; default loopwright"),
     v("LOOPWRIGHT_JWT_AUDIENCE", "auth.audience", "what tokens must be for; default loopwright"),
+    v("LOOPWRIGHT_JWT_JWKS_URL", "auth.jwks_url", "where the issuer publishes its keys (JWKS); https"),
     v("LOOPWRIGHT_SANDBOX_UNCONFINED", "sandbox.unconfined", "true: run generated code without confinement"),
     v(
         "LOOPWRIGHT_SANDBOX_TOOLCHAINS",
@@ -138,6 +139,7 @@ pub(super) fn apply(file: &mut File, variables: &[(String, String)]) -> Result<(
             "LOOPWRIGHT_JWT_SECRET_FILE" => jwt.secret_file = path(),
             "LOOPWRIGHT_JWT_ISSUER" => file.auth.issuer = text(),
             "LOOPWRIGHT_JWT_AUDIENCE" => file.auth.audience = text(),
+            "LOOPWRIGHT_JWT_JWKS_URL" => file.auth.jwks_url = text(),
             "LOOPWRIGHT_SANDBOX_UNCONFINED" => file.sandbox.unconfined = Some(boolean(name, value)?),
             "LOOPWRIGHT_SANDBOX_TOOLCHAINS" => file.sandbox.toolchains = std::env::split_paths(value).collect(),
             "GEMINI_API_KEY" => file.providers.gemini.api_key = secret(),

@@ -79,6 +79,7 @@ pub struct AuthFile {
     pub audience: Option<String>,
     pub leeway_s: Option<u64>,
     pub lifetime_s_max: Option<u64>,
+    pub jwks_url: Option<String>,
     pub keys: Vec<KeyFile>,
 }
 
@@ -404,8 +405,28 @@ impl AuthFile {
             leeway_s,
             lifetime_s_max: positive("auth.lifetime_s_max", self.lifetime_s_max.unwrap_or(86_400))?,
             keys,
+            jwks_url: self.jwks_url.as_deref().map(jwks_url).transpose()?,
         })
     }
+}
+
+/// The address of a published set of keys: whoever can write there can sign for everybody, so the connection is private.
+fn jwks_url(text: &str) -> Result<Url, Error> {
+    let bad = |why: &str| Err(Error::value("auth.jwks_url", why));
+    let Ok(url) = Url::parse(text.trim()) else { return bad("is not a URL") };
+    let loopback = match url.host() {
+        Some(url::Host::Ipv4(ip)) => ip.is_loopback(),
+        Some(url::Host::Ipv6(ip)) => ip.is_loopback(),
+        Some(url::Host::Domain(name)) => name == "localhost",
+        None => return bad("is not a URL with a host"),
+    };
+    if url.scheme() != "https" && !(url.scheme() == "http" && loopback) {
+        return bad("must be https (http only on this machine)");
+    }
+    if !url.username().is_empty() || url.password().is_some() || url.fragment().is_some() {
+        return bad("must not hold a user, a password or a fragment");
+    }
+    Ok(url)
 }
 
 impl KeyFile {
@@ -515,6 +536,10 @@ mod tests {
             ("http: { body_bytes_max: 0 }", "http.body_bytes_max"),
             ("auth: { leeway_s: 60 }", "auth.leeway_s"),
             ("auth: { keys: [{ secret: short }] }", "auth.keys[0].secret"),
+            ("auth: { jwks_url: 'http://id.example.com/keys' }", "auth.jwks_url"),
+            ("auth: { jwks_url: 'https://me:x@id.example.com/keys' }", "auth.jwks_url"),
+            ("auth: { jwks_url: 'file:///etc/passwd' }", "auth.jwks_url"),
+            ("auth: { jwks_url: id.example.com }", "auth.jwks_url"),
             ("auth: { keys: [{ algorithm: none }] }", "auth.keys[0].algorithm"),
             (
                 "auth: { keys: [{ algorithm: RS256, public_key_file: /nonexistent.pem }] }",

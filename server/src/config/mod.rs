@@ -102,6 +102,8 @@ pub struct Auth {
     /// Longest life of a token that is accepted, from now.
     pub lifetime_s_max: u64,
     pub keys: Vec<Key>,
+    /// Where the issuer publishes more of them; https, or this machine. `None`: it publishes none.
+    pub jwks_url: Option<Url>,
 }
 
 /// One key that tokens may be signed with.

@@ -1,34 +1,75 @@
 //! Who calls: a bearer token against a local registry of keys.
 //!
 //! The token's header is read for one thing only, which registered key to try; the algorithm, the issuer and the
-//! audience come from the registry. Does not fetch keys and does not know users: see [`crate::store::users`].
+//! audience come from the registry. Keys are configured, or published by the issuer at the one address that is configured
+//! (`jwks`). Does not know users: see [`crate::store::users`].
 
-use super::error::{Code, Error};
+use super::{
+    error::{Code, Error},
+    jwks::{Found, Jwks, Pace},
+};
 use crate::config::{self, KeyMaterial};
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
 use secrecy::ExposeSecret;
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, time::SystemTime};
+use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 
 /// Scope that a token needs in order to start or steer anything.
 pub const SCOPE_RUN: &str = "loop:run";
 /// Longest token that is looked at, in bytes. Source: what common proxies let through in one header.
 const TOKEN_BYTES_MAX: usize = 8 * 1024;
 /// Longest key id and subject, in bytes. Chosen, not measured.
-const NAME_BYTES_MAX: usize = 255;
+pub(super) const NAME_BYTES_MAX: usize = 255;
+/// Seconds until another try makes sense while the issuer's keys are away: as often as they are fetched.
+const KEYS_AWAY_RETRY_S: u64 = 60;
 
 /// The keys that tokens may be signed with.
 pub struct Registry {
-    keys: BTreeMap<String, Entry>,
+    keys: BTreeMap<String, Arc<Entry>>,
+    /// Of the same issuer; a key that is configured goes before one of the same id there.
+    published: Option<Jwks>,
     issuer: String,
     lifetime_s_max: u64,
 }
 
-struct Entry {
+/// A key and what holds for its tokens.
+pub(super) struct Entry {
     algorithm: Algorithm,
     key: DecodingKey,
     /// One per key: a validation cannot mix families of algorithms.
     validation: Validation,
+}
+
+impl Entry {
+    pub(super) fn new(auth: &config::Auth, algorithm: Algorithm, key: DecodingKey) -> Self {
+        let mut validation = Validation::new(algorithm);
+        validation.leeway = auth.leeway_s;
+        validation.validate_nbf = true;
+        validation.set_issuer(&[&auth.issuer]);
+        validation.set_audience(&[&auth.audience]);
+        validation.set_required_spec_claims(&["exp", "iss", "aud", "sub"]);
+        Self { algorithm, key, validation }
+    }
+}
+
+/// Why a token does not count.
+enum Refused {
+    /// For the log; the caller is not told.
+    Token(String),
+    /// The issuer's keys were never read: nobody can say.
+    KeysAway,
+}
+
+impl From<String> for Refused {
+    fn from(reason: String) -> Self {
+        Self::Token(reason)
+    }
+}
+
+impl From<&str> for Refused {
+    fn from(reason: &str) -> Self {
+        Self::Token(reason.to_owned())
+    }
 }
 
 /// A token that stood the test.
@@ -98,15 +139,16 @@ impl Registry {
                 KeyMaterial::Es256(pem) => (Algorithm::ES256, DecodingKey::from_ec_pem(pem.as_bytes()).map_err(bad)?),
                 KeyMaterial::EdDsa(pem) => (Algorithm::EdDSA, DecodingKey::from_ed_pem(pem.as_bytes()).map_err(bad)?),
             };
-            let mut validation = Validation::new(algorithm);
-            validation.leeway = auth.leeway_s;
-            validation.validate_nbf = true;
-            validation.set_issuer(&[&auth.issuer]);
-            validation.set_audience(&[&auth.audience]);
-            validation.set_required_spec_claims(&["exp", "iss", "aud", "sub"]);
-            keys.insert(key.kid.clone(), Entry { algorithm, key: decoding, validation });
+            keys.insert(key.kid.clone(), Arc::new(Entry::new(auth, algorithm, decoding)));
         }
-        Ok(Self { keys, issuer: auth.issuer.clone(), lifetime_s_max: auth.lifetime_s_max })
+        let published = auth.jwks_url.as_ref().map(|url| Jwks::new(url, auth)).transpose()?;
+        Ok(Self { keys, published, issuer: auth.issuer.clone(), lifetime_s_max: auth.lifetime_s_max })
+    }
+
+    /// The same, with the issuer's keys read more often, for tests of shorter minutes.
+    #[must_use]
+    pub fn with_pace(self, pace: Pace) -> Self {
+        Self { published: self.published.map(|jwks| jwks.with_pace(pace)), ..self }
     }
 
     /// The issuer whose subjects may be ids of our own users.
@@ -119,23 +161,29 @@ impl Registry {
     ///
     /// # Errors
     /// `token_missing`, `token_invalid`. The caller is not told which rule it broke; the log is, without the token.
-    pub fn verify(&self, authorization: Option<&str>) -> Result<Verified, Error> {
+    /// `unavailable` while the issuer's keys could never be read: a good token must not be thrown away for that.
+    pub async fn verify(&self, authorization: Option<&str>) -> Result<Verified, Error> {
         let missing = || Error::new(Code::TokenMissing, "Send a token as `Authorization: Bearer …`.");
         let header = authorization.ok_or_else(missing)?;
         let (scheme, token) = header.split_once(' ').ok_or_else(missing)?;
         if !scheme.eq_ignore_ascii_case("bearer") {
             return Err(missing());
         }
-        self.check(token.trim()).map_err(|reason| {
-            tracing::info!(reason, "a token was refused");
-            metrics::counter!("http_tokens_refused_total").increment(1);
-            Error::new(Code::TokenInvalid, "The token is expired, not yet valid, or not one of ours.")
+        self.check(token.trim()).await.map_err(|refused| match refused {
+            Refused::Token(reason) => {
+                tracing::info!(reason, "a token was refused");
+                metrics::counter!("http_tokens_refused_total").increment(1);
+                Error::new(Code::TokenInvalid, "The token is expired, not yet valid, or not one of ours.")
+            }
+            Refused::KeysAway => {
+                Error::new(Code::Unavailable, "The keys of tokens cannot be read now.").retry_after(KEYS_AWAY_RETRY_S)
+            }
         })
     }
 
-    fn check(&self, token: &str) -> Result<Verified, String> {
+    async fn check(&self, token: &str) -> Result<Verified, Refused> {
         if token.len() > TOKEN_BYTES_MAX {
-            return Err(format!("{} bytes", token.len()));
+            return Err(format!("{} bytes", token.len()).into());
         }
         let header = jsonwebtoken::decode_header(token).map_err(|e| format!("header: {e}"))?;
         if header.crit.is_some() {
@@ -143,15 +191,15 @@ impl Registry {
         }
         let entry = match header.kid.as_deref() {
             Some(kid) if kid.len() > NAME_BYTES_MAX => return Err("key id too long".into()),
-            Some(kid) => {
-                self.keys.get(kid).ok_or_else(|| format!("unknown key id {:?}", kid.get(..64).unwrap_or(kid)))?
+            Some(kid) => self.entry(kid).await?,
+            // Without a key id there must be no choice; a published set may have one at any moment.
+            None if self.keys.len() == 1 && self.published.is_none() => {
+                Arc::clone(self.keys.values().next().ok_or("no key")?)
             }
-            // Without a key id there must be no choice.
-            None if self.keys.len() == 1 => self.keys.values().next().ok_or("no key")?,
             None => return Err("no key id".into()),
         };
         if header.alg != entry.algorithm {
-            return Err(format!("algorithm {:?} instead of {:?}", header.alg, entry.algorithm));
+            return Err(format!("algorithm {:?} instead of {:?}", header.alg, entry.algorithm).into());
         }
         let claims =
             jsonwebtoken::decode::<Claims>(token, &entry.key, &entry.validation).map_err(|e| e.to_string())?.claims;
@@ -178,6 +226,24 @@ impl Registry {
         }
         Ok(Verified { issuer: claims.iss, subject: claims.sub, scopes })
     }
+
+    async fn entry(&self, kid: &str) -> Result<Arc<Entry>, Refused> {
+        if let Some(entry) = self.keys.get(kid) {
+            return Ok(Arc::clone(entry));
+        }
+        match &self.published {
+            Some(published) => match published.find(kid).await {
+                Found::Entry(entry) => Ok(entry),
+                Found::Away => Err(Refused::KeysAway),
+                Found::Unknown => Err(unknown(kid)),
+            },
+            None => Err(unknown(kid)),
+        }
+    }
+}
+
+fn unknown(kid: &str) -> Refused {
+    format!("unknown key id {:?}", kid.get(..64).unwrap_or(kid)).into()
 }
 
 /// Mints a development token with the first symmetric key.

@@ -102,7 +102,7 @@ impl Call {
     /// `token_missing`, `token_invalid`, `scope_insufficient`, `user_blocked`, `rate_limited`.
     pub async fn principal(&self, need: Need) -> Result<Principal, Error> {
         let authorization = self.headers.get(header::AUTHORIZATION).map(|v| v.to_str().unwrap_or_default());
-        let verified = self.state.registry.verify(authorization)?;
+        let verified = self.state.registry.verify(authorization).await?;
         if need == Need::Run && !verified.may(SCOPE_RUN) {
             return Err(Error::new(Code::ScopeInsufficient, format!("This needs the scope `{SCOPE_RUN}`.")));
         }

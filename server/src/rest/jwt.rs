@@ -1,7 +1,7 @@
 //! The crypto of tokens, on ring: the one backend of this program.
 
 use jsonwebtoken::{
-    Algorithm, AlgorithmFamily, DecodingKey, EncodingKey,
+    Algorithm, AlgorithmFamily, DecodingKey, DecodingKeyKind, EncodingKey,
     crypto::{CryptoProvider, JwtSigner, JwtVerifier, KeyUtils},
     errors::{ErrorKind, Result},
     signature::{Error as SignatureError, Signer, Verifier},
@@ -57,6 +57,21 @@ impl JwtVerifier for Public {
     }
 }
 
+/// An RSA key as a JWKS writes it.
+struct Rsa(signature::RsaPublicKeyComponents<Vec<u8>>);
+
+impl Verifier<Vec<u8>> for Rsa {
+    fn verify(&self, message: &[u8], signature: &Vec<u8>) -> std::result::Result<(), SignatureError> {
+        let scheme = &signature::RSA_PKCS1_2048_8192_SHA256;
+        self.0.verify(scheme, message, signature).map_err(|_| SignatureError::new())
+    }
+}
+impl JwtVerifier for Rsa {
+    fn algorithm(&self) -> Algorithm {
+        Algorithm::RS256
+    }
+}
+
 fn signer(algorithm: &Algorithm, key: &EncodingKey) -> Result<Box<dyn JwtSigner>> {
     match (algorithm, key.family()) {
         (Algorithm::HS256, AlgorithmFamily::Hmac) => {
@@ -71,7 +86,12 @@ fn verifier(algorithm: &Algorithm, key: &DecodingKey) -> Result<Box<dyn JwtVerif
         (Algorithm::HS256, AlgorithmFamily::Hmac) => {
             return Ok(Box::new(Hmac(hmac::Key::new(hmac::HMAC_SHA256, key.try_get_as_bytes()?))));
         }
-        (Algorithm::RS256, AlgorithmFamily::Rsa) => &signature::RSA_PKCS1_2048_8192_SHA256,
+        (Algorithm::RS256, AlgorithmFamily::Rsa) => match key.kind() {
+            DecodingKeyKind::RsaModulusExponent { n, e } => {
+                return Ok(Box::new(Rsa(signature::RsaPublicKeyComponents { n: n.clone(), e: e.clone() })));
+            }
+            DecodingKeyKind::SecretOrDer(_) => &signature::RSA_PKCS1_2048_8192_SHA256,
+        },
         (Algorithm::ES256, AlgorithmFamily::Ec) => &signature::ECDSA_P256_SHA256_FIXED,
         (Algorithm::EdDSA, AlgorithmFamily::Ed) => &signature::ED25519,
         _ => return Err(ErrorKind::InvalidAlgorithm.into()),

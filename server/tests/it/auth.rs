@@ -1,4 +1,32 @@
 //! The list of tokens that must be refused, and the few that must not.
+//!
+//! Where each item of the reference of security, section 1, is held (`jwks::…` is `auth/jwks.rs`; "bad" is
+//! `bad_tokens_are_refused_each_for_its_own_reason`, "good" is `good_tokens_pass`):
+//!
+//! | item | test |
+//! | --- | --- |
+//! | `alg: none` | bad |
+//! | RS256 public key as HS256 secret | `an_rsa_key_verifies_and_is_no_hmac_secret`, `an_ed25519_key_verifies_and_is_no_hmac_secret`, `jwks::a_published_key_verifies_by_its_one_algorithm_alone` |
+//! | unknown `kid`; with path or SQL text | bad; `jwks::invented_key_ids_do_not_make_it_fetch` |
+//! | expired by 29 and by 31 s | good, bad |
+//! | `nbf` in the future | bad |
+//! | `aud` absent, wrong, array | bad, good |
+//! | `iss` absent; `sub` missing | bad |
+//! | scope absent | `refusals_carry_a_challenge`, `a_token_without_a_scope_is_known_and_may_nothing` |
+//! | duplicate claims | bad |
+//! | token of 8 kB | bad |
+//! | good EdDSA and RS256 tokens | `an_ed25519_key_verifies_and_is_no_hmac_secret`, `an_rsa_key_verifies_and_is_no_hmac_secret`, `jwks` |
+//! | `jku`, `x5u`, `jwk`, `crit` | bad, `jwks::addresses_and_keys_in_a_token_are_not_looked_at` |
+//! | rotation in the middle of traffic | `jwks::a_rotation_in_the_middle_of_traffic_refuses_nobody` |
+//! | JWKS down | `jwks::while_the_issuer_is_away_what_is_known_counts` |
+//! | `oct` in a JWKS | `jwks::a_published_key_verifies_by_its_one_algorithm_alone` |
+//! | JWKS: size, redirects | `jwks::a_set_that_breaks_a_rule_changes_nothing` |
+//! | JWKS: https | `config::file::tests` (`auth.jwks_url`) |
+//! | JWKS: refetch | `jwks::invented_key_ids_do_not_make_it_fetch`, `jwks::a_key_that_is_withdrawn_ends_with_the_age_of_the_set` |
+//! | never log the token | `no_log_line_holds_a_token` |
+//! | secret of at least 32 bytes, leeway, lifetime | `config::file::tests`, bad |
+
+mod jwks;
 
 use crate::support::{OTHER_SECRET, SECRET, Server, problem, read};
 use jsonwebtoken::{Algorithm, EncodingKey, Header};
@@ -58,8 +86,8 @@ fn base64url(bytes: &[u8]) -> String {
     out
 }
 
-#[test]
-fn bad_tokens_are_refused_each_for_its_own_reason() {
+#[tokio::test]
+async fn bad_tokens_are_refused_each_for_its_own_reason() {
     let registry = registry();
     let good = claims().to_string();
     let exp = now() + 600;
@@ -98,21 +126,21 @@ fn bad_tokens_are_refused_each_for_its_own_reason() {
         ("8 kB", with(|c| c["pad"] = json!("x".repeat(8_192)))),
     ];
     for (name, token) in bad {
-        let error = registry.verify(Some(&format!("Bearer {token}"))).expect_err(name);
+        let error = registry.verify(Some(&format!("Bearer {token}"))).await.expect_err(name);
         assert_eq!(error.code.as_str(), "token_invalid", "{name}");
         assert!(!error.detail.contains(&token) || token.is_empty(), "{name}");
     }
     for missing in [None, Some("Basic YTpi"), Some("Bearer")] {
-        assert_eq!(registry.verify(missing).unwrap_err().code.as_str(), "token_missing");
+        assert_eq!(registry.verify(missing).await.unwrap_err().code.as_str(), "token_missing");
     }
 }
 
-#[test]
-fn good_tokens_pass() {
+#[tokio::test]
+async fn good_tokens_pass() {
     let registry = registry();
     for (name, token) in [
         ("plain", with(|_| {})),
-        ("expired within the leeway", with(|c| c["exp"] = json!(now() - 28))),
+        ("expired within the leeway", with(|c| c["exp"] = json!(now() - 29))),
         ("aud list with us", with(|c| c["aud"] = json!(["x", "loopwright"]))),
         ("the other key", sign(&header("b"), &claims(), OTHER_SECRET)),
         (
@@ -124,45 +152,145 @@ fn good_tokens_pass() {
         ),
         ("scp as text", with(|c| c["scp"] = json!("a loop:run"))),
     ] {
-        let verified = registry.verify(Some(&format!("bearer {token}"))).unwrap_or_else(|e| panic!("{name}: {e:?}"));
+        let verified =
+            registry.verify(Some(&format!("bearer {token}"))).await.unwrap_or_else(|e| panic!("{name}: {e:?}"));
         assert_eq!((verified.issuer.as_str(), verified.subject.as_str()), ("loopwright", "ann"), "{name}");
         assert!(verified.may("loop:run"), "{name}");
     }
 }
 
-#[test]
-fn a_lone_key_needs_no_kid() {
+#[tokio::test]
+async fn a_lone_key_needs_no_kid() {
     let mut auth = config::File::default().resolve().unwrap().auth;
     auth.keys = vec![crate::support::key("only", SECRET)];
     let registry = Registry::new(&auth).unwrap();
     let token = sign(&Header::new(Algorithm::HS256), &claims(), SECRET);
-    registry.verify(Some(&format!("Bearer {token}"))).unwrap();
+    registry.verify(Some(&format!("Bearer {token}"))).await.unwrap();
 }
 
-#[test]
-fn an_ed25519_key_verifies_and_is_no_hmac_secret() {
-    use ring::signature::{Ed25519KeyPair, KeyPair};
+fn ed_pair(seed: u8) -> ring::signature::Ed25519KeyPair {
+    ring::signature::Ed25519KeyPair::from_seed_unchecked(&[seed; 32]).unwrap()
+}
+
+fn ed_public(seed: u8) -> Vec<u8> {
+    use ring::signature::KeyPair;
+    ed_pair(seed).public_key().as_ref().to_vec()
+}
+
+/// A token of ann's with this header, signed by the Ed25519 key of `seed`.
+fn ed_token(seed: u8, header: &Value) -> String {
+    let message =
+        format!("{}.{}", base64url(header.to_string().as_bytes()), base64url(claims().to_string().as_bytes()));
+    format!("{message}.{}", base64url(ed_pair(seed).sign(message.as_bytes()).as_ref()))
+}
+
+fn auth_with(key: config::Key) -> config::Auth {
+    let mut auth = config::File::default().resolve().unwrap().auth;
+    auth.keys = vec![key];
+    auth
+}
+
+#[tokio::test]
+async fn an_ed25519_key_verifies_and_is_no_hmac_secret() {
     loopwright_server::rest::install_crypto();
-    let pair = Ed25519KeyPair::from_seed_unchecked(&[7; 32]).unwrap();
+    let public = ed_public(7);
     // SubjectPublicKeyInfo of an Ed25519 key: a fixed head and the key. Source: RFC 8410 section 4.
     let mut der = vec![0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
-    der.extend_from_slice(pair.public_key().as_ref());
+    der.extend_from_slice(&public);
     let standard = base64url(&der).replace('-', "+").replace('_', "/");
     let pem = format!(
         "-----BEGIN PUBLIC KEY-----\n{standard}{}\n-----END PUBLIC KEY-----\n",
         "=".repeat((4 - standard.len() % 4) % 4)
     );
-    let mut auth = config::File::default().resolve().unwrap().auth;
-    auth.keys = vec![config::Key { kid: "ed".into(), material: config::KeyMaterial::EdDsa(pem.clone()) }];
+    let auth = auth_with(config::Key { kid: "ed".into(), material: config::KeyMaterial::EdDsa(pem.clone()) });
     let registry = Registry::new(&auth).unwrap();
-    let message =
-        format!("{}.{}", base64url(br#"{"alg":"EdDSA","kid":"ed"}"#), base64url(claims().to_string().as_bytes()));
-    let token = format!("{message}.{}", base64url(pair.sign(message.as_bytes()).as_ref()));
-    assert_eq!(registry.verify(Some(&format!("Bearer {token}"))).unwrap().subject, "ann");
+    let token = ed_token(7, &json!({"alg": "EdDSA", "kid": "ed"}));
+    assert_eq!(registry.verify(Some(&format!("Bearer {token}"))).await.unwrap().subject, "ann");
     // The published key, taken as a shared secret, opens nothing.
-    for secret in [pem.as_bytes(), pair.public_key().as_ref()] {
+    for secret in [pem.as_bytes(), &public] {
         let forged = jsonwebtoken::encode(&header("ed"), &claims(), &EncodingKey::from_secret(secret)).unwrap();
-        registry.verify(Some(&format!("Bearer {forged}"))).unwrap_err();
+        registry.verify(Some(&format!("Bearer {forged}"))).await.unwrap_err();
+    }
+}
+
+/// A key of 2048 bits; what signed with it is gone.
+const RSA_PEM: &str = "-----BEGIN PUBLIC KEY-----
+MIIBIjANBgkqhkiG9w0BAQEFAAOCAQ8AMIIBCgKCAQEArCLpbdVOel+K+IMyigq6
+BcMF73IKIUsRSSlptWNSXEoGYzEEZM3ps3KXM97gpGyQPITn+qja3ysx2bHSQeS+
+vESQe/o9+xalX4YDMSjGqzC8ap3YTwMtdEbMka2Zq71DPTEkE7ZMZCznpN3pt9Ud
+5aK//lIGNF1wZFpg9GLO41yXbO+uu5br3PIBuf9vy7zvGbFZzxqAwciTq71OcE+0
+61GdfppnU7393op1l3iMusyhpLI2TE84oIysJunSRErbKevwN07kp3IfymD9a894
+TG3ouHebPMQQoM0xdJnq654S8HYW84q7oqZYlz2LrPqwQJQcfxORbPpN/4HWNjLe
+dQIDAQAB
+-----END PUBLIC KEY-----
+";
+/// Its modulus as a JWKS writes it; the exponent is `AQAB`.
+const RSA_N: &str = "rCLpbdVOel-K-IMyigq6BcMF73IKIUsRSSlptWNSXEoGYzEEZM3ps3KXM97gpGyQPITn-qja3ysx2bHSQeS-vESQe_o9-xalX4YDMSjGqzC8ap3YTwMtdEbMka2Zq71DPTEkE7ZMZCznpN3pt9Ud5aK__lIGNF1wZFpg9GLO41yXbO-uu5br3PIBuf9vy7zvGbFZzxqAwciTq71OcE-061GdfppnU7393op1l3iMusyhpLI2TE84oIysJunSRErbKevwN07kp3IfymD9a894TG3ouHebPMQQoM0xdJnq654S8HYW84q7oqZYlz2LrPqwQJQcfxORbPpN_4HWNjLedQ";
+/// Ann's, by key `rsa`, until the year 2100.
+const RSA_TOKEN: &str = "eyJhbGciOiJSUzI1NiIsImtpZCI6InJzYSJ9.eyJpc3MiOiJsb29wd3JpZ2h0IiwiYXVkIjoibG9vcHdyaWdodCIsInN1YiI6ImFubiIsInNjb3BlIjoibG9vcDpydW4iLCJleHAiOjQxMDI0NDQ4MDB9.REGMq6Ni4DN9Y0wypoBPwXh_OoTHu1gduVrz027UMc0fhlUO_pkmfcJZxifg54vmIPrHxFOV8ZJQ5KXPdulq1vAp8G5g2SCHOVrUc7jjlKMJAcHtpd2fxSD2jQbB488WXTVagThqFF_02IlPEm3vWmwEImG7VAeOu0XyBP-7mOOy_Lkul261u96QTI8Wvg4YmhNJip9LzOFhVp7YR8MelEu4DisYlK4-7nMXv8j4U8yxHEyDZnysj1t5tJLGFaSU2gnlDc5-FN-qFlqqG64Ue42yAt-YB1LzuSnKMTUxJmBYZmzrS3e3gITAg_r6AiZBFZp_K3r-Nqrnieaa4oKdUA";
+/// Long enough for it.
+const CENTURY_S: u64 = 100 * 366 * 86_400;
+
+#[tokio::test]
+async fn an_rsa_key_verifies_and_is_no_hmac_secret() {
+    let mut auth = auth_with(config::Key { kid: "rsa".into(), material: config::KeyMaterial::Rs256(RSA_PEM.into()) });
+    auth.lifetime_s_max = CENTURY_S;
+    let registry = Registry::new(&auth).unwrap();
+    let verified = registry.verify(Some(&format!("Bearer {RSA_TOKEN}"))).await.unwrap();
+    assert_eq!((verified.subject.as_str(), verified.may("loop:run")), ("ann", true));
+    // One character of what it says, or of its signature, and it is nobody's.
+    for at in [45, RSA_TOKEN.len() - 20] {
+        let mut changed = RSA_TOKEN.to_owned();
+        let other = if &changed[at..=at] == "A" { "B" } else { "A" };
+        changed.replace_range(at..=at, other);
+        registry.verify(Some(&format!("Bearer {changed}"))).await.unwrap_err();
+    }
+    // Who reads the public key cannot sign with it.
+    for secret in [RSA_PEM, RSA_PEM.trim(), RSA_N] {
+        let forged = sign(&header("rsa"), &claims(), secret);
+        let error = registry.verify(Some(&format!("Bearer {forged}"))).await.unwrap_err();
+        assert_eq!(error.code.as_str(), "token_invalid");
+    }
+}
+
+#[tokio::test]
+async fn a_token_without_a_scope_is_known_and_may_nothing() {
+    let registry = registry();
+    let token = with(|c| drop(c.as_object_mut().unwrap().remove("scope")));
+    let verified = registry.verify(Some(&format!("Bearer {token}"))).await.unwrap();
+    assert_eq!((verified.subject.as_str(), verified.may("loop:run"), verified.may("")), ("ann", false, false));
+}
+
+#[tokio::test]
+async fn no_log_line_holds_a_token() {
+    let lines = Lines::default();
+    let writer = lines.clone();
+    let subscriber =
+        tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_writer(move || writer.clone()).finish();
+    let _guard = tracing::subscriber::set_default(subscriber);
+    let registry = registry();
+    let expired = with(|c| c["exp"] = json!(now() - 600));
+    for token in [with(|_| {}), expired, sign(&header("nobody"), &claims(), SECRET), "x.y.z".into()] {
+        drop(registry.verify(Some(&format!("Bearer {token}"))).await);
+    }
+    let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+    assert!(text.contains("a token was refused") && text.contains("nobody"), "{text}");
+    // Neither claims nor signatures: every token's middle begins alike.
+    let middle = base64url(claims().to_string().as_bytes());
+    assert!(!text.contains(&middle[..24]) && !text.contains(SECRET), "{text}");
+}
+
+/// What a log writes.
+#[derive(Clone, Default)]
+struct Lines(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
+
+impl std::io::Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
     }
 }
 

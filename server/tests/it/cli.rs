@@ -12,7 +12,7 @@ use std::{
 };
 
 /// The binary in an environment that holds nothing of this machine's configuration.
-fn loopwright(dir: &Path) -> Command {
+pub fn loopwright(dir: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_loopwright"));
     command.env_clear().current_dir(dir).env("PATH", std::env::var_os("PATH").unwrap_or_default());
     command.env("LOOPWRIGHT_DATA_DIR", dir.join("data"));
@@ -22,7 +22,7 @@ fn loopwright(dir: &Path) -> Command {
 /// Arguments, environment, what the sentence must contain.
 type Case<'a> = (&'a [&'a str], &'a [(&'a str, &'a str)], &'a str);
 
-fn text(output: &Output) -> String {
+pub fn text(output: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }
 

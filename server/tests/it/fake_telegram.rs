@@ -156,6 +156,14 @@ impl Fake {
         self.says_with(user, json!({ "text": text }))
     }
 
+    /// A user changes what he said.
+    pub fn edits(&self, user: i64, message_id: i64, text: &str) {
+        self.push(|_| {
+            json!({"edited_message": {"message_id": message_id, "date": 1_790_000_000, "edit_date": 1_790_000_060,
+                "from": person(user), "chat": {"id": user, "type": "private", "first_name": "Ada"}, "text": text}})
+        });
+    }
+
     /// A user presses a button under a message.
     pub fn presses(&self, user: i64, message_id: i64, data: &str) {
         self.push(|state| {

@@ -56,10 +56,16 @@ const ROOMS: &[(&str, &[&str])] = &[
     ),
     ("warp", &["server/src/rest/"]),
     ("teloxide", &["server/src/telegram/"]),
-    // `doctor` asks the Bot API whether the token is right; `chaos` asks our own server.
+    // `doctor` asks the Bot API whether the token is right; `chaos` asks our own server; `jwks` reads the issuer's keys.
     (
         "reqwest",
-        &["activities/src/provider/", "server/src/telegram/", "server/src/cli/doctor.rs", "server/src/cli/chaos/"],
+        &[
+            "activities/src/provider/",
+            "server/src/telegram/",
+            "server/src/cli/doctor.rs",
+            "server/src/cli/chaos/",
+            "server/src/rest/jwks.rs",
+        ],
     ),
     ("tantivy", &["activities/src/index/"]),
     ("tree_sitter", &["activities/src/index/", "activities/src/edit/syntax.rs"]),
