@@ -1,6 +1,7 @@
 //! What the server remembers of every request, to be compared with what the product says about it.
 
 use super::{dialect::Dialect, reply::Told, route::Endpoint};
+use std::time::Instant;
 
 /// How far an answer got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -53,4 +54,8 @@ pub struct Entry {
     pub end: End,
     /// Bytes handed to the socket by acts; 0 for what hyper wrote.
     pub bytes_sent: u64,
+    /// When all of the request had been read, before anything was made of it.
+    pub received_at: Instant,
+    /// When the last bytes so far were handed over to be written; of an answer without any, when it ended.
+    pub written_at: Option<Instant>,
 }

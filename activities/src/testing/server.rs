@@ -31,7 +31,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll},
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -44,6 +44,7 @@ use tokio::{
 const COMMENT_EVERY: Duration = Duration::from_millis(10);
 
 type Script = dyn Fn(&Seen, usize) -> Answer + Send + Sync;
+type Pause = dyn Fn() -> Duration + Send + Sync;
 
 /// The running server; it ends when this is dropped.
 pub struct FakeProvider {
@@ -61,6 +62,9 @@ struct State {
     rules: Mutex<Vec<(When, Fault)>>,
     seen: Mutex<Vec<Seen>>,
     journal: Mutex<Vec<Entry>>,
+    /// Questions so far, by dialect; changed under the lock of the journal.
+    questions: Mutex<[usize; 3]>,
+    pause: Mutex<Option<Arc<Pause>>>,
     arrived: Notify,
     left: Notify,
     changed: Notify,
@@ -104,6 +108,8 @@ impl FakeProvider {
             rules: Mutex::default(),
             seen: Mutex::default(),
             journal: Mutex::default(),
+            questions: Mutex::default(),
+            pause: Mutex::default(),
             arrived: Notify::new(),
             left: Notify::new(),
             changed: Notify::new(),
@@ -125,6 +131,10 @@ impl FakeProvider {
     /// stream.
     pub fn answer_documents(&self, documents: bool) {
         self.state.documents.store(documents, Ordering::Relaxed);
+    }
+    /// Lets time pass before each answer, as if the model thought.
+    pub fn think(&self, pause: impl Fn() -> Duration + Send + Sync + 'static) {
+        *lock(&self.state.pause) = Some(Arc::new(pause));
     }
     /// Behaves again.
     pub fn heal(&self) {
@@ -210,7 +220,10 @@ impl Record {
         self.change(|entry| entry.stage = entry.stage.max(stage));
     }
     fn end(&self, end: End) {
-        self.change(|entry| entry.end = end);
+        self.change(|entry| {
+            entry.end = end;
+            entry.written_at.get_or_insert_with(Instant::now);
+        });
         if end == End::Client {
             self.state.left.notify_one();
         }
@@ -232,8 +245,12 @@ async fn connection(stream: TcpStream, state: Arc<State>) {
     let service = service_fn(|request: Request<Incoming>| {
         let (state, takeover) = (Arc::clone(&state), Arc::clone(&takeover));
         Box::pin(async move {
-            let Some(seen) = read(request).await else { return Err(TakenOver) };
-            let (answer, record) = answer(&state, &seen);
+            let Some((seen, received_at)) = read(request).await else { return Err(TakenOver) };
+            let (answer, record) = answer(&state, &seen, received_at);
+            let pause = lock(&state.pause).clone();
+            if let Some(pause) = pause {
+                tokio::time::sleep(pause()).await;
+            }
             match answer {
                 Written::Response(response) => Ok(response),
                 Written::Acts { acts, whole } => {
@@ -253,7 +270,7 @@ async fn connection(stream: TcpStream, state: Arc<State>) {
     }
 }
 
-async fn read(request: Request<Incoming>) -> Option<Seen> {
+async fn read(request: Request<Incoming>) -> Option<(Seen, Instant)> {
     let (head, mut incoming) = request.into_parts();
     let mut bytes = Vec::new();
     while let Some(frame) = poll_fn(|cx| Pin::new(&mut incoming).poll_frame(cx)).await {
@@ -261,6 +278,7 @@ async fn read(request: Request<Incoming>) -> Option<Seen> {
             bytes.extend_from_slice(&data);
         }
     }
+    let received_at = Instant::now();
     let path = head.uri.path_and_query().map_or("/", |path| path.as_str()).to_owned();
     let headers = head
         .headers
@@ -270,7 +288,8 @@ async fn read(request: Request<Incoming>) -> Option<Seen> {
     let body = serde_json::from_slice(&bytes).unwrap_or(Value::Null);
     let (dialect, endpoint) = route(&path, &headers, &body);
     let body_sha256 = hex(&Sha256::digest(&bytes));
-    Some(Seen { method: head.method.to_string(), path, headers, body, dialect, endpoint, body_sha256 })
+    let seen = Seen { method: head.method.to_string(), path, headers, body, dialect, endpoint, body_sha256 };
+    Some((seen, received_at))
 }
 
 enum Written {
@@ -282,14 +301,16 @@ enum Written {
     },
 }
 
-fn answer(state: &Arc<State>, seen: &Seen) -> (Written, Record) {
+fn answer(state: &Arc<State>, seen: &Seen, received_at: Instant) -> (Written, Record) {
     let question = matches!(seen.endpoint, Endpoint::Generate { .. });
     let (n, ordinal, record) = {
         let mut all = lock(&state.seen);
         let mut journal = lock(&state.journal);
-        let questions = |entry: &&Entry| matches!(entry.endpoint, Endpoint::Generate { .. });
-        let ordinal = journal.iter().filter(questions).filter(|entry| entry.dialect == seen.dialect).count();
-        let n = if state.bare { journal.len() } else { journal.iter().filter(questions).count() };
+        let mut questions = lock(&state.questions);
+        let n = if state.bare { journal.len() } else { questions.iter().sum() };
+        let mine = &mut questions[seen.dialect as usize];
+        let ordinal = *mine;
+        *mine += usize::from(question);
         let at = journal.len();
         all.push(seen.clone());
         let key = seen.key().map(|key| SecretString::from(key.to_owned()));
@@ -309,6 +330,8 @@ fn answer(state: &Arc<State>, seen: &Seen) -> (Written, Record) {
             stage: Stage::Received,
             end: End::Open,
             bytes_sent: 0,
+            received_at,
+            written_at: None,
         });
         (n, ordinal, Record { state: Arc::clone(state), at })
     };
@@ -412,7 +435,11 @@ impl Body for Pieces {
 
     fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         let piece = self.rest.pop_front();
-        self.record.stage(if self.rest.is_empty() { Stage::Finished } else { Stage::Body });
+        let stage = if self.rest.is_empty() { Stage::Finished } else { Stage::Body };
+        self.record.change(|entry| {
+            entry.stage = entry.stage.max(stage);
+            entry.written_at = piece.as_ref().map(|_| Instant::now()).or(entry.written_at);
+        });
         Poll::Ready(piece.map(|piece| Ok(Frame::data(piece))))
     }
     fn is_end_stream(&self) -> bool {
@@ -488,6 +515,7 @@ async fn act(mut stream: TcpStream, acts: Vec<Act>, whole: bool, record: &Record
 
 /// Writes and notes how far the answer got: its head ends with an empty line.
 async fn write(stream: &mut TcpStream, bytes: &[u8], record: &Record) -> bool {
+    let written_at = Instant::now();
     if stream.write_all(bytes).await.is_err() {
         return false;
     }
@@ -496,6 +524,7 @@ async fn write(stream: &mut TcpStream, bytes: &[u8], record: &Record) -> bool {
         bytes.strip_prefix(b"HTTP/1.1 ").and_then(|rest| std::str::from_utf8(rest.get(..3)?).ok()?.parse().ok());
     record.change(|entry| {
         entry.bytes_sent += u64::try_from(bytes.len()).unwrap_or_default();
+        entry.written_at = Some(written_at);
         entry.status = entry.status.or(status);
         let reached = match (entry.stage, head_end) {
             (Stage::Received, Some(end)) if end == bytes.len() => Stage::Headers,

@@ -11,6 +11,7 @@ mod billing_purchase;
 mod billing_random;
 mod billing_rules;
 mod billing_worker;
+mod calls;
 mod fake_provider;
 mod fork;
 mod keys;

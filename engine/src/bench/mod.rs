@@ -29,7 +29,7 @@ mod soak;
 mod steps;
 mod takeover;
 
-pub use process::{CHILD, child};
+pub use process::{CHILD, child, cpu_of, cpu_of_tree, postmaster_of};
 pub use report::{Detail, Figure, Goal, Limit, Report};
 
 use std::{ffi::OsString, path::PathBuf, time::Duration};

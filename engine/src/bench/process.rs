@@ -146,8 +146,15 @@ fn stat(pid: u32) -> Option<Stat> {
     })
 }
 
+/// Processor time that a process has used, without its children.
+#[must_use]
+pub fn cpu_of(pid: u32) -> Option<Duration> {
+    stat(pid).map(|stat| stat.cpu)
+}
+
 /// The server's first process, from one of its backends; `None` if the server is on another machine.
-pub(super) fn postmaster_of(backend: u32) -> Option<u32> {
+#[must_use]
+pub fn postmaster_of(backend: u32) -> Option<u32> {
     let is_postgres = |s: &Stat| s.name.starts_with("postgres");
     let parent = stat(backend).filter(is_postgres)?.parent;
     stat(parent).filter(is_postgres)?;
@@ -160,7 +167,8 @@ pub(super) fn cpu_of_this() -> f64 {
 }
 
 /// Processor time of a process and of its children, those that have ended included.
-pub(super) fn cpu_of_tree(root: u32) -> Option<Duration> {
+#[must_use]
+pub fn cpu_of_tree(root: u32) -> Option<Duration> {
     let own = stat(root)?;
     let children = std::fs::read_dir("/proc").ok()?.flatten().filter_map(|entry| {
         let child = stat(entry.file_name().to_str()?.parse().ok()?)?;
