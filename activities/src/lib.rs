@@ -64,6 +64,7 @@ pub const MIGRATIONS: &[Migration] = &[
     Migration { version: 20, name: "keys", sql: include_str!("../../migrations/0020_keys.sql") },
     Migration { version: 21, name: "ledger", sql: include_str!("../../migrations/0021_ledger.sql") },
     Migration { version: 22, name: "quotes", sql: include_str!("../../migrations/0022_quotes.sql") },
+    Migration { version: 24, name: "books", sql: include_str!("../../migrations/0024_books.sql") },
 ];
 
 /// Contracts of all activities.

@@ -44,7 +44,7 @@ impl By {
 ///
 /// # Units
 /// `credits` is exact decimal text. By model it is the models' shares before the one rounding per attempt and before what an
-/// attempt could not pay, everywhere else what was captured. `cost_usd` is what calls cost, before rate and markup.
+/// attempt could not pay, everywhere else what was captured; calls on a user's own key are in it and cost nothing. `cost_usd` is what calls cost, before rate and markup.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Spent {
     pub key: String,
@@ -68,6 +68,10 @@ pub struct Span {
     /// Of one user only.
     pub user: Option<Uuid>,
 }
+
+/// Attempts of a [`Span`]. Bounds that are there whatever was asked, so that an index serves them: of a user's attempts, or of all.
+const ENDED: &str = "a.ended_at is not null and a.ended_at >= coalesce($1::timestamptz, '-infinity')
+           and a.ended_at < coalesce($2::timestamptz, 'infinity') and ($3::uuid is null or a.user_id = $3)";
 
 /// The groups, dearest first; days in their order.
 ///
@@ -93,8 +97,7 @@ pub async fn spent(conn: &mut PgConnection, by: By, span: Span) -> Result<Vec<Sp
          left join lateral (select count(*) calls, sum(tokens_prompt) prompt, sum(tokens_output) output, sum(cost_pusd) cost
                             from api_key_usage where attempt_id = a.id) k on true
          left join credit_grants g on g.source = 'adjustment' and g.source_ref = 'refund-policy:' || a.id
-         where a.ended_at is not null and ($1::timestamptz is null or a.ended_at >= $1) and ($2::timestamptz is null or a.ended_at < $2)
-           and ($3::uuid is null or a.user_id = $3)
+         where {ENDED}
          group by 1 order by {order} limit {ROWS_MAX}"
     );
     rows(conn, sql, span).await
@@ -106,9 +109,8 @@ async fn by_model(conn: &mut PgConnection, span: Span) -> Result<Vec<Spent>, sql
                 least(coalesce(sum(k.tokens_output), 0), 9e18)::bigint, trim_scale(sum(k.cost_pusd) * 1e-12)::text,
                 trim_scale(coalesce(sum(k.cost_pusd::numeric * h.rate_credits_per_usd * (10000 + h.markup_bps) / 1e16), 0))::text, '0', '0'
          from activity_attempts a join api_key_usage k on k.attempt_id = a.id
-         join credit_transactions h on h.attempt_id = a.id and h.kind = 'hold' and h.hold_no = 1
-         where a.ended_at is not null and ($1::timestamptz is null or a.ended_at >= $1) and ($2::timestamptz is null or a.ended_at < $2)
-           and ($3::uuid is null or a.user_id = $3)
+         left join credit_transactions h on h.attempt_id = a.id and h.kind = 'hold' and h.hold_no = 1
+         where {ENDED}
          group by 1 order by sum(k.cost_pusd) desc, 1 limit {ROWS_MAX}"
     );
     rows(conn, sql, span).await

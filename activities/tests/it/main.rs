@@ -1,6 +1,7 @@
 // The helpers of tests may unwrap as tests do; clippy's own exception covers test functions only.
 #![allow(clippy::unwrap_used)]
 
+mod bench;
 mod billing;
 mod billing_audit;
 mod billing_books;
@@ -16,6 +17,7 @@ mod loop_steps;
 mod orchestrator;
 mod provider;
 mod quotes;
+mod roles;
 mod sandbox;
 mod under_fire;
 mod workspace;
