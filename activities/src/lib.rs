@@ -66,6 +66,7 @@ pub const MIGRATIONS: &[Migration] = &[
     Migration { version: 21, name: "ledger", sql: include_str!("../../migrations/0021_ledger.sql") },
     Migration { version: 22, name: "quotes", sql: include_str!("../../migrations/0022_quotes.sql") },
     Migration { version: 23, name: "key_models", sql: include_str!("../../migrations/0023_key_models.sql") },
+    Migration { version: 24, name: "books", sql: include_str!("../../migrations/0024_books.sql") },
     Migration { version: 25, name: "own_price", sql: include_str!("../../migrations/0025_own_price.sql") },
 ];
 

@@ -81,7 +81,8 @@ impl Cap {
 /// for its run and all runs below it. `None`: nothing caps the attempt.
 ///
 /// # Transaction
-/// Reads only. Locked user rows keep the sums from moving: a child pays from its parent's user.
+/// Reads, and writes once per run that has its limit from its chain or its origin. Locked user rows keep the sums from moving: a
+/// child pays from its parent's user.
 pub(super) async fn tightest(
     conn: &mut PgConnection,
     attempt: &AttemptRef,
@@ -106,7 +107,7 @@ pub(super) async fn tightest(
         caps.push(Cap { kind: CapKind::Run, left: MicroCredits(left) });
     }
     for run in std::iter::once(attempt.run_id.0).chain(above.iter().map(|(run, _)| *run)) {
-        caps.extend(limit::in_force(conn, run).await?.map(|limit| Cap { kind: CapKind::Approved, left: limit.left }));
+        caps.extend(limit::binding(conn, run).await?.map(|limit| Cap { kind: CapKind::Approved, left: limit.left }));
     }
     let share = attempt.budget.get(PER_ITEM).and_then(Value::as_i64);
     if let (Some(credits), Some(item)) = (share, item(&attempt.path)) {

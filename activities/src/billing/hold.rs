@@ -114,14 +114,19 @@ pub struct Ended<'a> {
 /// # Transaction
 /// Reads only. Locked user rows keep the sum from moving: a child pays from its parent's user.
 pub(super) async fn spent_by_tree(conn: &mut PgConnection, top: Uuid) -> Result<MicroCredits, LedgerError> {
+    spent_by_trees(conn, &[top]).await
+}
+
+/// [`spent_by_tree`] of several, none of them below another.
+pub(super) async fn spent_by_trees(conn: &mut PgConnection, tops: &[Uuid]) -> Result<MicroCredits, LedgerError> {
     let sum: i64 = sqlx::query_scalar(
         "with recursive tree as (
-           select $1::uuid as run_id union all
+           select unnest($1::uuid[]) as run_id union all
            select r.run_id from tree join runs r on r.parent_run_id = tree.run_id)
          select coalesce(sum(case t.kind when 'capture' then -t.amount_ucr + t.held_delta_ucr else t.held_delta_ucr end), 0)::bigint
          from tree join activity_attempts a using (run_id) join credit_transactions t on t.attempt_id = a.id",
     )
-    .bind(top)
+    .bind(tops)
     .fetch_one(conn)
     .await?;
     Ok(MicroCredits(sum))

@@ -2,6 +2,7 @@
 //! when the attempt ends.
 
 use super::{
+    call::{self, Holding},
     caps,
     hold::{self, Reservable},
     ledger::{self, LedgerError},
@@ -9,11 +10,7 @@ use super::{
     price::{self, Rows},
     returned::{CREDITS, Returned},
 };
-use crate::{
-    nul,
-    usage::{CallClosed, CallNoted, CallOpened, CallState, PlannedCall, Reserve},
-};
-use chrono::{DateTime, Utc};
+use crate::usage::{CallClosed, CallNoted, CallOpened, PlannedCall, Reserve};
 use futures_util::future::BoxFuture;
 use loopwright_engine::{
     client::Client,
@@ -99,7 +96,7 @@ impl LedgerHook {
             return Ok(None);
         }
         // What he has brought keys for is free; a call on a key of the platform all the same holds for itself.
-        if brings_keys(conn, owner.user).await? {
+        if call::brings_keys(conn, owner.user).await? {
             return Ok(None);
         }
         let Wanted { all: wanted, least: needed } = self.wanted(conn, start).await?;
@@ -151,7 +148,7 @@ impl LedgerHook {
         conn: &mut PgConnection,
         attempt: &AttemptRef,
         key: &str,
-        call: &CallOpened,
+        opened: &CallOpened,
     ) -> Result<Verdict, LedgerError> {
         let refused = |reason: &str, message: String| Ok(Verdict::Refused { reason: reason.to_owned(), message });
         let Some(owner) = owner(attempt) else {
@@ -180,44 +177,41 @@ impl LedgerHook {
         if running.is_none() {
             return refused("attempt_closed", "the attempt has ended".into());
         }
-        let own = match call.own_key_id {
-            Some(id) => match own_key(conn, call, owner.user, id).await? {
+        let own = match opened.own_key_id {
+            Some(id) => match call::own_key(conn, opened, owner.user, id).await? {
                 Some(id) => Some(id),
                 None => return refused("key_revoked", "the key was deleted, or is somebody else's".into()),
             },
             None => None,
         };
-        let rows = if call.local { Rows::OwnOrAny } else { Rows::Own };
-        let price = price::find_among(conn, rows, &call.provider, &call.model, call.input_tokens_max, None).await?;
-        let worst = match (own, &price) {
+        let rows = if opened.local { Rows::OwnOrAny } else { Rows::Own };
+        let (input, output) = (opened.input_tokens_max, opened.output_tokens_max);
+        let priced = price::bound(conn, rows, &opened.provider, &opened.model, input, output).await?;
+        let worst = match (own, &priced) {
             // What his own key costs is between him and his provider: no price of ours is needed.
             (Some(_), _) => PicoUsd(0),
-            (None, Some(price)) => {
-                if price.exceeds(call.input_umtok_max, call.output_umtok_max) {
-                    let text =
-                        format!("{} {} costs more than its ceiling in the routing allows", call.provider, call.model);
+            (None, Some((price, dearest))) => {
+                if price.exceeds(opened.input_umtok_max, opened.output_umtok_max) {
+                    let text = format!(
+                        "{} {} costs more than its ceiling in the routing allows",
+                        opened.provider, opened.model
+                    );
                     return refused("price_above_ceiling", text);
                 }
-                price.worst(call.input_tokens_max, call.output_tokens_max)
+                *dearest
             }
             (None, None) => {
                 let text = format!(
                     "{} {} has no price of its own and is not used: `loopwright pricing import` or `sync`",
-                    call.provider, call.model
+                    opened.provider, opened.model
                 );
                 return refused("price_missing", text);
             }
         };
-        let (used, held, hold_no): (String, i64, i32) = sqlx::query_as(
-            "select (select coalesce(sum(case state when 'started' then worst_pusd else cost_pusd end), 0)::text from api_key_usage where attempt_id = $1),
-                    coalesce(sum(held_delta_ucr), 0)::bigint, coalesce(max(hold_no), 0)
-             from credit_transactions where attempt_id = $1 and kind = 'hold'",
-        )
-        .bind(id)
-        .fetch_one(&mut *conn)
-        .await?;
-        let total =
-            self.settings.rate.credits(used.parse::<i128>().unwrap_or(i128::MAX).saturating_add(i128::from(worst.0))).0;
+        let Holding { used, held, hold_no, rate } = call::holding(conn, id).await?;
+        // The rate that the user agreed to, should ours be another one by now.
+        let rate = rate.unwrap_or(self.settings.rate);
+        let total = rate.credits(used.saturating_add(i128::from(worst.0))).0;
         // Every call on a key of the platform has a hold behind it, one that may be free too.
         let total = if held == 0 { total.max(HOLD_MIN_UCR) } else { total };
         if own.is_none() && total > held {
@@ -241,11 +235,11 @@ impl LedgerHook {
                     format!("{what} is used up: {left} credits are left of it, the next call needs {more}{remedy}"),
                 );
             }
-            hold::place(conn, owner.user, id, hold_no + 1, more, self.settings.rate, at).await?;
+            hold::place(conn, owner.user, id, hold_no + 1, more, rate, at).await?;
         }
         let api_key = match own {
             Some(id) => id,
-            None => api_key(conn, call).await?,
+            None => call::api_key(conn, opened).await?,
         };
         sqlx::query(
             "insert into api_key_usage (attempt_id, call_no, call_key, api_key_id, user_id, project_id, provider, model_requested, purpose,
@@ -258,11 +252,11 @@ impl LedgerHook {
         .bind(api_key)
         .bind(owner.user)
         .bind(owner.project)
-        .bind(&call.provider)
-        .bind(&call.model)
-        .bind(&call.purpose)
-        .bind(&call.request_sha256)
-        .bind(price.map(|price| price.id))
+        .bind(&opened.provider)
+        .bind(&opened.model)
+        .bind(&opened.purpose)
+        .bind(&opened.request_sha256)
+        .bind(priced.map(|(price, _)| price.id))
         .bind(worst.0)
         .execute(conn)
         .await?;
@@ -288,167 +282,11 @@ fn owner(attempt: &AttemptRef) -> Option<Owner> {
 async fn worst(conn: &mut PgConnection, planned: &PlannedCall) -> Result<i128, LedgerError> {
     let mut worst = 0i128;
     for (provider, model) in &planned.candidates {
-        if let Some(price) = price::find(conn, provider, model, planned.input_tokens, None).await? {
-            worst = worst.max(i128::from(price.worst(planned.input_tokens, planned.output_tokens).0));
-        }
+        let bound =
+            price::bound(conn, Rows::OwnOrAny, provider, model, planned.input_tokens, planned.output_tokens).await?;
+        worst = bound.map_or(worst, |(_, dearest)| worst.max(i128::from(dearest.0)));
     }
     Ok(worst)
-}
-
-/// Whether a user has brought keys of his own.
-async fn brings_keys(conn: &mut PgConnection, user: Uuid) -> Result<bool, sqlx::Error> {
-    sqlx::query_scalar(
-        "select exists (select from api_keys where user_id = $1 and source = 'sealed' and status <> 'revoked')",
-    )
-    .bind(user)
-    .fetch_one(conn)
-    .await
-}
-
-/// The row of a user's own key, if it is his, of that provider, and in use.
-async fn own_key(
-    conn: &mut PgConnection,
-    call: &CallOpened,
-    user: Uuid,
-    id: Uuid,
-) -> Result<Option<Uuid>, sqlx::Error> {
-    sqlx::query_scalar(
-        "select id from api_keys where id = $1 and user_id = $2 and provider = $3 and fingerprint = decode($4, 'hex')
-           and source = 'sealed' and status <> 'revoked'",
-    )
-    .bind(id)
-    .bind(user)
-    .bind(&call.provider)
-    .bind(&call.key_fingerprint)
-    .fetch_optional(conn)
-    .await
-}
-
-async fn api_key(conn: &mut PgConnection, call: &CallOpened) -> Result<Uuid, sqlx::Error> {
-    sqlx::query_scalar(
-        "with new as (insert into api_keys (provider, source, label, last4, fingerprint) values ($1, 'environment', 'platform', $2, decode($3, 'hex'))
-                      on conflict (provider, fingerprint, coalesce(user_id, '00000000-0000-0000-0000-000000000000')) do nothing returning id)
-         select id from new union all
-         select id from api_keys where provider = $1 and fingerprint = decode($3, 'hex') and user_id is null limit 1",
-    )
-    .bind(&call.provider)
-    .bind(call.key_last4.chars().take(4).collect::<String>())
-    .bind(&call.key_fingerprint)
-    .fetch_one(conn)
-    .await
-}
-
-/// Row id, state, provider, requested model, state of the attempt, late, start, price row.
-type OpenedCall = (i64, String, String, String, String, bool, DateTime<Utc>, Option<i64>);
-
-/// Stores what became of a call. `current` as in [`Reading::current`].
-async fn close(
-    conn: &mut PgConnection,
-    attempt: &AttemptRef,
-    key: &str,
-    current: bool,
-    call: &CallClosed,
-) -> Result<(), LedgerError> {
-    let id = attempt.attempt_id.0;
-    let Some(owner) = owner(attempt) else { return Ok(()) };
-    ledger::lock(conn, owner.user).await?;
-    let row: Option<OpenedCall> = sqlx::query_as(
-        "select k.id, k.state, k.provider, k.model_requested, a.state, k.late, k.started_at, k.pricing_id from api_key_usage k join activity_attempts a on a.id = k.attempt_id
-         where k.attempt_id = $1 and k.call_key = $2",
-    )
-    .bind(id)
-    .bind(key)
-    .fetch_optional(&mut *conn)
-    .await?;
-    let Some((usage_id, state, provider, model, attempt_state, late, started_at, pricing)) = row else { return Ok(()) };
-    // A fact that comes after the end of its attempt is kept and never charged. An attempt whose run was taken away has
-    // ended, though nobody has recorded that yet: its answer is thrown away, and the next attempt makes the call again.
-    let after_the_end = attempt_state != "running" || !current;
-    if state != "started" && (!after_the_end || late || state != "unknown") {
-        return Ok(());
-    }
-    let usage = call.usage.clone().unwrap_or_default();
-    let succeeded = call.state == CallState::Succeeded && call.usage.is_some();
-    let new_state = match call.state {
-        CallState::Succeeded if succeeded => "succeeded",
-        CallState::Succeeded | CallState::Unknown => "unknown",
-        CallState::Failed => "failed",
-    };
-    // A model that was withdrawn meanwhile costs what was said when the call was announced, never nothing.
-    let priced = match pricing {
-        Some(announced) => match price::find(conn, &provider, &model, usage.tokens_prompt, Some(started_at)).await? {
-            None => price::by_id(conn, announced).await?,
-            found => found,
-        },
-        // On a user's own key, of a model that we have no price for.
-        None => None,
-    };
-    let cost = match (call.is_charged() && !after_the_end, usage.total_cost_pusd(), &priced) {
-        (false, ..) => 0,
-        (true, Some(cost), _) => cost.max(0),
-        (true, None, Some(price)) => price.cost(&usage).0,
-        (true, None, None) => 0,
-    };
-    let source = match usage.source {
-        crate::usage::UsageSource::Provider => "provider",
-        crate::usage::UsageSource::Lookup => "lookup",
-        crate::usage::UsageSource::Estimated => "estimated",
-        crate::usage::UsageSource::None if succeeded => "estimated",
-        crate::usage::UsageSource::None => "none",
-    };
-    let tokens = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
-    let reported = call.usage.is_some();
-    sqlx::query(
-        "update api_key_usage set state = $2, late = $3, finished_at = engine_now(), model_served = $4, provider_request_id = coalesce($5, provider_request_id),
-           http_status = $6, error_class = $7, finish_reason = $8, stream_completed = $9,
-           tokens_prompt = case when $10 then $11 end, tokens_cached = case when $10 then least($12, $11) end,
-           tokens_cache_write = case when $10 then $13 end, tokens_output = case when $10 then $14 end,
-           tokens_reasoning = case when $10 then least($15, $14) end,
-           usage_source = $16, pricing_id = coalesce($17, pricing_id),
-           -- What a user's own key costs is between him and his provider.
-           cost_pusd = case when (select user_id from api_keys where id = api_key_id) is null then $18 else 0 end, provider_cost_pusd = $19, raw_usage = $20
-         where id = $1",
-    )
-    .bind(usage_id)
-    .bind(new_state)
-    .bind(after_the_end)
-    .bind(call.model_served.as_deref().map(nul::text))
-    .bind(&call.provider_request_id)
-    .bind(call.http_status.map(i32::from))
-    .bind(&call.error_class)
-    .bind(&call.finish_reason)
-    .bind(call.stream_completed)
-    .bind(reported)
-    .bind(tokens(usage.tokens_prompt))
-    .bind(tokens(usage.tokens_cached))
-    .bind(tokens(usage.tokens_cache_write))
-    .bind(tokens(usage.tokens_output))
-    .bind(tokens(usage.tokens_reasoning))
-    .bind(source)
-    .bind(priced.map(|p| p.id))
-    .bind(cost)
-    .bind(usage.provider_cost_pusd.map(|c| c.max(0)))
-    .bind(usage.raw_to_keep())
-    .execute(conn)
-    .await?;
-    Ok(())
-}
-
-/// Stores the provider's name for a call that is under way; of a call that is closed meanwhile nothing changes.
-///
-/// # Transaction
-/// One update of the call's row, with no other lock: what a call costs does not depend on it.
-async fn note(conn: &mut PgConnection, attempt: Uuid, key: &str, call: &CallNoted) -> Result<(), sqlx::Error> {
-    sqlx::query(
-        "update api_key_usage set provider_request_id = $3
-         where attempt_id = $1 and call_key = $2 and state = 'started' and provider_request_id is null",
-    )
-    .bind(attempt)
-    .bind(key)
-    .bind(&call.provider_request_id)
-    .execute(conn)
-    .await?;
-    Ok(())
 }
 
 fn hook_error(error: LedgerError) -> HookError {
@@ -495,8 +333,10 @@ impl TransitionHook for LedgerHook {
                     least.push(self.wanted(conn, start).await.map_err(hook_error)?.least);
                 }
                 for (n, start) in transition.started.iter().enumerate() {
-                    let others = MicroCredits(least[n + 1..].iter().sum());
-                    if let Some((reason, message)) = self.start(conn, start, others).await.map_err(hook_error)? {
+                    let others = least[n + 1..].iter().fold(0_i64, |sum, one| sum.saturating_add(*one));
+                    if let Some((reason, message)) =
+                        self.start(conn, start, MicroCredits(others)).await.map_err(hook_error)?
+                    {
                         refusals.push(Refusal { ord: transition.ord, reason, message });
                         break;
                     }
@@ -539,12 +379,16 @@ impl TransitionHook for LedgerHook {
                 }
                 Phase::Note => {
                     let call: CallNoted = serde_json::from_value(reading.body.clone()).map_err(broken)?;
-                    note(conn, attempt.attempt_id.0, reading.key, &call).await?;
+                    call::note(conn, attempt.attempt_id.0, reading.key, &call).await?;
                     Ok(Verdict::Accepted)
                 }
                 Phase::Close => {
-                    let call: CallClosed = serde_json::from_value(reading.body.clone()).map_err(broken)?;
-                    close(conn, attempt, reading.key, reading.current, &call).await.map_err(hook_error)?;
+                    let closed: CallClosed = serde_json::from_value(reading.body.clone()).map_err(broken)?;
+                    if let Some(owner) = owner(attempt) {
+                        call::close(conn, owner.user, attempt.attempt_id.0, reading.key, reading.current, &closed)
+                            .await
+                            .map_err(hook_error)?;
+                    }
                     Ok(Verdict::Accepted)
                 }
             }

@@ -13,20 +13,23 @@ use uuid::Uuid;
 /// What a step waits for when the approved sum is used up.
 pub const LIMIT: &str = "limit";
 
-/// Forks of forks whose origins are asked for a limit.
+/// Key of the row that repeats a limit for a run that has it from its chain or its origin. No step has that path.
+const INHERITED: &str = "(inherited)";
+
+/// Runs that are asked for a limit, from a fork to its origin and from a chain to its first run.
 const ORIGINS_MAX: i32 = 32;
 
 /// A limit as it stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limit {
-    /// For the run and all runs below it, from its beginning on.
+    /// For the run and all runs below it, from its beginning on; with those of its chain that have held under it.
     pub cap: MicroCredits,
     /// What of it is neither captured nor held.
     pub left: MicroCredits,
 }
 
 /// Allows a run to spend `allowed` from now on, and no more: the approval of a plan. Setting it again under the same `key`
-/// changes nothing and returns what is in force.
+/// changes nothing and returns what is in force. The runs that go on in its place spend from the same sum.
 ///
 /// # Errors
 /// [`LedgerError::NoUser`].
@@ -41,8 +44,10 @@ pub async fn set(
     by: &str,
 ) -> Result<Limit, LedgerError> {
     ledger::lock(conn, user).await?;
-    let spent = hold::spent_by_tree(conn, run).await?;
-    insert(conn, run, key, allowed, MicroCredits(spent.0.saturating_add(allowed.0)), by).await?;
+    let first = look(conn, run).await?.first;
+    let spent = spent(conn, first, run).await?;
+    let row = Row { allowed: allowed.0, cap: spent.0.saturating_add(allowed.0) };
+    insert(conn, run, first, key, row, by).await?;
     Ok(in_force(conn, run).await?.unwrap_or(Limit { cap: allowed, left: allowed }))
 }
 
@@ -62,55 +67,140 @@ pub async fn raise(
     by: &str,
 ) -> Result<Option<Limit>, LedgerError> {
     ledger::lock(conn, user).await?;
-    let Some(limit) = in_force(conn, run).await? else { return Ok(None) };
-    let (left, cap) = (limit.left.0.saturating_add(more.0), limit.cap.0.saturating_add(more.0));
-    insert(conn, run, key, MicroCredits(left), MicroCredits(cap), by).await?;
+    let Some(bound) = bound(conn, run).await? else { return Ok(None) };
+    let allowed = bound.left().saturating_add(more.0);
+    let row = Row { allowed, cap: bound.spent.0.saturating_add(allowed) };
+    insert(conn, run, bound.first, key, row, by).await?;
     in_force(conn, run).await
+}
+
+/// What a row allows: from when it was written on, and in all.
+#[derive(Clone, Copy, Debug)]
+struct Row {
+    allowed: i64,
+    cap: i64,
 }
 
 async fn insert(
     conn: &mut PgConnection,
     run: Uuid,
+    first: Uuid,
     key: &str,
-    allowed: MicroCredits,
-    cap: MicroCredits,
+    row: Row,
     by: &str,
 ) -> Result<(), sqlx::Error> {
     sqlx::query(
-        "insert into spending_limits (run_id, key, allowed_ucr, cap_ucr, set_by) values ($1, $2, $3, $4, $5)
+        "insert into spending_limits (run_id, first_run_id, key, allowed_ucr, cap_ucr, set_by) values ($1, nullif($2, $1), $3, $4, $5, $6)
          on conflict (run_id, key) do nothing",
     )
     .bind(run)
+    .bind(first)
     .bind(key)
-    .bind(allowed.0)
-    .bind(cap.0)
+    .bind(row.allowed)
+    .bind(row.cap)
     .bind(by)
     .execute(conn)
     .await?;
     Ok(())
 }
 
-/// The limit of a run, or `None` if nobody set one for it or, if it is a fork, for its origin.
+/// The limit of a run, or `None` if nobody set one for it, for its chain or, if it is a fork, for its origin.
 ///
 /// # Transaction
 /// Reads only. Exact while the user row is locked.
 pub async fn in_force(conn: &mut PgConnection, run: Uuid) -> Result<Option<Limit>, LedgerError> {
-    let found: Option<(i32, i64, i64)> = sqlx::query_as(
-        "with recursive line as (
-           select $3::smallint as shard, $1::uuid as run_id, 0 as n union all
-           select r.forked_shard, r.forked_from, line.n + 1 from line join runs r on r.shard = line.shard and r.run_id = line.run_id
-           where r.forked_from is not null and line.n < $2)
-         select line.n, s.allowed_ucr, s.cap_ucr from line
-         cross join lateral (select allowed_ucr, cap_ucr from spending_limits where run_id = line.run_id order by id desc limit 1) s
-         order by line.n limit 1",
+    Ok(bound(conn, run).await?.map(|bound| bound.limit()))
+}
+
+/// [`in_force`] for a run that is about to hold under it: what it spends then counts for all of its chain.
+///
+/// # Transaction
+/// The user row must be locked. Writes once per run that has its limit from others.
+pub(super) async fn binding(conn: &mut PgConnection, run: Uuid) -> Result<Option<Limit>, LedgerError> {
+    let Some(bound) = bound(conn, run).await? else { return Ok(None) };
+    if !bound.own {
+        insert(conn, run, bound.first, INHERITED, bound.row, "chain").await?;
+    }
+    Ok(Some(bound.limit()))
+}
+
+/// A limit, and what counts against it.
+struct Bound {
+    /// First run of the chain.
+    first: Uuid,
+    row: Row,
+    /// The run has a row itself.
+    own: bool,
+    spent: MicroCredits,
+}
+
+impl Bound {
+    fn left(&self) -> i64 {
+        self.row.cap.saturating_sub(self.spent.0).max(0)
+    }
+    fn limit(&self) -> Limit {
+        Limit { cap: MicroCredits(self.row.cap), left: MicroCredits(self.left()) }
+    }
+}
+
+async fn bound(conn: &mut PgConnection, run: Uuid) -> Result<Option<Bound>, LedgerError> {
+    let here = look(conn, run).await?;
+    let (first, own) = (here.first, here.own);
+    let (mut seen, mut at) = (here, run);
+    for n in 0..=ORIGINS_MAX {
+        if let Some(row) = seen.row {
+            // An origin's own spending is not its fork's: that may spend once more what was last allowed.
+            let row = if n == 0 { row } else { Row { cap: row.allowed, ..row } };
+            let spent = spent(conn, first, run).await?;
+            return Ok(Some(Bound { first, row, own, spent }));
+        }
+        let next = seen.forked_from.unwrap_or(seen.first);
+        if next == at {
+            break;
+        }
+        at = next;
+        seen = look(conn, at).await?;
+    }
+    Ok(None)
+}
+
+/// What is known of a run's limit without its origin.
+struct Seen {
+    /// First run of the chain; the run itself if it is in none.
+    first: Uuid,
+    forked_from: Option<Uuid>,
+    /// The newest of the chain.
+    row: Option<Row>,
+    own: bool,
+}
+
+async fn look(conn: &mut PgConnection, run: Uuid) -> Result<Seen, sqlx::Error> {
+    // `+ 0`: the newest of a few rows, not the first that fits on a walk back over all limits ever set.
+    let (first, forked_from, own, allowed, cap): (Uuid, Option<Uuid>, bool, Option<i64>, Option<i64>) = sqlx::query_as(
+        "select coalesce(r.first_run_id, k.run_id), r.forked_from, coalesce(s.own, false), l.allowed_ucr, l.cap_ucr
+         from (select $1::uuid as run_id) k
+         left join runs r on r.shard = $2 and r.run_id = k.run_id
+         left join lateral (select max(n.id + 0) as newest, bool_or(n.run_id = k.run_id) as own from spending_limits n
+                            where n.run_id = k.run_id or coalesce(n.first_run_id, n.run_id) = coalesce(r.first_run_id, k.run_id)) s on true
+         left join spending_limits l on l.id = s.newest",
     )
     .bind(run)
-    .bind(ORIGINS_MAX)
     .bind(RunId(run).shard())
-    .fetch_optional(&mut *conn)
+    .fetch_one(conn)
     .await?;
-    let Some((n, allowed, cap)) = found else { return Ok(None) };
-    let cap = if n == 0 { cap } else { allowed };
-    let spent = hold::spent_by_tree(conn, run).await?;
-    Ok(Some(Limit { cap: MicroCredits(cap), left: MicroCredits(cap.saturating_sub(spent.0).max(0)) }))
+    let row = allowed.zip(cap).map(|(allowed, cap)| Row { allowed, cap });
+    Ok(Seen { first, forked_from, row, own })
+}
+
+/// Captured and held credits of a run, of those of its chain that have a row, and of all runs below them.
+async fn spent(conn: &mut PgConnection, first: Uuid, run: Uuid) -> Result<MicroCredits, LedgerError> {
+    let mut tops: Vec<Uuid> = sqlx::query_scalar(
+        "select distinct run_id from spending_limits where coalesce(first_run_id, run_id) = $1 and run_id <> $2",
+    )
+    .bind(first)
+    .bind(run)
+    .fetch_all(&mut *conn)
+    .await?;
+    tops.push(run);
+    hold::spent_by_trees(conn, &tops).await
 }

@@ -1,11 +1,12 @@
 //! Credits: prices, holds, the ledger, and the hook that makes them part of the engine's transactions.
 //!
-//! Arrows point one way: `money → price → ledger → hold → hook`; `limit` and `caps` bound a hold; `returned` and `policy` serve the hook, `purchase` stands on the
-//! ledger, `pricelist` on prices; `audit`, `report` and `books` only read or mark. Nothing here knows a provider; what a call
-//! consumed arrives as [`crate::usage`].
+//! Arrows point one way: `money → price → ledger → hold → hook`; `limit` and `caps` bound a hold; `call` holds the rows of
+//! calls; `returned` and `policy` serve the hook, `purchase` stands on the ledger, `pricelist` on prices; `audit`, `report` and
+//! `books` only read or mark. Nothing here knows a provider; what a call consumed arrives as [`crate::usage`].
 
 pub mod audit;
 pub mod books;
+mod call;
 mod caps;
 pub mod forecast;
 pub mod hold;

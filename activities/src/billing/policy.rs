@@ -126,7 +126,8 @@ pub async fn rejected_runs(conn: &mut PgConnection, limit: i64) -> Result<Vec<Uu
          join credit_transactions t on t.attempt_id = a.id and t.kind = 'capture'
          where n.closed_at > engine_now() - make_interval(days => $2)
            and not exists (select from credit_grants g where g.source = 'adjustment' and g.source_ref = 'refund-policy:' || a.id)
-         group by a.id, a.user_id, r.rule, r.share_bps having sum(-t.amount_ucr) > 0 order by a.user_id, a.id limit $1",
+         group by a.id, a.user_id, r.rule, r.share_bps having sum(-t.amount_ucr) > 0
+         order by a.user_id, a.id, r.share_bps desc limit $1",
     )
     .bind(limit)
     .bind(DAYS)

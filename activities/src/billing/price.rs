@@ -6,6 +6,11 @@ use chrono::{DateTime, Utc};
 use sqlx::{PgConnection, PgPool, Row, postgres::PgRow};
 use std::collections::{BTreeMap, BTreeSet};
 
+/// Dearest price that is believed, micro-USD per million tokens: 10,000 USD. Chosen: ten times the dearest model ever listed.
+pub const PRICE_UMTOK_MAX: i64 = 10_000_000_000;
+/// Dearest price of a request by itself, pico-USD: 10 USD. Chosen.
+pub const PER_REQUEST_PUSD_MAX: i64 = 10_000_000_000_000;
+
 /// A row of `model_pricing`. Micro-USD per million tokens, which is pico-USD per token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Price {
@@ -52,6 +57,12 @@ impl Price {
             + i128::from(output_tokens) * i128::from(output);
         PicoUsd(i64::try_from(total).unwrap_or(i64::MAX))
     }
+
+    /// Whether anybody charges that. Price lists are checked when they are read; a row that was written by hand is not.
+    fn is_believable(&self) -> bool {
+        let parts = [self.input, self.cached_input, self.cache_write, self.output, self.reasoning];
+        parts.into_iter().all(|price| price <= PRICE_UMTOK_MAX) && self.per_request <= PER_REQUEST_PUSD_MAX
+    }
 }
 
 /// The provider's price for every model of its own. It is a guess that somebody made for servers of one's own, and is never one for
@@ -68,7 +79,7 @@ pub enum Rows {
 }
 
 /// The price in force at `at` (now if `None`) for a prompt of that size: newest date, then the highest floor below the prompt; a model's own rows
-/// before the provider's `*`, as [`find_among`] with [`Rows::OwnOrAny`]. `None` when the model has no price or is withdrawn: it may not be used.
+/// before the provider's `*`, as [`find_among`] with [`Rows::OwnOrAny`]. `None` when the model has no price, none that can be believed, or is withdrawn: it may not be used.
 ///
 /// # Transaction
 /// Reads only.
@@ -94,24 +105,79 @@ pub async fn find_among(
     prompt_tokens: u64,
     at: Option<DateTime<Utc>>,
 ) -> Result<Option<Price>, sqlx::Error> {
-    let row = sqlx::query(
-        "select id, input_umtok, cached_input_umtok, cache_write_umtok, output_umtok, reasoning_umtok, per_request_pusd, billable
-         from model_pricing
-         where provider = $1 and model_id in ($2, $5) and service_tier = 'standard' and effective_from <= coalesce($4, engine_now())
-           and (min_prompt_tokens = 0 or min_prompt_tokens < $3)
-         order by (model_id = $2) desc, effective_from desc, min_prompt_tokens desc limit 1",
+    Ok(tiers(conn, rows, provider, model, prompt_tokens, at).await?.first().and_then(|tier| tier.price))
+}
+
+/// [`find_among`] for a call that is about to be made, with the most that it can cost if its prompt turns out smaller: one below a floor
+/// may be dearer.
+///
+/// # Transaction
+/// Reads only.
+pub async fn bound(
+    conn: &mut PgConnection,
+    rows: Rows,
+    provider: &str,
+    model: &str,
+    input_tokens_max: u64,
+    output_tokens_max: u64,
+) -> Result<Option<(Price, PicoUsd)>, sqlx::Error> {
+    let tiers = tiers(conn, rows, provider, model, input_tokens_max, None).await?;
+    let Some(price) = tiers.first().and_then(|tier| tier.price) else { return Ok(None) };
+    let mut worst = PicoUsd(0);
+    let mut largest = input_tokens_max;
+    for tier in tiers {
+        worst = worst.max(tier.price.map_or(PicoUsd(0), |price| price.worst(largest, output_tokens_max)));
+        largest = tier.floor;
+    }
+    Ok(Some((price, worst)))
+}
+
+/// Prices of a model at one date, by prompt size.
+struct Tier {
+    /// Holds for prompts strictly larger.
+    floor: u64,
+    /// `None`: it may not be used.
+    price: Option<Price>,
+}
+
+/// Those of the newest date that hold for prompts of up to that size, the highest floor first.
+async fn tiers(
+    conn: &mut PgConnection,
+    among: Rows,
+    provider: &str,
+    model: &str,
+    prompt_tokens: u64,
+    at: Option<DateTime<Utc>>,
+) -> Result<Vec<Tier>, sqlx::Error> {
+    // The date first and then the size: a date whose rows leave small prompts out has no price for them, not that of before.
+    let rows = sqlx::query(
+        "with newest as (
+           select model_id, effective_from from model_pricing
+           where provider = $1 and model_id in ($2, $5) and service_tier = 'standard' and effective_from <= coalesce($4, engine_now())
+           order by (model_id = $2) desc, effective_from desc limit 1)
+         select p.id, p.input_umtok, p.cached_input_umtok, p.cache_write_umtok, p.output_umtok, p.reasoning_umtok, p.per_request_pusd,
+                p.billable, p.min_prompt_tokens
+         from newest n join model_pricing p on p.model_id = n.model_id and p.effective_from = n.effective_from
+         where p.provider = $1 and p.service_tier = 'standard' and (p.min_prompt_tokens = 0 or p.min_prompt_tokens < $3)
+         order by p.min_prompt_tokens desc",
     )
     .bind(provider)
     .bind(model)
     .bind(i64::try_from(prompt_tokens).unwrap_or(i64::MAX))
     .bind(at)
-    .bind(if rows == Rows::Own { model } else { ANY_MODEL })
-    .fetch_optional(conn)
+    .bind(if among == Rows::Own { model } else { ANY_MODEL })
+    .fetch_all(conn)
     .await?;
-    match row {
-        Some(row) if row.try_get::<bool, _>("billable")? => Ok(Some(of_row(&row)?)),
-        _ => Ok(None),
-    }
+    let tier = |row: &PgRow| -> Result<Tier, sqlx::Error> {
+        let price = of_row(row)?;
+        let billable: bool = row.try_get("billable")?;
+        if billable && !price.is_believable() {
+            tracing::error!(provider, model, pricing = price.id, "a price that nobody charges; the model is not used");
+        }
+        let floor = u64::try_from(row.try_get::<i64, _>("min_prompt_tokens")?).unwrap_or(0);
+        Ok(Tier { floor, price: Some(price).filter(|price| billable && price.is_believable()) })
+    };
+    rows.iter().map(tier).collect()
 }
 
 /// Those of `candidates` (provider, model) that have no price of their own now and so are not used, each once.

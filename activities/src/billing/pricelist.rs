@@ -3,6 +3,7 @@
 //! A list becomes [`Quote`]s; a quote that differs from the price in force becomes new rows with one `effective_from`. Rows are
 //! never changed, and a price never begins in the past: calls that were made keep the price that they were made under.
 
+use super::price::PER_REQUEST_PUSD_MAX;
 use crate::decimal::pusd_from_decimal;
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
@@ -10,10 +11,7 @@ use serde_json::value::RawValue;
 use sqlx::{PgConnection, Row};
 use std::collections::BTreeMap;
 
-/// Dearest price that is believed, micro-USD per million tokens: 10,000 USD. Chosen: ten times the dearest model ever listed.
-pub const PRICE_UMTOK_MAX: i64 = 10_000_000_000;
-/// Dearest price of a request by itself, pico-USD: 10 USD. Chosen.
-const PER_REQUEST_PUSD_MAX: i64 = 10_000_000_000_000;
+pub use super::price::PRICE_UMTOK_MAX;
 /// Largest list, in bytes. Chosen: five times the longest public one.
 pub const LIST_BYTES_MAX: usize = 16 << 20;
 /// Most models of a list. Chosen: three times the longest public one.
@@ -354,6 +352,8 @@ pub struct Applied {
     /// Another price is in force until then.
     pub changed: Vec<Quote>,
     pub unchanged: usize,
+    /// `<provider>/<model>` that somebody here has withdrawn: no list brings them back.
+    pub withdrawn: Vec<String>,
 }
 
 /// Inserts what is new or differs from what is in force at `from` (a minute from now at the earliest); `write` false only says
@@ -384,6 +384,10 @@ pub async fn apply(
         let before = in_force(conn, &quote.provider, &quote.model, from).await?;
         if before == quote.tiers {
             applied.unchanged += 1;
+            continue;
+        }
+        if before.is_empty() && is_withdrawn(conn, &quote.provider, &quote.model, from).await? {
+            applied.withdrawn.push(format!("{}/{}", quote.provider, quote.model));
             continue;
         }
         if write {
@@ -428,6 +432,25 @@ pub async fn in_force(
             })
         })
         .collect()
+}
+
+/// Whether the newest rows of a model say that it is not to be used.
+async fn is_withdrawn(
+    conn: &mut PgConnection,
+    provider: &str,
+    model: &str,
+    at: DateTime<Utc>,
+) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar(
+        "select coalesce(bool_and(not billable), false) from model_pricing where provider = $1 and model_id = $2 and service_tier = 'standard'
+           and effective_from = (select max(effective_from) from model_pricing where provider = $1 and model_id = $2
+                                 and service_tier = 'standard' and effective_from <= $3)",
+    )
+    .bind(provider)
+    .bind(model)
+    .bind(at)
+    .fetch_one(conn)
+    .await
 }
 
 async fn insert(

@@ -70,6 +70,10 @@ pub struct Span {
     pub user: Option<Uuid>,
 }
 
+/// Attempts of a [`Span`]. Bounds that are there whatever was asked, so that an index serves them: of a user's attempts, or of all.
+const ENDED: &str = "a.ended_at is not null and a.ended_at >= coalesce($1::timestamptz, '-infinity')
+           and a.ended_at < coalesce($2::timestamptz, 'infinity') and ($3::uuid is null or a.user_id = $3)";
+
 /// The groups, dearest first; days in their order.
 ///
 /// # Transaction
@@ -95,8 +99,7 @@ pub async fn spent(conn: &mut PgConnection, by: By, span: Span) -> Result<Vec<Sp
                             from api_key_usage where attempt_id = a.id) k on true
          left join lateral (select sum(amount_ucr) amount_ucr from credit_grants where source = 'adjustment'
                               and source_ref in ('refund-policy:' || a.id, 'refund-policy:' || a.id || ':step')) g on true
-         where a.ended_at is not null and ($1::timestamptz is null or a.ended_at >= $1) and ($2::timestamptz is null or a.ended_at < $2)
-           and ($3::uuid is null or a.user_id = $3)
+         where {ENDED}
          group by 1 order by {order} limit {ROWS_MAX}"
     );
     rows(conn, sql, span).await
@@ -116,8 +119,7 @@ async fn by_model(conn: &mut PgConnection, span: Span) -> Result<Vec<Spent>, sql
            select a.id, k.provider || '/' || k.model_requested as model, count(*) as calls, sum(k.tokens_prompt) as prompt,
                   sum(k.tokens_output) as output, sum(k.cost_pusd) as cost
            from activity_attempts a join api_key_usage k on k.attempt_id = a.id
-           where a.ended_at is not null and ($1::timestamptz is null or a.ended_at >= $1) and ($2::timestamptz is null or a.ended_at < $2)
-             and ($3::uuid is null or a.user_id = $3)
+           where {ENDED}
            group by 1, 2),
          shared as (
            select u.*, h.rate_credits_per_usd as rate, h.markup_bps as markup, s.uncollected, g.amount_ucr::numeric as given,
@@ -127,7 +129,8 @@ async fn by_model(conn: &mut PgConnection, span: Span) -> Result<Vec<Spent>, sql
            left join credit_transactions h on h.attempt_id = u.id and h.kind = 'hold' and h.hold_no = 1
            left join lateral (select sum(uncollected_ucr) as uncollected from credit_transactions
                               where attempt_id = u.id and kind = 'capture') s on true
-           left join credit_grants g on g.source = 'adjustment' and g.source_ref = 'refund-policy:' || u.id)
+           left join lateral (select sum(amount_ucr) as amount_ucr from credit_grants where source = 'adjustment'
+                              and source_ref in ('refund-policy:' || u.id, 'refund-policy:' || u.id || ':step')) g on true)
          select model, count(*), sum(calls)::bigint, least(coalesce(sum(prompt), 0), 9e18)::bigint,
                 least(coalesce(sum(output), 0), 9e18)::bigint, trim_scale(sum(cost) * 1e-12)::text,
                 trim_scale(coalesce(sum(cost * rate * (10000 + markup)), 0) * 1e-16)::text, {uncollected}, {given_back}

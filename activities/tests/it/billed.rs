@@ -1,6 +1,6 @@
 //! What a user pays for beside good answers, and what he never does: answers that their model spoiled, models without a price, own keys.
 
-use crate::billing::{Bench, CALL_UCR, closing, opening};
+use crate::bench::{Bench, CALL_UCR, closing, opening};
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use loopwright_activities::{
     billing::{

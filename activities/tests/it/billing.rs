@@ -1,227 +1,22 @@
 //! Money on a real Postgres: holds, calls, settlements, caps. The rooms beside this one hold purchases, rules, corruptions, random
 //! interleavings, the bugs that others shipped, and the reconciliation.
 
+use crate::bench::{Bench, CALL_UCR, closing_with, model, opening, planning};
 use loopwright_activities::{
     MIGRATIONS,
     billing::{
-        BillingSettings, LedgerHook, MicroCredits, audit,
-        ledger::{self, GrantSource, Identity},
+        BillingSettings, LedgerHook, MicroCredits, Rate,
+        ledger::{self, Identity},
     },
-    usage::{CallClosed, CallOpened, CallState, PlannedCall, Reserve, Usage, UsageSource},
+    usage::{CallOpened, CallState, PlannedCall, Reserve, Usage, UsageSource},
 };
 use loopwright_engine::{
     embedded::testing::database,
-    hook::{AttemptEnd, AttemptRef, AttemptStart, Outcome, Phase, Reading, Transition, TransitionHook, Verdict},
-    ids::{AttemptId, RunId},
+    hook::{AttemptRef, Outcome, Phase, Reading, TransitionHook, Verdict},
+    ids::RunId,
 };
 use serde_json::{Value, json};
-use sqlx::PgPool;
 use std::sync::Arc;
-use uuid::Uuid;
-
-pub(crate) struct Bench {
-    pub(crate) pool: PgPool,
-    pub(crate) hook: LedgerHook,
-    pub(crate) user: Uuid,
-    pub(crate) project: Uuid,
-}
-
-/// The start of an attempt that plans so many calls of 1.44 credits.
-pub(crate) fn planning(attempt: &AttemptRef, count: u32) -> AttemptStart {
-    let call = PlannedCall { candidates: vec![model()], count, input_tokens: 1_000, output_tokens: 1_000 };
-    let reserve = serde_json::to_value(Reserve { calls: vec![call] }).expect("json");
-    AttemptStart { attempt: attempt.clone(), reserve }
-}
-
-impl Bench {
-    pub(crate) async fn new(credits: i64) -> Self {
-        let pool = database(MIGRATIONS).await;
-        let settings = BillingSettings { welcome: MicroCredits::from_credits(credits), ..BillingSettings::default() };
-        let mut tx = pool.begin().await.expect("tx");
-        let (user, created) =
-            ledger::ensure_user(&mut tx, &Identity::Telegram(42), settings.welcome).await.expect("user");
-        assert!(created);
-        let project: Uuid = sqlx::query_scalar("insert into projects (user_id, name) values ($1, 'p') returning id")
-            .bind(user)
-            .fetch_one(&mut *tx)
-            .await
-            .expect("project");
-        tx.commit().await.expect("commit");
-        Self { pool, hook: LedgerHook::new(settings), user, project }
-    }
-
-    pub(crate) fn attempt(&self, run: RunId, number: u32) -> AttemptRef {
-        AttemptRef {
-            run_id: run,
-            attempt_id: AttemptId::derive(run, "step", number),
-            activity: "work@1".into(),
-            path: "step".into(),
-            attempt: number,
-            attributes: Arc::new(json!({"user_id": self.user.to_string(), "project_id": self.project.to_string()})),
-            budget: Arc::new(json!({"credits": 50})),
-            deadline: chrono::Utc::now() + chrono::Duration::minutes(20),
-        }
-    }
-
-    /// An open run whose definition has that budget, below `parent`.
-    pub(crate) async fn run(&self, budget: Value, parent: Option<RunId>) -> RunId {
-        let run = RunId::new();
-        sqlx::query(
-            "with d as (insert into definitions (hash, name, version, format, source, bundle, ir)
-                        values (sha256($1::text::bytea), $1::text, 1, 1, '', '{}', jsonb_build_object('budget', $3::jsonb)) returning hash)
-             insert into runs (shard, run_id, workflow, definition, status, inputs, parent_shard, parent_run_id, parent_path)
-             select $2, $1, $1::text, hash, 'running', '{}', $4, $5, 'c' from d",
-        )
-        .bind(run.0)
-        .bind(run.shard())
-        .bind(budget)
-        .bind(parent.map(|p| p.shard()))
-        .bind(parent.map(|p| p.0))
-        .execute(&self.pool)
-        .await
-        .expect("run");
-        run
-    }
-
-    /// Starts an attempt that plans one call. The reason of a refusal, if there was one.
-    pub(crate) async fn start(&self, attempt: &AttemptRef) -> Option<String> {
-        self.transition(attempt.run_id, vec![], vec![planning(attempt, 1)]).await
-    }
-
-    pub(crate) async fn end(&self, attempt: &AttemptRef, outcome: Outcome) {
-        self.end_with(attempt, outcome, None, false).await;
-    }
-
-    /// With a failure code, and whether another attempt follows.
-    pub(crate) async fn end_with(&self, attempt: &AttemptRef, outcome: Outcome, failure: Option<&str>, again: bool) {
-        let failure = failure.map(str::to_owned);
-        let end = AttemptEnd { attempt: attempt.clone(), outcome, failure, again };
-        assert_eq!(self.transition(attempt.run_id, vec![end], vec![]).await, None);
-    }
-
-    /// As the engine does it: refused transitions are rolled back.
-    pub(crate) async fn transition(
-        &self,
-        run_id: RunId,
-        ended: Vec<AttemptEnd>,
-        started: Vec<AttemptStart>,
-    ) -> Option<String> {
-        let mut tx = self.pool.begin().await.expect("tx");
-        let transition = Transition { ord: 0, run_id, ended, started };
-        let refused = match self.hook.apply(&mut tx, std::slice::from_ref(&transition)).await {
-            Ok(refused) => refused,
-            Err(error) => panic!("{error}"),
-        };
-        match refused.into_iter().next() {
-            Some(refusal) => {
-                tx.rollback().await.expect("rollback");
-                Some(refusal.reason)
-            }
-            None => {
-                tx.commit().await.expect("commit");
-                None
-            }
-        }
-    }
-
-    pub(crate) async fn open(&self, attempt: &AttemptRef, key: &str, output_tokens: u64) -> Verdict {
-        self.meter(attempt, key, Phase::Open, opening(output_tokens)).await
-    }
-
-    pub(crate) async fn close(&self, attempt: &AttemptRef, key: &str, state: CallState, prompt: u64, output: u64) {
-        self.meter(attempt, key, Phase::Close, closing(state, prompt, output)).await;
-    }
-
-    /// A call that failed for a reason of the model's or the provider's, and reports what it used.
-    pub(crate) async fn cut(&self, attempt: &AttemptRef, key: &str, code: &str, prompt: u64, output: u64) {
-        let mut closed: CallClosed =
-            serde_json::from_value(closing(CallState::Succeeded, prompt, output)).expect("closing");
-        closed.state = CallState::Failed;
-        closed.error_class = Some(code.into());
-        self.meter(attempt, key, Phase::Close, serde_json::to_value(closed).expect("json")).await;
-    }
-
-    pub(crate) async fn meter(&self, attempt: &AttemptRef, key: &str, phase: Phase, body: Value) -> Verdict {
-        let mut tx = self.pool.begin().await.expect("tx");
-        let verdict =
-            self.hook.meter(&mut tx, attempt, Reading { key, phase, current: true, body: &body }).await.expect("meter");
-        match verdict {
-            Verdict::Accepted => tx.commit().await.expect("commit"),
-            Verdict::Refused { .. } => tx.rollback().await.expect("rollback"),
-        }
-        verdict
-    }
-
-    pub(crate) async fn grant(&self, reference: &str, credits: i64) -> bool {
-        let mut tx = self.pool.begin().await.expect("tx");
-        let done =
-            ledger::grant(&mut tx, self.user, GrantSource::Promo, reference, MicroCredits::from_credits(credits), None)
-                .await;
-        tx.commit().await.expect("commit");
-        done.expect("grant")
-    }
-
-    pub(crate) async fn balance(&self) -> (i64, i64) {
-        let mut conn = self.pool.acquire().await.expect("conn");
-        let balance = ledger::balance(&mut conn, self.user).await.expect("balance");
-        (balance.balance.0, balance.held.0)
-    }
-
-    pub(crate) async fn violations(&self) -> Vec<&'static str> {
-        let mut conn = self.pool.acquire().await.expect("conn");
-        let mut names: Vec<_> = audit::run(&mut conn).await.expect("audit").into_iter().map(|v| v.invariant).collect();
-        names.dedup();
-        names
-    }
-}
-
-pub(crate) fn model() -> (String, String) {
-    ("rehearsed".into(), "rehearsed/architect".into())
-}
-
-pub(crate) fn one_call() -> Reserve {
-    Reserve {
-        calls: vec![PlannedCall { candidates: vec![model()], count: 1, input_tokens: 1_000, output_tokens: 1_000 }],
-    }
-}
-
-pub(crate) fn opening(output_tokens: u64) -> Value {
-    let (provider, model) = model();
-    let call = CallOpened {
-        provider,
-        model,
-        purpose: "test".into(),
-        request_sha256: "00".repeat(32),
-        key_fingerprint: "11".repeat(32),
-        key_last4: "abcd".into(),
-        own_key_id: None,
-        local: false,
-        input_tokens_max: 1_000,
-        output_tokens_max: output_tokens,
-        input_umtok_max: None,
-        output_umtok_max: None,
-    };
-    serde_json::to_value(call).expect("json")
-}
-
-pub(crate) fn closing(state: CallState, prompt: u64, output: u64) -> Value {
-    let usage =
-        Usage { tokens_prompt: prompt, tokens_output: output, source: UsageSource::Provider, ..Usage::default() };
-    let call = CallClosed {
-        state,
-        model_served: None,
-        provider_request_id: Some("req-1".into()),
-        http_status: Some(200),
-        error_class: None,
-        finish_reason: Some("stop".into()),
-        stream_completed: true,
-        usage: (state == CallState::Succeeded).then_some(usage),
-    };
-    serde_json::to_value(call).expect("json")
-}
-
-/// 1,000 prompt and 100 output tokens at 2 and 10 USD per million, 120 credits per USD.
-pub(crate) const CALL_UCR: i64 = (1_000 * 2 + 100 * 10) * 120;
 
 #[tokio::test]
 async fn an_attempt_is_held_priced_and_captured_once() {
@@ -425,8 +220,174 @@ async fn the_ledger_cannot_be_rewritten() {
         "update credit_transactions set amount_ucr = 1",
         "delete from credit_transactions",
         "update model_pricing set input_umtok = 0",
+        "truncate credit_transactions cascade",
+        "truncate model_pricing cascade",
+        "truncate refund_rules",
+        "truncate project_records",
+        "truncate spending_limits",
     ] {
         let error = sqlx::query(sql).execute(&bench.pool).await.expect_err("refused").to_string();
         assert!(error.contains("append-only"), "{error}");
     }
+}
+
+#[tokio::test]
+async fn no_constraint_is_left_unchecked_over_rows_of_before() {
+    let before: Vec<_> = MIGRATIONS.iter().filter(|migration| migration.version < 24).copied().collect();
+    let pool = database(&before).await;
+    sqlx::raw_sql(
+        "with u as (insert into users (telegram_user_id) values (1) returning id),
+              o as (insert into orders (payload, user_id, stars, credits_ucr, state, expires_at)
+                    select 'o', id, 1, 1, 'paid', engine_now() from u returning id, user_id)
+         insert into payments (charge_id, order_id, user_id, stars, refund_state)
+         select state, o.id, o.user_id, 1, state from o, unnest(array['none','requested','done','chargeback']) state",
+    )
+    .execute(&pool)
+    .await
+    .expect("rows of the release before");
+    let unchecked = async || -> Vec<String> {
+        sqlx::query_scalar("select conname::text from pg_constraint where not convalidated order by 1")
+            .fetch_all(&pool)
+            .await
+            .expect("constraints")
+    };
+    assert_eq!(unchecked().await, ["payments_refund_state_check", "users_holds_stopped_check"]);
+    loopwright_engine::migrate::run(&pool, MIGRATIONS).await.expect("migrated");
+    assert_eq!(unchecked().await, [""; 0]);
+}
+
+// A process that was started with another rate went on with the attempt and held too little.
+#[tokio::test]
+async fn an_attempt_keeps_the_rate_that_its_user_agreed_to() {
+    let bench = Bench::new(100).await;
+    let attempt = bench.attempt(RunId::new(), 1);
+    assert_eq!(bench.start(&attempt).await, None);
+    let rate = Rate { credits_per_usd: 10, markup_bps: 0 };
+    let other = LedgerHook::new(BillingSettings { rate, ..BillingSettings::default() });
+    let mut tx = bench.pool.begin().await.expect("tx");
+    let body = opening(10_000);
+    let reading = Reading { key: "a.0", phase: Phase::Open, current: true, body: &body };
+    let verdict = other.meter(&mut tx, &attempt, reading).await.expect("meter");
+    tx.commit().await.expect("commit");
+    assert!(matches!(verdict, Verdict::Accepted), "{verdict:?}");
+    let whole = (1_000 * 2 + 10_000 * 10) * 120;
+    assert_eq!(bench.balance().await.1, whole);
+    bench.close(&attempt, "a.0", CallState::Succeeded, 1_000, 10_000).await;
+    bench.end(&attempt, Outcome::Succeeded).await;
+    assert_eq!(bench.balance().await, (100_000_000 - whole, 0), "nothing is uncollected");
+    let rates: Vec<(i64, i32)> =
+        sqlx::query_as("select distinct rate_credits_per_usd, markup_bps from credit_transactions where kind = 'hold'")
+            .fetch_all(&bench.pool)
+            .await
+            .expect("rates");
+    assert_eq!(rates, [(100, 2_000)]);
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn a_hold_covers_the_dearest_price_that_a_call_can_meet() {
+    let bench = Bench::new(100).await;
+    // Large prompts are cheaper than small ones: the dearest call is not the largest.
+    bench.price("2026-01-02", [0, 4_000_000, 10_000_000]).await;
+    bench.price("2026-01-02", [500, 1_000_000, 10_000_000]).await;
+    let attempt = bench.attempt(RunId::new(), 1);
+    assert_eq!(bench.start(&attempt).await, None);
+    let dearest = (500 * 4 + 1_000 * 10) * 120;
+    assert_eq!(bench.balance().await.1, dearest);
+    assert!(matches!(bench.open(&attempt, "a.0", 1_000).await, Verdict::Accepted));
+    bench.close(&attempt, "a.0", CallState::Succeeded, 500, 1_000).await;
+    bench.end(&attempt, Outcome::Succeeded).await;
+    assert_eq!(bench.balance().await, (100_000_000 - dearest, 0));
+    let uncollected: i64 = sqlx::query_scalar("select sum(uncollected_ucr)::bigint from credit_transactions")
+        .fetch_one(&bench.pool)
+        .await
+        .expect("sum");
+    assert_eq!(uncollected, 0);
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+// By hand anything can be written: a date that leaves small prompts out, which the price of before served and the audit then
+// found, and a price that nobody charges, for which a run would have waited for ever.
+#[tokio::test]
+async fn a_price_with_a_gap_or_that_nobody_charges_is_no_price() {
+    for umtok in [[200_000, 4_000_000, 10_000_000], [0, i64::MAX, 10_000_000], [0, 1, 10_000_000_001]] {
+        let bench = Bench::new(100).await;
+        let attempt = bench.attempt(RunId::new(), 1);
+        assert_eq!(bench.start(&attempt).await, None);
+        bench.price("2026-01-02", umtok).await;
+        let verdict = bench.open(&attempt, "a.0", 100).await;
+        assert!(
+            matches!(&verdict, Verdict::Refused { reason, .. } if reason == "price_missing"),
+            "{umtok:?} {verdict:?}"
+        );
+        bench.end(&attempt, Outcome::Failed).await;
+        assert_eq!(bench.balance().await, (100_000_000, 0));
+        let another = bench.attempt(RunId::new(), 1);
+        assert_eq!(bench.start(&another).await, None);
+        assert_eq!(bench.balance().await.1, 10_000, "nothing of it can be called, so the least is held");
+        bench.end(&another, Outcome::Failed).await;
+        assert_eq!(bench.violations().await, [""; 0], "{umtok:?}");
+    }
+}
+
+// The audit would have stopped the user for it.
+#[tokio::test]
+async fn parts_of_a_prompt_that_exceed_it_are_stored_as_they_are_priced() {
+    let bench = Bench::new(100).await;
+    let attempt = bench.attempt(RunId::new(), 1);
+    bench.start(&attempt).await;
+    bench.open(&attempt, "a.0", 1_000).await;
+    let usage = Usage {
+        tokens_prompt: 100,
+        tokens_cached: 80,
+        tokens_cache_write: 50,
+        tokens_output: 10,
+        tokens_reasoning: 70,
+        source: UsageSource::Provider,
+        ..Usage::default()
+    };
+    bench.meter(&attempt, "a.0", Phase::Close, closing_with(CallState::Succeeded, usage)).await;
+    let parts: (i64, i64, i64, i64) =
+        sqlx::query_as("select tokens_prompt, tokens_cached, tokens_cache_write, tokens_reasoning from api_key_usage")
+            .fetch_one(&bench.pool)
+            .await
+            .expect("row");
+    assert_eq!(parts, (100, 80, 20, 10));
+    bench.end(&attempt, Outcome::Succeeded).await;
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+// A statement does not see the row that another one has made since it began: the second call failed.
+#[tokio::test]
+async fn two_workers_that_meet_a_key_first_at_once_both_make_their_calls() {
+    let bench = Bench::new(100).await;
+    let other = bench.another(43).await;
+    let mut conn = bench.pool.acquire().await.expect("conn");
+    let credits = MicroCredits::from_credits(100);
+    ledger::grant(&mut conn, other, ledger::GrantSource::Promo, "o", credits, None).await.expect("grant");
+    drop(conn);
+    let one = bench.attempt(RunId::new(), 1);
+    let attributes = Arc::new(json!({"user_id": other.to_string()}));
+    let two = AttemptRef { attributes, ..bench.attempt(RunId::new(), 1) };
+    for attempt in [&one, &two] {
+        assert_eq!(bench.start(attempt).await, None);
+    }
+    let body = opening(100);
+    let reading = || Reading { key: "a.0", phase: Phase::Open, current: true, body: &body };
+    let mut first = bench.pool.begin().await.expect("tx");
+    assert!(matches!(bench.hook.meter(&mut first, &one, reading()).await.expect("meter"), Verdict::Accepted));
+    let late = async {
+        let mut second = bench.pool.begin().await.expect("tx");
+        let verdict = bench.hook.meter(&mut second, &two, reading()).await.expect("the row is there now");
+        second.commit().await.expect("commit");
+        verdict
+    };
+    let commit = async {
+        bench.until_somebody_waits().await;
+        first.commit().await.expect("commit");
+    };
+    let (verdict, ()) = tokio::join!(late, commit);
+    assert!(matches!(verdict, Verdict::Accepted), "{verdict:?}");
+    let keys: i64 = sqlx::query_scalar("select count(*) from api_keys").fetch_one(&bench.pool).await.expect("keys");
+    assert_eq!(keys, 1);
 }

@@ -1,13 +1,7 @@
 //! Every invariant catches its own deliberate corruption, and that one only.
 
-use crate::billing::Bench;
-use loopwright_activities::{
-    billing::{
-        audit::INVARIANTS,
-        purchase::{self, Payment},
-    },
-    usage::CallState,
-};
+use crate::bench::Bench;
+use loopwright_activities::{billing::audit::INVARIANTS, usage::CallState};
 use loopwright_engine::{hook::Outcome, ids::RunId};
 
 /// What breaks one rule and no other, on books with two grants, a purchase, an ended attempt with two calls and a running one.
@@ -48,14 +42,8 @@ async fn every_invariant_catches_its_corruption_and_no_other() {
     assert_eq!(names, corrupted, "each has one");
     let bench = Bench::new(100).await;
     bench.grant("b", 1).await;
-    sqlx::query("insert into orders (payload, user_id, stars, credits_ucr, state, expires_at) values ('ord', $1, 250, 50000000, 'open', engine_now() + interval '1 hour')")
-        .bind(bench.user)
-        .execute(&bench.pool)
-        .await
-        .expect("order");
+    bench.buy("c1").await;
     let mut conn = bench.pool.acquire().await.expect("conn");
-    let payment = Payment { charge_id: "c1", payload: "ord", currency: "XTR", stars: 250, recurring: false };
-    purchase::purchase(&mut conn, bench.user, &payment).await.expect("paid");
     let attempt = bench.attempt(RunId::new(), 1);
     bench.start(&attempt).await;
     bench.open(&attempt, "a.0", 500).await;

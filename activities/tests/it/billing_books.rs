@@ -1,7 +1,7 @@
 //! Reconciliation and price lists, against a provider and a Telegram of ours.
 
 use crate::{
-    billing::Bench,
+    bench::Bench,
     fake_provider::{Act, FakeProvider, Seen},
 };
 use chrono::{DateTime, Duration, Utc};
@@ -11,7 +11,6 @@ use loopwright_activities::{
         books::{self, Kept},
         ledger::{self, LedgerError},
         pricelist::{self, Trust},
-        purchase::{self, Payment},
         report::{self, By, Span},
     },
     provider::{Settings, account::OpenRouterAccount},
@@ -272,6 +271,17 @@ async fn prices_that_differ_or_are_missing_are_told_and_a_sync_adds_rows_only() 
     assert!(after > before);
     let again = pricelist::apply(&mut conn, &list.quotes, from, "t", true).await.expect("sql").expect("accepted");
     assert_eq!((rows().await, again.unchanged), (after, 3), "the same list again changes nothing");
+    // A model that somebody here has withdrawn is not brought back by a list of others.
+    sqlx::query(
+        "insert into model_pricing (provider, model_id, effective_from, input_umtok, output_umtok, billable, source)
+         values ('openrouter', 'new/model', engine_now() + interval '2 hours', 0, 0, false, 'withdrawn')",
+    )
+    .execute(&bench.pool)
+    .await
+    .expect("withdrawn");
+    let later = Some(Utc::now() + Duration::hours(3));
+    let withdrawn = pricelist::apply(&mut conn, &list.quotes, later, "t", true).await.expect("sql").expect("accepted");
+    assert_eq!((withdrawn.withdrawn, rows().await), (vec!["openrouter/new/model".to_owned()], after + 1));
 }
 
 /// Telegram's list, as the test wants it.
@@ -293,14 +303,8 @@ fn line(id: &str, incoming: bool, user: i64, payload: &str, at: DateTime<Utc>) -
 #[tokio::test]
 async fn payments_that_telegram_knows_and_we_do_not_are_booked_once_and_told() {
     let bench = Bench::new(0).await;
-    sqlx::query("insert into orders (payload, user_id, stars, credits_ucr, state, expires_at) values ('ord', $1, 250, 50000000, 'open', engine_now() + interval '1 hour')")
-        .bind(bench.user)
-        .execute(&bench.pool)
-        .await
-        .expect("order");
-    let mut conn = bench.pool.acquire().await.expect("conn");
-    let payment = Payment { charge_id: "known", payload: "ord", currency: "XTR", stars: 250, recurring: false };
-    purchase::purchase(&mut conn, bench.user, &payment).await.expect("paid");
+    bench.order("ord", 50_000_000).await;
+    bench.pay("known", "ord").await.expect("paid");
     let old = Utc::now() - Duration::hours(1);
     let list = Arc::new(List(Mutex::new(vec![
         line("known", true, 42, "ord", old),
@@ -333,8 +337,7 @@ async fn payments_that_telegram_knows_and_we_do_not_are_booked_once_and_told() {
     job(&books, "reconcile-payments").await;
     assert_eq!(bench.balance().await.0, 50_000_000);
     // The late update of a payment that was booked here changes nothing either.
-    let late = Payment { charge_id: "lost", ..payment };
-    assert_eq!(purchase::purchase(&mut conn, bench.user, &late).await.expect("booked"), None);
+    assert_eq!(bench.pay("lost", "ord").await.expect("booked"), None);
     list.0.lock().expect("no panic while held")[7].at = old;
     let last = job(&books, "reconcile-payments").await;
     assert_eq!((last.checked, bench.balance().await.0), (1, 100_000_000));
@@ -383,6 +386,34 @@ async fn what_was_spent_adds_up_by_every_key() {
     }
     let none = Span { to: Some(Utc::now() - Duration::days(1)), ..Span::default() };
     assert_eq!(report::spent(&mut conn, By::User, none).await.expect("report"), []);
+}
+
+#[tokio::test]
+async fn a_call_on_ones_own_key_is_in_every_report_and_costs_nothing() {
+    let bench = Bench::new(100).await;
+    let mut conn = bench.pool.acquire().await.expect("conn");
+    sqlx::query(
+        "with a as (insert into activity_attempts (id, run_id, path, activity, attempt_no, user_id, state, lease_expires_at, ended_at)
+                    values (gen_random_uuid(), gen_random_uuid(), 's', 'work@1', 1, $1, 'completed', engine_now(), engine_now()) returning id),
+              k as (insert into api_keys (provider, user_id, source, last4, fingerprint) values ('openrouter', $1, 'environment', '', '') returning id)
+         insert into api_key_usage (attempt_id, call_no, call_key, api_key_id, user_id, provider, model_requested, purpose, request_sha256, state,
+                                    tokens_prompt, tokens_output, usage_source, pricing_id, worst_pusd, finished_at)
+         select a.id, 1, 'a', k.id, $1, 'openrouter', 'm', 'p', '', 'succeeded', 11, 7, 'provider', (select min(id) from model_pricing), 0, engine_now()
+         from a, k",
+    )
+    .bind(bench.user)
+    .execute(&mut *conn)
+    .await
+    .expect("call");
+    for by in By::ALL {
+        let rows = report::spent(&mut conn, by, Span::default()).await.expect("report");
+        let [row] = &*rows else { panic!("{by:?}: {rows:?}") };
+        assert_eq!(
+            (row.calls, row.tokens_prompt, row.credits.as_str(), row.cost_usd.as_str()),
+            (1, 11, "0", "0"),
+            "{by:?}"
+        );
+    }
 }
 
 #[tokio::test]

@@ -1,10 +1,7 @@
 //! Bugs that other ledgers shipped. Each test holds a naive version of a few lines, shows that it fails, and shows that ours does not.
 
-use crate::billing::{Bench, CALL_UCR, planning};
-use loopwright_activities::{
-    billing::purchase::{self, Payment},
-    usage::CallState,
-};
+use crate::bench::{Bench, CALL_UCR, planning};
+use loopwright_activities::{billing::purchase, usage::CallState};
 use loopwright_engine::{
     hook::{AttemptEnd, Outcome, Transition, TransitionHook, Verdict},
     ids::RunId,
@@ -71,15 +68,9 @@ async fn settlements_are_keyed_by_what_was_charged_and_not_by_who_charges() {
         naive_debit(&bench.pool, "order-1", -50).await;
     }
     assert_eq!(naive_balance(&bench.pool).await, 150, "200 were paid for");
-    sqlx::query("insert into orders (payload, user_id, stars, credits_ucr, state, expires_at) values ('ord', $1, 250, 50000000, 'open', engine_now() + interval '1 hour')")
-        .bind(bench.user)
-        .execute(&bench.pool)
-        .await
-        .expect("order");
-    let mut conn = bench.pool.acquire().await.expect("conn");
+    bench.order("ord", 50_000_000).await;
     for charge_id in ["c1", "c2", "c1", "c2"] {
-        let payment = Payment { charge_id, payload: "ord", currency: "XTR", stars: 250, recurring: false };
-        purchase::purchase(&mut conn, bench.user, &payment).await.expect("paid");
+        bench.pay(charge_id, "ord").await.expect("paid");
     }
     assert_eq!(bench.balance().await.0, 100_000_000);
     assert_eq!(bench.violations().await, [""; 0]);
@@ -104,14 +95,8 @@ async fn a_guard_that_an_error_resets_does_not_refund_twice() {
     }
     assert_eq!(naive_balance(&bench.pool).await, 120, "refunded twice");
     // Ours: the guard is the state of the payment, in the transaction of the refund.
-    sqlx::query("insert into orders (payload, user_id, stars, credits_ucr, state, expires_at) values ('ord', $1, 250, 50000000, 'open', engine_now() + interval '1 hour')")
-        .bind(bench.user)
-        .execute(&bench.pool)
-        .await
-        .expect("order");
+    bench.buy("c1").await;
     let mut conn = bench.pool.acquire().await.expect("conn");
-    let payment = Payment { charge_id: "c1", payload: "ord", currency: "XTR", stars: 250, recurring: false };
-    purchase::purchase(&mut conn, bench.user, &payment).await.expect("paid");
     let mut done = Vec::new();
     for _after_an_error in 0..2 {
         done.push(purchase::refund(&mut conn, bench.user, "c1").await.expect("refund"));
@@ -232,11 +217,8 @@ async fn two_that_check_at_once_cannot_both_write() {
         refused
     };
     let commit = async {
-        // The second has to wait for the lock: the database says so.
-        let waits = "select exists (select from pg_stat_activity where wait_event_type = 'Lock' and datname = current_database())";
-        while !sqlx::query_scalar::<_, bool>(waits).fetch_one(&bench.pool).await.expect("activity") {
-            tokio::task::yield_now().await;
-        }
+        // The second has to wait for the lock.
+        bench.until_somebody_waits().await;
         first.commit().await.expect("commit");
     };
     let (refused, ()) = tokio::join!(late, commit);

@@ -1,6 +1,6 @@
 //! Purchases with Stars: booked once, given back once.
 
-use crate::billing::Bench;
+use crate::bench::{Bench, payment};
 use loopwright_activities::{
     billing::{
         MicroCredits, audit,
@@ -15,14 +15,10 @@ use uuid::Uuid;
 #[tokio::test]
 async fn a_purchase_counts_once_per_charge_and_is_refunded_while_it_is_untouched() {
     let bench = Bench::new(1).await;
-    sqlx::query("insert into orders (payload, user_id, stars, credits_ucr, state, expires_at) values ('ord', $1, 250, 50000000, 'open', engine_now() + interval '1 hour')")
-        .bind(bench.user)
-        .execute(&bench.pool)
-        .await
-        .expect("order");
+    bench.order("ord", 50_000_000).await;
     let pay = async |charge_id: &str, currency: &str, stars: i32| {
         let mut tx = bench.pool.begin().await.expect("tx");
-        let payment = Payment { charge_id, payload: "ord", currency, stars, recurring: false };
+        let payment = Payment { currency, stars, ..payment(charge_id, "ord") };
         let result = purchase::purchase(&mut tx, bench.user, &payment).await;
         tx.commit().await.expect("commit");
         result
@@ -58,14 +54,8 @@ async fn a_used_purchase_that_is_taken_back_loses_what_is_left_of_it() {
     // Without welcome credits every attempt holds part of the purchase.
     for held in [true, false] {
         let bench = Bench::new(0).await;
-        sqlx::query("insert into orders (payload, user_id, stars, credits_ucr, state, expires_at) values ('ord', $1, 250, 50000000, 'open', engine_now() + interval '1 hour')")
-            .bind(bench.user)
-            .execute(&bench.pool)
-            .await
-            .expect("order");
+        bench.buy("c1").await;
         let mut conn = bench.pool.acquire().await.expect("conn");
-        let payment = Payment { charge_id: "c1", payload: "ord", currency: "XTR", stars: 250, recurring: false };
-        purchase::purchase(&mut conn, bench.user, &payment).await.expect("paid");
         let attempt = bench.attempt(RunId::new(), 1);
         assert_eq!(bench.start(&attempt).await, None);
         bench.open(&attempt, "a.0", 1_000).await;
@@ -110,14 +100,8 @@ async fn a_purchase_that_is_all_held_when_it_is_taken_back_is_a_chargeback() {
     assert_eq!(bench.start(&first).await, None);
     let hold = ledger::balance(&mut conn, bench.user).await.expect("balance").held.0;
     bench.end(&first, Outcome::Failed).await;
-    sqlx::query("insert into orders (payload, user_id, stars, credits_ucr, state, expires_at) values ('ord', $1, 250, $2, 'open', engine_now() + interval '1 hour')")
-        .bind(bench.user)
-        .bind(hold)
-        .execute(&bench.pool)
-        .await
-        .expect("order");
-    let payment = Payment { charge_id: "c1", payload: "ord", currency: "XTR", stars: 250, recurring: false };
-    purchase::purchase(&mut conn, bench.user, &payment).await.expect("paid");
+    bench.order("ord", hold).await;
+    bench.pay("c1", "ord").await.expect("paid");
     // The purchase burns first here.
     sqlx::query("update credit_grants set priority = 1 where source = 'purchase'")
         .execute(&bench.pool)
@@ -136,23 +120,10 @@ async fn a_purchase_that_is_all_held_when_it_is_taken_back_is_a_chargeback() {
     assert_eq!(bench.violations().await, [""; 0]);
 }
 
-/// An order of 50 credits for 250 Stars, paid under this charge.
-async fn paid(bench: &Bench, charge_id: &str) {
-    sqlx::query("insert into orders (payload, user_id, stars, credits_ucr, state, expires_at) values ($2, $1, 250, 50000000, 'open', engine_now() + interval '1 hour')")
-        .bind(bench.user)
-        .bind(charge_id)
-        .execute(&bench.pool)
-        .await
-        .expect("order");
-    let mut conn = bench.pool.acquire().await.expect("conn");
-    let payment = Payment { charge_id, payload: charge_id, currency: "XTR", stars: 250, recurring: false };
-    purchase::purchase(&mut conn, bench.user, &payment).await.expect("paid");
-}
-
 #[tokio::test]
 async fn a_refund_is_carried_out_whoever_dies_between_ledger_and_provider() {
     let bench = Bench::new(1).await;
-    paid(&bench, "c1").await;
+    bench.buy("c1").await;
     let mut conn = bench.pool.acquire().await.expect("conn");
     assert!(purchase::refund(&mut conn, bench.user, "c1").await.expect("untouched"));
     assert_eq!(bench.balance().await.0, 1_000_000, "the ledger comes first");
@@ -172,7 +143,7 @@ async fn a_refund_is_carried_out_whoever_dies_between_ledger_and_provider() {
 #[tokio::test]
 async fn a_refund_that_the_provider_refuses_gives_the_credits_again_once() {
     let bench = Bench::new(1).await;
-    paid(&bench, "c1").await;
+    bench.buy("c1").await;
     let mut conn = bench.pool.acquire().await.expect("conn");
     assert!(purchase::refund(&mut conn, bench.user, "c1").await.expect("untouched"));
     assert!(purchase::refund_refused(&mut conn, "c1", "CHARGE_NOT_FOUND").await.expect("refused"));
@@ -213,10 +184,7 @@ async fn an_operators_correction_counts_once_per_ticket_and_takes_no_held_credit
 #[tokio::test]
 async fn a_reference_of_another_user_is_refused() {
     let bench = Bench::new(1).await;
-    let other: Uuid = sqlx::query_scalar("insert into users (telegram_user_id) values (43) returning id")
-        .fetch_one(&bench.pool)
-        .await
-        .expect("user");
+    let other = bench.another(43).await;
     bench.grant("t1", 5).await;
     let mut conn = bench.pool.acquire().await.expect("conn");
     let stolen = ledger::grant(&mut conn, other, GrantSource::Promo, "t1", MicroCredits(5_000_000), None).await;

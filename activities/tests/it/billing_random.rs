@@ -2,12 +2,12 @@
 //! and at any moment in between, the invariants are empty. `LOOPWRIGHT_LEDGER_SEED` makes the same choices again, as far as the order in
 //! which clients meet allows; `LOOPWRIGHT_LEDGER_SECONDS` makes it longer.
 
-use crate::billing::{Bench, closing, opening, planning};
+use crate::bench::{Bench, closing, opening, order, payment, planning};
 use loopwright_activities::{
     billing::{
         MicroCredits, audit,
         ledger::{self, GrantSource, LedgerError},
-        purchase::{self, Payment},
+        purchase,
     },
     usage::CallState,
 };
@@ -196,14 +196,8 @@ impl World {
                 let credits = random.amount(5_000_000);
                 let paid = self
                     .ledger("purchase", async |c| {
-                        sqlx::query("insert into orders (payload, user_id, stars, credits_ucr, state, expires_at) values ($1, $2, 5, $3, 'open', engine_now() + interval '1 hour')")
-                            .bind(&charge)
-                            .bind(user)
-                            .bind(credits)
-                            .execute(&mut *c)
-                            .await?;
-                        let payment = Payment { charge_id: &charge, payload: &charge, currency: "XTR", stars: 5, recurring: false };
-                        purchase::purchase(c, user, &payment).await
+                        order(c, user, &charge, credits).await?;
+                        purchase::purchase(c, user, &payment(&charge, &charge)).await
                     })
                     .await;
                 if paid.is_some() {
@@ -245,8 +239,7 @@ async fn any_interleaving_of_many_clients_leaves_money_in_order() {
     let mut users = vec![bench.user];
     for n in 1..USERS {
         let telegram = 100 + i64::try_from(n).expect("small");
-        let user = sqlx::query_scalar("insert into users (telegram_user_id) values ($1) returning id").bind(telegram);
-        users.push(user.fetch_one(&bench.pool).await.expect("user"));
+        users.push(bench.another(telegram).await);
     }
     let world = Arc::new(World {
         bench,

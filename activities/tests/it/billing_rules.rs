@@ -1,6 +1,6 @@
 //! Rules: burn order and expiry, caps, the refund policy, users whose holds are stopped.
 
-use crate::billing::{Bench, CALL_UCR, closing, opening};
+use crate::bench::{Bench, CALL_UCR, closing, opening};
 use loopwright_activities::{
     billing::{
         BillingSettings, MicroCredits, audit, hold,
@@ -330,10 +330,7 @@ async fn a_broken_invariant_stops_new_holds_of_its_user_and_of_nobody_else() {
     let running = bench.attempt(RunId::new(), 1);
     assert_eq!(bench.start(&running).await, None);
     let mut conn = bench.pool.acquire().await.expect("conn");
-    let other: Uuid = sqlx::query_scalar("insert into users (telegram_user_id) values (43) returning id")
-        .fetch_one(&mut *conn)
-        .await
-        .expect("user");
+    let other = bench.another(43).await;
     ledger::grant(&mut conn, other, GrantSource::Promo, "o", MicroCredits::from_credits(10), None)
         .await
         .expect("grant");

@@ -1,12 +1,12 @@
 //! The ledger in the hands of a real worker.
 
 use crate::{
-    billing::{Bench, CALL_UCR, closing, one_call, opening},
+    bench::{Bench, CALL_UCR, closing, one_call, opening},
     provider::client,
 };
 use futures_util::future::BoxFuture;
 use loopwright_activities::{
-    billing::{BillingSettings, LedgerHook},
+    billing::{BillingSettings, LedgerHook, MicroCredits, limit},
     orchestrator::{Message, Orchestrator, Request, Role, Routing, route::Candidate},
     provider::{Provider, Scripted, Timeouts},
     testing::{Answer, Dialect, FakeProvider, Reply, Told, frames, stream},
@@ -88,14 +88,19 @@ impl Activity for Asks {
     }
 }
 
-async fn start(bench: &Bench, client: &Client, steps: Value) -> RunId {
+pub(crate) async fn start(bench: &Bench, client: &Client, steps: Value) -> RunId {
+    start_as(bench, client, steps, None).await
+}
+
+/// Under an id of the caller's.
+pub(crate) async fn start_as(bench: &Bench, client: &Client, steps: Value, run_id: Option<RunId>) -> RunId {
     let definition: Definition = serde_json::from_value(
         json!({"format": FORMAT, "name": "asks", "timeout_ms": 600_000, "executions_max": 100, "steps": steps}),
     )
     .expect("definition");
     let deploy = Deploy { definition, bundle: Bundle::new(), source: String::new(), author: None, message: None };
     let start = Start {
-        run_id: None,
+        run_id,
         definition: client.deploy(deploy).await.expect("deploy").hash,
         inputs: json!({}),
         workflow_id: None,
@@ -169,7 +174,7 @@ async fn a_call_whose_answer_is_thrown_away_with_the_lease_is_free_and_its_repet
 }
 
 /// An activity with one model call, which it makes at once.
-struct Calls;
+pub(crate) struct Calls;
 
 impl Activity for Calls {
     fn signature(&self) -> Signature {
@@ -494,4 +499,60 @@ async fn cached_tokens_have_their_own_prices_from_the_answer_to_the_charge() {
     worker.drain(Duration::from_secs(10)).await;
     assert_eq!(bench.violations().await, [""; 0]);
     assert!(servers.iter().all(|server| server.seen().len() == 1));
+}
+
+/// The run that waits for that, once there is one.
+async fn waiting(client: &Client, reason: &str) -> RunId {
+    let found = async {
+        loop {
+            let runs = client.list(Filter::default()).await.expect("runs");
+            if let Some(run) = runs.iter().find(|run| run.waiting.as_deref() == Some(reason)) {
+                return run.run_id;
+            }
+            match runs.iter().find(|run| !run.status.is_closed()) {
+                Some(open) => {
+                    client.wait_change(open.run_id, open.seq, Duration::from_secs(1)).await.expect("run");
+                }
+                None => tokio::task::yield_now().await,
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, found).await.expect("no run waits")
+}
+
+#[tokio::test]
+async fn a_run_that_continues_as_new_for_ever_stops_at_what_was_approved() {
+    let bench = Bench::new(100).await;
+    let hook = Arc::new(LedgerHook::new(BillingSettings::default()));
+    let client = Client::new(bench.pool.clone(), hook.clone());
+    let call = json!({"id": "call", "kind": {"activity": {"name": "calls@1", "with": {}}}});
+    let again = json!({"id": "again", "kind": {"continue_as_new": {"with": {}}}});
+    let first = start(&bench, &client, json!([call, again])).await;
+    // Each needs 1.44 credits before it may start and uses 0.36: two fit.
+    let allowed = MicroCredits(1_440_000 + CALL_UCR);
+    let mut conn = bench.pool.acquire().await.expect("conn");
+    limit::set(&mut conn, bench.user, first.0, "test", allowed, "test").await.expect("limit");
+    let mut config = WorkerConfig::new(bench.pool.clone(), Registry::new().with(Calls));
+    config.hook = hook;
+    let worker = worker::start(config).await.expect("worker");
+
+    let third = waiting(&client, limit::LIMIT).await;
+    let chain = client.describe(third).await.expect("run").chain;
+    assert_eq!(chain.first, Some(first));
+    assert_ne!(chain.continued_from, Some(first), "two have spent");
+    assert_eq!(bench.balance().await, (100_000_000 - 2 * CALL_UCR, 0));
+
+    // One call more, for whichever run of the chain needs it.
+    let mut tx = bench.pool.begin().await.expect("tx");
+    client.unblock_in(&mut tx, &json!({"user_id": bench.user.to_string()})).await.expect("woken");
+    let raised = limit::raise(&mut tx, bench.user, third.0, "more", MicroCredits(CALL_UCR), "test").await;
+    tx.commit().await.expect("commit");
+    assert_eq!(raised.expect("limit").expect("there is one").left, MicroCredits(1_440_000));
+    client.wake().await;
+    while waiting(&client, limit::LIMIT).await == third {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(bench.balance().await, (100_000_000 - 3 * CALL_UCR, 0));
+    worker.drain(Duration::from_secs(10)).await;
+    assert_eq!(bench.violations().await, [""; 0]);
 }

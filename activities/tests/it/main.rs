@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod answers;
+mod bench;
 mod billed;
 mod billing;
 mod billing_audit;
@@ -22,6 +23,7 @@ mod prompts;
 mod provider;
 mod quotes;
 mod report;
+mod roles;
 mod sandbox;
 mod under_fire;
 mod workspace;

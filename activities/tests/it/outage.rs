@@ -1,6 +1,6 @@
 //! A provider that is away: runs wait for it, say so, pay no more, and buy nothing twice that they need not.
 
-use crate::billing::Bench;
+use crate::bench::Bench;
 use futures_util::future::BoxFuture;
 use loopwright_activities::{
     billing::{BillingSettings, LedgerHook},

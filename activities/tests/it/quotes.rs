@@ -1,6 +1,6 @@
 //! What work may cost: forecasts beside what it cost, and approved sums that are not exceeded.
 
-use crate::billing::{Bench, CALL_UCR};
+use crate::bench::{Bench, CALL_UCR};
 use loopwright_activities::{
     billing::{
         MicroCredits, Rate,
@@ -108,6 +108,68 @@ async fn a_limit_holds_for_the_runs_below_and_passes_to_forks() {
     spend(&bench, &bench.attempt(fork, 1)).await;
     assert_eq!(bench.start(&bench.attempt(fork, 2)).await.as_deref(), Some(limit::LIMIT));
     assert_eq!(in_force(&bench, run).await.expect("limit").left.0, HOLD_UCR - CALL_UCR);
+}
+
+/// A run that goes on in the place of `before`, which has closed.
+async fn next_of(bench: &Bench, before: RunId) -> RunId {
+    let next = bench.run(json!({}), None).await;
+    for sql in [
+        "update runs set status = 'continued', closed_at = engine_now(), continued_as = $2 where run_id = $1",
+        "update runs n set continued_from = b.run_id, first_run_id = coalesce(b.first_run_id, b.run_id) from runs b where b.run_id = $1 and n.run_id = $2",
+    ] {
+        sqlx::query(sql).bind(before.0).bind(next.0).execute(&bench.pool).await.expect("continued");
+    }
+    next
+}
+
+#[tokio::test]
+async fn the_runs_of_a_chain_spend_from_one_sum() {
+    let bench = Bench::new(100).await;
+    let first = bench.run(json!({}), None).await;
+    let left = async |run: RunId| in_force(&bench, run).await.expect("limit").left.0;
+    set(&bench, first, "limit", HOLD_UCR + CALL_UCR).await;
+    spend(&bench, &bench.attempt(first, 1)).await;
+    let second = next_of(&bench, first).await;
+    assert_eq!(left(second).await, HOLD_UCR, "before it has held anything");
+    spend(&bench, &bench.attempt(second, 1)).await;
+    let third = next_of(&bench, second).await;
+    assert_eq!(left(third).await, HOLD_UCR - CALL_UCR);
+    assert_eq!(bench.start(&bench.attempt(third, 1)).await.as_deref(), Some(limit::LIMIT));
+
+    // More is allowed to all of them: a run below the first one may spend it as well.
+    let raised = raise(&bench, third, "more", CALL_UCR).await.expect("limit");
+    assert_eq!((raised.cap.0, raised.left.0), (HOLD_UCR + 2 * CALL_UCR, HOLD_UCR));
+    let below = bench.run(json!({}), Some(first)).await;
+    spend(&bench, &bench.attempt(below, 1)).await;
+    assert_eq!((left(first).await, left(third).await), (HOLD_UCR - CALL_UCR, HOLD_UCR - CALL_UCR));
+    assert_eq!(bench.start(&bench.attempt(third, 1)).await.as_deref(), Some(limit::LIMIT));
+
+    // A run that has left into an archive has spent what it has spent.
+    sqlx::query("delete from runs where run_id = $1").bind(second.0).execute(&bench.pool).await.expect("retired");
+    assert_eq!(left(third).await, HOLD_UCR - CALL_UCR);
+
+    // The next approval counts from then on, once per run and step.
+    let approved = set(&bench, third, "limit", HOLD_UCR).await;
+    assert_eq!(approved.left.0, HOLD_UCR);
+    spend(&bench, &bench.attempt(third, 1)).await;
+    assert_eq!(left(third).await, HOLD_UCR - CALL_UCR);
+
+    // A fork begins a chain of its own, from what was last allowed; whether its runs hold something or not.
+    let fork = bench.run(json!({}), None).await;
+    sqlx::query("update runs set forked_from = $1, forked_shard = $2, forked_seq = 1 where run_id = $3")
+        .bind(third.0)
+        .bind(third.shard())
+        .bind(fork.0)
+        .execute(&bench.pool)
+        .await
+        .expect("fork");
+    let after = next_of(&bench, fork).await;
+    assert_eq!(left(after).await, HOLD_UCR);
+    spend(&bench, &bench.attempt(after, 1)).await;
+    let last = next_of(&bench, after).await;
+    assert_eq!((left(last).await, left(third).await), (HOLD_UCR - CALL_UCR, HOLD_UCR - CALL_UCR));
+    assert_eq!(bench.start(&bench.attempt(last, 1)).await.as_deref(), Some(limit::LIMIT));
+    assert_eq!(bench.violations().await, [""; 0]);
 }
 
 #[tokio::test]

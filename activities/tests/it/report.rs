@@ -1,6 +1,6 @@
 //! Reports of what was spent, where several users, projects, models, activities and days could be mixed up.
 
-use crate::billing::{Bench, closing, opening, planning};
+use crate::bench::{Bench, closing, opening, planning};
 use chrono::{DateTime, Utc};
 use loopwright_activities::{
     billing::{

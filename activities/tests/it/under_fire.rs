@@ -13,7 +13,7 @@ use loopwright_activities::{
     },
     orchestrator::{Message, Orchestrator, Pace, Request, Role, Routing},
     provider::{KeyIdentity, Settings, Timeouts},
-    testing::{Dialect, Endpoint, Entry, FakeProvider, Fault, Reply, Seen, Stage, When},
+    testing::{Dialect, Endpoint, Entry, FakeProvider, Fault, Reply, Seen, Stage, Told, When},
 };
 use loopwright_engine::{
     Failure,
@@ -28,7 +28,7 @@ use loopwright_engine::{
 };
 use secrecy::SecretString;
 use serde_json::{Value, json};
-use sqlx::PgPool;
+use sqlx::{PgPool, Row, postgres::PgRow};
 use std::{
     collections::BTreeMap,
     process::{Child, Command, Stdio},
@@ -50,6 +50,42 @@ const PATIENCE: Duration = Duration::from_secs(180);
 const AT_ONCE: usize = 6;
 /// What a user has at first.
 const CREDITS: i64 = 1_000;
+
+/// What the models cost here, by provider and model: input, cached input, output, reasoning, in pico-USD a token. Written into the
+/// database by this test, and used by its own arithmetic. OpenRouter says itself what an answer costs.
+const PRICES: [(&str, &str, [i64; 4]); 3] = [
+    ("gemini", "gemini-3.5-flash-lite", [301_000, 29_000, 2_503_000, 2_399_000]),
+    ("gemini", "gemini-3.8-flash", [751_000, 73_000, 3_761_000, 3_709_000]),
+    ("openai_compatible", "some-model", [101_000, 53_000, 401_000, 307_000]),
+];
+
+/// What answer `n` of the provider reports: no two that follow each other are alike.
+fn told(n: usize) -> Told {
+    let n = n as u64;
+    Told {
+        prompt: 20 + n % 13,
+        cached: n % 7,
+        output: 10 + n % 11,
+        reasoning: n % 5,
+        cost: format!("0.000300000{:03}", n % 1_000),
+    }
+}
+
+/// What an answer costs, in pico-USD. Shares nothing with the ledger.
+fn cost_of(provider: &str, model: &str, usage: &Told) -> Option<i128> {
+    if provider == "openrouter" {
+        // Twelve decimals of a USD.
+        return usage.cost.strip_prefix("0.")?.parse().ok();
+    }
+    let (.., [input, cached, output, reasoning]) = PRICES.iter().find(|(p, m, _)| (*p, *m) == (provider, model))?;
+    let part = |tokens: u64, price: &i64| i128::from(tokens) * i128::from(*price);
+    Some(
+        part(usage.prompt - usage.cached, input)
+            + part(usage.cached, cached)
+            + part(usage.output - usage.reasoning, output)
+            + part(usage.reasoning, reasoning),
+    )
+}
 
 /// When the first worker dies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -257,6 +293,60 @@ async fn child_process() {
     worker(pool, &queue, |name| std::env::var(name).ok()).await.fenced().await;
 }
 
+/// A row of `api_key_usage`.
+#[derive(Debug)]
+struct Call {
+    call_key: String,
+    state: String,
+    cost_pusd: i64,
+    provider_request_id: Option<String>,
+    late: bool,
+    attempt_id: Uuid,
+    provider: String,
+    model_requested: String,
+    usage_source: String,
+    error_class: String,
+    tokens_prompt: Option<i64>,
+    tokens_cached: Option<i64>,
+    tokens_output: Option<i64>,
+    tokens_reasoning: Option<i64>,
+}
+
+impl sqlx::FromRow<'_, PgRow> for Call {
+    fn from_row(row: &PgRow) -> sqlx::Result<Self> {
+        Ok(Self {
+            call_key: row.try_get("call_key")?,
+            state: row.try_get("state")?,
+            cost_pusd: row.try_get("cost_pusd")?,
+            provider_request_id: row.try_get("provider_request_id")?,
+            late: row.try_get("late")?,
+            attempt_id: row.try_get("attempt_id")?,
+            provider: row.try_get("provider")?,
+            model_requested: row.try_get("model_requested")?,
+            usage_source: row.try_get("usage_source")?,
+            error_class: row.try_get("error_class")?,
+            tokens_prompt: row.try_get("tokens_prompt")?,
+            tokens_cached: row.try_get("tokens_cached")?,
+            tokens_output: row.try_get("tokens_output")?,
+            tokens_reasoning: row.try_get("tokens_reasoning")?,
+        })
+    }
+}
+
+impl Call {
+    /// Its tokens; the cost stands elsewhere.
+    fn usage(&self) -> Told {
+        let tokens = |n: Option<i64>| u64::try_from(n.unwrap_or_default()).expect("not negative");
+        Told {
+            prompt: tokens(self.tokens_prompt),
+            cached: tokens(self.tokens_cached),
+            output: tokens(self.tokens_output),
+            reasoning: tokens(self.tokens_reasoning),
+            cost: String::new(),
+        }
+    }
+}
+
 struct Bench {
     pool: PgPool,
     client: Client,
@@ -297,7 +387,22 @@ impl Bench {
             .deploy(Deploy { definition, bundle: Bundle::new(), source: String::new(), author: None, message: None })
             .await
             .expect("deployed");
-        let fake = FakeProvider::saying(Reply::text("words")).await;
+        for (provider, model, [input, cached, output, reasoning]) in PRICES {
+            sqlx::query(
+                "insert into model_pricing (provider, model_id, effective_from, input_umtok, cached_input_umtok, output_umtok, reasoning_umtok, source)
+                 values ($1, $2, engine_now(), $3, $4, $5, $6, 'test')",
+            )
+            .bind(provider)
+            .bind(model)
+            .bind(input)
+            .bind(cached)
+            .bind(output)
+            .bind(reasoning)
+            .execute(&pool)
+            .await
+            .expect("price");
+        }
+        let fake = FakeProvider::serve(|_, n| Reply::text("words").with_usage(Some(told(n)))).await;
         // A rule is asked once a request; which question of its key it is, is counted here.
         let known: Arc<BTreeMap<String, Pair>> = Arc::new(pairs.iter().map(|p| (p.key(), p.clone())).collect());
         /// Which question of its key a request is, by dialect and ordinal; questions so far, by key.
@@ -462,10 +567,10 @@ impl Bench {
         note(code == expected, format!("ended as {:?} {:?}", view.status, view.failure));
         note((view.status == RunStatus::Completed) == expected.is_none(), format!("ended as {:?}", view.status));
 
-        type Row = (String, String, i64, Option<String>, bool, String);
-        let rows: Vec<Row> = sqlx::query_as(
-            "select k.call_key, k.state, k.cost_pusd, k.provider_request_id, k.late, coalesce(k.error_class, '') from api_key_usage k
-             join activity_attempts a on a.id = k.attempt_id where a.run_id = $1 order by k.id",
+        let rows: Vec<Call> = sqlx::query_as(
+            "select k.call_key, k.state, k.cost_pusd, k.provider_request_id, k.late, k.attempt_id, k.provider, k.model_requested, k.usage_source,
+                    coalesce(k.error_class, '') as error_class, k.tokens_prompt, k.tokens_cached, k.tokens_output, k.tokens_reasoning
+             from api_key_usage k join activity_attempts a on a.id = k.attempt_id where a.run_id = $1 order by k.id",
         )
         .bind(view.run_id.0)
         .fetch_all(&self.pool)
@@ -478,27 +583,66 @@ impl Bench {
             rows.len() == story.len() + unsent,
             format!("{} rows, {} questions: {rows:?} {story:#?}", rows.len(), story.len()),
         );
-        for (key, state, cost, id, late, class) in &rows {
+        // By attempt, what its recorded answers cost by our own arithmetic.
+        let mut priced: BTreeMap<Uuid, i128> = BTreeMap::new();
+        for row in &rows {
+            let Call {
+                call_key: key, state, cost_pusd: cost, provider_request_id: id, late, error_class: class, ..
+            } = row;
             note(state != "started", format!("{key} is open"));
             // An answer that the model did not end well was served; everything else that failed is free.
             let served = state == "succeeded" || (state == "failed" && class.starts_with("model."));
             note(served || *cost == 0, format!("{key} is {state} ({class}) and costs {cost}"));
             note(!late || *cost == 0, format!("{key} came late and costs {cost}"));
-            let told = |entry: &Entry| entry.provider_request_id.as_ref() == id.as_ref();
-            let entries = story.iter().filter(|(entry, _)| id.is_some() && told(entry)).count();
-            note(id.is_none() || entries == 1, format!("{key}: {entries} answers have the id {id:?}"));
+            let told = |entry: &&(Entry, String)| id.is_some() && entry.0.provider_request_id.as_ref() == id.as_ref();
+            let entries: Vec<_> = story.iter().filter(told).collect();
+            note(id.is_none() || entries.len() == 1, format!("{key}: {} answers have the id {id:?}", entries.len()));
             let struck = self.names(pair) && state == "unknown" && key.starts_with(self.first_of_struck(pair));
             note(!struck || id.is_some(), format!("{key} died behind its headers and has no id"));
+            // What the model spoiled is charged where the provider reports what it took.
+            let spoiled = state == "failed" && class.starts_with("model.") && row.usage_source == "provider";
+            if state != "succeeded" && !(spoiled && row.usage().output > 0) {
+                note(*cost == 0, format!("{key} is {state} ({class}) and costs {cost}"));
+                continue;
+            }
+            let [(entry, _)] = &*entries else {
+                note(false, format!("{key} succeeded, and no answer has the id {id:?}"));
+                continue;
+            };
+            // What the provider says that it has reported, word for word; an estimate only where it reported nothing.
+            let reported = entry.usage.as_ref().filter(|_| row.usage_source == "provider");
+            let silent = pair.fault == Some(Fault::UsageAbsent) || entry.stage < Stage::Finished;
+            note(reported.is_some() || silent, format!("{key}: usage by {}, journal {entry:?}", row.usage_source));
+            let recorded = row.usage();
+            if let Some(reported) = reported {
+                let same = Told { cost: reported.cost.clone(), ..recorded.clone() } == *reported;
+                note(same, format!("{key}: recorded {recorded:?}, the provider reported {reported:?}"));
+            }
+            if !late {
+                let usage = reported.unwrap_or(&recorded);
+                let expected = cost_of(&row.provider, &row.model_requested, usage);
+                // Of an estimate OpenRouter's own price row is the only measure; the audit checks that.
+                let expected = expected.or((reported.is_none()).then_some(i128::from(*cost)));
+                note(
+                    expected == Some(i128::from(*cost)),
+                    format!("{key} costs {cost}, by our arithmetic {expected:?}"),
+                );
+                *priced.entry(row.attempt_id).or_default() += expected.unwrap_or_default();
+            }
         }
+        // 100 credits for a USD and a fifth on top: 120 credits, 12 micro-credits for 100,000 pico-USD, rounded up once an attempt.
+        let charge: i128 = priced.values().map(|pusd| (pusd * 12 + 99_999) / 100_000).sum();
         // What was answered and recorded is not asked again: its question is the last of its call.
         for name in ["a", "b"] {
             let of_call = |key: &str| key == name || key.starts_with(&format!("{name}."));
-            let done: Vec<&Row> = rows.iter().filter(|(key, state, ..)| of_call(key) && state == "succeeded").collect();
+            let done: Vec<&Call> =
+                rows.iter().filter(|row| of_call(&row.call_key) && row.state == "succeeded").collect();
             note(done.len() <= 1, format!("{name} was bought {} times", done.len()));
             note(done.len() == 1 || expected.is_some(), format!("{name} was never answered"));
             let last = story.iter().rfind(|(_, call)| call == name);
-            if let (Some((_, _, _, id, ..)), Some((entry, _))) = (done.first(), last) {
-                note(*id == entry.provider_request_id, format!("{name} was asked again after it was answered"));
+            if let (Some(row), Some((entry, _))) = (done.first(), last) {
+                let same = row.provider_request_id == entry.provider_request_id;
+                note(same, format!("{name} was asked again after it was answered"));
                 // It is whole when its finish reason has been read: the client does not wait for what comes after it, and the
                 // server may be on its last bytes.
                 note(
@@ -531,6 +675,8 @@ impl Bench {
         .await
         .expect("user");
         note(held == 0 && balance == CREDITS * 1_000_000 - captured, format!("balance {balance}, held {held}"));
+        let charged = i128::from(CREDITS * 1_000_000 - balance);
+        note(charged == charge, format!("charged {charged}, by our arithmetic {charge}"));
         wrong.into_iter().map(|what| format!("{}: {what}", pair.name())).collect()
     }
 }

@@ -22,6 +22,8 @@ use uuid::Uuid;
 
 /// Most credits of one grant: a slip of the keyboard ends here. Chosen, not measured.
 const GRANT_CREDITS_MAX: i64 = 1_000_000;
+/// What a report over all users covers if it does not say since when. Chosen: a month.
+const REPORT_SPAN: chrono::Duration = chrono::Duration::days(31);
 /// Longest reason or key, in bytes. Chosen, not measured: it stands in a column of the ledger.
 const REFERENCE_BYTES_MAX: usize = 200;
 
@@ -97,7 +99,7 @@ enum Command {
     Report {
         #[arg(long, value_parser = by(), default_value = "activity")]
         by: By,
-        /// Attempts that ended from then on: 2026-11-25 or 2026-11-25T10:00:00Z
+        /// Attempts that ended from then on: 2026-11-25 or 2026-11-25T10:00:00Z [default: 31 days ago without --user]
         #[arg(long, value_name = "INSTANT", value_parser = super::schedule::instant)]
         from: Option<DateTime<Utc>>,
         /// And before then
@@ -190,6 +192,8 @@ async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<u8> {
             show(app, user, json, json!({ "released": released })).await?;
         }
         Command::Report { by, from, to, user } => {
+            // Of all users only what was asked for: the ledger grows for ever.
+            let from = from.or_else(|| user.is_none().then(|| to.unwrap_or_else(Utc::now) - REPORT_SPAN));
             let spent = app.store.spent_by(by, Span { from, to, user }).await?;
             print(json, &spent, |spent| {
                 let row = |s: &Spent| {

@@ -150,7 +150,7 @@ async fn take(quotes: &[Quote], list: &List, how: &How, source: &str, app: &App,
     let applied: Applied = app.store.take_prices(quotes, how.from, source, !how.dry_run).await??;
     let report = json!({
         "dry_run": how.dry_run, "effective_from": applied.effective_from, "new": applied.new, "changed": applied.changed,
-        "unchanged": applied.unchanged, "skipped": list.skipped, "refused": list.refused,
+        "unchanged": applied.unchanged, "withdrawn": applied.withdrawn, "skipped": list.skipped, "refused": list.refused,
     });
     ensure!(!quotes.is_empty() || list.refused.is_empty() || json, "no price of the list can be used");
     print(json, &report, |_| {
@@ -165,6 +165,7 @@ async fn take(quotes: &[Quote], list: &List, how: &How, source: &str, app: &App,
                 })
             })
             .collect();
+        lines.extend(applied.withdrawn.iter().map(|model| format!("withdrawn here, left so: {model}")));
         let from = applied.effective_from.map(|at| at.format(" from %F %T UTC").to_string()).unwrap_or_default();
         lines.push(format!(
             "{} {would}priced anew{from}; {} as before, {} skipped",

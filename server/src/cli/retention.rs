@@ -64,6 +64,8 @@ async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<()> {
             let archive = archive
                 .or(configured.map(|policy| policy.archive.clone()))
                 .ok_or_else(|| missing("archive", "name the folder: --archive DIR"))?;
+            // Where workers may not change tables, this is who makes the months to come.
+            retention::prepare(&app.client, chrono::Utc::now()).await?;
             let report = retention::run(&app.client, &Policy { keep, archive }).await?;
             print(json, &report, done)
         }

@@ -252,14 +252,12 @@ async fn unread(parts: &Parts, tx: &mut Tx, update_id: i64, money: &Money<'_>) -
 }
 
 async fn refunded(scene: &mut Scene<'_>, charge_id: &str) -> Result<(), Error> {
-    let known = match chats::user(scene.tx, scene.from).await? {
-        Some(user) => loopwright_activities::billing::purchase::taken_back(scene.tx, user.id, charge_id).await?,
+    let user = chats::user(scene.tx, scene.from).await?.map(|user| user.id);
+    let known = match user {
+        Some(user) => loopwright_activities::billing::purchase::taken_back(scene.tx, user, charge_id).await?,
         None => false,
     };
-    if !known {
-        tracing::error!(from = scene.from, charge = charge_id, "a refund of an unknown payment");
-    }
-    Ok(())
+    if known { Ok(()) } else { payments::unknown_refund(scene.tx, scene.from, user, charge_id).await }
 }
 
 /// The sender's user, created with the welcome credits at first sight. A known user is only read: his row is locked

@@ -141,6 +141,23 @@ pub(super) async fn unread(tx: &mut Tx, update_id: i64, money: &Money<'_>) -> Re
     Ok(paid.then(|| disputed("Your payment arrived, but I could not read it, so no credits were added yet.", &charge)))
 }
 
+/// Keeps a refund of a payment that is not known, or is another user's, for an operator. Once per charge.
+pub(super) async fn unknown_refund(tx: &mut Tx, from: i64, user: Option<Uuid>, charge_id: &str) -> Result<(), Error> {
+    let dispute = Dispute {
+        charge_id: &format!("refund:{charge_id}"),
+        telegram_user_id: from,
+        user,
+        payload: "",
+        currency: "XTR",
+        amount: 0,
+        reason: "Telegram gave back a payment that is not known of this user",
+    };
+    if orders::dispute(tx, &dispute).await? {
+        tracing::error!(from, charge = charge_id, "a refund of an unknown payment; see payment_disputes");
+    }
+    Ok(())
+}
+
 fn disputed(what: &str, charge_id: &str) -> String {
     format!(
         "{what} The operator will look at it: /paysupport, and name the charge <code>{}</code>.",

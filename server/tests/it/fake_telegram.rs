@@ -174,6 +174,11 @@ impl Fake {
         });
     }
 
+    /// An update as it stands, as somebody may forge one; its number is added.
+    pub fn sends(&self, update: Value) {
+        self.push(|_| update);
+    }
+
     pub fn wants_to_pay(&self, user: i64, query: &str, amount: i64, payload: &str) {
         self.push(|_| {
             json!({"pre_checkout_query": {"id": query, "from": person(user), "currency": "XTR",

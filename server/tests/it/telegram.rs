@@ -1,5 +1,7 @@
 //! The bot against a Bot API on loopback: conversations, payments, and what goes wrong between them.
 
+mod payments;
+
 use crate::{
     fake_telegram::{Call, Fake, TOKEN, Wrong},
     support::{MIGRATIONS, Script, Work},
@@ -380,163 +382,34 @@ async fn a_run_that_waits_for_credits_goes_on_after_a_purchase() {
 }
 
 #[tokio::test]
-async fn payments_are_booked_once_and_only_as_ordered() {
+async fn a_button_of_somebody_else_does_nothing_and_is_kept() {
     let mut bot = Bot::start().await;
-    bot.fake.says(ADA, "/start");
+    let worker = bot.worker(Arc::new(NoHook), None).await;
     bot.fake.says(EVE, "/start");
-    bot.fake.says(ADA, "/buy 7");
-    bot.fake.message("no such amount").await;
-    bot.fake.says(ADA, "/buy 100");
-    let (payload, amount) = invoice(&bot, 1).await;
-    // Nobody else, nothing else, and no other amount.
-    bot.fake.wants_to_pay(EVE, "1", amount, &payload);
-    bot.fake.wants_to_pay(ADA, "2", amount, "order:none");
-    bot.fake.wants_to_pay(ADA, "3", amount + 1, &payload);
-    let refusals = bot.fake.count("AnswerPreCheckoutQuery", 3).await;
-    assert!(refusals.iter().all(|c| c.body["ok"] == false && c.body["error_message"].is_string()), "{refusals:?}");
-    // Twice the same charge, then the forwarded copy of the invoice.
-    bot.fake.pays(ADA, "stx1", amount, &payload);
-    bot.fake.pays(ADA, "stx1", amount, &payload);
-    bot.fake.message("you have 200 now").await;
-    bot.fake.wants_to_pay(ADA, "4", amount, &payload);
-    let late = bot.fake.count("AnswerPreCheckoutQuery", 4).await.pop().unwrap();
-    assert!(late.body["error_message"].as_str().unwrap().contains("paid already"));
-    // Money that does not fit is kept for an operator, and grants nothing.
-    bot.fake.pays(ADA, "stx2", 1, &payload);
-    bot.fake.pays(ADA, "stx2", 1, &payload);
-    bot.fake.message("does not fit its invoice").await;
-    bot.fake.pays(ADA, "stx3", amount, &payload);
-    bot.fake.message("you have 300 now").await;
-    // Telegram gives one back.
-    let refund = json!({"currency": "XTR", "total_amount": amount, "invoice_payload": payload,
-        "telegram_payment_charge_id": "stx3", "provider_payment_charge_id": "p"});
-    bot.fake.says_with(ADA, json!({"refunded_payment": refund}));
-    bot.fake.says(ADA, "/usage");
-    let usage = bot.fake.message("Latest changes").await;
-    assert!(usage.text().contains("+100  bought") && usage.text().contains("-100  given back"), "{}", usage.text());
-    bot.settled(14).await;
-    let ada = bot.number("select credit_balance_ucr from users where telegram_user_id = 42").await;
-    assert_eq!(ada, 200_000_000);
-    assert_eq!(bot.number("select count(*) from payments").await, 2);
-    assert_eq!(bot.number("select count(*) from payment_disputes").await, 1);
-    assert_eq!(bot.number("select count(*) from payments where refund_state = 'done'").await, 1);
-    assert_eq!(bot.fake.done("SendMessage").iter().filter(|c| c.text().contains("does not fit")).count(), 1);
-    bot.stop().await;
-}
-
-#[tokio::test]
-async fn an_operators_refund_reaches_telegram_whatever_happens_in_between() {
-    let ms = Duration::from_millis;
-    let mut bot = Bot::start_with(|parts| parts.pace = Pace { refresh: ms(20), ..pace() }).await;
-    bot.fake.says(ADA, "/start");
-    for (n, charge) in ["stx1", "stx2"].into_iter().enumerate() {
-        bot.fake.says(ADA, "/buy 100");
-        let (payload, amount) = invoice(&bot, n + 1).await;
-        bot.fake.pays(ADA, charge, amount, &payload);
-        bot.fake.message(&format!("you have {} now", 200 + 100 * n)).await;
-    }
-    bot.settled(5).await;
-    bot.stop().await;
-    // The ledger first, and then this process is gone.
-    let store = bot.parts.store.clone();
-    assert!(store.refund("stx1").await.unwrap());
-    assert!(!store.refund("stx1").await.unwrap());
-    assert_eq!(store.refund("stx9").await.unwrap_err().code(), "payment_mismatch");
-    let ada = "select credit_balance_ucr from users where telegram_user_id = 42";
-    assert_eq!(bot.number(ada).await, 200_000_000);
-    // Telegram does it and hangs up, so that nobody knows; asked again, it says that it was done.
-    bot.fake.wrong("RefundStarPayment", Wrong::HangUp);
-    let mut bot = bot.resume();
+    bot.fake.says(ADA, IDEA);
+    bot.fake.message("Which").await;
+    bot.fake.says(ADA, "Green");
+    let plan = bot.fake.message("needs your decision").await;
+    let approve = plan.button("Approve").unwrap();
+    // In her own chat, and as if she were in Ada's.
+    bot.fake.presses(EVE, plan.message_id, &approve);
+    let message = json!({"message_id": plan.message_id, "date": 1_790_000_000, "text": "…",
+        "chat": {"id": ADA, "type": "private", "first_name": "Ada"}});
     bot.fake
-        .until("two requests", |calls| {
-            (calls.iter().filter(|c| c.method == "refundstarpayment").count() >= 2).then_some(())
-        })
-        .await;
-    let state = async |bot: &Bot, sql: &'static str| {
-        let wait = async {
-            while bot.number(sql).await == 0 {
-                tokio::task::yield_now().await;
-            }
-        };
-        tokio::time::timeout(Duration::from_secs(60), wait).await.expect(sql);
-    };
-    state(&bot, "select count(*) from payments where charge_id = 'stx1' and refund_state = 'done'").await;
-    assert_eq!(bot.number(ada).await, 200_000_000);
-    // What Telegram refuses for good is not lost: the credits come back.
-    bot.fake.wrong("RefundStarPayment", Wrong::Refused);
-    assert!(store.refund("stx2").await.unwrap());
-    state(&bot, "select count(*) from payments where charge_id = 'stx2' and refund_state = 'refused'").await;
-    assert_eq!(bot.number(ada).await, 200_000_000);
-    assert_eq!(store.audit().await.unwrap(), []);
-    bot.stop().await;
-}
-
-#[tokio::test]
-async fn a_payment_is_tried_until_it_is_booked() {
-    let ms = Duration::from_millis;
-    let mut bot = Bot::start_with(|parts| parts.pace = Pace { pause: ms(1), pause_max: ms(5), ..pace() }).await;
-    bot.fake.says(ADA, "/start");
-    bot.fake.says(ADA, "/buy 100");
-    let (payload, amount) = invoice(&bot, 1).await;
-    // Nothing can be booked, for more tries than any other update has.
-    sqlx::raw_sql(
-        "create function no_payment() returns trigger language plpgsql as $$ begin raise exception 'broken'; end $$;
-         create trigger no_payment before insert or update on payments for each row execute function no_payment();",
-    )
-    .execute(&bot.pool)
-    .await
-    .unwrap();
-    bot.fake.pays(ADA, "sk_charge1234567890123456789", amount, &payload);
-    let tried = async {
-        while bot.number("select coalesce(max(tries), 0)::bigint from telegram_inbox").await < 23 {
-            tokio::task::yield_now().await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(60), tried).await.unwrap();
-    assert_eq!(bot.number("select count(*) from telegram_inbox where processed_at is null").await, 1);
-    sqlx::raw_sql("drop trigger no_payment on payments").execute(&bot.pool).await.unwrap();
-    bot.fake.message("you have 200 now").await;
-    bot.settled(3).await;
-    // Its id looks like a key, and is kept to the letter.
-    let known = "select count(*) from payments where charge_id = 'sk_charge1234567890123456789'";
-    assert_eq!(bot.number(known).await, 1);
-    assert!(bot.fake.calls().iter().all(|c| !c.text().contains("Something went wrong")));
-    bot.stop().await;
-}
-
-#[tokio::test]
-async fn money_that_cannot_be_read_is_kept_for_an_operator() {
-    let mut bot = Bot::start().await;
-    bot.fake.says(ADA, "/start");
-    let payment = |charge: Value, amount: Value| {
-        json!({"currency": "XTR", "total_amount": amount, "invoice_payload": "order:1",
-            "telegram_payment_charge_id": charge, "provider_payment_charge_id": "p"})
-    };
-    for _ in 0..2 {
-        bot.fake.says_with(ADA, json!({"successful_payment": payment(json!("stx1"), json!("many"))}));
-    }
-    bot.fake.says_with(EVE, json!({"successful_payment": payment(json!(7), json!(100))}));
-    bot.fake.says_with(ADA, json!({"refunded_payment": payment(json!("stx1"), json!("many"))}));
-    // Who answers to a payment does not pay again.
-    let paid = json!({"message_id": 1, "date": 1, "chat": {"id": ADA, "type": "private", "first_name": "Ada"},
-        "successful_payment": payment(json!("stx2"), json!("many"))});
-    bot.fake.says_with(ADA, json!({"text": "/help", "reply_to_message": paid}));
-    bot.settled(6).await;
-    let kept: Vec<(String, i64, i64, String)> = sqlx::query_as(
-        "select charge_id, telegram_user_id, amount, reason from payment_disputes order by received_at, charge_id",
-    )
-    .fetch_all(&bot.pool)
-    .await
-    .unwrap();
-    let kept: Vec<_> = kept.iter().map(|(charge, from, amount, _)| (charge.as_str(), *from, *amount)).collect();
-    let update = bot.number("select update_id from telegram_inbox where chat_id = 43").await;
-    let expected = [("stx1", ADA, 0), (&*format!("update:{update}"), EVE, 100), ("refund:stx1", ADA, 0)];
-    assert_eq!(kept, expected);
-    let reason = "select count(*) from payment_disputes where reason like '%cannot be read: {%\"many\"%'";
-    assert_eq!(bot.number(reason).await, 2);
-    let said: Vec<_> = bot.fake.done("SendMessage");
-    assert_eq!(said.iter().filter(|c| c.text().contains("could not read it")).count(), 2, "{said:?}");
-    assert_eq!(bot.number("select count(*) from credit_transactions").await, 1);
+        .sends(json!({"callback_query": {"id": "forged", "chat_instance": "c", "data": approve, "message": message,
+        "from": {"id": EVE, "is_bot": false, "first_name": "Eve"}}}));
+    let answers = bot.fake.count("AnswerCallbackQuery", 2).await;
+    assert!(answers.iter().all(|c| c.body["text"].as_str().unwrap().contains("not yours")), "{answers:?}");
+    assert_eq!(
+        bot.number("select count(*) from telegram_asks where answered_at is null").await,
+        1,
+        "nothing is decided"
+    );
+    let kept = "select count(*) from telegram_inbox where raw->'callback_query'->'from'->>'id' = '43' and processed_at is not null";
+    assert_eq!(bot.number(kept).await, 2);
+    bot.fake.presses(ADA, plan.message_id, &approve);
+    bot.fake.message("is done").await;
+    worker.drain(Duration::from_secs(5)).await;
     bot.stop().await;
 }
 
