@@ -1,7 +1,7 @@
 //! What an answer leaves in the books, whatever is in it: a worker, the ledger on a real Postgres, and a provider that says odd
 //! things. And what a call leaves whose process dies while it is under way.
 
-use crate::billing;
+use crate::bench;
 use futures_util::future::BoxFuture;
 use loopwright_activities::{
     MIGRATIONS,
@@ -276,8 +276,8 @@ async fn an_answer_of_a_usual_depth_is_kept() {
 async fn a_reading_is_stored_though_its_checkpoint_cannot_be() {
     let script: Script = Arc::new(|ctx, _| {
         Box::pin(async move {
-            ctx.meter_open("a.0", &billing::opening(100)).await?;
-            let closed = billing::closing(CallState::Succeeded, 1_000, 100);
+            ctx.meter_open("a.0", &bench::opening(100)).await?;
+            let closed = bench::closing(CallState::Succeeded, 1_000, 100);
             ctx.meter_close("a.0", &closed, Some(("answer", &nested(60)))).await?;
             Ok(json!({}))
         })
@@ -361,7 +361,7 @@ async fn a_call_on_a_key_that_openrouter_holds_for_us_is_not_given_away() {
 
 #[tokio::test]
 async fn a_note_names_a_call_under_way_and_changes_nothing_of_one_that_is_closed() {
-    let bench = billing::Bench::new(100).await;
+    let bench = bench::Bench::new(100).await;
     let attempt = bench.attempt(RunId::new(), 1);
     bench.start(&attempt).await;
     let note = async |key: &str, id: &str| {
@@ -385,7 +385,7 @@ async fn a_note_names_a_call_under_way_and_changes_nothing_of_one_that_is_closed
     assert_eq!(id("a.1").await, ("succeeded".into(), Some("req-1".into())));
     // Closed without a name (the answer was lost): the note's stays.
     note("a.2", "gen-3").await;
-    let mut closed = billing::closing(CallState::Unknown, 0, 0);
+    let mut closed = bench::closing(CallState::Unknown, 0, 0);
     closed["provider_request_id"] = Value::Null;
     bench.meter(&attempt, "a.2", Phase::Close, closed).await;
     assert_eq!(id("a.2").await, ("unknown".into(), Some("gen-3".into())));

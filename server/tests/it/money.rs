@@ -257,6 +257,9 @@ async fn spends(pool: &PgPool, user: Uuid, activity: &str, model: &str) {
         own_key_id: None,
         input_tokens_max: 1_000,
         output_tokens_max: 100,
+        local: false,
+        input_umtok_max: None,
+        output_umtok_max: None,
     };
     let usage = Usage { tokens_prompt: 1_000, tokens_output: 100, source: UsageSource::Provider, ..Usage::default() };
     let closed = CallClosed {

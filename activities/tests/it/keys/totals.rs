@@ -2,7 +2,7 @@
 
 use super::{new_key, ring};
 use crate::{
-    billing::Bench,
+    bench::Bench,
     fake_provider::{FakeProvider, answer_json},
 };
 use loopwright_activities::{
