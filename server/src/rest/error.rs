@@ -176,8 +176,8 @@ impl From<loopwright_engine::Error> for Error {
             E::LeaseLost => {
                 Self::new(Code::RequestInProgress, "The run went on meanwhile; ask once more.").retry_after(1)
             }
-            E::DefinitionNotFound(_) => Self::new(Code::InputInvalid, format!("{error}.")),
-            other @ (E::RunExists(_)
+            other @ (E::DefinitionNotFound(_)
+            | E::RunExists(_)
             | E::ForkInvalid(_)
             | E::MigrationInvalid(_)
             | E::MigrationBusy { .. }

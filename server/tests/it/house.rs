@@ -32,6 +32,8 @@ const ROOMS: &[(&str, &[&str])] = &[
             "engine/src/payload/",
             "engine/src/migrate.rs",
             "engine/src/store/",
+            // Where a connection leads to, for what sqlx leaves out.
+            "engine/src/tcp.rs",
             "engine/src/transaction.rs",
             "engine/src/worker/",
             "activities/src/billing/",
