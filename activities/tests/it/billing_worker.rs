@@ -173,6 +173,46 @@ async fn a_call_whose_answer_is_thrown_away_with_the_lease_is_free_and_its_repet
     assert_eq!(bench.violations().await, [""; 0]);
 }
 
+/// Its history cannot be read any more, so no transition of its own settles what it had begun.
+#[tokio::test]
+async fn a_run_that_cannot_be_read_gives_back_what_it_held_when_it_is_terminated() {
+    let bench = Bench::new(100).await;
+    let opened = Arc::new(Notify::new());
+    let hook = Arc::new(LedgerHook::new(BillingSettings::default()));
+    let registry = Registry::new().with(Asks { opened: opened.clone(), answered: Arc::new(Notify::new()) });
+    let mut config = WorkerConfig::new(bench.pool.clone(), registry);
+    config.hook = hook.clone();
+    let worker = worker::start(config).await.expect("worker");
+    let client = Client::new(bench.pool.clone(), hook);
+    let step = json!({"id": "ask", "kind": {"activity": {"name": "asks@1", "with": {}}}});
+    let run = start(&bench, &client, json!([step])).await;
+    opened.notified().await;
+    let (balance, held) = bench.balance().await;
+    assert!(balance == 100_000_000 && held > 0, "{balance} {held}");
+    worker.crash();
+    sqlx::query("update history set events = '[{\"type\": \"nothing_that_is_known\"}]' where run_id = $1")
+        .bind(run.0)
+        .execute(&bench.pool)
+        .await
+        .expect("overwritten");
+    assert_eq!(client.describe(run).await.expect_err("unreadable").code(), "invariant");
+
+    client.terminate(run, "nothing to be saved").await.expect("terminated");
+
+    assert_eq!(bench.balance().await, (100_000_000, 0));
+    let ended: (String, String) = sqlx::query_as(
+        "select a.state, u.state from activity_attempts a join api_key_usage u on u.attempt_id = a.id",
+    )
+    .fetch_one(&bench.pool)
+    .await
+    .expect("one attempt with one call");
+    assert_eq!(ended, ("lost".to_owned(), "unknown".to_owned()));
+    let again = client.terminate(run, "again").await.expect_err("it has ended");
+    assert_eq!(again.code(), "run_closed");
+    assert_eq!(bench.balance().await, (100_000_000, 0));
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
 /// An activity with one model call, which it makes at once.
 pub(crate) struct Calls;
 

@@ -12,6 +12,7 @@ mod credits;
 mod demo;
 mod dev;
 mod doctor;
+mod failure;
 mod index;
 mod keys;
 mod migrate;
@@ -26,12 +27,11 @@ mod worker;
 mod workflow;
 
 use crate::{
-    app::{App, Lacks},
-    config::{self, Config, Flags},
-    postgres, rest, telemetry,
+    app::App,
+    config::{Config, Flags},
+    postgres, telemetry,
 };
 use clap::{Parser, Subcommand};
-use loopwright_activities::{provider::settings::SettingsError, sandbox::SandboxError};
 use serde::Serialize;
 
 /// It could not be done, or a check found something.
@@ -116,13 +116,13 @@ impl Context {
 
 /// Runs the command line and gives the exit code.
 pub async fn run(cli: Cli) -> u8 {
+    let json = cli.json;
     match dispatch(cli).await {
         Ok(code) => code,
         Err(error) => {
-            // One sentence with the remedy; causes that it does not name yet follow.
-            let text = telemetry::redact(&format!("{error:#}")).into_owned();
-            eprintln!("loopwright: {text}");
-            exit_code(&error)
+            let (exit, text) = failure::tell(&error, json);
+            eprintln!("{text}");
+            exit
         }
     }
 }
@@ -164,22 +164,6 @@ async fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Completion(_) => Ok(()),
     };
     done.map(|()| 0)
-}
-
-fn exit_code(error: &anyhow::Error) -> u8 {
-    for cause in error.chain() {
-        if cause.is::<config::Error>() || cause.is::<SettingsError>() {
-            return EXIT_USAGE;
-        }
-        if cause.is::<postgres::Error>()
-            || cause.is::<rest::serve::BindError>()
-            || cause.is::<SandboxError>()
-            || cause.is::<Lacks>()
-        {
-            return EXIT_MACHINE;
-        }
-    }
-    EXIT_FAILED
 }
 
 /// Prints a value as JSON, or as `plain` renders it.

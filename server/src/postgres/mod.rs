@@ -38,6 +38,20 @@ pub enum Error {
     Migrate(#[from] loopwright_engine::migrate::Error),
 }
 
+impl Error {
+    /// A stable code for programs; listed in the crate's README.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::NotConfigured => "database_missing",
+            Self::Address(_) => "database_address",
+            Self::Unreachable { .. } => "database_unreachable",
+            Self::Embedded(error) => error.code(),
+            Self::Migrate(error) => error.code(),
+        }
+    }
+}
+
 /// An open database.
 #[derive(Debug)]
 pub struct Database {

@@ -1,5 +1,7 @@
 //! The real binary: exit codes and sentences.
 
+mod terms;
+
 use crate::support::{Server, Work, activity, problem, read, run_of, script};
 use loopwright_activities::billing::{BillingSettings, LedgerHook};
 use loopwright_engine::{embedded::testing, ids::RunId};

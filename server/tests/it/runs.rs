@@ -2,7 +2,7 @@
 
 use crate::support::{Server, Work, activity, problem, question, read, run_of, script};
 use futures_util::StreamExt;
-use loopwright_engine::definition::Approval;
+use loopwright_engine::{client::Signal, definition::Approval};
 use reqwest::Response;
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -229,4 +229,26 @@ async fn an_update_is_answered_and_a_query_asked_over_rest() {
     assert_eq!(read(ask("at").await.unwrap()).await.1["result"], "terminated");
     problem(send(json!({"name": "user_message"}), "wait=1").await.unwrap(), 409, "run_closed").await;
     worker.drain(Duration::from_secs(5)).await;
+}
+
+#[tokio::test]
+async fn who_sends_to_a_run_that_nobody_drives_is_told_to_wait() {
+    let server = Server::start().await;
+    let (_, run, worker) = asked(&server).await;
+    worker.drain(Duration::from_secs(5)).await;
+    let client = server.client();
+    let signal = |n: u32| Signal {
+        name: "user_message".into(),
+        payload: json!({"text": "more"}),
+        dedupe_id: Some(n.to_string()),
+        sender: None,
+    };
+    for n in 0..1_000 {
+        assert!(client.signal(run.parse().unwrap(), signal(n)).await.unwrap(), "{n}");
+    }
+    let body = json!({"name": "user_message", "payload": {"text": "one more"}});
+    let full = server.post("ann", &format!("/v1/runs/{run}/signals"), &body).send().await.unwrap();
+    assert_eq!(full.headers()["retry-after"], "30");
+    let told = problem(full, 429, "rate_limited").await;
+    assert!(told["detail"].as_str().unwrap().starts_with("1000 messages wait"), "{told}");
 }
