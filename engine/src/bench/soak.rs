@@ -21,8 +21,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Runs that are kept in the queue.
+/// Runs that are kept in the queue; between half of them and all.
 const BACKLOG: usize = 1_000;
+/// Steps of one of them.
+const STEPS: usize = 10;
 /// Steps of the long run.
 const LONG: u32 = 10_000;
 /// Steps of the long run whose rate is its rate at the start and at the end.
@@ -83,7 +85,7 @@ async fn long_run(host: &Host, options: &Options, report: &mut Report) -> Result
 
 /// Steady load, first alone, then beside a transaction that keeps an old snapshot.
 async fn pinned(host: &Host, duration: Duration, progress: &dyn Fn(&str), report: &mut Report) -> Result<()> {
-    let definition = scene::deploy(host, scene::chain("soak", 10)).await?;
+    let definition = scene::deploy(host, scene::chain("soak", STEPS)).await?;
     let steps = Arc::new(AtomicU64::new(0));
     let counted = steps.clone();
     let registry = scene::registry_of(move |_| {
@@ -95,8 +97,9 @@ async fn pinned(host: &Host, duration: Duration, progress: &dyn Fn(&str), report
     let before = (duration / 10).clamp(Duration::from_secs(5), Duration::from_secs(120));
     progress("steady load");
     // The first moments fill caches and the first connections.
-    load(host, definition, &steps, before / 5).await?;
-    let alone = load(host, definition, &steps, before).await?;
+    let mut started = 0;
+    load(host, definition, (&steps, &mut started), before / 5).await?;
+    let alone = load(host, definition, (&steps, &mut started), before).await?;
     let mut tx = transaction::begin(&host.pool).await?;
     sqlx::query("set transaction isolation level repeatable read").execute(&mut *tx).await?;
     sqlx::query("set local idle_in_transaction_session_timeout = 0").execute(&mut *tx).await?;
@@ -104,7 +107,7 @@ async fn pinned(host: &Host, duration: Duration, progress: &dyn Fn(&str), report
     progress("steady load beside a pinned snapshot");
     let mut rates = Vec::new();
     for _ in 0..10 {
-        rates.push(load(host, definition, &steps, duration / 10).await?);
+        rates.push(load(host, definition, (&steps, &mut started), duration / 10).await?);
     }
     tx.rollback().await?;
     worker.drain(Duration::from_secs(10)).await;
@@ -125,15 +128,20 @@ async fn pinned(host: &Host, duration: Duration, progress: &dyn Fn(&str), report
     scene::reset(host).await
 }
 
-/// Keeps a backlog of runs for that long. Steps per second.
-async fn load(host: &Host, definition: DefinitionHash, steps: &AtomicU64, length: Duration) -> Result<f64> {
+/// Keeps the backlog for that long; `started` are the steps of all runs so far. Steps per second.
+async fn load(
+    host: &Host,
+    definition: DefinitionHash,
+    (steps, started): (&AtomicU64, &mut u64),
+    length: Duration,
+) -> Result<f64> {
+    let half = ((BACKLOG / 2) * STEPS) as u64;
     let (begun, before) = (Instant::now(), steps.load(Ordering::Relaxed));
     while begun.elapsed() < length {
-        // Not by asking the tables: that would be one more load that grows with the dead rows.
-        let taken = steps.load(Ordering::Relaxed);
         scene::start(host, definition, &json!({}), "", BACKLOG / 2).await?;
-        let wanted = taken + (BACKLOG as u64 / 2) * 10 * 9 / 10;
-        while steps.load(Ordering::Relaxed) < wanted && begun.elapsed() < length {
+        *started += half;
+        // Not by asking the tables: that would be one more load that grows with the dead rows.
+        while steps.load(Ordering::Relaxed) + half < *started && begun.elapsed() < length {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         if begun.elapsed() > length + PATIENCE {

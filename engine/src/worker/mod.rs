@@ -454,6 +454,8 @@ async fn claim(
         let left = order.iter().filter(|due| !taken.contains(&due.run)).map(|due| due.due_at).min();
         let upto = if claimed.len() < limit { None } else { left };
         looks.since = Some(upto.unwrap_or(asked) - pace::LATE);
+    } else if let Some(oldest) = look.oldest {
+        looks.since = Some(oldest - pace::LATE);
     }
     Ok(claimed)
 }

@@ -45,7 +45,7 @@ impl Pace {
 /// What the poll remembers from look to look.
 #[derive(Debug)]
 pub(super) struct Looks {
-    /// Everything that was due before is claimed, or was locked by another worker that claims it.
+    /// What was due before is claimed, or was locked by another worker that claims it.
     pub(super) since: Option<DateTime<Utc>>,
     pub(super) whole: Pace,
     pub(super) messages: Pace,

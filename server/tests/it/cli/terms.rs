@@ -39,7 +39,8 @@ async fn a_start_says_its_terms_and_a_signal_with_an_id_arrives_once() {
             .await
             .unwrap();
     assert_eq!(held, ("line".to_owned(), None), "it waits for the first");
-    let (code, _, stderr) = run(&[&["run", "start", "small", "--json"][..], &group, &["--group-full", "fail"]].concat());
+    let (code, _, stderr) =
+        run(&[&["run", "start", "small", "--json"][..], &group, &["--group-full", "fail"]].concat());
     let told: Value = serde_json::from_str(&stderr).unwrap();
     assert_eq!((code, &told["error"]["code"]), (Some(1), &json!("concurrency_full")), "{stderr}");
 
