@@ -97,6 +97,31 @@ async fn what_waits_already_is_not_read_to_find_what_has_just_come_due() {
     assert_eq!(timed, 5_000, "the ten are noted");
 }
 
+/// An old snapshot keeps what was claimed, and more than a window is due: the next look begins at the oldest run that is left.
+#[tokio::test]
+async fn a_long_queue_behind_dead_rows_is_looked_at_from_its_oldest_run_on() {
+    let pool = database(MIGRATIONS).await;
+    queue(&pool, "claimed", 50_000, 3, false, 600).await;
+    let mut pinned = pool.begin().await.expect("transaction");
+    sqlx::query("set transaction isolation level repeatable read").execute(&mut *pinned).await.expect("sql");
+    sqlx::query("select count(*) from ready").execute(&mut *pinned).await.expect("sql");
+    sqlx::query("delete from ready").execute(&pool).await.expect("sql");
+    queue(&pool, "waiting", 2_000, 3, false, 60).await;
+    sqlx::query("analyze ready").execute(&pool).await.expect("sql");
+    let queues = ["default".to_owned()];
+    let mut conn = pool.acquire().await.expect("connection");
+    let look = due(&mut conn, Spread::Together, &queues, None, 256).await.expect("sql");
+    assert!(!look.all && look.oldest == look.due.iter().map(|due| due.due_at).min(), "{:?}", look.oldest);
+    let again = due(&mut conn, Spread::Together, &queues, look.oldest, 256).await.expect("sql");
+    assert!(!again.all && again.oldest == look.oldest && again.due.len() == look.due.len(), "nothing is left out");
+    let lanes = BY_LANE_SQL.text(None).replace("$3::int", "$3::int8::int").replace("$3 - 1", "$3::int8::int - 1");
+    for (sql, more) in [(WINDOW_SQL.text(None).to_owned(), &[513][..]), (lanes, &[0, LANES, 256])] {
+        let whole = pages(&pool, &sql, None, more).await;
+        let from = pages(&pool, &sql, look.oldest, more).await;
+        assert!(whole > 10_000 && from < 1_500, "{whole} pages, from the oldest on {from}");
+    }
+}
+
 #[tokio::test]
 async fn a_look_at_many_lanes_begins_anywhere_and_leaves_nobody_out() {
     let pool = database(MIGRATIONS).await;
