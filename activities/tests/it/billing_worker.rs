@@ -200,12 +200,11 @@ async fn a_run_that_cannot_be_read_gives_back_what_it_held_when_it_is_terminated
     client.terminate(run, "nothing to be saved").await.expect("terminated");
 
     assert_eq!(bench.balance().await, (100_000_000, 0));
-    let ended: (String, String) = sqlx::query_as(
-        "select a.state, u.state from activity_attempts a join api_key_usage u on u.attempt_id = a.id",
-    )
-    .fetch_one(&bench.pool)
-    .await
-    .expect("one attempt with one call");
+    let ended: (String, String) =
+        sqlx::query_as("select a.state, u.state from activity_attempts a join api_key_usage u on u.attempt_id = a.id")
+            .fetch_one(&bench.pool)
+            .await
+            .expect("one attempt with one call");
     assert_eq!(ended, ("lost".to_owned(), "unknown".to_owned()));
     let again = client.terminate(run, "again").await.expect_err("it has ended");
     assert_eq!(again.code(), "run_closed");
