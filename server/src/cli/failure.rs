@@ -3,7 +3,7 @@
 use super::{EXIT_FAILED, EXIT_MACHINE, EXIT_USAGE};
 use crate::{app::Lacks, config, postgres, rest, telemetry};
 use loopwright_activities::{
-    billing::LedgerError, index::IndexError, keys, provider::settings::SettingsError, sandbox::SandboxError,
+    billing::ledger::LedgerError, index::IndexError, keys, provider::settings::SettingsError, sandbox::SandboxError,
 };
 use loopwright_engine::{embedded, migrate};
 use serde_json::json;
