@@ -8,8 +8,8 @@
 --
 --   create role loopwright_worker login password '…' in role loopwright_app;
 --
--- `server` and `worker` get that one's address, `migrate` and `retention` the owner's: RUNBOOK.md, "Roles". A new table is out of reach
--- of the application until this has been run, so that nothing append-only is ever open.
+-- `server` and `worker` get that one's address, `migrate`, `retention` and `keys reseal` (which seals history anew) the owner's:
+-- RUNBOOK.md, "Roles". A new table is out of reach of the application until this has been run, so that nothing append-only is ever open.
 
 do $$ begin
   create role loopwright_app nologin;

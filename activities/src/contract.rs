@@ -20,6 +20,7 @@ pub const MODEL_FAILURES: &[&str] = &[
     "model.truncated",
     "model.context_overflow",
     "model.unavailable",
+    "model.no_own_key",
     "model.unpriced",
     "model.too_dear",
     "provider.key_invalid",

@@ -28,6 +28,7 @@ use loopwright_activities::{
 };
 use loopwright_engine::{
     client::Client,
+    migrate,
     signature::Catalog,
     worker::{self, WorkerConfig, WorkerHandle},
 };
@@ -79,11 +80,24 @@ impl App {
         Ok(Self { config, pool, client, store, hook, database_url: url, server })
     }
 
-    /// [`Self::open`], then migrates: for commands of one machine, where nobody else does.
+    /// [`Self::open`], then migrates: for commands of one machine, where nobody else does. Where there are two roles, the
+    /// application's leaves that to the owner and finds it done.
     pub async fn open_migrated(config: Config, fallback: Fallback) -> Result<Self, postgres::Error> {
         let app = Self::open(config, fallback).await?;
-        app.migrate().await?;
+        if !app.finds_it_done().await? {
+            app.migrate().await?;
+        }
         Ok(app)
+    }
+
+    /// Whether this role makes no tables, and none is missing: to migrate would be refused though there is nothing to do.
+    async fn finds_it_done(&self) -> Result<bool, postgres::Error> {
+        let makes: bool = sqlx::query_scalar("select coalesce(has_schema_privilege(current_schema(), 'create'), true)")
+            .fetch_one(&self.pool)
+            .await
+            .map_err(migrate::Error::Sql)?;
+        let missing = migrate::missing(&self.pool, loopwright_activities::MIGRATIONS);
+        Ok(!makes && missing.await.map_err(migrate::Error::Sql)?.is_empty())
     }
 
     /// Brings the database to the schema of this program.

@@ -105,13 +105,14 @@ pub const INVARIANTS: &[(&str, &str, &str)] = &[
         "I13",
         "a call was priced by the wrong row",
         "select k.id::text, k.user_id from api_key_usage k join model_pricing m on m.id = k.pricing_id
-         where m.provider <> k.provider or m.model_id not in (k.model_requested, '*') or m.effective_from > k.started_at
+         -- What is unknown was never priced: a look-up says how large its prompt was, and it is free whatever was announced.
+         where k.state <> 'unknown' and (m.provider <> k.provider or m.model_id not in (k.model_requested, '*') or m.effective_from > k.started_at
             or (m.model_id = '*' and exists (select 1 from model_pricing o where o.provider = k.provider and o.model_id = k.model_requested
                   and o.service_tier = m.service_tier and o.effective_from <= k.started_at))
             or exists (select 1 from model_pricing n where n.provider = m.provider and n.model_id = m.model_id and n.service_tier = m.service_tier
                  and n.effective_from <= k.started_at and k.tokens_prompt is not null and (n.effective_from > m.effective_from
                    or (n.effective_from = m.effective_from and n.min_prompt_tokens > m.min_prompt_tokens and k.tokens_prompt > n.min_prompt_tokens)))
-            or (m.min_prompt_tokens > 0 and k.tokens_prompt <= m.min_prompt_tokens)",
+            or (m.min_prompt_tokens > 0 and k.tokens_prompt <= m.min_prompt_tokens))",
     ),
     (
         "I14",

@@ -172,7 +172,11 @@ pub async fn drifted(conn: &mut PgConnection, bps: i64) -> Result<Vec<Drift>, sq
              + coalesce(k.tokens_reasoning, 0)::numeric * coalesce(m.reasoning_umtok, m.output_umtok)) ours
            from api_key_usage k join model_pricing m on m.id = k.pricing_id
            join api_keys y on y.id = k.api_key_id and y.user_id is null
-           where k.state = 'succeeded' and k.provider_cost_pusd is not null and k.raw_usage->>'is_byok' is distinct from 'true' and k.finished_at > engine_now() - interval '1 day'
+           where k.state = 'succeeded' and k.provider_cost_pusd is not null and k.finished_at > engine_now() - interval '1 day'
+             -- As answers are read: said, or, where it is left out, seen by what the vendor behind has charged.
+             and case k.raw_usage->>'is_byok' when 'true' then false when 'false' then true
+                   else case when k.raw_usage->'cost_details'->>'upstream_inference_cost' ~ '^[0-9]+([.][0-9]+)?$'
+                          then (k.raw_usage->'cost_details'->>'upstream_inference_cost')::numeric = 0 else true end end
            group by 1, 2) s
          where abs(theirs - ours) * 10000 > $1 * greatest(theirs, ours) order by 1, 2",
     )

@@ -26,6 +26,10 @@ use uuid::Uuid;
 /// Smallest hold, in micro-credits: an attempt that expects no call still may make a cheap one.
 const HOLD_MIN_UCR: i64 = 10_000;
 
+/// A hold that a call does not fit into grows by at least this part of it, where there is room: a row and its allocations for each
+/// call of a long attempt would be as many writes again. Chosen: twenty extensions make a hold eighty times as large.
+const GROWTH_PART: i64 = 4;
+
 /// What a step waits for while an audit has stopped its user's holds: an operator looks, and it goes on by itself.
 const REVIEW: &str = "review";
 const STOPPED: &str = "an audit found a difference in this account, so it holds no more credits until an operator has looked; it goes on by itself then";
@@ -228,13 +232,16 @@ impl LedgerHook {
                     ),
                 );
             }
-            if let Some(cap) = caps::tightest(conn, attempt, owner.project).await?.filter(|cap| cap.left < more) {
+            let tightest = caps::tightest(conn, attempt, owner.project).await?;
+            if let Some(cap) = tightest.filter(|cap| cap.left < more) {
                 let (what, left, remedy) = (cap.kind.of_what(), cap.left, cap.kind.remedy());
                 return refused(
                     cap.used_up(conn, attempt, owner.project).await?,
                     format!("{what} is used up: {left} credits are left of it, the next call needs {more}{remedy}"),
                 );
             }
+            let room = tightest.map_or(available, |cap| available.min(cap.left));
+            let more = growth(MicroCredits(held), more, room);
             hold::place(conn, owner.user, id, hold_no + 1, more, rate, at).await?;
         }
         let api_key = match own {
@@ -270,6 +277,13 @@ struct Wanted {
     all: i64,
     /// For its dearest call.
     least: i64,
+}
+
+/// By how much a hold grows whose next call needs `more`, which is within `room`: by a part of what is held, so that the calls after
+/// it find room in it. Of what is there beyond the need half stays for others of the user.
+fn growth(held: MicroCredits, more: MicroCredits, room: MicroCredits) -> MicroCredits {
+    let ahead = (held.0 / GROWTH_PART).saturating_sub(more.0);
+    MicroCredits(more.0 + ahead.clamp(0, (room.0 - more.0).max(0) / 2))
 }
 
 /// Who pays for an attempt, from the run's attributes.
@@ -393,5 +407,26 @@ impl TransitionHook for LedgerHook {
                 }
             }
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hold_grows_by_a_part_of_it_within_its_room() {
+        for (held, more, room, expected) in [
+            (1_000, 10, 100_000, 250),
+            (1_000, 250, 100_000, 250),
+            (1_000, 900, 100_000, 900),
+            (0, 10, 100_000, 10),
+            (1_000, 10, 110, 60),
+            (1_000, 10, 10, 10),
+            (i64::MAX, 1, i64::MAX, i64::MAX / 4),
+        ] {
+            let grown = growth(MicroCredits(held), MicroCredits(more), MicroCredits(room));
+            assert_eq!(grown, MicroCredits(expected), "{held} {more} {room}");
+        }
     }
 }

@@ -15,7 +15,9 @@ const UNUSABLE: &str = "model.output_invalid";
 const UNAVAILABLE: &str = "transient.unavailable";
 const UNAVAILABLE_BEFORE: &str = "model.unavailable";
 /// The rule that gives back what a provider spoiled. A user's own key and his own server are not the platform's provider: who
-/// could make them fail would have the platform's calls for nothing.
+/// could make them fail would have the platform's calls for nothing. Whose fault it was the attempt's last call tells if it is the
+/// one that failed. Without such a row, because nobody was asked, only an attempt that the platform alone could serve counts, from
+/// its start to its end: whoever brings keys holds nothing at the start.
 const PROVIDER_FAULT: &str = "provider_fault";
 
 /// Asks the policy about an attempt that has just been settled with a failure. Of several rules that fit the most generous one
@@ -41,10 +43,13 @@ pub(super) async fn attempt_ended(conn: &mut PgConnection, attempt: Uuid) -> Res
            and (r.activity is null or r.activity = a.activity)
            and not (r.final_only and a.again) and r.gives in ('unusable_calls', 'attempt') and r.share_bps > 0
            and (r.rule <> $3 or coalesce(
-             (select y.user_id is null from api_key_usage k join api_keys y on y.id = k.api_key_id
-              where k.attempt_id = a.id and k.state in ('failed', 'unknown') order by k.call_no desc limit 1),
-             not exists (select from api_key_usage k join api_keys y on y.id = k.api_key_id
-                         where k.attempt_id = a.id and y.user_id is not null)))
+             (select case when k.state in ('failed', 'unknown') then y.user_id is null end
+              from api_key_usage k join api_keys y on y.id = k.api_key_id where k.attempt_id = a.id order by k.call_no desc limit 1),
+             exists (select from credit_transactions h where h.attempt_id = a.id and h.kind = 'hold')
+             and not exists (select from api_keys y where y.user_id = a.user_id and y.source = 'sealed'
+                               and (y.status <> 'revoked' or y.sealed_at >= a.started_at))
+             and not exists (select from api_key_usage k join api_keys y on y.id = k.api_key_id
+                             where k.attempt_id = a.id and y.user_id is not null)))
          where a.id = $1",
     )
     .bind(attempt)

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! none ─refund─▶ requested ─provider gave it back─▶ done
-//!   │                └──────provider refuses──────▶ refused (the credits are given back)
+//!   │                └──────provider refuses──────▶ refused (the credits are given again)
+//!   │                                                  └─provider gave it back after all─▶ done (what is free of them is taken)
 //!   └─charge_back (the provider took it by itself)─▶ done, or chargeback if nothing was left
 //! ```
 //!
@@ -139,24 +140,36 @@ pub async fn charge_back(
     if state != "none" {
         return Ok(None);
     }
-    sqlx::query("update credit_grants set remaining_ucr = held_ucr, expires_at = engine_now() where id = $1")
-        .bind(grant)
-        .execute(&mut *conn)
-        .await?;
-    if free > 0 {
-        let key = format!("refund:{charge_id}");
-        append(
-            conn,
-            &Entry { grant: Some(grant), ..Entry::new(user, "adjustment", -free, 0, "platform:purchase", &key) },
-        )
-        .await?;
-    }
+    let key = format!("refund:{charge_id}");
+    end_grant(conn, user, grant, free, "platform:purchase", &key).await?;
     sqlx::query("update payments set refund_state = $2 where charge_id = $1")
         .bind(charge_id)
         .bind(if free > 0 { "done" } else { "chargeback" })
         .execute(&mut *conn)
         .await?;
     Ok(Some(MicroCredits(free)))
+}
+
+/// Ends a grant of which so much is neither used nor held: that is taken, and what is held expires once it is released.
+///
+/// # Transaction
+/// The user and the grant must be locked.
+async fn end_grant(
+    conn: &mut PgConnection,
+    user: Uuid,
+    grant: Uuid,
+    free: i64,
+    account: &str,
+    key: &str,
+) -> Result<(), LedgerError> {
+    sqlx::query("update credit_grants set remaining_ucr = held_ucr, expires_at = engine_now() where id = $1")
+        .bind(grant)
+        .execute(&mut *conn)
+        .await?;
+    if free > 0 {
+        append(conn, &Entry { grant: Some(grant), ..Entry::new(user, "adjustment", -free, 0, account, key) }).await?;
+    }
+    Ok(())
 }
 
 /// The payment provider carried a refund out.
@@ -222,11 +235,52 @@ pub async fn refund_refused(conn: &mut PgConnection, charge_id: &str, why: &str)
     grant(conn, user, GrantSource::Adjustment, &format!("refund-refused:{charge_id}"), MicroCredits(taken), None).await
 }
 
-/// Books what the payment provider says it has given back: an untouched purchase as a refund, of any other what is left of it.
-/// False if nothing is known of the payment.
+/// The payment provider gave back after all what it had refused to: of the credits that [`refund_refused`] has given again, what is
+/// neither used nor held is taken. Returns the credits taken, perhaps zero; `None` if the payment is not `refused`.
+///
+/// # Transaction
+/// Locks the user, then the grant. Key `refund-again:<charge>`. The payment is `done`.
+async fn refused_after_all(
+    conn: &mut PgConnection,
+    user: Uuid,
+    charge_id: &str,
+) -> Result<Option<MicroCredits>, LedgerError> {
+    lock(conn, user).await?;
+    let refused = sqlx::query(
+        "update payments set refund_state = 'done' where charge_id = $1 and user_id = $2 and refund_state = 'refused'",
+    )
+    .bind(charge_id)
+    .bind(user)
+    .execute(&mut *conn)
+    .await?;
+    if refused.rows_affected() == 0 {
+        return Ok(None);
+    }
+    // It is there: the refusal was booked together with it.
+    let (grant, free): (Uuid, i64) = sqlx::query_as(
+        "select id, remaining_ucr - held_ucr from credit_grants
+         where source = 'adjustment' and source_ref = 'refund-refused:' || $1 and user_id = $2 for no key update",
+    )
+    .bind(charge_id)
+    .bind(user)
+    .fetch_one(&mut *conn)
+    .await?;
+    let key = format!("refund-again:{charge_id}");
+    end_grant(conn, user, grant, free, "platform:adjustment", &key).await?;
+    Ok(Some(MicroCredits(free)))
+}
+
+/// Books what the payment provider says it has given back: an untouched purchase as a refund, of any other what is left of it, and
+/// of one whose refund it had refused what is left of the credits that were given again. Twice is once. False if nothing is known of
+/// the payment.
 pub async fn taken_back(conn: &mut PgConnection, user: Uuid, charge_id: &str) -> Result<bool, LedgerError> {
     match refund(conn, user, charge_id).await {
-        Ok(_) => refund_done(conn, charge_id).await?,
+        Ok(_) => {
+            refund_done(conn, charge_id).await?;
+            if let Some(taken) = refused_after_all(conn, user, charge_id).await? {
+                tracing::warn!(%user, charge = charge_id, taken_ucr = taken.0, "a payment was given back after its refund was refused");
+            }
+        }
         Err(LedgerError::Used(_)) => {
             let taken = charge_back(conn, user, charge_id).await?;
             tracing::warn!(%user, charge = charge_id, taken_ucr = taken.map(|t| t.0), "a used payment was given back");

@@ -148,7 +148,7 @@ impl Own {
             names.join(", "),
             role.name()
         );
-        Failure::permanent("model.unavailable", message)
+        Failure::permanent("model.no_own_key", message)
     }
 }
 

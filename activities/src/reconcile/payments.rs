@@ -106,12 +106,15 @@ async fn one(b: &Books, line: &StarTransaction) -> Result<Option<Finding>, Failu
                 purchase::refund_done(&mut tx, &line.id).await.map_err(|e| ledger_failure(&e))?;
                 None
             }
-            // What was refused was given back after all: the credits were given again, and somebody has to decide.
-            "refused" => finding(
-                "refund_twice",
-                Some(user),
-                "Telegram gave back what it had refused to; the credits were given again as well",
-            ),
+            // The same as the bot does when the update of it comes, so that neither takes what the other has taken.
+            "refused" => {
+                purchase::taken_back(&mut tx, user, &line.id).await.map_err(|e| ledger_failure(&e))?;
+                finding(
+                    "refund_twice",
+                    Some(user),
+                    "Telegram gave back what it had refused to; what was left of the credits given again is taken now",
+                )
+            }
             _ => None,
         },
         (false, Known::Nothing) => finding("refund_unknown", None, "Telegram gave back a payment that we do not know"),

@@ -244,7 +244,7 @@ impl AgentLoop {
         let mut question = Question { request: self.request(messages), smaller: smaller.to_vec() };
         match self.orchestrator.call(ctx, key, question.clone()).await {
             Err(failure)
-                if failure.code == "model.unavailable"
+                if matches!(failure.code.as_str(), "model.unavailable" | "model.no_own_key")
                     && failure.kind == FailureKind::Permanent
                     && !question.request.tools.is_empty() =>
             {

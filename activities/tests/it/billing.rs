@@ -84,6 +84,56 @@ async fn a_hold_grows_with_its_calls_until_credits_or_budget_end() {
     assert_eq!(bench.violations().await, [""; 0]);
 }
 
+// Each call beyond the plan was a hold of its own.
+#[tokio::test]
+async fn many_calls_beyond_the_plan_extend_the_hold_a_few_times() {
+    let bench = Bench::new(100).await;
+    let attempt = bench.attempt(RunId::new(), 1);
+    assert_eq!(bench.start(&attempt).await, None);
+    let cap = 50_000_000;
+    for n in 0..100 {
+        let key = format!("a.{n}");
+        assert!(matches!(bench.open(&attempt, &key, 100).await, Verdict::Accepted), "{n}");
+        let held = bench.balance().await.1;
+        assert!(held >= (n + 1) * CALL_UCR && held <= cap, "{n}: {held}");
+        bench.close(&attempt, &key, CallState::Succeeded, 1_000, 100).await;
+        assert_eq!(bench.violations().await.len(), 0, "{n}");
+    }
+    let holds: i64 = sqlx::query_scalar("select count(*) from credit_transactions where kind = 'hold'")
+        .fetch_one(&bench.pool)
+        .await
+        .expect("count");
+    assert!(holds <= 20, "{holds} holds for a hundred calls");
+    // What was held ahead and not used is given back, to the last micro-credit.
+    bench.end(&attempt, Outcome::Succeeded).await;
+    assert_eq!(bench.balance().await, (100_000_000 - 100 * CALL_UCR, 0));
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn what_a_hold_takes_ahead_never_keeps_a_call_from_the_last_credits() {
+    // Twelve calls fit, whatever was held ahead of them.
+    let bench = Bench::new(0).await;
+    bench.order("ord", 12 * CALL_UCR).await;
+    bench.pay("c1", "ord").await.expect("paid");
+    let attempt = bench.attempt(RunId::new(), 1);
+    // Its plan is one call of that size.
+    let mut start = planning(&attempt, 1);
+    let call = PlannedCall { candidates: vec![model()], count: 1, input_tokens: 1_000, output_tokens: 100 };
+    start.reserve = serde_json::to_value(Reserve { calls: vec![call] }).expect("json");
+    assert_eq!(bench.transition(attempt.run_id, vec![], vec![start]).await, None);
+    for n in 0..12 {
+        let key = format!("a.{n}");
+        assert!(matches!(bench.open(&attempt, &key, 100).await, Verdict::Accepted), "{n}");
+        bench.close(&attempt, &key, CallState::Succeeded, 1_000, 100).await;
+    }
+    let verdict = bench.open(&attempt, "a.12", 100).await;
+    assert!(matches!(&verdict, Verdict::Refused { reason, .. } if reason == "credits"), "{verdict:?}");
+    bench.end(&attempt, Outcome::Blocked).await;
+    assert_eq!(bench.balance().await, (0, 0));
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
 #[tokio::test]
 async fn a_budget_pays_for_the_runs_below_its_run_too() {
     let bench = Bench::new(100).await;

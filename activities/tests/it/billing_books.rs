@@ -1,7 +1,7 @@
 //! Reconciliation and price lists, against a provider and a Telegram of ours.
 
 use crate::{
-    bench::Bench,
+    bench::{Bench, closing_with, opening},
     fake_provider::{Act, FakeProvider, Seen},
 };
 use chrono::{DateTime, Duration, Utc};
@@ -11,18 +11,20 @@ use loopwright_activities::{
         books::{self, Kept},
         ledger::{self, LedgerError},
         pricelist::{self, Trust},
+        purchase,
         report::{self, By, Span},
     },
     provider::{Settings, account::OpenRouterAccount},
     reconcile::{self, Books, Output, StarTransaction, Stars},
-    usage::CallState,
+    usage::{CallState, Usage, UsageSource},
 };
 use loopwright_engine::{
     Failure,
     client::Client,
-    hook::{NoHook, Outcome},
+    hook::{NoHook, Outcome, Phase},
     ids::RunId,
 };
+use serde_json::json;
 use std::sync::{Arc, Mutex};
 
 /// One JSON answer.
@@ -74,15 +76,20 @@ async fn a_lost_answer_is_looked_up_until_the_provider_knows_it_and_charges_nobo
     let bench = Bench::new(100).await;
     let attempt = bench.attempt(RunId::new(), 1);
     bench.start(&attempt).await;
-    bench.open(&attempt, "a.0", 100).await;
-    bench.close(&attempt, "a.0", CallState::Unknown, 0, 0).await;
-    bench.end(&attempt, Outcome::Failed).await;
+    // Announced at the price of large prompts; it turns out to have been a small one.
     sqlx::raw_sql(
-        "update api_key_usage set provider = 'openrouter', provider_request_id = 'gen-1'; update api_keys set provider = 'openrouter'",
+        "insert into model_pricing (provider, model_id, effective_from, min_prompt_tokens, input_umtok, output_umtok, source)
+         values ('openrouter', 'v/m', '2026-01-01', 0, 1000000, 1000000, 't'), ('openrouter', 'v/m', '2026-01-01', 500, 2000000, 2000000, 't')",
     )
     .execute(&bench.pool)
     .await
-    .expect("as if");
+    .expect("prices");
+    let mut call = opening(100);
+    (call["provider"], call["model"]) = ("openrouter".into(), "v/m".into());
+    bench.meter(&attempt, "a.0", Phase::Open, call).await;
+    bench.meter(&attempt, "a.0", Phase::Note, json!({"provider_request_id": "gen-1"})).await;
+    // Its worker is dead.
+    bench.end(&attempt, Outcome::Lost).await;
     let fake = FakeProvider::start(|seen: &Seen, n| {
         assert_eq!(seen.path, "/api/v1/generation?id=gen-1");
         if n == 0 {
@@ -104,7 +111,9 @@ async fn a_lost_answer_is_looked_up_until_the_provider_knows_it_and_charges_nobo
             .expect("row");
     assert_eq!(row, ("unknown".into(), "lookup".into(), 194, 310_000_001, 0));
     assert_eq!(bench.balance().await, (100_000_000, 0));
-    assert_eq!(bench.violations().await.iter().filter(|name| **name != "I13").count(), 0);
+    assert_eq!(bench.violations().await, [""; 0]);
+    let audited = job(&books, "reconcile-ledger").await;
+    assert_eq!((audited.findings, audited.changed), (0, 0), "nobody is stopped");
 }
 
 #[tokio::test]
@@ -231,6 +240,43 @@ async fn sums_that_part_from_the_providers_are_told() {
     assert_eq!(job(&books, "reconcile-providers").await.findings, 0, "until the next difference");
 }
 
+// A price that was right was called stale, each day.
+#[tokio::test]
+async fn a_fee_says_nothing_of_a_price_however_the_key_behind_it_is_said() {
+    let bench = Bench::new(100).await;
+    let books = books_of(&bench);
+    let attempt = bench.attempt(RunId::new(), 1);
+    bench.start(&attempt).await;
+    let charged = json!({"upstream_inference_cost": 0.003});
+    for (raw, stale) in [
+        (json!({"is_byok": true}), 0),
+        (json!({"cost_details": charged}), 0),
+        (json!({"is_byok": null, "cost_details": charged}), 0),
+        // What is no amount, or none, says nothing of a key; and neither does what is said to be no such key.
+        (json!({"cost_details": {"upstream_inference_cost": 0}}), 1),
+        (json!({"cost_details": {"upstream_inference_cost": "much"}}), 1),
+        (json!({"cost_details": [1]}), 1),
+        (json!({"is_byok": false, "cost_details": charged}), 1),
+    ] {
+        let what = raw.to_string();
+        let usage = Usage {
+            tokens_prompt: 1_000,
+            tokens_output: 100,
+            source: UsageSource::Provider,
+            provider_cost_pusd: Some(1_000),
+            raw,
+            ..Usage::default()
+        };
+        bench.open(&attempt, &what, 100).await;
+        bench.meter(&attempt, &what, Phase::Close, closing_with(CallState::Succeeded, usage)).await;
+        assert_eq!(job(&books, "reconcile-providers").await.findings, stale, "{what}");
+        sqlx::query("update api_key_usage set finished_at = finished_at - interval '2 days'")
+            .execute(&bench.pool)
+            .await
+            .expect("yesterday");
+    }
+}
+
 const LIST: &str = r#"{"data": [
  {"id": "google/gemini-3.8-flash", "pricing": {"prompt": "0.00000075", "completion": "0.00000375", "input_cache_read": "0.000000075"}},
  {"id": "google/gemini-2.5-pro", "pricing": {"prompt": "0.0000013", "completion": "0.00001",
@@ -342,6 +388,26 @@ async fn payments_that_telegram_knows_and_we_do_not_are_booked_once_and_told() {
     let last = job(&books, "reconcile-payments").await;
     assert_eq!((last.checked, bench.balance().await.0), (1, 100_000_000));
     assert_eq!(bench.violations().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn a_refund_that_was_refused_and_stands_in_the_list_is_booked_and_told_once() {
+    let bench = Bench::new(0).await;
+    bench.buy("c1").await;
+    let mut conn = bench.pool.acquire().await.expect("conn");
+    assert!(purchase::refund(&mut conn, bench.user, "c1").await.expect("untouched"));
+    assert!(purchase::refund_refused(&mut conn, "c1", "no").await.expect("refused"));
+    let old = Utc::now() - Duration::hours(1);
+    let list = List(Mutex::new(vec![line("c1", true, 42, "c1", old), line("c1", false, 42, "c1", old)]));
+    let books = Books { stars: Some(Arc::new(list)), ..books_of(&bench) };
+    for _ in 0..2 {
+        job(&books, "reconcile-payments").await;
+        assert_eq!(bench.balance().await, (0, 0));
+        assert_eq!(kinds(&open_findings(&bench).await), [("refund_twice", "c1")]);
+        assert_eq!(bench.violations().await, [""; 0]);
+        // Whoever dies before the position is kept looks again.
+        sqlx::query("update reconcile_cursors set position = 0").execute(&bench.pool).await.expect("lost");
+    }
 }
 
 #[tokio::test]

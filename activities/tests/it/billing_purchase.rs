@@ -155,6 +155,43 @@ async fn a_refund_that_the_provider_refuses_gives_the_credits_again_once() {
     assert!(matches!(purchase::refund_refused(&mut conn, "c9", "").await, Err(LedgerError::Mismatch(_))));
 }
 
+// The second was swallowed: the user had Stars and credits.
+#[tokio::test]
+async fn a_refund_that_was_refused_and_comes_all_the_same_takes_the_credits_again_once() {
+    for held in [false, true] {
+        let bench = Bench::new(0).await;
+        bench.buy("c1").await;
+        let mut conn = bench.pool.acquire().await.expect("conn");
+        assert!(purchase::refund(&mut conn, bench.user, "c1").await.expect("untouched"));
+        assert!(purchase::refund_refused(&mut conn, "c1", "CHARGE_NOT_FOUND").await.expect("refused"));
+        let attempt = bench.attempt(RunId::new(), 1);
+        if held {
+            assert_eq!(bench.start(&attempt).await, None);
+        }
+        // Whoever dies before the commit has booked nothing.
+        let before = bench.balance().await;
+        let mut tx = bench.pool.begin().await.expect("tx");
+        assert!(purchase::taken_back(&mut tx, bench.user, "c1").await.expect("known"));
+        tx.rollback().await.expect("rollback");
+        assert_eq!(bench.balance().await, before);
+        for _ in 0..2 {
+            assert!(purchase::taken_back(&mut conn, bench.user, "c1").await.expect("known"));
+            assert_eq!(bench.balance().await, (before.1, before.1), "all but what is held");
+            assert_eq!(bench.violations().await, [""; 0]);
+        }
+        assert!(!purchase::refund_refused(&mut conn, "c1", "late").await.expect("it is done"));
+        let known = purchase::known(&mut conn, "c1").await.expect("known");
+        assert_eq!(known, Known::Payment { user: bench.user, refund_state: "done".into() });
+        if held {
+            bench.end(&attempt, Outcome::Failed).await;
+            assert!(bench.start(&bench.attempt(RunId::new(), 1)).await.is_some(), "there is nothing to hold");
+        }
+        assert_eq!(ledger::expire(&mut conn, 10).await.expect("expired"), u64::from(held));
+        assert_eq!(bench.balance().await, (0, 0));
+        assert_eq!(bench.violations().await, [""; 0]);
+    }
+}
+
 #[tokio::test]
 async fn an_operators_correction_counts_once_per_ticket_and_takes_no_held_credits() {
     let bench = Bench::new(3).await;

@@ -286,6 +286,111 @@ async fn the_fault_of_a_users_own_provider_gives_nothing_back() {
     assert_eq!(bench.violations().await, [""; 0]);
 }
 
+/// A key of the user's, sealed so many seconds ago.
+async fn bring_a_key(bench: &Bench, seconds: f64) {
+    sqlx::query(
+        "insert into api_keys (provider, user_id, source, last4, fingerprint, ciphertext, nonce, wrapped_dek, kek_id, sealed_at)
+         values ('openrouter', $1, 'sealed', '', decode(repeat('33', 32), 'hex'), '', '', '', 'a', engine_now() - make_interval(secs => $2))",
+    )
+    .bind(bench.user)
+    .bind(seconds)
+    .execute(&bench.pool)
+    .await
+    .expect("key");
+}
+
+async fn delete_the_key(bench: &Bench) {
+    sqlx::query("update api_keys set status = 'revoked', kek_id = '' where source = 'sealed'")
+        .execute(&bench.pool)
+        .await
+        .expect("revoked");
+}
+
+/// Grants of the policy for an attempt, under its own key or that of its step.
+async fn refunds(bench: &Bench, attempt: &AttemptRef) -> i64 {
+    sqlx::query_scalar(
+        "select count(*) from credit_grants where source_ref in ('refund-policy:' || $1, 'refund-policy:' || $1 || ':step')",
+    )
+    .bind(attempt.attempt_id.0)
+    .fetch_one(&bench.pool)
+    .await
+    .expect("count")
+}
+
+// Who had bought answers ended the step by a key of his own with which nobody could be asked, and had all of it back.
+#[tokio::test]
+async fn an_end_without_a_call_gives_back_to_who_brought_no_key_meanwhile() {
+    let bench = Bench::new(100).await;
+    for (name, given) in [
+        ("none", 1),
+        ("deleted long before", 1),
+        ("before the last attempt", 0),
+        ("during it", 0),
+        ("before it, and deleted during it", 0),
+        ("during it, and deleted at once", 0),
+    ] {
+        let run = RunId::new();
+        let (first, last) = (bench.attempt(run, 1), bench.attempt(run, 2));
+        bench.start(&first).await;
+        bench.open(&first, "a.0", 100).await;
+        bench.close(&first, "a.0", CallState::Succeeded, 1_000, 100).await;
+        bench.end(&first, Outcome::Lost).await;
+        match name {
+            "deleted long before" => {
+                bring_a_key(&bench, 3_600.0).await;
+                delete_the_key(&bench).await;
+            }
+            "before the last attempt" | "before it, and deleted during it" => bring_a_key(&bench, 0.0).await,
+            _ => {}
+        }
+        assert_eq!(bench.start(&last).await, None, "{name}");
+        match name {
+            "during it" => bring_a_key(&bench, 0.0).await,
+            "during it, and deleted at once" => {
+                bring_a_key(&bench, 0.0).await;
+                delete_the_key(&bench).await;
+            }
+            "before it, and deleted during it" => delete_the_key(&bench).await,
+            _ => {}
+        }
+        bench.end_with(&last, Outcome::Failed, Some("model.unavailable"), false).await;
+        assert_eq!((refunds(&bench, &first).await, refunds(&bench, &last).await), (given, 0), "{name}");
+        sqlx::query("delete from api_keys where source = 'sealed'").execute(&bench.pool).await.expect("away");
+    }
+    assert_eq!(bench.balance().await, (100_000_000 - 4 * CALL_UCR, 0));
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn a_failure_before_a_later_answer_does_not_say_whose_fault_the_end_was() {
+    let bench = Bench::new(100).await;
+    for (key, given) in [(true, 0), (false, 1)] {
+        let attempt = bench.attempt(RunId::new(), 1);
+        bench.start(&attempt).await;
+        bench.open(&attempt, "a.0", 100).await;
+        bench.close(&attempt, "a.0", CallState::Failed, 0, 0).await;
+        bench.open(&attempt, "a.1", 100).await;
+        bench.close(&attempt, "a.1", CallState::Succeeded, 1_000, 100).await;
+        if key {
+            bring_a_key(&bench, 0.0).await;
+        }
+        bench.end_with(&attempt, Outcome::Failed, Some("transient.rate_limited"), false).await;
+        assert_eq!(refunds(&bench, &attempt).await, given, "a key: {key}");
+        sqlx::query("delete from api_keys where source = 'sealed'").execute(&bench.pool).await.expect("away");
+    }
+    // It is the platform's where its call was the last and failed, also of who has keys.
+    let attempt = bench.attempt(RunId::new(), 1);
+    bench.start(&attempt).await;
+    bring_a_key(&bench, 0.0).await;
+    bench.open(&attempt, "a.0", 100).await;
+    bench.close(&attempt, "a.0", CallState::Succeeded, 1_000, 100).await;
+    bench.open(&attempt, "a.1", 100).await;
+    bench.close(&attempt, "a.1", CallState::Failed, 0, 0).await;
+    bench.end_with(&attempt, Outcome::Failed, Some("transient.http"), false).await;
+    assert_eq!(refunds(&bench, &attempt).await, 1);
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
 #[tokio::test]
 async fn a_run_that_ends_rejected_gives_its_verification_back() {
     let bench = Bench::new(100).await;

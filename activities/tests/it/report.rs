@@ -189,3 +189,32 @@ async fn nothing_is_mixed_up_and_nothing_is_lost_by_any_key() {
         ]
     );
 }
+
+// By model only what an attempt got back by itself was counted.
+#[tokio::test]
+async fn what_a_failed_step_gave_back_of_its_earlier_attempts_counts_by_model_too() {
+    let bench = Bench::new(100).await;
+    let run = RunId::new();
+    let (first, last) = (bench.attempt(run, 1), bench.attempt(run, 2));
+    assert_eq!(bench.start(&first).await, None);
+    for (key, model) in [("a.0", "rehearsed/architect"), ("a.1", "rehearsed/utility")] {
+        let mut call = opening(100);
+        call["model"] = json!(model);
+        bench.meter(&first, key, Phase::Open, call).await;
+        bench.meter(&first, key, Phase::Close, closing(CallState::Succeeded, 1_000, 100)).await;
+    }
+    bench.end(&first, Outcome::Lost).await;
+    assert_eq!(bench.start(&last).await, None);
+    bench.end_with(&last, Outcome::Failed, Some("transient.http"), false).await;
+    let by_model = lines(&bench, By::Model, Span::default()).await;
+    assert_eq!(
+        by_model,
+        [
+            line("rehearsed/rehearsed/architect", 1, 1, "0.36", "0", "0.36"),
+            line("rehearsed/rehearsed/utility", 1, 1, "0.0168", "0", "0.0168"),
+        ]
+    );
+    let by_activity = lines(&bench, By::Activity, Span::default()).await;
+    assert_eq!(by_activity, [line("work@1", 2, 2, "0.3768", "0", "0.3768")]);
+    assert_eq!(sum(&by_model, given_back), sum(&by_activity, given_back));
+}

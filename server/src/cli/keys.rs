@@ -2,8 +2,11 @@
 
 use super::{Context, print, table};
 use clap::Subcommand;
-use loopwright_engine::payload::PayloadKeys;
+use loopwright_engine::{Error, payload::PayloadKeys};
 use secrecy::ExposeSecret;
+
+/// SQLSTATE of what a role may not do.
+const DENIED: &str = "42501";
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -52,10 +55,18 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<()> {
             let app = context.open().await?;
             let (mut after, mut runs, mut rows) = (after.map(loopwright_engine::ids::RunId), 0, 0);
             loop {
-                let done = app.client.reseal(after).await;
-                let done = done.map_err(|error| match after {
-                    Some(run) => anyhow::Error::new(error).context(format!("go on with --after {run}")),
-                    None => error.into(),
+                let done = app.client.reseal(after).await.map_err(|error| {
+                    let error = if is_denied(&error) {
+                        anyhow::Error::new(error).context(
+                            "history is rewritten by its owner alone: use the owner's DATABASE_URL (RUNBOOK, \"Roles\")",
+                        )
+                    } else {
+                        error.into()
+                    };
+                    match after {
+                        Some(run) => error.context(format!("go on with --after {run}")),
+                        None => error,
+                    }
                 })?;
                 (runs, rows) = (runs + done.runs, rows + done.rows);
                 match done.after {
@@ -68,4 +79,10 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<()> {
             print(json, &report, |_| format!("{rows} rows of {runs} runs and the schedules were sealed anew."))
         }
     }
+}
+
+/// Whether it is the application's role that asks, where that is not the owner.
+fn is_denied(error: &Error) -> bool {
+    let Error::Sql(error) = error else { return false };
+    error.as_database_error().and_then(|error| error.code()).as_deref() == Some(DENIED)
 }

@@ -6,6 +6,8 @@
 //!           ─ unknown ─────▶ fetched, at most once a minute ─▶ entry, or none
 //! ```
 //!
+//! A fetch is a task of its own, which its requests only wait for: callers who hang up end nothing that counts for all.
+//!
 //! A token names a key and nothing else: no address in it is ever followed. What a fetch brings replaces what was known as a
 //! whole; a fetch that fails changes nothing. Symmetric keys are refused: whoever reads the set could sign with them.
 
@@ -20,7 +22,7 @@ use std::{
     sync::{Arc, PoisonError, RwLock},
     time::{Duration, Instant},
 };
-use tokio::sync::{Mutex, MutexGuard};
+use tokio::sync::{Mutex, OwnedMutexGuard};
 use url::Url;
 
 /// How old the set may be before it is read again. Source: the rules of tokens say 5 to 15 minutes.
@@ -34,15 +36,20 @@ const SET_BYTES_MAX: usize = 128 * 1024;
 /// Most keys of a set.
 const KEYS_MAX: usize = 64;
 
-/// A set of keys at an address.
+/// A set of keys at an address, and when to read it.
 pub(super) struct Jwks {
+    set: Arc<Set>,
+    /// When it was fetched last, whatever came of it; held while it is.
+    fetched: Arc<Mutex<Option<Instant>>>,
+    pace: Pace,
+}
+
+/// The set itself: where it is, and what is known of it.
+struct Set {
     url: Url,
     client: Client,
     auth: config::Auth,
     known: RwLock<Arc<Known>>,
-    /// When it was fetched last, whatever came of it; held while it is.
-    fetched: Mutex<Option<Instant>>,
-    pace: Pace,
 }
 
 /// How often a set is read; [`Default`] is what production uses, tests make it short.
@@ -95,14 +102,8 @@ impl Jwks {
         let client = builder.build().map_err(|_| {
             config::Error::value("auth.jwks_url", "no TLS certificates on this machine: install ca-certificates")
         })?;
-        Ok(Self {
-            url: url.clone(),
-            client,
-            auth: auth.clone(),
-            known: RwLock::default(),
-            fetched: Mutex::default(),
-            pace: Pace::default(),
-        })
+        let set = Set { url: url.clone(), client, auth: auth.clone(), known: RwLock::default() };
+        Ok(Self { set: Arc::new(set), fetched: Arc::default(), pace: Pace::default() })
     }
 
     /// The same, read more often.
@@ -113,24 +114,24 @@ impl Jwks {
 
     /// Looks a key id up; fetches if that may help.
     pub async fn find(&self, kid: &str) -> Found {
-        let known = self.known();
+        let known = self.set.known();
         let young = known.read_at.is_some_and(|at| at.elapsed() < self.pace.ttl);
         match known.keys.get(kid) {
             Some(entry) if young => return Found::Entry(Arc::clone(entry)),
             // Who does not fetch himself is not kept waiting.
-            Some(entry) => match self.fetched.try_lock() {
+            Some(entry) => match Arc::clone(&self.fetched).try_lock_owned() {
                 Ok(last) => self.fetch(last).await,
                 Err(_) => return Found::Entry(Arc::clone(entry)),
             },
             None => {
-                let last = self.fetched.lock().await;
+                let last = Arc::clone(&self.fetched).lock_owned().await;
                 // Somebody may have fetched it while this waited.
-                if !self.known().keys.contains_key(kid) {
+                if !self.set.known().keys.contains_key(kid) {
                     self.fetch(last).await;
                 }
             }
         }
-        let known = self.known();
+        let known = self.set.known();
         match known.keys.get(kid) {
             Some(entry) => Found::Entry(Arc::clone(entry)),
             None if known.read_at.is_none() => Found::Away,
@@ -138,15 +139,32 @@ impl Jwks {
         }
     }
 
-    fn known(&self) -> Arc<Known> {
-        Arc::clone(&self.known.read().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    async fn fetch(&self, mut last: MutexGuard<'_, Option<Instant>>) {
+    /// Reads the set unless that was done a moment ago, and waits for it. Whoever asked may hang up: it is read to its end all the
+    /// same, because nobody else may for the next minute.
+    async fn fetch(&self, mut last: OwnedMutexGuard<Option<Instant>>) {
         if last.is_some_and(|at| at.elapsed() < self.pace.again) {
             return;
         }
         *last = Some(Instant::now());
+        let set = Arc::clone(&self.set);
+        let fetching = tokio::spawn(async move {
+            set.renew().await;
+            // Held until here: whoever waits for it finds what has come.
+            drop(last);
+        });
+        if let Err(error) = fetching.await {
+            tracing::error!(%error, "the fetch of the keys of tokens ended early");
+        }
+    }
+}
+
+impl Set {
+    fn known(&self) -> Arc<Known> {
+        Arc::clone(&self.known.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Replaces what is known by what is published. A failure is told in the log and changes nothing.
+    async fn renew(&self) {
         match self.read().await.and_then(|text| self.keys(&text)) {
             Ok(keys) => {
                 let known = Known { keys, read_at: Some(Instant::now()) };
@@ -182,10 +200,10 @@ impl Jwks {
 
     fn keys(&self, text: &[u8]) -> Result<BTreeMap<String, Arc<Entry>>, String> {
         #[derive(Deserialize)]
-        struct Set {
+        struct Published {
             keys: Vec<Value>,
         }
-        let set: Set = serde_json::from_slice(text).map_err(|_| "it is no set of keys".to_owned())?;
+        let set: Published = serde_json::from_slice(text).map_err(|_| "it is no set of keys".to_owned())?;
         if set.keys.len() > KEYS_MAX {
             return Err(format!("{} keys; at most {KEYS_MAX}", set.keys.len()));
         }

@@ -215,6 +215,45 @@ async fn a_key_of_the_platform_is_added_tested_and_rotated_from_the_command_line
     assert_eq!(provider.heads().len(), 4);
 }
 
+// It said `permission denied for table history`, and nobody had said who may; before that, that the schema may not be changed.
+#[tokio::test]
+async fn what_runs_store_is_sealed_anew_by_the_owner_and_the_application_is_told_so() {
+    let pool = testing::database(MIGRATIONS).await;
+    sqlx::raw_sql(include_str!("../../../deploy/roles.sql")).execute(&pool).await.unwrap();
+    // A role is the server's, which other tests may share.
+    let login = "do $$ begin create role loopwright_test_keys login password 'test' in role loopwright_app;
+                 exception when duplicate_object or unique_violation then null; end $$";
+    sqlx::raw_sql(login).execute(&pool).await.unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let owner = testing::url(&pool);
+    let mut application: url::Url = owner.parse().unwrap();
+    application.set_username("loopwright_test_keys").unwrap();
+    application.set_password(Some("test")).unwrap();
+    let run = |url: &str, ring: &str, args: &[&str]| {
+        let env = [("DATABASE_URL", url.to_owned()), ("LOOPWRIGHT_PAYLOAD_KEYS", ring.to_owned())];
+        let env = if ring.is_empty() { &env[..1] } else { &env[..] };
+        let output = crate::keys::run(dir.path(), env, args, "");
+        (output.status.code(), text(&output))
+    };
+    let small = "dsl: 1\nname: small\ntimeout: 1h\nsteps:\n  - { id: rest, wait: { for: 1h } }\n";
+    std::fs::write(dir.path().join("small.yaml"), small).unwrap();
+    assert_eq!(run(&owner, "", &["workflow", "deploy", "small.yaml"]).0, Some(0));
+    // Commands that read and start are the application's too: it has nothing to migrate.
+    let (code, said) = run(application.as_str(), "", &["run", "start", "small"]);
+    assert_eq!(code, Some(0), "{said}");
+    // As if a worker had moved it.
+    let moved = "insert into history (shard, run_id, seq, epoch, format, events) select shard, run_id, 1, 1, 1, '[]' from runs";
+    sqlx::raw_sql(moved).execute(&pool).await.unwrap();
+    let ring = format!("a:{}=", "A".repeat(43));
+    let (code, said) = run(application.as_str(), &ring, &["keys", "reseal"]);
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("owner's DATABASE_URL") && said.contains("[database]"), "{said}");
+    for rows in [false, true] {
+        let (code, said) = run(&owner, &ring, &["keys", "reseal"]);
+        assert_eq!((code, said.starts_with("0 rows")), (Some(0), rows), "{said}");
+    }
+}
+
 #[tokio::test]
 async fn keys_are_tested_without_the_proxy_of_the_environment() {
     let pool = testing::database(MIGRATIONS).await;

@@ -82,6 +82,21 @@ async fn a_worker_without_the_ring_says_so_and_asks_nobody() {
     assert!(server.seen().is_empty());
 }
 
+// Its own code: the refund policy must not take it for a provider of ours that is away.
+#[tokio::test]
+async fn a_user_whose_keys_serve_nothing_of_a_role_is_told_so() {
+    let pool = database(MIGRATIONS).await;
+    let ann = user(&pool, 1).await;
+    let keys = Keys::new(pool.clone(), Some(ring(&[("a", 1)])), false);
+    keys.put(ann, &new_key("gemini", SECRET)).await.unwrap();
+    let server = FakeProvider::always(stream(&Dialect::OpenAi.good("no"))).await;
+    let worker = worker(&keys, &server, "k", candidate("openai_compatible", "m"));
+    let failure = worker.call(&attempt_of(Some(ann)).0, "plan", request()).await.unwrap_err();
+    assert_eq!((failure.code.as_str(), failure.kind), ("model.no_own_key", FailureKind::Permanent));
+    assert!(failure.message.contains("(gemini)"), "{}", failure.message);
+    assert!(server.seen().is_empty());
+}
+
 async fn put(keys: &Keys, user: Uuid) -> KeyView {
     keys.put(user, &new_key("gemini", SECRET)).await.unwrap()
 }

@@ -30,6 +30,8 @@ struct Issuer {
     url: url::Url,
     answer: Arc<Mutex<Vec<u8>>>,
     seen: Arc<AtomicUsize>,
+    /// Who holds it keeps the issuer from answering.
+    gate: Arc<tokio::sync::Mutex<()>>,
     task: JoinHandle<()>,
 }
 
@@ -45,7 +47,8 @@ impl Issuer {
         let url = format!("http://{}/jwks.json", listener.local_addr().unwrap()).parse().unwrap();
         let answer: Arc<Mutex<Vec<u8>>> = Arc::default();
         let seen: Arc<AtomicUsize> = Arc::default();
-        let (says, counts) = (answer.clone(), seen.clone());
+        let gate: Arc<tokio::sync::Mutex<()>> = Arc::default();
+        let (says, counts, opens) = (answer.clone(), seen.clone(), gate.clone());
         let task = tokio::spawn(async move {
             while let Ok((mut stream, _)) = listener.accept().await {
                 let mut head = Vec::new();
@@ -54,11 +57,12 @@ impl Issuer {
                     head.push(byte);
                 }
                 counts.fetch_add(1, Ordering::SeqCst);
+                drop(opens.lock().await);
                 let bytes = says.lock().unwrap().clone();
                 drop(stream.write_all(&bytes).await);
             }
         });
-        let issuer = Self { url, answer, seen, task };
+        let issuer = Self { url, answer, seen, gate, task };
         issuer.publish(keys);
         issuer
     }
@@ -199,6 +203,28 @@ async fn invented_key_ids_do_not_make_it_fetch() {
     // For what is configured here nobody is asked.
     assert_eq!(code(&issuer.registry(ALWAYS), &sign(&header("local"), &claims(), SECRET)).await, "");
     assert_eq!(issuer.seen(), 1);
+}
+
+// The fetch ended with the request that had begun it, and for a minute nobody else might: who invents key ids and hangs up had every
+// published key refused.
+#[tokio::test]
+async fn a_caller_who_hangs_up_does_not_end_the_fetch_for_the_others() {
+    let issuer = Issuer::publishing(&[ed(1, "a")]).await;
+    let registry = issuer.registry(JwksPace::default());
+    let shut = issuer.gate.lock().await;
+    let invented = by(1, "invented");
+    let asked = async {
+        while issuer.seen() == 0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::select! {
+        said = code(&registry, &invented) => panic!("{said:?} without an answer of the issuer"),
+        () = asked => {}
+    }
+    drop(shut);
+    assert_eq!((code(&registry, &by(1, "a")).await, issuer.seen()), ("", 1));
+    assert_eq!((code(&registry, &invented).await, issuer.seen()), ("token_invalid", 1));
 }
 
 #[tokio::test]

@@ -102,6 +102,12 @@ async fn an_operators_refund_reaches_telegram_whatever_happens_in_between() {
     state(&bot, "select count(*) from payments where charge_id = 'stx2' and refund_state = 'refused'").await;
     assert_eq!(bot.number(ada).await, 200_000_000);
     assert_eq!(store.audit().await.unwrap(), []);
+    // And where it gives the Stars back all the same, they go again.
+    bot.fake.says_with(ADA, json!({"refunded_payment": payment("XTR", 100, "order", "stx2")}));
+    state(&bot, "select count(*) from payments where charge_id = 'stx2' and refund_state = 'done'").await;
+    assert_eq!(bot.number(ada).await, 100_000_000);
+    assert_eq!(bot.number("select count(*) from payment_disputes").await, 0);
+    assert_eq!(store.audit().await.unwrap(), []);
     bot.stop().await;
 }
 
