@@ -7,6 +7,7 @@ mod choice;
 mod failure;
 mod keys;
 mod pack;
+mod part;
 mod request;
 mod wait;
 
@@ -30,6 +31,7 @@ use failure::{BUDGET_PER_MINUTE, is_out, is_passing, named, outward, uncounted, 
 use keys::Refused;
 use loopwright_engine::{Failure, activity::Context, ids::AttemptId};
 use pack::{PACKINGS_MAX, narrower, output_limit};
+use part::Parts;
 use request::Interrupted;
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -86,6 +88,8 @@ struct Progress {
     requests: u32,
     /// What has to be repaired, or could not be.
     unusable: Option<Unusable>,
+    /// What there is of an answer that is given in several calls.
+    parts: Parts,
     /// A request failed and is billed all the same: to wait for somebody else and ask again would buy it once more.
     billed: bool,
     /// Providers that may have served the question, and the answer was lost.
@@ -109,8 +113,9 @@ impl Orchestrator {
     /// # Shape
     /// `key` names the call inside its step and is stable over attempts: an answer recorded under it is returned and
     /// nothing is bought. Request `k` of attempt `a` is metered as `<key>.a<a>.<k>`; the answer is the checkpoint
-    /// `call:<key>`; an answer without the required shape is the checkpoint `call:<key>~unusable.<a>.<n>`. A candidate whose window
-    /// is too small, or that says so, is asked with a smaller packing of the same question before another one is.
+    /// `call:<key>`; an answer without the required shape is the checkpoint `call:<key>~unusable.<a>.<n>`, the beginning of one that is
+    /// given in several calls `call:<key>~part.<a>.<n>`. A candidate whose window is too small, or that says so, is asked with a smaller
+    /// packing of the same question before another one is.
     /// # Errors
     /// The codes that `README.md` lists under "Providers and orchestrator"; a refusal of the hook or the engine as it is.
     /// # Transaction
@@ -132,9 +137,10 @@ impl Orchestrator {
         if choices.is_empty() {
             return Err(own.map_or_else(|| self.no_candidate(request.role), |own| own.none_for(request.role)));
         }
-        let mut unusable = None;
+        let (mut unusable, mut parts) = (None, Parts::default());
         // Only a former attempt can have left one that this one does not know.
         if ctx.info().attempt > 1 {
+            parts = Parts::recorded(ctx, key).await?;
             unusable = Unusable::recorded(ctx, key, 1).await?;
             if let (Some(_), Some(second)) = (&unusable, Unusable::recorded(ctx, key, 2).await?) {
                 return Err(second.twice());
@@ -143,8 +149,12 @@ impl Orchestrator {
         if let Some(first) = &unusable {
             choices.sort_by_key(|choice| !first.is_from(&choice.candidate));
         }
+        if let Some(part) = parts.newest() {
+            choices.sort_by_key(|choice| !part.is_from(&choice.candidate));
+        }
         let task = Task { ctx, key, saved, question, shape, own };
-        let mut progress = Progress { requests: self.requests_so_far(ctx, key), unusable, ..Progress::default() };
+        let requests = self.requests_so_far(ctx, key);
+        let mut progress = Progress { requests, unusable, parts, ..Progress::default() };
         let outcome = self.ask_all(&task, &choices, &mut progress).await;
         if outcome.is_err() {
             self.count(ctx, key, progress.requests);
@@ -194,6 +204,7 @@ impl Orchestrator {
         // What this call has found out about the window.
         let mut found = u64::MAX;
         let mut waited = Duration::ZERO;
+        let mut kept = None;
         loop {
             tries_left = tries_left.saturating_sub(1);
             let window = self.window(candidate).min(found);
@@ -206,7 +217,11 @@ impl Orchestrator {
             if let Err(failure) = task.ctx.check_cancelled() {
                 return Verdict::Stop(failure);
             }
+            let mut again = self.admit_again(kept.take(), candidate, request_tokens_max(&fitted)).await;
             let admitted = loop {
+                if let Some(admitted) = again.take() {
+                    break admitted;
+                }
                 match self.admit(pool, choice, request_tokens_max(&fitted)).await {
                     Ok(admitted) => break admitted,
                     Err(Refused::No(failure)) => return Verdict::Next(failure),
@@ -228,8 +243,13 @@ impl Orchestrator {
             if let Err(Interrupted::Provider(error)) = &outcome {
                 cooled = self.remember(&admitted.running.slot, candidate, error).await;
             }
-            drop(admitted);
+            kept = matches!(outcome, Ok(Judged::Part)).then_some(admitted.running);
             let mut error = match outcome {
+                // Its rest is no second try.
+                Ok(Judged::Part) => {
+                    tries_left += 1;
+                    continue;
+                }
                 Ok(Judged::Reply(reply)) => {
                     if found < u64::MAX {
                         self.learn_window(candidate, found);
@@ -309,5 +329,4 @@ impl Orchestrator {
             }
         }
     }
-
 }

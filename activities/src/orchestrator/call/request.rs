@@ -9,6 +9,7 @@ use super::{
     Orchestrator, Progress, Task,
     answer::{Judged, Unusable, judge},
     failure::to_its_owner,
+    part::{Closing, Part},
 };
 use crate::{
     provider::{Call, Completion, ProviderError, RequestIdSlot, estimate::request_tokens_max, hex},
@@ -46,7 +47,12 @@ impl Orchestrator {
         let ctx = task.ctx;
         let meter_key = format!("{}.a{}.{}", task.key, ctx.info().attempt, progress.requests);
         progress.requests += 1;
-        let opened = opened(&running.slot, candidate, request, limit);
+        let mut opened = opened(&running.slot, candidate, request, limit);
+        let request_sha256 = opened.request_sha256.clone();
+        let before = progress.parts.of(&request_sha256).cloned();
+        if let Some(part) = &before {
+            part.announce(&mut opened);
+        }
         let opened = to_value(&opened).map_err(Interrupted::Unannounced)?;
         match ctx.meter_open(&meter_key, &opened).await {
             Ok(()) => {}
@@ -73,6 +79,7 @@ impl Orchestrator {
             max_output_tokens: limit,
             structured_output: candidate.structured_output,
             thinking: candidate.thinking.as_deref(),
+            continuation: before.as_ref().map(Part::continuation),
             cancellation: ctx.cancellation(),
             request_id: &request_id,
         });
@@ -82,7 +89,15 @@ impl Orchestrator {
             .map_err(|error| if running.slot.own_id().is_some() { to_its_owner(error, candidate) } else { error });
         match result {
             Ok(completion) => {
-                let judged = judge(task, candidate, &completion);
+                if let Some(token) = &completion.continuation_token {
+                    let (before, completion, request_id) = (before.as_ref(), &completion, &request_id);
+                    let closing = Closing { meter_key: &meter_key, request_sha256, before, completion, request_id };
+                    return self.keep_part(task, candidate, &mut progress.parts, token, closing).await;
+                }
+                let mut judged = judge(task, candidate, &completion);
+                if let (Judged::Reply(reply), Some(part)) = (&mut judged, &before) {
+                    part.count_in(reply);
+                }
                 let mut closed = closed_well(&completion, &request_id);
                 let (saved, value) = match &judged {
                     Judged::Reply(reply) => (task.saved.clone(), to_value(reply)?),
@@ -92,19 +107,24 @@ impl Orchestrator {
                         let n = if progress.unusable.is_none() { 1 } else { 2 };
                         (Unusable::key(ctx, task.key, n), to_value(answer)?)
                     }
+                    // Made by `keep_part` alone, which has closed it.
+                    Judged::Part => return Ok(judged),
                 };
                 self.close(ctx, &meter_key, &closed, Some((&saved, &value))).await?;
                 Ok(judged)
             }
-            Err(error) => {
+            Err(mut error) => {
                 self.close(ctx, &meter_key, &closed_badly(&error, &request_id), None).await?;
+                if before.is_some() {
+                    progress.parts.give_up_if_refused(&mut error);
+                }
                 Err(Interrupted::Provider(Box::new(error)))
             }
         }
     }
 
     /// Stores a reading. The engine insists while its store is away: an answer that has been paid for is not lost.
-    async fn close(
+    pub(super) async fn close(
         &self,
         ctx: &Context,
         key: &str,
@@ -193,7 +213,7 @@ fn opened(slot: &Slot, candidate: &Candidate, request: &Request, limit: u32) -> 
     }
 }
 
-fn closed_well(completion: &Completion, request_id: &RequestIdSlot) -> CallClosed {
+pub(super) fn closed_well(completion: &Completion, request_id: &RequestIdSlot) -> CallClosed {
     CallClosed {
         state: CallState::Succeeded,
         model_served: Some(completion.model_served.clone()),
@@ -206,7 +226,7 @@ fn closed_well(completion: &Completion, request_id: &RequestIdSlot) -> CallClose
     }
 }
 
-fn closed_badly(error: &ProviderError, request_id: &RequestIdSlot) -> CallClosed {
+pub(super) fn closed_badly(error: &ProviderError, request_id: &RequestIdSlot) -> CallClosed {
     CallClosed {
         state: error.state,
         model_served: error.model_served.clone(),
@@ -247,7 +267,7 @@ fn observe(
     metrics::histogram!("loopwright_model_request_seconds", &labels).record(elapsed.as_secs_f64());
 }
 
-fn to_value<T: serde::Serialize>(value: &T) -> Result<Value, Failure> {
+pub(super) fn to_value<T: serde::Serialize>(value: &T) -> Result<Value, Failure> {
     serde_json::to_value(value)
         .map_err(|error| Failure::permanent("model.record_unreadable", format!("a record cannot be written: {error}")))
 }
