@@ -4,6 +4,7 @@
 //! the architect; what still fails at the end is named in the file, so that no reader is promised what was not seen.
 
 use crate::{
+    ask,
     check::{self, CheckResult},
     contract,
     fact::Requirements,
@@ -37,7 +38,7 @@ const SHIPPED_PROMPT: &str = include_str!("../../workflow-defs/prompts/readme.hb
 /// The file.
 pub const FILE: &str = "README.md";
 
-/// Times that the architect may write it.
+/// Times that the architect may write it, in one attempt.
 const VERSIONS_MAX: u32 = 3;
 /// Commands of one version that are executed.
 const COMMANDS_MAX: usize = 20;
@@ -125,10 +126,12 @@ async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, 
         max_output_tokens: OUTPUT_TOKENS_MAX,
     };
     let mut question = Question::opened(opening, request);
-    let mut version = 0;
+    let (mut version, mut bought) = (0, 0);
     let (text, results, model) = loop {
         version += 1;
-        let reply = toolbox.orchestrator.call(ctx, &format!("readme-{version}"), question.clone()).await?;
+        let key = format!("readme-{version}");
+        bought += u32::from(!ask::is_recorded(ctx, &key).await?);
+        let reply = toolbox.orchestrator.call(ctx, &key, question.clone()).await?;
         let text = unfenced(&reply.text);
         let commands = usable(&text);
         let results = match &commands {
@@ -139,8 +142,9 @@ async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, 
         if commands.is_ok() && (failed.is_empty() || version >= VERSIONS_MAX) {
             break (text, results, reply.model);
         }
-        // Recorded versions are judged again by a later attempt, which may buy as many new ones.
-        if version >= VERSIONS_MAX.saturating_mul(info.counted) {
+        // Recorded versions are judged again by a later attempt, which may buy as many new ones, and not those as well that former
+        // attempts had no time for.
+        if bought >= VERSIONS_MAX || version >= VERSIONS_MAX.saturating_mul(info.counted) {
             return Err(Failure::retryable("model.output_invalid", "the model wrote no README.md that can be used"));
         }
         question.request.messages.push(reply.to_message());

@@ -141,7 +141,7 @@ pub struct CallClosed {
 impl CallClosed {
     /// Whether the user pays for it: an answer, or one that the model itself did not bring to a good end (cut at its limit, not
     /// usable, declined in the middle) and whose tokens the provider reports. What the provider spoiled, what is unknown, what was
-    /// refused before a token came and what only we have estimated of a failure is free.
+    /// refused before a token came, what ended without a finish reason and what only we have estimated of a failure is free.
     #[must_use]
     pub fn is_charged(&self) -> bool {
         let Some(usage) = &self.usage else { return false };
@@ -149,9 +149,11 @@ impl CallClosed {
             CallState::Succeeded => true,
             CallState::Unknown => false,
             CallState::Failed => {
-                self.error_class.as_deref().is_some_and(|class| class.starts_with("model."))
-                    && usage.source == UsageSource::Provider
-                    && usage.tokens_output > 0
+                let class = self.error_class.as_deref().unwrap_or_default();
+                // Without a finish reason no limit cut it, but somebody between the model and us; the counts on the way there say
+                // what was generated until then, and that nobody can use.
+                let by_its_model = class.starts_with("model.") && (class != "model.truncated" || self.stream_completed);
+                by_its_model && usage.source == UsageSource::Provider && usage.tokens_output > 0
             }
         }
     }

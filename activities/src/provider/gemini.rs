@@ -1,7 +1,7 @@
 //! The Gemini Developer API: `streamGenerateContent` over server-sent events.
 
 use super::{
-    Call, Completion, KeyIdentity, Provider, ProviderError, StructuredOutput, Timeouts,
+    Advice, Call, Completion, KeyIdentity, Provider, ProviderError, StructuredOutput, Timeouts,
     address::{Trust, join},
     chat::{TOKENS_MAX, TOOL_CALLS_MAX, schema_instruction},
     estimate,
@@ -34,6 +34,8 @@ pub const VERSION_DEFAULT: &str = "v1beta";
 const OWN_ID_PREFIX: &str = "own-";
 /// Stands in for the signature of a call that another provider's model made; the API documents it for this purpose.
 const FOREIGN_SIGNATURE: &str = "skip_thought_signature_validator";
+/// Longest `continuationToken` that is sent back, in bytes. Chosen, as much as is kept of an error: nobody has said how long they are.
+const TOKEN_BYTES_MAX: usize = 64 * 1024;
 /// Keywords of JSON Schema that `responseJsonSchema` and `parametersJsonSchema` know.
 const SCHEMA_KEYWORDS: [&str; 22] = [
     "$id",
@@ -169,6 +171,9 @@ fn body(call: &Call<'_>, level: StructuredOutput) -> Value {
         config["thinkingConfig"] = json!({ "thinkingLevel": thinking });
     }
     let mut body = json!({ "contents": contents(call.request), "generationConfig": config });
+    if let Some(continuation) = call.continuation {
+        body["continuationToken"] = json!(continuation.token);
+    }
     let mut system: Vec<Value> = call
         .request
         .messages
@@ -287,7 +292,7 @@ fn subset(schema: &Value) -> Value {
 
 async fn read(mut answer: Answer<'_>, call: &Call<'_>, names: &Names) -> Result<Completion, ProviderError> {
     let status = answer.status.as_u16();
-    let mut gathered = Gathered::default();
+    let mut gathered = Gathered::after(call);
     let outcome = if answer.is_json() {
         match answer.text().await {
             Ok(text) => gathered.text_event(&text, call, names),
@@ -323,7 +328,11 @@ async fn read(mut answer: Answer<'_>, call: &Call<'_>, names: &Names) -> Result<
 #[derive(Default)]
 struct Gathered {
     parts: Vec<Value>,
+    /// So many calls of functions came in former calls of the same answer.
+    calls_before: usize,
+    /// Text of this call.
     text_bytes: usize,
+    token: Option<String>,
     finish_reason: Option<String>,
     block_reason: Option<String>,
     usage: Option<Value>,
@@ -331,6 +340,14 @@ struct Gathered {
 }
 
 impl Gathered {
+    /// What there is of the answer before this call.
+    fn after(call: &Call<'_>) -> Self {
+        let parts = call.continuation.and_then(|before| before.parts.as_array()).cloned().unwrap_or_default();
+        let mut gathered = Self { parts, ..Self::default() };
+        gathered.calls_before = gathered.calls().len();
+        gathered
+    }
+
     fn ended(&self) -> bool {
         self.finish_reason.is_some() || self.block_reason.is_some()
     }
@@ -385,6 +402,14 @@ impl Gathered {
         {
             self.finish_reason = Some(reason.to_owned());
         }
+        // It goes into a record, and back to where it came from.
+        if let Some(token) = candidate.get("continuationToken").and_then(Value::as_str)
+            && !token.is_empty()
+            && token.len() <= TOKEN_BYTES_MAX
+            && token.bytes().all(|b| b.is_ascii_graphic())
+        {
+            self.token = Some(token.to_owned());
+        }
         Ok(())
     }
 
@@ -415,7 +440,9 @@ impl Gathered {
 
     /// Reported, or estimated if anything was generated at all.
     fn usage_so_far(&self, call: &Call<'_>) -> Option<Usage> {
-        let bytes = self.text_bytes + self.calls().iter().map(|call| call.arguments.to_string().len()).sum::<usize>();
+        let calls = self.calls();
+        let arguments = calls.iter().skip(self.calls_before).map(|call| call.arguments.to_string().len());
+        let bytes = self.text_bytes + arguments.sum::<usize>();
         self.usage
             .as_ref()
             .map(usage)
@@ -462,20 +489,25 @@ impl Gathered {
         let Some(reason) = reason.clone() else {
             return failed(ProviderError::truncated(names, "the answer ended without a finish reason"), false);
         };
+        let mut continuation_token = None;
         match reason.as_str() {
             "STOP" => {}
             "MAX_TOKENS" => {
                 let what = format!("the answer reached its limit of {} tokens", call.max_output_tokens);
                 return failed(ProviderError::truncated(names, &what), true);
             }
-            // The rest would be another request with the token that came along, which only a call of its own may make.
+            // The rest is another request with the token that came along, which only a call of its own may make.
+            "CONTINUATION" if self.token.is_some() => continuation_token.clone_from(&self.token),
+            // The provider's doing: it is free, and asking again would end as it did.
             "CONTINUATION" => {
-                return failed(ProviderError::truncated(names, "the answer is to be continued"), false);
+                let mut error = ProviderError::truncated(names, "the answer is to be continued, and nothing says how");
+                error.advice = Advice::OtherModel;
+                return failed(error, false);
             }
             // A client bug: asking again cannot help, another provider's dialect may.
             "MISSING_THOUGHT_SIGNATURE" => {
                 let failure = Failure::permanent("provider.bad_request", "Gemini: a thought signature is missing");
-                return failed(ProviderError::new(failure, super::Advice::OtherProvider), true);
+                return failed(ProviderError::new(failure, Advice::OtherProvider), true);
             }
             refused if is_refusal(refused) => return failed(ProviderError::refused(names, refused), true),
             other => return failed(ProviderError::unusable(names, other), true),
@@ -488,9 +520,10 @@ impl Gathered {
             .collect();
         Ok(Completion {
             tool_calls: self.calls(),
+            continuation_token,
             model_served,
             finish_reason: reason,
-            usage: usage.unwrap_or_else(|| estimate::usage(call.request, text.len(), call.max_output_tokens)),
+            usage: usage.unwrap_or_else(|| estimate::usage(call.request, self.text_bytes, call.max_output_tokens)),
             text,
             parts: Value::Array(self.parts),
             http_status: None,

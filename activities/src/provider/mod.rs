@@ -142,6 +142,8 @@ pub struct Call<'a> {
     pub structured_output: StructuredOutput,
     /// How much the model may think, in the provider's words (`low`, `medium`, `high`); `None` leaves it to the model.
     pub thinking: Option<&'a str>,
+    /// What there is of the answer: its rest is asked for.
+    pub continuation: Option<&'a Continuation>,
     /// Ends the call at once; the connection is closed.
     pub cancellation: &'a CancellationToken,
     /// Receives the provider's id of the request as soon as it is known, before the answer.
@@ -199,16 +201,28 @@ fn model_named(name: &str) -> Option<String> {
     (!name.is_empty() && name.len() <= MODEL_BYTES_MAX && name.bytes().all(plain)).then(|| name.to_owned())
 }
 
+/// An answer that its provider gives in several calls (Gemini's `CONTINUATION`): with what the rest is asked for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Continuation {
+    pub token: String,
+    /// What there is of the answer, in the provider's own content.
+    pub parts: Value,
+}
+
 /// A complete answer: a finish reason was seen and it is a good one.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Completion {
+    /// Of an answer in several calls: all of it so far.
     pub text: String,
     pub tool_calls: Vec<ToolCall>,
-    /// The provider's own content, verbatim, for the next turn.
+    /// The provider's own content, verbatim, for the next turn. Of an answer in several calls: all of it so far.
     pub parts: Value,
+    /// With this the provider gives the rest in a further call; `None`: there is no rest.
+    pub continuation_token: Option<String>,
     /// The model that served the call, as far as prices can know it: a local server's file name is not reported.
     pub model_served: String,
     pub finish_reason: String,
+    /// Of this call alone.
     pub usage: Usage,
     pub http_status: Option<u16>,
     pub provider_request_id: Option<String>,

@@ -132,12 +132,14 @@ impl Report {
             .iter()
             .any(|text| self.message.contains(text))
     }
+    /// By its reason. Its words count only where they begin the message and no code says more than that something was wrong:
+    /// Gemini quotes names of the request in its messages, and a refused key is out of service for everybody.
     pub(super) fn key_refused(&self) -> bool {
         ["api_key_invalid", "api_key_expired", "invalid_api_key", "authentication_error", "unauthenticated"]
             .iter()
             .any(|code| self.has(code))
-            || self.message.contains("api key not valid")
-            || self.message.contains("api key expired")
+            || self.codes.iter().all(|code| code == "invalid_argument")
+                && ["api key not valid", "api key expired"].iter().any(|words| self.message.starts_with(words))
     }
     pub(super) fn refusal(&self) -> bool {
         ["content_policy_violation", "refusal", "moderation", "content_filter", "guardrail", "flagged"]

@@ -180,6 +180,7 @@ impl Scripted {
             text,
             tool_calls,
             parts: Value::Null,
+            continuation_token: None,
             model_served: call.model.to_owned(),
             finish_reason: "stop".to_owned(),
             usage: usage(&spoken),

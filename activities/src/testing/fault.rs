@@ -20,6 +20,7 @@ pub enum Fault {
     CloseMidBody,
     /// The connection breaks when all was said and its proper end is missing.
     CloseAfterFinish,
+    /// A clean end that nobody has announced. Gemini has counted on the way there.
     NoFinishReason,
     /// A stream without `[DONE]`, which Gemini never sends.
     NoDone,
@@ -180,6 +181,12 @@ impl Spoiled<'_> {
         if self.stream {
             let mut events = reply.events(self.dialect, self.id, self.model);
             events.pop();
+            if let (Dialect::Gemini, Some(told)) = (self.dialect, &self.reply.usage) {
+                for (event, output) in events.iter_mut().zip(1..) {
+                    let so_far = super::Told { output, reasoning: 0, ..told.clone() };
+                    event[super::Told::field(self.dialect)] = so_far.value(self.dialect);
+                }
+            }
             return frames(&events);
         }
         let mut document = reply.document(self.dialect, self.id, self.model);

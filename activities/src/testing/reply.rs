@@ -55,6 +55,8 @@ pub struct Reply {
     pub tool_calls: Vec<(String, Value)>,
     /// In the words of chat completions: `stop`, `tool_calls`, `length`, `content_filter`, …
     pub finish_reason: String,
+    /// Gemini's, beside the finish reason.
+    pub continuation_token: Option<String>,
     /// `None` leaves usage out.
     pub usage: Option<Told>,
     /// `None` serves the model that was asked for.
@@ -70,6 +72,7 @@ impl Reply {
             thought: String::new(),
             tool_calls: Vec::new(),
             finish_reason: "stop".to_owned(),
+            continuation_token: None,
             usage: Some(Told::default()),
             model_served: None,
         }
@@ -82,6 +85,13 @@ impl Reply {
             finish_reason: "tool_calls".to_owned(),
             ..Self::text("")
         }
+    }
+    /// The beginning of an answer, whose rest is given for this token.
+    #[must_use]
+    pub fn continued(mut self, token: &str) -> Self {
+        self.finish_reason = "continuation".to_owned();
+        self.continuation_token = Some(token.to_owned());
+        self
     }
     /// With this usage, or none.
     #[must_use]
@@ -119,8 +129,11 @@ impl Reply {
     #[must_use]
     pub fn document(&self, dialect: Dialect, id: &str, model: &str) -> Value {
         let mut document = match dialect {
-            Dialect::Gemini => json!({"candidates": [{"index": 0, "finishReason": dialect.reason(&self.finish_reason),
-                "content": {"role": "model", "parts": self.gemini_parts()}, "safetyRatings": []}]}),
+            Dialect::Gemini => {
+                let mut candidate = json!({"index": 0, "content": {"role": "model", "parts": self.gemini_parts()}, "safetyRatings": []});
+                self.gemini_end(&mut candidate);
+                json!({ "candidates": [candidate] })
+            }
             Dialect::OpenRouter | Dialect::OpenAi => json!({"choices": [{"index": 0, "message": self.chat_message(),
                 "finish_reason": self.finish_reason}]}),
         };
@@ -181,9 +194,16 @@ impl Reply {
         }
         // The last event may hold nothing but an empty part with a signature.
         let mut last = event(json!({"text": "", "thoughtSignature": "bGFzdA=="}));
-        last["candidates"][0]["finishReason"] = json!(Dialect::Gemini.reason(&self.finish_reason));
+        self.gemini_end(&mut last["candidates"][0]);
         events.push(last);
         events
+    }
+
+    fn gemini_end(&self, candidate: &mut Value) {
+        candidate["finishReason"] = json!(Dialect::Gemini.reason(&self.finish_reason));
+        if let Some(token) = &self.continuation_token {
+            candidate["continuationToken"] = json!(token);
+        }
     }
 
     fn chat_message(&self) -> Value {

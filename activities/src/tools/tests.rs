@@ -465,6 +465,31 @@ async fn an_answer_with_a_schema_comes_as_a_valid_object() {
     assert_eq!((outcome.ending, outcome.summary.as_str()), (Ending::Text, "42"));
 }
 
+#[tokio::test]
+async fn a_model_that_repeats_one_bad_object_in_words_is_stopped_as_by_calls() {
+    let schema = json!({"type": "object", "required": ["n"], "properties": {"n": {"type": "integer"}}});
+    let stage = Stage::new(&[("turn-*", "{ text: 'So: {\"n\": \"many\"}' }")]);
+    let agent = stage.agent(Role::Utility, Goal::Answer { schema: Some(schema.clone()) });
+    let stop = stopped(agent.run(&stage.context(1), &Memory::default(), opening).await);
+    assert_eq!(stop, json!({"rule": "identical_calls", "tool": "done", "times": 5}));
+    assert_eq!(stage.calls(), 5);
+    let note = |turn: u32| stage.checkpoint(&format!("turn:{turn}"))["note"].as_str().unwrap_or_default().to_owned();
+    assert!(note(2).contains("/n") && !note(2).contains("exact call"), "{}", note(2));
+    assert!(note(3).contains("/n") && note(3).contains("This exact call was made 3 times"), "{}", note(3));
+
+    // Those of an attempt before count.
+    let second = Stage::new(&[("turn-*", "{ text: '{\"n\": \"many\"}' }")]);
+    let mut kept = vec!["opening:0".to_owned()];
+    kept.extend((1..=3).flat_map(|n| [format!("call:turn-{n}"), format!("turn:{n}")]));
+    for key in kept {
+        let value = stage.checkpoint(&key);
+        second.recorder.checkpoints.lock().unwrap().insert(key, value);
+    }
+    let agent = second.agent(Role::Utility, Goal::Answer { schema: Some(schema) });
+    assert_eq!(stopped(agent.run(&second.context(2), &Memory::default(), opening).await), stop);
+    assert_eq!(second.calls(), 2);
+}
+
 fn long_script() -> Vec<(&'static str, String)> {
     vec![
         ("turn-1", tool("read", "{ path: a.txt }")),

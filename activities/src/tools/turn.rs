@@ -122,7 +122,7 @@ impl AgentLoop {
             let record = match ctx.checkpoint(&key).await? {
                 Some(saved) => {
                     let record: TurnRecord = read(saved, &key)?;
-                    state.replay(&reply, &record)?;
+                    state.replay(self.meant(&reply), &reply, &record)?;
                     record
                 }
                 None => {
@@ -342,6 +342,25 @@ impl AgentLoop {
         Ok(record)
     }
 
+    /// The call that a reply in words stands for: edits, or `done` with the object that was asked for.
+    fn meant(&self, reply: &Reply) -> Option<ToolCall> {
+        if !reply.tool_calls.is_empty() {
+            return None;
+        }
+        let as_call = |tool: Tool, arguments| ToolCall { id: String::new(), name: tool.name().to_owned(), arguments };
+        if self.tools.contains(&Tool::Edit)
+            && let Some(answer) = call::text_answer(&reply.text)
+        {
+            return Some(as_call(Tool::Edit, answer.value));
+        }
+        match &self.goal {
+            Goal::Answer { schema: Some(_) } => {
+                call::json_object(&reply.text).map(|result| as_call(Tool::Done, json!({ "result": result })))
+            }
+            Goal::Answer { schema: None } | Goal::Change => None,
+        }
+    }
+
     /// A reply without tool calls: edits as plain text, an answer, or words where work was asked for.
     async fn act_on_text(
         &self,
@@ -351,17 +370,17 @@ impl AgentLoop {
         turn: u32,
         record: &mut TurnRecord,
     ) -> Result<(), Failure> {
-        if self.tools.contains(&Tool::Edit)
-            && let Some(answer) = call::text_answer(&reply.text)
-        {
-            let tree = state.hands.tree.state();
-            let as_call =
-                ToolCall { id: String::new(), name: Tool::Edit.name().to_owned(), arguments: answer.value.clone() };
-            let verdict = state.watch.call(&as_call.name, &signature(&as_call), &tree);
-            if let Verdict::Stop(rule) = verdict {
+        let warning = match self.meant(reply).map(|call| state.watched(&call)) {
+            Some(Verdict::Stop(rule)) => {
                 record.end = Some(End::Stopped { rule });
                 return Ok(());
             }
+            Some(Verdict::Warn(warning)) => format!("\n\n[{warning}]"),
+            Some(Verdict::Fine) | None => String::new(),
+        };
+        if self.tools.contains(&Tool::Edit)
+            && let Some(answer) = call::text_answer(&reply.text)
+        {
             let applied = match call::edits(&answer.value) {
                 Err(why) => Answer::refused(why),
                 // Nothing more to change is how a model without tools says that it is done.
@@ -379,11 +398,7 @@ impl AgentLoop {
             if let (true, Some(summary)) = (applied.ok, answer.done) {
                 record.end = Some(End::Done { summary, result: None });
             }
-            let mut note = format!("Result of your edits: {}", applied.text);
-            if let Verdict::Warn(warning) = verdict {
-                note.push_str(&format!("\n\n[{warning}]"));
-            }
-            record.note = Some(printable(&note));
+            record.note = Some(printable(&format!("Result of your edits: {}{warning}", applied.text)));
             return Ok(());
         }
 
@@ -394,7 +409,7 @@ impl AgentLoop {
             }
             Goal::Answer { schema: Some(_) } if call::json_object(text).is_some() => {
                 let note = self.done(state, false, String::new(), call::json_object(text), record);
-                record.note = Some(note);
+                record.note = Some(format!("{note}{warning}"));
             }
             Goal::Change if state.nudged && state.hands.tree.changed() > 0 => {
                 record.end = Some(End::Text { text: printable(text) });
@@ -464,16 +479,19 @@ struct State<'b> {
 }
 
 impl State<'_> {
-    /// Brings the state to where a finished turn left it, without a model or a command.
-    fn replay(&mut self, reply: &Reply, record: &TurnRecord) -> Result<(), Failure> {
+    /// What a call that came in words means for the loop.
+    fn watched(&mut self, call: &ToolCall) -> Verdict {
+        self.watch.call(&call.name, &signature(call), &self.hands.tree.state())
+    }
+
+    /// Brings the state to where a finished turn left it, without a model or a command. `meant`: what the reply stands for if it
+    /// came in words.
+    fn replay(&mut self, meant: Option<ToolCall>, reply: &Reply, record: &TurnRecord) -> Result<(), Failure> {
         for (call, result) in reply.tool_calls.iter().zip(&record.results) {
             self.watch.call(&call.name, &signature(call), &result.state);
         }
-        if reply.tool_calls.is_empty()
-            && let Some(answer) = call::text_answer(&reply.text)
-        {
-            let call = ToolCall { id: String::new(), name: Tool::Edit.name().to_owned(), arguments: answer.value };
-            self.watch.call(&call.name, &signature(&call), &self.hands.tree.state());
+        if let Some(call) = meant {
+            self.watched(&call);
         }
         self.hands.replay(&record.delta, &record.refused)?;
         self.watch.turn(!record.delta.is_empty());

@@ -359,6 +359,52 @@ async fn a_call_on_a_key_that_openrouter_holds_for_us_is_not_given_away() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_somebody_has_cut_on_the_way_is_free_whatever_was_counted_by_then() {
+    // Two events of a stream with what was counted so far, and a clean end.
+    let events: Vec<Value> = [3, 6]
+        .map(|output| {
+            let mut event = Dialect::Gemini.text("words ");
+            event["usageMetadata"] = Dialect::Gemini.usage(11, output)["usageMetadata"].clone();
+            event.as_object_mut().expect("object").remove("responseId");
+            event
+        })
+        .into();
+    let fake = FakeProvider::serve(move |_, _| Answer::Acts(stream(&frames(&events)))).await;
+    let bench = Bench::new(Dialect::Gemini, fake).await;
+    let view = bench.drive(asking(request())).await;
+    assert_eq!(view.failure.as_ref().map(|failure| failure.code.as_str()), Some("model.truncated"));
+    let rows = bench.rows(view.run_id).await;
+    assert!(!rows.is_empty());
+    for (key, state, class, prompt, output, cost, ..) in &rows {
+        assert_eq!((state.as_str(), class.as_deref()), ("failed", Some("model.truncated")), "{key}");
+        assert_eq!((*prompt, *output, *cost), (Some(11), Some(6), 0), "{key}: known, and free");
+    }
+    bench.balances().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_in_two_calls_is_two_rows_and_one_answer() {
+    let fake = FakeProvider::serve(|seen, _| match seen.body["continuationToken"].as_str() {
+        None => Reply::text("wor").continued("t1"),
+        Some(token) => Reply::text(if token == "t1" { "ds" } else { "?" }),
+    })
+    .await;
+    let bench = Bench::new(Dialect::Gemini, fake).await;
+    let view = bench.drive(asking(request())).await;
+    assert_eq!((view.status, &view.failure), (RunStatus::Completed, &None));
+    let rows = bench.rows(view.run_id).await;
+    let keys: Vec<_> = rows.iter().map(|row| (row.0.as_str(), row.1.as_str())).collect();
+    assert_eq!(keys, [("a.a1.0", "succeeded"), ("a.a1.1", "succeeded")]);
+    assert!(rows.iter().all(|row| row.5 > 0 && row.5 == rows[0].5), "each is paid: {rows:?}");
+    let texts: Vec<Value> = sqlx::query_scalar("select value -> 'text' from checkpoints where key = 'call:a'")
+        .fetch_all(&bench.pool)
+        .await
+        .expect("checkpoint");
+    assert_eq!(texts, [json!("words")]);
+    bench.balances().await;
+}
+
 #[tokio::test]
 async fn a_note_names_a_call_under_way_and_changes_nothing_of_one_that_is_closed() {
     let bench = bench::Bench::new(100).await;

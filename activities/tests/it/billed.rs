@@ -16,13 +16,15 @@ use loopwright_engine::{
     ids::RunId,
 };
 
-/// A call that reports what it used, and how it ended.
-fn ended(state: CallState, class: &str, source: UsageSource, output: u64) -> serde_json::Value {
+/// A call that reports what it used, and how it ended; `finished`: with a finish reason.
+fn ended(state: CallState, class: &str, source: UsageSource, output: u64, finished: bool) -> serde_json::Value {
     let mut closed: CallClosed =
         serde_json::from_value(closing(CallState::Succeeded, 1_000, output)).expect("a closing");
     closed.state = state;
     closed.error_class = Some(class.to_owned());
     closed.usage.as_mut().expect("usage").source = source;
+    closed.stream_completed = finished;
+    closed.finish_reason = finished.then(|| "stop".into());
     serde_json::to_value(closed).expect("json")
 }
 
@@ -30,27 +32,29 @@ fn ended(state: CallState, class: &str, source: UsageSource, output: u64) -> ser
 async fn an_answer_that_its_model_spoiled_is_paid_and_one_that_its_provider_spoiled_is_not() {
     use CallState as S;
     use UsageSource as U;
-    for (state, class, source, output, paid) in [
-        (S::Failed, "model.truncated", U::Provider, 100, CALL_UCR),
-        (S::Failed, "model.output_invalid", U::Provider, 100, CALL_UCR),
-        (S::Failed, "model.refused", U::Provider, 100, CALL_UCR),
+    for (state, class, source, output, finished, paid) in [
+        (S::Failed, "model.truncated", U::Provider, 100, true, CALL_UCR),
+        (S::Failed, "model.output_invalid", U::Provider, 100, true, CALL_UCR),
+        (S::Failed, "model.refused", U::Provider, 100, true, CALL_UCR),
         // Declined before a token came.
-        (S::Failed, "model.refused", U::Provider, 0, 0),
+        (S::Failed, "model.refused", U::Provider, 0, true, 0),
         // The provider failed in mid-stream.
-        (S::Failed, "transient.http", U::Provider, 100, 0),
-        (S::Failed, "provider.bad_request", U::Provider, 100, 0),
+        (S::Failed, "transient.http", U::Provider, 100, true, 0),
+        (S::Failed, "provider.bad_request", U::Provider, 100, true, 0),
         // Nobody but us says so.
-        (S::Failed, "model.truncated", U::Estimated, 100, 0),
-        (S::Unknown, "transient.network", U::Provider, 100, 0),
-        (S::Unknown, "model.truncated", U::Provider, 100, 0),
+        (S::Failed, "model.truncated", U::Estimated, 100, true, 0),
+        (S::Unknown, "transient.network", U::Provider, 100, true, 0),
+        (S::Unknown, "model.truncated", U::Provider, 100, true, 0),
+        // A proxy has cut it: there are counts, and no finish reason.
+        (S::Failed, "model.truncated", U::Provider, 100, false, 0),
     ] {
         let bench = Bench::new(100).await;
         let attempt = bench.attempt(RunId::new(), 1);
         bench.start(&attempt).await;
         bench.open(&attempt, "a.0", 100).await;
-        bench.meter(&attempt, "a.0", Phase::Close, ended(state, class, source, output)).await;
+        bench.meter(&attempt, "a.0", Phase::Close, ended(state, class, source, output, finished)).await;
         bench.end_with(&attempt, Outcome::Failed, Some("workspace.git"), false).await;
-        assert_eq!(bench.balance().await, (100_000_000 - paid, 0), "{state:?} {class} {source:?} {output}");
+        assert_eq!(bench.balance().await, (100_000_000 - paid, 0), "{state:?} {class} {source:?} {output} {finished}");
         let span = Span { from: None, to: None, user: Some(bench.user) };
         let mut conn = bench.pool.acquire().await.expect("conn");
         let shown = report::spent(&mut conn, By::Model, span).await.expect("report");

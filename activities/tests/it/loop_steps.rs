@@ -805,6 +805,20 @@ async fn a_second_attempt_at_a_readme_may_buy_new_versions() {
 }
 
 #[tokio::test]
+async fn an_attempt_at_a_readme_buys_no_version_in_the_stead_of_former_attempts() {
+    let (bench, _) = finished(vec![says("readme:*", " ")]).await;
+    bench.takes(1);
+    for attempt in 1..=2 {
+        let failure = bench.attempt("readme@1", "readme", attempt, &json!({})).await.unwrap_err();
+        assert_eq!(failure.code, "model.context_overflow");
+    }
+    bench.takes(u64::MAX);
+    let calls = bench.calls().len();
+    let failure = bench.attempt("readme@1", "readme", 3, &json!({})).await.unwrap_err();
+    assert_eq!((failure.code.as_str(), bench.calls().len()), ("model.output_invalid", calls + 3));
+}
+
+#[tokio::test]
 async fn hostile_answers_are_classified_failures_without_effect() {
     let huge = format!("{{\"summary\": \"{}\"}}", "x".repeat(3_000_000));
     let deep = "[".repeat(100_000);

@@ -13,6 +13,7 @@ mod billing_random;
 mod billing_rules;
 mod billing_worker;
 mod calls;
+mod continuation;
 mod fake_provider;
 mod fork;
 mod keys;

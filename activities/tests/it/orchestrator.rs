@@ -73,6 +73,7 @@ fn said(text: &str) -> Completion {
         text: text.to_owned(),
         tool_calls: vec![],
         parts: Value::Null,
+        continuation_token: None,
         model_served: "served".into(),
         finish_reason: "stop".into(),
         usage: Usage { tokens_prompt: 10, tokens_output: 3, source: UsageSource::Provider, ..Usage::default() },

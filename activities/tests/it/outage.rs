@@ -292,6 +292,7 @@ impl Told {
                 text: "there".into(),
                 tool_calls: vec![],
                 parts: Value::Null,
+                continuation_token: None,
                 model_served: "m".into(),
                 finish_reason: "stop".into(),
                 usage: Usage { tokens_prompt: 1, tokens_output: 1, source: UsageSource::Provider, ..Usage::default() },

@@ -17,6 +17,7 @@
 //! | A blocked prompt, limit used up by thinking | `wire::a_blocked_prompt_and_a_limit_without_text_are_what_they_are` |
 //! | A usage arithmetic | `wire::the_usage_of_gemini_adds_up_whether_thoughts_are_inside_or_not` |
 //! | A finish reasons | `wire::every_finish_reason_has_a_verdict` |
+//! | A `CONTINUATION` | `wire::the_rest_of_an_answer_is_asked_for_with_its_token_and_put_behind_its_beginning`, `continuation` |
 //! | A stream, bare error in mid-stream, list without `alt=sse` | `faults::errors_behind_a_good_status_are_errors`, `wire::lines_and_events_may_be_put_together_in_any_way` |
 //! | A errors | `errors::the_table_of_gemini_holds` |
 //! | B headers, generation id as soon as headers arrive | `wire::requests_have_the_shape_of_their_dialect`, `faults` (every row behind the headers) |
@@ -138,6 +139,7 @@ pub fn call<'a>(
         max_output_tokens: request.max_output_tokens,
         structured_output: StructuredOutput::JsonSchema,
         thinking: None,
+        continuation: None,
         cancellation,
         request_id,
     }

@@ -590,18 +590,20 @@ impl Bench {
                 call_key: key, state, cost_pusd: cost, provider_request_id: id, late, error_class: class, ..
             } = row;
             note(state != "started", format!("{key} is open"));
-            // An answer that the model did not end well was served; everything else that failed is free.
-            let served = state == "succeeded" || (state == "failed" && class.starts_with("model."));
-            note(served || *cost == 0, format!("{key} is {state} ({class}) and costs {cost}"));
-            note(!late || *cost == 0, format!("{key} came late and costs {cost}"));
             let told = |entry: &&(Entry, String)| id.is_some() && entry.0.provider_request_id.as_ref() == id.as_ref();
             let entries: Vec<_> = story.iter().filter(told).collect();
             note(id.is_none() || entries.len() == 1, format!("{key}: {} answers have the id {id:?}", entries.len()));
+            // An answer that the model did not end well was served; everything else that failed is free, and so is one that the
+            // provider has cut, whatever it had counted by then.
+            let cut =
+                entries.first().is_some_and(|(entry, _)| entry.answered == format!("{:?}", Fault::NoFinishReason));
+            let spoiled = state == "failed" && class.starts_with("model.") && !cut;
+            note(state == "succeeded" || spoiled || *cost == 0, format!("{key} is {state} ({class}) and costs {cost}"));
+            note(!late || *cost == 0, format!("{key} came late and costs {cost}"));
             let struck = self.names(pair) && state == "unknown" && key.starts_with(self.first_of_struck(pair));
             note(!struck || id.is_some(), format!("{key} died behind its headers and has no id"));
             // What the model spoiled is charged where the provider reports what it took.
-            let spoiled = state == "failed" && class.starts_with("model.") && row.usage_source == "provider";
-            if state != "succeeded" && !(spoiled && row.usage().output > 0) {
+            if state != "succeeded" && !(spoiled && row.usage_source == "provider" && row.usage().output > 0) {
                 note(*cost == 0, format!("{key} is {state} ({class}) and costs {cost}"));
                 continue;
             }

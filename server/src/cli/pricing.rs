@@ -10,7 +10,7 @@ use loopwright_activities::{
     decimal::usd_from_pusd,
 };
 use serde_json::json;
-use std::path::PathBuf;
+use std::{collections::BTreeSet, path::PathBuf};
 
 /// Providers that have prices.
 const PROVIDERS: [&str; 3] = ["gemini", "openrouter", "openai_compatible"];
@@ -32,7 +32,7 @@ enum Command {
         #[arg(long)]
         history: bool,
     },
-    /// Take over OpenRouter's list; models that are not used yet only with --all
+    /// Take over OpenRouter's list; models that are not used yet only with --all. Others publish none: import
     Sync {
         #[command(flatten)]
         how: How,
@@ -119,7 +119,11 @@ async fn act(command: Command, read: Option<List>, app: &App, json: bool) -> any
             let list = account.context(unset)?.models().await;
             let text = list.map_err(|error| anyhow::anyhow!("{}", error.failure.message))?.context(unset)?;
             let list = pricelist::from_openrouter(&text, Trust { free: how.allow_free })?;
-            let known: Vec<String> = app.store.prices(false, None).await?.into_iter().map(|row| row.model).collect();
+            let rows = app.store.prices(false, None).await?;
+            let priced = rows.iter().map(|row| row.provider.clone());
+            let unlisted: BTreeSet<String> =
+                priced.filter(|name| name != "openrouter" && PROVIDERS.contains(&name.as_str())).collect();
+            let known: Vec<String> = rows.into_iter().map(|row| row.model).collect();
             let wanted: Vec<Quote> =
                 list.quotes.iter().filter(|quote| all || known.contains(&quote.model)).cloned().collect();
             // What others list wrongly cannot be corrected here: it is left out, and told if we use it.
@@ -127,6 +131,10 @@ async fn act(command: Command, read: Option<List>, app: &App, json: bool) -> any
             let done = take(&wanted, &list, &how, "openrouter /models", app, json).await?;
             for refusal in &ours {
                 eprintln!("{refusal}");
+            }
+            if !unlisted.is_empty() {
+                let whose = unlisted.into_iter().collect::<Vec<_>>().join(", ");
+                eprintln!("compared with nothing, because no list is published: {whose}; see `pricing import`");
             }
             Ok(if ours.is_empty() { done } else { EXIT_FAILED })
         }

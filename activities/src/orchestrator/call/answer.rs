@@ -55,6 +55,8 @@ pub(super) fn unreadable(key: &str, error: &serde_json::Error) -> Failure {
 pub(super) enum Judged {
     Reply(Reply),
     Unusable(Unusable),
+    /// The beginning of one, recorded: its rest is another request.
+    Part,
 }
 
 pub(super) fn judge(task: &Task<'_>, candidate: &Candidate, completion: &Completion) -> Judged {

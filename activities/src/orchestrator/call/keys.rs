@@ -156,7 +156,7 @@ impl Orchestrator {
                 Unspent::Everything => (Some(0), Some(0)),
             },
             // The reading could not be closed: the request was sent.
-            Ok(Judged::Unusable(_)) | Err(Interrupted::Engine(_)) => return,
+            Ok(Judged::Unusable(_) | Judged::Part) | Err(Interrupted::Engine(_)) => return,
         };
         for grant in grants {
             let spent = if grant.scope.starts_with("tokens ") { tokens } else { requests };

@@ -307,6 +307,7 @@ impl Gathered {
             text: self.text,
             tool_calls,
             parts,
+            continuation_token: None,
             model_served,
             finish_reason: reason,
             usage,

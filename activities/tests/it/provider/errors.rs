@@ -51,6 +51,9 @@ async fn check(dialect: Dialect, rows: Vec<Row>) {
 async fn the_table_of_gemini_holds() {
     let rpc = |code: u16, status: &str, details: Value| json!({"error": {"code": code, "status": status, "message": "upstream text", "details": details}});
     let plain = |code: u16, status: &str| rpc(code, status, json!([]));
+    let said = |status: &str, message: &str| json!({"error": {"code": 400, "status": status, "message": message}});
+    const QUOTED: &str =
+        "Unknown name \"api key expired\" at 'generation_config.response_schema.properties[api key not valid]'";
     let bad_key = json!([{"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "API_KEY_INVALID"}]);
     let disabled = json!([{"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "SERVICE_DISABLED"}]);
     let delay = |delay: &str| json!([{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": delay}]);
@@ -67,6 +70,17 @@ async fn the_table_of_gemini_holds() {
         vec![
             Row(400, None, plain(400, "INVALID_ARGUMENT"), "provider.bad_request", OtherModel, None),
             Row(400, None, rpc(400, "INVALID_ARGUMENT", bad_key), "provider.key_invalid", DisableKey, None),
+            // Its words where no reason came along. Names of a request that it quotes are no words of its.
+            Row(
+                400,
+                None,
+                said("INVALID_ARGUMENT", "API key not valid. Please pass a valid API key."),
+                "provider.key_invalid",
+                DisableKey,
+                None,
+            ),
+            Row(400, None, said("INVALID_ARGUMENT", QUOTED), "provider.bad_request", OtherModel, None),
+            Row(400, None, said("FAILED_PRECONDITION", "API key expired."), "provider.bad_request", OtherModel, None),
             Row(400, None, plain(400, "FAILED_PRECONDITION"), "provider.bad_request", OtherModel, None),
             Row(401, None, plain(401, "UNAUTHENTICATED"), "provider.key_invalid", DisableKey, None),
             // The reference says "disable", but the same status refuses one model to a key that serves the others: what

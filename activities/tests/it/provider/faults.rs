@@ -68,6 +68,9 @@ fn expected(fault: &Fault, dialect: Dialect, form: Form) -> Option<Expected> {
         }
         // A whole document without a reason is taken as finished, except from Gemini, whose documents always have one.
         Fault::NoFinishReason if !stream && dialect != Dialect::Gemini => Read(UsageSource::Estimated),
+        Fault::NoFinishReason if stream && dialect == Dialect::Gemini => {
+            Error(TRUNCATED, None, Some(UsageSource::Provider))
+        }
         Fault::NoFinishReason => Error(TRUNCATED, None, Some(UsageSource::Estimated)),
         Fault::CommentsOnly if stream => Error(TRUNCATED, None, None),
         Fault::CommentsOnly => Error(BROKEN, None, None),
@@ -113,6 +116,8 @@ async fn check(fault: Fault, dialect: Dialect, form: Form, elsewhere: &FakeProvi
             assert_eq!(verdict(&error), expected, "{what}: {error:?}");
             assert_eq!(error.failure.retry_after_ms, wait, "{what}");
             assert_eq!(error.usage.as_ref().map(|usage| usage.source), billed, "{what}");
+            // Only one that reached its limit is charged, and that one has a finish reason.
+            assert!(error.failure.code != "model.truncated" || !error.stream_completed, "{what}: {error:?}");
             let everything = format!("{error:?} {error}");
             assert!(!everything.contains("upstream text") && !everything.contains(KEY), "{what}: {everything}");
         }

@@ -4,7 +4,7 @@ use super::{KEY, PATIENT, ask_with, client, each, request, verdict};
 use loopwright_activities::{
     orchestrator::{Message, Request, ToolSpec},
     provider::{
-        Advice, Gemini, Provider, StructuredOutput,
+        Advice, Call, Continuation, Gemini, Provider, RequestIdSlot, StructuredOutput,
         address::{Trust, parse_base_url},
         estimate::{self, request_bytes},
     },
@@ -248,7 +248,8 @@ async fn every_finish_reason_has_a_verdict() {
     let mut rows = vec![
         (Dialect::Gemini, "MAX_TOKENS", retry("model.truncated")),
         (Dialect::Gemini, "MISSING_THOUGHT_SIGNATURE", bug),
-        (Dialect::Gemini, "CONTINUATION", retry("model.truncated")),
+        // Without the token that it should have brought.
+        (Dialect::Gemini, "CONTINUATION", ("model.truncated", FailureKind::Retryable, CallState::Failed, OtherModel)),
     ];
     for reason in
         ["SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY", "IMAGE_X"]
@@ -280,6 +281,56 @@ async fn every_finish_reason_has_a_verdict() {
         assert_eq!(verdict(&error), expected, "{dialect:?} {reason}");
         assert_eq!(error.finish_reason.as_deref(), Some(reason), "the raw reason is kept");
         assert_eq!(error.usage.unwrap().tokens_output, 7, "{dialect:?} {reason}: what was generated is billed");
+    }
+}
+
+#[tokio::test]
+async fn the_rest_of_an_answer_is_asked_for_with_its_token_and_put_behind_its_beginning() {
+    let told = |output| Some(Told { output, ..Told::default() });
+    for documents in [false, true] {
+        let server = FakeProvider::serve(move |seen, _| match seen.body["continuationToken"].as_str() {
+            None => {
+                let mut begun = Reply::text("It beg").continued("dG9rZW4=").with_usage(told(5));
+                begun.tool_calls = vec![("read".to_owned(), json!({"path": "a"}))];
+                begun
+            }
+            Some(_) => {
+                let mut rest = Reply::text("ins.").with_usage(told(3));
+                rest.tool_calls = vec![("read".to_owned(), json!({"path": "b"}))];
+                rest
+            }
+        })
+        .await;
+        server.answer_documents(documents);
+        let provider = client(Dialect::Gemini, &server.base_of(Dialect::Gemini), PATIENT);
+        let request = Request { tools: tools(), ..request() };
+        let cancellation = CancellationToken::new();
+        let first = ask_with(provider.as_ref(), &request, &cancellation).await.completion();
+        assert_eq!((first.text.as_str(), first.continuation_token.as_deref()), ("It beg", Some("dG9rZW4=")));
+        let before = Continuation { token: "dG9rZW4=".into(), parts: first.parts.clone() };
+        let request_id = RequestIdSlot::default();
+        let hop = super::call(&request, "some/model", &cancellation, &request_id);
+        let whole = provider.complete(Call { continuation: Some(&before), ..hop }).await.unwrap();
+        assert_eq!((whole.text.as_str(), whole.continuation_token.as_deref()), ("It begins.", None));
+        assert_eq!((first.usage.tokens_output, whole.usage.tokens_output), (5, 3), "each call by itself");
+        let calls: Vec<_> = whole.tool_calls.iter().map(|call| (call.id.as_str(), &call.arguments["path"])).collect();
+        assert_eq!(calls, [("own-1", &json!("a")), ("own-2", &json!("b"))]);
+        let seen = server.seen();
+        let mut again = seen[1].body.clone();
+        again.as_object_mut().unwrap().remove("continuationToken");
+        assert_eq!((&again, seen.len()), (&seen[0].body, 2), "the same request, and the token");
+    }
+}
+
+#[tokio::test]
+async fn a_token_that_nobody_can_send_is_none() {
+    for token in [json!(""), json!("a\u{0}b"), json!(7), json!("x".repeat(65 * 1024))] {
+        let mut end = Dialect::Gemini.finish("CONTINUATION", Some((11, 7)));
+        end["candidates"][0]["continuationToken"] = token.clone();
+        let server = FakeProvider::always(stream(&frames(&[Dialect::Gemini.text("a"), end]))).await;
+        let error = super::ask(Dialect::Gemini, &server, PATIENT).await.error();
+        assert_eq!((error.failure.code.as_str(), error.stream_completed), ("model.truncated", false), "{token:.20}");
+        assert_eq!(error.advice, Advice::OtherModel);
     }
 }
 
