@@ -735,7 +735,7 @@ impl Memory {
         let Some(row) = self.runs.get_mut(&run).filter(|r| !r.closed) else { return false };
         (row.owner, row.parked) = (None, true);
         row.epoch += 1;
-        if !row.admitted {
+        if !row.admitted || row.status == "quarantined" {
             return true;
         }
         let due = self.now + Duration::seconds(30);
