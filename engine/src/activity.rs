@@ -13,7 +13,7 @@ use crate::{
 use chrono::{DateTime, Utc};
 use futures_util::future::BoxFuture;
 use serde_json::Value;
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use tokio_util::sync::CancellationToken;
 
 /// A registered kind of work.
@@ -112,6 +112,8 @@ pub struct AttemptInfo {
     pub run_started_at: DateTime<Utc>,
     /// The attempt may not run beyond this instant.
     pub deadline: DateTime<Utc>,
+    /// The attempt may not be silent for longer; `None`: its deadline alone counts.
+    pub heartbeat: Option<Duration>,
     /// Opaque front-end data of the definition.
     pub extras: Arc<Value>,
     /// Definition budget, opaque.
@@ -314,6 +316,7 @@ pub mod detached {
             started_at: now,
             run_started_at: now,
             deadline: now + chrono::Duration::minutes(20),
+            heartbeat: None,
             extras: Arc::new(Value::Null),
             budget: Arc::new(Value::Null),
         }

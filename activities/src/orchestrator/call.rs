@@ -2,6 +2,7 @@
 //! sent and closed with what became of it.
 
 mod answer;
+mod blame;
 mod build;
 mod choice;
 mod failure;
@@ -15,7 +16,7 @@ pub use wait::Pace;
 
 use super::{
     Question, Reply, budget,
-    own::{Own, Owners},
+    own::{Lane, Owners},
     platform::Sealed,
     route::{Candidate, Routing},
     service::Pool,
@@ -26,19 +27,23 @@ use crate::{
     provider::{Advice, estimate::request_tokens_max},
     usage::CallState,
 };
-use answer::{Judged, Unusable, append_repair, unreadable};
-use failure::{BUDGET_PER_MINUTE, is_out, is_passing, named, outward, uncounted, verdict_over};
+use answer::{Judged, UNUSABLE_CANDIDATES, UNUSABLE_PER_CANDIDATE, Unusable, append_repair, unreadable};
+use blame::Blame;
+use failure::{
+    BUDGET_PER_MINUTE, is_beyond_means, is_out, is_passing, is_waited_for, named, outward, uncounted,
+    until_the_operator_acts, verdict_over,
+};
 use keys::Refused;
 use loopwright_engine::{Failure, activity::Context, ids::AttemptId};
-use pack::{PACKINGS_MAX, narrower, output_limit};
+use pack::{PACKINGS_MAX, Windows, answer_max, believable, narrower, output_limit};
 use part::Parts;
-use request::Interrupted;
+use request::{Interrupted, model_label};
 use std::{
     collections::{BTreeMap, VecDeque},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
-use wait::{jittered, milliseconds, sleep};
+use wait::{alive, jittered, milliseconds, sleep};
 
 /// Requests to one candidate within a call: the second cures most passing faults, a third is a storm.
 pub const TRIES_PER_CANDIDATE: u32 = 2;
@@ -61,8 +66,8 @@ struct Inner {
     owners: Option<Owners>,
     /// The platform's keys beside those of the environment.
     sealed: Option<Sealed>,
-    /// Windows that servers named or turned out to have, by provider and model: smaller than we were told.
-    windows: Mutex<BTreeMap<(String, String), u64>>,
+    windows: Windows,
+    blame: Blame,
     /// Requests that failed calls have made, by attempt and key: an activity that asks again under the same key in the
     /// same attempt must not meter a new request under an old name.
     counts: Mutex<VecDeque<((AttemptId, String), u32)>>,
@@ -72,7 +77,18 @@ struct Inner {
 #[derive(Clone)]
 struct Choice {
     candidate: Candidate,
-    own: bool,
+    /// The user's; `None`: the platform's.
+    own: Option<Arc<Lane>>,
+}
+
+/// Who sees a question: a provider, or one of the servers that users bring.
+type Server = (String, Option<String>);
+
+impl Choice {
+    fn server(&self) -> Server {
+        let address = self.own.as_ref().and_then(|lane| lane.address());
+        (self.candidate.provider.clone(), address.map(str::to_owned))
+    }
 }
 
 /// What became of one candidate.
@@ -86,14 +102,32 @@ enum Verdict {
 #[derive(Default)]
 struct Progress {
     requests: u32,
-    /// What has to be repaired, or could not be.
-    unusable: Option<Unusable>,
+    /// What has to be repaired, or could not be, in order.
+    unusable: Vec<Unusable>,
     /// What there is of an answer that is given in several calls.
     parts: Parts,
     /// A request failed and is billed all the same: to wait for somebody else and ask again would buy it once more.
     billed: bool,
-    /// Providers that may have served the question, and the answer was lost.
-    lost: Vec<String>,
+    /// Who may have served the question, and the answer was lost.
+    lost: Vec<Server>,
+    /// Who will not do it with any of its models.
+    closed: Vec<Server>,
+    /// The candidate that is being asked has failed in a way that waiting does not cure.
+    counts: bool,
+}
+
+impl Progress {
+    fn unusable_of<'a>(&'a self, candidate: &'a Candidate) -> impl Iterator<Item = &'a Unusable> {
+        self.unusable.iter().filter(move |answer| answer.is_from(candidate))
+    }
+
+    /// Whether so many others have answered unusably that this candidate is not asked as well.
+    fn is_enough(&self, candidate: &Candidate) -> bool {
+        let mut names: Vec<_> = self.unusable.iter().map(|answer| (&answer.provider, &answer.model)).collect();
+        names.sort_unstable();
+        names.dedup();
+        names.len() >= UNUSABLE_CANDIDATES && !names.contains(&(&candidate.provider, &candidate.model))
+    }
 }
 
 /// The parts of one call that its candidates share.
@@ -104,7 +138,6 @@ struct Task<'a> {
     saved: String,
     question: Question,
     shape: Option<Shape>,
-    own: Option<Arc<Own>>,
 }
 
 impl Orchestrator {
@@ -115,13 +148,13 @@ impl Orchestrator {
     /// nothing is bought. Request `k` of attempt `a` is metered as `<key>.a<a>.<k>`; the answer is the checkpoint
     /// `call:<key>`; an answer without the required shape is the checkpoint `call:<key>~unusable.<a>.<n>`, the beginning of one that is
     /// given in several calls `call:<key>~part.<a>.<n>`. A candidate whose window is too small, or that says so, is asked with a smaller
-    /// packing of the same question before another one is.
+    /// packing of the same question before another one is. While it lasts the call gives signs of life for its attempt.
     /// # Errors
     /// The codes that `README.md` lists under "Providers and orchestrator"; a refusal of the hook or the engine as it is.
     /// # Transaction
     /// One for each opened and each closed reading; the last closes the reading and saves the answer together.
     pub async fn call(&self, ctx: &Context, key: &str, question: impl Into<Question> + Send) -> Result<Reply, Failure> {
-        self.answer(ctx, key, question.into().in_order()).await
+        alive(ctx, self.answer(ctx, key, question.into().in_order())).await
     }
 
     async fn answer(&self, ctx: &Context, key: &str, question: Question) -> Result<Reply, Failure> {
@@ -137,24 +170,18 @@ impl Orchestrator {
         if choices.is_empty() {
             return Err(own.map_or_else(|| self.no_candidate(request.role), |own| own.none_for(request.role)));
         }
-        let (mut unusable, mut parts) = (None, Parts::default());
-        // Only a former attempt can have left one that this one does not know.
+        let mut progress = Progress { requests: self.requests_so_far(ctx, key), ..Progress::default() };
+        // Only a former attempt can have left some that this one does not know.
         if ctx.info().attempt > 1 {
-            parts = Parts::recorded(ctx, key).await?;
-            unusable = Unusable::recorded(ctx, key, 1).await?;
-            if let (Some(_), Some(second)) = (&unusable, Unusable::recorded(ctx, key, 2).await?) {
-                return Err(second.twice());
-            }
+            progress.parts = Parts::recorded(ctx, key).await?;
+            progress.unusable = Unusable::recorded(ctx, key).await?;
+            // A repair that was lost comes first; before it the rest of an answer.
+            choices.sort_by_key(|choice| progress.unusable_of(&choice.candidate).count() != 1);
         }
-        if let Some(first) = &unusable {
-            choices.sort_by_key(|choice| !first.is_from(&choice.candidate));
-        }
-        if let Some(part) = parts.newest() {
+        if let Some(part) = progress.parts.newest() {
             choices.sort_by_key(|choice| !part.is_from(&choice.candidate));
         }
-        let task = Task { ctx, key, saved, question, shape, own };
-        let requests = self.requests_so_far(ctx, key);
-        let mut progress = Progress { requests, unusable, parts, ..Progress::default() };
+        let task = Task { ctx, key, saved, question, shape };
         let outcome = self.ask_all(&task, &choices, &mut progress).await;
         if outcome.is_err() {
             self.count(ctx, key, progress.requests);
@@ -164,38 +191,59 @@ impl Orchestrator {
 
     async fn ask_all(&self, task: &Task<'_>, choices: &[Choice], progress: &mut Progress) -> Result<Reply, Failure> {
         let mut failures = Vec::new();
+        // Whether somebody is waited for; the first key of the platform's that is out of service, and whether all are.
+        let (mut waits, mut ours, mut only_keys) = (false, None, true);
         for choice in choices {
-            let candidate = &choice.candidate;
+            let (candidate, server) = (&choice.candidate, choice.server());
             // Who may have billed the question is not asked again within the attempt.
-            if progress.lost.contains(&candidate.provider) {
+            if progress.lost.contains(&server) || progress.closed.contains(&server) || progress.is_enough(candidate) {
                 continue;
             }
+            progress.counts = false;
             match self.ask(task, choice, progress).await {
                 Verdict::Answered(reply) => return Ok(reply),
                 Verdict::Stop(failure) => return Err(failure),
                 Verdict::Next(failure) => {
                     tracing::info!(provider = %candidate.provider, model = %candidate.model, code = %failure.code, "candidate failed");
+                    waits |= is_waited_for(&failure) && !progress.counts;
+                    only_keys &= is_out(&failure);
+                    if ours.is_none() && choice.own.is_none() {
+                        ours = Some(failures.len());
+                    }
                     failures.push(named(failure, candidate));
                 }
             }
         }
+        if let (true, Some(last)) = (failures.is_empty(), progress.unusable.last()) {
+            return Err(last.twice());
+        }
+        if let Some(failure) = ours.filter(|_| only_keys).and_then(|at| failures.get_mut(at)) {
+            until_the_operator_acts(failure);
+        }
         let lost_too_often = !progress.lost.is_empty() && task.ctx.info().attempt > LOST_UNCOUNTED;
         let verdict = verdict_over(failures);
-        Err(if progress.billed || lost_too_often { verdict } else { uncounted(verdict) })
+        Err(if waits && !progress.billed && !lost_too_often { uncounted(verdict) } else { verdict })
     }
 
     async fn ask(&self, task: &Task<'_>, choice: &Choice, progress: &mut Progress) -> Verdict {
         let candidate = &choice.candidate;
-        let Some(pool) = self.pool(task, choice) else {
+        let Some(pool) = self.pool(choice) else {
             return Verdict::Next(self.no_candidate(task.question.request.role));
         };
         let mut question = task.question.clone();
         let mut repairing = false;
-        if let Some(first) = progress.unusable.as_ref().filter(|first| first.is_from(candidate)) {
-            repairing = true;
-            append_repair(&mut question.request, &first.text, &first.errors);
+        let before: Vec<&Unusable> = progress.unusable_of(candidate).collect();
+        match before.as_slice() {
+            [] => {}
+            [first] => {
+                repairing = true;
+                append_repair(&mut question.request, &first.text, &first.errors);
+            }
+            [.., last] => return Verdict::Next(last.twice()),
         }
         let mut limit = output_limit(candidate, question.request.max_output_tokens);
+        // A smaller one, where that is more than may be spent or leaves no room for the prompt.
+        let mut modest = None;
         let mut tries_left = TRIES_PER_CANDIDATE;
         // Every key may refuse once; a change of keys is no second try.
         let mut changes_left = pool.len().saturating_sub(1);
@@ -207,10 +255,17 @@ impl Orchestrator {
         let mut kept = None;
         loop {
             tries_left = tries_left.saturating_sub(1);
-            let window = self.window(candidate).min(found);
-            // In a small window the answer gets at most half.
-            limit = limit.min(u32::try_from(window / 2).unwrap_or(u32::MAX)).max(1);
-            let Some(fitted) = budget::fit(&question, window, limit) else {
+            let window = self.window(choice).min(found);
+            let limit_max = answer_max(candidate, window);
+            limit = limit.min(limit_max);
+            let mut fitted = budget::fit(&question, window, limit);
+            if fitted.is_none()
+                && let Some(less) = modest.take().filter(|less| *less < limit)
+            {
+                limit = less;
+                fitted = budget::fit(&question, window, limit);
+            }
+            let Some(fitted) = fitted else {
                 let message = format!("the prompt does not fit into the {window} tokens of {}", candidate.model);
                 return Verdict::Next(Failure::permanent("model.context_overflow", message));
             };
@@ -252,18 +307,28 @@ impl Orchestrator {
                 }
                 Ok(Judged::Reply(reply)) => {
                     if found < u64::MAX {
-                        self.learn_window(candidate, found);
+                        self.learn_window(choice, found);
                     }
                     return Verdict::Answered(reply);
                 }
                 Ok(Judged::Unusable(answer)) => {
-                    if progress.unusable.is_some() {
-                        return Verdict::Stop(answer.twice());
+                    let so_far = 1 + progress.unusable_of(candidate).count();
+                    let failure = (so_far >= UNUSABLE_PER_CANDIDATE).then(|| answer.twice());
+                    if failure.is_none() {
+                        repairing = true;
+                        append_repair(&mut question.request, &answer.text, &answer.errors);
+                        tries_left = tries_left.max(1);
                     }
-                    repairing = true;
-                    append_repair(&mut question.request, &answer.text, &answer.errors);
-                    progress.unusable = Some(answer);
-                    tries_left = tries_left.max(1);
+                    progress.unusable.push(answer);
+                    match failure {
+                        Some(failure) => return Verdict::Next(failure),
+                        None => continue,
+                    }
+                }
+                // Nothing was sent: room for the longest answer was more than may be spent.
+                Err(Interrupted::Unannounced(failure)) if is_beyond_means(&failure) => {
+                    let Some(less) = modest.take().filter(|less| *less < limit) else { return Verdict::Stop(failure) };
+                    limit = less;
                     continue;
                 }
                 Err(Interrupted::Unannounced(failure) | Interrupted::Engine(failure)) => return Verdict::Stop(failure),
@@ -271,6 +336,7 @@ impl Orchestrator {
                 Err(Interrupted::Provider(error)) => *error,
             };
             progress.billed |= error.usage.is_some();
+            progress.counts |= error.counts;
             let wait = cooled.or_else(|| error.retry_after()).unwrap_or_else(|| jittered(self.0.pace.backoff));
             if is_passing(&error.failure) {
                 // Whoever waits, this call or its run, is told how long. Of several keys another may be free earlier: the next
@@ -279,9 +345,10 @@ impl Orchestrator {
                 error.failure.retry_after_ms = error.failure.retry_after_ms.max(Some(milliseconds(told).max(1)));
             }
             if error.state == CallState::Unknown && error.advice != Advice::Stop {
-                let labels = [("provider", candidate.provider.clone()), ("model", candidate.model.clone())];
+                let model = model_label(candidate, choice.own.is_some());
+                let labels = [("provider", candidate.provider.clone()), ("model", model)];
                 metrics::counter!("loopwright_model_lost_answers_total", &labels).increment(1);
-                progress.lost.push(candidate.provider.clone());
+                progress.lost.push(choice.server());
                 return Verdict::Next(error.failure);
             }
             let key_is_out = cooled.is_some()
@@ -294,14 +361,19 @@ impl Orchestrator {
             }
             match error.advice {
                 Advice::Stop => return Verdict::Stop(error.failure),
+                Advice::OtherProvider => {
+                    progress.closed.push(choice.server());
+                    return Verdict::Next(error.failure);
+                }
                 // The keys that could take over have been tried: what is left is another candidate.
-                Advice::OtherProvider | Advice::OtherKey | Advice::DisableKey => return Verdict::Next(error.failure),
+                Advice::OtherKey | Advice::DisableKey => return Verdict::Next(error.failure),
                 Advice::OtherModel if error.failure.code == "model.context_overflow" && packings_left > 0 => {
-                    if let Some(said) = error.context_tokens {
-                        self.learn_window(candidate, said);
+                    let said = believable(error.context_tokens);
+                    if let Some(said) = said {
+                        self.learn_window(choice, said);
                     }
                     let first = packings_left == PACKINGS_MAX;
-                    let Some(smaller) = narrower(&question, &fitted, limit, error.context_tokens, first) else {
+                    let Some(smaller) = narrower(&question, &fitted, limit, said, first) else {
                         return Verdict::Next(error.failure);
                     };
                     found = smaller;
@@ -312,11 +384,13 @@ impl Orchestrator {
                 Advice::OtherModel => return Verdict::Next(error.failure),
                 Advice::SameModel if tries_left == 0 => return Verdict::Next(error.failure),
                 Advice::SameModel if error.failure.code == "model.truncated" && error.stream_completed => {
-                    // It reached its limit: the same limit would be reached again.
-                    if limit >= candidate.max_output_tokens {
+                    // It reached its limit: the same limit would be reached again, and so might one that is a little larger. What
+                    // is not written is not paid for.
+                    if limit >= limit_max {
                         return Verdict::Next(error.failure);
                     }
-                    limit = limit.saturating_mul(2).min(candidate.max_output_tokens);
+                    modest = Some(limit.saturating_mul(2).min(limit_max));
+                    limit = limit_max;
                 }
                 Advice::SameModel => {
                     if wait > self.0.pace.wait_max {

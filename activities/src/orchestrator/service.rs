@@ -18,6 +18,9 @@ use uuid::Uuid;
 /// What a key is waited for whose provider is out of service after failures in a row.
 pub(super) const UNAVAILABLE: &str = "transient.unavailable";
 
+/// Turns of all keys of this process: a pool that is made anew of the same keys goes on where it was.
+static TURN: AtomicU64 = AtomicU64::new(1);
+
 /// One key with its client and its health, as this process sees it.
 pub(super) struct Slot {
     pub provider: Arc<dyn Provider>,
@@ -58,7 +61,6 @@ impl Slot {
 #[derive(Default)]
 pub(super) struct Pool {
     slots: RwLock<Vec<Arc<Slot>>>,
-    turn: AtomicU64,
 }
 
 /// A key in use; given back when dropped.
@@ -87,7 +89,7 @@ pub(super) enum Blocked {
 
 impl Pool {
     pub fn new(slots: Vec<Arc<Slot>>) -> Self {
-        Self { slots: RwLock::new(slots), turn: AtomicU64::new(1) }
+        Self { slots: RwLock::new(slots) }
     }
 
     /// The keys as they are now.
@@ -145,7 +147,7 @@ impl Pool {
             match slot.breaker.permit(now) {
                 Permit::Allowed { probe } => {
                     slot.running.fetch_add(1, Ordering::Relaxed);
-                    slot.taken.store(self.turn.fetch_add(1, Ordering::Relaxed), Ordering::Relaxed);
+                    slot.taken.store(TURN.fetch_add(1, Ordering::Relaxed), Ordering::Relaxed);
                     return Ok(Running { slot, probe });
                 }
                 Permit::Refused(wait) => wait_for(wait, UNAVAILABLE),
@@ -163,5 +165,29 @@ impl Pool {
         self.slots()
             .iter()
             .any(|slot| board.standing(&slot.key, model, now) == Standing::Active && slot.breaker.is_closed())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::provider::Scripted;
+
+    #[test]
+    fn a_pool_that_is_made_anew_of_the_same_keys_goes_on_where_it_was() {
+        let slots: Vec<Arc<Slot>> = (0..3)
+            .map(|n| {
+                let client = Scripted::from_yaml("- at: 'a:b'\n  reply: { text: x }\n").unwrap();
+                Arc::new(Slot::own(Arc::new(client), Uuid::from_u128(n)))
+            })
+            .collect();
+        let board = Board::default();
+        let turns: Vec<u128> = (0..6)
+            .map(|_| {
+                let running = Pool::new(slots.clone()).take(&board, "m", Instant::now(), &[]).ok().unwrap();
+                running.slot.own_id().unwrap().as_u128()
+            })
+            .collect();
+        assert_eq!(turns, [0, 1, 2, 0, 1, 2]);
     }
 }

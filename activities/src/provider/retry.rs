@@ -42,6 +42,8 @@ pub struct ProviderError {
     pub state: CallState,
     /// The provider's side is unwell: counts for its circuit breaker.
     pub unwell: bool,
+    /// Its failure may be retryable, but waiting is not known to help: a retry policy has to bound how often it is asked again.
+    pub counts: bool,
     pub http_status: Option<u16>,
     pub finish_reason: Option<String>,
     pub model_served: Option<String>,
@@ -64,6 +66,7 @@ impl ProviderError {
             advice,
             state: CallState::Failed,
             unwell: false,
+            counts: false,
             http_status: None,
             finish_reason: None,
             model_served: None,
@@ -177,6 +180,10 @@ pub fn classify(names: &Names, status: u16, hints: Hints, report: &Report) -> Pr
         402 if hints.retry_after.is_some() || report.limit_source.as_deref() == Some("openrouter_in_flight_budget") => {
             limited(format!("{title}: the estimated cost of running requests fills the budget"), Advice::SameModel)
         }
+        // Nobody has to act: it is filled again by itself.
+        402 | 403 if report.resets_at.is_some() && (status == 402 || is_spent(report)) => {
+            limited(format!("{title}: the budget of the key is spent, and is filled again later"), Advice::OtherKey)
+        }
         402 => ProviderError::new(
             Failure::permanent(
                 "provider.no_balance",
@@ -185,8 +192,7 @@ pub fn classify(names: &Names, status: u16, hints: Hints, report: &Report) -> Pr
             // Gemini's word for a prepaid account that is empty; elsewhere a balance may come back by itself.
             if report.has("resource_exhausted") { Advice::DisableKey } else { Advice::OtherKey },
         ),
-        // OpenRouter's older form has no source of the limit, only words.
-        403 if report.limit_source.is_some() || report.mentions("key limit exceeded") => ProviderError::new(
+        403 if is_spent(report) => ProviderError::new(
             Failure::permanent(
                 "provider.no_balance",
                 format!("{title}: the budget of the key is spent: raise it or change {}", names.key_setting),
@@ -246,7 +252,13 @@ pub fn classify(names: &Names, status: u16, hints: Hints, report: &Report) -> Pr
     error.key_rests_until = report.resets_at;
     // What the server says of itself counts more than its status.
     match report.retryable.or(hints.should_retry) {
-        Some(false) if error.advice == Advice::SameModel => error.advice = Advice::OtherModel,
+        Some(false) if error.advice == Advice::SameModel => {
+            error.advice = Advice::OtherModel;
+            // A server that is there and says so is no outage that is waited for.
+            if error.unwell {
+                (error.unwell, error.counts) = (false, true);
+            }
+        }
         Some(true) if matches!(error.failure.code.as_str(), "provider.bad_request" | "model.unavailable") => {
             error.failure = Failure::retryable("transient.http", format!("{title}: it asks for another try"));
             error.advice = Advice::SameModel;
@@ -260,6 +272,11 @@ pub fn classify(names: &Names, status: u16, hints: Hints, report: &Report) -> Pr
     codes.dedup();
     error.failure.detail = json!({ "http_status": status, "upstream_codes": codes });
     error
+}
+
+/// Whether a budget that was set for a key or a workspace is used up. OpenRouter's older form has no source of the limit, only words.
+fn is_spent(report: &Report) -> bool {
+    report.limit_source.is_some() || report.mentions("key limit exceeded")
 }
 
 /// Gemini's reasons that are about the key or its project and not about the model.
@@ -358,7 +375,34 @@ mod tests {
         let error = classified(503, &body);
         assert_eq!((error.advice, error.failure.retry_after_ms), (Advice::OtherModel, Some(3000)));
         let hints = Hints { retry_after: None, should_retry: Some(false) };
-        assert_eq!(classify(&NAMES, 500, hints, &Report::default()).advice, Advice::OtherModel);
+        let error = classify(&NAMES, 500, hints, &Report::default());
+        assert_eq!((error.advice, error.unwell, error.counts), (Advice::OtherModel, false, true));
+        // A limit is waited for, whatever it says of trying again.
+        let error = classify(&NAMES, 429, hints, &Report::default());
+        assert_eq!((error.advice, error.counts), (Advice::OtherModel, false));
+        let error = classified(500, &json!({}));
+        assert_eq!((error.advice, error.unwell, error.counts), (Advice::SameModel, true, false));
+    }
+
+    #[test]
+    fn a_budget_that_says_when_it_is_filled_again_is_waited_for() {
+        let body = |metadata: Value| json!({"error": {"code": 403, "message": "m", "metadata": metadata}});
+        let at = "2026-11-27T00:00:00Z";
+        for (status, metadata, code, kind) in [
+            (403, json!({"limit_source": "key", "resets_at": at}), "transient.rate_limited", FailureKind::Retryable),
+            (402, json!({"limit_source": "x", "resets_at": at}), "transient.rate_limited", FailureKind::Retryable),
+            (403, json!({"limit_source": "key"}), "provider.no_balance", FailureKind::Permanent),
+            (402, json!({"limit_source": "openrouter_credits"}), "provider.no_balance", FailureKind::Permanent),
+            // It is not a budget that this is about.
+            (403, json!({"resets_at": at}), "model.unavailable", FailureKind::Permanent),
+        ] {
+            let error = classified(status, &body(metadata.clone()));
+            assert_eq!((error.failure.code.as_str(), error.failure.kind), (code, kind), "{status} {metadata}");
+            assert_eq!(
+                (error.advice, error.key_rests_until.is_some()),
+                (Advice::OtherKey, metadata["resets_at"] == at)
+            );
+        }
     }
 
     #[test]

@@ -242,7 +242,9 @@ async fn an_answer_that_is_nested_too_deep_is_booked_and_refused() {
             view.failure
         );
         let rows = bench.rows(view.run_id).await;
-        assert_eq!(rows.len(), 2, "{what}: asked once more, and no more: {rows:?}");
+        // Two candidates at most; of these providers Gemini alone has a second one for the role.
+        let asked = if dialect == Dialect::Gemini { 4 } else { 2 };
+        assert_eq!(rows.len(), asked, "{what}: each asked once more, and no more: {rows:?}");
         for (key, state, class, prompt, output, cost, ..) in &rows {
             assert_eq!(
                 (state.as_str(), class.as_deref()),

@@ -1,5 +1,8 @@
 //! The orchestrator over providers that do as they are told, with a context that remembers every reading.
 
+mod again;
+mod own;
+
 use crate::{
     fake_provider::{Dialect, FakeProvider, answer_json, stream},
     provider::client,
@@ -317,7 +320,8 @@ async fn a_wrong_key_is_one_message_and_no_storm() {
         let bench = Bench::new();
         for n in 0..3 {
             let failure = orchestrator.call(&bench.ctx, &format!("turn-{n}"), request()).await.unwrap_err();
-            assert_eq!((failure.code.as_str(), failure.kind), ("provider.key_invalid", FailureKind::Permanent));
+            assert_eq!((failure.code.as_str(), failure.kind), ("provider.key_invalid", FailureKind::Retryable));
+            assert!(failure.uncounted, "it waits for the operator");
             assert!(failure.message.contains(dialect.key_setting()), "{}", failure.message);
         }
         assert_eq!(server.seen().len(), 1, "{dialect:?}: asked once, remembered");
@@ -351,25 +355,28 @@ async fn an_invalid_answer_is_repaired_once_and_paid_for() {
 }
 
 #[tokio::test]
-async fn a_second_invalid_answer_ends_the_call() {
+async fn second_invalid_answers_of_two_candidates_end_the_call() {
     let stub = Stub::new("gemini", |_, _| Ok(said("no JSON today")));
-    let orchestrator = orchestrator(&[candidate("gemini", "a"), candidate("gemini", "b")], &[Arc::clone(&stub)]);
+    let list = ["a", "b", "c"].map(|model| candidate("gemini", model));
+    let orchestrator = orchestrator(&list, &[Arc::clone(&stub)]);
     let bench = Bench::new();
     let failure = orchestrator.call(&bench.ctx, "plan", with_schema()).await.unwrap_err();
     assert_eq!((failure.code.as_str(), failure.kind), ("model.output_invalid", FailureKind::Retryable));
-    assert_eq!(stub.count(), 2);
+    assert!(!failure.uncounted && failure.message.starts_with("a answered twice"), "{failure:?}");
+    let models = || stub.calls.lock().unwrap().iter().map(|(model, ..)| model.clone()).collect::<Vec<_>>();
+    assert_eq!(models(), ["a", "a", "b", "b"], "each is paid for: no third one is asked");
     assert!(!bench.recorder.checkpoints.lock().unwrap().contains_key("call:plan"));
-    assert_eq!(bench.closed().len(), 2);
+    assert_eq!(bench.closed().len(), 4);
     // The worker died before it could say so: nothing is bought by the attempt that carries on.
     let again = Bench::counted(&bench.recorder, 2, 1);
     let repeated = orchestrator.call(&again.ctx, "plan", with_schema()).await.unwrap_err();
     assert_eq!((repeated.code, repeated.message, repeated.kind), (failure.code, failure.message, failure.kind));
-    assert_eq!(stub.count(), 2);
+    assert_eq!(stub.count(), 4);
     // It had said so, and the policy wants another attempt: that one asks anew.
     let next = Bench::counted(&bench.recorder, 3, 2);
     orchestrator.call(&next.ctx, "plan", with_schema()).await.unwrap_err();
     let calls = stub.calls.lock().unwrap();
-    assert!(calls.len() == 4 && calls[2].1 == calls[0].1, "{calls:?}");
+    assert!(calls.len() == 8 && calls[4].1 == calls[0].1, "{calls:?}");
 }
 
 #[tokio::test]
@@ -430,7 +437,7 @@ async fn an_answer_that_hit_its_limit_is_asked_for_again_with_more_room() {
     let bench = Bench::new();
     orchestrator.call(&bench.ctx, "plan", request()).await.unwrap();
     let limits: Vec<u32> = stub.calls.lock().unwrap().iter().map(|(_, _, limit)| *limit).collect();
-    assert_eq!(limits, [1_000, 2_000]);
+    assert_eq!(limits, [1_000, 4_000]);
     assert_eq!(bench.closed()[0].1.usage.as_ref().unwrap().tokens_output, 1_000);
 }
 

@@ -9,7 +9,7 @@ use loopwright_activities::{
         breaker::{Breaker, FAILURES_TO_OPEN, OPEN_FOR, Permit},
     },
     provider::{Advice, Call, Completion, KeyIdentity, Provider, ProviderError, Settings, StructuredOutput, Timeouts},
-    testing::{Dialect, Endpoint, FakeProvider, Fault, Reply, When},
+    testing::{Answer, Dialect, Endpoint, FakeProvider, Fault, Reply, When},
     usage::{CallState, Usage, UsageSource},
 };
 use loopwright_engine::{
@@ -75,6 +75,9 @@ fn the_shipped_loop_tries_again_what_may_pass() {
             "model.truncated",
             "model.output_invalid",
             "provider.key_sealed",
+            "provider.key_invalid",
+            "provider.key_disabled",
+            "provider.no_balance",
         ] {
             let failure = Failure::retryable(code, "x");
             let named = policy["on"].as_array().unwrap().iter().any(|p| failure.matches(p.as_str().unwrap()));
@@ -125,18 +128,37 @@ fn request() -> Request {
     }
 }
 
-/// A run of two calls with the loop's own policy, its delays scaled down, on a provider that spoils questions `1..=away`.
-/// Returns its end and what it was seen to wait for.
+/// As [`drive`], on a provider that spoils questions `1..=away`.
 async fn run(bench: &Bench, fake: &FakeProvider, away: usize, fault: Fault) -> (RunView, BTreeSet<String>) {
     fake.inject(
         When::picked(move |seen, nth| matches!(seen.endpoint, Endpoint::Generate { .. }) && (1..=away).contains(&nth)),
         fault,
     );
+    drive(bench, fake, Terms::default()).await
+}
+
+/// How long things may last in a run.
+struct Terms {
+    /// Longest silence of an attempt.
+    heartbeat_ms: Option<u64>,
+    /// Longest silence of the provider.
+    patience: Duration,
+    pace: Pace,
+}
+
+impl Default for Terms {
+    fn default() -> Self {
+        let pace = Pace { backoff: Duration::from_millis(1), wait_max: Duration::from_millis(20) };
+        Self { heartbeat_ms: None, patience: Duration::from_secs(1), pace }
+    }
+}
+
+/// A run of two calls with the loop's own policy, its delays scaled down. Returns its end and what it was seen to wait for.
+async fn drive(bench: &Bench, fake: &FakeProvider, terms: Terms) -> (RunView, BTreeSet<String>) {
+    let Terms { heartbeat_ms, patience, pace } = terms;
     let settings: BTreeMap<_, _> = fake.environment(&[Dialect::OpenRouter], "sk-outage-000001").into_iter().collect();
     let mut settings = Settings::from_lookup(&|name| settings.get(name).cloned()).unwrap();
-    let second = Duration::from_secs(1);
-    settings.timeouts = Timeouts { connect: second, first_byte: second, idle: second, total: 3 * second };
-    let pace = Pace { backoff: Duration::from_millis(1), wait_max: Duration::from_millis(20) };
+    settings.timeouts = Timeouts { connect: patience, first_byte: patience, idle: patience, total: 3 * patience };
     let routing = Routing::shipped().with_settings(&settings, None);
     let orchestrator = Orchestrator::with_pace(routing, settings.providers().unwrap(), pace);
     let hook = Arc::new(LedgerHook::new(BillingSettings::default()));
@@ -150,7 +172,9 @@ async fn run(bench: &Bench, fake: &FakeProvider, away: usize, fault: Fault) -> (
         "attempts": declared["attempts"], "on": declared["on"],
         "delay_ms": 1, "backoff": 2.0, "max_delay_ms": 20, "jitter": 0.0,
     });
-    let step = json!({"id": "ask", "kind": {"activity": {"name": "asks@1", "with": {}}}, "retry": retry});
+    let timeouts = json!({"run_ms": 60_000, "queue_ms": 60_000, "heartbeat_ms": heartbeat_ms});
+    let kind = json!({"activity": {"name": "asks@1", "with": {}}});
+    let step = json!({"id": "ask", "kind": kind, "retry": retry, "timeouts": timeouts});
     let definition: Definition = serde_json::from_value(
         json!({"format": FORMAT, "name": "asks", "timeout_ms": 600_000, "executions_max": 1_000, "steps": [step]}),
     )
@@ -248,6 +272,67 @@ async fn answers_that_are_always_lost_end_the_step_after_a_bounded_number() {
     assert_eq!((answered, failed, lost, cost), (1, 0, 8, 0));
     // And what he paid for the first answer is given back: the step is of no use to him.
     assert_eq!(bench.balance().await, (100_000_000, 0));
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+async fn attempts(bench: &Bench) -> i64 {
+    sqlx::query_scalar("select count(*) from activity_attempts").fetch_one(&bench.pool).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_call_that_lasts_longer_than_an_attempt_may_be_silent_is_made_once() {
+    let bench = Bench::new(100).await;
+    let fake = FakeProvider::saying(Reply::text("words")).await;
+    fake.think(|| Duration::from_millis(2_500));
+    // The second question fails first, and is waited for inside its call.
+    fake.inject(
+        When::picked(|seen, nth| matches!(seen.endpoint, Endpoint::Generate { .. }) && nth == 1),
+        Fault::HtmlError,
+    );
+    let pace = Pace { backoff: Duration::from_secs(2), wait_max: Duration::from_secs(30) };
+    let terms = Terms { heartbeat_ms: Some(1_000), patience: Duration::from_secs(20), pace };
+    let (view, waited_for) = drive(&bench, &fake, terms).await;
+    assert_eq!((view.status, view.failure, waited_for), (RunStatus::Completed, None, BTreeSet::new()));
+    assert_eq!((attempts(&bench).await, calls(&bench).await), (1, (2, 1, 0, 0)));
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn a_server_that_asks_not_to_be_asked_again_ends_the_step_after_its_attempts() {
+    let bench = Bench::new(100).await;
+    let fake = FakeProvider::serve(|_, n| match n {
+        0 => Answer::from(Reply::text("words")),
+        _ => Answer::Refused {
+            status: 500,
+            headers: vec![("x-should-retry", "false".to_owned())],
+            body: Dialect::OpenRouter.error(500, "server_error"),
+        },
+    })
+    .await;
+    let (view, _) = drive(&bench, &fake, Terms::default()).await;
+    assert_eq!((view.status, view.failure.unwrap().code.as_str()), (RunStatus::Failed, "transient.http"));
+    assert_eq!((attempts(&bench).await, calls(&bench).await), (3, (1, 3, 0, 0)));
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn a_budget_of_a_key_is_waited_for_until_it_is_filled_again() {
+    let bench = Bench::new(100).await;
+    let fake = FakeProvider::serve(|_, n| match n {
+        1 => {
+            let resets_at = chrono::Utc::now() + chrono::Duration::seconds(2);
+            let metadata = json!({"limit_source": "key", "resets_at": resets_at.to_rfc3339()});
+            let body = json!({"error": {"code": 403, "message": "m", "metadata": metadata}});
+            Answer::Refused { status: 403, headers: Vec::new(), body }
+        }
+        _ => Answer::from(Reply::text("words")),
+    })
+    .await;
+    let (view, waited_for) = drive(&bench, &fake, Terms::default()).await;
+    assert_eq!((view.status, view.failure), (RunStatus::Completed, None));
+    assert!(waited_for.contains("transient.rate_limited"), "{waited_for:?}");
+    assert_eq!(calls(&bench).await, (2, 1, 0, 0), "asked once, and again when its time had come");
+    assert_eq!(bench.balance().await, (100_000_000 - 2 * CALL_UCR, 0));
     assert_eq!(bench.violations().await, [""; 0]);
 }
 

@@ -565,6 +565,7 @@ impl Driver {
                         started_at: self.shared.clock.now(),
                         run_started_at: self.run.state.started_at,
                         deadline,
+                        heartbeat: heartbeat_ms.map(Duration::from_millis),
                         extras: self.pinned.extras.clone(),
                         budget: self.pinned.budget.clone(),
                     };

@@ -13,6 +13,13 @@ use loopwright_engine::{
 };
 use serde_json::{Value, json};
 
+/// Unusable answers of one candidate within a call: the first is repaired, the second ends it.
+pub(super) const UNUSABLE_PER_CANDIDATE: usize = 2;
+/// Candidates that may answer unusably within a call: each such answer is paid for.
+pub(super) const UNUSABLE_CANDIDATES: usize = 2;
+/// Unusable answers of a call.
+const UNUSABLE_MAX: usize = UNUSABLE_PER_CANDIDATE * UNUSABLE_CANDIDATES;
+
 /// A finished answer that did not have the required shape. It has been paid for, so it is recorded like a usable one: an
 /// attempt that carries on for a lost one begins where that one was.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
@@ -24,8 +31,8 @@ pub(super) struct Unusable {
 }
 
 impl Unusable {
-    /// Checkpoint of the `n`-th unusable answer, 1 or 2, of the attempts that count as one for the retry policy.
-    pub(super) fn key(ctx: &Context, key: &str, n: u32) -> String {
+    /// Checkpoint of the `n`-th unusable answer, from 1 to [`UNUSABLE_MAX`], of the attempts that count as one for the retry policy.
+    pub(super) fn key(ctx: &Context, key: &str, n: usize) -> String {
         format!("call:{key}~unusable.{}.{n}", ctx.info().counted)
     }
 
@@ -33,13 +40,18 @@ impl Unusable {
         (self.provider.as_str(), self.model.as_str()) == (candidate.provider.as_str(), candidate.model.as_str())
     }
 
-    pub(super) async fn recorded(ctx: &Context, key: &str, n: u32) -> Result<Option<Self>, Failure> {
-        let found = ctx.checkpoint(&Self::key(ctx, key, n)).await?;
-        found.map(serde_json::from_value).transpose().map_err(|error| unreadable(key, &error))
+    /// Those that attempts of the same count have left, in order.
+    pub(super) async fn recorded(ctx: &Context, key: &str) -> Result<Vec<Self>, Failure> {
+        let mut all = Vec::new();
+        for n in 1..=UNUSABLE_MAX {
+            let Some(found) = ctx.checkpoint(&Self::key(ctx, key, n)).await? else { break };
+            all.push(serde_json::from_value(found).map_err(|error| unreadable(key, &error))?);
+        }
+        Ok(all)
     }
 
-    /// How the call ends when the repair was unusable too.
-    pub(super) fn twice(self) -> Failure {
+    /// How a candidate ends whose repair was unusable too.
+    pub(super) fn twice(&self) -> Failure {
         let text = format!("{} answered twice in a form that cannot be used", self.model);
         Failure::retryable("model.output_invalid", text).with_detail(json!({ "errors": self.errors }))
     }

@@ -9,6 +9,8 @@ use super::{
         service::{Pool, Slot},
     },
     Inner, Orchestrator, Pace,
+    blame::Blame,
+    pack::Windows,
 };
 use crate::{
     keys::Keys,
@@ -73,7 +75,8 @@ impl Orchestrator {
             rates: keys.as_ref().map(|(keys, _)| keys.rates()),
             sealed,
             owners: keys.map(|(keys, settings)| Owners::new(keys.clone(), settings)),
-            windows: Mutex::default(),
+            windows: Windows::default(),
+            blame: Blame::default(),
             counts: Mutex::default(),
         };
         Self(Arc::new(inner))

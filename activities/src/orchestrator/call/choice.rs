@@ -85,11 +85,12 @@ impl Orchestrator {
         let listed = overridden.unwrap_or_else(|| routing.candidates(request.role).to_vec());
         let mut list: Vec<Choice> = Vec::new();
         if let Some(own) = own {
-            list.extend(own.candidates(&listed).into_iter().map(|candidate| Choice { candidate, own: true }));
+            let mine = own.candidates(&listed).into_iter();
+            list.extend(mine.map(|(candidate, lane)| Choice { candidate, own: Some(lane) }));
         }
         if own.is_none_or(|own| own.platform_fallback) {
             let served = listed.into_iter().filter(|c| self.serves(&c.provider));
-            list.extend(served.map(|candidate| Choice { candidate, own: false }));
+            list.extend(served.map(|candidate| Choice { candidate, own: None }));
         }
         list.retain(|Choice { candidate, .. }| {
             (candidate.tools || request.tools.is_empty())

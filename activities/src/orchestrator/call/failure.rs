@@ -18,9 +18,31 @@ pub(super) fn to_its_owner(mut error: ProviderError, candidate: &Candidate) -> P
     error
 }
 
-/// Whether a failure takes its key out of service.
+/// When a step asks again that has found every key of the platform out of service, in milliseconds. Chosen: a person has to act, and
+/// asking costs nothing but the look at what is known of the keys.
+const OPERATOR_WAIT_MS: u64 = 5 * 60 * 1_000;
+
+/// Whether a failure says that its key is out of service.
 pub(super) fn is_out(failure: &Failure) -> bool {
-    matches!(failure.code.as_str(), "provider.key_invalid" | "provider.no_balance")
+    matches!(failure.code.as_str(), "provider.key_invalid" | "provider.no_balance" | "provider.key_disabled")
+}
+
+/// What a run is told when every key is out of service and this one is the platform's: its user can do nothing about that, so it waits
+/// for who can.
+pub(super) fn until_the_operator_acts(failure: &mut Failure) {
+    failure.kind = FailureKind::Retryable;
+    failure.retry_after_ms = Some(OPERATOR_WAIT_MS);
+    failure.uncounted = true;
+}
+
+/// Whether a failure is waited for however long it takes.
+pub(super) fn is_waited_for(failure: &Failure) -> bool {
+    is_passing(failure) && failure.retry_after_ms.is_some()
+}
+
+/// Whether the engine or its hook refused a call that somebody would have to pay for.
+pub(super) fn is_beyond_means(failure: &Failure) -> bool {
+    failure.kind == FailureKind::Blocked || failure.code.starts_with("budget.")
 }
 
 /// Whether a failure is about the provider's state now and not about the question.
@@ -31,7 +53,7 @@ pub(super) fn is_passing(failure: &Failure) -> bool {
 /// The verdict over a call that nobody could be asked for, or that nobody has answered, and that cost nothing: the run waits until
 /// somebody can, and its retry policy does not count that.
 pub(super) fn uncounted(failure: Failure) -> Failure {
-    if is_passing(&failure) && failure.retry_after_ms.is_some() { failure.without_counting() } else { failure }
+    if is_waited_for(&failure) { failure.without_counting() } else { failure }
 }
 
 /// A budget per minute of ours is told like a limit of the provider's.

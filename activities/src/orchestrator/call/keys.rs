@@ -5,7 +5,7 @@ use super::{
         route::Candidate,
         service::{Blocked, Pool, Running, Slot, UNAVAILABLE},
     },
-    Choice, Interrupted, Orchestrator, Task,
+    Choice, Interrupted, Orchestrator,
     answer::Judged,
     failure::BUDGET_PER_MINUTE,
     jittered, milliseconds,
@@ -42,11 +42,10 @@ pub(super) struct Admitted {
 }
 
 impl Orchestrator {
-    pub(super) fn pool<'a>(&'a self, task: &'a Task<'_>, choice: &Choice) -> Option<&'a Pool> {
-        let provider = choice.candidate.provider.as_str();
-        match (choice.own, &task.own) {
-            (true, Some(own)) => own.pools.get(provider),
-            _ => self.0.pools.get(provider),
+    pub(super) fn pool<'a>(&'a self, choice: &'a Choice) -> Option<&'a Pool> {
+        match &choice.own {
+            Some(lane) => Some(&lane.pool),
+            None => self.0.pools.get(choice.candidate.provider.as_str()),
         }
     }
 
@@ -112,13 +111,16 @@ impl Orchestrator {
             "transient.rate_limited" => {
                 let rests = error.key_rests_until.and_then(|until| (until - chrono::Utc::now()).to_std().ok());
                 let asked = error.retry_after().max(rests).map(|wait| wait.min(KEY_RESTS_MAX));
-                let wait = match error.advice {
+                // 402 and 403: the budget of running requests, or of a span of time, which is the key's. A limit of requests is
+                // the model's.
+                let of_key = matches!(error.http_status, Some(402 | 403));
+                let wait = match (error.advice, asked) {
+                    (_, Some(asked)) if of_key => asked,
                     // A quota of the day: the wait that some name beside it is the one of the minute.
-                    Advice::OtherModel | Advice::OtherKey => asked.unwrap_or_default().max(DAY_QUOTA_COOLS_FOR),
-                    _ => asked.unwrap_or_else(|| jittered(self.0.pace.backoff)),
+                    (Advice::OtherModel | Advice::OtherKey, _) => asked.unwrap_or_default().max(DAY_QUOTA_COOLS_FOR),
+                    (_, asked) => asked.unwrap_or_else(|| jittered(self.0.pace.backoff)),
                 };
-                // 402: the budget of running requests, which is the key's. A limit of requests is the model's.
-                let model = (error.http_status != Some(402)).then_some(candidate.model.as_str());
+                let model = (!of_key).then_some(candidate.model.as_str());
                 Some(board.cool(&slot.key, model, wait, failure).await)
             }
             // Not about the key for good: one refusal of one model must not take the key from the others.

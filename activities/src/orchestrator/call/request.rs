@@ -8,6 +8,7 @@ use super::{
     },
     Orchestrator, Progress, Task,
     answer::{Judged, Unusable, judge},
+    blame::is_plain,
     failure::to_its_owner,
     part::{Closing, Part},
 };
@@ -84,6 +85,8 @@ impl Orchestrator {
             request_id: &request_id,
         });
         let result = noting(ctx, &meter_key, &request_id, completing).await;
+        let mut result = result;
+        self.judge_server(task, &running.slot, candidate, &mut result);
         observe(running, candidate, &result, started.elapsed(), self.0.pace.wait_max);
         let result = result
             .map_err(|error| if running.slot.own_id().is_some() { to_its_owner(error, candidate) } else { error });
@@ -104,8 +107,7 @@ impl Orchestrator {
                     Judged::Unusable(answer) => {
                         tracing::warn!(provider = %candidate.provider, model = %candidate.model, errors = ?answer.errors, "unusable answer");
                         closed.error_class = Some("model.output_invalid".to_owned());
-                        let n = if progress.unusable.is_none() { 1 } else { 2 };
-                        (Unusable::key(ctx, task.key, n), to_value(answer)?)
+                        (Unusable::key(ctx, task.key, progress.unusable.len() + 1), to_value(answer)?)
                     }
                     // Made by `keep_part` alone, which has closed it.
                     Judged::Part => return Ok(judged),
@@ -120,6 +122,27 @@ impl Orchestrator {
                 }
                 Err(Interrupted::Provider(Box::new(error)))
             }
+        }
+    }
+
+    /// Holds a failure of the server against what it answered to others: the question's own is counted, and is not its health.
+    fn judge_server(
+        &self,
+        task: &Task<'_>,
+        slot: &Slot,
+        candidate: &Candidate,
+        result: &mut Result<Completion, ProviderError>,
+    ) {
+        match result {
+            Ok(_) => self.0.blame.answered(&slot.key, &candidate.model, Instant::now()),
+            Err(error) if error.unwell && error.state == CallState::Failed && is_plain(error.http_status) => {
+                let step = task.ctx.info().idempotency_key.clone();
+                let asked = (step, task.key.to_owned(), candidate.model.clone());
+                if self.0.blame.failed(asked, &slot.key, Instant::now()) {
+                    (error.unwell, error.counts) = (false, true);
+                }
+            }
+            Err(_) => {}
         }
     }
 
@@ -239,6 +262,11 @@ pub(super) fn closed_badly(error: &ProviderError, request_id: &RequestIdSlot) ->
     }
 }
 
+/// A model as metrics name it. What users call the models of their own keys makes no series.
+pub(super) fn model_label(candidate: &Candidate, own: bool) -> String {
+    if own { "own".to_owned() } else { candidate.model.clone() }
+}
+
 /// Updates the breaker, which opens for `open_for`, and the metrics.
 fn observe(
     running: &Running,
@@ -262,7 +290,8 @@ fn observe(
             error.failure.code.clone()
         }
     };
-    let labels = [("provider", candidate.provider.clone()), ("model", candidate.model.clone()), ("outcome", outcome)];
+    let model = model_label(candidate, running.slot.own_id().is_some());
+    let labels = [("provider", candidate.provider.clone()), ("model", model), ("outcome", outcome)];
     metrics::counter!("loopwright_model_requests_total", &labels).increment(1);
     metrics::histogram!("loopwright_model_request_seconds", &labels).record(elapsed.as_secs_f64());
 }

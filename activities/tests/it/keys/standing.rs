@@ -81,7 +81,8 @@ async fn a_refused_key_is_out_of_service_for_all_until_somebody_enables_it() {
     ask(&worker("key-a,key-b")).await.unwrap();
     assert_eq!(bearers(&server), ["key-a", "key-b"]);
     let failure = ask(&worker("key-a")).await.unwrap_err();
-    assert_eq!((failure.code.as_str(), failure.kind), ("provider.key_invalid", FailureKind::Permanent));
+    assert_eq!((failure.code.as_str(), failure.kind), ("provider.key_invalid", FailureKind::Retryable));
+    assert!(failure.uncounted, "who has to act is the operator");
     assert!(failure.message.contains("api-keys"), "{}", failure.message);
     assert_eq!(bearers(&server).len(), 2, "it was not asked");
     let listed = keys().list(None).await.unwrap();
