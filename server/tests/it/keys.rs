@@ -242,7 +242,8 @@ async fn what_runs_store_is_sealed_anew_by_the_owner_and_the_application_is_told
     let (code, said) = run(application.as_str(), "", &["run", "start", "small"]);
     assert_eq!(code, Some(0), "{said}");
     // As if a worker had moved it.
-    let moved = "insert into history (shard, run_id, seq, epoch, format, events) select shard, run_id, 1, 1, 1, '[]' from runs";
+    let moved =
+        "insert into history (shard, run_id, seq, epoch, format, events) select shard, run_id, 1, 1, 1, '[]' from runs";
     sqlx::raw_sql(moved).execute(&pool).await.unwrap();
     let ring = format!("a:{}=", "A".repeat(43));
     let (code, said) = run(application.as_str(), &ring, &["keys", "reseal"]);
