@@ -43,8 +43,7 @@ fn classify(cause: &(dyn Error + 'static)) -> Option<(u8, Option<&'static str>)>
         .or_else(|| cause.downcast_ref().map(embedded::Error::code))
         .or_else(|| cause.downcast_ref().map(LedgerError::code))
         .or_else(|| cause.downcast_ref().map(IndexError::code))
-        .or_else(|| cause.downcast_ref().map(keys::Error::code))
-        .or_else(|| cause.is::<sqlx::Error>().then_some("database"));
+        .or_else(|| cause.downcast_ref().map(keys::Error::code));
     code.map(|code| (EXIT_FAILED, Some(code)))
 }
 
