@@ -115,7 +115,7 @@ impl Client {
     ///
     /// # Errors
     /// `run_not_found`, `run_closed`, `signal_invalid` (the names that there are, or the form's violations), `too_large`,
-    /// `too_deep`.
+    /// `too_deep`, `inbox_full`.
     pub async fn signal(&self, run: RunId, signal: Signal) -> Result<bool> {
         let stored = in_transaction(&self.pool, |conn| {
             let signal = signal.clone();
@@ -188,13 +188,14 @@ impl Client {
         Ok(stored)
     }
 
-    /// Asks a run to stop: live attempts are cancelled, `finally` runs.
+    /// Asks a run to stop: live attempts are cancelled, `finally` runs. `reason`: at most 4 KiB.
     ///
     /// # Errors
-    /// `run_not_found`, `run_closed`.
+    /// `run_not_found`, `run_closed`, `too_large`; `inbox_full` if 2,000 messages wait to be read: it has been told often enough, or
+    /// nobody reads what it is told.
     pub async fn cancel(&self, run: RunId, reason: &str) -> Result<()> {
+        let payload = json!(pause::checked(reason)?);
         let mut conn = self.pool.acquire().await?;
-        let payload = json!(reason);
         let message = Outgoing {
             run,
             kind: Message::Cancel,
@@ -203,10 +204,12 @@ impl Client {
             dedupe_id: None,
             sender: None,
             definition: None,
+            unread_max: Some(store::inbox::ORDERS_MAX),
         };
-        let sent = store::inbox::send(&mut conn, &message).await?;
-        if sent == Sent::NoOpenRun {
-            return Err(self.refusal(&mut conn, run).await);
+        match store::inbox::send(&mut conn, &message).await? {
+            Sent::Stored | Sent::Duplicate => {}
+            Sent::Full => return Err(full(run, store::inbox::ORDERS_MAX)),
+            Sent::NoOpenRun => return Err(self.refusal(&mut conn, run).await),
         }
         drop(conn);
         self.wake().await;
@@ -399,11 +402,12 @@ impl Client {
             dedupe_id: signal.dedupe_id.as_deref(),
             sender: signal.sender.as_deref(),
             definition: Some(definition),
+            unread_max: Some(store::inbox::UNREAD_MAX),
         };
         match store::inbox::send(conn, &message).await? {
             Sent::Stored => Ok(Some(true)),
             Sent::Duplicate => Ok(Some(false)),
-            Sent::Full => Err(full(run)),
+            Sent::Full => Err(full(run, store::inbox::UNREAD_MAX)),
             Sent::NoOpenRun if self.handed_on(conn, run, signal.dedupe_id.as_deref()).await? => Ok(Some(false)),
             Sent::NoOpenRun => self.open(conn, run).await.map(|_| None),
         }
@@ -426,8 +430,8 @@ pub(crate) fn closed(run: RunId, chain: &Chain) -> Error {
     })
 }
 
-fn full(run: RunId) -> Error {
-    Error::InboxFull { run: run.to_string(), limit: store::inbox::UNREAD_MAX }
+fn full(run: RunId, limit: i64) -> Error {
+    Error::InboxFull { run: run.to_string(), limit }
 }
 
 /// # Errors

@@ -17,7 +17,7 @@ use crate::{
         spread::Spread,
         transitions::{self, Item, Undone, Verdict},
     },
-    transaction::Session,
+    transaction::{Session, answered},
 };
 use sqlx::PgPool;
 use std::{future::Future, io, pin::Pin, sync::Arc, time::Duration};
@@ -27,10 +27,6 @@ use tokio::sync::{mpsc, oneshot};
 const BATCH_ITEMS_MAX: usize = 256;
 /// Most bytes of one batch.
 const BATCH_BYTES_MAX: usize = 1 << 20;
-/// Longest wait for the answer to a batch; then its session is left and it is sent again, which is harmless. Chosen: whoever holds
-/// a run's lock is ended by Postgres after 15 s, and a batch is written within one. A server that takes statements and answers none
-/// (frozen, or behind a proxy that forgot it) would stop this worker's transitions for ever.
-const ANSWER_MAX: Duration = Duration::from_secs(60);
 /// Lanes of each kind where runs are spread: as many commits may be under way. Chosen: each is a session of Postgres, and each of
 /// its batches holds what is queued for sixteen shards.
 const LANES: i16 = 8;
@@ -59,12 +55,14 @@ pub(crate) struct Committer {
 }
 
 impl Committer {
-    /// Starts the lanes. They end when every handle is dropped.
-    pub(crate) fn start(pool: &PgPool, spread: Spread, hook: &Arc<dyn TransitionHook>) -> Self {
+    /// Starts the lanes. They end when every handle is dropped. A batch without an answer in `answer_max` is sent again on another
+    /// session, which is harmless.
+    pub(crate) fn start(pool: &PgPool, spread: Spread, hook: &Arc<dyn TransitionHook>, answer_max: Duration) -> Self {
         let lanes = || {
             let one = |_| {
                 let (lane_queue, queue) = mpsc::channel(QUEUE_MAX);
-                tokio::spawn(lane(pool.clone(), spread, hook.clone(), queue));
+                let session = Session::like(pool).waiting(answer_max);
+                tokio::spawn(lane(session, spread, hook.clone(), queue));
                 lane_queue
             };
             (0..if spread == Spread::Together { 1 } else { LANES }).map(one).collect()
@@ -83,8 +81,7 @@ impl Committer {
     }
 }
 
-async fn lane(pool: PgPool, spread: Spread, hook: Arc<dyn TransitionHook>, mut queue: mpsc::Receiver<Queued>) {
-    let mut session = Session::like(&pool);
+async fn lane(mut session: Session, spread: Spread, hook: Arc<dyn TransitionHook>, mut queue: mpsc::Receiver<Queued>) {
     while let Some(first) = queue.recv().await {
         let mut bytes = first.0.bytes();
         let mut batch = vec![first];
@@ -93,8 +90,9 @@ async fn lane(pool: PgPool, spread: Spread, hook: Arc<dyn TransitionHook>, mut q
             bytes += next.0.bytes();
             batch.push(next);
         }
-        // Runs are locked in the order of their shards and ids, by everybody: two batches of two workers may mean the same runs.
-        batch.sort_unstable_by_key(|queued| queued.0.run_id);
+        // Runs are locked in the order of their shards and ids, by everybody: two batches of two workers may mean the same runs. A
+        // batch that tells nobody locks them by its update, which goes along the arrays.
+        batch.sort_unstable_by_key(|queued| (queued.0.run_id.shard(), queued.0.run_id));
         for (shard, batch) in spread.divide(batch, |queued| queued.0.run_id.shard()) {
             metrics::histogram!("loopwright_commit_batch_items")
                 .record(f64::from(u32::try_from(batch.len()).unwrap_or(0)));
@@ -121,8 +119,7 @@ fn commit_batch<'a>(
     Box::pin(async move {
         let mut tries = 0;
         let error = loop {
-            let sent = tokio::time::timeout(ANSWER_MAX, send(session, shard, hook, &items));
-            match sent.await.unwrap_or_else(|_| Err(sqlx::Error::Io(io::ErrorKind::TimedOut.into()).into())) {
+            match answered(session.answer_max(), send(session, shard, hook, &items)).await {
                 Ok(Sent::Done(verdicts)) => return verdicts.into_iter().map(Ok).collect(),
                 Ok(Sent::Refused(refused)) => return without_refused(session, shard, hook, items, refused).await,
                 Err(Undone::Hook(HookError::Sql(error))) if is_transient(&error) => {

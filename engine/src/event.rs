@@ -20,7 +20,9 @@ use std::collections::BTreeMap;
 /// - 5: `run_migrated`.
 /// - 6: nothing new is said; the row is stored in parts or sealed (`APART`).
 /// - 7: nothing new is said; the run has terms that an older release would drop (`TERMS`).
-pub const FORMAT: u16 = 7;
+/// - 8: `retry_scheduled` after an attempt that does not count (`uncounted`): an older release would count it, and end the step over
+///   it. `run_forked` with `not_before`.
+pub const FORMAT: u16 = 8;
 
 /// The number of a row, or of a stored state, whose text is not all that was said: a value lies apart in `blobs`, or all of it is
 /// sealed. The vocabulary is that of 5. A release that does not know it would take a reference for the value. It belongs to what is
@@ -349,6 +351,9 @@ pub enum Event {
         /// Steps that begin anew: those that were under way and have no steps below them, and those that were asked for.
         restarted: Vec<String>,
         at: DateTime<Utc>,
+        /// It is held back until then; its time and that of the blocks that are open in it counts from there.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        not_before: Option<DateTime<Utc>>,
         deadline: DateTime<Utc>,
     },
     /// The run goes on under another definition.
@@ -412,6 +417,8 @@ impl Event {
     #[must_use]
     pub fn format(&self) -> u16 {
         match self {
+            Self::RetryScheduled { failure, .. } if failure.uncounted => 8,
+            Self::RunForked { not_before: Some(_), .. } => 8,
             Self::RunEnding { ending: Ending::Continued { .. }, .. }
             | Self::RunClosed { status: crate::view::RunStatus::Continued, .. } => 4,
             Self::RunMigrated { .. } => 5,
@@ -452,6 +459,30 @@ mod tests {
         };
         assert_eq!(ended(json!({"output": null})), Some(Value::Null));
         assert_eq!(ended(json!({})), None);
+    }
+
+    /// An older release would fold them to another state, and end a step that has attempts left.
+    #[test]
+    fn what_an_older_release_would_take_for_something_else_has_a_number_of_its_own() {
+        let at = "2026-11-25T10:00:00Z";
+        let retry = |failure: Failure| Event::RetryScheduled {
+            path: "a".into(),
+            due_at: at.parse().expect("an instant"),
+            failure,
+        };
+        let away = Failure::retryable("transient.unavailable", "nobody is there");
+        assert_eq!(retry(away.clone()).format(), 1);
+        assert_eq!(retry(away.clone().without_counting()).format(), 8);
+        let cause = Failure::retryable("a.b", "text").with_cause(away.clone().without_counting());
+        assert_eq!(retry(cause).format(), 1, "what it counts as, it says itself");
+        assert_eq!(format_of(&[retry(away.clone()), retry(away.without_counting())]), 8);
+        let fork = json!({"type": "run_forked", "parent": RunId::new(), "seq": 1, "reason": "", "definition": DefinitionHash([1; 32]),
+                          "inputs": {}, "env": {}, "restarted": [], "at": at, "deadline": at});
+        let fork: Event = serde_json::from_value(fork).expect("an event");
+        assert_eq!(fork.format(), 2);
+        let mut held = serde_json::to_value(&fork).expect("JSON");
+        held["not_before"] = json!(at);
+        assert_eq!(serde_json::from_value::<Event>(held).expect("an event").format(), 8);
     }
 
     /// Rows of earlier releases say the defaults; they mean the same and are read for ever.

@@ -42,8 +42,8 @@ pub struct Failure {
     /// Earliest sensible next attempt, in milliseconds from now, as the outside told us.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_after_ms: Option<u64>,
-    /// Nothing was tried, because nobody could be asked: the attempt that follows takes its place and the retry policy does not
-    /// count it. What ends such waiting is time: the step's `total`, the run's `timeout`.
+    /// Nothing was tried, because nobody could be asked: the attempt that follows takes its place, and neither the retry policy nor
+    /// the run's executions count it. What ends such waiting is time: the step's `total`, the run's `timeout`.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub uncounted: bool,
     /// Step path at which it was raised; the engine fills it in.

@@ -9,6 +9,7 @@ use sqlx::{
     postgres::{PgConnectOptions, PgPoolOptions},
 };
 use std::{
+    io,
     pin::Pin,
     sync::Arc,
     time::{Duration, Instant},
@@ -18,6 +19,11 @@ use std::{
 /// noticed that its client is gone. One wait for a connection may be added.
 const ASKED_MAX: Duration = Duration::from_secs(5);
 const ASK_PAUSE: Duration = Duration::from_millis(100);
+
+/// Longest wait of a worker for the answer to what it asks; then the connection is left, and it is asked again. Chosen: whoever holds
+/// a run's lock is ended by Postgres after 15 s, and a batch is written within one. A server that takes statements and answers none
+/// (frozen, or behind a proxy that forgot it) would stop this worker for ever.
+pub(crate) const ANSWER_MAX: Duration = Duration::from_secs(60);
 
 /// Longest wait for a session of one's own.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -66,6 +72,34 @@ pub async fn begin(pool: &PgPool) -> sqlx::Result<Transaction<'static, Postgres>
     tokio::spawn(async move { pool.begin().await }).await.map_err(|_| sqlx::Error::WorkerCrashed)?
 }
 
+/// The answer, or an error of the connection if there is none in time. Whoever asked on a session leaves it then.
+pub(crate) async fn answered<T, E: From<sqlx::Error>>(
+    max: Duration,
+    asked: impl Future<Output = std::result::Result<T, E>>,
+) -> std::result::Result<T, E> {
+    let unanswered = |_| Err(sqlx::Error::Io(io::ErrorKind::TimedOut.into()).into());
+    tokio::time::timeout(max, asked).await.unwrap_or_else(unanswered)
+}
+
+/// Asks something on a connection of a pool. One that does not answer in time is closed: given back, the pool would ask it whether it
+/// is well, and wait for that without an end.
+///
+/// # Errors
+/// Those of the question; `database`, transient, if no connection comes free or no answer comes.
+pub(crate) async fn ask<T, F>(pool: &PgPool, max: Duration, question: F) -> Result<T>
+where
+    F: AsyncFnOnce(&mut PgConnection) -> Result<T>,
+{
+    let mut conn = pool.acquire().await?;
+    match tokio::time::timeout(max, question(&mut conn)).await {
+        Ok(answer) => answer,
+        Err(_) => {
+            conn.close_on_drop();
+            Err(sqlx::Error::Io(io::ErrorKind::TimedOut.into()).into())
+        }
+    }
+}
+
 /// A session of one's own, for a task that sends the same statements for as long as it lives. Postgres plans a statement anew
 /// in each session, five times, and the large ones take it milliseconds; sqlx hands out the session that has rested the longest,
 /// so that in a pool of twenty each of them plans everything.
@@ -74,6 +108,7 @@ pub async fn begin(pool: &PgPool) -> sqlx::Result<Transaction<'static, Postgres>
 pub(crate) struct Session {
     options: Arc<PgConnectOptions>,
     conn: Option<PgConnection>,
+    answer_max: Duration,
 }
 
 impl Session {
@@ -83,7 +118,16 @@ impl Session {
     /// would read the whole of `runs` for each batch, until the next `analyze` (25,000 pages after three minutes, measured).
     pub(crate) fn like(pool: &PgPool) -> Self {
         let options = pool.connect_options().as_ref().clone().options([("enable_seqscan", "off")]);
-        Self { options: Arc::new(options), conn: None }
+        Self { options: Arc::new(options), conn: None, answer_max: ANSWER_MAX }
+    }
+
+    /// How long its user waits for answers, instead of [`ANSWER_MAX`].
+    pub(crate) fn waiting(self, answer_max: Duration) -> Self {
+        Self { answer_max, ..self }
+    }
+
+    pub(crate) fn answer_max(&self) -> Duration {
+        self.answer_max
     }
 
     /// The connection, a new one after [`Self::leave`].

@@ -18,6 +18,7 @@ use crate::{
     },
     transaction::in_transaction,
 };
+use chrono::{DateTime, Utc};
 use serde_json::{Map, Value};
 use sqlx::PgConnection;
 use std::{cell::Cell, sync::Arc};
@@ -71,8 +72,11 @@ struct Decided {
     attributes: Option<Value>,
     /// Those of the start of `like`; the deadline only of a reset.
     terms: Terms,
+    /// As it sees them.
+    inputs: Value,
+    /// The shared part.
+    before: RunState,
     event: Event,
-    state: RunState,
 }
 
 /// What a fork is made for.
@@ -88,7 +92,8 @@ impl Client {
     /// reference; steps that had ended keep their outputs, attempts, checkpoints and cost under the old run and are not done
     /// again. Steps that were under way begin anew, with attempts and children of their own; the old run ends and settles
     /// its own. The new run has the old one's queue, attributes (unless others are given), outbox topic, priority and fairness key,
-    /// neither its business key nor its parent, and its whole timeout from now on. Signals that waited at the fork wait in both.
+    /// neither its business key nor its parent, and its whole timeout from now on, or from the instant that the rate gives it. Signals
+    /// that waited at the fork wait in both.
     ///
     /// It waits for a place in the old run's group and counts under its rate, whoever named them, and is never turned away. It is in
     /// no chain: the time of the old run's does not bound it.
@@ -106,7 +111,7 @@ impl Client {
             Box::pin(async move {
                 let inserted = decided.insert(conn).await?;
                 if inserted {
-                    decided.arrive(conn).await?;
+                    decided.begin(conn).await?;
                 }
                 Ok(inserted)
             })
@@ -176,7 +181,7 @@ impl Client {
                 let why = format!("a reset took the place of run {run}");
                 store::schedules::hand_over(conn, run, decided.run, &why).await?;
                 // Last: another start under the key of a closed run would hold the key and wait for the group.
-                decided.arrive(conn).await?;
+                decided.begin(conn).await?;
                 Ok(terminated)
             })
         })
@@ -220,8 +225,8 @@ impl Client {
                 over.to_rfc3339()
             )]));
         }
-        let mut state = self.state_at(run, new, seq).await?;
-        let inputs = match (asked.inputs.is_empty(), state.inputs.clone()) {
+        let before = self.state_at(run, new, seq).await?;
+        let inputs = match (asked.inputs.is_empty(), before.inputs.clone()) {
             (true, _) => None,
             (false, Value::Object(mut map)) => {
                 map.extend(asked.inputs.clone());
@@ -251,14 +256,14 @@ impl Client {
             again,
             until: terms.deadline,
         };
-        let event = machine::fork(&pinned.definition, &state, fork, &moment).map_err(Error::ForkInvalid)?;
-        fold(&mut state, &event).map_err(|e| Error::Invariant(format!("fork of run {run}: {e}")))?;
-        if terms.named != Named::default() || terms.deadline.is_some() {
-            state.format = state.format.max(TERMS);
-        }
+        let event = machine::fork(&pinned.definition, &before, fork, &moment).map_err(Error::ForkInvalid)?;
         let seq = i64::try_from(seq).unwrap_or(i64::MAX);
         let (workflow, attributes) = (pinned.definition.name, asked.attributes.clone());
-        Ok(Decided { run: new, like: run, maker, seq, definition, workflow, attributes, terms, event, state })
+        let inputs = Value::Null;
+        let mut decided =
+            Decided { run: new, like: run, maker, seq, definition, workflow, attributes, terms, inputs, before, event };
+        decided.inputs = decided.first(None)?.1.inputs;
+        Ok(decided)
     }
 
     /// The fold of a run's first `seq` rows, under another id.
@@ -305,29 +310,45 @@ fn went_on(next: RunId) -> String {
 
 impl Decided {
     async fn insert(&self, conn: &mut PgConnection) -> Result<bool> {
-        let state = serde_json::to_value(&self.state).map_err(|e| Error::Invariant(e.to_string()))?;
         store::forks::hold(conn, [self.maker.run, self.like]).await?;
-        store::forks::insert(conn, &self.row(&state)).await
+        store::forks::insert(conn, &self.row()).await
+    }
+
+    /// Its first event and the state after it; if its rate holds it back, its time begins at `begins`.
+    fn first(&self, begins: Option<DateTime<Utc>>) -> Result<(Event, RunState)> {
+        let event = match begins {
+            Some(begins) => machine::put_off(self.event.clone(), begins, self.terms.deadline),
+            None => self.event.clone(),
+        };
+        let mut state = self.before.clone();
+        fold(&mut state, &event).map_err(|e| Error::Invariant(format!("fork of run {}: {e}", self.like)))?;
+        if self.terms.named != Named::default() || self.terms.deadline.is_some() {
+            state.format = state.format.max(TERMS);
+        }
+        Ok((event, state))
     }
 
     /// What it waits for, like any other run of those terms and of its definition.
     async fn arrives(&self, conn: &mut PgConnection) -> Result<Option<Arrives>> {
-        Arrives::by(conn, self.terms.named.clone(), self.definition, &self.workflow, &self.state.inputs).await
+        Arrives::by(conn, self.terms.named.clone(), self.definition, &self.workflow, &self.inputs).await
     }
 
-    /// Holds it back as long as it must wait, once it is inserted.
-    async fn arrive(&self, conn: &mut PgConnection) -> Result<()> {
-        match self.arrives(conn).await? {
-            Some(arrives) => chain::arrive(conn, vec![(arrives, self.run)]).await,
-            None => Ok(()),
+    /// Holds it back as long as it must wait, once it is inserted, and writes its first transition.
+    async fn begin(&self, conn: &mut PgConnection) -> Result<()> {
+        let mut begins = None;
+        if let Some(mut arrives) = self.arrives(conn).await? {
+            begins = arrives.plan(conn).await?;
+            chain::arrive(conn, vec![(arrives, self.run)]).await?;
         }
+        let (event, state) = self.first(begins)?;
+        store::forks::begin(conn, self.run, self.seq + 1, &event, &state).await
     }
 
     async fn is_there(&self, conn: &mut PgConnection) -> Result<bool> {
-        store::forks::is_there(conn, &self.row(&serde_json::Value::Null)).await
+        store::forks::is_there(conn, &self.row()).await
     }
 
-    fn row<'a>(&'a self, state: &'a Value) -> store::forks::New<'a> {
+    fn row(&self) -> store::forks::New<'_> {
         store::forks::New {
             run: self.run,
             maker: &self.maker,
@@ -337,9 +358,7 @@ impl Decided {
             definition: self.definition,
             attributes: self.attributes.as_ref(),
             chain_deadline: self.terms.deadline,
-            inputs: &self.state.inputs,
-            event: &self.event,
-            state,
+            inputs: &self.inputs,
         }
     }
 }

@@ -33,7 +33,7 @@ impl Client {
     /// Returns false when the dedupe id was seen before.
     ///
     /// # Errors
-    /// `run_not_found`, `run_closed`, `run_quarantined`, `run_imported`, `too_large`.
+    /// `run_not_found`, `run_closed`, `run_quarantined`, `run_imported`, `too_large`, `inbox_full`.
     /// # Transaction
     /// One statement: a message into the inbox. The run is paused when it has read it, which is at once if it is in memory
     /// or parked; until then it may still begin a step.
@@ -87,11 +87,12 @@ impl Client {
             dedupe_id: why.dedupe_id.as_deref(),
             sender: why.by.as_deref(),
             definition: None,
+            unread_max: Some(store::inbox::ORDERS_MAX),
         };
         let stored = match store::inbox::send(&mut conn, &message).await? {
             Sent::Stored => true,
             Sent::Duplicate => false,
-            Sent::Full => return Err(super::full(run)),
+            Sent::Full => return Err(super::full(run, store::inbox::ORDERS_MAX)),
             Sent::NoOpenRun => return Err(self.refusal(&mut conn, run).await),
         };
         drop(conn);

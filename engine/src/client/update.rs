@@ -69,6 +69,7 @@ impl Client {
             dedupe_id: Some(&key),
             sender: update.sender.as_deref(),
             definition: None,
+            unread_max: Some(store::inbox::UNREAD_MAX),
         };
         let standing = store::runs::standing(&mut conn, run).await?;
         // Nobody would read it. What was sent before may be answered.
@@ -84,7 +85,7 @@ impl Client {
             return Err(self.refusal(&mut conn, run).await);
         }
         if sent == Sent::Full {
-            return Err(super::full(run));
+            return Err(super::full(run, store::inbox::UNREAD_MAX));
         }
         drop(conn);
         if sent == Sent::Stored {

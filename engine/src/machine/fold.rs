@@ -93,8 +93,12 @@ pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
         Event::RetryScheduled { path, due_at, failure } => {
             *phase_from(state, path, |p| *p == Phase::Queued)? =
                 Phase::Backoff { until: *due_at, failure: failure.clone() };
-            if let (true, Some(Live::Activity { counted, .. })) = (failure.uncounted, &mut state.node_mut(path)?.live) {
-                *counted = counted.saturating_sub(1);
+            // It has taken nobody's place: neither among the policy's attempts nor among the run's executions.
+            if failure.uncounted {
+                if let Some(Live::Activity { counted, .. }) = &mut state.node_mut(path)?.live {
+                    *counted = counted.saturating_sub(1);
+                }
+                state.executions = state.executions.saturating_sub(1);
             }
         }
         Event::AttemptReady { path } => {
@@ -216,7 +220,7 @@ pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
             _ if halted.is_some() => {}
             _ => return Err(Illegal("the run is not paused".into())),
         },
-        Event::RunForked { inputs, env, calls, restarted, at, deadline, .. } => {
+        Event::RunForked { inputs, env, calls, restarted, at, not_before, deadline, .. } => {
             if state.status == RunStatus::Pending || state.ending.is_some() {
                 return Err(Illegal("a run cannot be forked before it starts or while it ends".into()));
             }
@@ -231,7 +235,7 @@ pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
             state.deadline = *deadline;
             // Who sent an update asked the parent, which answers it.
             state.mailbox.iter_mut().for_each(|m| m.update = None);
-            begin_anew(&mut state.body, *at)?;
+            begin_anew(&mut state.body, not_before.unwrap_or(*at))?;
         }
         Event::RunMigrated { map, skipped, inputs, env, calls, .. } => {
             if state.ending.is_some() {

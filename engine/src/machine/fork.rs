@@ -97,8 +97,23 @@ pub fn fork(definition: &Definition, state: &RunState, fork: Fork, moment: &Mome
         calls: next.calls,
         restarted,
         at: moment.now,
+        not_before: None,
         deadline: fork.until.map_or(deadline, |until| deadline.min(until)),
     })
+}
+
+/// A [`fork`] that may not begin before `begins`: its whole time is still before it then, up to `until`.
+#[cfg(feature = "runtime")]
+pub(crate) fn put_off(mut forked: Event, begins: DateTime<Utc>, until: Option<DateTime<Utc>>) -> Event {
+    if let Event::RunForked { at, not_before, deadline, .. } = &mut forked
+        && begins > *at
+    {
+        *not_before = Some(begins);
+        // If `until` has cut it before, it does so again.
+        *deadline += begins - *at;
+        *deadline = until.map_or(*deadline, |until| until.min(*deadline));
+    }
+    forked
 }
 
 fn env(definition: &Definition, state: &RunState, moment: &Moment<'_>) -> Result<BTreeMap<String, Value>, String> {

@@ -24,6 +24,8 @@ mod timer;
 mod view;
 mod walk;
 
+#[cfg(feature = "runtime")]
+pub(crate) use fork::put_off;
 pub use fork::{Fork, fork};
 pub use migrate::{FINDINGS_MAX, Finding, Migrate, Migration, Rule, migrate};
 pub use query::query;
@@ -55,6 +57,9 @@ pub const MAILBOX_MAX: usize = 100;
 pub const LOST_MAX: u32 = 100;
 /// How often a blocked step asks again by itself, in milliseconds. Whoever unblocks wakes it at once; this is the net below.
 pub const BLOCKED_RETRY_MS: i64 = 300_000;
+/// Shortest delay of an attempt that nothing but time bounds, because those before it do not count, in milliseconds: a policy
+/// without a delay must not keep a worker busy for as long as a provider is away. Chosen, not measured.
+pub const UNCOUNTED_DELAY_MIN_MS: u64 = 100;
 /// Runs that may stand one below the other: a `call` at that depth fails. A definition that calls itself, also by way of
 /// another, has no other end. Chosen, not measured.
 pub const CALL_DEPTH_MAX: u32 = 8;

@@ -1,7 +1,8 @@
 //! The direct effect of each input, before the tree is walked.
 
 use super::{
-    Command, Decision, Illegal, Inbound, Input, LOST_MAX, MAILBOX_MAX, Moment, OUTPUT_BYTES_MAX, emit,
+    Command, Decision, Illegal, Inbound, Input, LOST_MAX, MAILBOX_MAX, Moment, OUTPUT_BYTES_MAX,
+    UNCOUNTED_DELAY_MIN_MS, emit,
     scope::{Place, find_step},
     signal::{Door, problems},
     state::{Live, Node, Phase, RunState},
@@ -307,7 +308,8 @@ fn retry_at(
         return None;
     }
     let delay = delay_ms(policy, tries(live, failure), moment.draw);
-    let due = moment.now + millis(delay.max(failure.retry_after_ms.unwrap_or(0)));
+    let least = if failure.uncounted { UNCOUNTED_DELAY_MIN_MS } else { 0 };
+    let due = moment.now + millis(delay.max(failure.retry_after_ms.unwrap_or(0)).max(least));
     if due >= state.deadline || total_deadline.is_some_and(|t| due >= t) {
         return None;
     }

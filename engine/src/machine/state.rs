@@ -42,7 +42,8 @@ pub struct RunState {
     pub ending: Option<Ending>,
     /// Signals that no step has consumed yet, oldest first.
     pub mailbox: Vec<Message>,
-    /// Steps begun and attempts started, against the definition's limit.
+    /// Steps begun and attempts started, against the definition's limit; without attempts that do not count
+    /// ([`crate::failure::Failure::uncounted`]).
     pub executions: u32,
     pub output: Option<Value>,
     pub failure: Option<Failure>,

@@ -94,6 +94,19 @@ impl Arrives {
         Ok((place.is_some() || rate.is_some()).then_some(Self { place, rate, not_before: None }))
     }
 
+    /// Plans the start under the rate, once. Returns the instant that is waited for.
+    ///
+    /// # Transaction
+    /// Locks the rate.
+    pub(crate) async fn plan(&mut self, conn: &mut PgConnection) -> Result<Option<DateTime<Utc>>> {
+        if let Some(rate) = self.rate.take() {
+            // Later than the chain's own pause, or at its instant.
+            let begins = groups::next_start(conn, &rate, false).await?;
+            self.not_before = self.not_before.max(begins);
+        }
+        Ok(self.not_before)
+    }
+
     /// Locks what [`arrive`] locks, for a transaction that locks accounts before: see [`groups::reserve`].
     pub(crate) async fn reserve(&self, conn: &mut PgConnection) -> Result<()> {
         let (rate, place) = (self.rate.as_ref(), self.place.as_ref());
@@ -109,11 +122,7 @@ impl Arrives {
 pub(crate) async fn arrive(conn: &mut PgConnection, mut arrivals: Vec<(Arrives, RunId)>) -> Result<()> {
     arrivals.sort_by(|(a, _), (b, _)| a.rate.as_ref().map(|r| &r.key).cmp(&b.rate.as_ref().map(|r| &r.key)));
     for (arrives, _) in &mut arrivals {
-        if let Some(rate) = &arrives.rate {
-            // Later than the chain's own pause, or at its instant.
-            let begins = groups::next_start(conn, rate, false).await?;
-            arrives.not_before = arrives.not_before.max(begins);
-        }
+        arrives.plan(conn).await?;
     }
     arrivals.sort_by(|(a, _), (b, _)| a.place.as_ref().map(|p| &p.group).cmp(&b.place.as_ref().map(|p| &p.group)));
     for (Arrives { place, not_before, .. }, run) in &arrivals {

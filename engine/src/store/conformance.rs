@@ -327,6 +327,7 @@ impl Pair {
                 let kind = [Kind::Signal, Kind::Signal, Kind::Cancel, Kind::Unblock][self.random.usize(0..4)];
                 let dedupe = self.random.bool().then(|| format!("id-{}", self.random.u8(0..4)));
                 let (name, payload) = ("go", json!("x"));
+                let unread_max = self.random.bool().then_some(2);
                 let there = Outgoing {
                     run,
                     kind,
@@ -335,9 +336,11 @@ impl Pair {
                     dedupe_id: dedupe.as_deref(),
                     sender: None,
                     definition: None,
+                    unread_max,
                 };
                 let answer = inbox::send(&mut conn, &there).await.expect("send");
-                let post = Post { run, kind, name: name.into(), payload: payload.clone(), dedupe_id: dedupe };
+                let post =
+                    Post { run, kind, name: name.into(), payload: payload.clone(), dedupe_id: dedupe, unread_max };
                 said(&format!("send {kind:?}"), &answer, &self.memory.post(&post))
             }
             67..=69 => {
@@ -392,12 +395,12 @@ impl Pair {
                 let seen = self.memory.runs.get(&run).map_or(0, |r| r.inbox_n) - i64::from(self.random.bool());
                 let minutes = self.random.i64(-1..3);
                 let (there, here) = self.later(minutes);
-                let answer = runs::release(&self.pool, run, epoch, seen, there, None).await.expect("release");
+                let answer = runs::release(&mut conn, run, epoch, seen, there, None).await.expect("release");
                 said("release", &answer, &self.memory.release(run, epoch, seen, here))
             }
             90..=92 => {
                 let (epoch, _) = self.fence(run);
-                let answer = runs::give_back(&self.pool, run, worker, epoch, std::time::Duration::from_secs(1))
+                let answer = runs::give_back(&mut conn, run, worker, epoch, std::time::Duration::from_secs(1))
                     .await
                     .expect("give back");
                 let here = self.memory.give_back(run, worker, epoch);
@@ -459,7 +462,7 @@ impl Pair {
             }
             95 => {
                 let (epoch, _) = self.fence(run);
-                runs::quarantine(&self.pool, run, epoch, "a test").await.expect("quarantine");
+                runs::quarantine(&mut conn, run, epoch, "a test").await.expect("quarantine");
                 self.memory.quarantine(run, epoch);
                 said("quarantine", &(), &())
             }
@@ -500,6 +503,7 @@ async fn alike(spread: Spread) {
                 "Stale",
                 "Duplicate",
                 "NoOpenRun",
+                "Full",
                 "concurrency_full",
                 "workflow_id_open",
                 "workflow_id_used",
@@ -522,6 +526,7 @@ async fn alike(spread: Spread) {
         "Stale",
         "Duplicate",
         "NoOpenRun",
+        "Full",
         "concurrency_full",
         "workflow_id_open",
         "workflow_id_used",

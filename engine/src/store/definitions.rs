@@ -69,6 +69,8 @@ pub(crate) async fn deploy(pool: &PgPool, deploy: Deploy) -> Result<Deployed> {
     Ok(Deployed { hash, version: u32::try_from(version).unwrap_or(0), created })
 }
 
+/// # Errors
+/// `definition_not_found`; `newer_release`; `definition_invalid` if what is stored is none, the bundle included.
 pub(crate) async fn load(conn: &mut PgConnection, hash: DefinitionHash) -> Result<Pinned> {
     let row = sqlx::query("select ir, bundle from definitions where hash = $1")
         .bind(&hash.0[..])
@@ -80,9 +82,10 @@ pub(crate) async fn load(conn: &mut PgConnection, hash: DefinitionHash) -> Resul
     if let Some(format) = ir["format"].as_u64().filter(|format| *format > u64::from(crate::definition::FORMAT)) {
         return Err(Error::NewerRelease(format!("definition {hash} (format {format})")));
     }
-    let definition: Definition =
-        serde_json::from_value(ir).map_err(|e| Error::DefinitionInvalid(format!("stored definition {hash}: {e}")))?;
-    let Json(bundle) = row.try_get::<Json<Bundle>, _>("bundle")?;
+    let unreadable = |what: &str, why: String| Error::DefinitionInvalid(format!("stored {what} {hash}: {why}"));
+    let definition: Definition = serde_json::from_value(ir).map_err(|e| unreadable("definition", e.to_string()))?;
+    let bundle = row.try_get::<Json<Bundle>, _>("bundle");
+    let Json(bundle) = bundle.map_err(|e| unreadable("bundle of definition", e.to_string()))?;
     let (mut calls, mut follows) = (false, false);
     definition.walk(&mut |step| {
         calls |= matches!(step.kind, Kind::Call { .. });

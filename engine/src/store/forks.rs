@@ -3,9 +3,10 @@
 use crate::{
     Error, Result,
     admission::Named,
-    event::{Event, format_of},
+    event::Event,
     ids::{DefinitionHash, RunId},
     labels,
+    machine::RunState,
     payload::{self, Slot},
     store::{blobs, definitions},
 };
@@ -101,9 +102,6 @@ pub(crate) struct New<'a> {
     pub(crate) inputs: &'a Value,
     /// No run of its chain goes on beyond it.
     pub(crate) chain_deadline: Option<DateTime<Utc>>,
-    /// Its first own event, and the state after it.
-    pub(crate) event: &'a Event,
-    pub(crate) state: &'a Value,
 }
 
 /// Keeps runs from being retired until the transaction ends.
@@ -127,25 +125,21 @@ pub(crate) async fn hold(conn: &mut PgConnection, mut runs: [RunId; 2]) -> Resul
     Ok(())
 }
 
-/// Inserts the run with its first transition, claimable at once. False if there is a run of this id.
+/// Inserts the run, claimable at once; [`begin`] in the same transaction. False if there is a run of this id.
 pub(crate) async fn insert(conn: &mut PgConnection, new: &New<'_>) -> Result<bool> {
     let labels = labels::suffix(&definitions::terms(conn, new.definition).await?.runs_on);
-    let (seq, mut large) = (new.seq + 1, Vec::new());
-    let events = payload::pack(new.run, Slot::Events { seq }, &[new.event], &mut large)?;
+    let mut large = Vec::new();
     let inputs = payload::pack(new.run, Slot::Inputs, new.inputs, &mut large)?;
-    // What it holds of the shared part lies with the parent's run, perhaps on another node.
-    let state = payload::pack(new.run, Slot::Cursor { seq }, new.state, &mut large)?;
     let inserted = sqlx::query(
         "with r as (insert into runs (shard, run_id, workflow, definition, status, parked, queue, attributes, topic, inputs, depth, seq,
-                                      inbox_n, inbox_seen, cursor, cursor_seq, forked_shard, forked_from, forked_seq,
+                                      inbox_n, inbox_seen, cursor_seq, forked_shard, forked_from, forked_seq,
                                       priority, fairness_key, lane, admission, chain_deadline)
-                    select $1, $2, $3, $4, 'running', true, split_part(queue, '[', 1) || $17::text, coalesce($16, attributes), topic, $5, $6, $7 + 1, $8, $8, $9, $7 + 1, $10, $11, $7,
-                           priority, fairness_key, lane, admission, $18::timestamptz
-                    from runs where shard = $12 and run_id = $13
+                    select $1, $2, $3, $4, 'running', true, split_part(queue, '[', 1) || $14::text, coalesce($13, attributes), topic, $5, $6, $7 + 1, $8, $8, $7 + 1, $9, $10, $7,
+                           priority, fairness_key, lane, admission, $15::timestamptz
+                    from runs where shard = $11 and run_id = $12
                       -- One of that id has been here, and has left.
                       and not exists (select from archived_runs a where a.shard = $1 and a.run_id = $2)
-                    on conflict do nothing returning shard, run_id, queue, priority, lane, seq),
-              h as (insert into history (shard, run_id, seq, epoch, format, events) select shard, run_id, seq, 0, $14, $15 from r)
+                    on conflict do nothing returning shard, run_id, queue, priority, lane)
          insert into ready (shard, run_id, queue, priority, lane) select shard, run_id, queue, priority, lane from r",
     )
     .bind(new.run.shard())
@@ -156,13 +150,10 @@ pub(crate) async fn insert(conn: &mut PgConnection, new: &New<'_>) -> Result<boo
     .bind(new.maker.depth)
     .bind(new.seq)
     .bind(new.maker.inbox_n)
-    .bind(Json(&*state))
     .bind(new.maker.run.shard())
     .bind(new.maker.run.0)
     .bind(new.like.shard())
     .bind(new.like.0)
-    .bind(i16::try_from(payload::format(&events, format_of(std::slice::from_ref(new.event)))).unwrap_or(i16::MAX))
-    .bind(Json(&*events))
     .bind(new.attributes)
     .bind(labels)
     .bind(new.chain_deadline)
@@ -172,6 +163,34 @@ pub(crate) async fn insert(conn: &mut PgConnection, new: &New<'_>) -> Result<boo
         blobs::put(conn, &large).await?;
     }
     Ok(inserted.rows_affected() == 1)
+}
+
+/// Writes the first own transition of a run that was inserted in this transaction, and the state after it: how long it must wait is
+/// known by then.
+pub(crate) async fn begin(
+    conn: &mut PgConnection,
+    run: RunId,
+    seq: i64,
+    event: &Event,
+    state: &RunState,
+) -> Result<()> {
+    let mut large = Vec::new();
+    let events = payload::pack(run, Slot::Events { seq }, &[event], &mut large)?;
+    // What it holds of the shared part lies with the parent's run, perhaps on another node.
+    let state = payload::pack(run, Slot::Cursor { seq }, state, &mut large)?;
+    sqlx::query(
+        "with h as (insert into history (shard, run_id, seq, epoch, format, events) values ($1, $2, $3, 0, $4, $5))
+         update runs set cursor = $6 where shard = $1 and run_id = $2",
+    )
+    .bind(run.shard())
+    .bind(run.0)
+    .bind(seq)
+    .bind(i16::try_from(payload::format(&events, event.format())).unwrap_or(i16::MAX))
+    .bind(Json(&*events))
+    .bind(Json(&*state))
+    .execute(&mut *conn)
+    .await?;
+    blobs::put(conn, &large).await
 }
 
 /// Whether a run is that fork: an earlier sending had stored it.

@@ -12,8 +12,12 @@ use crate::{
     Error, Result,
     admission::{OnConflict, PERIOD_MS_MAX, Place, Rate},
     ids::RunId,
-    store::inbox::{self, Kind, Outgoing},
+    store::{
+        inbox::{self, Kind, Outgoing},
+        runs,
+    },
     transaction::{self, in_transaction},
+    view::RunStatus,
 };
 use chrono::{DateTime, Utc};
 use serde_json::json;
@@ -318,6 +322,22 @@ async fn lock_free(conn: &mut PgConnection, run: RunId) -> Result<Option<bool>> 
     Ok(there.map(|_| false))
 }
 
+/// Lets a run in that waits for nothing any more, without a place. False if it is not held back.
+///
+/// # Transaction
+/// Locks the run.
+pub(crate) async fn let_go(conn: &mut PgConnection, run: RunId) -> Result<bool> {
+    let admitted = admit(conn, run).await?;
+    if admitted {
+        sqlx::query("delete from admissions where shard = $1 and run_id = $2")
+            .bind(run.shard())
+            .bind(run.0)
+            .execute(conn)
+            .await?;
+    }
+    Ok(admitted)
+}
+
 /// Lets in who waited for its time only.
 pub(crate) async fn let_in_timed(pool: &PgPool) -> Result<usize> {
     let due: Vec<uuid::Uuid> = sqlx::query_scalar(
@@ -329,20 +349,7 @@ pub(crate) async fn let_in_timed(pool: &PgPool) -> Result<usize> {
     .await?;
     let mut many = 0;
     for run in due {
-        let admitted = in_transaction(pool, |conn| {
-            Box::pin(async move {
-                let run = RunId(run);
-                let admitted = admit(conn, run).await?;
-                if admitted {
-                    sqlx::query("delete from admissions where shard = $1 and run_id = $2")
-                        .bind(run.shard())
-                        .bind(run.0)
-                        .execute(conn)
-                        .await?;
-                }
-                Ok(admitted)
-            })
-        });
+        let admitted = in_transaction(pool, |conn| Box::pin(async move { let_go(conn, RunId(run)).await }));
         many += usize::from(admitted.await?);
     }
     Ok(many)
@@ -376,6 +383,7 @@ pub(crate) async fn make_room(pool: &PgPool) -> Result<()> {
             dedupe_id: Some(&id),
             sender: None,
             definition: None,
+            unread_max: None,
         };
         let mut conn = pool.acquire().await?;
         inbox::send(&mut conn, &message).await?;
@@ -409,11 +417,12 @@ pub(crate) async fn expired(pool: &PgPool) -> Result<Vec<RunId>> {
     Ok(expired.into_iter().map(RunId).collect())
 }
 
-/// Whether a run is open and held back. Who has locked its row knows it until the transaction ends: nobody can let it in.
-pub(crate) async fn waits(conn: &mut PgConnection, run: RunId) -> Result<bool> {
-    let waits =
-        "select exists (select from runs where shard = $1 and run_id = $2 and not admitted and closed_at is null)";
-    Ok(sqlx::query_scalar(waits).bind(run.shard()).bind(run.0).fetch_one(conn).await?)
+/// The status of a run that is open and held back: pending, or that of a fork, which has begun. `None`: it is not held back. Who has
+/// locked its row knows it until the transaction ends: nobody can let it in.
+pub(crate) async fn waits(conn: &mut PgConnection, run: RunId) -> Result<Option<RunStatus>> {
+    let waits = "select status from runs where shard = $1 and run_id = $2 and not admitted and closed_at is null";
+    let found = sqlx::query(waits).bind(run.shard()).bind(run.0).fetch_optional(conn).await?;
+    found.as_ref().map(runs::status).transpose()
 }
 
 /// Why a run is held back, for people. `None` if it is not.

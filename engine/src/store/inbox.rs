@@ -16,9 +16,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sqlx::{PgConnection, Row, postgres::PgRow, types::Json};
 
-/// Signals and updates that may wait to be read by one run; more are refused. Chosen: ten times what the mailbox keeps of one name, and
-/// at 256 KiB each what a worker can hold for a moment. A run that is held back, quarantined or without a worker reads none.
+/// Messages that may wait to be read by a run to which somebody sends a signal or an update; more are refused. Chosen: ten times what
+/// the mailbox keeps of one name, and at 256 KiB each what a worker can hold for a moment. A run that is held back, quarantined or
+/// without a worker reads none.
 pub(crate) const UNREAD_MAX: i64 = 1_000;
+/// The same for cancels, pauses and resumes: they get through where signals do not any more. Chosen: twice as many, each small.
+pub(crate) const ORDERS_MAX: i64 = 2_000;
 
 /// What a message is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,10 +49,6 @@ impl Kind {
             Self::Terminate => "terminate",
         }
     }
-    /// Whether whoever sends it decides how many there are. What the engine itself and an operator say always gets through.
-    pub(crate) fn is_bounded(self) -> bool {
-        matches!(self, Self::Signal | Self::Update)
-    }
 }
 
 /// A message to put into a run's inbox.
@@ -62,6 +61,9 @@ pub(crate) struct Outgoing<'a> {
     pub(crate) sender: Option<&'a str>,
     /// Under which it was found to be in order: if the run has another one by now, nothing is stored.
     pub(crate) definition: Option<DefinitionHash>,
+    /// Not stored if so many messages wait to be read: [`UNREAD_MAX`] or [`ORDERS_MAX`] where people decide how many there are.
+    /// `None`: it gets through, as everything must that the engine itself says.
+    pub(crate) unread_max: Option<i64>,
 }
 
 /// What became of a message.
@@ -71,7 +73,7 @@ pub(crate) enum Sent {
     Duplicate,
     /// There is no such run, or it is closed; or it does not have the definition that was asked for.
     NoOpenRun,
-    /// [`UNREAD_MAX`] messages wait to be read already.
+    /// [`Outgoing::unread_max`] messages wait to be read already.
     Full,
 }
 
@@ -90,11 +92,13 @@ pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Res
     let slot = Slot::Message { kind: message.kind.as_str(), name: message.name };
     let mut blobs = Vec::new();
     let payload = payload::pack(message.run, slot, message.payload, &mut blobs)?;
-    // Of a message that nobody takes there is nothing to store; that a run has closed or knows an id does not change any more, and
-    // where the inbox has room again meanwhile the message is sent again.
-    if !blobs.is_empty() && is_wanted(conn, message).await? {
+    // Of a message that nobody takes there is nothing to store. That a run has closed or knows an id does not change any more; an
+    // inbox that was full may have room by the next statement, but then the row would refer to what was not stored: so it has none.
+    let wanted = blobs.is_empty() || is_wanted(conn, message).await?;
+    if wanted {
         blobs::put(conn, &blobs).await?;
     }
+    let unread_max = if wanted { message.unread_max } else { Some(0) };
     // The run's row serializes its senders. A second message with one id that raced the first is dropped by the
     // constraint; its number stays unused.
     let row = sqlx::query(
@@ -124,7 +128,7 @@ pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Res
     .bind(message.dedupe_id)
     .bind(message.sender)
     .bind(message.definition.map(|hash| hash.0.to_vec()))
-    .bind(message.kind.is_bounded().then_some(UNREAD_MAX))
+    .bind(unread_max)
     .fetch_one(&mut *conn)
     .await?;
     Ok(match (row.try_get("open")?, row.try_get("stored")?, row.try_get("taken")?) {
@@ -135,7 +139,7 @@ pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Res
     })
 }
 
-/// Whether the run is open and does not know the sender's id.
+/// Whether the run is open, has room and does not know the sender's id.
 async fn is_wanted(conn: &mut PgConnection, message: &Outgoing<'_>) -> Result<bool> {
     Ok(sqlx::query_scalar(
         "select exists (select from runs where shard = $1 and run_id = $2 and closed_at is null
@@ -145,7 +149,7 @@ async fn is_wanted(conn: &mut PgConnection, message: &Outgoing<'_>) -> Result<bo
     .bind(message.run.shard())
     .bind(message.run.0)
     .bind(message.dedupe_id)
-    .bind(message.kind.is_bounded().then_some(UNREAD_MAX))
+    .bind(message.unread_max)
     .fetch_one(conn)
     .await?)
 }

@@ -7,7 +7,7 @@
 use super::{
     chain::{KNOWN_MAX, Successor},
     groups::{self, Arrival},
-    inbox::{ChildResult, Kind, Sent, UNREAD_MAX},
+    inbox::{ChildResult, Kind, Sent},
     transitions::{Child, Item, Text, Verdict},
     turns::{Due, Turns},
 };
@@ -172,6 +172,8 @@ pub(crate) struct Post {
     pub(crate) name: String,
     pub(crate) payload: Value,
     pub(crate) dedupe_id: Option<String>,
+    /// [`super::inbox::Outgoing::unread_max`].
+    pub(crate) unread_max: Option<i64>,
 }
 
 /// What the hook has written, in the store's transactions.
@@ -554,7 +556,7 @@ impl Memory {
         if seen && self.mutant != Some(Mutant::StoresDuplicates) {
             return Sent::Duplicate;
         }
-        if post.kind.is_bounded() && row.inbox_n - row.inbox_seen >= UNREAD_MAX {
+        if post.unread_max.is_some_and(|most| row.inbox_n - row.inbox_seen >= most) {
             return Sent::Full;
         }
         row.inbox_n += 1;
@@ -733,7 +735,7 @@ impl Memory {
         let Some(row) = self.runs.get_mut(&run).filter(|r| !r.closed) else { return false };
         (row.owner, row.parked) = (None, true);
         row.epoch += 1;
-        if !row.admitted {
+        if !row.admitted || row.status == "quarantined" {
             return true;
         }
         let due = self.now + Duration::seconds(30);
@@ -766,7 +768,7 @@ impl Memory {
 
 impl Post {
     pub(crate) fn new(run: RunId, kind: Kind, name: &str, payload: Value) -> Self {
-        Self { run, kind, name: name.to_owned(), payload, dedupe_id: None }
+        Self { run, kind, name: name.to_owned(), payload, dedupe_id: None, unread_max: None }
     }
 }
 

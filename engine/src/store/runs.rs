@@ -347,7 +347,7 @@ fn slow(error: sqlx::Error) -> Error {
 
 /// Sets a run aside because an invariant broke. An operator decides; other runs go on. Nothing happens if the epoch moved:
 /// the run is another owner's to judge.
-pub(crate) async fn quarantine(pool: &PgPool, run: RunId, epoch: i64, why: &str) -> Result<()> {
+pub(crate) async fn quarantine(conn: &mut PgConnection, run: RunId, epoch: i64, why: &str) -> Result<()> {
     // Before the statement: the reason should be known even if it fails.
     tracing::error!(run_id = %run, why, "run is quarantined");
     let quarantined = sqlx::query(
@@ -361,7 +361,7 @@ pub(crate) async fn quarantine(pool: &PgPool, run: RunId, epoch: i64, why: &str)
     // A text of Postgres holds no NUL; the reason may quote anything.
     .bind(why.replace('\0', " "))
     .bind(epoch)
-    .fetch_optional(pool)
+    .fetch_optional(conn)
     .await?;
     if quarantined.is_some() {
         metrics::counter!("loopwright_runs_quarantined_total").increment(1);
@@ -466,7 +466,13 @@ pub(crate) async fn lost(
 
 /// Frees a run that its owner does not drive, read messages or not: it is due after `pause`. False if the run is not that
 /// owner's of that epoch any more. The epoch rises: what is still under way from here is refused.
-pub(crate) async fn give_back(pool: &PgPool, run: RunId, owner: WorkerId, epoch: i64, pause: Duration) -> Result<bool> {
+pub(crate) async fn give_back(
+    conn: &mut PgConnection,
+    run: RunId,
+    owner: WorkerId,
+    epoch: i64,
+    pause: Duration,
+) -> Result<bool> {
     let freed = sqlx::query(
         "with u as (update runs set owner = null, parked = true, epoch = epoch + 1, waiting = 'worker'
            where shard = $1 and run_id = $2 and owner = $3 and epoch = $4 and closed_at is null
@@ -480,7 +486,7 @@ pub(crate) async fn give_back(pool: &PgPool, run: RunId, owner: WorkerId, epoch:
     .bind(owner.0)
     .bind(epoch)
     .bind(f64::from(u32::try_from(pause.as_millis()).unwrap_or(u32::MAX)))
-    .execute(pool)
+    .execute(conn)
     .await?;
     Ok(freed.rows_affected() == 1)
 }
@@ -549,7 +555,7 @@ pub(crate) async fn unreadable(conn: &mut PgConnection, run: RunId) -> Result<Un
 /// Gives up ownership without a transition: nothing happened, the run waits until `due` or for a message.
 /// False if the epoch moved or a message came in meanwhile.
 pub(crate) async fn release(
-    pool: &PgPool,
+    conn: &mut PgConnection,
     run: RunId,
     epoch: i64,
     inbox_seen: i64,
@@ -569,7 +575,7 @@ pub(crate) async fn release(
     .bind(inbox_seen)
     .bind(due)
     .bind(waiting)
-    .execute(pool)
+    .execute(conn)
     .await?;
     Ok(released.rows_affected() == 1)
 }

@@ -465,8 +465,16 @@ pub(crate) async fn apply_effects<I: Borrow<Item>>(
     }
     messages.sort_by_key(|(run, ..)| *run);
     for (run, kind, payload) in &messages {
-        let message =
-            Outgoing { run: *run, kind: *kind, name: "", payload, dedupe_id: None, sender: None, definition: None };
+        let message = Outgoing {
+            run: *run,
+            kind: *kind,
+            name: "",
+            payload,
+            dedupe_id: None,
+            sender: None,
+            definition: None,
+            unread_max: None,
+        };
         let sent = inbox::send(conn, &message).await.map_err(Undone::of)?;
         // A parent knows its child by the first run of a chain; it means the one that is open.
         if sent == Sent::NoOpenRun && *kind != Kind::Child {

@@ -2,23 +2,30 @@ use super::*;
 use crate::{
     MIGRATIONS,
     admission::OnConflict,
+    committer::Committer,
     definition::{Concurrency, Data},
     embedded::testing::database,
     hook::NoHook,
     store::groups,
-    transaction::{Session, begin},
+    transaction::{ANSWER_MAX, Session, begin},
 };
 use sqlx::{PgPool, Postgres, Transaction};
+use std::sync::Arc;
 
 /// Two runs, parent and child, each driven by somebody.
 async fn family(pool: &PgPool) -> (RunId, RunId) {
     let (parent, child) = (RunId::new(), RunId::new());
+    runs(pool, [parent, child]).await;
+    (parent, child)
+}
+
+async fn runs(pool: &PgPool, both: [RunId; 2]) {
     sqlx::query("insert into definitions (hash, name, version, format, source, bundle, ir) values ($1, 'w', 1, 1, '', '{}', '{}')")
         .bind([7_u8; 32])
         .execute(pool)
         .await
         .expect("definition");
-    for run in [parent, child] {
+    for run in both {
         sqlx::query("insert into runs (shard, run_id, workflow, definition, status, inputs) values ($1, $2, 'w', $3, 'running', '{}')")
             .bind(run.shard())
             .bind(run.0)
@@ -27,7 +34,6 @@ async fn family(pool: &PgPool) -> (RunId, RunId) {
             .await
             .expect("run");
     }
-    (parent, child)
 }
 
 fn item(run_id: RunId, status: &'static str, effects: Effects) -> Item {
@@ -84,6 +90,44 @@ async fn a_child_that_ends_while_its_parent_stops_it_is_no_deadlock() {
     other.await.expect("the other");
     let told: i64 = sqlx::query_scalar("select count(*) from inbox").fetch_one(&pool).await.expect("sql");
     assert_eq!(told, 2);
+}
+
+/// A batch that tells nobody takes no locks beforehand; who wakes many runs at once goes by shards.
+#[tokio::test]
+async fn a_batch_locks_its_runs_in_the_order_of_their_shards() {
+    let pool = database(MIGRATIONS).await;
+    // The one that is first by its id is second by its shard.
+    let (second, first) = loop {
+        let (earlier, later) = (RunId::new(), RunId::new());
+        if earlier < later && earlier.shard() > later.shard() {
+            break (earlier, later);
+        }
+    };
+    runs(&pool, [second, first]).await;
+    let lock = "select from runs where shard = $1 and run_id = $2 for no key update nowait";
+    let mut other = begin(&pool).await.expect("begin");
+    let pid: i32 = sqlx::query_scalar("select pg_backend_pid()").fetch_one(&mut *other).await.expect("pid");
+    sqlx::query(lock).bind(first.shard()).bind(first.0).execute(&mut *other).await.expect("locked");
+    let hook: Arc<dyn TransitionHook> = Arc::new(NoHook);
+    let committer = Committer::start(&pool, Spread::Together, &hook, ANSWER_MAX);
+    // Both are queued before the lane has its turn: one batch.
+    let batch = async {
+        let of = |run| committer.commit(Arc::new(item(run, "running", Effects::default())));
+        tokio::join!(of(second), of(first))
+    };
+    let waits = async {
+        let waiting = "select exists (select from pg_stat_activity where $1 = any(pg_blocking_pids(pid)))";
+        while !sqlx::query_scalar::<_, bool>(waiting).bind(pid).fetch_one(&pool).await.expect("sql") {}
+        let mut third = begin(&pool).await.expect("begin");
+        let free = sqlx::query(lock).bind(second.shard()).bind(second.0).execute(&mut *third).await;
+        free.expect("it waits for the first and does not have the second");
+        third.rollback().await.expect("rollback");
+        other.rollback().await.expect("rollback");
+    };
+    let (answers, ()) = tokio::join!(batch, waits);
+    for answer in [answers.0, answers.1] {
+        assert_eq!(answer.expect("committed"), Verdict::Accepted { inbox_n: 0 });
+    }
 }
 
 /// A pass that lets runs into a group, between a batch's lock on a run that waits there and its start of another one.

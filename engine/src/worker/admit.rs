@@ -7,7 +7,8 @@ use crate::{
     ids::RunId,
     machine::Input,
     store::{groups, starts},
-    transaction::in_transaction,
+    transaction::{answered, in_transaction},
+    view::RunStatus,
 };
 use std::{
     sync::Arc,
@@ -21,8 +22,8 @@ const FORGET_EVERY: Duration = Duration::from_secs(60);
 /// How often a worker looks when no run of a group has ended here. A place is empty for that long at most.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 
-/// Looks until the worker drains.
-pub(super) async fn keep(client: Client, freed: Arc<Notify>, draining: CancellationToken) {
+/// Looks until the worker drains. What Postgres does not answer within `answer_max` is for the next look.
+pub(super) async fn keep(client: Client, freed: Arc<Notify>, draining: CancellationToken, answer_max: Duration) {
     let mut forgot = Instant::now();
     loop {
         tokio::select! {
@@ -30,12 +31,12 @@ pub(super) async fn keep(client: Client, freed: Arc<Notify>, draining: Cancellat
             () = freed.notified() => {}
             () = tokio::time::sleep(LOOK_EVERY.mul_f64(0.75 + fastrand::f64() / 2.0)) => {}
         }
-        if let Err(error) = pass(&client).await {
+        if let Err(error) = answered(answer_max, pass(&client)).await {
             tracing::warn!(%error, "cannot look after the runs that are held back");
         }
         if forgot.elapsed() >= FORGET_EVERY {
             forgot = Instant::now();
-            if let Err(error) = groups::forget(client.pool()).await {
+            if let Err(error) = answered(answer_max, groups::forget(client.pool())).await {
                 tracing::warn!(%error, "cannot forget groups that nobody uses");
             }
         }
@@ -56,13 +57,12 @@ async fn pass(client: &Client) -> Result<()> {
     if let Err(error) = groups::make_room(pool).await {
         passes(&error);
     }
-    if let Err(error) = end_those_who_wait_in_vain(client).await {
-        passes(&error);
-    }
-    let mut admitted = groups::let_in_timed(pool).await.unwrap_or_else(|error| {
+    let none = |error: crate::Error| {
         passes(&error);
         0
-    });
+    };
+    let mut admitted = end_those_who_wait_in_vain(client).await.unwrap_or_else(none);
+    admitted += groups::let_in_timed(pool).await.unwrap_or_else(none);
     for group in groups::wanted(pool).await? {
         let let_in = in_transaction(pool, |conn| {
             let group = group.clone();
@@ -79,26 +79,34 @@ async fn pass(client: &Client) -> Result<()> {
     Ok(())
 }
 
-/// They have begun nothing, so there is nothing to clean up.
-async fn end_those_who_wait_in_vain(client: &Client) -> Result<()> {
+/// Who has begun nothing ends at once: there is nothing to clean up. A fork had begun before it was held back; it is let in, reads that
+/// it was cancelled or sees that its time is over, and runs its `finally`. For that it has no place: a cleanup that waits behind others
+/// might never come. Returns how many were let in.
+async fn end_those_who_wait_in_vain(client: &Client) -> Result<usize> {
     let reason = || "cancelled before there was a place for it".to_owned();
     let mut all: Vec<(RunId, Input)> = Vec::new();
     all.extend(
         groups::cancelled(client.pool()).await?.into_iter().map(|r| (r, Input::Terminated { reason: reason() })),
     );
     all.extend(groups::expired(client.pool()).await?.into_iter().map(|run| (run, Input::Expired)));
+    let mut let_in = 0;
     for (run, input) in all {
         let ended = in_transaction(client.pool(), |conn| {
             let (hook, input) = (client.hook().clone(), input.clone());
             Box::pin(async move {
                 starts::lock_to_end(conn, run).await?;
-                // Whoever was let in since hears of it himself, and cleans up.
-                if groups::waits(conn, run).await? { close_in(conn, hook.as_ref(), run, input).await } else { Ok(()) }
+                match groups::waits(conn, run).await? {
+                    Some(RunStatus::Pending) => close_in(conn, hook.as_ref(), run, input).await.map(|()| false),
+                    Some(_) => groups::let_go(conn, run).await,
+                    // Whoever was let in since hears of it himself, and cleans up.
+                    None => Ok(false),
+                }
             })
         });
-        if let Err(error) = ended.await {
-            tracing::warn!(run_id = %run, %error, "a run that waits in vain cannot be ended");
+        match ended.await {
+            Ok(begins) => let_in += usize::from(begins),
+            Err(error) => tracing::warn!(run_id = %run, %error, "a run that waits in vain cannot be ended"),
         }
     }
-    Ok(())
+    Ok(let_in)
 }

@@ -1,6 +1,9 @@
 //! How much waits in the queues, as metrics for whoever adds and removes workers.
 
-use crate::store::{ready, spread::Spread};
+use crate::{
+    store::{ready, spread::Spread},
+    transaction::{ANSWER_MAX, answered},
+};
 use sqlx::PgPool;
 use std::{collections::BTreeSet, time::Duration};
 
@@ -19,7 +22,7 @@ pub async fn publish_queue_depths(pool: PgPool, queues: Vec<String>) {
             };
             ready::depths(&pool, spread).await
         };
-        match depths.await {
+        match answered(ANSWER_MAX, depths).await {
             Ok(depths) => {
                 let empty = known.iter().filter(|queue| !depths.iter().any(|d| d.queue == **queue));
                 empty.for_each(|queue| set(queue, 0, 0.0));

@@ -27,6 +27,7 @@ use crate::{
 use chrono::{DateTime, Utc};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
+use sqlx::PgConnection;
 use std::{
     cell::Cell,
     collections::{BTreeMap, HashMap},
@@ -103,7 +104,9 @@ async fn drive(driven: &Driven, epoch: i64, loaded: Option<Result<Loaded>>, sett
             give_back(shared, run, epoch, NEWER_PAUSE).await;
         }
         Err(error) => {
-            if let Err(error) = store::runs::quarantine(&shared.pool, run, epoch, &error.to_string()).await {
+            let why = error.to_string();
+            let set_aside = shared.ask(async |conn| store::runs::quarantine(conn, run, epoch, &why).await);
+            if let Err(error) = set_aside.await {
                 // Whoever claims it next comes to the same end, and tries again.
                 tracing::error!(run_id = %run, %error, "run cannot be quarantined; giving it back");
                 give_back(shared, run, epoch, GIVE_BACK_PAUSE).await;
@@ -115,7 +118,7 @@ async fn drive(driven: &Driven, epoch: i64, loaded: Option<Result<Loaded>>, sett
 /// Frees the run for others, however long Postgres is away. Returns when it is not ours any more.
 async fn give_back(shared: &Shared, run: RunId, epoch: i64, pause: Duration) {
     while !shared.fenced.is_cancelled() {
-        match store::runs::give_back(&shared.pool, run, shared.id, epoch, pause).await {
+        match shared.ask(async |conn| store::runs::give_back(conn, run, shared.id, epoch, pause).await).await {
             // True: it is free. False: an earlier sending had freed it, or somebody took it.
             Ok(_) => return,
             Err(error) => tracing::warn!(run_id = %run, %error, "run cannot be given back yet"),
@@ -179,7 +182,7 @@ impl Driver {
     ) -> Result<Option<Self>> {
         let loaded = match loaded {
             Some(loaded) => loaded?,
-            None => store::runs::load(&mut *shared.pool.acquire().await?, run).await?,
+            None => shared.ask(async |conn| store::runs::load(conn, run).await).await?,
         };
         if loaded.owner != Some(shared.id) || loaded.epoch != epoch || loaded.status.is_closed() {
             return Ok(None);
@@ -188,8 +191,7 @@ impl Driver {
         let pinned = shared.pinned(loaded.definition).await?;
         crate::committer::crash_point("load.after_definition");
         let calls = if pinned.calls {
-            let mut conn = shared.pool.acquire().await?;
-            store::definitions::resolve_calls(&mut conn, &pinned.definition).await?
+            shared.ask(async |conn| store::definitions::resolve_calls(conn, &pinned.definition).await).await?
         } else {
             BTreeMap::new()
         };
@@ -223,9 +225,9 @@ impl Driver {
             let mut unread = self.unread(self.run.inbox_n).await?;
             if self.run.inbox_seen < self.run.inbox_n {
                 // What did not fit is read in the next transition; an order behind it is heard now, and again in its turn.
-                let mut conn = self.shared.pool.acquire().await?;
-                let (run, seen) = (self.run.run_id, self.run.inbox_seen);
-                unread.extend(store::inbox::orders(&mut conn, run, seen, self.run.inbox_n).await?);
+                let (run, seen, sent) = (self.run.run_id, self.run.inbox_seen, self.run.inbox_n);
+                let orders = self.shared.read(async |conn| store::inbox::orders(conn, run, seen, sent).await);
+                unread.extend(orders.await?);
             }
             Input::Several(vec![first, Input::Messages(unread)])
         } else {
@@ -384,11 +386,7 @@ impl Driver {
     async fn as_it_was(&self) -> Result<RunState> {
         let mut pause = UNREACHABLE_PAUSE_MIN;
         let fresh = loop {
-            let loaded = async {
-                let mut conn = self.shared.pool.acquire().await?;
-                store::runs::load(&mut conn, self.run.run_id).await
-            };
-            match loaded.await {
+            match self.shared.ask(async |conn| store::runs::load(conn, self.run.run_id).await).await {
                 Ok(fresh) => break fresh,
                 Err(error) => self.away(error, &mut pause).await?,
             }
@@ -420,15 +418,15 @@ impl Driver {
         let reason = self.waiting();
         let (run, epoch) = (self.run.run_id, self.run.epoch);
         crate::committer::crash_point("park.before_release");
-        let released =
-            store::runs::release(&self.shared.pool, run, epoch, self.run.inbox_seen, due, reason.as_deref()).await?;
+        let (seen, reason) = (self.run.inbox_seen, reason.as_deref());
+        let released = async |conn: &mut PgConnection| store::runs::release(conn, run, epoch, seen, due, reason).await;
+        let released = self.shared.ask(released).await?;
         crate::committer::crash_point("park.after_release");
         if released {
             return Ok(Next::Ends);
         }
         // A message came in, or the run was taken.
-        let mut conn = self.shared.pool.acquire().await?;
-        let fresh = store::runs::load(&mut conn, run).await?;
+        let fresh = self.shared.ask(async |conn| store::runs::load(conn, run).await).await?;
         if fresh.owner != Some(self.shared.id) || fresh.epoch != epoch {
             return Err(Error::LeaseLost);
         }
@@ -523,10 +521,9 @@ impl Driver {
     async fn is_there(&self, item: &Item) -> Result<bool> {
         let mut pause = UNREACHABLE_PAUSE_MIN;
         loop {
-            let asked = async {
-                let mut conn = self.shared.pool.acquire().await?;
-                store::history::is_there(&mut conn, item.run_id, item.seq + 1, item.epoch, &item.events).await
-            };
+            let (run, seq) = (item.run_id, item.seq + 1);
+            let asked =
+                self.shared.ask(async |conn| store::history::is_there(conn, run, seq, item.epoch, &item.events).await);
             match asked.await {
                 Ok(same) => return Ok(same),
                 Err(error) => self.away(error, &mut pause).await?,
@@ -624,7 +621,9 @@ impl Driver {
 
 /// The version of a run's workflow that is current, if it is another than the run's.
 async fn current(shared: &Shared, pinned: &Pinned, own: DefinitionHash) -> Result<Option<Current>> {
-    let hash = match store::definitions::pointer(&shared.pool, &pinned.definition.name, "current").await {
+    let name = &pinned.definition.name;
+    let pointed = shared.ask(async |conn| store::definitions::pointer(conn, name, "current").await);
+    let hash = match pointed.await {
         Ok(hash) if hash != own => hash,
         // A definition that came with a file has no pointer.
         Ok(_) | Err(Error::DefinitionNotFound(_)) => return Ok(None),

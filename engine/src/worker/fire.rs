@@ -28,7 +28,7 @@ use crate::{
         is_transient,
         schedules::{self as store, NewAction, Stored},
     },
-    transaction::in_transaction,
+    transaction::{ANSWER_MAX, answered, in_transaction},
 };
 use chrono::{DateTime, Duration, Utc};
 use serde_json::{Value, json};
@@ -87,8 +87,8 @@ pub(crate) async fn fire_due(client: &Client) -> Result<usize> {
                 crash_point("schedule.before_commit");
                 Ok(Some(turn))
             })
-        })
-        .await;
+        });
+        let turned = answered(ANSWER_MAX, turned).await;
         let id = locked.lock().expect("no panic while held").take();
         match (turned, id) {
             (Ok(Some(turn)), _) => {
@@ -105,7 +105,8 @@ pub(crate) async fn fire_due(client: &Client) -> Result<usize> {
             (Err(error), Some(id)) => {
                 let passes = matches!(&error, Error::Sql(e) if is_transient(e));
                 tracing::error!(schedule_id = %id, %error, "a schedule cannot be dealt with; it rests for a while");
-                store::defer(client.pool(), id, if passes { REST_SHORT } else { REST }).await?;
+                let deferred = store::defer(client.pool(), id, if passes { REST_SHORT } else { REST });
+                answered(ANSWER_MAX, deferred).await?;
             }
             (Err(error), _) => return Err(error),
         }
@@ -332,6 +333,7 @@ async fn cancel(conn: &mut PgConnection, stored: &Stored, open: &[RunId]) -> Res
             dedupe_id: Some(&id),
             sender: None,
             definition: None,
+            unread_max: None,
         };
         // Whether it was sent before or the run has closed: the next look finds out.
         crate::store::inbox::send(conn, &message).await?;

@@ -41,7 +41,7 @@ use crate::{
         spread::Spread,
         turns::{Due, Turns},
     },
-    transaction::Session,
+    transaction::{ANSWER_MAX, Session, answered, ask},
 };
 use drive::Claim;
 use keys::Keys;
@@ -132,8 +132,10 @@ pub(crate) struct Shared {
     /// Whether what concerns many runs is said at once.
     spread: Spread,
     /// For what is read when runs are claimed or hear of messages: its plans are made. While somebody has it, the others take a
-    /// connection of the pool. Nobody drops a future of it.
+    /// connection of the pool. Whoever drops a future of it leaves the session as well.
     reader: tokio::sync::Mutex<Session>,
+    /// How long Postgres may take to answer.
+    answer_max: Duration,
     registry: Registry,
     catalog: Catalog,
     hook: Arc<dyn TransitionHook>,
@@ -176,6 +178,19 @@ pub struct WorkerHandle {
 /// # Errors
 /// `database` if it cannot register.
 pub async fn start(config: WorkerConfig) -> Result<WorkerHandle> {
+    start_with(config, ANSWER_MAX).await
+}
+
+/// [`start`] of a worker that waits for answers of Postgres not as long as others.
+///
+/// # Errors
+/// The same.
+#[cfg(feature = "test-util")]
+pub async fn start_impatient(config: WorkerConfig, answer_max: Duration) -> Result<WorkerHandle> {
+    start_with(config, answer_max).await
+}
+
+async fn start_with(config: WorkerConfig, answer_max: Duration) -> Result<WorkerHandle> {
     let id = WorkerId(uuid::Uuid::now_v7());
     let lease_ms = i32::try_from(config.lease.as_millis()).unwrap_or(i32::MAX).max(100);
     let clock = Arc::new(Clock::default());
@@ -186,9 +201,10 @@ pub async fn start(config: WorkerConfig) -> Result<WorkerHandle> {
         id,
         spread,
         reader: tokio::sync::Mutex::new(Session::like(&config.pool)),
+        answer_max,
         catalog: config.registry.catalog(),
         registry: config.registry,
-        committer: Committer::start(&config.pool, spread, &config.hook),
+        committer: Committer::start(&config.pool, spread, &config.hook, answer_max),
         hook: config.hook,
         pool: config.pool,
         clock,
@@ -222,7 +238,7 @@ pub async fn start(config: WorkerConfig) -> Result<WorkerHandle> {
     tasks.spawn(until(Box::pin(sweep(shared.clone(), (config.lease / 4).min(SWEEP_MAX)))));
     tasks.spawn(until(Box::pin(write_progress(shared.clone()))));
     let client = Client::new(shared.pool.clone(), shared.hook.clone());
-    let admit = admit::keep(client.clone(), shared.freed.clone(), shared.draining.clone());
+    let admit = admit::keep(client.clone(), shared.freed.clone(), shared.draining.clone(), answer_max);
     tasks.spawn(until(Box::pin(admit)));
     tasks.spawn(until(Box::pin(retain::keep(client.clone(), config.retention, shared.draining.clone()))));
     tasks.spawn(until(Box::pin(fire::keep(client, shared.draining.clone()))));
@@ -304,7 +320,7 @@ async fn poll(shared: Arc<Shared>, mut keys: Keys, tasks: TaskTracker) {
         let woken = shared.wake.notified();
         if strays.is_due() {
             let began = Instant::now();
-            match give_back_strays(&shared, &mut session, &suspects).await {
+            match answered(shared.answer_max, give_back_strays(&shared, &mut session, &suspects)).await {
                 Ok(found) => suspects = found,
                 Err(error) => {
                     session.leave();
@@ -314,7 +330,9 @@ async fn poll(shared: Arc<Shared>, mut keys: Keys, tasks: TaskTracker) {
             strays.looked(began);
         }
         let began = Instant::now();
-        match poll_once(&shared, &mut session, &mut keys, &tasks, &mut looks).await {
+        // Nothing is lost where there is no answer: a run whose claim was done is found as a stray.
+        let polled = poll_once(&shared, &mut session, &mut keys, &tasks, &mut looks);
+        match answered(shared.answer_max, polled).await {
             Ok(true) => continue,
             Ok(false) => {}
             Err(Error::LeaseLost) => {
@@ -355,7 +373,7 @@ async fn give_back_strays(
     }
     for (run, epoch) in found.iter().filter(|stray| suspects.contains(stray)) {
         crash_point("strays.after_look");
-        if store::runs::give_back(&shared.pool, *run, shared.id, *epoch, Duration::from_secs(1)).await? {
+        if store::runs::give_back(conn, *run, shared.id, *epoch, Duration::from_secs(1)).await? {
             crash_point("strays.after_give_back");
             tracing::warn!(run_id = %run, "run had an owner and no driver; given back");
             metrics::counter!("loopwright_runs_stray_total").increment(1);
@@ -543,14 +561,16 @@ async fn sweep(shared: Arc<Shared>, every: Duration) {
     loop {
         tokio::time::sleep(every.mul_f64(0.75 + fastrand::f64() / 2.0)).await;
         let swept = async {
-            let mut conn = shared.pool.acquire().await?;
-            let buried = store::workers::bury(&mut conn).await?;
+            let buried = shared.ask(async |conn| store::workers::bury(conn).await).await?;
             if buried > 0 {
                 crash_point("takeover.after_bury");
             }
             let mut freed = 0;
             loop {
-                let runs = store::workers::take_over(&mut conn, shared.spread, TAKE_OVER_BATCH).await?;
+                let some = async |conn: &mut PgConnection| {
+                    store::workers::take_over(conn, shared.spread, TAKE_OVER_BATCH).await
+                };
+                let runs = shared.ask(some).await?;
                 freed += runs.len();
                 if runs.is_empty() {
                     break;
@@ -577,10 +597,7 @@ async fn write_progress(shared: Arc<Shared>) {
         if batch.is_empty() {
             continue;
         }
-        let written = async {
-            let mut conn = shared.pool.acquire().await?;
-            store::checkpoints::put_progress(&mut conn, shared.spread, &batch).await
-        };
+        let written = shared.ask(async |conn| store::checkpoints::put_progress(conn, shared.spread, &batch).await);
         if let Err(error) = written.await {
             tracing::debug!(%error, "progress was not written");
         }
@@ -648,16 +665,21 @@ impl Shared {
         }
     }
 
+    /// Asks something on a connection of the pool.
+    async fn ask<T, F>(&self, question: F) -> Result<T>
+    where
+        F: AsyncFnOnce(&mut PgConnection) -> Result<T>,
+    {
+        ask(&self.pool, self.answer_max, question).await
+    }
+
     /// Reads on the session that is there for it, or on any while somebody has that.
     async fn read<T, F>(&self, read: F) -> Result<T>
     where
         F: AsyncFnOnce(&mut PgConnection) -> Result<T>,
     {
-        let Ok(mut session) = self.reader.try_lock() else { return read(&mut *self.pool.acquire().await?).await };
-        let result = match session.conn().await {
-            Ok(conn) => read(conn).await,
-            Err(error) => Err(error.into()),
-        };
+        let Ok(mut session) = self.reader.try_lock() else { return self.ask(read).await };
+        let result = answered(self.answer_max, async { read(session.conn().await?).await }).await;
         if matches!(result, Err(Error::Sql(_))) {
             session.leave();
         }
@@ -669,8 +691,7 @@ impl Shared {
         if let Some(found) = self.definitions.lock().expect("no panic while held").get(&hash) {
             return Ok(found.clone());
         }
-        let mut conn = self.pool.acquire().await?;
-        let pinned = Arc::new(store::definitions::load(&mut conn, hash).await?);
+        let pinned = Arc::new(self.ask(async |conn| store::definitions::load(conn, hash).await).await?);
         let mut cache = self.definitions.lock().expect("no panic while held");
         if cache.len() >= DEFINITIONS_MAX {
             cache.clear();

@@ -9,6 +9,8 @@ use crate::{
     payload::{self, Slot},
     store::{
         self,
+        definitions::Pinned,
+        runs::Loaded,
         transitions::{self, Effects, Item, Undone, Verdict, child_result},
     },
     transaction::in_transaction,
@@ -24,8 +26,8 @@ struct Ending {
     unreadable: bool,
 }
 
-/// Closes a run at an operator's wish: takes it over, closes its attempts, settles them, ends it. A run that is broken ends as well:
-/// its open children are cancelled, and the hook gives up what it has open for it.
+/// Closes a run at an operator's wish: takes it over, closes its attempts, settles them, ends it. A run that is broken, or whose
+/// definition is, ends as well: its open children are cancelled, and the hook gives up what it has open for it.
 pub(crate) async fn terminate(
     pool: &sqlx::PgPool,
     hook: Arc<dyn TransitionHook>,
@@ -95,16 +97,23 @@ fn undone(why: Undone) -> Error {
     }
 }
 
-/// Whether the run itself is at fault, and no other program or moment would read it.
+/// Whether the run itself is at fault, or its definition, and no other program or moment would read it.
 fn is_broken(error: &Error) -> bool {
-    matches!(error, Error::Invariant(_) | Error::PayloadCorrupt(_))
+    matches!(error, Error::Invariant(_) | Error::PayloadCorrupt(_) | Error::DefinitionInvalid(_))
+}
+
+/// A run with the definition that it is pinned to: what its last transition is decided by.
+async fn read(conn: &mut PgConnection, run: RunId) -> Result<(Loaded, Pinned)> {
+    let loaded = store::runs::load(&mut *conn, run).await?;
+    let pinned = store::definitions::load(&mut *conn, loaded.definition).await?;
+    Ok((loaded, pinned))
 }
 
 /// Takes the run from whoever owns it; its last transition, ready to be committed. Nothing happens if somebody else could read it
 /// and this program cannot.
 async fn closing(conn: &mut PgConnection, run: RunId, input: Input) -> Result<Ending> {
-    // Who lacks its key or is too old for it must not take it from those who work on it.
-    if let Err(error) = store::runs::load(&mut *conn, run).await
+    // Who lacks its key or is too old for it or for its definition must not take it from those who work on it.
+    if let Err(error) = read(&mut *conn, run).await
         && !is_broken(&error)
     {
         return Err(error);
@@ -165,8 +174,7 @@ async fn last_of_unreadable(conn: &mut PgConnection, run: RunId, reason: &str) -
 
 /// The last transition of a run, as its state says.
 async fn last(conn: &mut PgConnection, run: RunId, input: Input) -> Result<Item> {
-    let loaded = store::runs::load(&mut *conn, run).await?;
-    let pinned = store::definitions::load(&mut *conn, loaded.definition).await?;
+    let (loaded, pinned) = read(&mut *conn, run).await?;
     let now = store::runs::now(conn).await?;
     let mut state = loaded.state;
     let (catalog, calls) = (crate::signature::Catalog::default(), BTreeMap::new());

@@ -84,8 +84,9 @@ impl TransitionHook for Accounts {
                     continue;
                 }
                 for start in &t.started {
-                    sqlx::query("insert into test_starts (attempt_id) values ($1)")
+                    sqlx::query("insert into test_starts (attempt_id, run_id) values ($1, $2)")
                         .bind(start.attempt.attempt_id.0)
+                        .bind(start.attempt.run_id.0)
                         .execute(&mut *conn)
                         .await?;
                 }
@@ -93,13 +94,13 @@ impl TransitionHook for Accounts {
             Ok(refusals)
         })
     }
-    /// As long as only one run has metered attempts under way.
-    fn abandon<'a>(&'a self, conn: &'a mut PgConnection, _: RunId) -> BoxFuture<'a, Result<(), HookError>> {
+    fn abandon<'a>(&'a self, conn: &'a mut PgConnection, run: RunId) -> BoxFuture<'a, Result<(), HookError>> {
         Box::pin(async move {
             sqlx::query(
                 "insert into test_ends select attempt_id, 'Abandoned' from test_starts s
-                 where not exists (select from test_ends e where e.attempt_id = s.attempt_id)",
+                 where s.run_id = $1 and not exists (select from test_ends e where e.attempt_id = s.attempt_id)",
             )
+            .bind(run.0)
             .execute(conn)
             .await?;
             Ok(())
@@ -142,7 +143,7 @@ impl Bench {
         let bench = Self::over(pool);
         let pool = &bench.pool;
         for table in [
-            "create table test_starts (attempt_id uuid primary key)",
+            "create table test_starts (attempt_id uuid primary key, run_id uuid)",
             "create table test_ends (attempt_id uuid primary key, outcome text)",
             "create table test_readings (attempt_id uuid, key text, phase text, current bool)",
         ] {
@@ -412,4 +413,38 @@ impl Gate {
     pub fn open(&self, n: usize) {
         self.1.add_permits(n);
     }
+}
+
+/// A bench in which steps called `w` wait at the gate until they are let through or stopped.
+pub async fn gated() -> (Bench, Gate) {
+    let bench = Bench::new().await;
+    let gate = Gate::new();
+    {
+        let gate = gate.clone();
+        bench.script(move |ctx, _| {
+            let gate = gate.clone();
+            async move {
+                if ctx.info().path.rsplit('/').next() == Some("w") {
+                    tokio::select! {
+                        () = gate.pass() => {}
+                        () = ctx.cancellation().cancelled() => return Err(Failure::cancelled()),
+                    }
+                }
+                Ok(json!(1))
+            }
+        });
+    }
+    (bench, gate)
+}
+
+/// Waits until somebody waits for what this session has locked.
+pub async fn is_waited_for(pool: &PgPool, session: &mut PgConnection) {
+    let pid: i32 = sqlx::query_scalar("select pg_backend_pid()").fetch_one(session).await.expect("pid");
+    let waits = async {
+        let sql = "select exists (select from pg_stat_activity where $1 = any(pg_blocking_pids(pid)))";
+        while !sqlx::query_scalar::<_, bool>(sql).bind(pid).fetch_one(pool).await.expect("asked") {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, waits).await.expect("somebody waits");
 }

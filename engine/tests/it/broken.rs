@@ -2,14 +2,14 @@
 //! nobody empties, activities that a worker has never heard of.
 
 use crate::{
-    bench::{Bench, Gate, PATIENCE, Work, definition, step, waits_for, work},
+    bench::{Bench, PATIENCE, Work, definition, gated, step, waits_for, work},
     faults::{GRACE, LONG, SHORT, reaches},
     way::Way,
 };
 use loopwright_engine::{
     Failure,
     activity::Registry,
-    client::{Signal, Why},
+    client::{Client, Signal, Why},
     definition::{Branch, CallVersion, Join, Kind, ParentClose, Step, WaitUntil},
     ids::RunId,
     view::{RunStatus, Waiting},
@@ -40,18 +40,7 @@ async fn count(bench: &Bench, sql: &'static str) -> i64 {
 /// and everybody around it hears of that.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_that_cannot_be_read_is_terminated_with_what_it_holds() {
-    let bench = Bench::new().await;
-    let gate = Gate::new();
-    {
-        let gate = gate.clone();
-        bench.script(move |_, _| {
-            let gate = gate.clone();
-            async move {
-                gate.pass().await;
-                Ok(json!(1))
-            }
-        });
-    }
+    let (bench, gate) = gated().await;
     bench.deploy(definition("leaf", vec![step("s", Kind::Await(Box::new(waits_for("go"))))])).await;
     let branches = vec![
         Branch { name: "works".into(), steps: vec![work("w", &[])] },
@@ -90,33 +79,23 @@ async fn a_run_that_cannot_be_read_is_terminated_with_what_it_holds() {
 /// An operator's program of an older release, or without the payload key, does not take a run from a worker that can read it.
 #[tokio::test(flavor = "multi_thread")]
 async fn who_cannot_read_a_run_does_not_fence_its_owner() {
-    let bench = Bench::new().await;
-    let gate = Gate::new();
-    {
-        let gate = gate.clone();
-        bench.script(move |_, _| {
-            let gate = gate.clone();
-            async move {
-                gate.pass().await;
-                Ok(json!(1))
-            }
-        });
-    }
+    let (bench, gate) = gated().await;
     let worker = bench.worker_with(LONG, 4).await;
     let run = bench.start(definition("newer", vec![work("w", &[])]), json!({})).await;
     gate.arrived(1).await;
-    let format = async |n: i16| {
-        sqlx::query("update history set format = $2 where run_id = $1")
-            .bind(run.0)
-            .bind(n)
-            .execute(&bench.pool)
-            .await
-            .expect("format");
-    };
-    format(900).await;
-    let refused = bench.client.terminate(run, "by an old program").await.expect_err("not its to read");
-    assert_eq!(refused.code(), "newer_release");
-    format(1).await;
+    // The run, and then the definition that it is pinned to.
+    for (write, take_back) in [
+        ("update history set format = 900 where run_id = $1", "update history set format = 1 where run_id = $1"),
+        (
+            "update definitions d set ir = jsonb_set(ir, '{format}', '900') from runs r where d.hash = r.definition and r.run_id = $1",
+            "update definitions d set ir = jsonb_set(ir, '{format}', '1') from runs r where d.hash = r.definition and r.run_id = $1",
+        ),
+    ] {
+        sqlx::query(write).bind(run.0).execute(&bench.pool).await.expect("of a newer release");
+        let refused = bench.client.terminate(run, "by an old program").await.expect_err("not its to read");
+        assert_eq!(refused.code(), "newer_release");
+        sqlx::query(take_back).bind(run.0).execute(&bench.pool).await.expect("of this one");
+    }
     gate.open(1);
     let view = bench.closed(run).await;
     assert_eq!(view.status, RunStatus::Completed);
@@ -125,21 +104,38 @@ async fn who_cannot_read_a_run_does_not_fence_its_owner() {
     bench.audit().await;
 }
 
+/// Nothing is wrong with the run, but nobody can read what it does next.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_whose_definition_cannot_be_read_is_terminated() {
+    for broken in ["update definitions set ir = '{}'", "update definitions set bundle = '[1]'"] {
+        let (bench, gate) = gated().await;
+        let first = bench.worker_with(SHORT, 4).await;
+        let other = bench.start(definition("same", vec![work("w", &[])]), json!({})).await;
+        let run = bench.start(definition("same", vec![work("w", &[])]), json!({})).await;
+        gate.arrived(2).await;
+        first.crash();
+        sqlx::query(broken).execute(&bench.pool).await.expect("overwritten");
+        let second = bench.worker_with(LONG, 4).await;
+        reaches(&bench.pool, "select count(*) from runs where status = 'quarantined'", 2).await;
+        assert_eq!(bench.client.describe(run).await.expect_err("unreadable").code(), "definition_invalid", "{broken}");
+        bench.client.terminate(run, "nothing to be saved").await.expect("terminated");
+        let outcomes = bench.outcomes().await;
+        assert_eq!(outcomes.into_iter().collect::<Vec<_>>(), [("Abandoned".to_owned(), 1)], "of this run alone");
+        let again = bench.client.terminate(run, "again").await.expect_err("it has ended");
+        assert_eq!(again.code(), "run_closed");
+        bench.client.terminate(other, "the same").await.expect("terminated");
+        assert_eq!(
+            count(&bench, "select count(*) from runs where status <> 'terminated' or owner is not null").await,
+            0
+        );
+        second.drain(GRACE).await;
+    }
+}
+
 /// A metered attempt is lost, and the worker that takes the run over has never heard of its activity.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_attempt_is_settled_by_a_worker_that_does_not_know_its_activity() {
-    let bench = Bench::new().await;
-    let gate = Gate::new();
-    {
-        let gate = gate.clone();
-        bench.script(move |_, _| {
-            let gate = gate.clone();
-            async move {
-                gate.pass().await;
-                Ok(json!(1))
-            }
-        });
-    }
+    let (bench, gate) = gated().await;
     let first = bench.worker_with(SHORT, 4).await;
     let run = bench.start(definition("unheard", vec![work("w", &[])]), json!({})).await;
     gate.arrived(1).await;
@@ -174,8 +170,70 @@ async fn an_inbox_that_nobody_reads_takes_a_thousand_messages() {
     let large = Signal { payload: json!({ "text": "x".repeat(100_000) }), ..go(1_001) };
     assert_eq!(bench.client.signal(run, large).await.expect_err("full").code(), "inbox_full");
     assert_eq!(count(&bench, "select count(*) from blobs").await, 0);
-    assert!(bench.client.pause(run, Why::default()).await.expect("an operator's"));
-    assert!(bench.client.resume(run, Why::default()).await.expect("an operator's"));
+    assert!(bench.client.pause(run, Why::default()).await.expect("an order"));
+    assert!(bench.client.resume(run, Why::default()).await.expect("an order"));
+    let worker = bench.worker_with(LONG, 4).await;
+    assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
+    worker.drain(GRACE).await;
+    bench.audit().await;
+}
+
+/// Who owns a run may ask it to stop as often as he likes, and what he asks is kept until somebody reads it.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_inbox_that_nobody_reads_takes_two_thousand_messages_with_orders() {
+    let bench = Bench::new().await;
+    let run = bench.start(definition("deaf", vec![step("s", Kind::Await(Box::new(waits_for("go"))))]), json!({})).await;
+    let unread = async |n: i64| {
+        let sql = "update runs set inbox_n = inbox_seen + $2 where run_id = $1";
+        sqlx::query(sql).bind(run.0).bind(n).execute(&bench.pool).await.expect("as if so many had come");
+    };
+    unread(1_998).await;
+    assert_eq!(bench.client.signal(run, go(1)).await.expect_err("full").code(), "inbox_full");
+    bench.client.cancel(run, "enough").await.expect("there is room for it");
+    bench.client.cancel(run, "enough").await.expect("and for a second");
+    for refused in [
+        bench.client.cancel(run, "enough").await.map(|()| true),
+        bench.client.pause(run, Why::default()).await,
+        bench.client.resume(run, Why::default()).await,
+    ] {
+        let refused = refused.expect_err("full");
+        assert_eq!(refused.code(), "inbox_full");
+        assert!(refused.to_string().starts_with("2000 messages"), "{refused}");
+    }
+    assert_eq!(bench.client.cancel(run, &"x".repeat(4_097)).await.expect_err("too long").code(), "too_large");
+    // What the engine says itself gets through.
+    let mut tx = loopwright_engine::transaction::begin(&bench.pool).await.expect("begin");
+    assert_eq!(bench.client.unblock_in(&mut tx, &json!({})).await.expect("told"), 1);
+    tx.commit().await.expect("commit");
+    let worker = bench.worker_with(LONG, 4).await;
+    assert_eq!(bench.closed(run).await.status, RunStatus::Cancelled);
+    worker.drain(GRACE).await;
+    bench.audit().await;
+}
+
+/// Between the look that finds the inbox full, so that the large value is not stored, and the statement that stores the message, a
+/// worker reads some.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_message_to_an_inbox_that_is_being_emptied_is_stored_whole_or_not_at_all() {
+    let bench = Bench::new().await;
+    let run = bench.start(definition("deaf", vec![step("s", Kind::Await(Box::new(waits_for("go"))))]), json!({})).await;
+    let full = "update runs set inbox_n = 1000 where run_id = $1";
+    sqlx::query(full).bind(run.0).execute(&bench.pool).await.expect("as if so many had come");
+    let way = Way::to(&bench.pool).await;
+    let held = way.holds_at("insert into inbox");
+    let large = Signal { payload: json!({ "text": "x".repeat(100_000) }), ..go(1) };
+    let sent = {
+        let (client, large) = (Client::new(way.pool(2).await, bench.hook.clone()), large.clone());
+        tokio::spawn(async move { client.signal(run, large).await })
+    };
+    // It has seen the full inbox.
+    tokio::time::timeout(PATIENCE, held.arrived.cancelled()).await.expect("it is about to be stored");
+    let read = "update runs set inbox_seen = 256 where run_id = $1";
+    sqlx::query(read).bind(run.0).execute(&bench.pool).await.expect("read");
+    held.goes_on.cancel();
+    assert_eq!(sent.await.expect("task").expect_err("it was full").code(), "inbox_full");
+    assert_eq!(count(&bench, "select (select count(*) from inbox) + (select count(*) from blobs)").await, 0);
+    assert!(bench.client.signal(run, large).await.expect("there is room now"));
     let worker = bench.worker_with(LONG, 4).await;
     assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
     worker.drain(GRACE).await;

@@ -1,6 +1,6 @@
 //! Children on a real database when their parent closes.
 
-use crate::bench::{Bench, Gate, definition, step, work};
+use crate::bench::{Bench, definition, gated, step, work};
 use loopwright_engine::{
     definition::{CallVersion, Kind, ParentClose, Step},
     ids::RunId,
@@ -22,28 +22,6 @@ async fn child_of(bench: &Bench, run: RunId) -> RunId {
         .iter()
         .find_map(|w| if let Waiting::Child { run_id, .. } = w { Some(*run_id) } else { None })
         .expect("a child")
-}
-
-/// A bench in which `w` waits at the gate until it is let through or stopped.
-async fn gated() -> (Bench, Gate) {
-    let bench = Bench::new().await;
-    let gate = Gate::new();
-    {
-        let gate = gate.clone();
-        bench.script(move |ctx, _| {
-            let gate = gate.clone();
-            async move {
-                if ctx.info().path == "w" {
-                    tokio::select! {
-                        () = gate.pass() => {}
-                        () = ctx.cancellation().cancelled() => return Err(loopwright_engine::Failure::cancelled()),
-                    }
-                }
-                Ok(json!(1))
-            }
-        });
-    }
-    (bench, gate)
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -11,13 +11,14 @@ use crate::{
 };
 use loopwright_engine::{
     Failure,
+    admission::{Admission, Rate},
     archive::Archive,
-    client::{At, Decision, Fork, Migrate, Signal, Update, Why},
+    client::{At, Decision, Fork, Migrate, Signal, Start, Update, Why},
     definition::{
         Approval, Await, Branch, CallVersion, Catch, Data, Definition, Exhausted, Input, Join, Kind, OnItemFailure,
         OnTimeout, ParentClose, RepeatCondition, Step, WaitUntil,
     },
-    event::Event,
+    event::{Event, FORMAT},
     ids::RunId,
     view::{RunStatus, RunView},
 };
@@ -65,13 +66,17 @@ fn vocabulary() -> BTreeSet<String> {
 
 #[test]
 fn every_golden_history_folds_and_is_decided_again() {
-    let mut words = BTreeSet::new();
+    let (mut words, mut formats) = (BTreeSet::new(), BTreeSet::new());
     for (name, text) in golden() {
         let archive = Archive::read(text.as_bytes()).unwrap_or_else(|error| panic!("{name}: {error}"));
         let replayed = archive.replay(None).unwrap_or_else(|error| panic!("{name}: {error}"));
         assert_eq!(replayed.divergence, None, "{name}");
+        formats.extend(archive.history.iter().flat_map(|row| events(&row.events)).map(|event| event.format()));
         words.extend(archive.history.iter().flat_map(|row| events(&row.events)).map(word));
     }
+    // 6 and 7 say how something is stored.
+    let missing: Vec<_> = (1..=FORMAT).filter(|n| !matches!(n, 6 | 7) && !formats.contains(n)).collect();
+    assert!(missing.is_empty(), "no golden history holds events of format {missing:?}: see the top of this file");
     let missing: Vec<_> = vocabulary().into_iter().filter(|w| !words.contains(w)).collect();
     assert!(missing.is_empty(), "no golden history holds {missing:?}: see the top of this file");
 }
@@ -244,6 +249,9 @@ async fn write_golden() {
         async move {
             match input["is"].as_str() {
                 Some("retryable") if ctx.info().attempt == 1 => Err(Failure::retryable("transient.network", "x")),
+                Some("away") if ctx.info().attempt <= 2 => {
+                    Err(Failure::retryable("transient.unavailable", "x").with_retry_after_ms(5).without_counting())
+                }
                 Some("permanent") => Err(Failure::permanent("check.failed", "x")),
                 Some("slow") => {
                     ctx.cancellation().cancelled().await;
@@ -283,7 +291,7 @@ async fn write_golden() {
     }
     bench.closed(whole).await;
 
-    let fork = Fork {
+    let at_part = Fork {
         run_id: None,
         at: At::Step("part".into()),
         inputs: Map::new(),
@@ -291,7 +299,7 @@ async fn write_golden() {
         definition: None,
         reason: "try".into(),
     };
-    let forked = bench.client.fork(whole, fork).await.expect("fork").run_id;
+    let forked = bench.client.fork(whole, at_part.clone()).await.expect("fork").run_id;
     bench.closed(forked).await;
 
     let patient = definition("patient", vec![awaits("word", vec![10], None), work("never", &[])]);
@@ -341,6 +349,33 @@ async fn write_golden() {
     says(&bench, moved, "word", "1").await;
     bench.closed(moved).await;
 
+    let mut away = definition("waited", vec![work("a", &[("is", Data::Literal(json!("away")))]), work("b", &[])]);
+    // The steps and one attempt of each.
+    away.executions_max = 4;
+    let waited = bench.start(away, json!({})).await;
+    bench.closed(waited).await;
+
+    let block = Kind::Group { steps: vec![work("a", &[]), work("b", &[])], outputs: None };
+    let rated = bench.deploy(definition("rated", vec![step("g", block)])).await;
+    let rate = Some(Rate { key: "golden".into(), starts: 1, per_ms: 5_000 });
+    let start = Start {
+        run_id: None,
+        definition: rated,
+        inputs: json!({}),
+        workflow_id: None,
+        attributes: json!({"user_id": "u1"}),
+        queue: String::new(),
+        topic: None,
+        admission: Admission { rate, ..Admission::default() },
+    };
+    let rated = bench.client.start(start).await.expect("start").run_id;
+    bench.closed(rated).await;
+    let fork = Fork { at: At::Seq(2), ..at_part };
+    let held = bench.client.fork(rated, fork).await.expect("fork").run_id;
+    bench.closed(held).await;
+    let first = bench.client.history(held, 2, 1).await.expect("history");
+    assert!(first[0].events[0]["not_before"].is_string(), "it was too late to be held back");
+
     fs::create_dir_all(folder()).expect("folder");
     let runs = [
         ("everything", whole),
@@ -350,6 +385,8 @@ async fn write_golden() {
         ("terminated", ended),
         ("continued", continued),
         ("moved", moved),
+        ("waited", waited),
+        ("held", held),
     ];
     for (what, run) in runs {
         let path = folder().join(format!("{name}-{what}.jsonl"));

@@ -1,5 +1,6 @@
 //! The engine on a real Postgres: every test has a database of its own.
 
+mod answers;
 mod archive;
 mod away;
 mod bench;

@@ -2,7 +2,7 @@
 //! waits for too long, and in which order the rows of a start are locked.
 
 use crate::{
-    bench::{Bench, PATIENCE, definition, e, step, waits_for, work},
+    bench::{Bench, definition, e, is_waited_for, step, waits_for, work},
     faults::{GRACE, LONG},
 };
 use chrono::{DateTime, Utc};
@@ -14,7 +14,7 @@ use loopwright_engine::{
     view::RunStatus,
 };
 use serde_json::{Map, Value, json};
-use sqlx::{PgConnection, PgPool, Row};
+use sqlx::{PgConnection, Row};
 use std::{collections::BTreeMap, time::Duration};
 
 /// The number of a state that an older release must not read.
@@ -110,12 +110,10 @@ async fn a_reset_keeps_the_terms_of_the_start_and_a_fork_all_but_the_time_of_the
     sqlx::query("update runs set chain_deadline = engine_now()").execute(&bench.pool).await.expect("time");
     let refused = client.reset(reset, first()).await.expect_err("over");
     assert!(refused.code() == "fork_invalid" && refused.to_string().contains("the time of its chain"), "{refused}");
-    for run in [plain, reset] {
+    for run in [plain, reset, again] {
         client.terminate(run, "seen").await.expect("ended");
     }
     assert_eq!(terms(&bench, reset).await.2, Some(TERMS), "whatever writes the state keeps its number");
-    // Held back, and bounded since a moment ago.
-    assert_eq!(bench.closed(again).await.failure.expect("a failure").code, "timeout.run_total");
     worker.drain(GRACE).await;
     bench.audit().await;
 }
@@ -162,16 +160,92 @@ async fn a_run_that_is_held_back_fails_when_the_time_of_its_chain_is_over() {
     bench.audit().await;
 }
 
-/// Waits until somebody waits for what this session has locked.
-async fn is_waited_for(pool: &PgPool, session: &mut PgConnection) {
-    let pid: i32 = sqlx::query_scalar("select pg_backend_pid()").fetch_one(session).await.expect("pid");
-    let waits = async {
-        let sql = "select exists (select from pg_stat_activity where $1 = any(pg_blocking_pids(pid)))";
-        while !sqlx::query_scalar::<_, bool>(sql).bind(pid).fetch_one(pool).await.expect("asked") {
-            tokio::task::yield_now().await;
-        }
+/// Whose steps have something to clean up.
+fn cleans(name: &str) -> Definition {
+    let mut cleans = definition(name, vec![work("a", &[]), step("ask", Kind::Await(Box::new(waits_for("go"))))]);
+    cleans.finally = vec![work("clean", &[])];
+    cleans
+}
+
+/// It had begun before it was held back: who is cancelled before there is a place for it, or whose chain's time is over, runs its
+/// `finally`.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reset_that_is_held_back_cleans_up_before_it_ends() {
+    let bench = Bench::new().await;
+    let client = &bench.client;
+    let (hash, other) = (bench.deploy(cleans("cleans")).await, bench.deploy(asks("other")).await);
+    let worker = bench.worker_with(LONG, 8).await;
+    let in_group = |group: &str, chain_timeout| Admission {
+        place: Some(Place { group: group.into(), limit: 1, on_conflict: OnConflict::Queue }),
+        chain_timeout,
+        ..Admission::default()
     };
-    tokio::time::timeout(PATIENCE, waits).await.expect("somebody waits");
+    for (group, time_is_over) in [("g", false), ("h", true)] {
+        let chain_timeout = time_is_over.then_some(Duration::from_secs(3_600));
+        let run = client.start(request(hash, in_group(group, chain_timeout))).await.expect("start").run_id;
+        waits(&bench, run).await;
+        // It waits already, so it has the place before the reset.
+        let before = client.start(request(other, in_group(group, None))).await.expect("start").run_id;
+        let at = Fork { at: At::Step("ask".into()), ..first() };
+        let reset = client.reset(run, at).await.expect("reset").run_id;
+        waits(&bench, before).await;
+        assert!(client.describe(reset).await.expect("run").held.is_some());
+        let (status, code) = if time_is_over {
+            let over = "update runs set chain_deadline = engine_now(), cursor = jsonb_set(cursor, '{deadline}', to_jsonb(engine_now()))
+                        where run_id = $1";
+            sqlx::query(over).bind(reset.0).execute(&bench.pool).await.expect("time");
+            (RunStatus::Failed, "timeout.run_total")
+        } else {
+            client.cancel(reset, "enough").await.expect("cancelled");
+            (RunStatus::Cancelled, "cancelled")
+        };
+        let view = bench.closed(reset).await;
+        assert_eq!((view.status, view.failure.expect("a failure").code.as_str()), (status, code));
+        let rows = client.history(reset, 2, 100).await.expect("history");
+        let events: Vec<&Value> = rows.iter().flat_map(|row| &row.events).collect();
+        let ended = |path: &str| events.iter().filter(|e| e["type"] == "step_ended" && e["path"] == path).count();
+        assert_eq!((ended("!finally/clean"), ended("a")), (1, 0), "{events:#?}");
+        // Nobody has lost a place over it.
+        assert!(!client.describe(before).await.expect("run").status.is_closed());
+        client.signal(before, go()).await.expect("sent");
+        assert_eq!(bench.closed(before).await.status, RunStatus::Completed);
+    }
+    worker.drain(GRACE).await;
+    bench.audit().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_time_of_a_fork_counts_from_the_instant_that_its_rate_gives_it() {
+    let bench = Bench::new().await;
+    let client = &bench.client;
+    let mut asks = asks("rated");
+    asks.timeout_ms = 600_000;
+    let hash = bench.deploy(asks).await;
+    let worker = bench.worker_with(LONG, 8).await;
+    let rate = Some(Rate { key: "hourly".into(), starts: 1, per_ms: 3_600_000 });
+    let run = client.start(request(hash, Admission { rate, ..Admission::default() })).await.expect("start").run_id;
+    waits(&bench, run).await;
+    let fork = client.fork(run, first()).await.expect("fork").run_id;
+    assert!(client.describe(fork).await.expect("run").held.is_some());
+    let (begins, now): (DateTime<Utc>, DateTime<Utc>) =
+        sqlx::query_as("select not_before, engine_now() from admissions where run_id = $1")
+            .bind(fork.0)
+            .fetch_one(&bench.pool)
+            .await
+            .expect("held back");
+    assert!(begins > now + chrono::Duration::minutes(30), "longer than its whole timeout");
+    assert_eq!(deadline(&bench, fork).await, begins + chrono::Duration::minutes(10));
+    let rows = client.history(fork, 1, 1).await.expect("history");
+    assert_eq!((rows[0].format, terms(&bench, fork).await.2), (8, Some(8)), "an older release would count otherwise");
+    let due = "update admissions set not_before = engine_now() where run_id = $1";
+    sqlx::query(due).bind(fork.0).execute(&bench.pool).await.expect("an hour later");
+    waits(&bench, fork).await;
+    client.signal(fork, go()).await.expect("sent");
+    assert_eq!(bench.closed(fork).await.status, RunStatus::Completed);
+    assert_eq!(client.replay(fork, None).await.expect("replays").divergence, None);
+    client.terminate(run, "seen").await.expect("ended");
+    worker.drain(GRACE).await;
+    bench.audit().await;
 }
 
 /// As a start that has its id and arrives at its group: it takes the group without waiting for anybody.

@@ -38,6 +38,13 @@ struct Fault {
     then_away: bool,
 }
 
+/// A message that is on its way until the test lets it go on.
+#[derive(Clone, Default)]
+pub struct Held {
+    pub arrived: CancellationToken,
+    pub goes_on: CancellationToken,
+}
+
 #[derive(Default)]
 struct State {
     fault: Mutex<Option<Fault>>,
@@ -47,7 +54,11 @@ struct State {
     turned_away: AtomicU32,
     /// Nothing moves any more, on no connection, when a statement with this word was executed.
     dies_at: Mutex<Option<&'static [u8]>>,
+    /// The first connection on which a statement with this word is executed has no answer, and never hears anything again.
+    hushes_at: Mutex<Option<&'static [u8]>>,
     dead: CancellationToken,
+    /// The first message that says this word arrives only when it may: see [`Held`].
+    holds: Mutex<Option<(&'static [u8], Held)>>,
     /// Somebody has had the fault.
     broken: AtomicBool,
 }
@@ -130,6 +141,20 @@ impl Way {
         self.state.refused.load(Ordering::SeqCst)
     }
 
+    /// The next connection on which a statement that says `word` is executed stays open and says nothing any more, as one that a proxy
+    /// has forgotten: the server sees its end. All others go on. [`Self::has_broken`] tells when.
+    pub fn hushes_at(&self, word: &'static str) {
+        self.state.broken.store(false, Ordering::SeqCst);
+        *self.state.hushes_at.lock().expect("lock") = Some(word.as_bytes());
+    }
+
+    /// Stops the next message that says `word`.
+    pub fn holds_at(&self, word: &'static str) -> Held {
+        let held = Held::default();
+        *self.state.holds.lock().expect("lock") = Some((word.as_bytes(), held.clone()));
+        held
+    }
+
     /// Both ends stay open and nothing moves, as when a wire is cut, once somebody has executed a statement that says `word`.
     /// Returns a signal for that moment.
     pub fn dies_at(&self, word: &'static str) -> CancellationToken {
@@ -163,7 +188,7 @@ fn says(message: &[u8], word: &[u8]) -> bool {
 /// Passes on what both sides say, until one of them leaves or the connection has a fault.
 async fn pass(mut client: TcpStream, mut server: UnixStream, state: &State, away: &watch::Sender<bool>) {
     let (mut asked, mut answered) = (vec![0; 1 << 16], vec![0; 1 << 16]);
-    let (mut prepared, mut said) = (false, false);
+    let (mut prepared, mut said, mut hushed) = (false, false, false);
     loop {
         tokio::select! {
             biased;
@@ -190,6 +215,14 @@ async fn pass(mut client: TcpStream, mut server: UnixStream, state: &State, away
                         return;
                     }
                 }
+                let held = {
+                    let mut holds = state.holds.lock().expect("lock");
+                    if holds.as_ref().is_some_and(|(word, _)| says(message, word)) { holds.take() } else { None }
+                };
+                if let Some((_, held)) = held {
+                    held.arrived.cancel();
+                    held.goes_on.cancelled().await;
+                }
                 if server.write_all(message).await.is_err() {
                     return;
                 }
@@ -202,6 +235,17 @@ async fn pass(mut client: TcpStream, mut server: UnixStream, state: &State, away
                     state.dead.cancel();
                 }
                 prepared = state.dies_at.lock().expect("lock").is_some_and(|word| says(message, word));
+                if hushed {
+                    state.broken.store(true, Ordering::SeqCst);
+                    drop(server);
+                    std::future::pending::<()>().await;
+                    return;
+                }
+                let mut hushes_at = state.hushes_at.lock().expect("lock");
+                hushed = hushes_at.is_some_and(|word| says(message, word));
+                if hushed {
+                    *hushes_at = None;
+                }
             }
             Ok(n) = server.read(&mut answered) => {
                 // The field of an error's code, in its one short message.

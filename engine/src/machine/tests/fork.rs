@@ -210,6 +210,33 @@ fn a_fork_of_a_paused_run_goes_on() {
 }
 
 #[test]
+fn the_time_of_a_fork_that_is_held_back_counts_from_when_it_may_begin() {
+    let mut timed = edges::group("g", vec![act("a", &[]), act("b", &[])]);
+    timed.timeouts.total_ms = Some(60_000);
+    let mut run = Bench::start(definition(vec![timed]));
+    run.ok("g/a", json!({}));
+    let other = branch(&run, 2, |_| {}).expect("forks");
+    let forked: Event = serde_json::from_value(other.rows[2].events[0].clone()).expect("event");
+    let Event::RunForked { at, deadline, .. } = forked.clone() else { panic!("{forked:?}") };
+    let hours = chrono::Duration::hours;
+    let held = |begins: DateTime<Utc>, until: Option<DateTime<Utc>>| {
+        let event = put_off(forked.clone(), begins, until);
+        let mut state = RunState::new(other.state.run_id);
+        for event in run.rows[..2].iter().flat_map(|r| &r.events) {
+            fold(&mut state, &serde_json::from_value(event.clone()).expect("event")).expect("legal");
+        }
+        fold(&mut state, &event).expect("legal");
+        let block = state.node("g").expect("open").started_at;
+        (event.format(), state.deadline, block)
+    };
+    let begins = at + hours(300);
+    assert!(begins > deadline, "its time would be over");
+    assert_eq!(held(begins, None), (8, deadline + hours(300), Some(begins)));
+    assert_eq!(held(begins, Some(deadline + hours(1))), (8, deadline + hours(1), Some(begins)));
+    assert_eq!(held(at, None), (2, deadline, Some(at)), "as every release has written it");
+}
+
+#[test]
 fn a_fork_anywhere_in_any_history_comes_to_its_end_and_starts_nothing_twice() {
     let (mut forked, mut refused) = (0, 0);
     for seed in 0..60 {

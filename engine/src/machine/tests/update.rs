@@ -132,6 +132,7 @@ fn an_update_that_waits_at_a_fork_is_a_signal_there() {
         calls: BTreeMap::new(),
         restarted: vec!["a".into()],
         at: run.now,
+        not_before: None,
         deadline: run.now,
     };
     // What runs is not ours, so it is not begun anew here: `a` is.

@@ -23,6 +23,7 @@ fn attempts_that_found_nobody_to_ask_do_not_count_and_do_not_escalate() {
     // 5, 10, 20, 40, 80, and then two minutes each.
     for (n, seconds) in [5, 10, 20, 40, 80, 120, 120, 120].into_iter().enumerate() {
         run.end("a", Err(away()));
+        assert_eq!(run.rows.last().expect("a row").format, 8, "an older release would count it");
         let waiting = waiting(&run.definition, &run.state);
         assert!(matches!(&waiting[0], Waiting::Retry { failure, .. } if failure.code == "transient.unavailable"));
         run.later(seconds * 1_000 - 1);
@@ -41,6 +42,7 @@ fn attempts_that_found_nobody_to_ask_do_not_count_and_do_not_escalate() {
     run.later(3_600_000);
     run.ok("a", json!(1));
     assert_eq!(run.state.status, RunStatus::Completed);
+    assert_eq!(run.state.format, 8, "nor may one go on from its state");
     let replayed = run.replayed(&run.definition.clone(), 0);
     assert!(replayed.divergence.is_none(), "and decides so again: {:?}", replayed.divergence);
 }
@@ -80,6 +82,44 @@ fn time_ends_the_waiting_and_so_does_a_policy_that_says_no() {
     let mut run = Bench::start(definition(vec![other]));
     run.end("a", Err(away()));
     assert_eq!(run.failed_code(), "transient.unavailable");
+}
+
+#[test]
+fn they_are_no_executions_of_the_run() {
+    let mut d = definition(vec![act("a", &[]), act("b", &[])]);
+    // Two steps and their attempts, and one more.
+    d.executions_max = 5;
+    let mut run = Bench::start(d);
+    for _ in 0..10 {
+        run.end("a", Err(away()));
+        assert_eq!(run.state.executions, 1, "the step has begun, and no attempt of it");
+        run.later(3_600_000);
+    }
+    run.end("a", Err(Failure::retryable("transient.network", "x")));
+    run.later(3_600_000);
+    run.ok("a", json!(1));
+    run.end("b", Err(away()));
+    run.later(3_600_000);
+    run.ok("b", json!(1));
+    assert_eq!((run.state.status, run.state.executions), (RunStatus::Completed, 5));
+    assert!(run.replayed(&run.definition.clone(), 0).divergence.is_none());
+}
+
+#[test]
+fn a_policy_without_a_delay_does_not_ask_on_and_on() {
+    let mut a = act("a", &[]);
+    a.retry.delay_ms = 0;
+    let mut run = Bench::start(definition(vec![a]));
+    for n in 2..5 {
+        run.end("a", Err(Failure::retryable("transient.unavailable", "nobody is there").without_counting()));
+        run.later(99);
+        assert!(run.live().is_empty());
+        run.later(1);
+        assert_eq!(run.live["a"].0, n);
+    }
+    run.end("a", Err(Failure::retryable("transient.network", "x")));
+    assert_eq!(run.live["a"].0, 5, "what counts has an end, and waits for nothing");
+    assert!(run.replayed(&run.definition.clone(), 0).divergence.is_none());
 }
 
 #[test]

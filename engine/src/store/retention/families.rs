@@ -70,6 +70,8 @@ struct Walked {
 /// leave together keeps nobody but itself.
 pub(crate) struct Families {
     pub(super) most: usize,
+    /// [`READ_MAX`].
+    pub(super) read_max: usize,
     /// Runs that were looked at, and whether they belong to a family that is too large.
     seen: HashMap<RunId, bool>,
     /// Runs that were read for the page.
@@ -78,7 +80,7 @@ pub(crate) struct Families {
 
 impl Families {
     pub(crate) fn new() -> Self {
-        Self { most: KIN_MAX, seen: HashMap::new(), read: 0 }
+        Self { most: KIN_MAX, read_max: READ_MAX, seen: HashMap::new(), read: 0 }
     }
 
     /// The runs that leave if those of a page are to: see [`super::JUDGE`].
@@ -108,7 +110,7 @@ impl Families {
             if self.seen.contains_key(run) {
                 continue;
             }
-            if self.read >= READ_MAX {
+            if self.read >= self.read_max {
                 tracing::warn!(
                     runs = asked.len() - n,
                     "runs among too many large families are looked at again at the next look"

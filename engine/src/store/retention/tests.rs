@@ -247,3 +247,37 @@ async fn many_families_that_are_too_large_keep_nobody_else_of_their_page() {
     let left = families.judge(&mut conn, page, before).await.unwrap();
     assert_eq!((left.len(), families.read), (0, 0));
 }
+
+/// A page of many large families is not read to its end at once; what is left over has its turn.
+#[tokio::test]
+async fn of_one_page_no_more_is_read_than_the_limit_and_the_rest_is_judged_later() {
+    const READ_MAX: usize = 30;
+    let pool = database(MIGRATIONS).await;
+    let mut conn = pool.acquire().await.unwrap();
+    sqlx::query("alter table runs drop constraint runs_definition_fkey").execute(&mut *conn).await.unwrap();
+    let (mut page, mut free) = (Vec::new(), BTreeSet::new());
+    for _ in 0..12 {
+        let (parent, alone) = (RunId::new(), RunId::new());
+        insert(&mut conn, parent, &old(None)).await;
+        for _ in 0..6 {
+            insert(&mut conn, RunId::new(), &old(Some(parent))).await;
+        }
+        insert(&mut conn, alone, &old(None)).await;
+        free.insert(alone);
+        page.extend([parent, alone]);
+    }
+    let before: DateTime<Utc> =
+        sqlx::query_scalar("select engine_now() - interval '90 days'").fetch_one(&mut *conn).await.unwrap();
+    let mut families = Families::new();
+    (families.most, families.read_max) = (5, READ_MAX);
+    let (mut left, mut looks) = (Vec::new(), 0);
+    while left.len() < free.len() {
+        left.extend(families.judge(&mut conn, page.clone(), before).await.unwrap());
+        // The last family begins below the limit, and is read up to its own.
+        assert!(families.read <= READ_MAX + 8, "{}", families.read);
+        looks += 1;
+        assert!(looks <= page.len(), "{} of {} have left", left.len(), free.len());
+    }
+    assert!(looks > 2, "{looks}: it was more than one look could read");
+    assert_eq!((left.len(), left.into_iter().collect::<BTreeSet<_>>()), (free.len(), free), "each once");
+}

@@ -66,10 +66,8 @@ impl Driver {
             return Ok(small);
         }
         loop {
-            let packed = async {
-                let mut conn = self.shared.pool.acquire().await?;
-                payload::pack_known(&mut conn, run, slot, &self.run.state, large).await
-            };
+            let packed =
+                self.shared.ask(async |conn| payload::pack_known(conn, run, slot, &self.run.state, large).await);
             match packed.await {
                 Ok(text) => return Ok(text),
                 Err(error) => self.away(error, &mut pause).await?,
@@ -81,8 +79,7 @@ impl Driver {
     pub(super) async fn put(&self, large: &[Blob]) -> Result<()> {
         let mut pause = UNREACHABLE_PAUSE_MIN;
         while !large.is_empty() {
-            let stored = async { store::blobs::put(&mut *self.shared.pool.acquire().await?, large).await };
-            match stored.await {
+            match self.shared.ask(async |conn| store::blobs::put(conn, large).await).await {
                 Ok(()) => {
                     crate::committer::crash_point("large.after_put");
                     break;
