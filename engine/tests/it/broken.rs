@@ -2,14 +2,14 @@
 //! nobody empties, activities that a worker has never heard of.
 
 use crate::{
-    bench::{Bench, PATIENCE, Work, definition, gated, is_waited_for, step, waits_for, work},
+    bench::{Bench, PATIENCE, Work, definition, gated, step, waits_for, work},
     faults::{GRACE, LONG, SHORT, reaches},
     way::Way,
 };
 use loopwright_engine::{
     Failure,
     activity::Registry,
-    client::{Signal, Why},
+    client::{Client, Signal, Why},
     definition::{Branch, CallVersion, Join, Kind, ParentClose, Step, WaitUntil},
     ids::RunId,
     view::{RunStatus, Waiting},
@@ -219,17 +219,18 @@ async fn a_large_message_to_an_inbox_that_is_being_emptied_is_stored_whole_or_no
     let run = bench.start(definition("deaf", vec![step("s", Kind::Await(Box::new(waits_for("go"))))]), json!({})).await;
     let full = "update runs set inbox_n = 1000 where run_id = $1";
     sqlx::query(full).bind(run.0).execute(&bench.pool).await.expect("as if so many had come");
-    let mut reads = loopwright_engine::transaction::begin(&bench.pool).await.expect("begin");
-    let read = "update runs set inbox_seen = 256 where run_id = $1";
-    sqlx::query(read).bind(run.0).execute(&mut *reads).await.expect("read");
+    let way = Way::to(&bench.pool).await;
+    let held = way.holds_at("insert into inbox");
     let large = Signal { payload: json!({ "text": "x".repeat(100_000) }), ..go(1) };
     let sent = {
-        let (client, large) = (bench.client.clone(), large.clone());
+        let (client, large) = (Client::new(way.pool(2).await, bench.hook.clone()), large.clone());
         tokio::spawn(async move { client.signal(run, large).await })
     };
-    // It has seen the full inbox, and waits for the row.
-    is_waited_for(&bench.pool, &mut reads).await;
-    reads.commit().await.expect("commit");
+    // It has seen the full inbox.
+    tokio::time::timeout(PATIENCE, held.arrived.cancelled()).await.expect("it is about to be stored");
+    let read = "update runs set inbox_seen = 256 where run_id = $1";
+    sqlx::query(read).bind(run.0).execute(&bench.pool).await.expect("read");
+    held.goes_on.cancel();
     assert_eq!(sent.await.expect("task").expect_err("it was full").code(), "inbox_full");
     assert_eq!(count(&bench, "select (select count(*) from inbox) + (select count(*) from blobs)").await, 0);
     assert!(bench.client.signal(run, large).await.expect("there is room now"));

@@ -38,6 +38,13 @@ struct Fault {
     then_away: bool,
 }
 
+/// A message that is on its way until the test lets it go on.
+#[derive(Clone, Default)]
+pub struct Held {
+    pub arrived: CancellationToken,
+    pub goes_on: CancellationToken,
+}
+
 #[derive(Default)]
 struct State {
     fault: Mutex<Option<Fault>>,
@@ -50,6 +57,8 @@ struct State {
     /// The first connection on which a statement with this word is executed has no answer, and never hears anything again.
     hushes_at: Mutex<Option<&'static [u8]>>,
     dead: CancellationToken,
+    /// The first message that says this word arrives only when it may: see [`Held`].
+    holds: Mutex<Option<(&'static [u8], Held)>>,
     /// Somebody has had the fault.
     broken: AtomicBool,
 }
@@ -139,6 +148,13 @@ impl Way {
         *self.state.hushes_at.lock().expect("lock") = Some(word.as_bytes());
     }
 
+    /// Stops the next message that says `word`.
+    pub fn holds_at(&self, word: &'static str) -> Held {
+        let held = Held::default();
+        *self.state.holds.lock().expect("lock") = Some((word.as_bytes(), held.clone()));
+        held
+    }
+
     /// Both ends stay open and nothing moves, as when a wire is cut, once somebody has executed a statement that says `word`.
     /// Returns a signal for that moment.
     pub fn dies_at(&self, word: &'static str) -> CancellationToken {
@@ -198,6 +214,14 @@ async fn pass(mut client: TcpStream, mut server: UnixStream, state: &State, away
                     if fault.lost == Lost::Commit {
                         return;
                     }
+                }
+                let held = {
+                    let mut holds = state.holds.lock().expect("lock");
+                    if holds.as_ref().is_some_and(|(word, _)| says(message, word)) { holds.take() } else { None }
+                };
+                if let Some((_, held)) = held {
+                    held.arrived.cancel();
+                    held.goes_on.cancelled().await;
                 }
                 if server.write_all(message).await.is_err() {
                     return;
