@@ -118,7 +118,7 @@ async fn a_long_queue_behind_dead_rows_is_looked_at_from_its_oldest_run_on() {
     for (sql, more) in [(WINDOW_SQL.text(None).to_owned(), &[513][..]), (lanes, &[0, LANES, 256])] {
         let whole = pages(&pool, &sql, None, more).await;
         let from = pages(&pool, &sql, look.oldest, more).await;
-        assert!(whole > 10_000 && from < 1_500, "{whole} pages, from the oldest on {from}");
+        assert!(whole > 2 * from, "{whole} pages, from the oldest on {from}");
     }
 }
 

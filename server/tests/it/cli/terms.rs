@@ -14,7 +14,8 @@ async fn a_start_says_its_terms_and_a_signal_with_an_id_arrives_once() {
         let stdout = String::from_utf8(output.stdout).unwrap();
         (output.status.code(), stdout, String::from_utf8(output.stderr).unwrap())
     };
-    std::fs::write(dir.path().join("small.yaml"), SMALL).unwrap();
+    let listens = SMALL.replace("wait: { for: 1s }", "await: { signal: hello, timeout: 1h }");
+    std::fs::write(dir.path().join("small.yaml"), listens).unwrap();
     assert_eq!(run(&["workflow", "deploy", "small.yaml"]).0, Some(0));
     let start = |terms: &[&str]| {
         let args = [&["run", "start", "small", "--json"][..], terms].concat();
