@@ -24,7 +24,7 @@ use warp::{
 
 pub const TOKEN: &str = "12345678:AAF7-g0gYncWnm5IyfZlpPRqRRv6kNAGlao";
 /// Longest wait for something that must happen.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(120);
 /// A header of ours: hang up instead of answering.
 const HANG_UP: &str = "x-hang-up";
 
