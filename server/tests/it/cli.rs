@@ -236,7 +236,7 @@ async fn granted_credits_stand_in_the_ledger_once_and_let_a_waiting_run_go_on() 
 
     // It goes on by itself.
     let client = server.client();
-    let patience = Duration::from_secs(30);
+    let patience = Duration::from_secs(120);
     let mut seq = 0;
     while !client.describe(run).await.unwrap().status.is_closed() {
         let newest = client.wait_change(run, seq, patience).await.unwrap();

@@ -14,7 +14,7 @@ async fn events(response: Response, count: usize) -> Vec<(String, String, Value)
     let mut stream = response.bytes_stream();
     let (mut text, mut out) = (String::new(), Vec::new());
     while out.len() < count {
-        let Ok(Some(chunk)) = tokio::time::timeout(Duration::from_secs(30), stream.next()).await else { break };
+        let Ok(Some(chunk)) = tokio::time::timeout(Duration::from_secs(120), stream.next()).await else { break };
         text.push_str(std::str::from_utf8(&chunk.unwrap()).unwrap());
         while let Some((block, rest)) = text.split_once("\n\n") {
             let field = |name: &str| {
@@ -123,7 +123,7 @@ async fn a_run_is_paused_and_resumed_by_its_owner() {
         server.post("ann", &path, &json!({"reason": "a look"})).header("idempotency-key", key.to_owned()).send()
     };
     let status = async |wanted: &str| {
-        let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(120);
         loop {
             let (_, view) = read(server.get("ann", &format!("/v1/runs/{run}")).send().await.unwrap()).await;
             if view["status"] == wanted {

@@ -600,7 +600,7 @@ async fn a_crash_between_acting_and_the_mark_undoes_the_acting() {
     let mut bot = bot.resume();
     bot.fake.says(ADA, "/start");
     let wait = async { while bot.number("select coalesce(max(tries), 0)::bigint from telegram_inbox").await == 0 {} };
-    tokio::time::timeout(Duration::from_secs(30), wait).await.unwrap();
+    tokio::time::timeout(Duration::from_secs(120), wait).await.unwrap();
     assert_eq!(bot.number("select count(*) from users").await, 0);
     assert_eq!(bot.number("select count(*) from telegram_outbox").await, 0);
     sqlx::raw_sql("drop trigger no_mark on telegram_inbox").execute(&bot.pool).await.unwrap();
@@ -669,7 +669,7 @@ async fn a_telegram_that_misbehaves_loses_and_doubles_nothing_it_need_not() {
     bot.fake.says(ADA, "/help");
     let blocked =
         async { while bot.number("select count(*) from telegram_chats where blocked_at is not null").await == 0 {} };
-    tokio::time::timeout(Duration::from_secs(30), blocked).await.unwrap();
+    tokio::time::timeout(Duration::from_secs(120), blocked).await.unwrap();
     bot.fake.says(ADA, "/paysupport");
     bot.fake.message("Questions about a payment").await;
     bot.fake.message("Write your idea to start a project").await;
