@@ -9,6 +9,7 @@ mod failure;
 mod keys;
 mod pack;
 mod part;
+mod record;
 mod request;
 mod wait;
 
@@ -37,7 +38,7 @@ use keys::Refused;
 use loopwright_engine::{Failure, activity::Context, ids::AttemptId};
 use pack::{PACKINGS_MAX, Windows, answer_max, believable, narrower, output_limit};
 use part::Parts;
-use request::{Interrupted, model_label};
+use record::{Interrupted, model_label};
 use std::{
     collections::{BTreeMap, VecDeque},
     sync::{Arc, Mutex},

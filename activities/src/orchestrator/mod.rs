@@ -119,11 +119,20 @@ pub struct Reply {
     pub provider: String,
     /// Model that served it. A rehearsed one is called `rehearsed/<name>`.
     pub model: String,
+    /// Served by a key of the user's, so that `model` is a name of his.
+    #[serde(default)]
+    pub own: bool,
     pub tokens_prompt: u64,
     pub tokens_output: u64,
 }
 
 impl Reply {
+    /// The model as metrics name it. What users call the models of their own keys makes no series.
+    #[must_use]
+    pub fn model_label(&self) -> &str {
+        if self.own { "own" } else { &self.model }
+    }
+
     /// This answer as a turn of the conversation that goes on.
     #[must_use]
     pub fn to_message(&self) -> Message {

@@ -25,6 +25,8 @@ pub struct Report {
     /// When a spent budget is filled again.
     pub(super) resets_at: Option<DateTime<Utc>>,
     pub(super) context_tokens: Option<u64>,
+    /// It quotes what a moderator took offence at.
+    pub(super) flagged: bool,
 }
 
 impl Report {
@@ -84,6 +86,7 @@ impl Report {
             .and_then(seconds);
         report.context_tokens =
             error.get("n_ctx").or_else(|| value.get("n_ctx")).and_then(Value::as_u64).filter(|n| *n > 0);
+        report.flagged = error.pointer("/metadata/flagged_input").is_some_and(|input| !input.is_null());
         for detail in error.get("details").and_then(Value::as_array).into_iter().flatten() {
             report.add_code(detail.get("reason"));
             if let Some(delay) = detail.get("retryDelay").and_then(Value::as_str) {
@@ -141,10 +144,16 @@ impl Report {
             || self.codes.iter().all(|code| code == "invalid_argument")
                 && ["api key not valid", "api key expired"].iter().any(|words| self.message.starts_with(words))
     }
+    /// Whether what was asked was against rules. By a code, or by what the moderators say; a message may quote a name of the
+    /// request, such as that of a tool, and single words in it mean nothing.
     pub(super) fn refusal(&self) -> bool {
-        ["content_policy_violation", "refusal", "moderation", "content_filter", "guardrail", "flagged"]
-            .iter()
-            .any(|code| self.mentions(code))
+        self.flagged
+            || ["content_policy_violation", "refusal", "moderation", "content_filter", "guardrail", "flagged"]
+                .iter()
+                .any(|word| self.codes.iter().any(|code| code.contains(word)))
+            || ["was flagged", "were flagged", "content policy", "usage policies", "requires moderation"]
+                .iter()
+                .any(|words| self.message.contains(words))
     }
 }
 

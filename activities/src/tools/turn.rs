@@ -282,7 +282,7 @@ impl AgentLoop {
     /// Executes what a reply asks for.
     async fn act(&self, ctx: &Context, state: &mut State<'_>, reply: &Reply, turn: u32) -> Result<TurnRecord, Failure> {
         let mut record = TurnRecord::default();
-        state.hands.model.clone_from(&reply.model);
+        reply.model_label().clone_into(&mut state.hands.model);
         if reply.tool_calls.is_empty() {
             self.act_on_text(ctx, state, reply, turn, &mut record).await?;
         }

@@ -71,7 +71,8 @@ pub(super) enum Judged {
     Part,
 }
 
-pub(super) fn judge(task: &Task<'_>, candidate: &Candidate, completion: &Completion) -> Judged {
+/// `own`: it was served by a key of the user's.
+pub(super) fn judge(task: &Task<'_>, candidate: &Candidate, completion: &Completion, own: bool) -> Judged {
     let json = match &task.shape {
         // A model that calls tools first will answer later.
         Some(shape) if completion.tool_calls.is_empty() => match shape.read(&completion.text) {
@@ -91,6 +92,7 @@ pub(super) fn judge(task: &Task<'_>, candidate: &Candidate, completion: &Complet
         parts: nul::value(completion.parts.clone()),
         provider: candidate.provider.clone(),
         model: completion.model_served.clone(),
+        own,
         tokens_prompt: completion.usage.tokens_prompt,
         tokens_output: completion.usage.tokens_output,
     };

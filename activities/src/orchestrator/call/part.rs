@@ -6,7 +6,7 @@ use super::{
     Orchestrator, Task,
     answer::{Judged, unreadable},
     keys::Admitted,
-    request::{Interrupted, closed_badly, closed_well, to_value},
+    record::{Interrupted, closed_badly, closed_well, to_value},
 };
 use crate::{
     nul,

@@ -11,19 +11,15 @@ use super::{
     blame::is_plain,
     failure::to_its_owner,
     part::{Closing, Part},
+    record::{Interrupted, closed_badly, closed_well, observe, opened, to_value},
 };
 use crate::{
-    provider::{Call, Completion, ProviderError, RequestIdSlot, estimate::request_tokens_max, hex},
-    usage::{CallClosed, CallNoted, CallOpened, CallState},
+    provider::{Call, Completion, ProviderError, RequestIdSlot},
+    usage::{CallClosed, CallNoted, CallState},
 };
-use loopwright_engine::{Failure, FailureKind, activity::Context, ids::AttemptId};
-use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
-use std::{
-    future::Future,
-    sync::PoisonError,
-    time::{Duration, Instant},
-};
+use loopwright_engine::{Failure, activity::Context, ids::AttemptId};
+use serde_json::Value;
+use std::{future::Future, sync::PoisonError, time::Instant};
 
 /// Why the ledger's hook refuses a call of a model without a price.
 const PRICE_MISSING: &str = "price_missing";
@@ -97,7 +93,7 @@ impl Orchestrator {
                     let closing = Closing { meter_key: &meter_key, request_sha256, before, completion, request_id };
                     return self.keep_part(task, candidate, &mut progress.parts, token, closing).await;
                 }
-                let mut judged = judge(task, candidate, &completion);
+                let mut judged = judge(task, candidate, &completion, running.slot.own_id().is_some());
                 if let (Judged::Reply(reply), Some(part)) = (&mut judged, &before) {
                     part.count_in(reply);
                 }
@@ -196,107 +192,4 @@ async fn noting(
         () = note => {}
     }
     completing.await
-}
-
-/// Why a request brought nothing.
-pub(super) enum Interrupted {
-    /// The engine or its hook said no before anything was sent.
-    Unannounced(Failure),
-    /// The engine said no to what came of it.
-    Engine(Failure),
-    /// The model has no price, or one above its ceiling.
-    Unpriced(Failure),
-    Provider(Box<ProviderError>),
-}
-
-impl From<Failure> for Interrupted {
-    fn from(failure: Failure) -> Self {
-        Self::Engine(failure)
-    }
-}
-
-fn opened(slot: &Slot, candidate: &Candidate, request: &Request, limit: u32) -> CallOpened {
-    let key = slot.provider.key();
-    let sent = json!({ "provider": candidate.provider, "model": candidate.model, "limit": limit, "request": request });
-    // What a user's own key costs is between him and his provider.
-    let ceiling = |max: Option<u64>| max.filter(|_| slot.own_id().is_none());
-    CallOpened {
-        provider: candidate.provider.clone(),
-        model: candidate.model.clone(),
-        purpose: request.purpose.clone(),
-        request_sha256: hex(&Sha256::digest(sent.to_string().as_bytes())),
-        key_fingerprint: key.fingerprint,
-        key_last4: key.last4,
-        own_key_id: slot.own_id(),
-        local: slot.provider.is_local(),
-        input_tokens_max: request_tokens_max(request),
-        output_tokens_max: u64::from(limit),
-        input_umtok_max: ceiling(candidate.input_umtok_max),
-        output_umtok_max: ceiling(candidate.output_umtok_max),
-    }
-}
-
-pub(super) fn closed_well(completion: &Completion, request_id: &RequestIdSlot) -> CallClosed {
-    CallClosed {
-        state: CallState::Succeeded,
-        model_served: Some(completion.model_served.clone()),
-        provider_request_id: completion.provider_request_id.clone().or_else(|| request_id.get()),
-        http_status: completion.http_status,
-        error_class: None,
-        finish_reason: Some(completion.finish_reason.clone()),
-        stream_completed: true,
-        usage: Some(completion.usage.clone()),
-    }
-}
-
-pub(super) fn closed_badly(error: &ProviderError, request_id: &RequestIdSlot) -> CallClosed {
-    CallClosed {
-        state: error.state,
-        model_served: error.model_served.clone(),
-        provider_request_id: request_id.get(),
-        http_status: error.http_status,
-        error_class: Some(error.failure.code.clone()),
-        finish_reason: error.finish_reason.clone(),
-        stream_completed: error.stream_completed,
-        usage: error.usage.as_deref().cloned(),
-    }
-}
-
-/// A model as metrics name it. What users call the models of their own keys makes no series.
-pub(super) fn model_label(candidate: &Candidate, own: bool) -> String {
-    if own { "own".to_owned() } else { candidate.model.clone() }
-}
-
-/// Updates the breaker, which opens for `open_for`, and the metrics.
-fn observe(
-    running: &Running,
-    candidate: &Candidate,
-    result: &Result<Completion, ProviderError>,
-    elapsed: Duration,
-    open_for: Duration,
-) {
-    let breaker = &running.slot.breaker;
-    let outcome = match result {
-        Ok(_) => {
-            breaker.well();
-            "ok".to_owned()
-        }
-        Err(error) => {
-            match error.failure.kind {
-                FailureKind::Cancelled => {}
-                _ if error.unwell => breaker.unwell_for(Instant::now(), running.probe, open_for),
-                _ => breaker.well(),
-            }
-            error.failure.code.clone()
-        }
-    };
-    let model = model_label(candidate, running.slot.own_id().is_some());
-    let labels = [("provider", candidate.provider.clone()), ("model", model), ("outcome", outcome)];
-    metrics::counter!("loopwright_model_requests_total", &labels).increment(1);
-    metrics::histogram!("loopwright_model_request_seconds", &labels).record(elapsed.as_secs_f64());
-}
-
-pub(super) fn to_value<T: serde::Serialize>(value: &T) -> Result<Value, Failure> {
-    serde_json::to_value(value)
-        .map_err(|error| Failure::permanent("model.record_unreadable", format!("a record cannot be written: {error}")))
 }

@@ -134,6 +134,15 @@ async fn the_table_of_openrouter_holds() {
         vec![
             Row(400, None, typed(400, "invalid_request"), "provider.bad_request", OtherModel, None),
             Row(400, None, typed(400, "context_length_exceeded"), "model.context_overflow", OtherModel, None),
+            // Words of the request that a message quotes are no finding of a moderator.
+            Row(
+                400,
+                None,
+                json!({"error": {"code": 400, "message": "upstream: tools[0].name 'moderation.flagged_refusal' is too long"}}),
+                "provider.bad_request",
+                OtherModel,
+                None,
+            ),
             Row(400, None, typed(400, "content_policy_violation"), "model.refused", OtherModel, None),
             Row(400, None, typed(400, "refusal"), "model.refused", OtherModel, None),
             Row(401, None, typed(401, "authentication"), "provider.key_invalid", DisableKey, None),
@@ -149,6 +158,14 @@ async fn the_table_of_openrouter_holds() {
             ),
             Row(403, None, typed(403, "guardrail"), "model.refused", OtherModel, None),
             Row(403, None, typed(403, "moderation"), "model.refused", OtherModel, None),
+            Row(
+                403,
+                None,
+                error(json!(403), json!({"reasons": ["violence"], "flagged_input": "x", "provider_name": "p"})),
+                "model.refused",
+                OtherModel,
+                None,
+            ),
             Row(403, None, source(403, "key"), "provider.no_balance", OtherKey, None),
             Row(402, None, source(402, "openrouter_credits"), "provider.no_balance", OtherKey, None),
             Row(
