@@ -133,9 +133,9 @@ async fn measure(host: &host::Host, options: &Options, progress: &dyn Fn(&str)) 
     let commit = limits::commit(host, options.share(2_000)).await?;
     report.figures.push(commit.figure());
     progress("steps of many runs");
-    let batch = steps::many(host, options, &mut report).await?;
+    let (batch, single) = steps::many(host, options, &mut report).await?;
     progress("one step after the other");
-    steps::sequential(host, options, &commit, &mut report).await?;
+    steps::sequential(host, options, &commit, &single, &mut report).await?;
     progress("fan-out and join");
     fan_out::measure(host, options, &commit, &mut report).await?;
     progress("signal to resumed step");

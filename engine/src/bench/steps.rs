@@ -22,8 +22,8 @@ const PATIENCE: Duration = Duration::from_secs(600);
 /// Runs and steps of the measurement of one step.
 const ALONE: (usize, usize) = (20, 25);
 
-/// Many runs of ten no-op steps, all there before the worker starts.
-pub(super) async fn many(host: &Host, options: &Options, report: &mut Report) -> Result<Batch> {
+/// Many runs of ten no-op steps, all there before the worker starts. Gives the batch statement alone, full and of one transition.
+pub(super) async fn many(host: &Host, options: &Options, report: &mut Report) -> Result<(Batch, Batch)> {
     let runs = options.share(RUNS);
     let definition = scene::deploy(host, scene::chain("chain", STEPS)).await?;
     scene::start(host, definition, &json!({}), "", runs).await?;
@@ -46,7 +46,7 @@ pub(super) async fn many(host: &Host, options: &Options, report: &mut Report) ->
         sqlx::query_scalar("select events from history where seq = 5 limit 1").fetch_one(&host.pool).await?;
     let steps = (runs * STEPS) as f64;
     let transitions = rows as f64 / seconds;
-    let alone = limits::batch(host, BATCH, &events).await?;
+    let (alone, single) = (limits::batch(host, BATCH, &events).await?, limits::batch(host, 1, &events).await?);
     let commits = batches as f64 / steps;
     // The statement is of one transition; a run has one more than it has steps.
     let each = rows as f64 / steps;
@@ -85,11 +85,17 @@ pub(super) async fn many(host: &Host, options: &Options, report: &mut Report) ->
     );
     report.figures.push(Figure::new("memory of the worker, most", memory.1, "MB"));
     scene::reset(host).await?;
-    Ok(alone)
+    Ok((alone, single))
 }
 
 /// One run at a time, one step at a time.
-pub(super) async fn sequential(host: &Host, options: &Options, commit: &Commit, report: &mut Report) -> Result<()> {
+pub(super) async fn sequential(
+    host: &Host,
+    options: &Options,
+    commit: &Commit,
+    single: &Batch,
+    report: &mut Report,
+) -> Result<()> {
     let (runs, steps) = (options.share(ALONE.0), ALONE.1);
     let definition = scene::deploy(host, scene::chain("alone", steps)).await?;
     let worker = Worker::start(host, options, 8, LEASE).await?;
@@ -112,7 +118,8 @@ pub(super) async fn sequential(host: &Host, options: &Options, commit: &Commit, 
         Figure::new("a sequential step, p50", p50, "ms")
             .limit("one insert per commit, p50", commit.p50)
             .goal("at most 1.3 times the limit", p50 <= 1.3 * commit.p50)
-            .detail("p99", p99, "ms"),
+            .detail("p99", p99, "ms")
+            .detail("batch statement alone, one transition, mean", 1000.0 / single.rate, "ms"),
     );
     scene::reset(host).await
 }
