@@ -183,6 +183,7 @@ impl Client {
         let Some(stored) = self.send(&mut conn, run, view.definition, &signal).await? else {
             return Err(Error::ApprovalNotWaiting(run.to_string(), step.to_owned()));
         };
+        crate::committer::crash_point("approve.after_send");
         drop(conn);
         self.wake().await;
         Ok(stored)
@@ -211,6 +212,7 @@ impl Client {
             Sent::Full => return Err(full(run, store::inbox::ORDERS_MAX)),
             Sent::NoOpenRun => return Err(self.refusal(&mut conn, run).await),
         }
+        crate::committer::crash_point("cancel.after_send");
         drop(conn);
         self.wake().await;
         Ok(())
@@ -241,7 +243,9 @@ impl Client {
     pub async fn unblock_waiting(&self, attributes: &Value, reasons: &[&str], limit: u32) -> Result<u64> {
         let mut tx = transaction::begin(&self.pool).await?;
         let woken = store::inbox::unblock_waiting(&mut tx, attributes, reasons, limit).await?;
+        crate::committer::crash_point("unblock.before_commit");
         tx.commit().await?;
+        crate::committer::crash_point("unblock.after_commit");
         if woken > 0 {
             self.wake().await;
         }

@@ -77,12 +77,14 @@ impl Committer {
         let (answer, verdict) = oneshot::channel();
         let gone = || Broken::Unreachable(Error::Sql(sqlx::Error::WorkerCrashed));
         lane.send(Queued(item, answer)).await.map_err(|_| gone())?;
+        crash_point("commit.after_queued");
         verdict.await.map_err(|_| gone())?
     }
 }
 
 async fn lane(mut session: Session, spread: Spread, hook: Arc<dyn TransitionHook>, mut queue: mpsc::Receiver<Queued>) {
     while let Some(first) = queue.recv().await {
+        crash_point("commit.after_received");
         let mut bytes = first.0.bytes();
         let mut batch = vec![first];
         while batch.len() < BATCH_ITEMS_MAX && bytes < BATCH_BYTES_MAX {
@@ -121,7 +123,10 @@ fn commit_batch<'a>(
         let error = loop {
             match answered(session.answer_max(), send(session, shard, hook, &items)).await {
                 Ok(Sent::Done(verdicts)) => return verdicts.into_iter().map(Ok).collect(),
-                Ok(Sent::Refused(refused)) => return without_refused(session, shard, hook, items, refused).await,
+                Ok(Sent::Refused(refused)) => {
+                    crash_point("commit.before_rest");
+                    return without_refused(session, shard, hook, items, refused).await;
+                }
                 Err(Undone::Hook(HookError::Sql(error))) if is_transient(&error) => {
                     session.leave();
                     let Some(pause) = retry_pause(tries) else {
@@ -144,6 +149,7 @@ fn commit_batch<'a>(
         let mut left = items;
         let right = left.split_off(left.len() / 2);
         let mut answers = commit_batch(session, shard, hook, left).await;
+        crash_point("commit.between_halves");
         answers.extend(commit_batch(session, shard, hook, right).await);
         answers
     })

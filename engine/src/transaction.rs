@@ -177,6 +177,7 @@ where
         let attempt = async {
             let mut tx = begin(pool).await?;
             let value = work(&mut tx).await?;
+            crate::committer::crash_point("transaction.before_commit");
             // What was done without an answer must not be done again: a start would be a second run.
             let id: Option<String> =
                 sqlx::query_scalar("select pg_current_xact_id_if_assigned()::text").fetch_one(&mut *tx).await?;

@@ -111,12 +111,15 @@ impl Client {
             Box::pin(async move {
                 let inserted = decided.insert(conn).await?;
                 if inserted {
+                    crate::committer::crash_point("fork.after_insert");
                     decided.begin(conn).await?;
                 }
+                crate::committer::crash_point("fork.before_commit");
                 Ok(inserted)
             })
         })
         .await?;
+        crate::committer::crash_point("fork.after_commit");
         self.wake().await;
         Ok(Started { run_id: decided.run, created })
     }
@@ -155,16 +158,19 @@ impl Client {
             Box::pin(async move {
                 let text = format!("reset to transition {} as run {}: {reason}", decided.seq, decided.run);
                 let terminated = store::starts::lock_to_end(conn, run).await?;
+                crate::committer::crash_point("reset.after_lock");
                 if terminated {
                     // Before the hook locks accounts: whoever arrives at a group has locked it then. The key is the run's own.
                     if let Some(arrives) = decided.arrives(conn).await? {
                         arrives.reserve(conn).await?;
                     }
+                    crate::committer::crash_point("reset.after_reserve");
                     crate::worker::terminate_in(conn, hook.as_ref(), run, &text).await?;
                 } else if let Some(next) = store::runs::standing(conn, run).await?.chain.continued_as {
                     // It has gone on as another since it was looked at.
                     return Err(Error::ForkInvalid(vec![went_on(next)]));
                 }
+                crate::committer::crash_point("reset.after_terminate");
                 if !decided.insert(conn).await? {
                     // The answer of an earlier sending was lost: then all of it was done.
                     if !terminated && decided.is_there(conn).await? {
@@ -172,20 +178,25 @@ impl Client {
                     }
                     return Err(Error::RunExists(decided.run.to_string()));
                 }
+                crate::committer::crash_point("reset.after_insert");
                 if let Some(key) = key
                     && !store::forks::take_key(conn, &key, decided.run).await?
                 {
                     let why = format!("another open run has the business key `{key}`: end it first, or fork");
                     return Err(Error::ForkInvalid(vec![why]));
                 }
+                crate::committer::crash_point("reset.after_key");
                 let why = format!("a reset took the place of run {run}");
                 store::schedules::hand_over(conn, run, decided.run, &why).await?;
+                crate::committer::crash_point("reset.after_schedule");
                 // Last: another start under the key of a closed run would hold the key and wait for the group.
                 decided.begin(conn).await?;
+                crate::committer::crash_point("reset.before_commit");
                 Ok(terminated)
             })
         })
         .await?;
+        crate::committer::crash_point("reset.after_commit");
         self.wake().await;
         Ok(Reset { run_id: decided.run, terminated })
     }
@@ -311,6 +322,7 @@ fn went_on(next: RunId) -> String {
 impl Decided {
     async fn insert(&self, conn: &mut PgConnection) -> Result<bool> {
         store::forks::hold(conn, [self.maker.run, self.like]).await?;
+        crate::committer::crash_point("fork.after_hold");
         store::forks::insert(conn, &self.row()).await
     }
 
@@ -338,8 +350,10 @@ impl Decided {
         let mut begins = None;
         if let Some(mut arrives) = self.arrives(conn).await? {
             begins = arrives.plan(conn).await?;
+            crate::committer::crash_point("fork.after_plan");
             chain::arrive(conn, vec![(arrives, self.run)]).await?;
         }
+        crate::committer::crash_point("fork.after_arrival");
         let (event, state) = self.first(begins)?;
         store::forks::begin(conn, self.run, self.seq + 1, &event, &state).await
     }

@@ -64,6 +64,7 @@ impl Client {
         let loaded = store::runs::load(&mut conn, run).await?;
         let status = loaded.state.status.as_str();
         let freed = store::runs::unquarantine(&mut conn, run, loaded.epoch, status, &reason, why.by.as_deref()).await?;
+        crate::committer::crash_point("release.after_send");
         drop(conn);
         if freed {
             tracing::warn!(run_id = %run, reason, "a quarantined run goes on");
@@ -95,6 +96,7 @@ impl Client {
             Sent::Full => return Err(super::full(run, store::inbox::ORDERS_MAX)),
             Sent::NoOpenRun => return Err(self.refusal(&mut conn, run).await),
         };
+        crate::committer::crash_point("tell.after_send");
         drop(conn);
         self.wake().await;
         Ok(stored)

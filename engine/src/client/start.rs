@@ -83,6 +83,7 @@ impl Client {
             starts::keep(conn).await?;
             return Ok(Started { run_id: run, created: false });
         }
+        crate::committer::crash_point("start.after_row");
         match self.admit(conn, run, &start, place.as_ref()).await {
             Ok(None) => {
                 starts::keep(conn).await?;
@@ -131,9 +132,11 @@ impl Client {
                 return Err(Error::WorkflowIdUsed { id, run, status: status.as_str() });
             }
         }
+        crate::committer::crash_point("start.after_id");
         // Behind all runs and the id, before accounts: see `store::starts`.
         let not_before = next_start(conn, start).await?;
         if place.is_some() || admission.rate.is_some() {
+            crate::committer::crash_point("start.after_rate");
             let arrival = groups::arrive(conn, run, place, not_before, true).await?;
             if arrival == Arrival::Refused {
                 return Err(Error::ConcurrencyFull(place.map(|p| p.group.clone()).unwrap_or_default()));
@@ -157,7 +160,9 @@ impl Client {
             if let Some(open) = starts::holder(conn, id).await?
                 && starts::lock_to_end(conn, open).await?
             {
+                crate::committer::crash_point("start.after_lock");
                 groups::reserve(conn, waits.0, waits.1).await?;
+                crate::committer::crash_point("start.after_reserve");
                 let why = format!("run {run} was started in its place, under the id `{id}`");
                 crate::worker::terminate_in(conn, self.hook.as_ref(), open, &why).await?;
                 crate::committer::crash_point("start.after_terminate");

@@ -87,6 +87,7 @@ impl Client {
         if sent == Sent::Full {
             return Err(super::full(run, store::inbox::UNREAD_MAX));
         }
+        crate::committer::crash_point("update.after_send");
         drop(conn);
         if sent == Sent::Stored {
             self.wake().await;

@@ -185,10 +185,12 @@ impl Schedules {
                         format!("{waits} actions wait; let the open runs end first, or choose another overlap policy");
                     return Err(Error::ScheduleInvalid(vec![why]));
                 }
+                crate::committer::crash_point("trigger.after_lock");
                 stored.action_n += 1;
                 let (n, id) = (stored.action_n, stored.view.id);
                 let (kind, state) = (ActionKind::Manual, ActionState::Pending);
                 store::add(conn, id, &[NewAction { n, instant: stored.now, kind, overlap, state, note: None }]).await?;
+                crate::committer::crash_point("trigger.after_add");
                 let turn = fire::turn(conn, &client, &mut stored).await?;
                 let newest = store::recent(conn, id, fire::KEPT).await?;
                 let action = newest.into_iter().find(|a| a.n == n);
@@ -196,7 +198,9 @@ impl Schedules {
             })
         })
         .await?;
+        crate::committer::crash_point("trigger.after_commit");
         turn.follow(&self.client).await;
+        crate::committer::crash_point("trigger.before_wake");
         self.client.wake().await;
         Ok(action)
     }
@@ -239,6 +243,7 @@ impl Schedules {
                         "a backfill has at most {BACKFILL_MAX} instants, and {waits} actions wait; take a shorter range"
                     ));
                 }
+                crate::committer::crash_point("backfill.after_lock");
                 let (kind, state) = (ActionKind::Backfill, ActionState::Pending);
                 let actions: Vec<NewAction> = instants
                     .iter()
@@ -247,6 +252,7 @@ impl Schedules {
                     .collect();
                 stored.action_n += i64::try_from(actions.len()).unwrap_or(0);
                 let added = store::add(conn, stored.view.id, &actions).await?;
+                crate::committer::crash_point("backfill.after_add");
                 stored.wake_at = Some(stored.now);
                 store::save(conn, &stored, false).await?;
                 Ok(Backfilled { instants: instants.len(), added: usize::try_from(added).unwrap_or(0) })
@@ -293,11 +299,13 @@ impl Schedules {
             let (change, name) = (change.clone(), name.to_owned());
             Box::pin(async move {
                 let mut stored = store::lock(conn, &name).await?;
+                crate::committer::crash_point("change.after_lock");
                 change(&mut stored);
                 let id = stored.view.id;
                 if stored.view.paused_at.is_some() {
                     stored.view.skipped += store::skip_waiting(conn, id, "the schedule was paused").await?;
                 }
+                crate::committer::crash_point("change.after_skip");
                 let timing = timing_of(&stored)?;
                 let due = stored.view.next_at.map(|at| timing.due(id, at, stored.view.spec.jitter_ms));
                 stored.wake_at = if store::pending_count(conn, id).await? > 0 { Some(stored.now) } else { due };

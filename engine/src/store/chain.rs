@@ -123,11 +123,14 @@ pub(crate) async fn arrive(conn: &mut PgConnection, mut arrivals: Vec<(Arrives, 
     arrivals.sort_by(|(a, _), (b, _)| a.rate.as_ref().map(|r| &r.key).cmp(&b.rate.as_ref().map(|r| &r.key)));
     for (arrives, _) in &mut arrivals {
         arrives.plan(conn).await?;
+        crate::committer::crash_point("arrive.after_plan");
     }
     arrivals.sort_by(|(a, _), (b, _)| a.place.as_ref().map(|p| &p.group).cmp(&b.place.as_ref().map(|p| &p.group)));
     for (Arrives { place, not_before, .. }, run) in &arrivals {
         groups::hold_back(conn, *run).await?;
+        crate::committer::crash_point("arrive.after_hold");
         groups::arrive(conn, *run, place.as_ref(), *not_before, false).await?;
+        crate::committer::crash_point("arrive.after_place");
     }
     Ok(())
 }
@@ -184,12 +187,16 @@ pub(super) async fn start(conn: &mut PgConnection, old: RunId, next: &Successor)
     let Some((workflow, definition, not_before, messages, named)) = started else {
         return Err(Error::Invariant(format!("run {old} is not there to be continued")));
     };
+    crate::committer::crash_point("chain.after_row");
     blobs::put(conn, &large).await?;
+    crate::committer::crash_point("chain.after_inputs");
     if messages > 0 {
         hand_on(conn, old, next).await?;
     }
+    crate::committer::crash_point("chain.after_messages");
     let hash = definitions::hash_of(definition).ok_or_else(|| Error::Invariant("a definition's hash".into()))?;
     schedules::hand_over(conn, old, next.run_id, &format!("run {old} continued as new")).await?;
+    crate::committer::crash_point("chain.after_schedule");
     let named = named.map(|named| named.0).unwrap_or_default();
     let arrives = Arrives::by(conn, named, hash, &workflow, &next.inputs).await?;
     Ok(arrives.map(|arrives| Arrives { not_before, ..arrives }))
@@ -217,6 +224,7 @@ async fn hand_on(conn: &mut PgConnection, old: RunId, next: &Successor) -> Resul
     .bind(inbox::BEFORE)
     .execute(&mut *conn)
     .await?;
+    crate::committer::crash_point("hand.after_known");
     let here: BTreeSet<i64> =
         sqlx::query_scalar("select n from inbox where shard = $1 and run_id = $2 and n = any($3)")
             .bind(old.shard())
@@ -237,6 +245,7 @@ async fn hand_on(conn: &mut PgConnection, old: RunId, next: &Successor) -> Resul
         sent_at: message.at,
     });
     append(conn, next.run_id, &inherited.collect::<Vec<_>>()).await?;
+    crate::committer::crash_point("hand.after_inherited");
     let mut after = 0_i64;
     loop {
         let rows = sqlx::query(
@@ -267,6 +276,7 @@ async fn hand_on(conn: &mut PgConnection, old: RunId, next: &Successor) -> Resul
             });
         }
         append(conn, next.run_id, &handed).await?;
+        crate::committer::crash_point("hand.after_page");
     }
 }
 
@@ -283,6 +293,7 @@ async fn append(conn: &mut PgConnection, run: RunId, handed: &[Handed]) -> Resul
     });
     let payloads: Vec<Text> = payloads.collect::<Result<_>>()?;
     blobs::put(conn, &large).await?;
+    crate::committer::crash_point("hand.after_blobs");
     sqlx::query(
         "with base as (select inbox_n from runs where shard = $1 and run_id = $2),
               m as (insert into inbox (shard, run_id, n, kind, name, payload, dedupe_id, sender, sent_at)
@@ -340,6 +351,7 @@ pub(super) const OPEN_RUNS: &str = "select r.run_id from unnest((select $1::uuid
 pub(super) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Result<()> {
     let mut last = None;
     while let Some(open) = open_run(conn, message.run).await? {
+        crate::committer::crash_point("settle.after_open_run");
         // It may have gone on as another since; the same one twice is none that can be sent to.
         let sent = inbox::send(conn, &Outgoing { run: open, ..*message }).await?;
         if sent != Sent::NoOpenRun || last.replace(open) == Some(open) {

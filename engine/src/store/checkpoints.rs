@@ -45,6 +45,7 @@ pub(crate) async fn put(conn: &mut PgConnection, run: RunId, path: &str, key: &s
     let mut blobs = Vec::new();
     let value = payload::pack(run, Slot::Checkpoint { path, key }, value, &mut blobs)?;
     blobs::put(conn, &blobs).await?;
+    crate::committer::crash_point("save.after_blobs");
     sqlx::query(
         "insert into checkpoints (shard, run_id, path, key, value) values ($1, $2, $3, $4, $5) on conflict do nothing",
     )

@@ -159,6 +159,7 @@ pub(crate) async fn insert(conn: &mut PgConnection, new: &New<'_>) -> Result<boo
     .bind(new.chain_deadline)
     .execute(&mut *conn)
     .await?;
+    crate::committer::crash_point("fork.after_row");
     if inserted.rows_affected() == 1 {
         blobs::put(conn, &large).await?;
     }
@@ -190,6 +191,7 @@ pub(crate) async fn begin(
     .bind(Json(&*state))
     .execute(&mut *conn)
     .await?;
+    crate::committer::crash_point("fork.after_begin");
     blobs::put(conn, &large).await
 }
 

@@ -66,6 +66,7 @@ pub(crate) async fn arrive(
     .bind(&group.group)
     .fetch_one(&mut *conn)
     .await?;
+    crate::committer::crash_point("group.after_arrival");
     let (taken, waiting): (Vec<i32>, i64) = sqlx::query_as(
         "select coalesce(array_agg(place) filter (where place is not null), '{}'), count(*) filter (where place is null)
          from admissions where group_name = $1",
@@ -78,6 +79,7 @@ pub(crate) async fn arrive(
         return Ok(Arrival::Refused);
     }
     insert(conn, run, Some((group, n, free)), not_before).await?;
+    crate::committer::crash_point("group.after_entry");
     if free.is_none() {
         return Ok(Arrival::Waits);
     }
@@ -94,6 +96,7 @@ pub(crate) async fn reserve(conn: &mut PgConnection, rate: Option<&str>, group: 
             .execute(&mut *conn)
             .await?;
     }
+    crate::committer::crash_point("group.after_rate");
     if let Some(name) = group {
         sqlx::query(
             "insert into concurrency_groups (name, arrivals) values ($1, 0) on conflict (name) do update set name = excluded.name",
@@ -213,11 +216,13 @@ pub(crate) async fn next_start(conn: &mut PgConnection, rate: &Rate, refuses: bo
         .bind(key)
         .execute(&mut *conn)
         .await?;
+    crate::committer::crash_point("rate.after_row");
     let (mut newest, now): (Vec<DateTime<Utc>>, DateTime<Utc>) =
         sqlx::query_as("select starts, engine_now() from rate_limits where key = $1 for update")
             .bind(key)
             .fetch_one(&mut *conn)
             .await?;
+    crate::committer::crash_point("rate.after_lock");
     let (starts, per) = (*starts as usize, chrono::Duration::milliseconds(*per_ms));
     let excess = newest.len().saturating_sub(starts);
     newest.drain(..excess);
@@ -264,6 +269,7 @@ pub(crate) async fn let_in(conn: &mut PgConnection, group: &str) -> Result<usize
         // Somebody else is at it, or arrives just now; the next pass is soon.
         return Ok(0);
     }
+    crate::committer::crash_point("admit.after_group");
     let mut taken: Vec<i32> =
         sqlx::query_scalar("select place from admissions where group_name = $1 and place is not null")
             .bind(group)
@@ -288,15 +294,18 @@ pub(crate) async fn let_in(conn: &mut PgConnection, group: &str) -> Result<usize
             // Nobody waits for a run that is not there.
             None => continue,
         }
+        crate::committer::crash_point("admit.after_lock");
         if !admit(conn, run).await? {
             continue;
         }
+        crate::committer::crash_point("admit.after_run");
         sqlx::query("update admissions set place = $3 where shard = $1 and run_id = $2")
             .bind(run.shard())
             .bind(run.0)
             .bind(place)
             .execute(&mut *conn)
             .await?;
+        crate::committer::crash_point("admit.after_place");
         taken.push(place);
         admitted += 1;
     }
@@ -329,6 +338,7 @@ async fn lock_free(conn: &mut PgConnection, run: RunId) -> Result<Option<bool>> 
 pub(crate) async fn let_go(conn: &mut PgConnection, run: RunId) -> Result<bool> {
     let admitted = admit(conn, run).await?;
     if admitted {
+        crate::committer::crash_point("admit.after_let_go");
         sqlx::query("delete from admissions where shard = $1 and run_id = $2")
             .bind(run.shard())
             .bind(run.0)
@@ -387,6 +397,7 @@ pub(crate) async fn make_room(pool: &PgPool) -> Result<()> {
         };
         let mut conn = pool.acquire().await?;
         inbox::send(&mut conn, &message).await?;
+        crate::committer::crash_point("room.after_message");
     }
     Ok(())
 }

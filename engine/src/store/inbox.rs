@@ -98,6 +98,7 @@ pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Res
     if wanted {
         blobs::put(conn, &blobs).await?;
     }
+    crate::committer::crash_point("inbox.after_blobs");
     let unread_max = if wanted { message.unread_max } else { Some(0) };
     // The run's row serializes its senders. A second message with one id that raced the first is dropped by the
     // constraint; its number stays unused.

@@ -52,6 +52,7 @@ pub(crate) async fn apply(conn: &mut PgConnection, new: &New<'_>) -> Result<bool
     let inputs = new.inputs.map(|inputs| payload::pack(new.run, Slot::Inputs, inputs, &mut large)).transpose()?;
     let state = payload::pack_known(conn, new.run, Slot::Cursor { seq }, new.state, &large).await?;
     blobs::put(conn, &large).await?;
+    crate::committer::crash_point("migrate.after_blobs");
     let applied: Option<i32> = sqlx::query_scalar(
         "with u as (update runs r set definition = $5, seq = r.seq + 1, epoch = r.epoch + 1, owner = null, parked = true,
                            queue = split_part(r.queue, '[', 1) || $11::text,

@@ -298,8 +298,12 @@ async fn take_messaged_in(
 ) -> Result<Vec<(uuid::Uuid, i64, i32, DateTime<Utc>)>> {
     let mut tx = session.begin().await?;
     alive(&mut tx, worker).await?;
+    crash_point("crowded.after_alive");
     let query = sqlx::query_as(TAKE_MESSAGED.text(shard)).bind(worker.0).bind(queues).bind(limit);
-    let claimed = bind_shard!(query, shard).fetch_all(&mut *tx).await?;
+    let claimed: Vec<_> = bind_shard!(query, shard).fetch_all(&mut *tx).await?;
+    if !claimed.is_empty() {
+        crash_point("crowded.before_commit");
+    }
     tx.commit().await?;
     Ok(claimed)
 }

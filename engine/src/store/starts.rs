@@ -91,6 +91,7 @@ pub(crate) async fn insert(
     .bind(cursor.as_deref().map(Json))
     .fetch_optional(&mut *conn)
     .await?;
+    crate::committer::crash_point("start.before_blobs");
     if inserted.is_some() {
         blobs::put(conn, &large).await?;
     }

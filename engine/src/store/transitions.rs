@@ -264,9 +264,11 @@ pub(crate) async fn send<I: Borrow<Item>>(
         [item] if !item.borrow().leaves() => send_one(conn, item.borrow()).await?,
         _ => send_all(conn, shard, items).await?,
     };
+    crate::committer::crash_point("write.after_rows");
     if is_several(shard, items) {
         free_keys(conn, shard, items, &accepted).await?;
     }
+    crate::committer::crash_point("write.after_keys");
     let mut verdicts: Vec<Option<Verdict>> = items.iter().map(|_| None).collect();
     for (ord, inbox_n) in accepted {
         if let Some(slot) = usize::try_from(ord).ok().and_then(|ord| verdicts.get_mut(ord.checked_sub(1)?)) {
@@ -353,6 +355,7 @@ async fn free_keys<I: Borrow<Item>>(
     if keys.is_empty() {
         return Ok(());
     }
+    crate::committer::crash_point("keys.after_look");
     let (keys, runs): (Vec<String>, Vec<uuid::Uuid>) = keys.into_iter().unzip();
     sqlx::query(
         "delete from workflow_ids w using unnest($1::text[], $2::uuid[]) k(workflow_id, run_id)
@@ -407,6 +410,7 @@ pub(crate) async fn lock<I: Borrow<Item>>(conn: &mut PgConnection, spread: Optio
     if !stopped.is_empty() {
         runs.extend(chain::open_runs(conn, &stopped).await?);
     }
+    crate::committer::crash_point("lock.after_look");
     lock_runs(conn, spread, runs).await
 }
 
@@ -417,6 +421,7 @@ pub(super) async fn lock_runs(conn: &mut PgConnection, spread: Option<Spread>, r
         None => Spread::among(conn, &runs).await?,
     };
     for (shard, runs) in spread.divide(runs, RunId::shard) {
+        crate::committer::crash_point("lock.before_runs");
         let query = sqlx::query(LOCK.text(shard))
             .bind(runs.iter().map(|run| run.shard()).collect::<Vec<i16>>())
             .bind(runs.iter().map(|run| run.0).collect::<Vec<_>>());
@@ -476,6 +481,7 @@ pub(crate) async fn apply_effects<I: Borrow<Item>>(
             unread_max: None,
         };
         let sent = inbox::send(conn, &message).await.map_err(Undone::of)?;
+        crate::committer::crash_point("settle.after_sending");
         // A parent knows its child by the first run of a chain; it means the one that is open.
         if sent == Sent::NoOpenRun && *kind != Kind::Child {
             chain::send(conn, &message).await.map_err(Undone::of)?;
@@ -522,6 +528,7 @@ async fn start_child(conn: &mut PgConnection, parent: &Item, child: &Child) -> R
     .bind(child.depth)
     .execute(&mut *conn)
     .await?;
+    crate::committer::crash_point("child.after_row");
     blobs::put(conn, &blobs).await?;
     if inserted.rows_affected() == 0 {
         return Ok(None);

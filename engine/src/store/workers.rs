@@ -115,6 +115,7 @@ pub(crate) async fn take_over(conn: &mut PgConnection, spread: Spread, limit: i6
         let query = sqlx::query_scalar(TAKE_OVER.text(shard)).bind(&dead).bind(limit);
         let more: Vec<uuid::Uuid> = bind_shard!(query, shard).fetch_all(&mut *conn).await?;
         freed.extend(more);
+        crate::committer::crash_point("takeover.after_runs");
     }
     if freed.is_empty() {
         taken(conn, spread, &dead).await?;

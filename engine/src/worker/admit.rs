@@ -34,6 +34,7 @@ pub(super) async fn keep(client: Client, freed: Arc<Notify>, draining: Cancellat
         if let Err(error) = answered(answer_max, pass(&client)).await {
             tracing::warn!(%error, "cannot look after the runs that are held back");
         }
+        crate::committer::crash_point("admit.after_pass");
         if forgot.elapsed() >= FORGET_EVERY {
             forgot = Instant::now();
             if let Err(error) = answered(answer_max, groups::forget(client.pool())).await {
@@ -57,12 +58,15 @@ async fn pass(client: &Client) -> Result<()> {
     if let Err(error) = groups::make_room(pool).await {
         passes(&error);
     }
+    crate::committer::crash_point("admit.after_room");
     let none = |error: crate::Error| {
         passes(&error);
         0
     };
     let mut admitted = end_those_who_wait_in_vain(client).await.unwrap_or_else(none);
+    crate::committer::crash_point("admit.after_ended");
     admitted += groups::let_in_timed(pool).await.unwrap_or_else(none);
+    crate::committer::crash_point("admit.after_timed");
     for group in groups::wanted(pool).await? {
         let let_in = in_transaction(pool, |conn| {
             let group = group.clone();
@@ -73,6 +77,7 @@ async fn pass(client: &Client) -> Result<()> {
             Err(error) => passes(&error),
         }
     }
+    crate::committer::crash_point("admit.before_wake");
     if admitted > 0 {
         client.wake().await;
     }
@@ -95,6 +100,7 @@ async fn end_those_who_wait_in_vain(client: &Client) -> Result<usize> {
             let (hook, input) = (client.hook().clone(), input.clone());
             Box::pin(async move {
                 starts::lock_to_end(conn, run).await?;
+                crate::committer::crash_point("vain.after_lock");
                 match groups::waits(conn, run).await? {
                     Some(RunStatus::Pending) => close_in(conn, hook.as_ref(), run, input).await.map(|()| false),
                     Some(_) => groups::let_go(conn, run).await,
@@ -103,6 +109,7 @@ async fn end_those_who_wait_in_vain(client: &Client) -> Result<usize> {
                 }
             })
         });
+        crate::committer::crash_point("vain.before_end");
         match ended.await {
             Ok(begins) => let_in += usize::from(begins),
             Err(error) => tracing::warn!(run_id = %run, %error, "a run that waits in vain cannot be ended"),

@@ -188,6 +188,7 @@ impl Backend {
         let mut tx = transaction::begin(&self.shared.pool).await?;
         let reading = Reading { key, phase: Phase::Note, current: true, body: reading };
         self.shared.hook.meter(&mut tx, &self.attempt, reading).await.map_err(of_hook)?;
+        crash_point("note.before_commit");
         tx.commit().await?;
         Ok(())
     }

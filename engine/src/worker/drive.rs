@@ -76,6 +76,7 @@ pub(super) async fn drive_all(shared: Arc<Shared>, claims: Vec<Claim>, tasks: Ta
         tracing::warn!(runs = runs.len(), %error, "runs cannot be loaded together");
         HashMap::new()
     });
+    crate::committer::crash_point("load.after_all");
     for Claim { driven, epoch, settling } in claims {
         let loaded = loaded.remove(&driven.run);
         tasks.spawn(async move { drive(&driven, epoch, loaded, settling).await });
@@ -86,10 +87,14 @@ pub(super) async fn drive_all(shared: Arc<Shared>, claims: Vec<Claim>, tasks: Ta
 async fn drive(driven: &Driven, epoch: i64, loaded: Option<Result<Loaded>>, settling: Counted) {
     let (shared, run) = (&driven.shared, driven.run);
     let outcome = match Driver::load(shared.clone(), run, epoch, loaded, driven.messages.clone()).await {
-        Ok(Some(driver)) => driver.run(settling).await,
+        Ok(Some(driver)) => {
+            crate::committer::crash_point("drive.before_run");
+            driver.run(settling).await
+        }
         Ok(None) => Ok(()),
         Err(error) => Err(error),
     };
+    crate::committer::crash_point("drive.after_run");
     match outcome {
         Ok(()) => {}
         Err(Error::LeaseLost) => tracing::info!(run_id = %run, "run is owned by another worker now"),
@@ -105,6 +110,7 @@ async fn drive(driven: &Driven, epoch: i64, loaded: Option<Result<Loaded>>, sett
         }
         Err(error) => {
             let why = error.to_string();
+            crate::committer::crash_point("quarantine.before_run");
             let set_aside = shared.ask(async |conn| store::runs::quarantine(conn, run, epoch, &why).await);
             if let Err(error) = set_aside.await {
                 // Whoever claims it next comes to the same end, and tries again.
@@ -195,6 +201,7 @@ impl Driver {
         } else {
             BTreeMap::new()
         };
+        crate::committer::crash_point("load.after_resolved");
         let current = if pinned.follows { current(&shared, &pinned, loaded.definition).await? } else { None };
         crate::committer::crash_point("load.after_calls");
         let (finish, finished) = mpsc::unbounded_channel();
@@ -223,6 +230,7 @@ impl Driver {
         // What waits in the inbox belongs to the first decision: a run that was paused meanwhile starts nothing.
         let first = if self.run.inbox_n > self.run.inbox_seen {
             let mut unread = self.unread(self.run.inbox_n).await?;
+            crate::committer::crash_point("messages.after_unread");
             if self.run.inbox_seen < self.run.inbox_n {
                 // What did not fit is read in the next transition; an order behind it is heard now, and again in its turn.
                 let (run, seen, sent) = (self.run.run_id, self.run.inbox_seen, self.run.inbox_n);
@@ -233,8 +241,10 @@ impl Driver {
         } else {
             first
         };
+        crate::committer::crash_point("step.before_first");
         let mut next = self.step(first).await?;
         drop(settling);
+        crate::committer::crash_point("step.after_first");
         while matches!(next, Next::Goes) {
             next = self.wait().await?;
         }
@@ -289,6 +299,7 @@ impl Driver {
                 Err(error) => self.away(error, &mut pause).await?,
             }
         };
+        crate::committer::crash_point("messages.before_step");
         self.step(read.map_or(Input::Tick, Input::Messages)).await
     }
 
@@ -334,6 +345,7 @@ impl Driver {
                 return self.nothing_happened().await;
             }
             let (item, large) = self.item(&decision).await?;
+            crate::committer::crash_point("step.after_item");
             let mut item = Arc::new(item);
             self.put(&large).await?;
             crate::committer::crash_point("step.before_commit");
@@ -376,6 +388,7 @@ impl Driver {
                             "the hook refused a transition without starts: {message}"
                         )));
                     }
+                    crate::committer::crash_point("step.after_refusal");
                     self.run.state = self.as_it_was().await?;
                 }
             }

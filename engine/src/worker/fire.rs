@@ -83,6 +83,7 @@ pub(crate) async fn fire_due(client: &Client) -> Result<usize> {
             Box::pin(async move {
                 let Some(mut stored) = store::due(conn).await? else { return Ok(None) };
                 *locked.lock().expect("no panic while held") = Some(stored.view.id);
+                crash_point("schedule.after_lock");
                 let turn = turn(conn, &client, &mut stored).await?;
                 crash_point("schedule.before_commit");
                 Ok(Some(turn))
@@ -111,6 +112,7 @@ pub(crate) async fn fire_due(client: &Client) -> Result<usize> {
             (Err(error), _) => return Err(error),
         }
     }
+    crash_point("schedule.before_wake");
     if started > 0 {
         client.wake().await;
     }
@@ -141,6 +143,7 @@ impl Turn {
                 }
             }
         }
+        crash_point("schedule.after_terminate");
         // Not after a failure: a run that can never be terminated would be tried without a pause.
         if ended && let Err(error) = store::poke(client.pool(), self.schedule).await {
             tracing::warn!(schedule_id = %self.schedule, %error, "the next run of a schedule is two seconds late");
@@ -157,12 +160,14 @@ pub(crate) async fn turn(conn: &mut PgConnection, client: &Client, stored: &mut 
     let timing = Timing::new(&stored.view.spec.when).map_err(|e| Error::ScheduleInvalid(vec![e]))?;
     let mut turn = Turn { schedule: stored.view.id, name: stored.view.name.clone(), ..Turn::default() };
     let more = advance(conn, &timing, stored).await?;
+    crash_point("schedule.after_advance");
     // Of actions that replace each other only the newest is done: they are decided when all have come.
     let waits = if more && stored.view.spec.overlap.replaces() {
         Waits::More
     } else {
         decide(conn, client, &timing, stored, &mut turn).await?
     };
+    crash_point("schedule.after_decide");
     if stored.view.runs_left == Some(0) {
         stored.view.next_at = None;
     }
@@ -175,6 +180,7 @@ pub(crate) async fn turn(conn: &mut PgConnection, client: &Client, stored: &mut 
     };
     stored.wake_at = due.into_iter().chain(again).min();
     store::prune(conn, stored.view.id, stored.action_n - KEPT).await?;
+    crash_point("schedule.after_prune");
     store::save(conn, stored, false).await?;
     Ok(turn)
 }
@@ -238,6 +244,7 @@ async fn keep_newest(conn: &mut PgConnection, stored: &mut Stored, mut actions: 
             (action.state, action.note) = (ActionState::Skipped, Some(WHY.into()));
         }
     }
+    crash_point("schedule.after_skip");
     store::add(conn, id, &actions).await?;
     Ok(())
 }
@@ -289,6 +296,7 @@ async fn decide(
                 if let Some(run) = start(conn, client, stored, &action, &mut known).await? {
                     open.push(run);
                     turn.started.push(run);
+                    crash_point("schedule.after_run");
                     if action.kind == ActionKind::Scheduled {
                         let late = stored.now - timing.due(id, action.instant, stored.view.spec.jitter_ms);
                         turn.lags.push(late.as_seconds_f64().max(0.0));
@@ -337,6 +345,7 @@ async fn cancel(conn: &mut PgConnection, stored: &Stored, open: &[RunId]) -> Res
         };
         // Whether it was sent before or the run has closed: the next look finds out.
         crate::store::inbox::send(conn, &message).await?;
+        crash_point("schedule.after_cancel");
     }
     Ok(())
 }
@@ -376,8 +385,10 @@ async fn start(
         };
         client.start_pinned(&mut *conn, start, &pinned.definition).await
     };
+    crash_point("schedule.before_start");
     match wanted.await {
         Ok(started) if started.created => {
+            crash_point("schedule.after_start");
             stored.view.started += 1;
             if action.kind == ActionKind::Scheduled {
                 stored.view.runs_left = stored.view.runs_left.map(|left| left.saturating_sub(1));

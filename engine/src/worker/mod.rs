@@ -196,6 +196,7 @@ async fn start_with(config: WorkerConfig, answer_max: Duration) -> Result<Worker
     let clock = Arc::new(Clock::default());
     let asked = Instant::now();
     clock.set(asked, store::workers::register(&config.pool, id, &config.queues, &config.labels, lease_ms).await?);
+    crash_point("register.after_row");
     let spread = Spread::of(&config.pool).await?;
     let shared = Arc::new(Shared {
         id,
@@ -283,6 +284,7 @@ impl WorkerHandle {
         if tokio::time::timeout(grace, empty).await.is_err() {
             tracing::warn!(worker_id = %self.shared.id, runs = self.runs(), "drain timed out; the runs are handed over as they are");
         }
+        crash_point("drain.after_attempts");
         self.shared.fenced.cancel();
         self.stopped.cancel();
         // The runs are still this worker's: what was bought for them is kept, if Postgres comes back in time.
@@ -290,10 +292,12 @@ impl WorkerHandle {
         if tokio::time::timeout(context::INSIST_MAX, self.shared.storing.wait()).await.is_err() {
             tracing::warn!(worker_id = %self.shared.id, "answers from outside could not be stored");
         }
+        crash_point("drain.after_storing");
         let left = tokio::time::timeout(FAREWELL_MAX, leave(&self.shared)).await;
         if let Err(error) = left.unwrap_or_else(|_| Err(Error::Sql(sqlx::Error::Io(io::ErrorKind::TimedOut.into())))) {
             tracing::warn!(%error, "could not say goodbye; others take over when the lease ends");
         }
+        crash_point("drain.after_leave");
         self.tasks.close();
         if tokio::time::timeout(FAREWELL_MAX, self.tasks.wait()).await.is_err() {
             tracing::warn!(worker_id = %self.shared.id, tasks = self.tasks.len(), "something still waits for Postgres; it is left behind");
@@ -304,8 +308,12 @@ impl WorkerHandle {
 
 async fn leave(shared: &Shared) -> Result<()> {
     store::workers::leave(&shared.pool, shared.id).await?;
+    crash_point("drain.after_burial");
     let mut conn = shared.pool.acquire().await?;
-    while !store::workers::take_over(&mut conn, shared.spread, TAKE_OVER_BATCH).await?.is_empty() {}
+    while !store::workers::take_over(&mut conn, shared.spread, TAKE_OVER_BATCH).await?.is_empty() {
+        crash_point("drain.after_take_over");
+    }
+    crash_point("drain.before_wake");
     drop(conn);
     store::wake(&shared.pool).await;
     Ok(())
@@ -327,8 +335,10 @@ async fn poll(shared: Arc<Shared>, mut keys: Keys, tasks: TaskTracker) {
                     tracing::warn!(%error, "cannot look for runs without a driver");
                 }
             }
-            strays.looked(began);
+            // What a look has found the next one gives back: that comes soon then, however dear a look is.
+            strays.looked(if suspects.is_empty() { began } else { Instant::now() });
         }
+        crash_point("claim.before_poll");
         let began = Instant::now();
         // Nothing is lost where there is no answer: a run whose claim was done is found as a stray.
         let polled = poll_once(&shared, &mut session, &mut keys, &tasks, &mut looks);
@@ -364,6 +374,7 @@ async fn give_back_strays(
     let driven: Vec<RunId> = shared.drivers.lock().expect("no panic while held").keys().copied().collect();
     let conn = session.conn().await?;
     let found = store::runs::strays(conn, shared.spread, shared.id, &driven, STRAYS_MAX).await?;
+    crash_point("strays.after_strays");
     // The reverse: a driver whose run was ended or taken looks at its inbox, sees that, and stops what it runs.
     let lost = store::runs::lost(conn, shared.spread, shared.id, &driven).await?;
     for run in lost {
@@ -406,6 +417,7 @@ async fn poll_once(
     if shared.draining.is_cancelled() || shared.fenced.is_cancelled() || owned >= RUNS_MAX {
         return Ok(false);
     }
+    crash_point("claim.after_unread");
     if keys.look(session, shared.spread).await? {
         looks.since = None;
     }
@@ -461,6 +473,7 @@ async fn claim(
     // Before the look: what comes in while the runs are being taken is not in it.
     let asked = shared.clock.now();
     let look = store::ready::due(session.conn().await?, shared.spread, queues, since, most(limit)).await?;
+    crash_point("claim.after_look");
     let order = shared.turns().order(look.due);
     let claimed = take(shared, session, &order, limit).await?;
     if whole {
@@ -489,6 +502,7 @@ async fn claim_crowded(
     let (mut claimed, now) =
         store::ready::take_messaged(session, shared.spread, shared.id, queues, most(limit)).await?;
     shared.clock.reach(now);
+    crash_point("crowded.after_commit");
     let strangers = shared.room_for(CLAIM_SPARE + STRANGERS_MAX).min(limit - claimed.len());
     match claim_strangers(shared, session, queues, strangers).await {
         Ok(more) => claimed.extend(more),
@@ -512,6 +526,7 @@ async fn claim_strangers(
         return Ok(Vec::new());
     }
     let look = store::ready::due(session.conn().await?, shared.spread, queues, None, most(limit)).await?;
+    crash_point("crowded.after_look");
     let before = shared.clock.now() - STRANGERS_AFTER;
     let order = {
         let turns = shared.turns();

@@ -66,6 +66,7 @@ pub(crate) async fn close_in(
     input: Input,
 ) -> Result<()> {
     let ending = closing(&mut *conn, run, input).await?;
+    crate::committer::crash_point("terminate.before_end");
     end(conn, hook, &ending).await
 }
 
@@ -74,7 +75,9 @@ async fn end(conn: &mut PgConnection, hook: &dyn TransitionHook, ending: &Ending
     let item = &ending.item;
     let items = [item];
     transitions::lock(conn, None, &items).await?;
+    crate::committer::crash_point("terminate.after_lock");
     let verdicts = transitions::send(&mut *conn, Some(item.run_id.shard()), &items).await?;
+    crate::committer::crash_point("terminate.after_write");
     match verdicts[..] {
         [Verdict::Accepted { .. }] => {}
         // An earlier sending had succeeded and its answer was lost.
@@ -83,6 +86,7 @@ async fn end(conn: &mut PgConnection, hook: &dyn TransitionHook, ending: &Ending
     }
     // Nothing starts, so nothing is refused.
     transitions::apply_effects(conn, &items, &verdicts, hook).await.map_err(undone)?;
+    crate::committer::crash_point("terminate.after_effects");
     if ending.unreadable {
         hook.abandon(conn, item.run_id).await.map_err(|error| undone(error.into()))?;
     }
@@ -235,6 +239,7 @@ async fn last(conn: &mut PgConnection, run: RunId, input: Input) -> Result<Item>
     let failure = state.failure.as_ref().map(|f| payload::pack(run, Slot::Failure, f, &mut large)).transpose()?;
     let cursor = payload::pack_known(conn, run, Slot::Cursor { seq }, &state, &large).await?;
     store::blobs::put(conn, &large).await?;
+    crate::committer::crash_point("terminate.after_blobs");
     Ok(Item {
         run_id: run,
         epoch: loaded.epoch,

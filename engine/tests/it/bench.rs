@@ -61,6 +61,8 @@ impl Activity for Work {
 #[derive(Default)]
 pub struct Accounts {
     pub refuse: AtomicBool,
+    /// It breaks an invariant of its own whenever something starts.
+    pub broken: AtomicBool,
 }
 
 impl TransitionHook for Accounts {
@@ -78,6 +80,9 @@ impl TransitionHook for Accounts {
                         .bind(format!("{:?}", end.outcome))
                         .execute(&mut *conn)
                         .await?;
+                }
+                if !t.started.is_empty() && self.broken.load(Ordering::SeqCst) {
+                    return Err(HookError::Invariant("the hook is broken".into()));
                 }
                 if !t.started.is_empty() && self.refuse.load(Ordering::SeqCst) {
                     refusals.push(Refusal { ord: t.ord, reason: "credits".into(), message: "none left".into() });

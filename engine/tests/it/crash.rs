@@ -1,21 +1,25 @@
 //! A process dies at every crash point of the engine, and somebody else brings its runs to their end.
+//!
+//! Some points of one scene are tried in one database, one death after the other, each with runs of its own; the next process meets
+//! what the dead have left as well. A point that is not reached fails the test.
+
+mod awaits;
+mod callers;
+mod scenes;
 
 use crate::{
-    bench::{Bench, PATIENCE, definition, e, step, work},
-    faults::{DATABASE, GRACE, LONG, SHORT, audit_outside, ended, long_work, outside, scheduled, several},
+    bench::{Bench, PATIENCE},
+    faults::{DATABASE, GRACE, LONG, SHORT, ended, outside, reaches},
 };
 use futures_util::{StreamExt, stream};
 use loopwright_engine::{
-    Error,
-    admission::{Admission, IdConflict},
-    client::{Migrate, MigrationOutcome, Signal, Start, Started},
-    definition::{Await, CallVersion, Data, Definition, Input, Kind, OnTimeout, ParentClose, WaitUntil},
+    client::{Decision, Signal, Why},
     embedded::testing::url,
     ids::RunId,
     testing::CRASH_POINTS,
     view::RunStatus,
 };
-use serde_json::json;
+use scenes::{Known, Scene, arrange, noted_work, stir};
 use sqlx::PgPool;
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -23,166 +27,69 @@ use std::{
     path::Path,
     process::{Child, Command, Stdio},
     sync::atomic::Ordering,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-/// Tells the child what it is: see [`Role`].
-const ROLE: &str = "LOOPWRIGHT_TEST_ROLE";
 /// Tells a child that is no worker which run it acts on.
 const RUN: &str = "LOOPWRIGHT_TEST_RUN";
 /// Where the child dies.
 const POINT: &str = "LOOPWRIGHT_CRASH_POINT";
 /// Children for one point: on a busy machine a worker loses its lease before it gets there, and ends in good order.
 const CHILDREN: usize = 10;
-/// Points that are tried at once: most of the time a dead worker's lease is waited for.
+/// Databases at once: most of the time something is waited for.
 const AT_ONCE: usize = 4;
-/// Steps with an activity in one run of [`everything`], its child's included.
-const STEPS: usize = 6;
-
-/// Who dies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Role {
-    Worker,
-    /// A worker whose hook refuses every start.
-    Refused,
-    Sender,
-    Operator,
-    Migrator,
-    /// Starts a run in the place of the open one.
-    Starter,
-}
-
-impl Role {
-    fn of(point: &str) -> Self {
-        match point.split('.').next() {
-            Some("send") => Self::Sender,
-            Some("terminate") => Self::Operator,
-            Some("migrate") => Self::Migrator,
-            Some("start") => Self::Starter,
-            _ if point.ends_with("_rollback") => Self::Refused,
-            _ => Self::Worker,
-        }
-    }
-}
-
-/// A wait, what [`several`] does, a question, a call: every path through the committer and out of memory.
-fn everything(name: &str) -> Definition {
-    let mut all = several(name);
-    let question = Await {
-        signal: "go".into(),
-        timeout_ms: 600_000,
-        form: None,
-        show: None,
-        to: vec![],
-        filter: None,
-        remind_ms: vec![],
-        on_timeout: OnTimeout::Fail,
-        default: None,
-        approval: None,
-        reply: None,
-    };
-    let call = Kind::Call {
-        workflow: "inner".into(),
-        version: CallVersion::Latest,
-        with: BTreeMap::new(),
-        parent_close: ParentClose::Cancel,
-    };
-    all.steps.insert(0, step("nap", Kind::Wait { until: WaitUntil::For(200) }));
-    all.steps.push(step("question", Kind::Await(Box::new(question))));
-    all.steps.push(step("call", call));
-    all
-}
-
-/// A chain of two, of which the second works.
-fn inner() -> Definition {
-    let with = BTreeMap::from([("n".to_owned(), Data::Literal(json!(1)))]);
-    let mut again = step("again", Kind::ContinueAsNew { with, current: false });
-    again.condition = Some(e("inputs.n < 1"));
-    let mut inner = definition("inner", vec![again, work("inner", &[])]);
-    let n = Input { schema: json!({"type": "integer"}), required: false, default: Some(json!(0)) };
-    inner.inputs.insert("n".into(), n);
-    inner
-}
+/// The same shard by shard, where a look is 128 statements.
+const AT_ONCE_BY_SHARD: usize = 2;
+/// Words; only points whose names hold one of them are tried.
+const SOME: &str = "LOOPWRIGHT_CRASH_POINTS";
+/// Deaths in one database. Chosen: to prepare and audit one takes as long as two or three deaths.
+const DEATHS: usize = 7;
+/// A worker that drains hands its runs over after that, whatever they do.
+const DRAIN: Duration = Duration::from_millis(200);
 
 /// The process that dies, whatever it is.
-#[tokio::test(flavor = "multi_thread")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "started by the other test of this file in a process of its own"]
 async fn child_process() {
-    let (Ok(database), Ok(role)) = (std::env::var(DATABASE), std::env::var(ROLE)) else { return };
+    let (Ok(database), Ok(point)) = (std::env::var(DATABASE), std::env::var(POINT)) else { return };
+    let point = point.split(':').next().expect("name").to_owned();
     let pool = PgPool::connect(&database).await.expect("database");
-    let bench = Bench::over(pool.clone());
-    let run = std::env::var(RUN).map(|text| text.parse::<RunId>().expect("run"));
-    match role.as_str() {
-        "Sender" => send(&bench, run.expect("run")).await,
-        "Starter" => drop(replace(&bench, run.expect("run")).await),
-        "Migrator" => drop(migrate(&bench, run.expect("run")).await),
-        "Operator" => bench.client.terminate(run.expect("run"), "enough").await.expect("terminated"),
-        _ => {
-            bench.hook.refuse.store(role == "Refused", Ordering::SeqCst);
-            let large = std::env::var(POINT).is_ok_and(|point| point.starts_with("large"));
-            bench.script(move |ctx, _| noted_work(pool.clone(), ctx, large));
-            // Strays are looked for every two seconds.
-            let rare = std::env::var(POINT).is_ok_and(|point| point.starts_with("strays"));
-            bench.worker_with(if rare { LONG } else { SHORT }, 4).await.fenced().await;
-        }
+    let (bench, scene) = (Bench::over(pool.clone()), Scene::of(&point));
+    if let Some(call) = callers::of(&point).filter(|_| scene == Scene::Calls) {
+        let run = std::env::var(RUN).expect("run").parse().expect("id");
+        drop(callers::ask(&bench, call, run).await);
+        return;
     }
-}
-
-/// [`long_work`] that saves a value of its own first, and whose result is perhaps a large one.
-async fn noted_work(
-    pool: PgPool,
-    ctx: loopwright_engine::activity::Context,
-    large: bool,
-) -> Result<serde_json::Value, loopwright_engine::Failure> {
-    ctx.save("note", &json!(ctx.info().attempt)).await?;
-    let result = long_work(pool, ctx).await?;
-    Ok(if large { json!({ "text": "much ".repeat(20_000) }) } else { result })
-}
-
-async fn send(bench: &Bench, run: RunId) {
-    let signal = Signal { name: "go".into(), dedupe_id: Some("once".into()), ..Signal::default() };
-    match bench.client.signal(run, signal).await {
-        // It had the answer already, and has ended.
-        Ok(_) | Err(Error::RunClosed(_)) => {}
-        Err(error) => panic!("{error}"),
+    bench.hook.refuse.store(scene == Scene::Refuses, Ordering::SeqCst);
+    bench.hook.broken.store(scene == Scene::Breaks, Ordering::SeqCst);
+    let (large, stuck) = (point.starts_with("large"), matches!(scene, Scene::Crowded | Scene::Drains));
+    let before = started(&bench.pool).await;
+    bench.script(move |ctx, _| {
+        let pool = pool.clone();
+        async move { if stuck { std::future::pending().await } else { noted_work(pool, ctx, large).await } }
+    });
+    // Strays are looked for every two seconds.
+    let lease = if point.starts_with("strays") || stuck { LONG } else { SHORT };
+    let worker = bench.worker_with(lease, if scene == Scene::Crowded { 1 } else { 4 }).await;
+    if scene != Scene::Drains {
+        return worker.fenced().await;
     }
+    while started(&bench.pool).await == before {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    worker.drain(DRAIN).await;
 }
 
-/// The run that is started in the place of another: each sender of the request names the same.
-fn in_place_of(old: RunId) -> RunId {
-    RunId(uuid::Uuid::from_u128(old.0.as_u128() ^ 1))
+/// Attempts that have begun.
+async fn started(pool: &PgPool) -> i64 {
+    sqlx::query_scalar("select count(*) from test_starts").fetch_one(pool).await.expect("count")
 }
 
-async fn replace(bench: &Bench, old: RunId) -> Started {
-    let start = Start {
-        run_id: Some(in_place_of(old)),
-        definition: bench.client.pointer("points", "current").await.expect("deployed"),
-        inputs: json!({}),
-        workflow_id: Some("id".into()),
-        attributes: json!({}),
-        queue: String::new(),
-        topic: None,
-        admission: Admission { id_conflict: IdConflict::TerminateExisting, ..Admission::default() },
-    };
-    bench.client.start(start).await.expect("started")
-}
-
-/// To the same steps and one more.
-async fn migrate(bench: &Bench, run: RunId) -> MigrationOutcome {
-    let mut longer = everything("points");
-    longer.steps.push(step("added", Kind::Set { values: BTreeMap::new() }));
-    let to = bench.deploy(longer).await;
-    let (map, catalog) = (BTreeMap::new(), Default::default());
-    let asked = Migrate { to, map, reason: "one more".into(), by: None, dry_run: false, catalog };
-    bench.client.migrate(run, asked).await.expect("migrates").outcome
-}
-
-fn child(bench: &Bench, role: Role, point: &str, run: RunId) -> Child {
+fn child(bench: &Bench, point: &str, run: Option<RunId>) -> Child {
     Command::new(std::env::current_exe().expect("this binary"))
         .args(["crash::child_process", "--exact", "--ignored", "--nocapture"])
         .env(DATABASE, url(&bench.pool))
-        .env(ROLE, format!("{role:?}"))
-        .env(RUN, run.to_string())
+        .env(RUN, run.map(|run| run.to_string()).unwrap_or_default())
         .env(POINT, point)
         .stdout(Stdio::null())
         .stderr(Stdio::null())
@@ -190,78 +97,16 @@ fn child(bench: &Bench, role: Role, point: &str, run: RunId) -> Child {
         .expect("child")
 }
 
-/// Makes happen what is rare, until it is dropped: runs woken for nothing, messages for runs in memory, runs without a driver.
-async fn stir(pool: PgPool, point: &str) {
-    let wakes = point.starts_with("park.");
-    let messages = point.starts_with("messages.");
-    let strays = point.starts_with("strays.");
-    loop {
-        let statement = match (wakes, messages, strays) {
-            (true, ..) => Some("update ready set due_at = engine_now() where due_at > engine_now()"),
-            (_, true, _) => Some(
-                "with r as (update runs set inbox_n = inbox_n + 1 where owner is not null returning shard, run_id, inbox_n)
-                 insert into inbox (shard, run_id, n, kind) select shard, run_id, inbox_n, 'unblock' from r",
-            ),
-            // As after a claim whose answer was lost: the worker owns it and does not know.
-            (.., true) => Some(
-                "with q as (delete from ready where due_at > engine_now() returning shard, run_id)
-                 update runs r set owner = w.id, epoch = epoch + 1, parked = false, waiting = null
-                 from q, (select id from workers limit 1) w where r.shard = q.shard and r.run_id = q.run_id and r.owner is null",
-            ),
-            _ => None,
-        };
-        let Some(statement) = statement else { return std::future::pending().await };
-        sqlx::query(statement).execute(&pool).await.expect("stirred");
-        tokio::time::sleep(Duration::from_millis(15)).await;
-    }
-}
-
-async fn dies_at(point: &'static str, nth: u32, by_shard: bool) {
-    let role = Role::of(point);
-    let bench = Bench::new().await;
-    if by_shard {
-        bench.by_shard().await;
-    }
-    outside(&bench.pool).await;
-    let pool = bench.pool.clone();
-    bench.script(move |ctx, _| noted_work(pool.clone(), ctx, point.starts_with("large")));
-    bench.deploy(inner()).await;
-    let hash = bench.deploy(everything("points")).await;
-    if point.starts_with("takeover") {
-        // Somebody to bury.
-        let dead = "insert into workers (id, host, pid, version, queues, lease_ms, heartbeat_at)
-                    values (gen_random_uuid(), '', 0, '', '{}', 1, now() - interval '1 hour')";
-        sqlx::query(dead).execute(&bench.pool).await.expect("worker");
-    }
-    let mut runs = Vec::new();
-    for n in 0..3 {
-        let id = (n == 0 && role == Role::Starter).then_some("id");
-        runs.push(bench.start_as(hash, json!({}), id).await.run_id);
-    }
-    if point == "takeover.after_take_over" {
-        let theirs = "with q as (delete from ready) update runs set owner = (select id from workers limit 1), epoch = epoch + 1, parked = false";
-        sqlx::query(theirs).execute(&bench.pool).await.expect("owned");
-    }
-    let mut steps = runs.len() * STEPS;
-    if point.starts_with("schedule") {
-        let run = scheduled(&bench, "points").await;
-        runs.push(run);
-        steps += STEPS;
-    }
-    if role != Role::Sender {
-        // Early: nothing waits for it yet.
-        for run in &runs[..3] {
-            send(&bench, *run).await;
-        }
-    }
+/// Lets a process die at the n-th passing of a point.
+async fn dies_at(bench: &Bench, point: &str, nth: u32, run: Option<RunId>) {
     let mut code = Some(0);
     for _ in 0..CHILDREN {
-        let process = child(&bench, role, &format!("{point}:{nth}"), runs[0]);
+        let process = child(bench, &format!("{point}:{nth}"), run);
         code = tokio::select! {
             code = ended(process) => code,
             () = stir(bench.pool.clone(), point) => code,
         };
-        if code != Some(0) || !matches!(role, Role::Worker | Role::Refused) {
+        if code != Some(0) || run.is_some() {
             break;
         }
     }
@@ -269,67 +114,155 @@ async fn dies_at(point: &'static str, nth: u32, by_shard: bool) {
     // Its lease is over: that a lease is waited for is not what is tried here.
     let over = "update workers set heartbeat_at = heartbeat_at - interval '1 day'";
     sqlx::query(over).execute(&bench.pool).await.expect("lease");
+}
 
-    // Whoever was not answered asks again.
-    let mut terminated = None;
-    match role {
-        Role::Sender => send(&bench, runs[0]).await,
-        Role::Operator => {
-            terminated = Some(runs[0]);
-            let again = bench.client.terminate(runs[0], "enough").await;
-            let closed = bench.client.describe(runs[0]).await.expect("run").status;
-            assert_eq!(closed, RunStatus::Terminated, "{point}: {again:?}");
-        }
-        Role::Starter => {
-            let new = replace(&bench, runs[0]).await;
-            assert_eq!((new.run_id, new.created), (in_place_of(runs[0]), point != "start.after_commit"), "{point}");
-            assert_eq!(bench.client.open_run("id").await.expect("asked"), Some(new.run_id), "{point}");
-            let closed = bench.client.describe(runs[0]).await.expect("run").status;
-            assert_eq!(closed, RunStatus::Terminated, "{point}");
-            terminated = Some(runs[0]);
-            runs.push(new.run_id);
-            steps += STEPS;
-        }
-        Role::Migrator => {
-            let after_commit = point == "migrate.after_commit";
-            let expected = if after_commit { MigrationOutcome::Unchanged } else { MigrationOutcome::Migrated };
-            assert_eq!(migrate(&bench, runs[0]).await, expected, "{point}");
-        }
-        Role::Worker | Role::Refused => {}
+/// Deaths at these points in one database; then somebody goes on.
+async fn story(scene: Scene, points: Vec<(&'static str, u32)>, by_shard: bool) {
+    let bench = Bench::new().await;
+    if by_shard {
+        bench.by_shard().await;
     }
+    outside(&bench.pool).await;
+    let pool = bench.pool.clone();
+    bench.script(move |ctx, _| noted_work(pool.clone(), ctx, false));
+    let known = Known::deployed(&bench).await;
+    let names: Vec<&'static str> = points.iter().map(|(point, _)| *point).collect();
+    let mut ends: Vec<(RunId, Vec<RunStatus>)> = Vec::new();
+    let asked = if scene == Scene::Calls { callers::arrange(&bench, &names).await } else { Vec::new() };
+    for (n, (point, nth)) in points.iter().enumerate() {
+        let began = Instant::now();
+        if scene == Scene::Calls {
+            dies_at(&bench, point, *nth, Some(asked[n])).await;
+            let now = callers::again(&bench, point, asked[n]).await;
+            ends.extend(now.into_iter().map(|(run, status)| (run, vec![status])));
+        } else {
+            let now = arrange(&bench, &known, scene, point, n == 0).await;
+            ends.extend(now.into_iter().map(|(run, allowed)| (run, allowed.to_vec())));
+            dies_at(&bench, point, *nth, None).await;
+        }
+        println!("{scene:?} {point}:{nth} {:?}", began.elapsed());
+    }
+    let began = Instant::now();
     let last = bench.worker_with(LONG, 32).await;
-    let count = i64::try_from(runs.len()).expect("few");
-    crate::faults::reaches(&bench.pool, "select count(*) from runs where parent_run_id is null", count).await;
-    for run in &runs {
-        if terminated != Some(*run) {
-            send(&bench, *run).await;
-            assert_eq!(bench.closed(*run).await.status, RunStatus::Completed, "{point}:{nth}");
-        }
+    goes_on(&bench, &names).await;
+    for (run, allowed) in ends {
+        let status = bench.client.describe(run).await.expect("run").status;
+        assert!(allowed.contains(&status), "{names:?}: run {run} has ended as {status:?} and not as {allowed:?}");
     }
+    reaches(&bench.pool, "select count(*) where not exists (select from dead_workers where not runs_taken)", 1).await;
     last.drain(GRACE).await;
     bench.audit().await;
-    if terminated.is_some() {
-        steps -= STEPS;
+    audit(&bench.pool, &names).await;
+    for (run, point) in asked.iter().zip(&names) {
+        callers::answered(&bench, point, *run).await;
     }
-    audit_outside(&bench.pool, steps).await;
+    println!("{scene:?} {names:?} ends after {:?}", began.elapsed());
+}
+
+/// Answers what the open runs ask for, and lets go on what was set aside or paused, until none is open.
+async fn goes_on(bench: &Bench, names: &[&str]) {
+    let deadline = Instant::now() + PATIENCE * 2;
+    loop {
+        let open: Vec<(uuid::Uuid, String)> = sqlx::query_as("select run_id, status from runs where closed_at is null")
+            .fetch_all(&bench.pool)
+            .await
+            .expect("open");
+        if open.is_empty() {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{names:?}: still open: {open:?}");
+        for (run, status) in &open {
+            let (run, id) = (RunId(*run), Some("once".to_owned()));
+            // What a run does not ask for, it refuses; and it may have closed meanwhile.
+            if status == "quarantined" {
+                drop(bench.client.unquarantine(run, Why::default()).await);
+            }
+            let signal = Signal { name: "go".into(), dedupe_id: id.clone(), ..Signal::default() };
+            drop(bench.client.signal(run, signal).await);
+            drop(bench.client.approve(run, "review", Decision::Approved, None, id, None).await);
+            let why = Why { dedupe_id: Some("resumed".into()), ..Why::default() };
+            drop(bench.client.resume(run, why).await);
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// What must hold when all runs are closed, beside [`Bench::audit`].
+async fn audit(pool: &PgPool, names: &[&str]) {
+    let succeeded = "select h.run_id, e->>'path' as path from history h, jsonb_array_elements(h.events) e
+                     where e->>'type' = 'attempt_ended' and e->>'outcome' = 'succeeded'";
     for (what, sql) in [
-        ("a dead worker's runs were not taken over", "select count(*) from dead_workers where not runs_taken"),
+        ("a step that has succeeded twice", format!("select count(*) from (select from ({succeeded}) s group by run_id, path having count(*) > 1) t")),
         (
-            "a signal was not stored once",
-            "select count(*) from (select run_id from inbox where dedupe_id = 'once' group by run_id having count(*) <> 1) t",
+            "a step that has succeeded without each of its calls, or without an answer that is saved",
+            format!("select count(*) from ({succeeded}) s where 3 <> (select count(distinct call) from test_outside o
+                       join checkpoints c on c.run_id = o.run_id and c.path = o.path and c.key = 'call-' || o.call
+                       where o.run_id = s.run_id and o.path = s.path)"),
         ),
         (
-            "a chain has not two runs",
-            "select count(*) from (select parent_run_id from runs where parent_run_id is not null group by 1 having count(*) <> 2) t",
+            "a completed run without each of its steps",
+            format!("select count(*) from runs r where workflow = 'points' and status = 'completed'
+                       and 5 <> (select count(*) from ({succeeded}) s where s.run_id = r.run_id)"),
         ),
         (
-            "a call has several children",
-            "select count(*) from (select parent_run_id from runs where parent_run_id is not null and first_run_id is null group by 1 having count(*) <> 1) t",
+            "a call made again although its answer was saved, or saved by an attempt that did not make it",
+            "select count(*) from checkpoints c where c.key like 'call-%' and (c.value)::int <>
+               (select max(attempt) from test_outside o where o.run_id = c.run_id and o.path = c.path and 'call-' || o.call = c.key)".to_owned(),
         ),
+        (
+            "an idempotency key that is not the step's alone, or several for one",
+            "select count(*) from (select from test_outside group by key having count(distinct (run_id, path)) > 1
+                                   union all select from test_outside group by run_id, path having count(distinct key) > 1) k".to_owned(),
+        ),
+        (
+            "a chain without two runs, or whose last has not completed",
+            "select count(*) from runs r where workflow in ('inner', 'relay') and first_run_id is null and not exists
+               (select from runs n where n.first_run_id = r.run_id and n.status in ('completed', 'cancelled'))
+               and r.status <> 'cancelled'".to_owned(),
+        ),
+        ("a run that has failed", "select count(*) from runs where status in ('failed', 'quarantined')".to_owned()),
+        (
+            "a call with several children",
+            "select count(*) from (select from runs where parent_run_id is not null and first_run_id is null
+                                   group by parent_run_id, parent_path having count(*) > 1) c".to_owned(),
+        ),
+        (
+            "an action of a schedule without its run, or two with one",
+            "select count(*) from schedule_actions a where a.state = 'started' and
+               (not exists (select from runs r where r.run_id = a.run_id)
+                or exists (select from schedule_actions b where b.run_id = a.run_id and (b.schedule_id, b.n) <> (a.schedule_id, a.n)))".to_owned(),
+        ),
+        ("a fork twice", "select count(*) from (select from runs where forked_from is not null group by forked_from having count(*) > 1) f".to_owned()),
     ] {
-        let n: i64 = sqlx::query_scalar(sql).fetch_one(&bench.pool).await.expect("audit");
-        assert_eq!(n, 0, "{point}:{nth}: {what}");
+        let n: i64 = sqlx::query_scalar(sqlx::AssertSqlSafe(sql)).fetch_one(pool).await.expect("audit");
+        assert_eq!(n, 0, "{names:?}: {what}");
     }
+}
+
+/// The points in the order in which they are tried, scene by scene, and as many in one database as are good for it.
+fn stories(points: impl Iterator<Item = (&'static str, u32)>) -> Vec<(Scene, Vec<(&'static str, u32)>)> {
+    let some = std::env::var(SOME).unwrap_or_default();
+    let wanted = |point: &str| some.is_empty() || some.split_whitespace().any(|word| point.contains(word));
+    let mut scenes: BTreeMap<Scene, Vec<_>> = BTreeMap::new();
+    for (point, nth) in points.filter(|(point, _)| wanted(point)) {
+        scenes.entry(Scene::of(point)).or_default().push((point, nth));
+    }
+    let divided = |(scene, all): (Scene, Vec<_>)| {
+        let parts = all.len().div_ceil(DEATHS);
+        let size = all.len().div_ceil(parts);
+        all.chunks(size).map(|part| (scene, part.to_vec())).collect::<Vec<_>>()
+    };
+    scenes.into_iter().flat_map(divided).collect()
+}
+
+async fn tell(stories: Vec<(Scene, Vec<(&'static str, u32)>)>, by_shard: bool) {
+    stream::iter(stories)
+        .for_each_concurrent(if by_shard { AT_ONCE_BY_SHARD } else { AT_ONCE }, |(scene, points)| async move {
+            let names = format!("{points:?}");
+            let told = tokio::time::timeout(PATIENCE * 5, story(scene, points, by_shard)).await;
+            assert!(told.is_ok(), "{scene:?} {names} takes too long");
+        })
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -338,33 +271,18 @@ async fn a_death_at_every_crash_point_leaves_a_database_that_others_go_on_with()
     let often = ["commit.before_commit", "commit.after_commit", "meter.before_commit", "meter.after_commit"];
     // Those of retention are met in its own test.
     let here = CRASH_POINTS.iter().filter(|(point, _)| !point.starts_with("retire."));
-    let all = here.map(|(point, _)| (*point, 1)).chain(often.map(|point| (point, 4)));
-    stream::iter(all)
-        .for_each_concurrent(AT_ONCE, |(point, nth)| async move {
-            println!("{point}:{nth}");
-            let all = dies_at(point, nth, false);
-            assert!(tokio::time::timeout(PATIENCE * 2, all).await.is_ok(), "{point}:{nth} takes too long");
-            println!("{point}:{nth} done");
-        })
-        .await;
+    tell(stories(here.map(|(point, _)| (*point, 1)).chain(often.map(|point| (point, 4)))), false).await;
 }
 
 /// The same where the committer, claims and takeovers go shard by shard.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_death_between_two_shards_leaves_a_database_that_others_go_on_with() {
-    let parts = ["claim.", "commit.", "strays.", "takeover."];
+    let parts = ["claim.", "commit.", "strays.", "takeover.", "write.", "lock."];
     let there = |point: &&(&str, &str)| parts.iter().any(|part| point.0.starts_with(part));
-    let all = CRASH_POINTS.iter().filter(there).flat_map(|(point, _)| [(*point, 1), (*point, 2)]);
-    // Some pass by once only.
-    let all = all.filter(|(point, nth)| {
-        *nth == 1 || ["claim.after_alive", "commit.before_commit", "commit.after_commit"].contains(point)
-    });
-    stream::iter(all)
-        .for_each_concurrent(AT_ONCE, |(point, nth)| async move {
-            let all = dies_at(point, nth, true);
-            assert!(tokio::time::timeout(PATIENCE * 2, all).await.is_ok(), "{point}:{nth} takes too long");
-        })
-        .await;
+    let once = CRASH_POINTS.iter().filter(there).map(|(point, _)| (*point, 1));
+    // Between two of them.
+    let twice = ["claim.after_alive", "commit.before_commit", "commit.after_commit"].map(|point| (point, 2));
+    tell(stories(once.chain(twice)), true).await;
 }
 
 /// (name, file) of every crash point that the sources name.

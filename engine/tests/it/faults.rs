@@ -1,14 +1,12 @@
 //! Processes that die, freeze and come back, on a real Postgres.
 
 use crate::bench::{Bench, Gate, PATIENCE, definition, e, step, work};
-use chrono::{DateTime, Utc};
 use loopwright_engine::{
     Failure,
     activity::Context,
     definition::{Data, Definition, Kind, OnItemFailure},
     embedded::testing::url,
     ids::RunId,
-    schedule::{Spec, When, door::NewSchedule, run_id},
     view::RunStatus,
 };
 use serde_json::{Value, json};
@@ -78,7 +76,7 @@ pub fn several(name: &str) -> Definition {
 }
 
 /// What must hold about the outside when all runs are closed: every call was made, and none after its answer was saved.
-pub async fn audit_outside(pool: &PgPool, steps: usize) {
+async fn audit_outside(pool: &PgPool, steps: usize) {
     let calls: i64 = sqlx::query_scalar("select count(distinct (run_id, path, call)) from test_outside")
         .fetch_one(pool)
         .await
@@ -205,7 +203,7 @@ fn child(bench: &Bench) -> Child {
 /// Waits for the end of a child; its exit code, `None` if a signal ended it.
 pub async fn ended(mut child: Child) -> Option<i32> {
     tokio::task::spawn_blocking(move || {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + PATIENCE * 2;
         while Instant::now() < deadline {
             if let Some(status) = child.try_wait().expect("child") {
                 return status.code();
@@ -218,20 +216,6 @@ pub async fn ended(mut child: Child) -> Option<i32> {
     })
     .await
     .expect("joined")
-}
-
-/// A schedule of a workflow whose only instant has come; the run that it starts.
-pub async fn scheduled(bench: &Bench, workflow: &str) -> RunId {
-    let spec = Spec { run_limit: Some(1), ..Spec::new(workflow, When::Every { ms: 3_600_000, offset_ms: 0 }) };
-    let new = NewSchedule { name: "due".into(), spec, paused: false, note: None, owner: None };
-    let id = bench.client.schedules().create(new).await.expect("schedule").id;
-    let instant: DateTime<Utc> = sqlx::query_scalar(
-        "update schedules set next_at = date_trunc('second', engine_now()), wake_at = engine_now() returning next_at",
-    )
-    .fetch_one(&bench.pool)
-    .await
-    .expect("due");
-    run_id(id, instant, None)
 }
 
 fn signal(child: &Child, name: &str) {
