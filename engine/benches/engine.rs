@@ -1,7 +1,7 @@
 //! `cargo bench -p loopwright-engine`: measures the engine beside the limits of the same Postgres and prints a table.
 //!
 //! Arguments after `--`: `--json`; `--full` parks 100,000 runs; `--soak [--minutes N]` runs the long ones only;
-//! `--percent N` does less of everything. `DATABASE_URL` names a server; otherwise one is brought up.
+//! `--percent N` does less of everything, and then no goal counts: the table says what is void and why. `DATABASE_URL` names a server; otherwise one is brought up.
 
 use loopwright_engine::bench::{self, Options, PARKED_FULL, SOAK};
 use std::{process::ExitCode, time::Duration};

@@ -1,6 +1,6 @@
 //! The server that is measured, a database of the bench's own on it, and the counters of both.
 
-use super::{Error, Options, Result, process};
+use super::{Error, Options, Result, process, unfit};
 use crate::{
     client::Client,
     embedded::{self, Server, Settings},
@@ -68,19 +68,17 @@ impl Host {
         self.pool.connect_options().to_url_lossy().to_string()
     }
 
-    /// Version and durability of the server.
-    pub(super) async fn describe(&self) -> Result<String> {
+    /// Version and durability of the server, and why nothing counts that is measured on it.
+    pub(super) async fn describe(&self, percent: u32) -> Result<(String, Vec<String>)> {
         let (version, fsync, commit): (String, String, String) = sqlx::query_as(
             "select current_setting('server_version'), current_setting('fsync'), current_setting('synchronous_commit')",
         )
         .fetch_one(&self.pool)
         .await?;
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let warning = if fsync == "on" && commit == "on" { "" } else { " — NOT DURABLE, figures mean nothing" };
-        let build = if cfg!(debug_assertions) { " — DEBUG BUILD, figures mean nothing" } else { "" };
-        Ok(format!(
-            "PostgreSQL {version}, fsync {fsync}, synchronous_commit {commit}, {processors} processors{warning}{build}"
-        ))
+        let server =
+            format!("PostgreSQL {version}, fsync {fsync}, synchronous_commit {commit}, {processors} processors");
+        Ok((server, unfit(&fsync, &commit, percent)))
     }
 
     /// Drops the database, and the server with its folder if it is ours.

@@ -30,7 +30,7 @@ mod steps;
 mod takeover;
 
 pub use process::{CHILD, child, cpu_of, cpu_of_tree, postmaster_of};
-pub use report::{Detail, Figure, Goal, Limit, Report};
+pub use report::{Detail, Figure, Goal, Limit, Report, unfit};
 
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
@@ -124,10 +124,11 @@ pub async fn run(options: &Options, progress: &dyn Fn(&str)) -> Result<Report> {
 }
 
 async fn measure(host: &host::Host, options: &Options, progress: &dyn Fn(&str)) -> Result<Report> {
-    let mut report = Report { server: host.describe().await?, percent: options.percent, figures: Vec::new() };
+    let (server, void) = host.describe(options.percent).await?;
+    let mut report = Report { server, percent: options.percent, void, figures: Vec::new() };
     if options.soak.is_some() {
         soak::measure(host, options, progress, &mut report).await?;
-        return Ok(report);
+        return Ok(report.judged());
     }
     progress("one insert per commit");
     let commit = limits::commit(host, options.share(2_000)).await?;
@@ -144,5 +145,5 @@ async fn measure(host: &host::Host, options: &Options, progress: &dyn Fn(&str)) 
     parked::measure(host, options, &batch, progress, &mut report).await?;
     progress("kill -9 and takeover");
     takeover::measure(host, options, &mut report).await?;
-    Ok(report)
+    Ok(report.judged())
 }

@@ -82,6 +82,7 @@ pub(super) async fn measure(
         Figure::new("lag of timers at one instant, p99", p99, "s")
             .limit("one transition each, by the batch statement alone", 0.99 * lags.len() as f64 / alone.rate)
             .goal("below 5 s (of 100,000)", p99 < LAG_GOAL)
+            .counts_if(lags.len() >= super::PARKED_FULL, format!("{} runs, not {}", lags.len(), super::PARKED_FULL))
             .detail("runs", lags.len() as f64, "")
             .detail("p50", p50, "s")
             .detail("last", last, "s")
@@ -91,7 +92,7 @@ pub(super) async fn measure(
     let each = (full - half) * 1024.0 * 1024.0 / (runs - runs / 2) as f64;
     report.figures.push(
         // Noise of an allocator is some hundred kilobytes; a run that stayed would cost kilobytes.
-        Figure::new("memory of a parked run", each.max(0.0), "bytes")
+        Figure::new("memory of a parked run", if each < 0.0 { 0.0 } else { each }, "bytes")
             .goal("nothing: below 200 bytes", each < 200.0)
             .detail("worker with half of them parked", half, "MB")
             .detail("worker with all parked", full, "MB")

@@ -9,6 +9,9 @@ pub struct Report {
     pub server: String,
     /// Share of the ordinary amounts of work that was done.
     pub percent: u32,
+    /// Why no goal counts in this run, whatever was measured ([`unfit`]); empty if they do.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub void: Vec<String>,
     pub figures: Vec<Figure>,
 }
 
@@ -39,7 +42,29 @@ pub struct Limit {
 #[derive(Clone, Debug, Serialize)]
 pub struct Goal {
     pub text: &'static str,
+    /// It was measured in this run, as the goal says, and met. Never of what is void.
     pub reached: bool,
+    /// Why this run says nothing about it; empty if it does.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub void: Vec<String>,
+}
+
+/// Why figures of such a server, such a build and such an amount of work are no answer to a goal. Empty: they are.
+#[must_use]
+pub fn unfit(fsync: &str, synchronous_commit: &str, percent: u32) -> Vec<String> {
+    let mut why = Vec::new();
+    if cfg!(debug_assertions) {
+        why.push("a debug build".to_owned());
+    }
+    for (setting, value) in [("fsync", fsync), ("synchronous_commit", synchronous_commit)] {
+        if value != "on" {
+            why.push(format!("{setting} is {value}"));
+        }
+    }
+    if percent < 100 {
+        why.push(format!("{percent} % of the ordinary amounts"));
+    }
+    why
 }
 
 /// A number that explains a figure.
@@ -59,7 +84,14 @@ impl Figure {
         self
     }
     pub(super) fn goal(mut self, text: &'static str, reached: bool) -> Self {
-        self.goal = Some(Goal { text, reached });
+        self.goal = Some(Goal { text, reached, void: Vec::new() });
+        self
+    }
+    /// What this run must have done for the goal to count.
+    pub(super) fn counts_if(mut self, done: bool, otherwise: impl Into<String>) -> Self {
+        if let Some(goal) = self.goal.as_mut().filter(|_| !done) {
+            goal.void.push(otherwise.into());
+        }
         self
     }
     pub(super) fn detail(mut self, name: &'static str, value: f64, unit: &'static str) -> Self {
@@ -69,7 +101,21 @@ impl Figure {
 }
 
 impl Report {
-    /// Whether every goal that was measured is reached.
+    /// What is void is not reached: nothing counts that was not measured in this run and as it must be.
+    #[must_use]
+    pub fn judged(mut self) -> Self {
+        for figure in &mut self.figures {
+            let known = figure.value.is_finite() && figure.limit.as_ref().is_none_or(|limit| limit.value.is_finite());
+            let Some(goal) = &mut figure.goal else { continue };
+            if !known {
+                goal.void.push("it could not be measured here".to_owned());
+            }
+            goal.reached &= self.void.is_empty() && goal.void.is_empty();
+        }
+        self
+    }
+
+    /// Whether every goal was measured as it must be, and reached. Of a report that was [judged](Self::judged).
     #[must_use]
     pub fn all_reached(&self) -> bool {
         self.figures.iter().filter_map(|f| f.goal.as_ref()).all(|g| g.reached)
@@ -87,9 +133,7 @@ impl Report {
                 amount(figure.value, figure.unit),
                 limit.map_or_else(String::new, |l| format!("{} ({})", amount(l.value, figure.unit), l.what)),
                 limit.map_or_else(String::new, |l| format!("{:.2}", l.ratio)),
-                figure.goal.as_ref().map_or_else(String::new, |g| {
-                    format!("{} {}", if g.reached { "reached:" } else { "NOT REACHED:" }, g.text)
-                }),
+                figure.goal.as_ref().map_or_else(String::new, |goal| self.verdict(goal)),
             ]);
             for detail in &figure.details {
                 let name = format!("  {}", detail.name);
@@ -98,8 +142,8 @@ impl Report {
         }
         let widths: Vec<usize> = (0..5).map(|i| rows.iter().map(|r| r[i].chars().count()).max().unwrap_or(0)).collect();
         let mut out = format!("{}\n", self.server);
-        if self.percent != 100 {
-            out.push_str(&format!("{} % of the ordinary amounts: a trial, not to be quoted\n", self.percent));
+        if !self.void.is_empty() {
+            out.push_str(&format!("void, not to be quoted: {}\n", self.void.join(", ")));
         }
         for row in rows {
             let mut line = String::new();
@@ -111,6 +155,21 @@ impl Report {
             out.push('\n');
         }
         out
+    }
+}
+
+impl Report {
+    fn verdict(&self, goal: &Goal) -> String {
+        if !goal.void.is_empty() {
+            return format!("void ({}): {}", goal.void.join(", "), goal.text);
+        }
+        let word = match goal.reached {
+            // Said once, above the table.
+            _ if !self.void.is_empty() => "void:",
+            true => "reached:",
+            false => "NOT REACHED:",
+        };
+        format!("{word} {}", goal.text)
     }
 }
 
@@ -156,16 +215,19 @@ pub(super) fn quantile(sorted: &[f64], share: f64) -> f64 {
 mod tests {
     use super::*;
 
+    fn report(void: Vec<String>, figures: Vec<Figure>) -> Report {
+        Report { server: "PostgreSQL 15".into(), percent: 100, void, figures }.judged()
+    }
+
     #[test]
     fn the_table_lines_up_and_says_which_goals_are_missed() {
-        let report = Report {
-            server: "PostgreSQL 15".into(),
-            percent: 100,
-            figures: vec![
+        let report = report(
+            Vec::new(),
+            vec![
                 Figure::new("steps", 12_345.6, "/s").limit("batch alone", 20_000.0).goal("at least half", true),
                 Figure::new("signal", 0.1234, "ms").goal("below 0.1 ms", false).detail("p50", 9.876, "ms"),
             ],
-        };
+        );
         let expected = "\
 PostgreSQL 15
 figure  measured   limit of this Postgres   ratio  goal
@@ -175,6 +237,52 @@ signal  0.123 ms                                   NOT REACHED: below 0.1 ms
 ";
         assert_eq!(report.table(), expected);
         assert!(!report.all_reached());
+    }
+
+    #[test]
+    fn what_was_not_measured_as_it_must_be_is_void_and_not_reached() {
+        let figures = || {
+            vec![
+                Figure::new("timers", 1.0, "s").goal("below 5 s", true).counts_if(false, "10 runs, not 100"),
+                Figure::new("CPU", f64::NAN, "µs").goal("below 10 µs", true),
+                Figure::new("rate", 1.0, "/s").limit("alone", f64::NAN).goal("half of it", true),
+                Figure::new("steps", 3.0, "/s").goal("above 2", true).counts_if(true, "never"),
+            ]
+        };
+        let fit = report(Vec::new(), figures());
+        let goals = |report: &Report| {
+            report.figures.iter().filter_map(|f| f.goal.as_ref()).map(|g| g.reached).collect::<Vec<_>>()
+        };
+        assert_eq!(goals(&fit), [false, false, false, true]);
+        let table = fit.table();
+        for line in [
+            "void (10 runs, not 100): below 5 s",
+            "void (it could not be measured here): below 10 µs",
+            "void (it could not be measured here): half of it",
+            "reached: above 2",
+        ] {
+            assert!(table.contains(line), "{line}\n{table}");
+        }
+        let unfit = report(vec!["fsync is off".into()], figures());
+        assert_eq!(goals(&unfit), [false; 4]);
+        let table = unfit.table();
+        assert!(table.contains("void, not to be quoted: fsync is off\n") && table.contains("void: above 2"), "{table}");
+        assert!(!table.contains("reached:") && !table.contains("NOT REACHED"), "{table}");
+        assert!(!unfit.all_reached());
+    }
+
+    #[test]
+    fn a_run_without_durability_or_of_a_trial_answers_no_goal() {
+        let debug = usize::from(cfg!(debug_assertions));
+        assert_eq!(unfit("on", "on", 100).len(), debug);
+        for (fsync, commit, percent, says) in [
+            ("off", "on", 100, "fsync is off"),
+            ("on", "local", 100, "synchronous_commit is local"),
+            ("on", "on", 99, "99 % of the ordinary amounts"),
+        ] {
+            let why = unfit(fsync, commit, percent);
+            assert!(why.len() == 1 + debug && why.iter().any(|w| w == says), "{why:?}");
+        }
     }
 
     #[test]

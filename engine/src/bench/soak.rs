@@ -78,6 +78,7 @@ async fn long_run(host: &Host, options: &Options, report: &mut Report) -> Result
         Figure::new("last steps of a run of 10,000", last, "/s")
             .limit("its first steps", first)
             .goal(GOAL, last >= first * (1.0 - LOSS_MAX))
+            .counts_if(rounds == LONG, format!("{rounds} steps, not {LONG}"))
             .detail("steps", f64::from(rounds), ""),
     );
     scene::reset(host).await
@@ -118,10 +119,15 @@ async fn pinned(host: &Host, duration: Duration, progress: &dyn Fn(&str), report
             .fetch_one(&host.pool)
             .await?;
     report.figures.push(
-        Figure::new("steps/s in the last tenth of a pinned snapshot", last, "/s")
+        // By the worst: a mean, or the end, would forgive what lasted for minutes.
+        Figure::new("steps/s in the worst tenth of a pinned snapshot", worst, "/s")
             .limit("before it", alone)
-            .goal(GOAL, last >= alone * (1.0 - LOSS_MAX))
-            .detail("worst tenth", worst, "/s")
+            .goal(GOAL, worst >= alone * (1.0 - LOSS_MAX))
+            .counts_if(
+                duration >= super::SOAK,
+                format!("{} s of it, not {}", duration.as_secs(), super::SOAK.as_secs()),
+            )
+            .detail("last tenth", last, "/s")
             .detail("length", duration.as_secs_f64(), "s")
             .detail("dead rows in `ready`", dead as f64, ""),
     );

@@ -15,6 +15,7 @@ use sqlx::{
 };
 use std::{
     fs,
+    io::Write,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     sync::{
@@ -43,6 +44,20 @@ pub async fn database(migrations: &[Migration]) -> PgPool {
         Ok(pool) => pool,
         Err(error) => panic!("no test database: {error}"),
     }
+}
+
+/// If it is set, a test that is left out fails instead: where everything is there, nothing passes silently. `.ci/run` sets it where
+/// network namespaces can be made.
+pub const ALL_TESTS: &str = "LOOPWRIGHT_ALL_TESTS";
+
+/// Says that a test is left out, and why; past the harness, which keeps to itself what a test that passes prints.
+///
+/// # Panics
+/// If [`ALL_TESTS`] is set.
+pub fn left_out(test: &str, why: &str) {
+    assert!(std::env::var_os(ALL_TESTS).is_none(), "{test} is left out, and {ALL_TESTS} is set: {why}");
+    // Whoever has closed it does not want to know.
+    let _ = writeln!(std::io::stderr(), "LEFT OUT: {test}: {why}");
 }
 
 /// The address under which another process reaches the database of `pool`.

@@ -522,41 +522,110 @@ async fn with_shard_batches_every_statement_of_the_hot_path_goes_to_one_shard() 
     listens(&bench, &[(BY_SHARD, "1")]).await;
 }
 
-/// `deploy/citus.sql` says of every table of the engine what becomes of it, and of none that is not there.
-#[tokio::test]
-async fn the_plan_for_citus_names_every_table_once() {
-    let plan = include_str!("../../../deploy/citus.sql");
-    let pool = database(loopwright_engine::MIGRATIONS).await;
+// --- the plan ---
+
+/// What Citus offers, for a server without it: each call is written down, and what Citus says in its documentation that it refuses is
+/// refused when it is asked for.
+const STUBS: &str = include_str!("citus_stubs.sql");
+/// The one statement of the plan that a server without Citus cannot execute.
+const EXTENSION: &str = "create extension if not exists citus;";
+
+/// Executes `deploy/citus.sql` in a migrated database, with stubs of what Citus offers.
+async fn planned(pool: &PgPool, plan: &str) -> Result<(), sqlx::Error> {
+    assert_eq!(plan.matches(EXTENSION).count(), 1);
+    sqlx::raw_sql(STUBS).execute(pool).await?;
+    sqlx::raw_sql(AssertSqlSafe(plan.replace(EXTENSION, ""))).execute(pool).await?;
+    Ok(())
+}
+
+/// The tables that a call was made for, by name, with the column.
+async fn called(pool: &PgPool, function: &str) -> Vec<(String, Option<String>)> {
+    sqlx::query_as("select what::text, by from stub.calls where made = $1 and what is not null order by 1")
+        .bind(function)
+        .fetch_all(pool)
+        .await
+        .expect("calls")
+}
+
+/// `deploy/citus.sql`, executed: it says of every table of the engine what becomes of it, once, and of none that is not there; what it
+/// drops is there; nothing is distributed against a constraint. And runs do everything under what is left of the constraints.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_plan_for_citus_can_be_executed_and_names_every_table_once() {
+    let bench = Bench::new().await;
+    let pool = &bench.pool;
     let tables: Vec<String> = sqlx::query_scalar(
         "select relname::text from pg_class where relnamespace = 'public'::regnamespace and relkind in ('r', 'p') and not relispartition
-           and relname not like '\\_sqlx%' order by 1",
+           and relname not like '\\_sqlx%' and relname not like 'test\\_%' order by 1",
     )
-    .fetch_all(&pool)
+    .fetch_all(pool)
     .await
     .expect("tables");
-    let named = |function: &str| {
-        let call = format!("{function}('");
-        let calls = plan.split(&call).skip(1);
-        calls.filter_map(|rest| rest.split('\'').next()).map(str::to_owned).collect::<Vec<_>>()
-    };
-    let mut distributed = named("create_distributed_table");
-    distributed.sort();
-    assert_eq!(distributed, DISTRIBUTED);
-    let mut all = distributed;
-    all.extend(named("create_reference_table"));
-    all.extend(named("citus_add_local_table_to_metadata"));
-    all.sort();
-    assert_eq!(all, tables);
-    // What leads every key is what tables are distributed by.
-    for table in DISTRIBUTED {
-        let leads: Option<String> = sqlx::query_scalar(
-            "select a.attname::text from pg_constraint c join pg_attribute a on a.attrelid = c.conrelid and a.attnum = c.conkey[1]
-             where c.conrelid = $1::regclass and c.contype = 'p'",
-        )
-        .bind(*table)
-        .fetch_optional(&pool)
-        .await
-        .expect("key");
-        assert!(leads.as_deref() == Some("shard") || *table == "outbox", "{table}: {leads:?}");
+    planned(pool, include_str!("../../../deploy/citus.sql")).await.expect("the plan fits the migrations");
+
+    let distributed = called(pool, "create_distributed_table").await;
+    assert_eq!(distributed.iter().map(|(table, _)| table.as_str()).collect::<Vec<_>>(), DISTRIBUTED);
+    assert!(distributed.iter().all(|(_, column)| column.as_deref() == Some("shard")), "{distributed:?}");
+    let mut named: Vec<String> = distributed.into_iter().map(|(table, _)| table).collect();
+    for function in ["create_reference_table", "citus_add_local_table_to_metadata"] {
+        named.extend(called(pool, function).await.into_iter().map(|(table, _)| table));
+    }
+    named.sort();
+    assert_eq!(named, tables, "each table of the migrations, once");
+    let apart: Vec<String> = sqlx::query_scalar(
+        "select what::text from stub.calls
+         where made = 'create_distributed_table' and what <> 'runs'::regclass and beside <> 'runs'",
+    )
+    .fetch_all(pool)
+    .await
+    .expect("calls");
+    assert_eq!(apart, Vec::<String>::new(), "not beside their runs");
+    // Whoever refers to rows that lie on the nodes lies there as well.
+    let outside: Vec<String> = sqlx::query_scalar(
+        "select c.conrelid::regclass || ' to ' || c.confrelid::regclass from pg_constraint c join stub.calls t on t.what = c.confrelid
+         where c.contype = 'f' and c.conparentid = 0 and t.made = 'create_distributed_table'
+           and not exists (select from stub.calls f where f.what = c.conrelid and f.made = 'create_distributed_table')",
+    )
+    .fetch_all(pool)
+    .await
+    .expect("constraints");
+    assert_eq!(outside, Vec::<String>::new(), "a foreign key leads to a distributed table from one that is none");
+
+    everything_happens(pool).await;
+    bench.audit().await;
+}
+
+/// The stubs refuse what they are there to refuse: otherwise that the plan was executed would say nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plan_that_citus_would_refuse_is_refused() {
+    let plan = include_str!("../../../deploy/citus.sql");
+    for (what, with, without, says) in [
+        ("a unique index without the column", "drop index runs_chain_open;", "", "runs_chain_open"),
+        (
+            "a table twice",
+            "select create_reference_table('archives');",
+            "select create_reference_table('archives'); select create_reference_table('archives');",
+            "twice",
+        ),
+        ("a table that is not there", "'workflow_ids'", "'workflow_idents'", "workflow_idents"),
+        ("another column", "table('inbox', 'shard'", "table('inbox', 'run_id'", "run_id"),
+        (
+            "what others refer to, too late",
+            "select create_reference_table('definitions');",
+            "",
+            "refers to definitions",
+        ),
+        ("not beside its run", "'blobs', 'shard', colocate_with := 'runs'", "'blobs', 'shard'", "not beside"),
+    ] {
+        let pool = database(loopwright_engine::MIGRATIONS).await;
+        let changed = plan.replacen(with, without, 1);
+        assert_ne!(changed, plan, "{what}: the plan has changed");
+        // The index is made again under its name: that alone would be an error.
+        let changed = if what.starts_with("a unique index") {
+            changed.replacen("create index runs_chain_open", "create index runs_chain_open_too", 1)
+        } else {
+            changed
+        };
+        let error = planned(&pool, &changed).await.expect_err(what).to_string();
+        assert!(error.contains(says), "{what}: {error}");
     }
 }

@@ -19,7 +19,7 @@ pub(crate) struct Args {
     /// Length of the pinned snapshot
     #[arg(long, requires = "soak", value_parser = clap::value_parser!(u32).range(1..=1440))]
     minutes: Option<u32>,
-    /// Fail if a goal is not reached
+    /// Fail if a goal is not reached, or could not be: of a trial, of a server without fsync, without --full
     #[arg(long)]
     strict: bool,
 }

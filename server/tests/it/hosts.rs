@@ -142,8 +142,7 @@ async fn owners(pool: &PgPool) -> BTreeSet<String> {
 #[tokio::test(flavor = "multi_thread")]
 async fn two_hosts_share_the_load_and_take_over_from_each_other() {
     if !possible() {
-        eprintln!("left out: network namespaces need root and the programs ip and unshare");
-        return;
+        return testing::left_out("two hosts", "network namespaces need root and the programs ip and unshare");
     }
     let pool = testing::database(crate::support::MIGRATIONS).await;
     let dir = folder();

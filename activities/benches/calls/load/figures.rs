@@ -1,6 +1,6 @@
 //! From what was stamped to figures.
 
-use super::{CALLS, Options, Outcome, Phase, RUNS, provider::Span, scene::Measured};
+use super::{CORES, FAULTS_PERCENT, Options, Outcome, Phase, provider::Span, scene::Measured};
 use loopwright_engine::bench::{Detail, Figure, Goal, Limit, Report};
 use std::collections::HashMap;
 
@@ -90,7 +90,7 @@ fn beside(figure: Figure, limit: f64) -> Figure {
 
 /// A count that has to be 0.
 fn none(name: &'static str, count: usize, text: &'static str) -> Figure {
-    Figure { goal: Some(Goal { text, reached: count == 0 }), ..figure(name, count as f64, "") }
+    Figure { goal: Some(Goal { text, reached: count == 0, void: Vec::new() }), ..figure(name, count as f64, "") }
 }
 
 /// Seconds from the first call's beginning to the last one's end.
@@ -152,7 +152,7 @@ fn figures_of(phase: &Phase, sorted: &Sorted, names: &Names, limit: &[f64]) -> [
 
 pub fn outcome(
     options: &Options,
-    server: String,
+    (server, void): (String, Vec<String>),
     limit: &[f64],
     [fast, loaded]: [&Phase; 2],
     broken: Vec<String>,
@@ -163,7 +163,15 @@ pub fn outcome(
     figures.extend(figures_of(fast, &sorted[0], &FAST, limit));
     let mut under = figures_of(loaded, &sorted[1], &LOADED, limit);
     under[0].details.insert(0, detail("of full speed", 100.0 * under[0].value / figures[0].value, "%"));
-    under[2].goal = Some(Goal { text: "below 5 ms", reached: under[2].value < GOAL_MS });
+    // What the goal speaks of, beside the amounts.
+    let mut void = Vec::new();
+    if options.cores != Some(CORES) {
+        void.push(format!("not on {CORES} processors"));
+    }
+    if options.faults_percent != FAULTS_PERCENT {
+        void.push(format!("{} % of the requests spoiled, not {FAULTS_PERCENT}", options.faults_percent));
+    }
+    under[2].goal = Some(Goal { text: "below 5 ms", reached: under[2].value < GOAL_MS, void });
     figures.extend(under);
     let sum = |of: fn(&Phase) -> usize| of(fast) + of(loaded);
     let unrecorded = sum(|phase| phase.spans.len().abs_diff(phase.recorded));
@@ -178,6 +186,6 @@ pub fn outcome(
     ];
     let adds_up = checks.iter().all(|check| check.value == 0.0);
     figures.extend(checks);
-    let percent = (options.runs * options.calls * 100 / (RUNS * CALLS)).min(100);
-    Outcome { report: Report { server, percent: u32::try_from(percent).unwrap_or(100), figures }, adds_up, broken }
+    let report = Report { server, percent: options.percent(), void, figures }.judged();
+    Outcome { report, adds_up, broken }
 }

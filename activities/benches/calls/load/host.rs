@@ -3,7 +3,7 @@
 use super::{Options, Result, scene};
 use loopwright_activities::{MIGRATIONS, billing::audit};
 use loopwright_engine::{
-    bench::{cpu_of, cpu_of_tree, postmaster_of},
+    bench::{cpu_of, cpu_of_tree, postmaster_of, unfit},
     embedded::{self, Server},
     migrate, transaction,
 };
@@ -67,8 +67,8 @@ impl Host {
         Ok(std::fs::remove_dir_all(folder)?)
     }
 
-    /// Version and durability of the server, processors, and how busy they were before.
-    pub async fn describe(&self, options: &Options) -> Result<String> {
+    /// Version and durability of the server, processors, and how busy they were before; and why nothing counts that is measured there.
+    pub async fn describe(&self, options: &Options) -> Result<(String, Vec<String>)> {
         let (version, fsync, commit): (String, String, String) = sqlx::query_as(
             "select current_setting('server_version'), current_setting('fsync'), current_setting('synchronous_commit')",
         )
@@ -80,16 +80,15 @@ impl Host {
         };
         let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
         let load = load.split(' ').next().unwrap_or("?").to_owned();
-        let warning = if fsync == "on" && commit == "on" { "" } else { " — NOT DURABLE, figures mean nothing" };
-        let build = if cfg!(debug_assertions) { " — DEBUG BUILD, figures mean nothing" } else { "" };
-        Ok(format!(
-            "PostgreSQL {version}, fsync {fsync}, synchronous_commit {commit}, {cores}, load average {load} before{warning}{build}; \
+        let server = format!(
+            "PostgreSQL {version}, fsync {fsync}, synchronous_commit {commit}, {cores}, load average {load} before; \
              {} runs of {} calls in each phase, {} users, {} % of the requests spoiled, the provider on the same processors",
             options.runs,
             options.calls,
             self.users.len(),
             options.faults_percent
-        ))
+        );
+        Ok((server, unfit(&fsync, &commit, options.percent())))
     }
 
     /// What a call writes at least, and nothing else happening: a row and its commit, twice, on one connection. Milliseconds,

@@ -33,6 +33,8 @@ pub const CORES: usize = 2;
 /// Runs and calls of each that are to be quoted.
 const RUNS: usize = 200;
 const CALLS: usize = 50;
+/// Of the requests, that the goal speaks of.
+const FAULTS_PERCENT: usize = 5;
 /// Pairs of commits that are the limit.
 const PAIRS: usize = 2_000;
 const PATIENCE: Duration = Duration::from_secs(1_800);
@@ -61,11 +63,19 @@ impl Default for Options {
             runs: RUNS,
             calls: CALLS,
             think: Duration::from_secs(2),
-            faults_percent: 5,
+            faults_percent: FAULTS_PERCENT,
             cores: None,
             folder: std::env::temp_dir(),
             child_arguments: Vec::new(),
         }
+    }
+}
+
+impl Options {
+    /// Share of the amounts that are to be quoted: what is less is a trial. More is not more than all.
+    fn percent(&self) -> u32 {
+        let share = |n: usize, all: usize| (n * 100 / all).min(100);
+        u32::try_from(share(self.runs, RUNS) * share(self.calls, CALLS) / 100).unwrap_or(100)
     }
 }
 
