@@ -186,10 +186,13 @@ impl Context {
     pub async fn save(&self, key: &str, value: &Value) -> Result<(), Failure> {
         self.backend.save(key, value).await
     }
-    /// Announces an outside call before it is made. `key` names the call: stable over attempts, unique in the step.
+    /// Announces an outside call before it is made. `key` names the call: stable over attempts, unique in the step. While it is
+    /// open, a worker that drains lets the attempt go on, as long as it may: close it, then look at
+    /// [`cancellation`](Self::cancellation).
     ///
     /// # Errors
-    /// Kind `Blocked` when the hook refuses (no credits): return it. `lease_lost` as in [`Self::save`].
+    /// Kind `Blocked` when the hook refuses (no credits): return it. `lease_lost` as in [`Self::save`]. Kind `Cancelled` when the
+    /// worker drains: return it, and the next attempt makes the call.
     /// # Transaction
     /// One short transaction around `TransitionHook::meter`.
     pub async fn meter_open(&self, key: &str, reading: &Value) -> Result<(), Failure> {

@@ -5,7 +5,7 @@
 //! worker lost its lease or its time is over. What may still be written then says the fence: of a run that has another epoch, or of
 //! an attempt that has ended here, nothing but readings.
 
-use super::Shared;
+use super::{Shared, outside::Outside};
 use crate::{
     Error,
     activity::{CHECKPOINT_BYTES_MAX, ContextBackend},
@@ -47,6 +47,7 @@ pub(super) struct Backend {
     pub(super) beat: Arc<Mutex<Instant>>,
     /// The attempt has ended while its worker goes on: the next one may have begun under the same epoch.
     pub(super) over: CancellationToken,
+    pub(super) outside: Arc<Outside>,
 }
 
 /// A failed store call, as an activity sees it.
@@ -227,7 +228,14 @@ impl ContextBackend for Backend {
         }))
     }
     fn meter_open<'a>(&'a self, key: &'a str, reading: &'a Value) -> BoxFuture<'a, Result<(), Failure>> {
-        Box::pin(self.insist(move || self.open_once(key, reading)))
+        Box::pin(async move {
+            self.outside.begins(key)?;
+            let opened = self.insist(|| self.open_once(key, reading)).await;
+            if opened.is_err() {
+                self.outside.ends(key);
+            }
+            opened
+        })
     }
     fn meter_note<'a>(&'a self, key: &'a str, reading: &'a Value) -> BoxFuture<'a, Result<(), Failure>> {
         Box::pin(self.note_alone(key, reading))
@@ -240,13 +248,18 @@ impl ContextBackend for Backend {
     ) -> BoxFuture<'a, Result<(), Failure>> {
         let checkpoint = checkpoint.map(|(key, value)| (key.to_owned(), value.clone()));
         let closed = Arc::new((key.to_owned(), reading.clone(), checkpoint));
-        Box::pin(self.insist_alone(move |own| {
-            let closed = closed.clone();
-            async move {
-                let (key, reading, checkpoint) = &*closed;
-                own.close_once(key, reading, checkpoint.as_ref().map(|(key, value)| (key.as_str(), value))).await
-            }
-        }))
+        Box::pin(async move {
+            let stored = self.insist_alone(move |own| {
+                let closed = closed.clone();
+                async move {
+                    let (key, reading, checkpoint) = &*closed;
+                    own.close_once(key, reading, checkpoint.as_ref().map(|(key, value)| (key.as_str(), value))).await
+                }
+            });
+            let stored = stored.await;
+            self.outside.ends(key);
+            stored
+        })
     }
     fn heartbeat(&self, progress: Value) {
         self.beat();

@@ -6,6 +6,7 @@ use super::{
     Counted, Driven, Shared,
     context::Backend,
     executor::{self, Attempt},
+    outside::Outside,
     slots::Permit,
 };
 use crate::{
@@ -139,6 +140,7 @@ async fn give_back(shared: &Shared, run: RunId, epoch: i64, pause: Duration) {
 struct Running {
     attempt: u32,
     token: CancellationToken,
+    outside: Arc<Outside>,
 }
 
 struct Finished {
@@ -162,6 +164,8 @@ struct Driver {
     /// Most attempts that the definition can start at one instant.
     width: usize,
     draining: bool,
+    /// Calls under way are not heard out any more.
+    hurried: bool,
 }
 
 impl Drop for Driver {
@@ -218,6 +222,7 @@ impl Driver {
             finished,
             finish,
             draining: false,
+            hurried: false,
         }))
     }
 
@@ -255,7 +260,7 @@ impl Driver {
     async fn wait(&mut self) -> Result<Next> {
         let due = self.shared.clock.until(machine::next_due(&self.pinned.definition, &self.run.state));
         let wants_room = !self.draining && self.waits_for_room();
-        let (shared, draining) = (self.shared.clone(), self.draining);
+        let (shared, draining, hurried) = (self.shared.clone(), self.draining, self.hurried);
         let _waiting = wants_room.then(|| Counted::up(&shared, |s| &s.waiting));
         tokio::select! {
             biased;
@@ -263,8 +268,13 @@ impl Driver {
             Some(done) = self.finished.recv() => self.ended(done).await,
             () = shared.draining.cancelled(), if !draining => {
                 self.draining = true;
-                self.running.values().for_each(|r| r.token.cancel());
+                self.running.values().for_each(|r| r.outside.leave());
                 self.step(Input::Tick).await
+            }
+            () = shared.hurry.cancelled(), if draining && !hurried => {
+                self.hurried = true;
+                self.running.values().for_each(|r| r.token.cancel());
+                Ok(Next::Goes)
             }
             () = self.messages.notified() => self.read_messages().await,
             // The permit stays in hand: given back, it would go to the next run in the queue, and from there to the next.
@@ -565,6 +575,7 @@ impl Driver {
                         continue;
                     };
                     let (token, over) = (CancellationToken::new(), CancellationToken::new());
+                    let outside = Arc::new(Outside::new(token.clone(), self.shared.draining.clone()));
                     let beat = Arc::new(Mutex::new(Instant::now()));
                     let info = AttemptInfo {
                         run_id: self.run.run_id,
@@ -588,6 +599,7 @@ impl Driver {
                         epoch: self.run.epoch,
                         beat: beat.clone(),
                         over: over.clone(),
+                        outside: outside.clone(),
                     };
                     let context = Context {
                         info: Arc::new(info),
@@ -595,7 +607,7 @@ impl Driver {
                         cancellation: token.clone(),
                         backend: Arc::new(backend),
                     };
-                    self.running.insert(path.clone(), Running { attempt, token: token.clone() });
+                    self.running.insert(path.clone(), Running { attempt, token: token.clone(), outside });
                     let work = Attempt {
                         activity: code,
                         checks,

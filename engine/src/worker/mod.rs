@@ -17,6 +17,7 @@ mod executor;
 pub(crate) mod fire;
 mod keys;
 mod lease;
+mod outside;
 mod pace;
 mod retain;
 mod slots;
@@ -87,6 +88,8 @@ const STRAYS_MAX: i64 = 256;
 /// Runs freed by one takeover statement.
 const TAKE_OVER_BATCH: i64 = 500;
 
+/// Of the time of a drain, what is kept for handing over whatever is still under way. Chosen: a few transactions.
+const HAND_OVER_MAX: Duration = Duration::from_secs(2);
 /// Longest wait at the end for what still asks Postgres something: its answer changes nothing any more.
 const FAREWELL_MAX: Duration = Duration::from_secs(10);
 
@@ -160,8 +163,10 @@ pub(crate) struct Shared {
     wake: Notify,
     /// A place in a group is free.
     freed: Arc<Notify>,
-    /// No new claims, no new attempts; running ones are asked to stop.
+    /// No new claims, no new attempts; running ones are asked to stop, after the calls that they have under way outside.
     draining: CancellationToken,
+    /// The same, now.
+    hurry: CancellationToken,
     /// The lease is gone: nothing that this worker does counts any more.
     fenced: CancellationToken,
 }
@@ -221,6 +226,7 @@ async fn start_with(config: WorkerConfig, answer_max: Duration) -> Result<Worker
         wake: Notify::new(),
         freed: Arc::default(),
         draining: CancellationToken::new(),
+        hurry: CancellationToken::new(),
         fenced: CancellationToken::new(),
     });
     let stopped = CancellationToken::new();
@@ -272,16 +278,24 @@ impl WorkerHandle {
         self.shared.fenced.cancel();
     }
 
-    /// Stops claiming, asks running attempts to stop, hands their runs back, leaves. What has not ended after `grace` is
-    /// abandoned: its runs are free for others at once, its attempts count as lost.
+    /// Stops claiming, asks running attempts to stop, hands their runs back, leaves. A call that an attempt has announced by
+    /// [`meter_open`](crate::activity::Context::meter_open) is heard out first, so that nobody pays for it twice; no other is begun.
+    /// At the end of `grace`, less what the hand-over takes ([`HAND_OVER_MAX`], at most a quarter of it), calls are cut off. What
+    /// has not ended after `grace` is abandoned: its runs are free for others at once, its attempts count as lost.
     pub async fn drain(self, grace: Duration) {
         self.shared.draining.cancel();
-        let empty = async {
+        let empty = async || {
             while self.runs() > 0 && !self.shared.fenced.is_cancelled() {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         };
-        if tokio::time::timeout(grace, empty).await.is_err() {
+        let hand_over = HAND_OVER_MAX.min(grace / 4);
+        let mut ended = tokio::time::timeout(grace.saturating_sub(hand_over), empty()).await;
+        if ended.is_err() {
+            self.shared.hurry.cancel();
+            ended = tokio::time::timeout(hand_over, empty()).await;
+        }
+        if ended.is_err() {
             tracing::warn!(worker_id = %self.shared.id, runs = self.runs(), "drain timed out; the runs are handed over as they are");
         }
         crash_point("drain.after_attempts");

@@ -12,12 +12,14 @@ use loopwright_engine::{
 use serde_json::{Value, json};
 use std::{
     collections::BTreeMap,
-    sync::Arc,
     sync::atomic::{AtomicU32, Ordering},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
 const GRACE: Duration = Duration::from_secs(10);
+/// Longer than anything takes: a guard against hangs.
+const GUARD: Duration = Duration::from_secs(120);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_goes_from_start_to_end_in_one_transition_per_step() {
@@ -282,6 +284,92 @@ async fn a_drained_worker_hands_its_runs_on() {
     let second = bench.worker().await;
     assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
     assert_eq!(bench.outcomes().await, BTreeMap::from([("Lost".into(), 1), ("Succeeded".into(), 1)]));
+    second.drain(GRACE).await;
+    bench.audit().await;
+}
+
+/// What was bought before the drain is not bought again by the next worker, and nothing is bought in the drain.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drained_worker_hears_out_the_call_that_is_under_way() {
+    let bench = Bench::new().await;
+    let gate = Gate::new();
+    let bought = Arc::new(Mutex::new(Vec::new()));
+    {
+        let (gate, bought) = (gate.clone(), bought.clone());
+        bench.script(move |ctx, _| {
+            let (gate, bought) = (gate.clone(), bought.clone());
+            async move {
+                for key in ["one", "two"] {
+                    if ctx.checkpoint(key).await?.is_some() {
+                        continue;
+                    }
+                    ctx.meter_open(key, &json!({})).await?;
+                    bought.lock().expect("no panic").push((ctx.info().attempt, key));
+                    let cut_off = tokio::select! {
+                        () = ctx.cancellation().cancelled() => true,
+                        () = gate.pass() => false,
+                    };
+                    ctx.meter_close(key, &json!({}), (!cut_off).then_some((key, &json!(key)))).await?;
+                    ctx.check_cancelled()?;
+                }
+                Ok(json!(ctx.info().attempt))
+            }
+        });
+    }
+    let first = bench.worker().await;
+    let run = bench.start(definition("drain", vec![work("a", &[])]), json!({})).await;
+    gate.arrived(1).await;
+    let mut drain = Box::pin(first.drain(GUARD));
+    tokio::select! {
+        biased;
+        () = &mut drain => panic!("nothing but its answer ends a call"),
+        // It has begun.
+        () = std::future::ready(()) => {}
+    }
+    let second = bench.worker().await;
+    gate.open(8);
+    drain.await;
+    assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
+    assert_eq!(*bought.lock().expect("no panic"), [(1, "one"), (2, "two")], "each was bought once");
+    assert_eq!(bench.outcomes().await, BTreeMap::from([("Lost".into(), 1), ("Succeeded".into(), 1)]));
+    second.drain(GRACE).await;
+    bench.audit().await;
+}
+
+/// The time of a drain is bounded, whatever the outside does; a call that was cut off is closed as such.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_outlasts_the_drain_is_cut_off() {
+    let bench = Bench::new().await;
+    let gate = Gate::new();
+    {
+        let gate = gate.clone();
+        bench.script(move |ctx, _| {
+            let gate = gate.clone();
+            async move {
+                if ctx.info().attempt == 1 {
+                    ctx.meter_open("one", &json!({})).await?;
+                    tokio::select! {
+                        () = ctx.cancellation().cancelled() => {}
+                        () = gate.pass() => {}
+                    }
+                    ctx.meter_close("one", &json!({}), Some(("cut off", &json!(true)))).await?;
+                    ctx.check_cancelled()?;
+                }
+                Ok(json!(ctx.checkpoint("cut off").await?))
+            }
+        });
+    }
+    let first = bench.worker().await;
+    let run = bench.start(definition("drain", vec![work("a", &[])]), json!({})).await;
+    gate.arrived(1).await;
+    // The gate stays shut.
+    first.drain(Duration::from_secs(4)).await;
+    let second = bench.worker().await;
+    assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
+    let outcomes = bench.outcomes().await;
+    assert_eq!(outcomes, BTreeMap::from([("Lost".into(), 1), ("Succeeded".into(), 1)]), "it was told to stop, and did");
+    let saved = "select value from checkpoints where key = 'cut off'";
+    assert_eq!(sqlx::query_scalar::<_, Value>(saved).fetch_one(&bench.pool).await.expect("row"), json!(true));
     second.drain(GRACE).await;
     bench.audit().await;
 }
