@@ -319,12 +319,15 @@ fn summary(answer: &Answer, known: &Requirements, parts: &[Part]) -> String {
     let _ = writeln!(out, "\n**To do** ({} items)", answer.todo.len());
     for (n, item) in answer.todo.iter().enumerate() {
         let checks: Vec<String> = item.checks.iter().map(|check| todo::code(&check.command)).collect();
-        let cost = parts.iter().find(|part| part.part == item.id).map(|part| part.forecast);
+        let cost = parts.iter().find(|part| part.part == item.id && part.limits.0 > 0).map(|part| part.forecast);
         let cost = cost.map(|Forecast { low, high }| format!(" ({low} to {high} credits)")).unwrap_or_default();
         let _ = writeln!(out, "{}. {} — {}{cost}", n + 1, item.title, checks.join(", "));
     }
     let Forecast { low, high } = forecast::sum(parts);
-    let _ = write!(out, "\n**Expected cost**: {low} to {high} credits");
+    let _ = match high.0 {
+        0 if !parts.is_empty() => write!(out, "\n**Expected cost**: no credits, your own keys are asked"),
+        _ => write!(out, "\n**Expected cost**: {low} to {high} credits"),
+    };
     prompt::middle_out(&out, SUMMARY_BYTES_MAX)
 }
 
@@ -343,8 +346,9 @@ async fn expected(toolbox: &Toolbox, ctx: &Context, project: Uuid, todo: &[Todo]
     let once = once.map(|(activity, calls)| Work { part: activity.to_owned(), activity, calls, fewest: 1 });
     let work: Vec<Work> = items.chain(once).collect();
     let mut conn = toolbox.pool.acquire().await.map_err(store)?;
-    let parts = forecast::price(&mut conn, toolbox.rate, &work).await.map_err(store)?;
     let info = ctx.info();
+    let user = info.attributes["user_id"].as_str().and_then(|id| Uuid::parse_str(id).ok());
+    let parts = forecast::price(&mut conn, toolbox.rate, user, &work).await.map_err(store)?;
     forecast::keep(&mut conn, info.run_id.0, &info.path, project, &parts).await.map_err(store)?;
     Ok(parts)
 }

@@ -43,10 +43,17 @@ pub struct Usage {
     /// What that vendor charged, in pico-USD, where the provider says it.
     #[serde(default)]
     pub upstream_cost_pusd: Option<i64>,
+    /// What the provider said that it charged, if that can be no sum of money (negative, no number, millions): in its own spelling,
+    /// at most [`DOUBTFUL_BYTES_MAX`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub doubtful_cost: Option<String>,
     /// The provider's own usage object, verbatim.
     #[serde(default)]
     pub raw: Value,
 }
+
+/// Most of a doubtful cost that is kept, in bytes.
+pub const DOUBTFUL_BYTES_MAX: usize = 64;
 
 /// Largest usage object of a provider that is kept, in bytes of JSON: ten times the longest that is known.
 pub const RAW_BYTES_MAX: usize = 16 * 1024;

@@ -21,7 +21,7 @@ use std::collections::BTreeMap;
 /// - 6: nothing new is said; the row is stored in parts or sealed (`APART`).
 /// - 7: nothing new is said; the run has terms that an older release would drop (`TERMS`).
 /// - 8: `retry_scheduled` after an attempt that does not count (`uncounted`): an older release would count it, and end the step over
-///   it. `run_forked` with `not_before`.
+///   it. `attempt_ended` as blocked, with the mark that it does not count. `run_forked` with `not_before`.
 pub const FORMAT: u16 = 8;
 
 /// The number of a row, or of a stored state, whose text is not all that was said: a value lies apart in `blobs`, or all of it is
@@ -418,6 +418,7 @@ impl Event {
     pub fn format(&self) -> u16 {
         match self {
             Self::RetryScheduled { failure, .. } if failure.uncounted => 8,
+            Self::AttemptEnded { outcome: Outcome::Blocked, failure: Some(failure), .. } if failure.uncounted => 8,
             Self::RunForked { not_before: Some(_), .. } => 8,
             Self::RunEnding { ending: Ending::Continued { .. }, .. }
             | Self::RunClosed { status: crate::view::RunStatus::Continued, .. } => 4,

@@ -75,9 +75,10 @@ impl Failure {
     pub fn permanent(code: impl Into<String>, message: impl Into<String>) -> Self {
         Self::new(FailureKind::Permanent, code, message)
     }
-    /// The step must wait until the run is unblocked; `reason` is a code such as `credits`.
+    /// The step must wait until the run is unblocked; `reason` is a code such as `credits`. Whoever is stopped again and again must not
+    /// come to the end of the run's executions over it: the attempt does not count.
     pub fn blocked(reason: impl Into<String>, message: impl Into<String>) -> Self {
-        Self::new(FailureKind::Blocked, reason, message)
+        Self::new(FailureKind::Blocked, reason, message).without_counting()
     }
     /// The activity noticed the cancellation and stopped.
     #[must_use]

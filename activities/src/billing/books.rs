@@ -16,7 +16,7 @@ const LOOKUP_SECONDS_MAX: f64 = 7_200.0;
 /// Largest count of tokens that a look-up is believed. The same as of an answer.
 const TOKENS_MAX: u64 = 1 << 40;
 
-/// A call of unknown outcome, with the provider's name for it.
+/// A call of unknown outcome or doubted cost, with the provider's name for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UnknownCall {
     pub id: i64,
@@ -40,6 +40,31 @@ pub async fn unknown_calls(
          where u.provider = $1 and state = 'unknown' and provider_request_id is not null and usage_source = 'none'
            and finished_at > engine_now() - make_interval(hours => $2) and coalesce(next_lookup_at, finished_at) <= engine_now()
          order by finished_at limit $3",
+    )
+    .bind(provider)
+    .bind(LOOKUP_HOURS)
+    .bind(limit)
+    .fetch_all(conn)
+    .await?;
+    let call = |(id, provider_request_id, fingerprint)| UnknownCall { id, provider_request_id, fingerprint };
+    Ok(rows.into_iter().map(call).collect())
+}
+
+/// Calls of a provider on keys of the platform whose cost is doubted and that may be asked about now, oldest first.
+///
+/// # Transaction
+/// Reads only.
+pub async fn doubted_calls(
+    conn: &mut PgConnection,
+    provider: &str,
+    limit: i64,
+) -> Result<Vec<UnknownCall>, sqlx::Error> {
+    let rows: Vec<(i64, String, String)> = sqlx::query_as(
+        "select u.id, u.provider_request_id, encode(k.fingerprint, 'hex')
+         from cost_doubts d join api_key_usage u on u.id = d.usage_id join api_keys k on k.id = u.api_key_id and k.user_id is null
+         where d.resolved_at is null and u.provider = $1 and u.provider_request_id is not null
+           and d.found_at > engine_now() - make_interval(hours => $2) and coalesce(u.next_lookup_at, d.found_at) <= engine_now()
+         order by d.found_at limit $3",
     )
     .bind(provider)
     .bind(LOOKUP_HOURS)
@@ -218,7 +243,7 @@ pub async fn keep_findings(
     for finding in found {
         let seen: i32 = sqlx::query_scalar(
             "insert into reconcile_findings (job, kind, subject, message, user_id) values ($1, $2, $3, $4, $5)
-             on conflict (job, kind, subject) do update set message = excluded.message, last_seen_at = engine_now(), resolved_at = null,
+             on conflict (job, kind, subject) do update set message = excluded.message, last_seen_at = engine_now(), resolved_at = null, resolution = null,
                first_seen_at = case when reconcile_findings.resolved_at is null then reconcile_findings.first_seen_at else engine_now() end,
                seen = case when reconcile_findings.resolved_at is null then reconcile_findings.seen + 1 else 1 end
              returning seen",
@@ -252,6 +277,8 @@ pub async fn keep_findings(
 /// A finding as it is kept.
 #[derive(Clone, Debug, Serialize)]
 pub struct Kept {
+    /// By which an operator resolves it.
+    pub id: i64,
     pub job: String,
     pub kind: String,
     pub subject: String,
@@ -264,15 +291,16 @@ pub struct Kept {
 
 /// Findings that nothing has resolved, newest first.
 pub async fn open_findings(conn: &mut PgConnection, limit: i64) -> Result<Vec<Kept>, sqlx::Error> {
-    type Row = (String, String, String, String, Option<Uuid>, DateTime<Utc>, DateTime<Utc>, i32);
+    type Row = (i64, String, String, String, String, Option<Uuid>, DateTime<Utc>, DateTime<Utc>, i32);
     let rows: Vec<Row> = sqlx::query_as(
-        "select job, kind, subject, message, user_id, first_seen_at, last_seen_at, seen from reconcile_findings
+        "select id, job, kind, subject, message, user_id, first_seen_at, last_seen_at, seen from reconcile_findings
          where resolved_at is null order by last_seen_at desc, id desc limit $1",
     )
     .bind(limit)
     .fetch_all(conn)
     .await?;
-    let kept = |(job, kind, subject, message, user_id, first_seen_at, last_seen_at, seen): Row| Kept {
+    let kept = |(id, job, kind, subject, message, user_id, first_seen_at, last_seen_at, seen): Row| Kept {
+        id,
         job,
         kind,
         subject,
@@ -283,6 +311,27 @@ pub async fn open_findings(conn: &mut PgConnection, limit: i64) -> Result<Vec<Ke
         seen,
     };
     Ok(rows.into_iter().map(kept).collect())
+}
+
+/// Resolves a finding by an operator's word; one of a doubted cost ends the doubt. False if there is none that is open. A job that sees
+/// the same again opens it again.
+///
+/// # Transaction
+/// The caller's.
+pub async fn resolve(conn: &mut PgConnection, finding: i64, why: &str) -> Result<bool, sqlx::Error> {
+    let resolved: Option<(String, String)> = sqlx::query_as(
+        "update reconcile_findings set resolved_at = engine_now(), resolution = $2 where id = $1 and resolved_at is null
+         returning kind, subject",
+    )
+    .bind(finding)
+    .bind(why)
+    .fetch_optional(&mut *conn)
+    .await?;
+    let Some((kind, subject)) = resolved else { return Ok(false) };
+    if let (super::doubt::KIND, Ok(call)) = (&*kind, subject.parse()) {
+        super::doubt::resolve(conn, call, why).await?;
+    }
+    Ok(true)
 }
 
 /// How far a job has come in a list of the outside.

@@ -3,8 +3,9 @@
 //! Whether a call may be made is decided in [`super::hook`].
 
 use super::{
+    doubt,
     ledger::{self, LedgerError},
-    money::Rate,
+    money::{PicoUsd, Rate},
     price,
 };
 use crate::{
@@ -41,6 +42,17 @@ pub(super) async fn holding(conn: &mut PgConnection, attempt: Uuid) -> Result<Ho
     let rate =
         credits_per_usd.zip(markup_bps).map(|(credits_per_usd, markup_bps)| Rate { credits_per_usd, markup_bps });
     Ok(Holding { used: used.parse().unwrap_or(i128::MAX), held, hold_no, rate })
+}
+
+/// What the calls of an attempt that are under way may cost at most, in pico-USD.
+pub(super) async fn under_way(conn: &mut PgConnection, attempt: Uuid) -> Result<i128, sqlx::Error> {
+    let sum: String = sqlx::query_scalar(
+        "select coalesce(sum(worst_pusd), 0)::text from api_key_usage where attempt_id = $1 and state = 'started'",
+    )
+    .bind(attempt)
+    .fetch_one(conn)
+    .await?;
+    Ok(sum.parse().unwrap_or(i128::MAX))
 }
 
 /// Whether a user has brought keys of his own.
@@ -103,8 +115,8 @@ async fn platform_key(conn: &mut PgConnection, call: &CallOpened) -> Result<Opti
     .await
 }
 
-/// Row id, state, provider, requested model, state of the attempt, late, start, price row.
-type OpenedCall = (i64, String, String, String, String, bool, DateTime<Utc>, Option<i64>);
+/// Row id, state, provider, requested model, state of the attempt, late, start, price row, on a key of the user's own.
+type OpenedCall = (i64, String, String, String, String, bool, DateTime<Utc>, Option<i64>, bool);
 
 /// Stores what became of a call. `current` as in [`loopwright_engine::hook::Reading::current`].
 ///
@@ -120,14 +132,17 @@ pub(super) async fn close(
 ) -> Result<(), LedgerError> {
     ledger::lock(conn, user).await?;
     let row: Option<OpenedCall> = sqlx::query_as(
-        "select k.id, k.state, k.provider, k.model_requested, a.state, k.late, k.started_at, k.pricing_id from api_key_usage k join activity_attempts a on a.id = k.attempt_id
+        "select k.id, k.state, k.provider, k.model_requested, a.state, k.late, k.started_at, k.pricing_id, y.user_id is not null
+         from api_key_usage k join activity_attempts a on a.id = k.attempt_id join api_keys y on y.id = k.api_key_id
          where k.attempt_id = $1 and k.call_key = $2",
     )
     .bind(attempt)
     .bind(key)
     .fetch_optional(&mut *conn)
     .await?;
-    let Some((usage_id, state, provider, model, attempt_state, late, started_at, pricing)) = row else { return Ok(()) };
+    let Some((usage_id, state, provider, model, attempt_state, late, started_at, pricing, own_key)) = row else {
+        return Ok(());
+    };
     // A fact that comes after the end of its attempt is kept and never charged. An attempt whose run was taken away has
     // ended, though nobody has recorded that yet: its answer is thrown away, and the next attempt makes the call again.
     let after_the_end = attempt_state != "running" || !current;
@@ -150,7 +165,10 @@ pub(super) async fn close(
         // On a user's own key, of a model that we have no price for.
         None => None,
     };
-    let cost = match (call.is_charged() && !after_the_end, usage.total_cost_pusd(), &priced) {
+    // What a user's own key costs is between him and his provider; of any other a sum that nobody can mean is not charged.
+    let doubt = if own_key { None } else { doubt::of(&usage, priced.as_ref()) };
+    let said = if doubt.is_some() { None } else { usage.total_cost_pusd() };
+    let cost = match (call.is_charged() && !after_the_end, said, &priced) {
         (false, ..) => 0,
         (true, Some(cost), _) => cost.max(0),
         (true, None, Some(price)) => price.cost(&usage).0,
@@ -172,8 +190,7 @@ pub(super) async fn close(
            tokens_cache_write = case when $10 then least($13, $11 - least($12, $11)) end, tokens_output = case when $10 then $14 end,
            tokens_reasoning = case when $10 then least($15, $14) end,
            usage_source = $16, pricing_id = coalesce($17, pricing_id),
-           -- What a user's own key costs is between him and his provider.
-           cost_pusd = case when (select user_id from api_keys where id = api_key_id) is null then $18 else 0 end, provider_cost_pusd = $19, raw_usage = $20
+           cost_pusd = $18, provider_cost_pusd = $19, raw_usage = $20
          where id = $1",
     )
     .bind(usage_id)
@@ -193,11 +210,16 @@ pub(super) async fn close(
     .bind(tokens(usage.tokens_reasoning))
     .bind(source)
     .bind(priced.map(|p| p.id))
-    .bind(cost)
-    .bind(usage.provider_cost_pusd.map(|c| c.max(0)))
+    .bind(if own_key { 0 } else { cost })
+    .bind(usage.provider_cost_pusd.filter(|_| doubt.is_none()).map(|c| c.max(0)))
     .bind(usage.raw_to_keep())
-    .execute(conn)
+    .execute(&mut *conn)
     .await?;
+    if let Some(said) = &doubt {
+        let model = format!("{provider}/{model}");
+        let charged = PicoUsd(cost);
+        doubt::keep(conn, &doubt::Doubted { usage_id, user, model: &model, said, charged }).await?;
+    }
     Ok(())
 }
 

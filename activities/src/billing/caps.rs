@@ -1,11 +1,17 @@
 //! Caps: what an attempt may still spend under its run's budget, its item's share of it and its project's cap. Each is compared
 //! with captured + held, under the lock of the user row that the caller holds.
+//!
+//! A budget is written in a definition, so where it is used up the step fails; what somebody can raise (the approved sum, the project's
+//! cap) is waited for.
 
-use super::{hold::spent_by_tree, ledger::LedgerError, limit, money::MicroCredits, returned::BUDGET_HELD};
+use super::{ledger::LedgerError, limit, money::MicroCredits, returned::BUDGET_HELD, spent};
 use loopwright_engine::hook::AttemptRef;
 use serde_json::Value;
 use sqlx::PgConnection;
 use uuid::Uuid;
+
+/// What a step waits for when its project's cap is used up and nobody works who could give something of it back.
+pub const PROJECT_CAP: &str = "cap";
 
 /// In a definition's `budget`: most credits of one item of a `foreach`, over all of its rounds and attempts in a run.
 const PER_ITEM: &str = "credits-per-item";
@@ -34,7 +40,8 @@ impl CapKind {
     pub fn remedy(self) -> &'static str {
         match self {
             Self::Approved => "; allow more and it goes on by itself",
-            Self::Run | Self::Item | Self::Project => "",
+            Self::Project => "; raise it (`loopwright project cap`) and it goes on by itself",
+            Self::Run | Self::Item => "",
         }
     }
 
@@ -44,7 +51,7 @@ impl CapKind {
             Self::Run => "budget.run",
             Self::Approved => limit::LIMIT,
             Self::Item => "budget.item",
-            Self::Project => "budget.project",
+            Self::Project => PROJECT_CAP,
         }
     }
 }
@@ -54,31 +61,41 @@ impl CapKind {
 pub(super) struct Cap {
     pub kind: CapKind,
     pub left: MicroCredits,
+    /// Whose it is; of a project's cap the attempt's own.
+    run: Uuid,
 }
 
 impl Cap {
-    /// Why there is nothing left: for good (a dotted failure code), or only until others that work now have settled (a word).
+    /// Why there is nothing left: for good (a dotted failure code), or only until somebody allows more or others that work now
+    /// have settled (a word).
     pub async fn used_up(
         self,
         conn: &mut PgConnection,
         attempt: &AttemptRef,
         project: Option<Uuid>,
     ) -> Result<&'static str, LedgerError> {
-        let others: bool = sqlx::query_scalar(
-            "select exists (select from activity_attempts where state = 'running' and id <> $2 and run_id = $1)
-                 or exists (select from activity_attempts where state = 'running' and id <> $2 and project_id = $3)",
-        )
-        .bind(attempt.run_id.0)
-        .bind(attempt.attempt_id.0)
-        .bind(project)
-        .fetch_one(conn)
-        .await?;
+        let id = attempt.attempt_id.0;
+        let others = match self.kind {
+            CapKind::Project => spent::others_work_in(conn, project, id).await?,
+            CapKind::Run | CapKind::Approved | CapKind::Item => spent::others_work(conn, self.run, id).await?,
+        };
         Ok(if others { BUDGET_HELD } else { self.kind.code() })
     }
 }
 
-/// The smallest of: the definition's budget, the approved sum, those of the runs above, the item's share, the project's cap. A budget pays
-/// for its run and all runs below it. `None`: nothing caps the attempt.
+/// A run that pays for an attempt: its own, or one above it.
+struct Payer {
+    run: Uuid,
+    /// Its definition's budget.
+    terms: Value,
+    /// Step path in it of the attempt, or of the run that the attempt is in or below.
+    path: String,
+}
+
+/// The smallest of: budgets, approved sums and items' shares of the attempt's run and of all runs above it, and the project's cap. Each
+/// pays for its run, for those that go on in its place, and for all runs below them.
+///
+/// `None`: nothing caps the attempt.
 ///
 /// # Transaction
 /// Reads, and writes once per run that has its limit from its chain or its origin. Locked user rows keep the sums from moving: a
@@ -88,41 +105,41 @@ pub(super) async fn tightest(
     attempt: &AttemptRef,
     project: Option<Uuid>,
 ) -> Result<Option<Cap>, LedgerError> {
-    let above: Vec<(Uuid, Value)> = sqlx::query_as(
+    let above: Vec<(Uuid, Value, String)> = sqlx::query_as(
         "with recursive up as (
-           select parent_shard, parent_run_id from runs where shard = $1 and run_id = $2 union all
-           select r.parent_shard, r.parent_run_id from up join runs r on r.shard = up.parent_shard and r.run_id = up.parent_run_id)
-         select r.run_id, coalesce(d.ir->'budget', 'null')
+           select parent_shard, parent_run_id, parent_path from runs where shard = $1 and run_id = $2 union all
+           select r.parent_shard, r.parent_run_id, r.parent_path
+           from up join runs r on r.shard = up.parent_shard and r.run_id = up.parent_run_id)
+         select r.run_id, coalesce(d.ir->'budget', 'null'), coalesce(up.parent_path, '')
          from up join runs r on r.shard = up.parent_shard and r.run_id = up.parent_run_id join definitions d on d.hash = r.definition",
     )
     .bind(attempt.run_id.shard())
     .bind(attempt.run_id.0)
     .fetch_all(&mut *conn)
     .await?;
+    let own = Payer { run: attempt.run_id.0, terms: (*attempt.budget).clone(), path: attempt.path.clone() };
+    let above = above.into_iter().map(|(run, terms, path)| Payer { run, terms, path });
     let mut caps = Vec::new();
-    let own = (attempt.run_id.0, &*attempt.budget);
-    for (run, terms) in std::iter::once(own).chain(above.iter().map(|(run, terms)| (*run, terms))) {
-        let Some(credits) = terms.get("credits").and_then(Value::as_i64) else { continue };
-        let left = MicroCredits::from_credits(credits).0.saturating_sub(spent_by_tree(conn, run).await?.0);
-        caps.push(Cap { kind: CapKind::Run, left: MicroCredits(left) });
+    for Payer { run, terms, path } in std::iter::once(own).chain(above) {
+        let mut cap = |kind, most: MicroCredits, spent: MicroCredits| {
+            caps.push(Cap { kind, left: MicroCredits(most.0.saturating_sub(spent.0)), run });
+        };
+        let credits = |name: &str| terms.get(name).and_then(Value::as_i64).map(MicroCredits::from_credits);
+        if let Some(most) = credits("credits") {
+            cap(CapKind::Run, most, spent::by_chain(conn, run).await?);
+        }
+        if let (Some(most), Some(item)) = (credits(PER_ITEM), item(&path)) {
+            cap(CapKind::Item, most, spent::by_item(conn, run, item).await?);
+        }
+        if let Some(limit) = limit::binding(conn, run).await? {
+            cap(CapKind::Approved, limit.left, MicroCredits(0));
+        }
     }
-    for run in std::iter::once(attempt.run_id.0).chain(above.iter().map(|(run, _)| *run)) {
-        caps.extend(limit::binding(conn, run).await?.map(|limit| Cap { kind: CapKind::Approved, left: limit.left }));
+    if let Some(project) = project
+        && let Some(left) = spent::left_of_project(conn, project).await?
+    {
+        caps.push(Cap { kind: CapKind::Project, left, run: attempt.run_id.0 });
     }
-    let share = attempt.budget.get(PER_ITEM).and_then(Value::as_i64);
-    if let (Some(credits), Some(item)) = (share, item(&attempt.path)) {
-        let left = MicroCredits::from_credits(credits).0.saturating_sub(spent_by_item(conn, attempt, item).await?.0);
-        caps.push(Cap { kind: CapKind::Item, left: MicroCredits(left) });
-    }
-    let project: Option<i64> = sqlx::query_scalar(
-        "select p.budget_cap_ucr - coalesce((select sum(case t.kind when 'capture' then -t.amount_ucr + t.held_delta_ucr else t.held_delta_ucr end)
-                from activity_attempts a join credit_transactions t on t.attempt_id = a.id where a.project_id = p.id), 0)::bigint
-         from projects p where p.id = $1 and p.budget_cap_ucr is not null",
-    )
-    .bind(project)
-    .fetch_optional(conn)
-    .await?;
-    caps.extend(project.map(|left| Cap { kind: CapKind::Project, left: MicroCredits(left) }));
     let tightest = caps.into_iter().min_by_key(|cap| cap.left);
     Ok(tightest.map(|cap| Cap { left: cap.left.max(MicroCredits(0)), ..cap }))
 }
@@ -130,20 +147,6 @@ pub(super) async fn tightest(
 /// The item that a step path belongs to, the outermost if there are several: `implement[a-1]` of `loop~2/implement[a-1]/code`.
 fn item(path: &str) -> Option<&str> {
     path.split('/').find(|segment| segment.ends_with(']'))
-}
-
-/// Captured and held credits of one item of a run, in whichever round of what is around it.
-async fn spent_by_item(conn: &mut PgConnection, attempt: &AttemptRef, item: &str) -> Result<MicroCredits, LedgerError> {
-    let sum: i64 = sqlx::query_scalar(
-        "select coalesce(sum(case t.kind when 'capture' then -t.amount_ucr + t.held_delta_ucr else t.held_delta_ucr end), 0)::bigint
-         from activity_attempts a join credit_transactions t on t.attempt_id = a.id
-         where a.run_id = $1 and $2 = any(string_to_array(a.path, '/'))",
-    )
-    .bind(attempt.run_id.0)
-    .bind(item)
-    .fetch_one(conn)
-    .await?;
-    Ok(MicroCredits(sum))
 }
 
 #[cfg(test)]

@@ -61,15 +61,31 @@ pub struct Part {
     pub call: MicroCredits,
 }
 
-/// Prices work by the first candidate that has a price. Parts without one are left out: they cannot be done either.
+/// Prices work by the first candidate that has a price. Parts without one are left out: they cannot be done either. What `user` has
+/// brought keys for costs nothing; who lets the platform serve what they cannot pays for that.
 ///
 /// # Transaction
 /// Reads only.
-pub async fn price(conn: &mut PgConnection, rate: Rate, work: &[Work]) -> Result<Vec<Part>, sqlx::Error> {
+pub async fn price(
+    conn: &mut PgConnection,
+    rate: Rate,
+    user: Option<Uuid>,
+    work: &[Work],
+) -> Result<Vec<Part>, sqlx::Error> {
+    let own = match user {
+        Some(user) => own_keys(conn, user).await?,
+        None => Vec::new(),
+    };
     let mut parts = Vec::with_capacity(work.len());
     let mut learned: Vec<(&str, Option<(i64, i64)>)> = Vec::new();
     for work in work {
         let planned = &work.calls;
+        if is_free(&own, &planned.candidates) {
+            let nothing = MicroCredits(0);
+            let (part, activity) = (work.part.clone(), work.activity);
+            parts.push(Part { part, activity, forecast: Forecast::default(), limits: nothing, call: nothing });
+            continue;
+        }
         let mut found = None;
         for (provider, model) in &planned.candidates {
             found = price::find(conn, provider, model, planned.input_tokens, None).await?;
@@ -100,6 +116,27 @@ pub async fn price(conn: &mut PgConnection, rate: Rate, work: &[Work]) -> Result
         parts.push(Part { part: work.part.clone(), activity: work.activity, forecast, limits, call });
     }
     Ok(parts)
+}
+
+/// A key that a user has brought: its provider, and whether the platform may serve what it cannot.
+type OwnKey = (String, bool);
+
+async fn own_keys(conn: &mut PgConnection, user: Uuid) -> Result<Vec<OwnKey>, sqlx::Error> {
+    sqlx::query_as(
+        "select provider, platform_fallback from api_keys where user_id = $1 and source = 'sealed' and status <> 'revoked'",
+    )
+    .bind(user)
+    .fetch_all(conn)
+    .await
+}
+
+/// Whether calls to these candidates go to nobody but the user's own keys: he has some, and either none lets the platform serve what
+/// they cannot, or one of them can. A server of his own serves every role.
+fn is_free(own: &[OwnKey], candidates: &[(String, String)]) -> bool {
+    let serves = |(provider, _): &OwnKey| {
+        provider == "openai_compatible" || candidates.iter().any(|(listed, _)| listed == provider)
+    };
+    !own.is_empty() && (own.iter().all(|(_, fallback)| !fallback) || own.iter().any(serves))
 }
 
 /// A share in millionths, rounded up.
@@ -258,6 +295,24 @@ mod tests {
         assert_eq!(limit(&[part(10, 3), part(20, 7), part(5, 2)]), MicroCredits(42));
         assert_eq!(limit(&[]), MicroCredits(0));
         assert_eq!(limit(&[part(i64::MAX, 1), part(1, 1)]), MicroCredits(i64::MAX));
+    }
+
+    #[test]
+    fn what_goes_to_own_keys_alone_is_free() {
+        let asked = [("gemini".to_owned(), "g".to_owned()), ("openrouter".to_owned(), "o".to_owned())];
+        let key = |provider: &str, fallback| (provider.to_owned(), fallback);
+        for (own, free) in [
+            (vec![], false),
+            (vec![key("gemini", false)], true),
+            (vec![key("gemini", true)], true),
+            (vec![key("openai_compatible", true)], true),
+            // What it cannot serve fails, and costs nothing; with the platform behind it that is paid for.
+            (vec![key("other", false)], true),
+            (vec![key("other", true)], false),
+            (vec![key("other", true), key("openrouter", false)], true),
+        ] {
+            assert_eq!(is_free(&own, &asked), free, "{own:?}");
+        }
     }
 
     #[test]

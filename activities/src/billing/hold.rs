@@ -107,29 +107,8 @@ pub struct Ended<'a> {
     pub failure: Option<&'a str>,
     /// Another attempt of the step follows.
     pub again: bool,
-}
-
-/// Captured and held credits of a run and of all runs below it, open or closed, detached or not, of all their attempts.
-///
-/// # Transaction
-/// Reads only. Locked user rows keep the sum from moving: a child pays from its parent's user.
-pub(super) async fn spent_by_tree(conn: &mut PgConnection, top: Uuid) -> Result<MicroCredits, LedgerError> {
-    spent_by_trees(conn, &[top]).await
-}
-
-/// [`spent_by_tree`] of several, none of them below another.
-pub(super) async fn spent_by_trees(conn: &mut PgConnection, tops: &[Uuid]) -> Result<MicroCredits, LedgerError> {
-    let sum: i64 = sqlx::query_scalar(
-        "with recursive tree as (
-           select unnest($1::uuid[]) as run_id union all
-           select r.run_id from tree join runs r on r.parent_run_id = tree.run_id)
-         select coalesce(sum(case t.kind when 'capture' then -t.amount_ucr + t.held_delta_ucr else t.held_delta_ucr end), 0)::bigint
-         from tree join activity_attempts a using (run_id) join credit_transactions t on t.attempt_id = a.id",
-    )
-    .bind(tops)
-    .fetch_one(conn)
-    .await?;
-    Ok(MicroCredits(sum))
+    /// What the call needs that was refused in its middle, in micro-credits.
+    pub needed: Option<i64>,
 }
 
 /// Settles an attempt: its open calls become unknown and free, its cost is captured from its holds in their order, the
@@ -140,13 +119,14 @@ pub(super) async fn spent_by_trees(conn: &mut PgConnection, tops: &[Uuid]) -> Re
 /// The user row must be locked. Keys `settle:<attempt>:<hold_no>`.
 pub async fn settle(conn: &mut PgConnection, attempt: Uuid, ended: Ended<'_>) -> Result<(), LedgerError> {
     let user: Option<Uuid> = sqlx::query_scalar(
-        "update activity_attempts set state = $2, failure_code = left($3, 200), again = $4, ended_at = engine_now()
+        "update activity_attempts set state = $2, failure_code = left($3, 200), again = $4, needed_ucr = $5, ended_at = engine_now()
          where id = $1 and state = 'running' returning user_id",
     )
     .bind(attempt)
     .bind(ended.state)
     .bind(ended.failure)
     .bind(ended.again)
+    .bind(ended.needed)
     .fetch_optional(&mut *conn)
     .await?;
     let Some(user) = user else { return Ok(()) };
@@ -192,6 +172,47 @@ pub async fn settle(conn: &mut PgConnection, attempt: Uuid, ended: Ended<'_>) ->
         left = Some(due - taken);
     }
     if ended.failure.is_some() { policy::attempt_ended(conn, attempt).await } else { Ok(()) }
+}
+
+/// Minutes beyond its deadline after which an attempt is nobody's: a worker that lives ends it at its deadline, one that died is taken
+/// over within its lease. Source: money.md, I15; its grace is the same.
+const ABANDONED_MINUTES: i32 = 10;
+
+/// Attempts, and their users, that are so long over their deadlines that nobody works on them. Their runs wait for a worker that does not
+/// come (of their queue there is none any more), and what they hold would be held until one does.
+///
+/// # Transaction
+/// Reads only.
+pub async fn abandoned(conn: &mut PgConnection, limit: i64) -> Result<Vec<(Uuid, Uuid)>, sqlx::Error> {
+    sqlx::query_as(
+        "select id, user_id from activity_attempts
+         where state = 'running' and lease_expires_at < engine_now() - make_interval(mins => $2) order by lease_expires_at limit $1",
+    )
+    .bind(limit)
+    .bind(ABANDONED_MINUTES)
+    .fetch_all(conn)
+    .await
+}
+
+/// Settles one of [`abandoned`] as lost, if it still is one: it pays for the answers that it has recorded, and the rest comes back. Whoever
+/// ends it later finds it settled; a worker that was only late makes no further call, and what it reports is kept and free.
+///
+/// # Transaction
+/// The caller's. Locks the user row and no run: a transition of that run has it or waits for it.
+pub async fn release_abandoned(conn: &mut PgConnection, attempt: Uuid, user: Uuid) -> Result<bool, LedgerError> {
+    super::ledger::lock(conn, user).await?;
+    let still: Option<i32> = sqlx::query_scalar(
+        "select 1 from activity_attempts
+         where id = $1 and state = 'running' and lease_expires_at < engine_now() - make_interval(mins => $2)",
+    )
+    .bind(attempt)
+    .bind(ABANDONED_MINUTES)
+    .fetch_optional(&mut *conn)
+    .await?;
+    if still.is_some() {
+        settle(conn, attempt, Ended { state: "lost", ..Ended::default() }).await?;
+    }
+    Ok(still.is_some())
 }
 
 /// Takes `taken` from a hold's grants in burn order and frees the rest.

@@ -7,6 +7,7 @@ use super::{
     hold::{self, Reservable},
     ledger::{self, LedgerError},
     money::{MicroCredits, PicoUsd, Rate},
+    parked::{self, Needs, REVIEW},
     price::{self, Rows},
     returned::{CREDITS, Returned},
 };
@@ -30,8 +31,6 @@ const HOLD_MIN_UCR: i64 = 10_000;
 /// call of a long attempt would be as many writes again. Chosen: twenty extensions make a hold eighty times as large.
 const GROWTH_PART: i64 = 4;
 
-/// What a step waits for while an audit has stopped its user's holds: an operator looks, and it goes on by itself.
-const REVIEW: &str = "review";
 const STOPPED: &str = "an audit found a difference in this account, so it holds no more credits until an operator has looked; it goes on by itself then";
 
 /// How credits are counted.
@@ -52,6 +51,7 @@ impl Default for BillingSettings {
 pub struct LedgerHook {
     settings: BillingSettings,
     returned: Returned,
+    needs: Needs,
 }
 
 /// Whose credits an attempt uses.
@@ -63,7 +63,7 @@ struct Owner {
 impl LedgerHook {
     #[must_use]
     pub fn new(settings: BillingSettings) -> Self {
-        Self { settings, returned: Returned::default() }
+        Self { settings, returned: Returned::default(), needs: Needs::default() }
     }
 
     /// Wakes runs that wait for credits which others of their user have given back by ending an attempt in this process.
@@ -78,6 +78,7 @@ impl LedgerHook {
         &self,
         conn: &mut PgConnection,
         start: &AttemptStart,
+        wanted: &Wanted,
         others: MicroCredits,
     ) -> Result<Option<(String, String)>, LedgerError> {
         let Some(owner) = owner(&start.attempt) else { return Ok(None) };
@@ -99,11 +100,13 @@ impl LedgerHook {
         if inserted.rows_affected() == 0 {
             return Ok(None);
         }
-        // What he has brought keys for is free; a call on a key of the platform all the same holds for itself.
-        if call::brings_keys(conn, owner.user).await? {
+        // What he has brought keys for is free; a call on a key of the platform all the same holds for itself, and the step that was
+        // stopped for one waits until it can be paid.
+        let own = call::brings_keys(conn, owner.user).await?;
+        if own && !wanted.stopped {
             return Ok(None);
         }
-        let Wanted { all: wanted, least: needed } = self.wanted(conn, start).await?;
+        let (wanted, needed) = (if own { wanted.least } else { wanted.all }, wanted.least);
         let balance = ledger::lock(conn, owner.user).await?;
         if balance.stopped {
             return Ok(Some((REVIEW.into(), STOPPED.into())));
@@ -144,7 +147,9 @@ impl LedgerHook {
             dearest = dearest.max(one);
         }
         let credits = |cost| self.settings.rate.credits(cost).0.max(HOLD_MIN_UCR);
-        Ok(Wanted { all: credits(all), least: credits(dearest) })
+        let stopped = parked::of_step(conn, &start.attempt).await?;
+        let least = credits(dearest).max(stopped.unwrap_or(0));
+        Ok(Wanted { all: credits(all).max(least), least, stopped: stopped.is_some() })
     }
 
     async fn open(
@@ -220,6 +225,13 @@ impl LedgerHook {
         let total = if held == 0 { total.max(HOLD_MIN_UCR) } else { total };
         if own.is_none() && total > held {
             let more = MicroCredits(total - held);
+            // The next attempt has the answers of this one and makes this call first, with those that are under way now.
+            let under_way = call::under_way(conn, id).await?;
+            let needed = rate.credits(under_way.saturating_add(i128::from(worst.0))).0.max(HOLD_MIN_UCR);
+            let refused = |reason: &str, message: String| {
+                self.needs.note(id, needed);
+                refused(reason, message)
+            };
             if balance.stopped {
                 return refused(REVIEW, STOPPED.into());
             }
@@ -275,8 +287,10 @@ impl LedgerHook {
 struct Wanted {
     /// For every call that it expects.
     all: i64,
-    /// For its dearest call.
+    /// For its dearest call, or the one that stopped the attempt before it.
     least: i64,
+    /// The attempt before it was stopped in its middle.
+    stopped: bool,
 }
 
 /// By how much a hold grows whose next call needs `more`, which is within `room`: by a part of what is held, so that the calls after
@@ -334,7 +348,12 @@ impl TransitionHook for LedgerHook {
                     Outcome::Lost => "lost",
                     Outcome::Failed | Outcome::TimedOut | Outcome::Cancelled | Outcome::Blocked => "failed",
                 };
-                let ended = hold::Ended { state, failure: end.failure.as_deref(), again: end.again };
+                let failure = end.failure.as_deref();
+                let needed = match end.outcome {
+                    Outcome::Blocked => self.needs.of_end(end.attempt.attempt_id.0, failure),
+                    _ => None,
+                };
+                let ended = hold::Ended { state, failure, again: end.again, needed };
                 hold::settle(conn, end.attempt.attempt_id.0, ended).await.map_err(hook_error)?;
                 if let Some(owner) = owner(&end.attempt) {
                     self.returned.add(owner.user);
@@ -342,14 +361,14 @@ impl TransitionHook for LedgerHook {
             }
             let mut refusals = Vec::new();
             for transition in transitions {
-                let mut least = Vec::with_capacity(transition.started.len());
+                let mut wanted = Vec::with_capacity(transition.started.len());
                 for start in &transition.started {
-                    least.push(self.wanted(conn, start).await.map_err(hook_error)?.least);
+                    wanted.push(self.wanted(conn, start).await.map_err(hook_error)?);
                 }
                 for (n, start) in transition.started.iter().enumerate() {
-                    let others = least[n + 1..].iter().fold(0_i64, |sum, one| sum.saturating_add(*one));
+                    let others = wanted[n + 1..].iter().fold(0_i64, |sum, one| sum.saturating_add(one.least));
                     if let Some((reason, message)) =
-                        self.start(conn, start, MicroCredits(others)).await.map_err(hook_error)?
+                        self.start(conn, start, &wanted[n], MicroCredits(others)).await.map_err(hook_error)?
                     {
                         refusals.push(Refusal { ord: transition.ord, reason, message });
                         break;
@@ -370,7 +389,7 @@ impl TransitionHook for LedgerHook {
             .await?;
             for (attempt, user) in running {
                 ledger::lock(conn, user).await.map_err(hook_error)?;
-                let ended = hold::Ended { state: "lost", failure: None, again: false };
+                let ended = hold::Ended { state: "lost", ..hold::Ended::default() };
                 hold::settle(conn, attempt, ended).await.map_err(hook_error)?;
                 self.returned.add(user);
             }

@@ -2,9 +2,9 @@
 //! [`LIMIT`], and goes on when more is allowed.
 
 use super::{
-    hold,
     ledger::{self, LedgerError},
     money::MicroCredits,
+    spent as sums,
 };
 use loopwright_engine::ids::RunId;
 use sqlx::PgConnection;
@@ -202,5 +202,5 @@ async fn spent(conn: &mut PgConnection, first: Uuid, run: Uuid) -> Result<MicroC
     .fetch_all(&mut *conn)
     .await?;
     tops.push(run);
-    hold::spent_by_trees(conn, &tops).await
+    sums::by_trees(conn, &tops).await
 }

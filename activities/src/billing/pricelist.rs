@@ -37,7 +37,7 @@ pub struct Refusal {
 }
 
 /// Prices for prompts above so many tokens.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tier {
     /// Holds for prompts strictly larger.
     pub min_prompt_tokens: i64,
@@ -207,6 +207,7 @@ fn of_map(entry: &Entry<'_>, provider: &str, model: String, trust: Trust) -> Res
             "output_cost_per_token" => tier.output_umtok = price,
             "cache_read_input_token_cost" => tier.cached_input_umtok = Some(price),
             "cache_creation_input_token_cost" => tier.cache_write_umtok = Some(price),
+            "output_cost_per_reasoning_token" => tier.reasoning_umtok = Some(price),
             _ => {}
         }
     }
@@ -400,6 +401,56 @@ pub async fn apply(
     Ok(Ok(applied))
 }
 
+/// What the newest price map that was imported says of a model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mapped {
+    pub provider: String,
+    pub model: String,
+    pub tiers: Vec<Tier>,
+    /// Name of the file.
+    pub source: String,
+    pub read_at: DateTime<Utc>,
+}
+
+/// Keeps a price map for the weekly comparison, model by model: what an earlier one said of others stays.
+///
+/// # Transaction
+/// The caller's; one statement.
+pub async fn keep_map(conn: &mut PgConnection, quotes: &[Quote], source: &str) -> Result<(), sqlx::Error> {
+    let of = |part: fn(&Quote) -> &str| quotes.iter().map(part).collect::<Vec<_>>();
+    let tiers: Vec<serde_json::Value> =
+        quotes.iter().map(|quote| serde_json::to_value(&quote.tiers).unwrap_or_default()).collect();
+    sqlx::query(
+        "insert into price_map (provider, model_id, tiers, source)
+         select distinct on (provider, model) provider, model, tiers, $4 from unnest($1::text[], $2::text[], $3::jsonb[]) as q(provider, model, tiers)
+         on conflict (provider, model_id) do update set tiers = excluded.tiers, source = excluded.source, read_at = engine_now()",
+    )
+    .bind(of(|quote| &quote.provider))
+    .bind(of(|quote| &quote.model))
+    .bind(tiers)
+    .bind(source)
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// The price map, by provider and model. What an older release wrote and this one cannot read is left out.
+///
+/// # Transaction
+/// Reads only.
+pub async fn map(conn: &mut PgConnection) -> Result<Vec<Mapped>, sqlx::Error> {
+    type Row = (String, String, serde_json::Value, String, DateTime<Utc>);
+    let rows: Vec<Row> =
+        sqlx::query_as("select provider, model_id, tiers, source, read_at from price_map order by provider, model_id")
+            .fetch_all(conn)
+            .await?;
+    let mapped = |(provider, model, tiers, source, read_at): Row| {
+        let tiers = serde_json::from_value(tiers).ok()?;
+        Some(Mapped { provider, model, tiers, source, read_at })
+    };
+    Ok(rows.into_iter().filter_map(mapped).collect())
+}
+
 /// The prices of a model at an instant, by prompt size; empty if it has none of its own or is withdrawn.
 pub async fn in_force(
     conn: &mut PgConnection,
@@ -550,7 +601,8 @@ mod tests {
   "sample_spec": {"mode": "one of"},
   "gemini/gemini-2.5-pro": {"litellm_provider": "gemini", "input_cost_per_token": 1.25e-06, "output_cost_per_token": 0.00001,
      "input_cost_per_token_above_200k_tokens": 2.5e-06, "output_cost_per_token_above_200k_tokens": "0.000015",
-     "cache_read_input_token_cost": 1.25e-07, "max_input_tokens": 1048576, "max_output_tokens": 65535},
+     "cache_read_input_token_cost": 1.25e-07, "output_cost_per_reasoning_token": 0.00002,
+     "output_cost_per_reasoning_token_above_200k_tokens": "3e-05", "max_input_tokens": 1048576, "max_output_tokens": 65535},
   "whisper": {"litellm_provider": "openai", "input_cost_per_second": 0.0001},
   "gemini/image": {"litellm_provider": "gemini", "output_cost_per_image": 0.04}
 }"#;
@@ -561,11 +613,14 @@ mod tests {
         let prices: Vec<_> = quote
             .tiers
             .iter()
-            .map(|t| (t.min_prompt_tokens, t.input_umtok, t.output_umtok, t.cached_input_umtok))
+            .map(|t| (t.min_prompt_tokens, t.input_umtok, t.output_umtok, t.cached_input_umtok, t.reasoning_umtok))
             .collect();
         assert_eq!(
             prices,
-            [(0, 1_250_000, 10_000_000, Some(125_000)), (200_000, 2_500_000, 15_000_000, Some(125_000))]
+            [
+                (0, 1_250_000, 10_000_000, Some(125_000), Some(20_000_000)),
+                (200_000, 2_500_000, 15_000_000, Some(125_000), Some(30_000_000))
+            ]
         );
     }
 

@@ -10,6 +10,7 @@
 //! All functions run inside the caller's transaction, as those of [`super::ledger`].
 
 use super::{
+    books::{self, Finding},
     ledger::{Entry, GrantSource, LedgerError, append, grant, lock},
     money::MicroCredits,
 };
@@ -277,18 +278,103 @@ pub async fn taken_back(conn: &mut PgConnection, user: Uuid, charge_id: &str) ->
     match refund(conn, user, charge_id).await {
         Ok(_) => {
             refund_done(conn, charge_id).await?;
-            if let Some(taken) = refused_after_all(conn, user, charge_id).await? {
-                tracing::warn!(%user, charge = charge_id, taken_ucr = taken.0, "a payment was given back after its refund was refused");
+            if refused_after_all(conn, user, charge_id).await?.is_some() {
+                owed(conn, user, charge_id).await?;
             }
         }
         Err(LedgerError::Used(_)) => {
-            let taken = charge_back(conn, user, charge_id).await?;
-            tracing::warn!(%user, charge = charge_id, taken_ucr = taken.map(|t| t.0), "a used payment was given back");
+            if charge_back(conn, user, charge_id).await?.is_some() {
+                owed(conn, user, charge_id).await?;
+            }
         }
         Err(LedgerError::Mismatch(_)) => return Ok(false),
         Err(error) => return Err(error),
     }
     Ok(true)
+}
+
+/// The job under which debts of payments are found, beside what it finds itself.
+const JOB: &str = "reconcile-payments";
+
+/// Tells an operator of a payment that was given back although credits of it are used: the platform has neither the Stars nor the credits.
+/// Nothing is told where all of them were taken. No balance becomes negative, and nothing is taken from other purchases: what is owed is a
+/// finding, for a person to decide about.
+///
+/// # Transaction
+/// That of the taking, so that none is without the other.
+async fn owed(conn: &mut PgConnection, user: Uuid, charge_id: &str) -> Result<(), LedgerError> {
+    let Some(refund) = refund_of(conn, charge_id).await? else { return Ok(()) };
+    let Refund { stars, granted, taken, held, .. } = refund;
+    let gone = MicroCredits(granted.0 - taken.0 - held.0);
+    let owed = MicroCredits(granted.0 - taken.0);
+    if owed.0 == 0 {
+        return Ok(());
+    }
+    let message = format!(
+        "charge {charge_id} of {stars} Stars was given back when {gone} of its {granted} credits were used and {held} held; {taken} were \
+         taken, so up to {owed} are owed"
+    );
+    tracing::error!(%user, charge = charge_id, "{message}");
+    let finding = Finding { kind: "payment_used", subject: charge_id.to_owned(), message, user: Some(user) };
+    books::keep_findings(conn, JOB, &[finding], false).await?;
+    Ok(())
+}
+
+/// How a payment stands that is given back, or was to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refund {
+    pub stars: i32,
+    /// `refund_state` of the payment.
+    pub state: String,
+    /// Why, in the operator's words; `None`: the provider gave it back by itself, or nobody said.
+    pub reason: Option<String>,
+    /// What the provider said when it refused.
+    pub error: Option<String>,
+    /// What was paid for; of a payment whose refund was refused the credits that were given again.
+    pub granted: MicroCredits,
+    /// Of them what the refund took.
+    pub taken: MicroCredits,
+    /// Of them what attempts have reserved now.
+    pub held: MicroCredits,
+}
+
+/// How the refund of a payment stands. `None`: there is no such payment.
+///
+/// # Transaction
+/// Reads only.
+pub async fn refund_of(conn: &mut PgConnection, charge_id: &str) -> Result<Option<Refund>, sqlx::Error> {
+    type Row = (i32, String, Option<String>, Option<String>, i64, i64, i64);
+    let row: Option<Row> = sqlx::query_as(
+        "select p.stars, p.refund_state, p.refund_reason, p.refund_error, g.amount_ucr, coalesce(-t.amount_ucr, 0), g.held_ucr
+         from payments p
+         left join credit_grants again on again.source = 'adjustment' and again.source_ref = 'refund-refused:' || p.charge_id
+         join credit_grants g on g.id = coalesce(again.id, (select id from credit_grants where source = 'purchase' and source_ref = p.charge_id))
+         left join credit_transactions t
+           on t.idempotency_key = case when again.id is null then 'refund:' else 'refund-again:' end || p.charge_id
+         where p.charge_id = $1",
+    )
+    .bind(charge_id)
+    .fetch_optional(conn)
+    .await?;
+    Ok(row.map(|(stars, state, reason, error, granted, taken, held)| Refund {
+        stars,
+        state,
+        reason,
+        error,
+        granted: MicroCredits(granted),
+        taken: MicroCredits(taken),
+        held: MicroCredits(held),
+    }))
+}
+
+/// Keeps why a payment is given back, for its payer.
+pub async fn give_reason(conn: &mut PgConnection, charge_id: &str, reason: &str) -> Result<(), sqlx::Error> {
+    sqlx::query("update payments set refund_reason = left($2, 500) where charge_id = $1")
+        .bind(charge_id)
+        .bind(reason)
+        .execute(conn)
+        .await?;
+    Ok(())
 }
 
 /// A payment that was not granted.

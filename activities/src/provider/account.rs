@@ -184,6 +184,7 @@ impl OpenRouterAccount {
             provider_cost_pusd: Some(self.money(&answer.total_cost)?),
             upstream_key: false,
             upstream_cost_pusd: None,
+            doubtful_cost: None,
             raw: self.read::<Value>(raw.data.get())?,
         };
         Ok(Some(Generation { usage, model: answer.model, finish_reason: answer.finish_reason }))

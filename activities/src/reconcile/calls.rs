@@ -1,11 +1,12 @@
-//! Calls of unknown outcome, every minute: what did the provider make of them? The facts are filled in; nobody is charged.
+//! Calls of unknown outcome and of doubted cost, every minute: what did the provider make of them? The facts are filled in; nobody is
+//! charged.
 
 use super::{Books, Output, asked, store};
 use crate::{
-    billing::books,
+    billing::{books, doubt},
     provider::{ProviderError, account::AccountKey},
 };
-use loopwright_engine::Failure;
+use loopwright_engine::{Failure, transaction};
 use std::collections::BTreeSet;
 
 /// Calls that one run asks about. Chosen: a minute's worth at a few a second.
@@ -19,12 +20,14 @@ pub(super) async fn run(b: &Books) -> Result<Output, Failure> {
         return skipped();
     }
     let mut conn = b.pool.acquire().await.map_err(|e| store(&e))?;
-    let due = books::unknown_calls(&mut conn, "openrouter", CALLS_MAX).await.map_err(|e| store(&e))?;
+    let unknown = books::unknown_calls(&mut conn, "openrouter", CALLS_MAX).await.map_err(|e| store(&e))?;
+    let doubted = books::doubted_calls(&mut conn, "openrouter", CALLS_MAX).await.map_err(|e| store(&e))?;
+    let due = unknown.into_iter().map(|call| (call, false)).chain(doubted.into_iter().map(|call| (call, true)));
     drop(conn);
     let mut done = Output::default();
     let mut refused = BTreeSet::new();
     let mut last = None;
-    for call in due {
+    for (call, is_doubted) in due {
         let Some(key) = key_of(&keys, &call.fingerprint) else { continue };
         if refused.contains(key.fingerprint()) {
             continue;
@@ -42,6 +45,16 @@ pub(super) async fn run(b: &Books) -> Result<Output, Failure> {
         let mut conn = b.pool.acquire().await.map_err(|e| store(&e))?;
         done.checked += 1;
         match found {
+            Ok(Some(found)) if is_doubted => {
+                drop(conn);
+                let mut tx = transaction::begin(&b.pool).await.map_err(|e| store(&e))?;
+                let believed = doubt::asked_again(&mut tx, call.id, &found.usage).await.map_err(|e| store(&e))?;
+                if !believed {
+                    books::ask_later(&mut tx, call.id).await.map_err(|e| store(&e))?;
+                }
+                tx.commit().await.map_err(|e| store(&e))?;
+                done.changed += u64::from(believed);
+            }
             Ok(Some(found)) => {
                 let (model, finish) = (found.model.as_deref(), found.finish_reason.as_deref());
                 let filled = books::fill(&mut conn, call.id, &found.usage, model, finish).await;

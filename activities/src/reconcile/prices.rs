@@ -4,7 +4,7 @@ use super::{Books, Output, asked, report, store};
 use crate::billing::{
     books::Finding,
     price::{self, Rows},
-    pricelist::{self, Tier, Trust},
+    pricelist::{self, Mapped, Tier, Trust},
 };
 use chrono::{Duration, Utc};
 use loopwright_engine::Failure;
@@ -27,7 +27,8 @@ pub(super) async fn run(b: &Books) -> Result<Output, Failure> {
             list.map_err(|refusal| Failure::retryable("transient.http", refusal.to_string()))?.quotes
         }
         None => {
-            done.skipped = "OpenRouter is not configured; only our own rows were looked at".into();
+            done.skipped =
+                "OpenRouter is not configured; only our own rows and the imported price map were looked at".into();
             Vec::new()
         }
     };
@@ -48,6 +49,28 @@ pub(super) async fn run(b: &Books) -> Result<Output, Failure> {
             let text =
                 format!("the provider's list says another price ({}); `loopwright pricing sync`", parts.join(", "));
             found.push(finding("price_differs", format!("openrouter/{model}"), &text));
+        }
+    }
+    for mapped in pricelist::map(&mut conn).await.map_err(|e| store(&e))? {
+        let Mapped { provider, model, tiers, source, read_at } = &mapped;
+        // The provider's own list is newer than anybody's map of it.
+        if provider == "openrouter" && theirs.contains_key(model.as_str()) {
+            continue;
+        }
+        done.checked += 1;
+        let now = pricelist::in_force(&mut conn, provider, model, now).await.map_err(|e| store(&e))?;
+        let parts = if now.is_empty() { Vec::new() } else { differing(&now, tiers) };
+        if parts.is_empty() {
+            continue;
+        }
+        // What begins soon is told as that.
+        let soon = Utc::now() + Duration::days(AHEAD_DAYS);
+        let soon = pricelist::in_force(&mut conn, provider, model, soon).await.map_err(|e| store(&e))?;
+        if !differing(&soon, tiers).is_empty() {
+            let (parts, day) = (parts.join(", "), read_at.format("%F"));
+            let text =
+                format!("the price map `{source}` of {day} says another price ({parts}); `loopwright pricing import`");
+            found.push(finding("price_differs", format!("{provider}/{model}"), &text));
         }
     }
     for (provider, model) in &b.candidates {

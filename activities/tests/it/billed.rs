@@ -73,7 +73,7 @@ async fn a_spoiled_answer_takes_its_part_of_hold_and_cap() {
     bench.open(&attempt, "a.0", 1_000).await;
     bench.cut(&attempt, "a.0", "model.truncated", 1_000, 1_000).await;
     let again = bench.open(&attempt, "a.1", 1_000).await;
-    assert!(matches!(&again, Verdict::Refused { reason, .. } if reason == "budget.project"), "{again:?}");
+    assert!(matches!(&again, Verdict::Refused { reason, .. } if reason == "cap"), "{again:?}");
     bench.end(&attempt, Outcome::Succeeded).await;
     assert_eq!(bench.balance().await, (100_000_000 - 1_440_000, 0), "also in an attempt that succeeded");
     assert_eq!(bench.violations().await, [""; 0]);

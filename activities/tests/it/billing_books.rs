@@ -28,7 +28,7 @@ use serde_json::json;
 use std::sync::{Arc, Mutex};
 
 /// One JSON answer.
-fn answer(status: &str, body: &str) -> Vec<Act> {
+pub(crate) fn answer(status: &str, body: &str) -> Vec<Act> {
     let text = format!(
         "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
         body.len()
@@ -36,7 +36,7 @@ fn answer(status: &str, body: &str) -> Vec<Act> {
     vec![Act::Bytes(text.into_bytes())]
 }
 
-fn books_of(bench: &Bench) -> Books {
+pub(crate) fn books_of(bench: &Bench) -> Books {
     Books {
         pool: bench.pool.clone(),
         client: Client::new(bench.pool.clone(), Arc::new(NoHook)),
@@ -46,7 +46,7 @@ fn books_of(bench: &Bench) -> Books {
     }
 }
 
-fn openrouter(fake: &FakeProvider) -> Option<Arc<OpenRouterAccount>> {
+pub(crate) fn openrouter(fake: &FakeProvider) -> Option<Arc<OpenRouterAccount>> {
     let base = fake.base();
     let settings = Settings::from_lookup(&|name| match name {
         "OPENROUTER_API_KEY" => Some("sk-or-test".into()),
@@ -56,11 +56,11 @@ fn openrouter(fake: &FakeProvider) -> Option<Arc<OpenRouterAccount>> {
     OpenRouterAccount::configured(&settings.expect("settings")).expect("account").map(Arc::new)
 }
 
-async fn job(books: &Books, name: &str) -> Output {
+pub(crate) async fn job(books: &Books, name: &str) -> Output {
     reconcile::now(books, name).await.expect("a job").expect("done")
 }
 
-async fn open_findings(bench: &Bench) -> Vec<Kept> {
+pub(crate) async fn open_findings(bench: &Bench) -> Vec<Kept> {
     let mut conn = bench.pool.acquire().await.expect("conn");
     books::open_findings(&mut conn, 100).await.expect("findings")
 }

@@ -159,7 +159,7 @@ async fn a_projects_cap_bounds_all_of_its_runs() {
     bench.open(&first, "a.0", 1_000).await;
     bench.close(&first, "a.0", CallState::Succeeded, 1_000, 1_000).await;
     bench.end(&first, Outcome::Succeeded).await;
-    assert_eq!(bench.start(&second).await.as_deref(), Some("budget.project"));
+    assert_eq!(bench.start(&second).await.as_deref(), Some("cap"), "until somebody raises it");
     assert_eq!(bench.violations().await, [""; 0]);
 }
 

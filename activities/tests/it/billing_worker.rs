@@ -33,7 +33,7 @@ use tokio::sync::Notify;
 /// Nothing here takes that long, and it is below the time after which a blocked step asks again by itself.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-fn signature() -> Signature {
+pub(crate) fn signature() -> Signature {
     Signature {
         name: "asks@1".into(),
         summary: "one model call".into(),
@@ -541,7 +541,7 @@ async fn cached_tokens_have_their_own_prices_from_the_answer_to_the_charge() {
 }
 
 /// The run that waits for that, once there is one.
-async fn waiting(client: &Client, reason: &str) -> RunId {
+pub(crate) async fn waiting(client: &Client, reason: &str) -> RunId {
     let found = async {
         loop {
             let runs = client.list(Filter::default()).await.expect("runs");

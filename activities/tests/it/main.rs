@@ -8,6 +8,8 @@ mod billing;
 mod billing_audit;
 mod billing_books;
 mod billing_bugs;
+mod billing_doubts;
+mod billing_parked;
 mod billing_purchase;
 mod billing_random;
 mod billing_rules;

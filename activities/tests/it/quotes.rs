@@ -186,7 +186,8 @@ async fn a_forecast_is_set_beside_what_was_paid_and_learns_from_it() {
     let mut conn = bench.pool.acquire().await.expect("conn");
 
     // Nothing is known yet: the rule of thumb.
-    let parts = forecast::price(&mut conn, RATE, &[item("a-1"), verify.clone()]).await.expect("priced");
+    let parts =
+        forecast::price(&mut conn, RATE, Some(bench.user), &[item("a-1"), verify.clone()]).await.expect("priced");
     let (low, high) = (parts[0].forecast.low.0, parts[0].forecast.high.0);
     assert_eq!((low, high), (3 * HOLD_UCR / 4, 10 * HOLD_UCR));
     assert_eq!(forecast::limit(&parts).0, 20 * HOLD_UCR + HOLD_UCR);
@@ -220,7 +221,7 @@ async fn a_forecast_is_set_beside_what_was_paid_and_learns_from_it() {
             .await
             .expect("closed");
     }
-    let parts = forecast::price(&mut conn, RATE, &[item("b"), verify]).await.expect("priced");
+    let parts = forecast::price(&mut conn, RATE, None, &[item("b"), verify]).await.expect("priced");
     let near = |forecast: i64, calls: i64| (calls * CALL_UCR..calls * CALL_UCR + 20).contains(&forecast);
     let learned = parts[0].forecast;
     assert!(near(learned.low.0, 1) && near(learned.high.0, 2), "{learned:?}");
@@ -228,5 +229,40 @@ async fn a_forecast_is_set_beside_what_was_paid_and_learns_from_it() {
     let quality = forecast::quality(&mut conn, 1).await.expect("read");
     assert_eq!(quality.len(), 1);
     assert_eq!((quality[0].parts, quality[0].within, quality[0].below, quality[0].above), (20, 0, 20, 0));
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn work_on_a_users_own_key_is_forecast_at_nothing_and_is_not_kept_from_it_by_that() {
+    let bench = Bench::new(0).await;
+    let calls = |provider: &str| PlannedCall {
+        candidates: vec![(provider.into(), "gemini-3.8-flash".into())],
+        count: 10,
+        input_tokens: 1_000,
+        output_tokens: 1_000,
+    };
+    let work = Work { part: "a-1".into(), activity: "implement@1", calls: calls("gemini"), fewest: 3 };
+    let mut conn = bench.pool.acquire().await.expect("conn");
+    let paid = forecast::price(&mut conn, RATE, Some(bench.user), std::slice::from_ref(&work)).await.expect("priced");
+    assert!(paid[0].forecast.low.0 > 0 && forecast::limit(&paid).0 > 0, "{paid:?}");
+    sqlx::query(
+        "insert into api_keys (provider, user_id, source, last4, fingerprint, ciphertext, nonce, wrapped_dek, kek_id)
+         values ('gemini', $1, 'sealed', 'abcd', '\\x01', '\\x01', '\\x01', '\\x01', 'k')",
+    )
+    .bind(bench.user)
+    .execute(&mut *conn)
+    .await
+    .expect("key");
+    let free = forecast::price(&mut conn, RATE, Some(bench.user), std::slice::from_ref(&work)).await.expect("priced");
+    assert_eq!((free[0].forecast.high.0, free[0].limits.0, forecast::limit(&free).0), (0, 0, 0));
+    let others = forecast::price(&mut conn, RATE, Some(bench.another(7).await), &[work]).await.expect("priced");
+    assert_eq!(others, paid, "nobody else's key");
+
+    // The sum that is approved for it is nothing, and his own key needs none.
+    let run = bench.run(json!({}), None).await;
+    forecast::keep(&mut conn, run.0, "plan", bench.project, &free).await.expect("kept");
+    assert_eq!(set(&bench, run, "limit", 0).await.left.0, 0);
+    assert_eq!(bench.start(&bench.attempt(run, 1)).await, None);
+    assert_eq!(bench.balance().await, (0, 0));
     assert_eq!(bench.violations().await, [""; 0]);
 }

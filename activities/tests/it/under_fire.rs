@@ -31,10 +31,12 @@ use serde_json::{Value, json};
 use sqlx::{PgPool, Row, postgres::PgRow};
 use std::{
     collections::BTreeMap,
+    net::SocketAddr,
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
+use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 /// The child's database and task queue.
@@ -161,6 +163,8 @@ struct Pair {
     n: usize,
     dialect: Dialect,
     fault: Option<Fault>,
+    /// Nothing listens where the provider should be, until a call was refused there.
+    refused: bool,
     death: (&'static str, Death),
 }
 
@@ -176,11 +180,16 @@ impl Pair {
         format!("pair-{}", self.n)
     }
     fn name(&self) -> String {
-        format!("{:?}, dies {}, {}, call {}", self.fault, self.death.0, self.dialect.name(), ["a", "b"][self.struck()])
+        let fault = if self.refused { "ConnectionRefused".to_owned() } else { format!("{:?}", self.fault) };
+        format!("{fault}, dies {}, {}, call {}", self.death.0, self.dialect.name(), ["a", "b"][self.struck()])
     }
-    /// What points a process at the fake, with this pair's key.
-    fn environment(&self, fake: &FakeProvider) -> BTreeMap<&'static str, String> {
+    /// What points a process at the fake, or at `door` in its place, with this pair's key.
+    fn environment(&self, fake: &FakeProvider, door: Option<SocketAddr>) -> BTreeMap<&'static str, String> {
         let mut all: BTreeMap<_, _> = fake.environment(&[self.dialect], &self.key()).into_iter().collect();
+        if let Some(door) = door {
+            let address = address(&fake.base_of(self.dialect)).to_owned();
+            all.values_mut().for_each(|value| *value = value.replace(&address, &door.to_string()));
+        }
         all.insert("OPENAI_MODEL", "some-model".into());
         all
     }
@@ -205,6 +214,12 @@ impl Pair {
     }
 }
 
+/// Host and port of a URL.
+fn address(url: &str) -> &str {
+    let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
+    rest.split('/').next().unwrap_or(rest)
+}
+
 fn pairs() -> Vec<Pair> {
     let wanted = std::env::var(MATRIX).unwrap_or_default();
     let full = wanted == "full";
@@ -215,8 +230,15 @@ fn pairs() -> Vec<Pair> {
             for dialect in dialects {
                 // The parity decides which call is struck.
                 let n = pairs.len() * 2 + (f + d / 2) % 2;
-                pairs.push(Pair { n, dialect, fault: fault.clone(), death });
+                pairs.push(Pair { n, dialect, fault: fault.clone(), refused: false, death });
             }
+        }
+    }
+    for (d, death) in DEATHS.into_iter().enumerate() {
+        let dialects = if full { Dialect::ALL.to_vec() } else { vec![Dialect::ALL[d % 3]] };
+        for dialect in dialects {
+            let n = pairs.len() * 2 + d / 2 % 2;
+            pairs.push(Pair { n, dialect, fault: None, refused: true, death });
         }
     }
     pairs.retain(|pair| full || pair.name().contains(&wanted));
@@ -440,13 +462,13 @@ impl Bench {
         user
     }
 
-    fn child(&self, pair: &Pair) -> Child {
+    fn child(&self, pair: &Pair, door: Option<SocketAddr>) -> Child {
         let mut command = Command::new(std::env::current_exe().expect("this binary"));
         command
             .args(["under_fire::child_process", "--exact", "--ignored", "--nocapture"])
             .env(DATABASE, url(&self.pool))
             .env(QUEUE, pair.queue())
-            .envs(pair.environment(&self.fake))
+            .envs(pair.environment(&self.fake, door))
             .stdout(Stdio::null())
             .stderr(Stdio::null());
         match pair.death.1 {
@@ -538,7 +560,13 @@ impl Bench {
             admission: Default::default(),
         };
         let run = self.client.start(start).await.expect("started").run_id;
-        let mut child = self.child(pair);
+        // An address that nothing listens at; from the first refusal on it leads to the fake.
+        let door = pair.refused.then(|| {
+            let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+            listener.local_addr().expect("address")
+        });
+        let opened = door.map(|door| AbortOnDropHandle::new(tokio::spawn(self.open_when_refused(pair, door))));
+        let mut child = self.child(pair, door);
         let view = if pair.death.1 == Death::Never {
             let view = self.until_closed(run).await;
             child.kill().expect("killed");
@@ -546,13 +574,37 @@ impl Bench {
             view
         } else {
             self.until_dead(pair, &mut child).await;
-            let settings = pair.environment(&self.fake);
+            let settings = pair.environment(&self.fake, door);
             let rescuer = worker(self.pool.clone(), &pair.queue(), |name| settings.get(name).cloned()).await;
             let view = self.until_closed(run).await;
             rescuer.drain(Duration::from_secs(5)).await;
             view
         };
+        drop(opened);
         self.check(pair, user, &view).await
+    }
+
+    /// Waits until a call of the pair was refused, then lets everything through to the fake.
+    fn open_when_refused(&self, pair: &Pair, door: SocketAddr) -> impl Future<Output = ()> + Send + use<> {
+        let (pool, mine) = (self.pool.clone(), pair.fingerprint());
+        let fake = address(&self.fake.base_of(pair.dialect)).to_owned();
+        async move {
+            let refused = "select exists (select from api_key_usage k join api_keys y on y.id = k.api_key_id
+                           where y.fingerprint = decode($1, 'hex') and k.state = 'failed' and k.error_class = 'transient.network')";
+            while !sqlx::query_scalar::<_, bool>(refused).bind(&mine).fetch_one(&pool).await.expect("row") {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            let listener = tokio::net::TcpListener::bind(door).await.expect("the port is free");
+            loop {
+                let (mut caller, _) = listener.accept().await.expect("a connection");
+                let fake = fake.clone();
+                tokio::spawn(async move {
+                    let Ok(mut server) = tokio::net::TcpStream::connect(fake).await else { return };
+                    // Whoever hangs up ends both.
+                    let _ = tokio::io::copy_bidirectional(&mut caller, &mut server).await;
+                });
+            }
+        }
     }
 
     async fn check(&self, pair: &Pair, user: Uuid, view: &RunView) -> Vec<String> {
@@ -579,8 +631,16 @@ impl Bench {
         let story = self.story(pair);
         // Every question was announced before it was sent; only what died in between was never sent.
         let unsent = usize::from(pair.death.0 == "before send");
+        // What was refused was not sent either, and is no call that may have been billed.
+        let refused: Vec<&Call> =
+            rows.iter().filter(|row| pair.refused && row.error_class == "transient.network").collect();
         note(
-            rows.len() == story.len() + unsent,
+            refused.iter().all(|row| row.state == "failed" && row.provider_request_id.is_none()),
+            format!("{refused:?}"),
+        );
+        note(pair.refused != refused.is_empty(), format!("{} calls were refused: {rows:?}", refused.len()));
+        note(
+            rows.len() == story.len() + unsent + refused.len(),
             format!("{} rows, {} questions: {rows:?} {story:#?}", rows.len(), story.len()),
         );
         // By attempt, what its recorded answers cost by our own arithmetic.

@@ -46,7 +46,7 @@ pub struct Definition {
     /// Labels that a worker must have to claim its runs, sorted; see [`crate::labels`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub runs_on: Vec<String>,
-    /// Most executions (attempts, waits, blocks) that one run may make.
+    /// Most executions (attempts, waits, blocks) that one run may make. Attempts that the hook stopped are none.
     pub executions_max: u32,
     pub steps: Vec<Step>,
     #[serde(default)]

@@ -85,6 +85,10 @@ pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
                     let (reason, message) =
                         failure.as_ref().map_or_else(Default::default, |f| (f.code.clone(), f.message.clone()));
                     *phase = Phase::Blocked { reason, message, since: *at };
+                    // It takes nobody's place. In a history of before such an end has no mark, and counts.
+                    if failure.as_ref().is_some_and(|f| f.uncounted) {
+                        state.executions = state.executions.saturating_sub(1);
+                    }
                 }
                 // What follows (the step's end, a retry) is an event of its own in the same transition.
                 Outcome::Succeeded | Outcome::Failed | Outcome::TimedOut | Outcome::Cancelled => *phase = Phase::Queued,

@@ -11,7 +11,7 @@ use crate::{
         retry::{Hints, Names, ProviderError, Report, classify},
         sse::{DONE, Event, documents},
     },
-    usage::{CallState, Usage, UsageSource},
+    usage::{CallState, DOUBTFUL_BYTES_MAX, Usage, UsageSource},
 };
 use serde::Deserialize;
 use serde_json::{Map, Value, json, value::RawValue};
@@ -357,7 +357,8 @@ fn usage(chunk: &Value, text: &str) -> Option<Usage> {
     }
     let tokens_prompt = count("/prompt_tokens");
     let tokens_output = count("/completion_tokens");
-    let Costs { charged: provider_cost_pusd, upstream: upstream_cost_pusd, upstream_key } = costs(text);
+    let Costs { charged: provider_cost_pusd, upstream: upstream_cost_pusd, upstream_key, doubtful: doubtful_cost } =
+        costs(text);
     // Proxies that do not count send zeros; a price beside them (a cache hit of OpenRouter) says they are meant.
     if tokens_prompt == 0 && tokens_output == 0 && provider_cost_pusd.is_none() {
         return None;
@@ -373,6 +374,7 @@ fn usage(chunk: &Value, text: &str) -> Option<Usage> {
         provider_cost_pusd,
         upstream_key,
         upstream_cost_pusd,
+        doubtful_cost,
         raw: raw.clone(),
     })
 }
@@ -386,6 +388,8 @@ struct Costs {
     upstream: Option<i64>,
     /// `is_byok`. A server that leaves it out and names what the vendor charged means the same.
     upstream_key: bool,
+    /// One of them that is no amount of money, as it was said.
+    doubtful: Option<String>,
 }
 
 /// Amounts by their own spelling: as floats they would lose digits.
@@ -413,14 +417,20 @@ fn costs(text: &str) -> Costs {
         return Costs::default();
     };
     let amount = |raw: Option<&RawValue>| raw.and_then(|raw| pusd_from_decimal(raw.get()));
+    let doubtful = |raw: Option<&RawValue>| {
+        let said = raw.map(RawValue::get).filter(|said| *said != "null" && pusd_from_decimal(said).is_none())?;
+        Some(said[..said.floor_char_boundary(DOUBTFUL_BYTES_MAX)].to_owned())
+    };
     let details = cost.cost_details.and_then(|raw| serde_json::from_str::<Details<'_>>(raw.get()).ok());
-    let upstream = amount(details.and_then(|details| details.upstream_inference_cost));
+    let inference = details.and_then(|details| details.upstream_inference_cost);
+    let upstream = amount(inference);
+    let doubtful = doubtful(cost.cost).or_else(|| doubtful(inference));
     let upstream_key = match cost.is_byok.map(RawValue::get) {
         Some("true") => true,
         Some("false") => false,
         _ => upstream.is_some_and(|cost| cost > 0),
     };
-    Costs { charged: amount(cost.cost), upstream, upstream_key }
+    Costs { charged: amount(cost.cost), upstream, upstream_key, doubtful }
 }
 
 #[cfg(test)]
@@ -507,6 +517,26 @@ mod tests {
         let usage = usage(&serde_json::from_str(text).unwrap(), text).unwrap();
         assert_eq!((usage.tokens_prompt, usage.tokens_cached, usage.tokens_output), (194, 194, 12));
         assert_eq!((usage.tokens_reasoning, usage.provider_cost_pusd), (5, Some(310_000_001)));
+    }
+
+    #[test]
+    fn a_sum_that_is_no_money_is_kept_as_it_was_said() {
+        for (said, doubtful) in [
+            (r#""cost":-0.5"#, Some("-0.5")),
+            (r#""cost":"NaN""#, Some("\"NaN\"")),
+            (r#""cost":1e999"#, Some("1e999")),
+            (r#""cost":{"usd":1}"#, Some(r#"{"usd":1}"#)),
+            (r#""cost":0,"is_byok":true,"cost_details":{"upstream_inference_cost":-1}"#, Some("-1")),
+            (r#""cost":null"#, None),
+            (r#""cost":0.25"#, None),
+        ] {
+            let text = format!(r#"{{"usage":{{"prompt_tokens":194,"completion_tokens":12,{said}}}}}"#);
+            let usage = usage(&serde_json::from_str(&text).unwrap(), &text).unwrap();
+            assert_eq!(usage.doubtful_cost.as_deref(), doubtful, "{said}");
+        }
+        let long = format!(r#"{{"usage":{{"prompt_tokens":1,"completion_tokens":1,"cost":"{}"}}}}"#, "ä".repeat(500));
+        let usage = usage(&serde_json::from_str(&long).unwrap(), &long).unwrap();
+        assert!(usage.doubtful_cost.is_some_and(|said| said.len() <= DOUBTFUL_BYTES_MAX));
     }
 
     #[test]

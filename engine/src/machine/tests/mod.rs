@@ -346,6 +346,22 @@ fn lost_and_blocked_attempts_do_not_count() {
     assert_eq!(run.state.status, RunStatus::Completed);
 }
 
+// It was ended by `limit.executions` after as many refusals.
+#[test]
+fn attempts_that_the_hook_stops_are_no_executions_of_the_run() {
+    let mut d = definition(vec![act("a", &[])]);
+    d.executions_max = 3;
+    let mut run = Bench::start(d);
+    for n in 1..=20 {
+        assert_eq!(run.live["a"].0, n);
+        run.end("a", Err(Failure::blocked("credits", "no credits")));
+        assert_eq!(run.state.executions, 1, "the step has begun");
+        run.input(Input::Messages(vec![Inbound::Unblock]));
+    }
+    run.ok("a", json!(1));
+    assert_eq!(run.state.status, RunStatus::Completed);
+}
+
 #[test]
 fn a_refused_start_blocks_and_goes_on_when_unblocked_or_by_itself() {
     let mut run = Bench::start(definition(vec![set("s", "v", lit(json!(1)))]));
