@@ -1,7 +1,7 @@
 //! Credits: prices, holds, the ledger, and the hook that makes them part of the engine's transactions.
 //!
 //! Arrows point one way: `money → price → ledger → hold → hook`; `limit` and `caps` bound a hold; `call` holds the rows of
-//! calls; `returned` and `policy` serve the hook, `purchase` stands on the ledger, `pricelist` on prices; `audit`, `report` and
+//! calls, `once` writes them in one statement where nothing is to be decided; `returned` and `policy` serve the hook, `purchase` stands on the ledger, `pricelist` on prices; `audit`, `report` and
 //! `books` only read or mark. Nothing here knows a provider; what a call consumed arrives as [`crate::usage`].
 
 pub mod audit;
@@ -14,6 +14,7 @@ pub mod hook;
 pub mod ledger;
 pub mod limit;
 pub mod money;
+mod once;
 pub mod policy;
 pub mod price;
 pub mod pricelist;

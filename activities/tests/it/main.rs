@@ -8,6 +8,7 @@ mod billing;
 mod billing_audit;
 mod billing_books;
 mod billing_bugs;
+mod billing_once;
 mod billing_purchase;
 mod billing_random;
 mod billing_rules;

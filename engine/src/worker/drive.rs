@@ -575,6 +575,7 @@ impl Driver {
                         epoch: self.run.epoch,
                         beat: beat.clone(),
                         over: over.clone(),
+                        saved: Arc::default(),
                     };
                     let context = Context {
                         info: Arc::new(info),
