@@ -69,6 +69,7 @@ pub const MIGRATIONS: &[Migration] = &[
     Migration { version: 24, name: "books", sql: include_str!("../../migrations/0024_books.sql") },
     Migration { version: 25, name: "own_price", sql: include_str!("../../migrations/0025_own_price.sql") },
     Migration { version: 27, name: "parked", sql: include_str!("../../migrations/0027_parked.sql") },
+    Migration { version: 29, name: "at_once", sql: include_str!("../../migrations/0029_at_once.sql") },
 ];
 
 /// Contracts of all activities.

@@ -5,7 +5,7 @@ use crate::ids::{AttemptId, RunId};
 use chrono::{DateTime, Utc};
 use futures_util::future::BoxFuture;
 use serde_json::Value;
-use sqlx::PgConnection;
+use sqlx::{PgConnection, postgres::PgArguments};
 use std::sync::Arc;
 
 /// One attempt, as a hook sees it.
@@ -100,6 +100,16 @@ pub enum Verdict {
     },
 }
 
+/// A reading as one expression of SQL, for [`TransitionHook::at_once`].
+#[derive(Debug)]
+pub struct AtOnce {
+    /// Boolean, and volatile where it writes: a call of a function of the hook's. It is evaluated once, behind the fence. True: the
+    /// reading is recorded. False, or null: it has written nothing.
+    pub sql: &'static str,
+    /// `$1` and so on in it.
+    pub arguments: PgArguments,
+}
+
 /// Why a hook could not do its work.
 #[derive(Debug, thiserror::Error)]
 pub enum HookError {
@@ -113,8 +123,9 @@ pub enum HookError {
 /// Takes part in the engine's transactions.
 ///
 /// # Transaction
-/// All methods run inside an open transaction of the engine, last in it, and cannot commit. They must be
-/// idempotent: after a lost answer the same transition is sent again. Lock order: worker → run → the hook's rows.
+/// All methods that are given a connection run inside an open transaction of the engine, last in it, and cannot commit; for
+/// [`Phase::Note`] there is none, and what is recorded must be one statement. They must be idempotent: after a lost answer the same
+/// transition is sent again. Lock order: worker → run → the hook's rows.
 pub trait TransitionHook: Send + Sync + 'static {
     /// Sees the accepted transitions of a batch that start or end attempts of metered activities.
     ///
@@ -133,6 +144,19 @@ pub trait TransitionHook: Send + Sync + 'static {
         attempt: &'a AttemptRef,
         reading: Reading<'a>,
     ) -> BoxFuture<'a, Result<Verdict, HookError>>;
+
+    /// The ordinary case of a reading that opens or closes a call, for the engine to record in one statement with its fence and the
+    /// checkpoint: a call pays for each round trip. `None`, and an expression that is false, leave it to [`Self::meter`], which
+    /// decides everything; `None` is always right. Asks nobody.
+    ///
+    /// # Transaction
+    /// The statement's own. Behind it nobody in this process looks again whether the attempt goes on, as before `meter`; so the expression must
+    /// be false by what is committed when the attempt's end is recorded (see [`Self::apply`]), also if it arrives late, and if
+    /// the reading is recorded already.
+    fn at_once(&self, attempt: &AttemptRef, reading: &Reading<'_>) -> Option<AtOnce> {
+        let _ = (attempt, reading);
+        None
+    }
 
     /// Ends as lost whatever this hook has open for a run that is ended although it cannot be read: nobody can say any more which
     /// attempts were under way.

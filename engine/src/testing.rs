@@ -97,7 +97,7 @@ pub const CRASH_POINTS: &[(&str, &str)] = &[
     ("open.after_fence", "worker/context.rs"),
     ("open.before_commit", "worker/context.rs"),
     ("open.after_commit", "worker/context.rs"),
-    ("note.before_commit", "worker/context.rs"),
+    ("note.before_write", "worker/context.rs"),
     ("meter.after_fence", "worker/context.rs"),
     ("meter.after_hook", "worker/context.rs"),
     ("meter.before_commit", "worker/context.rs"),

@@ -4,23 +4,37 @@
 
 use super::{
     doubt,
+    hold::Reservable,
     ledger::{self, LedgerError},
-    money::{PicoUsd, Rate},
-    price,
+    money::{MicroCredits, PicoUsd, Rate},
+    price::{self, Price},
 };
 use crate::{
     nul,
     usage::{CallClosed, CallNoted, CallOpened, CallState, UsageSource},
 };
 use chrono::{DateTime, Utc};
-use sqlx::PgConnection;
+use serde_json::Value;
+use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
-/// What an attempt has held and used so far.
-pub(super) struct Holding {
-    /// Pico-USD; of calls under way what they may cost at most.
-    pub used: i128,
-    /// Micro-credits.
+/// What the announcement of a call has to know, as of the lock of its user's row.
+pub(super) struct Facts {
+    balance: i64,
+    held_of_user: i64,
+    /// An audit has stopped new holds of the user.
+    pub stopped: bool,
+    /// What is over its date and not booked yet.
+    expired: i64,
+    moment: DateTime<Utc>,
+    /// State of the call of that key.
+    pub known: Option<String>,
+    /// Whether its attempt runs.
+    pub running: bool,
+    /// Of its API key, if there is one and it may be used.
+    pub key_row: Option<Uuid>,
+    used: String,
+    /// By the attempt, micro-credits.
     pub held: i64,
     /// Of its newest hold; 0 for none.
     pub hold_no: i32,
@@ -28,20 +42,56 @@ pub(super) struct Holding {
     pub rate: Option<Rate>,
 }
 
-pub(super) async fn holding(conn: &mut PgConnection, attempt: Uuid) -> Result<Holding, LedgerError> {
-    let (used, held, hold_no, credits_per_usd, markup_bps): (String, i64, i32, Option<i64>, Option<i32>) =
-        sqlx::query_as(
-            "select (select coalesce(sum(case state when 'started' then worst_pusd else cost_pusd end), 0)::text from api_key_usage where attempt_id = $1),
-                    coalesce(sum(held_delta_ucr), 0)::bigint, coalesce(max(hold_no), 0),
-                    (array_agg(rate_credits_per_usd order by hold_no))[1], (array_agg(markup_bps order by hold_no))[1]
-             from credit_transactions where attempt_id = $1 and kind = 'hold'",
-        )
+impl Facts {
+    /// What the attempt has used, pico-USD; of calls under way what they may cost at most.
+    pub fn used(&self) -> i128 {
+        self.used.parse().unwrap_or(i128::MAX)
+    }
+
+    /// As [`super::hold::reservable`].
+    pub fn reservable(&self) -> Reservable {
+        let credits = (self.balance - self.held_of_user - self.expired).max(0);
+        Reservable { credits: MicroCredits(credits), at: self.moment }
+    }
+}
+
+/// Locks the user's row and looks at everything.
+///
+/// # Errors
+/// [`LedgerError::NoUser`].
+pub(super) async fn facts(
+    conn: &mut PgConnection,
+    attempt: Uuid,
+    key: &str,
+    user: Uuid,
+    call: &CallOpened,
+) -> Result<Facts, LedgerError> {
+    let row = sqlx::query("select * from call_facts($1, $2, $3, $4, $5, $6)")
         .bind(attempt)
-        .fetch_one(conn)
-        .await?;
-    let rate =
-        credits_per_usd.zip(markup_bps).map(|(credits_per_usd, markup_bps)| Rate { credits_per_usd, markup_bps });
-    Ok(Holding { used: used.parse().unwrap_or(i128::MAX), held, hold_no, rate })
+        .bind(key)
+        .bind(user)
+        .bind(&call.provider)
+        .bind(call.own_key_id)
+        .bind(&call.key_fingerprint)
+        .fetch_optional(conn)
+        .await?
+        .ok_or(LedgerError::NoUser(user))?;
+    let rate: Option<i64> = row.try_get("rate")?;
+    let markup: Option<i32> = row.try_get("markup")?;
+    Ok(Facts {
+        balance: row.try_get("balance")?,
+        held_of_user: row.try_get("held_of_user")?,
+        stopped: row.try_get("stopped")?,
+        expired: row.try_get("expired")?,
+        moment: row.try_get("moment")?,
+        known: row.try_get("known")?,
+        running: row.try_get("running")?,
+        key_row: row.try_get("key_row")?,
+        used: row.try_get("used")?,
+        held: row.try_get("held")?,
+        hold_no: row.try_get("hold_no")?,
+        rate: rate.zip(markup).map(|(credits_per_usd, markup_bps)| Rate { credits_per_usd, markup_bps }),
+    })
 }
 
 /// What the calls of an attempt that are under way may cost at most, in pico-USD.
@@ -65,30 +115,8 @@ pub(super) async fn brings_keys(conn: &mut PgConnection, user: Uuid) -> Result<b
     .await
 }
 
-/// The row of a user's own key, if it is his, of that provider, and in use.
-pub(super) async fn own_key(
-    conn: &mut PgConnection,
-    call: &CallOpened,
-    user: Uuid,
-    id: Uuid,
-) -> Result<Option<Uuid>, sqlx::Error> {
-    sqlx::query_scalar(
-        "select id from api_keys where id = $1 and user_id = $2 and provider = $3 and fingerprint = decode($4, 'hex')
-           and source = 'sealed' and status <> 'revoked'",
-    )
-    .bind(id)
-    .bind(user)
-    .bind(&call.provider)
-    .bind(&call.key_fingerprint)
-    .fetch_optional(conn)
-    .await
-}
-
-/// The row of a key of the platform, made when it is seen first.
+/// The row of a key of the platform that had none.
 pub(super) async fn api_key(conn: &mut PgConnection, call: &CallOpened) -> Result<Uuid, sqlx::Error> {
-    if let Some(id) = platform_key(conn, call).await? {
-        return Ok(id);
-    }
     let made: Option<Uuid> = sqlx::query_scalar(
         "insert into api_keys (provider, source, label, last4, fingerprint) values ($1, 'environment', 'platform', $2, decode($3, 'hex'))
          on conflict (provider, fingerprint, coalesce(user_id, '00000000-0000-0000-0000-000000000000')) do nothing returning id",
@@ -149,40 +177,17 @@ pub(super) async fn close(
     if state != "started" && (!after_the_end || late || state != "unknown") {
         return Ok(());
     }
-    let usage = call.usage.clone().unwrap_or_default();
-    let succeeded = call.state == CallState::Succeeded && call.usage.is_some();
-    let new_state = match call.state {
-        CallState::Succeeded if succeeded => "succeeded",
-        CallState::Succeeded | CallState::Unknown => "unknown",
-        CallState::Failed => "failed",
-    };
+    let prompt = call.usage.as_ref().map_or(0, |usage| usage.tokens_prompt);
     // A model that was withdrawn meanwhile costs what was said when the call was announced, never nothing.
     let priced = match pricing {
-        Some(announced) => match price::find(conn, &provider, &model, usage.tokens_prompt, Some(started_at)).await? {
+        Some(announced) => match price::find(conn, &provider, &model, prompt, Some(started_at)).await? {
             None => price::by_id(conn, announced).await?,
             found => found,
         },
         // On a user's own key, of a model that we have no price for.
         None => None,
     };
-    // What a user's own key costs is between him and his provider; of any other a sum that nobody can mean is not charged.
-    let doubt = if own_key { None } else { doubt::of(&usage, priced.as_ref()) };
-    let said = if doubt.is_some() { None } else { usage.total_cost_pusd() };
-    let cost = match (call.is_charged() && !after_the_end, said, &priced) {
-        (false, ..) => 0,
-        (true, Some(cost), _) => cost.max(0),
-        (true, None, Some(price)) => price.cost(&usage).0,
-        (true, None, None) => 0,
-    };
-    let source = match usage.source {
-        UsageSource::Provider => "provider",
-        UsageSource::Lookup => "lookup",
-        UsageSource::Estimated => "estimated",
-        UsageSource::None if succeeded => "estimated",
-        UsageSource::None => "none",
-    };
-    let tokens = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
-    let reported = call.usage.is_some();
+    let end = End::of(call, priced, !after_the_end, own_key);
     sqlx::query(
         "update api_key_usage set state = $2, late = $3, finished_at = engine_now(), model_served = $4, provider_request_id = coalesce($5, provider_request_id),
            http_status = $6, error_class = $7, finish_reason = $8, stream_completed = $9,
@@ -194,33 +199,98 @@ pub(super) async fn close(
          where id = $1",
     )
     .bind(usage_id)
-    .bind(new_state)
+    .bind(end.state)
     .bind(after_the_end)
-    .bind(call.model_served.as_deref().map(nul::text))
+    .bind(end.model_served)
     .bind(&call.provider_request_id)
-    .bind(call.http_status.map(i32::from))
+    .bind(end.http_status)
     .bind(&call.error_class)
     .bind(&call.finish_reason)
     .bind(call.stream_completed)
-    .bind(reported)
-    .bind(tokens(usage.tokens_prompt))
-    .bind(tokens(usage.tokens_cached))
-    .bind(tokens(usage.tokens_cache_write))
-    .bind(tokens(usage.tokens_output))
-    .bind(tokens(usage.tokens_reasoning))
-    .bind(source)
+    .bind(end.reported)
+    .bind(end.prompt)
+    .bind(end.cached)
+    .bind(end.cache_write)
+    .bind(end.output)
+    .bind(end.reasoning)
+    .bind(end.source)
     .bind(priced.map(|p| p.id))
-    .bind(if own_key { 0 } else { cost })
-    .bind(usage.provider_cost_pusd.filter(|_| doubt.is_none()).map(|c| c.max(0)))
-    .bind(usage.raw_to_keep())
+    .bind(end.cost)
+    .bind(end.provider_cost)
+    .bind(end.raw)
     .execute(&mut *conn)
     .await?;
-    if let Some(said) = &doubt {
+    if let Some(said) = &end.doubt {
         let model = format!("{provider}/{model}");
-        let charged = PicoUsd(cost);
+        let charged = PicoUsd(end.cost);
         doubt::keep(conn, &doubt::Doubted { usage_id, user, model: &model, said, charged }).await?;
     }
     Ok(())
+}
+
+/// What is stored of a call's end beside what its reading says itself.
+pub(super) struct End {
+    pub state: &'static str,
+    pub model_served: Option<String>,
+    pub http_status: Option<i32>,
+    /// Whether tokens are known.
+    pub reported: bool,
+    pub prompt: i64,
+    pub cached: i64,
+    pub cache_write: i64,
+    pub output: i64,
+    pub reasoning: i64,
+    pub source: &'static str,
+    /// Pico-USD.
+    pub cost: i64,
+    /// What the provider says of the cost, if nobody can mean it: then it is not charged, and must be kept by [`doubt::keep`].
+    pub doubt: Option<String>,
+    pub provider_cost: Option<i64>,
+    pub raw: Value,
+}
+
+impl End {
+    /// `in_time`: its attempt has not ended; otherwise the call is free. `own_key`: what a user's own key costs is between him and his
+    /// provider.
+    pub fn of(call: &CallClosed, priced: Option<Price>, in_time: bool, own_key: bool) -> Self {
+        let usage = call.usage.clone().unwrap_or_default();
+        let doubt = if own_key { None } else { doubt::of(&usage, priced.as_ref()) };
+        let said = if doubt.is_some() { None } else { usage.total_cost_pusd() };
+        let reported = call.usage.is_some();
+        let succeeded = call.state == CallState::Succeeded && reported;
+        let tokens = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+        Self {
+            state: match call.state {
+                CallState::Succeeded if succeeded => "succeeded",
+                CallState::Succeeded | CallState::Unknown => "unknown",
+                CallState::Failed => "failed",
+            },
+            model_served: call.model_served.as_deref().map(nul::text),
+            http_status: call.http_status.map(i32::from),
+            reported,
+            prompt: tokens(usage.tokens_prompt),
+            cached: tokens(usage.tokens_cached),
+            cache_write: tokens(usage.tokens_cache_write),
+            output: tokens(usage.tokens_output),
+            reasoning: tokens(usage.tokens_reasoning),
+            source: match usage.source {
+                UsageSource::Provider => "provider",
+                UsageSource::Lookup => "lookup",
+                UsageSource::Estimated => "estimated",
+                UsageSource::None if succeeded => "estimated",
+                UsageSource::None => "none",
+            },
+            cost: match (call.is_charged() && in_time && !own_key, said, priced) {
+                (false, ..) => 0,
+                (true, Some(cost), _) => cost.max(0),
+                (true, None, Some(price)) => price.cost(&usage).0,
+                (true, None, None) => 0,
+            },
+            provider_cost: usage.provider_cost_pusd.filter(|_| doubt.is_none()).map(|c| c.max(0)),
+            raw: usage.raw_to_keep(),
+            doubt,
+        }
+    }
 }
 
 /// Stores the provider's name for a call that is under way; of a call that is closed meanwhile nothing changes.

@@ -21,7 +21,7 @@ pub struct Reservable {
 /// Placing the same hold again changes nothing.
 ///
 /// # Transaction
-/// Locks grants in burn order: priority, earliest expiry, age.
+/// One statement. Takes from grants in burn order: priority, earliest expiry, age.
 pub async fn place(
     conn: &mut PgConnection,
     user: Uuid,
@@ -32,49 +32,47 @@ pub async fn place(
     at: DateTime<Utc>,
 ) -> Result<(), LedgerError> {
     let key = format!("hold:{attempt}:{hold_no}");
-    let placed: Option<i64> = sqlx::query_scalar("select id from credit_transactions where idempotency_key = $1")
-        .bind(&key)
-        .fetch_optional(&mut *conn)
-        .await?;
-    if placed.is_some() {
-        return Ok(());
-    }
-    let entry = Entry {
-        attempt: Some(attempt),
-        hold_no: Some(hold_no),
-        rate: Some(rate),
-        ..Entry::new(user, "hold", 0, amount.0, "platform:pending", &key)
-    };
-    let hold = append(conn, &entry).await?;
-    let grants = sqlx::query(
-        "select id, remaining_ucr - held_ucr as free from credit_grants
-         where user_id = $1 and remaining_ucr > held_ucr and (expires_at is null or expires_at > $2)
-         order by priority, expires_at nulls last, created_at, id for no key update",
+    // The user's row is locked, so nobody else changes its grants, and what the statement saw when it began is what there is.
+    let (placed, before, covered): (bool, bool, i64) = sqlx::query_as(
+        "with u as (
+           update users set credit_held_ucr = credit_held_ucr + $3, ledger_seq = ledger_seq + 1
+           where id = $1 and not exists (select from credit_transactions where idempotency_key = $5)
+           returning ledger_seq, credit_balance_ucr, credit_held_ucr),
+         hold as (
+           insert into credit_transactions (user_id, seq, kind, amount_ucr, held_delta_ucr, balance_after_ucr, held_after_ucr,
+                        counter_account, idempotency_key, attempt_id, hold_no, rate_credits_per_usd, markup_bps)
+           select $1, u.ledger_seq, 'hold', 0, $3, u.credit_balance_ucr, u.credit_held_ucr, 'platform:pending', $5, $2, $4, $6, $7 from u
+           returning id),
+         free as (
+           select id, remaining_ucr - held_ucr as free,
+                  sum(remaining_ucr - held_ucr) over (order by priority, expires_at nulls last, created_at, id) as upto
+           from credit_grants where user_id = $1 and remaining_ucr > held_ucr and (expires_at is null or expires_at > $8)),
+         part as (
+           select free.id as grant_id, hold.id as hold_id, least(free.free, $3 - (upto - free.free))::bigint as part
+           from free, hold where upto - free.free < $3),
+         taken as (update credit_grants g set held_ucr = g.held_ucr + p.part from part p where g.id = p.grant_id),
+         allocated as (
+           insert into credit_allocations (hold_txn_id, grant_id, held_ucr) select hold_id, grant_id, part from part)
+         select exists (select from hold), exists (select from credit_transactions where idempotency_key = $5),
+                coalesce((select sum(part) from part), 0)::bigint",
     )
     .bind(user)
+    .bind(attempt)
+    .bind(amount.0)
+    .bind(hold_no)
+    .bind(&key)
+    .bind(rate.credits_per_usd)
+    .bind(rate.markup_bps)
     .bind(at)
-    .fetch_all(&mut *conn)
+    .fetch_one(conn)
     .await?;
-    let mut missing = amount.0;
-    for row in grants {
-        let (grant, free): (Uuid, i64) = (row.try_get(0)?, row.try_get(1)?);
-        let part = free.min(missing);
-        if part == 0 {
-            break;
-        }
-        sqlx::query("update credit_grants set held_ucr = held_ucr + $2 where id = $1")
-            .bind(grant)
-            .bind(part)
-            .execute(&mut *conn)
-            .await?;
-        sqlx::query("insert into credit_allocations (hold_txn_id, grant_id, held_ucr) values ($1, $2, $3)")
-            .bind(hold)
-            .bind(grant)
-            .bind(part)
-            .execute(&mut *conn)
-            .await?;
-        missing -= part;
+    if before {
+        return Ok(());
     }
+    if !placed {
+        return Err(LedgerError::NoUser(user));
+    }
+    let missing = amount.0 - covered;
     if missing > 0 {
         // Credits that expired and are not booked yet still stand in the balance.
         return Err(LedgerError::Mismatch(format!("{} of a hold is covered by no grant", MicroCredits(missing))));

@@ -2,11 +2,11 @@
 //! when the attempt ends.
 
 use super::{
-    call::{self, Holding},
-    caps,
+    call, caps,
     hold::{self, Reservable},
     ledger::{self, LedgerError},
     money::{MicroCredits, PicoUsd, Rate},
+    once::{self, Once, Whose},
     parked::{self, Needs, REVIEW},
     price::{self, Rows},
     returned::{CREDITS, Returned},
@@ -16,10 +16,12 @@ use futures_util::future::BoxFuture;
 use loopwright_engine::{
     client::Client,
     hook::{
-        AttemptRef, AttemptStart, HookError, Outcome, Phase, Reading, Refusal, Transition, TransitionHook, Verdict,
+        AtOnce, AttemptRef, AttemptStart, HookError, Outcome, Phase, Reading, Refusal, Transition, TransitionHook,
+        Verdict,
     },
     ids::RunId,
 };
+use serde::Deserialize;
 use sqlx::PgConnection;
 use std::{collections::BTreeMap, convert::Infallible};
 use uuid::Uuid;
@@ -52,6 +54,7 @@ pub struct LedgerHook {
     settings: BillingSettings,
     returned: Returned,
     needs: Needs,
+    once: Once,
 }
 
 /// Whose credits an attempt uses.
@@ -63,7 +66,7 @@ struct Owner {
 impl LedgerHook {
     #[must_use]
     pub fn new(settings: BillingSettings) -> Self {
-        Self { settings, returned: Returned::default(), needs: Needs::default() }
+        Self { settings, returned: Returned::default(), needs: Needs::default(), once: Once::default() }
     }
 
     /// Wakes runs that wait for credits which others of their user have given back by ending an attempt in this process.
@@ -164,38 +167,27 @@ impl LedgerHook {
             return refused("no_user", "the run has no user who could pay for a model call".into());
         };
         let id = attempt.attempt_id.0;
-        let balance = ledger::lock(conn, owner.user).await?;
-        let known: Option<String> =
-            sqlx::query_scalar("select state from api_key_usage where attempt_id = $1 and call_key = $2")
-                .bind(id)
-                .bind(key)
-                .fetch_optional(&mut *conn)
-                .await?;
-        match known.as_deref() {
+        let facts = call::facts(conn, id, key, owner.user, opened).await?;
+        match facts.known.as_deref() {
             None => {}
             // The answer to the announcement was lost, and it is made again before the call.
             Some("started") => return Ok(Verdict::Accepted),
             // Its outcome is known or will never be: to make it again under its name would be a call that nobody books.
             Some(_) => return refused("internal.call_repeated", format!("the call {key} was made before")),
         }
-        let running: Option<i32> =
-            sqlx::query_scalar("select 1 from activity_attempts where id = $1 and state = 'running'")
-                .bind(id)
-                .fetch_optional(&mut *conn)
-                .await?;
-        if running.is_none() {
+        if !facts.running {
             return refused("attempt_closed", "the attempt has ended".into());
         }
-        let own = match opened.own_key_id {
-            Some(id) => match call::own_key(conn, opened, owner.user, id).await? {
-                Some(id) => Some(id),
-                None => return refused("key_revoked", "the key was deleted, or is somebody else's".into()),
-            },
-            None => None,
-        };
-        let rows = if opened.local { Rows::OwnOrAny } else { Rows::Own };
+        let own = opened.own_key_id;
+        if own.is_some() && facts.key_row.is_none() {
+            return refused("key_revoked", "the key was deleted, or is somebody else's".into());
+        }
+        let rows = once::rows(opened);
         let (input, output) = (opened.input_tokens_max, opened.output_tokens_max);
-        let priced = price::bound(conn, rows, &opened.provider, &opened.model, input, output).await?;
+        let tiers = price::tiers(conn, rows, &opened.provider, &opened.model, None).await?;
+        let priced = tiers.bound(input, output);
+        let whose = Whose { attempt: id, key, user: owner.user, project: owner.project };
+        self.once.learn(rows, whose, opened, tiers);
         let worst = match (own, &priced) {
             // What his own key costs is between him and his provider: no price of ours is needed.
             (Some(_), _) => PicoUsd(0),
@@ -217,10 +209,10 @@ impl LedgerHook {
                 return refused("price_missing", text);
             }
         };
-        let Holding { used, held, hold_no, rate } = call::holding(conn, id).await?;
+        let held = facts.held;
         // The rate that the user agreed to, should ours be another one by now.
-        let rate = rate.unwrap_or(self.settings.rate);
-        let total = rate.credits(used.saturating_add(i128::from(worst.0))).0;
+        let rate = facts.rate.unwrap_or(self.settings.rate);
+        let total = rate.credits(facts.used().saturating_add(i128::from(worst.0))).0;
         // Every call on a key of the platform has a hold behind it, one that may be free too.
         let total = if held == 0 { total.max(HOLD_MIN_UCR) } else { total };
         if own.is_none() && total > held {
@@ -232,10 +224,10 @@ impl LedgerHook {
                 self.needs.note(id, needed);
                 refused(reason, message)
             };
-            if balance.stopped {
+            if facts.stopped {
                 return refused(REVIEW, STOPPED.into());
             }
-            let Reservable { credits: available, at } = hold::reservable(conn, owner.user, balance).await?;
+            let Reservable { credits: available, at } = facts.reservable();
             if available < more {
                 return refused(
                     CREDITS,
@@ -254,9 +246,9 @@ impl LedgerHook {
             }
             let room = tightest.map_or(available, |cap| available.min(cap.left));
             let more = growth(MicroCredits(held), more, room);
-            hold::place(conn, owner.user, id, hold_no + 1, more, rate, at).await?;
+            hold::place(conn, owner.user, id, facts.hold_no + 1, more, rate, at).await?;
         }
-        let api_key = match own {
+        let api_key = match facts.key_row {
             Some(id) => id,
             None => call::api_key(conn, opened).await?,
         };
@@ -397,6 +389,16 @@ impl TransitionHook for LedgerHook {
         })
     }
 
+    fn at_once(&self, attempt: &AttemptRef, reading: &Reading<'_>) -> Option<AtOnce> {
+        let Owner { user, project } = owner(attempt)?;
+        let whose = Whose { attempt: attempt.attempt_id.0, key: reading.key, user, project };
+        match reading.phase {
+            Phase::Open => self.once.announced(whose, &CallOpened::deserialize(reading.body).ok()?),
+            Phase::Close => self.once.ended(whose, &CallClosed::deserialize(reading.body).ok()?),
+            Phase::Note => None,
+        }
+    }
+
     fn meter<'a>(
         &'a self,
         conn: &'a mut PgConnection,
@@ -407,16 +409,16 @@ impl TransitionHook for LedgerHook {
             let broken = |e: serde_json::Error| HookError::Invariant(format!("a reading that is no call: {e}"));
             match reading.phase {
                 Phase::Open => {
-                    let call: CallOpened = serde_json::from_value(reading.body.clone()).map_err(broken)?;
+                    let call = CallOpened::deserialize(reading.body).map_err(broken)?;
                     self.open(conn, attempt, reading.key, &call).await.map_err(hook_error)
                 }
                 Phase::Note => {
-                    let call: CallNoted = serde_json::from_value(reading.body.clone()).map_err(broken)?;
+                    let call = CallNoted::deserialize(reading.body).map_err(broken)?;
                     call::note(conn, attempt.attempt_id.0, reading.key, &call).await?;
                     Ok(Verdict::Accepted)
                 }
                 Phase::Close => {
-                    let closed: CallClosed = serde_json::from_value(reading.body.clone()).map_err(broken)?;
+                    let closed = CallClosed::deserialize(reading.body).map_err(broken)?;
                     if let Some(owner) = owner(attempt) {
                         call::close(conn, owner.user, attempt.attempt_id.0, reading.key, reading.current, &closed)
                             .await

@@ -1,8 +1,10 @@
 //! Credits: prices, holds, the ledger, and the hook that makes them part of the engine's transactions.
 //!
 //! Arrows point one way: `money → price → ledger → hold → hook`; `limit` and `caps` bound a hold; `call` holds the rows of
-//! calls, `spent` adds up what caps are compared with; `parked`, `returned` and `policy` serve the hook, `purchase` stands on the
-//! ledger, `pricelist` on prices; `doubt` keeps costs that nobody believes; `audit`, `report` and `books` only read or mark. Nothing here knows a provider; what a call consumed arrives as [`crate::usage`].
+//! calls, `once` writes them in one statement where nothing is to be decided, `spent` adds up what caps are compared with; `parked`,
+//! `returned` and `policy` serve the hook, `purchase` stands on the ledger, `pricelist` on prices; `doubt` keeps costs that nobody
+//! believes; `audit`, `report` and `books` only read or mark. Nothing here knows a provider; what a call consumed arrives as
+//! [`crate::usage`].
 
 pub mod audit;
 pub mod books;
@@ -15,6 +17,7 @@ pub mod hook;
 pub mod ledger;
 pub mod limit;
 pub mod money;
+mod once;
 mod parked;
 pub mod policy;
 pub mod price;

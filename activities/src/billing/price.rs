@@ -70,12 +70,19 @@ impl Price {
 pub const ANY_MODEL: &str = "*";
 
 /// Which rows may price a call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Rows {
     /// The model's own, else the provider's `*`.
     OwnOrAny,
     /// The model's own.
     Own,
+}
+
+impl Rows {
+    /// What may stand for a model beside its name.
+    pub(super) fn or_any(self, model: &str) -> &str {
+        if self == Self::Own { model } else { ANY_MODEL }
+    }
 }
 
 /// The price in force at `at` (now if `None`) for a prompt of that size: newest date, then the highest floor below the prompt; a model's own rows
@@ -105,7 +112,7 @@ pub async fn find_among(
     prompt_tokens: u64,
     at: Option<DateTime<Utc>>,
 ) -> Result<Option<Price>, sqlx::Error> {
-    Ok(tiers(conn, rows, provider, model, prompt_tokens, at).await?.first().and_then(|tier| tier.price))
+    Ok(tiers(conn, rows, provider, model, at).await?.price(prompt_tokens))
 }
 
 /// [`find_among`] for a call that is about to be made, with the most that it can cost if its prompt turns out smaller: one below a floor
@@ -121,51 +128,77 @@ pub async fn bound(
     input_tokens_max: u64,
     output_tokens_max: u64,
 ) -> Result<Option<(Price, PicoUsd)>, sqlx::Error> {
-    let tiers = tiers(conn, rows, provider, model, input_tokens_max, None).await?;
-    let Some(price) = tiers.first().and_then(|tier| tier.price) else { return Ok(None) };
-    let mut worst = PicoUsd(0);
-    let mut largest = input_tokens_max;
-    for tier in tiers {
-        worst = worst.max(tier.price.map_or(PicoUsd(0), |price| price.worst(largest, output_tokens_max)));
-        largest = tier.floor;
-    }
-    Ok(Some((price, worst)))
+    Ok(tiers(conn, rows, provider, model, None).await?.bound(input_tokens_max, output_tokens_max))
 }
 
-/// Prices of a model at one date, by prompt size.
+/// Prices of a model at one date, by prompt size, the highest floor first. Empty: it has none.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Tiers(Vec<Tier>);
+
+#[derive(Clone, Copy, Debug)]
 struct Tier {
-    /// Holds for prompts strictly larger.
+    id: i64,
+    /// Holds for prompts strictly larger, 0 for all.
     floor: u64,
     /// `None`: it may not be used.
     price: Option<Price>,
 }
 
-/// Those of the newest date that hold for prompts of up to that size, the highest floor first.
-async fn tiers(
+impl Tiers {
+    /// Rows of `model_pricing`, which never change.
+    pub fn ids(&self) -> Vec<i64> {
+        self.0.iter().map(|tier| tier.id).collect()
+    }
+
+    fn up_to(&self, prompt_tokens: u64) -> impl Iterator<Item = &Tier> {
+        self.0.iter().filter(move |tier| tier.floor == 0 || tier.floor < prompt_tokens)
+    }
+
+    /// As [`find_among`].
+    pub fn price(&self, prompt_tokens: u64) -> Option<Price> {
+        self.up_to(prompt_tokens).next().and_then(|tier| tier.price)
+    }
+
+    /// As [`bound`].
+    pub fn bound(&self, input_tokens_max: u64, output_tokens_max: u64) -> Option<(Price, PicoUsd)> {
+        let price = self.price(input_tokens_max)?;
+        let mut worst = PicoUsd(0);
+        let mut largest = input_tokens_max;
+        for tier in self.up_to(input_tokens_max) {
+            worst = worst.max(tier.price.map_or(PicoUsd(0), |price| price.worst(largest, output_tokens_max)));
+            largest = tier.floor;
+        }
+        Some((price, worst))
+    }
+}
+
+/// Those of the newest date.
+///
+/// # Transaction
+/// Reads only.
+pub(super) async fn tiers(
     conn: &mut PgConnection,
     among: Rows,
     provider: &str,
     model: &str,
-    prompt_tokens: u64,
     at: Option<DateTime<Utc>>,
-) -> Result<Vec<Tier>, sqlx::Error> {
+) -> Result<Tiers, sqlx::Error> {
     // The date first and then the size: a date whose rows leave small prompts out has no price for them, not that of before.
     let rows = sqlx::query(
         "with newest as (
            select model_id, effective_from from model_pricing
-           where provider = $1 and model_id in ($2, $5) and service_tier = 'standard' and effective_from <= coalesce($4, engine_now())
+           where provider = $1 and model_id in ($2, $4) and service_tier = 'standard' and effective_from <= coalesce($3, engine_now())
            order by (model_id = $2) desc, effective_from desc limit 1)
          select p.id, p.input_umtok, p.cached_input_umtok, p.cache_write_umtok, p.output_umtok, p.reasoning_umtok, p.per_request_pusd,
                 p.billable, p.min_prompt_tokens
          from newest n join model_pricing p on p.model_id = n.model_id and p.effective_from = n.effective_from
-         where p.provider = $1 and p.service_tier = 'standard' and (p.min_prompt_tokens = 0 or p.min_prompt_tokens < $3)
+         where p.provider = $1 and p.service_tier = 'standard'
          order by p.min_prompt_tokens desc",
     )
     .bind(provider)
     .bind(model)
-    .bind(i64::try_from(prompt_tokens).unwrap_or(i64::MAX))
     .bind(at)
-    .bind(if among == Rows::Own { model } else { ANY_MODEL })
+    .bind(among.or_any(model))
     .fetch_all(conn)
     .await?;
     let tier = |row: &PgRow| -> Result<Tier, sqlx::Error> {
@@ -175,9 +208,9 @@ async fn tiers(
             tracing::error!(provider, model, pricing = price.id, "a price that nobody charges; the model is not used");
         }
         let floor = u64::try_from(row.try_get::<i64, _>("min_prompt_tokens")?).unwrap_or(0);
-        Ok(Tier { floor, price: Some(price).filter(|price| billable && price.is_believable()) })
+        Ok(Tier { id: price.id, floor, price: Some(price).filter(|price| billable && price.is_believable()) })
     };
-    rows.iter().map(tier).collect()
+    rows.iter().map(tier).collect::<Result<_, _>>().map(Tiers)
 }
 
 /// Those of `candidates` (provider, model) that have no price of their own now and so are not used, each once.

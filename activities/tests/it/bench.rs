@@ -15,7 +15,7 @@ use loopwright_engine::{
     ids::{AttemptId, RunId},
 };
 use serde_json::{Value, json};
-use sqlx::{PgConnection, PgPool};
+use sqlx::{AssertSqlSafe, PgConnection, PgPool};
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -144,7 +144,22 @@ impl Bench {
         self.meter(attempt, key, Phase::Close, serde_json::to_value(closed).expect("json")).await;
     }
 
+    /// As the engine does it: at once, or else in a transaction.
     pub(crate) async fn meter(&self, attempt: &AttemptRef, key: &str, phase: Phase, body: Value) -> Verdict {
+        if self.at_once(attempt, key, phase, &body).await {
+            return Verdict::Accepted;
+        }
+        self.in_transaction(attempt, key, phase, body).await
+    }
+
+    /// Whether the hook took the reading for ordinary and recorded it.
+    pub(crate) async fn at_once(&self, attempt: &AttemptRef, key: &str, phase: Phase, body: &Value) -> bool {
+        let Some(once) = self.hook.at_once(attempt, &Reading { key, phase, current: true, body }) else { return false };
+        let sql = AssertSqlSafe(format!("select coalesce({}, false)", once.sql));
+        sqlx::query_scalar_with(sql, once.arguments).fetch_one(&self.pool).await.expect("at once")
+    }
+
+    pub(crate) async fn in_transaction(&self, attempt: &AttemptRef, key: &str, phase: Phase, body: Value) -> Verdict {
         let mut tx = self.pool.begin().await.expect("tx");
         let verdict =
             self.hook.meter(&mut tx, attempt, Reading { key, phase, current: true, body: &body }).await.expect("meter");

@@ -112,7 +112,11 @@ impl World {
         self.transition(Transition { ord: 0, run_id: attempt.run_id, ended: vec![end], started: vec![] }).await;
     }
 
+    /// As the engine does it, and as it does it where runs are spread over nodes.
     async fn meter(&self, attempt: &AttemptRef, key: &str, phase: Phase, current: bool, body: Value) {
+        if current && body.to_string().len() % 2 == 0 && self.bench.at_once(attempt, key, phase, &body).await {
+            return;
+        }
         let mut tx = self.bench.pool.begin().await.expect("tx");
         match self.bench.hook.meter(&mut tx, attempt, Reading { key, phase, current, body: &body }).await {
             Ok(Verdict::Accepted) => {

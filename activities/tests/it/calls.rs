@@ -8,6 +8,10 @@ mod load;
 use load::Options;
 use std::time::Duration;
 
+/// Round trips to Postgres that a call of a long attempt may make on average: its announcement, the note of its name and its end, each
+/// with the pool's own one behind it, and now and then a hold that grows.
+const ROUND_TRIPS_MAX: f64 = 10.0;
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hundredth_of_the_load_adds_up() {
     let options = Options {
@@ -24,7 +28,13 @@ async fn a_hundredth_of_the_load_adds_up() {
     for name in ["calls a second at full speed", "p99", "WAL per call", "deadlocks", "1 % of the ordinary amounts"] {
         assert!(table.contains(name), "{name}: {table}");
     }
+    let said: Vec<String> = outcome.said.iter().map(|(said, n)| format!("{n:.2} {said}")).collect();
+    println!("{}", said.join("\n"));
     let value = |name: &str| outcome.report.figures.iter().find(|f| f.name.starts_with(name)).unwrap().value;
+    let trips = value("round trips to Postgres");
+    assert!(trips > 3.0 && trips <= ROUND_TRIPS_MAX, "{trips}:\n{}", said.join("\n"));
+    let once = |word: &str| outcome.said.iter().filter(|(said, _)| said.contains(word)).map(|(_, n)| n).sum::<f64>();
+    assert!(once("call_announced(") >= 0.99 && once("call_ended(") >= 0.99, "asked first:\n{}", said.join("\n"));
     assert!(value("calls a second under") > 0.0 && value("added latency of a plain call under it, p50") > 0.0);
 }
 

@@ -9,6 +9,7 @@ mod billing_audit;
 mod billing_books;
 mod billing_bugs;
 mod billing_doubts;
+mod billing_once;
 mod billing_parked;
 mod billing_purchase;
 mod billing_random;

@@ -7,11 +7,44 @@ use super::{
 };
 use crate::{
     Result,
+    hook::AtOnce,
     ids::RunId,
     payload::{self, Slot},
 };
 use serde_json::Value;
-use sqlx::{PgConnection, PgPool, Row, types::Json};
+use sqlx::{Arguments, AssertSqlSafe, PgConnection, PgPool, Row, types::Json};
+
+/// A step's value under `key`, and the keys of all that it has, if they are `keys_max` at most.
+pub(crate) async fn get_with_keys(
+    pool: &PgPool,
+    run: RunId,
+    path: &str,
+    key: &str,
+    keys_max: usize,
+) -> Result<(Option<Value>, Option<Vec<String>>)> {
+    let mut conn = pool.acquire().await?;
+    let rows = sqlx::query(
+        "select key, case when key = $4 then value end as value from checkpoints where shard = $1 and run_id = $2 and path = $3
+         order by key = $4 desc limit $5",
+    )
+    .bind(run.shard())
+    .bind(run.0)
+    .bind(path)
+    .bind(key)
+    .bind(i64::try_from(keys_max).unwrap_or(i64::MAX).saturating_add(1))
+    .fetch_all(&mut *conn)
+    .await?;
+    let stored = match rows.first() {
+        Some(row) => row.try_get::<Option<payload::Stored<'_>>, _>("value")?,
+        None => None,
+    };
+    let value = payload::read_some(&mut conn, run, Slot::Checkpoint { path, key }, stored).await?;
+    if rows.len() > keys_max {
+        return Ok((value, None));
+    }
+    let keys = rows.iter().map(|row| row.try_get("key")).collect::<sqlx::Result<_>>()?;
+    Ok((value, Some(keys)))
+}
 
 pub(crate) async fn get(pool: &PgPool, run: RunId, path: &str, key: &str) -> Result<Option<Value>> {
     let mut conn = pool.acquire().await?;
@@ -57,6 +90,56 @@ pub(crate) async fn put(conn: &mut PgConnection, run: RunId, path: &str, key: &s
     .execute(conn)
     .await?;
     Ok(())
+}
+
+/// A checkpoint that is a row of its own.
+pub(crate) struct Small<'a> {
+    path: &'a str,
+    key: &'a str,
+    text: Text,
+}
+
+/// `None` for a value of which something is to lie apart.
+pub(crate) fn small<'a>(run: RunId, path: &'a str, key: &'a str, value: &Value) -> Result<Option<Small<'a>>> {
+    let text = payload::pack_small(run, Slot::Checkpoint { path, key }, value)?;
+    Ok(text.map(|text| Small { path, key, text }))
+}
+
+/// Evaluates what a hook says of a reading behind the fence, and stores a checkpoint if that is true. False if it is not, or if
+/// `epoch` does not own the run: then nothing is written.
+///
+/// # Transaction
+/// One statement, without one around it. Holds the run's row for share, as [`fence`].
+pub(crate) async fn at_once(
+    conn: &mut PgConnection,
+    run: RunId,
+    epoch: i64,
+    hook: AtOnce,
+    checkpoint: Option<&Small<'_>>,
+) -> Result<bool> {
+    let AtOnce { sql, mut arguments } = hook;
+    let first = arguments.len();
+    let encoded = |error| crate::Error::Sql(sqlx::Error::Encode(error));
+    arguments.add(run.shard()).map_err(encoded)?;
+    arguments.add(run.0).map_err(encoded)?;
+    arguments.add(epoch).map_err(encoded)?;
+    let [shard, id, owner, path, key, value] = [1, 2, 3, 4, 5, 6].map(|n| first + n);
+    let mut kept = String::new();
+    if let Some(small) = checkpoint {
+        arguments.add(small.path).map_err(encoded)?;
+        arguments.add(small.key).map_err(encoded)?;
+        arguments.add(Json(&*small.text)).map_err(encoded)?;
+        kept = format!(
+            ", kept as (insert into checkpoints (shard, run_id, path, key, value)
+                        select ${shard}, ${id}, ${path}, ${key}, ${value} from told where done on conflict do nothing)"
+        );
+    }
+    let statement = format!(
+        "with owned as materialized (select from runs where shard = ${shard} and run_id = ${id} and epoch = ${owner} and closed_at is null for share),
+              told as materialized (select {sql} as done from owned){kept}
+         select coalesce(bool_or(done), false) from told"
+    );
+    Ok(sqlx::query_scalar_with(AssertSqlSafe(statement), arguments).fetch_one(conn).await?)
 }
 
 /// Progress of one attempt.

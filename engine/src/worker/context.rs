@@ -14,13 +14,14 @@ use crate::{
     failure::{Failure, FailureKind},
     hook::{AttemptRef, HookError, Phase, Reading, Verdict},
     machine,
-    store::{self, checkpoints::Progress},
+    store::{self, checkpoints::Progress, spread::Spread},
     transaction,
 };
 use futures_util::future::BoxFuture;
 use serde_json::Value;
 use sqlx::PgConnection;
 use std::{
+    collections::HashSet,
     future::Future,
     io,
     sync::{Arc, Mutex},
@@ -39,6 +40,21 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// How often an attempt that waits for Postgres gives a sign of life. Chosen: shorter than any useful heartbeat timeout.
 const BEAT: Duration = Duration::from_millis(500);
 
+/// Keys of a step's checkpoints that are remembered; of a step with more, each is asked for.
+const KEYS_MAX: usize = 2_000;
+
+/// Under which keys a step has saved something.
+///
+/// What earlier attempts have saved is there when an attempt begins, because their writes hold the run's row; from then on this
+/// attempt alone writes. So of what is not in here nobody has to ask.
+#[derive(Default)]
+pub(super) struct Saved {
+    /// Those of this attempt stand here before they are written.
+    keys: HashSet<String>,
+    /// Whether those of earlier attempts are among them: not asked yet; yes; there are too many.
+    earlier: Option<bool>,
+}
+
 #[derive(Clone)]
 pub(super) struct Backend {
     pub(super) shared: Arc<Shared>,
@@ -48,6 +64,7 @@ pub(super) struct Backend {
     /// The attempt has ended while its worker goes on: the next one may have begun under the same epoch.
     pub(super) over: CancellationToken,
     pub(super) outside: Arc<Outside>,
+    pub(super) saved: Arc<Mutex<Saved>>,
 }
 
 /// A failed store call, as an activity sees it.
@@ -151,6 +168,57 @@ impl Backend {
         *self.beat.lock().expect("no panic while held") = Instant::now();
     }
 
+    /// Before it is saved: until then nobody has it under that key.
+    fn will_save(&self, key: &str) {
+        self.saved.lock().expect("no panic while held").keys.insert(key.to_owned());
+    }
+
+    /// Reads a checkpoint, and once for the attempt which there are.
+    async fn read(&self, key: &str) -> Result<Option<Value>, Error> {
+        let (run, path) = (self.attempt.run_id, self.attempt.path.as_str());
+        let asked = {
+            let saved = self.saved.lock().expect("no panic while held");
+            if saved.earlier == Some(true) && !saved.keys.contains(key) {
+                return Ok(None);
+            }
+            saved.earlier.is_some()
+        };
+        if asked {
+            return store::checkpoints::get(&self.shared.pool, run, path, key).await;
+        }
+        let (value, keys) = store::checkpoints::get_with_keys(&self.shared.pool, run, path, key, KEYS_MAX).await?;
+        let mut saved = self.saved.lock().expect("no panic while held");
+        saved.earlier = Some(keys.is_some());
+        saved.keys.extend(keys.into_iter().flatten());
+        Ok(value)
+    }
+
+    /// Records a reading in one statement, if its hook can and the case is ordinary. False: nothing is recorded, and a transaction
+    /// decides.
+    async fn at_once(&self, reading: &Reading<'_>, checkpoint: Option<(&str, &Value)>) -> Result<bool, Error> {
+        // Elsewhere the statement would have to name its shard.
+        if self.shared.spread != Spread::Together || self.over.is_cancelled() {
+            return Ok(false);
+        }
+        let (run, path) = (self.attempt.run_id, self.attempt.path.as_str());
+        let small = match checkpoint {
+            None => None,
+            Some((_, value)) if is_too_deep(value) => return Ok(false),
+            Some((key, value)) => match store::checkpoints::small(run, path, key, value)? {
+                Some(small) => Some(small),
+                None => return Ok(false),
+            },
+        };
+        let Some(hook) = self.shared.hook.at_once(&self.attempt, reading) else { return Ok(false) };
+        let mut conn = self.shared.pool.acquire().await?;
+        match reading.phase {
+            Phase::Open => crash_point("open.after_fence"),
+            Phase::Close => crash_point("meter.after_fence"),
+            Phase::Note => {}
+        }
+        store::checkpoints::at_once(&mut conn, run, self.epoch, hook, small.as_ref()).await
+    }
+
     async fn save_once(&self, key: &str, value: &Value) -> Result<(), Error> {
         Self::limit(value)?;
         let mut tx = transaction::begin(&self.shared.pool).await?;
@@ -166,12 +234,16 @@ impl Backend {
     }
 
     async fn open_once(&self, key: &str, reading: &Value) -> Result<(), Error> {
+        let reading = Reading { key, phase: Phase::Open, current: true, body: reading };
+        if self.at_once(&reading, None).await? {
+            crash_point("open.after_commit");
+            return Ok(());
+        }
         let mut tx = transaction::begin(&self.shared.pool).await?;
         if !self.counts(&mut tx).await? {
             return Err(Error::LeaseLost);
         }
         crash_point("open.after_fence");
-        let reading = Reading { key, phase: Phase::Open, current: true, body: reading };
         match self.shared.hook.meter(&mut tx, &self.attempt, reading).await.map_err(of_hook)? {
             Verdict::Accepted => {
                 crash_point("open.before_commit");
@@ -186,15 +258,19 @@ impl Backend {
     /// Without the fence, whose lock the stream of an answer would share with everything that the run does: the hook changes
     /// nothing of a call that is closed.
     async fn note_once(&self, key: &str, reading: &Value) -> Result<(), Error> {
-        let mut tx = transaction::begin(&self.shared.pool).await?;
+        let mut conn = self.shared.pool.acquire().await?;
         let reading = Reading { key, phase: Phase::Note, current: true, body: reading };
-        self.shared.hook.meter(&mut tx, &self.attempt, reading).await.map_err(of_hook)?;
-        crash_point("note.before_commit");
-        tx.commit().await?;
+        crash_point("note.before_write");
+        self.shared.hook.meter(&mut conn, &self.attempt, reading).await.map_err(of_hook)?;
         Ok(())
     }
 
     async fn close_once(&self, key: &str, reading: &Value, checkpoint: Option<(&str, &Value)>) -> Result<(), Error> {
+        let ordinary = Reading { key, phase: Phase::Close, current: true, body: reading };
+        if self.at_once(&ordinary, checkpoint).await? {
+            crash_point("meter.after_commit");
+            return Ok(());
+        }
         // What cannot be kept was consumed all the same.
         let fits = checkpoint.map_or(Ok(()), |(_, value)| Self::limit(value));
         let mut tx = transaction::begin(&self.shared.pool).await?;
@@ -217,10 +293,10 @@ impl Backend {
 
 impl ContextBackend for Backend {
     fn checkpoint<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Value>, Failure>> {
-        let (run, path) = (self.attempt.run_id, &self.attempt.path);
-        Box::pin(self.insist(move || store::checkpoints::get(&self.shared.pool, run, path, key)))
+        Box::pin(self.insist(move || self.read(key)))
     }
     fn save<'a>(&'a self, key: &'a str, value: &'a Value) -> BoxFuture<'a, Result<(), Failure>> {
+        self.will_save(key);
         let saved = Arc::new((key.to_owned(), value.clone()));
         Box::pin(self.insist_alone(move |own| {
             let saved = saved.clone();
@@ -246,6 +322,9 @@ impl ContextBackend for Backend {
         reading: &'a Value,
         checkpoint: Option<(&'a str, &'a Value)>,
     ) -> BoxFuture<'a, Result<(), Failure>> {
+        if let Some((key, _)) = checkpoint {
+            self.will_save(key);
+        }
         let checkpoint = checkpoint.map(|(key, value)| (key.to_owned(), value.clone()));
         let closed = Arc::new((key.to_owned(), reading.clone(), checkpoint));
         Box::pin(async move {

@@ -600,6 +600,7 @@ impl Driver {
                         beat: beat.clone(),
                         over: over.clone(),
                         outside: outside.clone(),
+                        saved: Arc::default(),
                     };
                     let context = Context {
                         info: Arc::new(info),

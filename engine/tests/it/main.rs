@@ -2,6 +2,7 @@
 
 mod answers;
 mod archive;
+mod at_once;
 mod away;
 mod bench;
 mod broken;

@@ -1,6 +1,6 @@
 //! From what was stamped to figures.
 
-use super::{CORES, FAULTS_PERCENT, Options, Outcome, Phase, provider::Span, scene::Measured};
+use super::{CORES, Counted, FAULTS_PERCENT, Options, Outcome, Phase, provider::Span, scene::Measured, wire::PING};
 use loopwright_engine::bench::{Detail, Figure, Goal, Limit, Report};
 use std::collections::HashMap;
 
@@ -150,10 +150,31 @@ fn figures_of(phase: &Phase, sorted: &Sorted, names: &Names, limit: &[f64]) -> [
     [rate, p50, p99]
 }
 
+/// Round trips of a call, in the order of how often; and as a figure.
+fn round_trips(counted: &Counted) -> (Vec<(String, f64)>, Figure) {
+    let per_call = |count: usize| count as f64 / counted.calls as f64;
+    let mut said: Vec<(String, f64)> =
+        counted.trips.iter().map(|(said, count)| (said.clone(), per_call(*count))).collect();
+    said.sort_by(|a, b| b.1.total_cmp(&a.1));
+    let of = |is: &dyn Fn(&str) -> bool| said.iter().filter(|(said, _)| is(said)).map(|(_, n)| n).sum::<f64>();
+    let alone = quantile(&counted.alone, 0.5);
+    let all = of(&|_| true);
+    let mut figure = figure("round trips to Postgres of a call, holds that grow included", all, "");
+    figure.details = vec![
+        detail("announced in one statement", of(&|said| said.contains("call_announced(")), ""),
+        detail("closed in one statement", of(&|said| said.contains("call_ended(")), ""),
+        detail("the pool's, after each use, while the call goes on", of(&|said| said == PING), ""),
+        detail("one alone, p50", alone, "ms"),
+        detail("all of them, one after another, at that pace", all * alone, "ms"),
+    ];
+    (said, figure)
+}
+
 pub fn outcome(
     options: &Options,
     (server, void): (String, Vec<String>),
     limit: &[f64],
+    counted: &Counted,
     [fast, loaded]: [&Phase; 2],
     broken: Vec<String>,
     deadlocks_logged: usize,
@@ -173,6 +194,8 @@ pub fn outcome(
     }
     under[2].goal = Some(Goal { text: "below 5 ms", reached: under[2].value < GOAL_MS, void });
     figures.extend(under);
+    let (said, trips) = round_trips(counted);
+    figures.push(trips);
     let sum = |of: fn(&Phase) -> usize| of(fast) + of(loaded);
     let unrecorded = sum(|phase| phase.spans.len().abs_diff(phase.recorded));
     let counted = usize::try_from(loaded.after.deadlocks - fast.before.deadlocks).unwrap_or(usize::MAX);
@@ -187,5 +210,5 @@ pub fn outcome(
     let adds_up = checks.iter().all(|check| check.value == 0.0);
     figures.extend(checks);
     let report = Report { server, percent: options.percent(), void, figures }.judged();
-    Outcome { report, adds_up, broken }
+    Outcome { report, adds_up, broken, said }
 }

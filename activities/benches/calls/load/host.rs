@@ -8,7 +8,7 @@ use loopwright_engine::{
     migrate, transaction,
 };
 use sqlx::{
-    ConnectOptions, PgPool,
+    ConnectOptions, Connection, PgPool,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
 use std::{
@@ -109,6 +109,19 @@ impl Host {
             if pair >= 10 {
                 took.push(begun.elapsed().as_secs_f64() * 1e3);
             }
+        }
+        took.sort_by(f64::total_cmp);
+        Ok(took)
+    }
+
+    /// The way to Postgres and back with nothing to do there, on one connection. Milliseconds, sorted.
+    pub async fn round_trips(&self, trips: usize) -> Result<Vec<f64>> {
+        let mut conn = self.pool.acquire().await?;
+        let mut took = Vec::with_capacity(trips);
+        for _ in 0..trips {
+            let begun = Instant::now();
+            conn.ping().await?;
+            took.push(begun.elapsed().as_secs_f64() * 1e3);
         }
         took.sort_by(f64::total_cmp);
         Ok(took)

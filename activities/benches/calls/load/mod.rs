@@ -2,7 +2,8 @@
 //! second, and whether all the money adds up.
 //!
 //! ```text
-//! run ─▶ host: Postgres of our own, two commits alone (the limit)
+//! run ─▶ host: Postgres of our own, two commits alone (the limit), one round trip alone
+//!      ─▶ counted: a few calls, one after another, through a wire that counts their round trips
 //!      ─▶ phase "full speed": the provider answers at once ─┐  scene: worker in this process, production's wiring
 //!      ─▶ phase "stated load": it thinks                   ─┤  provider: a process of its own, stamps what it does
 //!                                                           ▼
@@ -18,6 +19,7 @@ mod figures;
 mod host;
 mod provider;
 mod scene;
+mod wire;
 
 pub use host::keep_to;
 pub use provider::child;
@@ -27,6 +29,7 @@ use loopwright_engine::bench::Report;
 use provider::{Provider, Span};
 use scene::Measured;
 use std::{ffi::OsString, path::PathBuf, time::Duration};
+use wire::{Trips, Wire};
 
 /// Processors that the goal speaks of.
 pub const CORES: usize = 2;
@@ -37,6 +40,8 @@ const CALLS: usize = 50;
 const FAULTS_PERCENT: usize = 5;
 /// Pairs of commits that are the limit.
 const PAIRS: usize = 2_000;
+/// Runs and calls of each whose round trips are counted, and how long the provider takes meanwhile.
+const COUNTED: (usize, usize, Duration) = (2, 25, Duration::from_millis(20));
 const PATIENCE: Duration = Duration::from_secs(1_800);
 
 /// What to measure.
@@ -86,9 +91,19 @@ pub struct Outcome {
     pub adds_up: bool,
     /// Rows that break an invariant.
     pub broken: Vec<String>,
+    /// What a call says to Postgres, and how often on average.
+    pub said: Vec<(String, f64)>,
 }
 
 pub type Result<T, E = Box<dyn std::error::Error + Send + Sync>> = std::result::Result<T, E>;
+
+/// What a few calls said to Postgres.
+struct Counted {
+    calls: usize,
+    trips: Trips,
+    /// One round trip alone, in milliseconds, sorted.
+    alone: Vec<f64>,
+}
 
 /// All calls at one pace.
 struct Phase {
@@ -119,17 +134,36 @@ async fn measure(host: &Host, options: &Options, progress: &dyn Fn(&str)) -> Res
     let share = (options.runs * options.calls).min(RUNS * CALLS);
     let limit = host.pairs_of_commits((PAIRS * share / (RUNS * CALLS)).max(20)).await?;
     let server = host.describe(options).await?;
+    progress("round trips");
+    let counted = counted(host, options).await?;
     progress("calls at full speed");
     let fast = phase(host, options, Duration::ZERO).await?;
     progress("calls under the stated load");
     let loaded = phase(host, options, options.think).await?;
     let broken = host.broken_invariants().await?;
-    Ok(figures::outcome(options, server, &limit, [&fast, &loaded], broken, host.deadlocks_logged()?))
+    Ok(figures::outcome(options, server, &limit, &counted, [&fast, &loaded], broken, host.deadlocks_logged()?))
+}
+
+async fn counted(host: &Host, options: &Options) -> Result<Counted> {
+    let alone = host.round_trips(PAIRS).await?;
+    let (runs, calls, think) = COUNTED;
+    let options = Options { runs, calls, faults_percent: 0, ..options.clone() };
+    let wire = Wire::to(&host.pool).await?;
+    let provider = Provider::start(&options, think).await?;
+    let scene = scene::Scene::open(host, &wire.pool, &options, provider.environment()).await?;
+    // A worker that has been at it for a while has prepared its statements and read what is read now and then.
+    scene.until_closed(&scene.start(1, Duration::ZERO).await?, PATIENCE).await?;
+    wire.take();
+    scene.until_closed(&scene.start(runs, Duration::ZERO).await?, PATIENCE).await?;
+    let trips = wire.take();
+    scene.close().await;
+    provider.stop().await?;
+    Ok(Counted { calls: runs * calls, trips, alone })
 }
 
 async fn phase(host: &Host, options: &Options, think: Duration) -> Result<Phase> {
     let provider = Provider::start(options, think).await?;
-    let scene = scene::Scene::open(host, options, provider.environment()).await?;
+    let scene = scene::Scene::open(host, &host.pool, options, provider.environment()).await?;
     let before = host.counters().await?;
     let runs = scene.start(options.runs, think).await?;
     scene.until_closed(&runs, PATIENCE).await?;

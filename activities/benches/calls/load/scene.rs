@@ -172,15 +172,20 @@ pub struct Scene<'h> {
 }
 
 impl<'h> Scene<'h> {
-    /// A worker in this process whose models are at `environment`.
-    pub async fn open(host: &'h Host, options: &Options, environment: &BTreeMap<String, String>) -> Result<Self> {
+    /// A worker in this process whose models are at `environment`, with its connections from `pool`.
+    pub async fn open(
+        host: &'h Host,
+        pool: &PgPool,
+        options: &Options,
+        environment: &BTreeMap<String, String>,
+    ) -> Result<Self> {
         let settings = Settings::from_lookup(&|name| environment.get(name).cloned())?;
         let mut routing = Routing::shipped();
         for candidate in routing.roles.values_mut().flatten() {
             candidate.requests_per_minute = Some(REQUESTS_PER_MINUTE);
             candidate.tokens_per_minute = Some(TOKENS_PER_MINUTE);
         }
-        let keys = Keys::new(host.pool.clone(), Some(Ring::parse(&RING.into())?), false);
+        let keys = Keys::new(pool.clone(), Some(Ring::parse(&RING.into())?), false);
         let orchestrator = Orchestrator::configured(routing, &settings, Some(&keys)).await?;
         let log = Arc::new(Mutex::default());
         let hook = Arc::new(LedgerHook::new(BillingSettings::default()));
@@ -196,7 +201,7 @@ impl<'h> Scene<'h> {
         let definition = client.deploy(deploy).await?.hash;
         let registry = Registry::new().with(asks);
         let slots = u32::try_from(options.runs)?;
-        let worker = worker::start(WorkerConfig { hook, slots, ..WorkerConfig::new(host.pool.clone(), registry) });
+        let worker = worker::start(WorkerConfig { hook, slots, ..WorkerConfig::new(pool.clone(), registry) });
         Ok(Self { host, client, worker: worker.await?, definition, log })
     }
 
