@@ -88,20 +88,28 @@ pub(super) async fn tightest(
     attempt: &AttemptRef,
     project: Option<Uuid>,
 ) -> Result<Option<Cap>, LedgerError> {
-    let above: Vec<(Uuid, Value)> = sqlx::query_as(
+    // The budgets of the runs above, and what is left of the project's cap, which is no run's.
+    let rows: Vec<(Option<Uuid>, Value, Option<i64>)> = sqlx::query_as(
         "with recursive up as (
            select parent_shard, parent_run_id from runs where shard = $1 and run_id = $2 union all
            select r.parent_shard, r.parent_run_id from up join runs r on r.shard = up.parent_shard and r.run_id = up.parent_run_id)
-         select r.run_id, coalesce(d.ir->'budget', 'null')
-         from up join runs r on r.shard = up.parent_shard and r.run_id = up.parent_run_id join definitions d on d.hash = r.definition",
+         select r.run_id, coalesce(d.ir->'budget', 'null'), null::bigint
+         from up join runs r on r.shard = up.parent_shard and r.run_id = up.parent_run_id join definitions d on d.hash = r.definition
+         union all
+         select null, 'null', p.budget_cap_ucr - coalesce((select sum(case t.kind when 'capture' then -t.amount_ucr + t.held_delta_ucr else t.held_delta_ucr end)
+                from activity_attempts a join credit_transactions t on t.attempt_id = a.id where a.project_id = p.id), 0)::bigint
+         from projects p where p.id = $3 and p.budget_cap_ucr is not null",
     )
     .bind(attempt.run_id.shard())
     .bind(attempt.run_id.0)
+    .bind(project)
     .fetch_all(&mut *conn)
     .await?;
+    let of_project = rows.iter().find_map(|(_, _, left)| *left);
+    let above: Vec<(Uuid, &Value)> = rows.iter().filter_map(|(run, terms, _)| Some(((*run)?, terms))).collect();
     let mut caps = Vec::new();
     let own = (attempt.run_id.0, &*attempt.budget);
-    for (run, terms) in std::iter::once(own).chain(above.iter().map(|(run, terms)| (*run, terms))) {
+    for (run, terms) in std::iter::once(own).chain(above.iter().copied()) {
         let Some(credits) = terms.get("credits").and_then(Value::as_i64) else { continue };
         let left = MicroCredits::from_credits(credits).0.saturating_sub(spent_by_tree(conn, run).await?.0);
         caps.push(Cap { kind: CapKind::Run, left: MicroCredits(left) });
@@ -114,15 +122,7 @@ pub(super) async fn tightest(
         let left = MicroCredits::from_credits(credits).0.saturating_sub(spent_by_item(conn, attempt, item).await?.0);
         caps.push(Cap { kind: CapKind::Item, left: MicroCredits(left) });
     }
-    let project: Option<i64> = sqlx::query_scalar(
-        "select p.budget_cap_ucr - coalesce((select sum(case t.kind when 'capture' then -t.amount_ucr + t.held_delta_ucr else t.held_delta_ucr end)
-                from activity_attempts a join credit_transactions t on t.attempt_id = a.id where a.project_id = p.id), 0)::bigint
-         from projects p where p.id = $1 and p.budget_cap_ucr is not null",
-    )
-    .bind(project)
-    .fetch_optional(conn)
-    .await?;
-    caps.extend(project.map(|left| Cap { kind: CapKind::Project, left: MicroCredits(left) }));
+    caps.extend(of_project.map(|left| Cap { kind: CapKind::Project, left: MicroCredits(left) }));
     let tightest = caps.into_iter().min_by_key(|cap| cap.left);
     Ok(tightest.map(|cap| Cap { left: cap.left.max(MicroCredits(0)), ..cap }))
 }
