@@ -63,14 +63,17 @@ begin
 end $$;
 
 -- All that a call's announcement has to know that needs a decision. Locks the user's row; without one there is no row.
-create function call_facts(in_attempt uuid, in_key text, in_user uuid, in_provider text, in_own uuid, in_fingerprint text)
+create function call_facts(
+  in_attempt uuid, in_key text, in_user uuid, in_provider text, in_model text, in_any text, in_own uuid, in_fingerprint text
+)
 returns table (
   balance bigint, held_of_user bigint, stopped boolean,       -- as `ledger::lock`
   expired bigint, moment timestamptz,                         -- what is over its date and not booked yet, and when that was so
   known text,                                                 -- state of the call of that key
   running boolean,                                            -- its attempt
   key_row uuid,                                               -- of a user's own key only if it is his and in use
-  used text, held bigint, hold_no int, rate bigint, markup int
+  used text, held bigint, hold_no int, rate bigint, markup int,
+  prices bigint[]                                             -- rows in force for the model
 ) language plpgsql as $$
 begin
   select u.credit_balance_ucr, u.credit_held_ucr, u.holds_stopped_at is not null into balance, held_of_user, stopped
@@ -94,6 +97,7 @@ begin
       where k.id = in_own and k.user_id = in_user and k.provider = in_provider and k.fingerprint = decode(in_fingerprint, 'hex')
         and k.source = 'sealed' and k.status <> 'revoked';
   end if;
+  prices := prices_in_force(in_provider, in_model, in_any, engine_now());
   return next;
 end $$;
 

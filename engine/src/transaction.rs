@@ -11,9 +11,10 @@ use sqlx::{
 use std::{
     io,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
+use tokio::sync::Semaphore;
 
 /// How long Postgres is asked what became of a COMMIT that had no answer: by then the session that it was sent through has
 /// noticed that its client is gone. One wait for a connection may be added.
@@ -163,6 +164,44 @@ impl Session {
     }
 }
 
+/// Sessions of one's own for many tasks that send the same few statements, each whole by itself. The one that was used last is used
+/// first, so few of them plan everything; and nobody asks a session after each use whether it is well, as a pool does: that is a round
+/// trip for each statement.
+pub(crate) struct Sessions {
+    pool: PgPool,
+    free: Mutex<Vec<Session>>,
+    places: Semaphore,
+}
+
+impl Sessions {
+    /// At most so many, connected as `pool` is, when they are needed. Who finds none takes a connection of the pool.
+    pub(crate) fn like(pool: &PgPool, most: usize) -> Self {
+        Self { pool: pool.clone(), free: Mutex::default(), places: Semaphore::new(most) }
+    }
+
+    /// Asks something on one of them. Dropped before the answer, or with an error, the session is left.
+    ///
+    /// # Errors
+    /// Those of the question; those of acquiring a connection of the pool.
+    pub(crate) async fn ask<T, F>(&self, question: F) -> Result<T>
+    where
+        F: AsyncFnOnce(&mut PgConnection) -> Result<T>,
+    {
+        if let Ok(_place) = self.places.try_acquire() {
+            let free = self.free.lock().expect("no panic while held").pop();
+            let mut session = free.unwrap_or_else(|| Session::like(&self.pool));
+            // Where the server gives no more, the pool may have one.
+            if let Ok(conn) = session.conn().await {
+                let answer = question(conn).await?;
+                self.free.lock().expect("no panic while held").push(session);
+                return Ok(answer);
+            }
+        }
+        let mut conn = self.pool.acquire().await?;
+        question(&mut conn).await
+    }
+}
+
 /// Runs a closure in a transaction, again when Postgres asks for it, and commits it once.
 ///
 /// # Errors
@@ -251,9 +290,9 @@ async fn was_committed(pool: &PgPool, id: &str) -> Option<bool> {
 
 #[cfg(test)]
 mod tests {
-    use super::{ASKED_MAX, begin, was_committed};
+    use super::{ASKED_MAX, Sessions, begin, was_committed};
     use crate::embedded::testing::database;
-    use sqlx::{PgPool, Postgres, Transaction, postgres::PgPoolOptions};
+    use sqlx::{PgConnection, PgPool, Postgres, Transaction, postgres::PgPoolOptions};
     use std::{
         future::poll_fn,
         task::Poll::{Pending, Ready},
@@ -297,6 +336,31 @@ mod tests {
                     .expect("seen");
             }
         }
+    }
+
+    /// The server's number for whom it talks to.
+    async fn of(conn: &mut PgConnection) -> crate::Result<i32> {
+        Ok(sqlx::query_scalar("select pg_backend_pid()").fetch_one(conn).await?)
+    }
+
+    #[tokio::test]
+    async fn the_session_that_was_used_last_is_used_next_and_one_at_fault_never() {
+        let pool = database(&[]).await;
+        let sessions = Sessions::like(&pool, 1);
+        let first = sessions.ask(of).await.expect("pid");
+        assert_eq!(sessions.ask(of).await.expect("pid"), first);
+        // While the only one is busy the pool serves.
+        let other = async |conn: &mut PgConnection| Ok((of(conn).await?, sessions.ask(of).await?));
+        let (own, pooled) = sessions.ask(other).await.expect("pids");
+        assert!(own == first && pooled != first);
+        let wrong = async |conn: &mut PgConnection| Ok(sqlx::query("select 1 / 0").execute(conn).await?);
+        sessions.ask(wrong).await.expect_err("no number");
+        let second = sessions.ask(of).await.expect("pid");
+        assert_ne!(second, first);
+        // So is one whose caller did not wait.
+        let waits = async |conn: &mut PgConnection| Ok(sqlx::query("select pg_sleep(5)").execute(conn).await?);
+        tokio::time::timeout(Duration::from_millis(50), sessions.ask(waits)).await.expect_err("sleeps");
+        assert_ne!(sessions.ask(of).await.expect("pid"), second);
     }
 
     #[tokio::test]

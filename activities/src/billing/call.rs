@@ -7,6 +7,7 @@ use super::{
     hold::Reservable,
     ledger::{self, LedgerError},
     money::{MicroCredits, PicoUsd, Rate},
+    once,
     price::{self, Price},
 };
 use crate::{
@@ -40,6 +41,8 @@ pub(super) struct Facts {
     pub hold_no: i32,
     /// Of its first hold.
     pub rate: Option<Rate>,
+    /// Ids of the price rows in force.
+    pub prices: Vec<i64>,
 }
 
 impl Facts {
@@ -66,11 +69,13 @@ pub(super) async fn facts(
     user: Uuid,
     call: &CallOpened,
 ) -> Result<Facts, LedgerError> {
-    let row = sqlx::query("select * from call_facts($1, $2, $3, $4, $5, $6)")
+    let row = sqlx::query("select * from call_facts($1, $2, $3, $4, $5, $6, $7, $8)")
         .bind(attempt)
         .bind(key)
         .bind(user)
         .bind(&call.provider)
+        .bind(&call.model)
+        .bind(once::rows(call).or_any(&call.model))
         .bind(call.own_key_id)
         .bind(&call.key_fingerprint)
         .fetch_optional(conn)
@@ -91,6 +96,7 @@ pub(super) async fn facts(
         held: row.try_get("held")?,
         hold_no: row.try_get("hold_no")?,
         rate: rate.zip(markup).map(|(credits_per_usd, markup_bps)| Rate { credits_per_usd, markup_bps }),
+        prices: row.try_get("prices")?,
     })
 }
 

@@ -23,7 +23,7 @@ use loopwright_engine::{
 };
 use serde::Deserialize;
 use sqlx::PgConnection;
-use std::{collections::BTreeMap, convert::Infallible};
+use std::{collections::BTreeMap, convert::Infallible, sync::Arc};
 use uuid::Uuid;
 
 /// Smallest hold, in micro-credits: an attempt that expects no call still may make a cheap one.
@@ -182,12 +182,14 @@ impl LedgerHook {
         if own.is_some() && facts.key_row.is_none() {
             return refused("key_revoked", "the key was deleted, or is somebody else's".into());
         }
-        let rows = once::rows(opened);
         let (input, output) = (opened.input_tokens_max, opened.output_tokens_max);
-        let tiers = price::tiers(conn, rows, &opened.provider, &opened.model, None).await?;
+        let tiers = match self.once.known(opened, &facts.prices) {
+            Some(known) => known,
+            None => Arc::new(price::tiers(conn, once::rows(opened), &opened.provider, &opened.model, None).await?),
+        };
         let priced = tiers.bound(input, output);
         let whose = Whose { attempt: id, key, user: owner.user, project: owner.project };
-        self.once.learn(rows, whose, opened, tiers);
+        self.once.learn(whose, opened, tiers);
         let worst = match (own, &priced) {
             // What his own key costs is between him and his provider: no price of ours is needed.
             (Some(_), _) => PicoUsd(0),

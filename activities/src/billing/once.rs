@@ -32,11 +32,14 @@ pub(super) struct Whose<'a> {
     pub project: Option<Uuid>,
 }
 
+/// Which rows count, provider, model.
+type Model = (Rows, String, String);
+
 /// What this process knows of prices. May be old, and may be forgotten.
 #[derive(Default)]
 pub(super) struct Once {
     /// By provider and model.
-    prices: Mutex<HashMap<(Rows, String, String), Arc<Tiers>>>,
+    prices: Mutex<HashMap<Model, Arc<Tiers>>>,
     /// What calls under way were announced with: by attempt and key, prices and the row that was named, if one was.
     under_way: Mutex<HashMap<(Uuid, String), Announced>>,
 }
@@ -49,11 +52,19 @@ struct Announced {
 }
 
 impl Once {
-    /// Remembers prices that were read, for calls to come and for this one's end.
-    pub fn learn(&self, rows: Rows, whose: Whose<'_>, opened: &CallOpened, tiers: Tiers) {
-        let tiers = Arc::new(tiers);
-        let model = (rows, opened.provider.clone(), opened.model.clone());
-        put(&self.prices, MODELS_MAX, model, Arc::clone(&tiers));
+    /// The prices for a call, if what is known of them are the rows with these ids.
+    pub fn known(&self, opened: &CallOpened, ids: &[i64]) -> Option<Arc<Tiers>> {
+        self.prices(opened).filter(|tiers| tiers.ids() == ids)
+    }
+
+    fn prices(&self, opened: &CallOpened) -> Option<Arc<Tiers>> {
+        let prices = self.prices.lock().unwrap_or_else(PoisonError::into_inner);
+        prices.get(&model(opened)).cloned()
+    }
+
+    /// Remembers the prices in force, for calls to come and for this one's end.
+    pub fn learn(&self, whose: Whose<'_>, opened: &CallOpened, tiers: Arc<Tiers>) {
+        put(&self.prices, MODELS_MAX, model(opened), Arc::clone(&tiers));
         let priced = tiers.bound(opened.input_tokens_max, opened.output_tokens_max).is_some();
         let of = Announced { tiers, priced, own_key: opened.own_key_id.is_some() };
         put(&self.under_way, CALLS_MAX, (whose.attempt, whose.key.to_owned()), of);
@@ -61,9 +72,7 @@ impl Once {
 
     /// The announcement of a call whose prices are known and within its ceilings.
     pub fn announced(&self, whose: Whose<'_>, opened: &CallOpened) -> Option<AtOnce> {
-        let rows = rows(opened);
-        let model = (rows, opened.provider.clone(), opened.model.clone());
-        let tiers = self.prices.lock().unwrap_or_else(PoisonError::into_inner).get(&model).cloned()?;
+        let tiers = self.prices(opened)?;
         let bound = tiers.bound(opened.input_tokens_max, opened.output_tokens_max);
         let worst = match (opened.own_key_id, &bound) {
             // What his own key costs is between him and his provider.
@@ -83,7 +92,7 @@ impl Once {
             .add(whose.project)?
             .add(&opened.provider)?
             .add(&opened.model)?
-            .add(rows.or_any(&opened.model))?
+            .add(rows(opened).or_any(&opened.model))?
             .add(tiers.ids())?
             .add(bound.map(|(price, _)| price.id))?
             .add(worst)?
@@ -138,6 +147,10 @@ impl Once {
 /// Which rows may price a call.
 pub(super) fn rows(opened: &CallOpened) -> Rows {
     if opened.local { Rows::OwnOrAny } else { Rows::Own }
+}
+
+fn model(opened: &CallOpened) -> Model {
+    (rows(opened), opened.provider.clone(), opened.model.clone())
 }
 
 /// Remembers one more, or begins anew: what is forgotten is read again.

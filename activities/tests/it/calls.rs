@@ -8,9 +8,9 @@ mod load;
 use load::Options;
 use std::time::Duration;
 
-/// Round trips to Postgres that a call of a long attempt may make on average: its announcement, the note of its name and its end, each
-/// with the pool's own one behind it, and now and then a hold that grows.
-const ROUND_TRIPS_MAX: f64 = 10.0;
+/// Round trips to Postgres that a call makes: its announcement, the note of its name and its end. With a transaction around each they were
+/// twenty-two. A call in fifty may say something twice.
+const ROUND_TRIPS_MAX: f64 = 3.1;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hundredth_of_the_load_adds_up() {
@@ -32,7 +32,7 @@ async fn a_hundredth_of_the_load_adds_up() {
     println!("{}", said.join("\n"));
     let value = |name: &str| outcome.report.figures.iter().find(|f| f.name.starts_with(name)).unwrap().value;
     let trips = value("round trips to Postgres");
-    assert!(trips > 3.0 && trips <= ROUND_TRIPS_MAX, "{trips}:\n{}", said.join("\n"));
+    assert!((2.0..=ROUND_TRIPS_MAX).contains(&trips), "{trips}:\n{}", said.join("\n"));
     let once = |word: &str| outcome.said.iter().filter(|(said, _)| said.contains(word)).map(|(_, n)| n).sum::<f64>();
     assert!(once("call_announced(") >= 0.99 && once("call_ended(") >= 0.99, "asked first:\n{}", said.join("\n"));
     assert!(value("calls a second under") > 0.0 && value("added latency of a plain call under it, p50") > 0.0);

@@ -210,13 +210,15 @@ impl Backend {
             },
         };
         let Some(hook) = self.shared.hook.at_once(&self.attempt, reading) else { return Ok(false) };
-        let mut conn = self.shared.pool.acquire().await?;
         match reading.phase {
             Phase::Open => crash_point("open.after_fence"),
             Phase::Close => crash_point("meter.after_fence"),
             Phase::Note => {}
         }
-        store::checkpoints::at_once(&mut conn, run, self.epoch, hook, small.as_ref()).await
+        let ask = async |conn: &mut PgConnection| {
+            store::checkpoints::at_once(conn, run, self.epoch, hook, small.as_ref()).await
+        };
+        self.shared.calls.ask(ask).await
     }
 
     async fn save_once(&self, key: &str, value: &Value) -> Result<(), Error> {
@@ -258,11 +260,11 @@ impl Backend {
     /// Without the fence, whose lock the stream of an answer would share with everything that the run does: the hook changes
     /// nothing of a call that is closed.
     async fn note_once(&self, key: &str, reading: &Value) -> Result<(), Error> {
-        let mut conn = self.shared.pool.acquire().await?;
         let reading = Reading { key, phase: Phase::Note, current: true, body: reading };
         crash_point("note.before_write");
-        self.shared.hook.meter(&mut conn, &self.attempt, reading).await.map_err(of_hook)?;
-        Ok(())
+        let ask =
+            async |conn: &mut PgConnection| self.shared.hook.meter(conn, &self.attempt, reading).await.map_err(of_hook);
+        self.shared.calls.ask(ask).await.map(drop)
     }
 
     async fn close_once(&self, key: &str, reading: &Value, checkpoint: Option<(&str, &Value)>) -> Result<(), Error> {

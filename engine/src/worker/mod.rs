@@ -42,7 +42,7 @@ use crate::{
         spread::Spread,
         turns::{Due, Turns},
     },
-    transaction::{ANSWER_MAX, Session, answered, ask},
+    transaction::{ANSWER_MAX, Session, Sessions, answered, ask},
 };
 use drive::Claim;
 use keys::Keys;
@@ -72,6 +72,9 @@ const RUNS_MAX: usize = 4096;
 /// Runs that a worker claims beyond its free slots: many need none (a timer, a signal), and a slot that becomes free should
 /// find the next run here. More would wait here while another worker has room.
 const CLAIM_SPARE: usize = 16;
+/// Sessions of a worker for readings of outside calls, opened when so many are made at once. Chosen: a reading takes a millisecond or two,
+/// so four serve more calls than a worker's processors; who finds none takes a connection of the pool.
+const CALL_SESSIONS_MAX: usize = 4;
 /// Most runs of one claim.
 const CLAIM_MAX: usize = 256;
 /// Runs that a worker without room claims beyond that: the first of those who have nothing here, so that they are next.
@@ -143,6 +146,8 @@ pub(crate) struct Shared {
     catalog: Catalog,
     hook: Arc<dyn TransitionHook>,
     committer: Committer,
+    /// For readings of outside calls.
+    calls: Sessions,
     clock: Arc<Clock>,
     slots: Arc<Slots>,
     /// Whose runs are here.
@@ -211,6 +216,7 @@ async fn start_with(config: WorkerConfig, answer_max: Duration) -> Result<Worker
         catalog: config.registry.catalog(),
         registry: config.registry,
         committer: Committer::start(&config.pool, spread, &config.hook, answer_max),
+        calls: Sessions::like(&config.pool, CALL_SESSIONS_MAX),
         hook: config.hook,
         pool: config.pool,
         clock,

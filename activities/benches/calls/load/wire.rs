@@ -1,4 +1,4 @@
-//! How often a call goes to Postgres and back: a proxy between a pool and the server that reads what the pool sends.
+//! How often a call goes to Postgres and back: a proxy between a worker and the server that reads what the worker sends.
 //!
 //! The server answers once for every `Sync` and every `Query`, so their number is that of the round trips, transactions, pings of the
 //! pool and all.
@@ -24,8 +24,10 @@ const POOL: u32 = 4;
 /// Of a statement, in a list.
 const WORDS_MAX: usize = 12;
 pub const PING: &str = "(ping)";
+/// What sessions say of calls that the engine keeps for itself; they say other things too.
+const OF_A_CALL: [&str; 3] = ["call_announced(", "call_ended(", "update api_key_usage"];
 
-/// Round trips by what was said, on connections of the pool.
+/// Round trips by what was said: all on connections of the pool, and those of calls on others.
 pub type Trips = BTreeMap<String, usize>;
 
 /// The proxy. Its connections end with the runtime.
@@ -123,7 +125,9 @@ impl Reader {
                 self.greeted = true;
                 // As `transaction::Session` connects.
                 self.own = body.windows(14).any(|part| part == b"enable_seqscan");
-            } else if let Some(trip) = self.message(message[0], body).filter(|_| !self.own) {
+            } else if let Some(trip) = self.message(message[0], body)
+                && (!self.own || OF_A_CALL.iter().any(|word| trip.contains(word)))
+            {
                 trips.push(trip);
             }
         }
