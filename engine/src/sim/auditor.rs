@@ -1,5 +1,6 @@
 //! Judges a finished history by its rows alone. It knows the words of the events and nothing of the code that wrote them.
 
+use super::{Check, Finding};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,7 +20,7 @@ pub(super) struct Evidence {
 }
 
 /// A run, as its row says.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct RunFact {
     pub(super) id: String,
     pub(super) status: String,
@@ -41,6 +42,11 @@ impl Evidence {
         let all = self.history.iter().map(|(.., events)| events.to_string().matches(text).count());
         u32::try_from(all.sum::<usize>()).unwrap_or(u32::MAX)
     }
+
+    /// How many runs ended so.
+    pub(super) fn closed_as(&self, status: &str) -> u32 {
+        u32::try_from(self.runs.iter().filter(|run| run.status == status).count()).unwrap_or(u32::MAX)
+    }
 }
 
 /// One attempt, as the history tells of it.
@@ -54,7 +60,7 @@ struct Attempt {
 }
 
 /// Everything that is wrong, a sentence each. Empty is good.
-pub(super) fn audit(evidence: &Evidence) -> Vec<String> {
+pub(super) fn audit(evidence: &Evidence) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut attempts: BTreeMap<String, Attempt> = BTreeMap::new();
     for run in &evidence.runs {
@@ -65,10 +71,10 @@ pub(super) fn audit(evidence: &Evidence) -> Vec<String> {
     for (id, attempt) in &attempts {
         let ends = u32::from(closed.contains(attempt.run.as_str()));
         if attempt.starts != 1 || attempt.ends > 1 || attempt.ends < ends {
-            findings.push(format!(
+            findings.push(Check::Once.finds(format!(
                 "attempt {id} of {} was started {} and ended {} times",
                 attempt.path, attempt.starts, attempt.ends
-            ));
+            )));
         }
     }
     audit_hook(evidence, &attempts, &mut findings);
@@ -84,13 +90,13 @@ fn is_closed(status: &str) -> bool {
     ["completed", "failed", "cancelled", "terminated", "continued"].contains(&status)
 }
 
-fn audit_row(run: &RunFact, findings: &mut Vec<String>) {
+fn audit_row(run: &RunFact, findings: &mut Vec<Finding>) {
     let RunFact { id, status, owned, queued, .. } = run;
     if is_closed(status) && (*owned || *queued) {
-        findings.push(format!("run {id} is {status} and has an owner or a place in the queue"));
+        findings.push(Check::Leftover.finds(format!("run {id} is {status} and has an owner or a place in the queue")));
     }
     if !is_closed(status) && status != "quarantined" && !owned && !queued {
-        findings.push(format!("run {id} is {status}, and nobody owns or may claim it"));
+        findings.push(Check::Reachable.finds(format!("run {id} is {status}, and nobody owns or may claim it")));
     }
 }
 
@@ -102,38 +108,41 @@ fn audit_history(
     run: &RunFact,
     evidence: &Evidence,
     attempts: &mut BTreeMap<String, Attempt>,
-    findings: &mut Vec<String>,
+    findings: &mut Vec<Finding>,
 ) {
     let id = &run.id;
     let (mut next, mut newest, mut closed) = (1, 0, None);
     let (mut open, mut ended) = (BTreeSet::new(), BTreeSet::new());
     let mut ending = false;
+    let mut told = Told::default();
     let mut updates = BTreeMap::new();
     let (mut received, mut used, mut numbers) = (BTreeSet::new(), BTreeSet::new(), BTreeMap::<String, u64>::new());
     for (_, seq, epoch, events) in evidence.history.iter().filter(|(of, ..)| of == id) {
         if *seq != next {
-            findings.push(format!("the history of run {id} goes from {} to {seq}", next - 1));
+            findings.push(Check::History.finds(format!("the history of run {id} goes from {} to {seq}", next - 1)));
         }
         next = seq + 1;
         if *epoch < newest || *epoch > run.epoch {
-            findings.push(format!("row {seq} of run {id} was written under epoch {epoch}, after {newest}"));
+            findings.push(
+                Check::Epochs.finds(format!("row {seq} of run {id} was written under epoch {epoch}, after {newest}")),
+            );
         }
         newest = newest.max(*epoch);
         for event in events.as_array().map_or(&[][..], Vec::as_slice) {
             let (kind, path) = (text(event, "type"), text(event, "path"));
             if closed.is_some() {
-                findings.push(format!("run {id} closed, and then {kind} {path}"));
+                findings.push(Check::Closed.finds(format!("run {id} closed, and then {kind} {path}")));
             }
             match kind {
                 "run_closed" => closed = Some(text(event, "status").to_owned()),
                 "run_ending" => ending = true,
                 "step_started" if !open.insert(path.to_owned()) || ended.contains(path) => {
-                    findings.push(format!("step {path} of run {id} began twice"));
+                    findings.push(Check::Once.finds(format!("step {path} of run {id} began twice")));
                 }
                 "step_ended" => {
                     let unstarted = !open.contains(path);
                     if unstarted || !ended.insert(path.to_owned()) {
-                        findings.push(format!("step {path} of run {id} ended without being open"));
+                        findings.push(Check::Once.finds(format!("step {path} of run {id} ended without being open")));
                     }
                 }
                 "attempt_started" => {
@@ -142,56 +151,117 @@ fn audit_history(
                     attempt.starts += 1;
                     attempt.started_in = *epoch;
                     if ended.contains(path) || (ending && !path.starts_with("!finally/")) {
-                        findings.push(format!("an attempt of {path} of run {id} started after its end"));
+                        findings.push(
+                            Check::Order.finds(format!("an attempt of {path} of run {id} started after its end")),
+                        );
                     }
                     let number = numbers.entry(path.to_owned()).or_default();
                     *number += 1;
                     if event["attempt"].as_u64() != Some(*number) {
-                        findings.push(format!("attempt {} of {path} of run {id} is its {number}th", event["attempt"]));
+                        findings.push(
+                            Check::Order
+                                .finds(format!("attempt {} of {path} of run {id} is its {number}th", event["attempt"])),
+                        );
                     }
                 }
                 "attempt_ended" => {
                     let attempt = attempts.entry(text(event, "attempt_id").to_owned()).or_default();
                     attempt.ends += 1;
                     if attempt.starts == 0 {
-                        findings.push(format!("an attempt of {path} of run {id} ended before it started"));
+                        findings.push(
+                            Check::Once.finds(format!("an attempt of {path} of run {id} ended before it started")),
+                        );
                     }
                     let outcome = text(event, "outcome");
                     // Only its own owner knows how it went; whoever comes later may say that it is lost or stopped.
                     if attempt.started_in != *epoch && !["lost", "cancelled"].contains(&outcome) {
-                        findings.push(format!(
+                        findings.push(Check::Results.finds(format!(
                             "an attempt of {path} of run {id} of epoch {} {outcome} in {epoch}",
                             attempt.started_in
-                        ));
+                        )));
                     }
                 }
                 "signal_received" | "signal_dropped" | "update_accepted" | "update_rejected" => {
                     let n = event["n"].as_i64().unwrap_or(-1);
                     if !received.insert(n) || n > run.inbox_n {
-                        findings.push(format!("message {n} of run {id} was received twice or never sent"));
+                        findings.push(
+                            Check::Messages.finds(format!("message {n} of run {id} was received twice or never sent")),
+                        );
                     }
                 }
                 "signal_consumed" | "decision_counted" | "update_completed" => {
                     let n = event["n"].as_i64().unwrap_or(-1);
                     if !used.insert(n) || !received.contains(&n) {
-                        findings.push(format!("message {n} of run {id} was consumed twice or before it came"));
+                        findings.push(
+                            Check::Messages
+                                .finds(format!("message {n} of run {id} was consumed twice or before it came")),
+                        );
                     }
                 }
                 _ => {}
             }
             audit_update(run, event, &mut updates, findings);
+            told.hear(run, event, findings);
         }
     }
     if next - 1 != run.seq {
-        findings.push(format!("run {id} counts {} transitions and has {}", run.seq, next - 1));
+        findings.push(Check::History.finds(format!("run {id} counts {} transitions and has {}", run.seq, next - 1)));
     }
     if is_closed(&run.status) && closed.as_deref() != Some(run.status.as_str()) {
-        findings.push(format!("run {id} is {}, its history says {closed:?}", run.status));
+        findings.push(Check::Closed.finds(format!("run {id} is {}, its history says {closed:?}", run.status)));
+    }
+}
+
+/// What a run was told to do, by its history.
+#[derive(Default)]
+struct Told {
+    paused: bool,
+    /// Kind of the last `run_ending`.
+    ending: Option<String>,
+    cleans_up: bool,
+}
+
+impl Told {
+    fn hear(&mut self, run: &RunFact, event: &Value, findings: &mut Vec<Finding>) {
+        let (id, kind, path) = (&run.id, text(event, "type"), text(event, "path"));
+        if self.paused && ["step_started", "attempt_started", "round_started", "finally_started"].contains(&kind) {
+            findings.push(Check::Paused.finds(format!("run {id} is paused, and then {kind} {path}")));
+        }
+        match kind {
+            "run_paused" => self.paused = true,
+            "run_resumed" => self.paused = false,
+            "run_ending" => self.ending = Some(text(&event["ending"], "kind").to_owned()),
+            "finally_started" => self.cleans_up = true,
+            "run_closed" => {
+                let status = text(event, "status");
+                // A cleanup that fails makes a failure of what went well; an operator ends anything.
+                let legal = match self.ending.as_deref() {
+                    _ if status == "terminated" => true,
+                    Some("completed" | "continued") => status == "failed" || Some(status) == self.ending.as_deref(),
+                    Some(ending) => ending == status,
+                    None => false,
+                };
+                // Every definition here has something to clean up.
+                if !legal || (status != "terminated" && !self.cleans_up) {
+                    findings.push(Check::Ending.finds(format!(
+                        "run {id} was ending as {:?}, closed as {status}, and did {}clean up",
+                        self.ending,
+                        if self.cleans_up { "" } else { "not " }
+                    )));
+                }
+            }
+            _ => {}
+        }
     }
 }
 
 /// Whoever asks twice hears the same: one verdict an id, one answer, and none without being accepted.
-fn audit_update(run: &RunFact, event: &Value, updates: &mut BTreeMap<String, Vec<String>>, findings: &mut Vec<String>) {
+fn audit_update(
+    run: &RunFact,
+    event: &Value,
+    updates: &mut BTreeMap<String, Vec<String>>,
+    findings: &mut Vec<Finding>,
+) {
     let kind = text(event, "type");
     if !kind.starts_with("update_") {
         return;
@@ -203,12 +273,12 @@ fn audit_update(run: &RunFact, event: &Value, updates: &mut BTreeMap<String, Vec
         _ => told.is_empty(),
     };
     if !legal || kind == "update_completed" && event.get("result").is_some() == event.get("failure").is_some() {
-        findings.push(format!("update {id} of run {} was {told:?}, and then {kind}", run.id));
+        findings.push(Check::Updates.finds(format!("update {id} of run {} was {told:?}, and then {kind}", run.id)));
     }
     told.push(kind.to_owned());
 }
 
-fn audit_hook(evidence: &Evidence, attempts: &BTreeMap<String, Attempt>, findings: &mut Vec<String>) {
+fn audit_hook(evidence: &Evidence, attempts: &BTreeMap<String, Attempt>, findings: &mut Vec<Finding>) {
     for (what, told, wanted) in [
         ("started", &evidence.hook_started, attempts.iter().filter(|(_, a)| a.starts > 0).map(|(id, _)| id).collect()),
         (
@@ -219,29 +289,29 @@ fn audit_hook(evidence: &Evidence, attempts: &BTreeMap<String, Attempt>, finding
     ] {
         let once: BTreeSet<&String> = told.iter().collect();
         if once.len() != told.len() {
-            findings.push(format!("the hook was told twice that an attempt {what}"));
+            findings.push(Check::Hook.finds(format!("the hook was told twice that an attempt {what}")));
         }
         if let Some(odd) = once.symmetric_difference(&wanted).next() {
-            findings.push(format!("hook and history do not agree that attempt {odd} {what}"));
+            findings.push(Check::Hook.finds(format!("hook and history do not agree that attempt {odd} {what}")));
         }
     }
 }
 
-fn audit_acts(evidence: &Evidence, attempts: &BTreeMap<String, Attempt>, findings: &mut Vec<String>) {
+fn audit_acts(evidence: &Evidence, attempts: &BTreeMap<String, Attempt>, findings: &mut Vec<Finding>) {
     let mut seen = BTreeSet::new();
     for id in &evidence.acted {
         if !seen.insert(id) {
-            findings.push(format!("the code of attempt {id} ran twice"));
+            findings.push(Check::Acts.finds(format!("the code of attempt {id} ran twice")));
         }
         if attempts.get(id).is_none_or(|a| a.starts == 0) {
-            findings.push(format!("attempt {id} ran, and no history knows of it"));
+            findings.push(Check::Acts.finds(format!("attempt {id} ran, and no history knows of it")));
         }
     }
 }
 
 /// A run that closed as continued has the one run in its place that its history names, and no other has one; of a chain one run is
 /// open at most.
-fn audit_chains(evidence: &Evidence, findings: &mut Vec<String>) {
+fn audit_chains(evidence: &Evidence, findings: &mut Vec<Finding>) {
     let mut named = BTreeMap::new();
     for (run, .., events) in &evidence.history {
         for event in events.as_array().map_or(&[][..], Vec::as_slice) {
@@ -260,16 +330,18 @@ fn audit_chains(evidence: &Evidence, findings: &mut Vec<String>) {
             .collect();
         let wanted = named.get(run.id.as_str()).filter(|_| run.status == "continued");
         if next != wanted.copied().into_iter().collect::<Vec<_>>() || (run.status == "continued") != wanted.is_some() {
-            findings.push(format!("run {} is {}, and {next:?} go on in its place", run.id, run.status));
+            findings.push(
+                Check::Chains.finds(format!("run {} is {}, and {next:?} go on in its place", run.id, run.status)),
+            );
         }
         if !is_closed(&run.status) && !open.insert(run.first.as_ref().unwrap_or(&run.id)) {
-            findings.push(format!("two runs of the chain of {} are open", run.id));
+            findings.push(Check::Chains.finds(format!("two runs of the chain of {} are open", run.id)));
         }
     }
 }
 
 /// What was sent to a run that continued as new is known to the next one, and no two runs of a chain take it.
-fn audit_handed_on(evidence: &Evidence, findings: &mut Vec<String>) {
+fn audit_handed_on(evidence: &Evidence, findings: &mut Vec<Finding>) {
     let ids: BTreeMap<(&str, i64), &str> = evidence
         .messages
         .iter()
@@ -280,7 +352,8 @@ fn audit_handed_on(evidence: &Evidence, findings: &mut Vec<String>) {
         let of =
             |run: &str| -> BTreeSet<&str> { ids.iter().filter(|((of, _), _)| *of == run).map(|(_, id)| *id).collect() };
         for lost in of(before).difference(&of(&run.id)) {
-            findings.push(format!("message {lost} to run {before} is not known to run {}", run.id));
+            findings
+                .push(Check::HandedOn.finds(format!("message {lost} to run {before} is not known to run {}", run.id)));
         }
     }
     let mut taken = BTreeSet::new();
@@ -292,14 +365,14 @@ fn audit_handed_on(evidence: &Evidence, findings: &mut Vec<String>) {
             if let (true, Some(id)) = (takes, id)
                 && !taken.insert((chain, *id))
             {
-                findings.push(format!("message {id} was taken twice in the chain of {chain}"));
+                findings.push(Check::HandedOn.finds(format!("message {id} was taken twice in the chain of {chain}")));
             }
         }
     }
 }
 
 /// A child is there if and only if its parent's history calls it, and none outlives a call that ends it at once.
-fn audit_children(evidence: &Evidence, findings: &mut Vec<String>) {
+fn audit_children(evidence: &Evidence, findings: &mut Vec<Finding>) {
     let mut called = BTreeMap::new();
     for (run, .., events) in &evidence.history {
         for event in events.as_array().map_or(&[][..], Vec::as_slice) {
@@ -315,11 +388,16 @@ fn audit_children(evidence: &Evidence, findings: &mut Vec<String>) {
         // The open run of its chain is the child.
         let open = evidence.runs.iter().find(|r| r.first.as_deref() == Some(*child) && !is_closed(&r.status));
         match open.map(|r| r.status.as_str()).or_else(|| status(child)) {
-            None => findings.push(format!("run {parent} calls {child} at {path}, and there is none")),
+            None => {
+                findings.push(Check::Children.finds(format!("run {parent} calls {child} at {path}, and there is none")))
+            }
             Some("running" | "pending" | "paused" | "cancelling")
                 if *terminates && status(parent).is_some_and(is_closed) =>
             {
-                findings.push(format!("run {child} outlives its parent {parent}, whose {path} was to end it"));
+                findings.push(
+                    Check::Children
+                        .finds(format!("run {child} outlives its parent {parent}, whose {path} was to end it")),
+                );
             }
             Some(_) => {}
         }
@@ -327,16 +405,64 @@ fn audit_children(evidence: &Evidence, findings: &mut Vec<String>) {
     for run in evidence.runs.iter().filter(|r| r.parent.is_some()) {
         let place = called.get(run.first.as_deref().unwrap_or(&run.id)).map(|(parent, ..)| (*parent).to_owned());
         if place != run.parent {
-            findings.push(format!("run {} has the parent {:?}, and {place:?} calls it", run.id, run.parent));
+            findings.push(
+                Check::Children
+                    .finds(format!("run {} has the parent {:?}, and {place:?} calls it", run.id, run.parent)),
+            );
         }
     }
 }
 
-fn audit_messages(evidence: &Evidence, findings: &mut Vec<String>) {
+fn audit_messages(evidence: &Evidence, findings: &mut Vec<Finding>) {
     let mut seen = BTreeSet::new();
     for (run, n, dedupe_id) in &evidence.messages {
         if dedupe_id.as_ref().is_some_and(|key| !seen.insert((run, key))) {
-            findings.push(format!("message {n} of run {run} is there twice"));
+            findings.push(Check::Inbox.finds(format!("message {n} of run {run} is there twice")));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// What is found in one history of a closed run.
+    fn found(status: &str, events: &[Value]) -> Vec<Check> {
+        let run = RunFact { id: "r".into(), status: status.into(), seq: 1, epoch: 1, ..RunFact::default() };
+        let history = vec![("r".to_owned(), 1, 1, json!(events))];
+        let evidence = Evidence { runs: vec![run], history, ..Evidence::default() };
+        audit(&evidence).into_iter().map(|finding| finding.check).collect()
+    }
+
+    fn event(kind: &str) -> Value {
+        json!({ "type": kind })
+    }
+    fn ending(kind: &str) -> Value {
+        json!({"type": "run_ending", "ending": {"kind": kind}})
+    }
+    fn closed(status: &str) -> Value {
+        json!({"type": "run_closed", "status": status})
+    }
+
+    #[test]
+    fn a_run_that_was_cancelled_cleans_up_and_ends_as_cancelled() {
+        let cleans = event("finally_started");
+        assert_eq!(found("cancelled", &[ending("cancelled"), cleans.clone(), closed("cancelled")]), []);
+        assert_eq!(found("cancelled", &[ending("cancelled"), closed("cancelled")]), [Check::Ending]);
+        assert_eq!(found("completed", &[ending("cancelled"), cleans.clone(), closed("completed")]), [Check::Ending]);
+        assert_eq!(found("failed", &[ending("completed"), cleans.clone(), closed("failed")]), []);
+        assert_eq!(found("failed", &[ending("cancelled"), cleans, closed("failed")]), [Check::Ending]);
+        assert_eq!(found("terminated", &[closed("terminated")]), [], "at once");
+        assert_eq!(found("completed", &[closed("completed")]), [Check::Ending], "it never ended");
+    }
+
+    #[test]
+    fn nothing_begins_in_a_paused_run() {
+        let end = [event("run_resumed"), ending("completed"), event("finally_started"), closed("completed")];
+        let begins = json!({"type": "step_started", "path": "a"});
+        let with = |middle: &[Value]| [&[event("run_paused")], middle, &end].concat();
+        assert_eq!(found("completed", &with(&[])), []);
+        assert_eq!(found("completed", &with(&[begins])), [Check::Paused]);
     }
 }

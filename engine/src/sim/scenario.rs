@@ -12,6 +12,8 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
 pub(super) const PARENT: &str = "parent";
+/// The parent's next version.
+pub(super) const PARENT_2: &str = "parent, 2";
 pub(super) const CHILD: &str = "child";
 
 /// The one activity, metered.
@@ -163,7 +165,23 @@ fn parent() -> Definition {
     definition(PARENT, vec![first, each, race, rounds, work("end")], vec![work("clean")])
 }
 
+/// Another version of the same workflow: runs may go on under it, and back.
+fn parent_2() -> Definition {
+    let mut parent = parent();
+    parent.steps.push(work("more"));
+    parent
+}
+
 /// By name.
 pub(super) fn definitions() -> BTreeMap<&'static str, Definition> {
-    BTreeMap::from([(PARENT, parent()), (CHILD, child())])
+    BTreeMap::from([(PARENT, parent()), (PARENT_2, parent_2()), (CHILD, child())])
+}
+
+/// What a run of this definition may be migrated to.
+pub(super) fn other_version(workflow: &str) -> Option<&'static str> {
+    match workflow {
+        PARENT => Some(PARENT_2),
+        PARENT_2 => Some(PARENT),
+        _ => None,
+    }
 }

@@ -7,7 +7,7 @@ use crate::{
     event::{Event, format_of},
     failure::Failure,
     hook::{AttemptEnd, AttemptRef, AttemptStart},
-    ids::{AttemptId, RunId, WorkerId},
+    ids::{AttemptId, DefinitionHash, RunId, WorkerId},
     machine::{self, Command, Decision, Illegal, Input, Live, Moment, Phase, Refusals, RunState, fold},
     signature::Catalog,
     store::{
@@ -37,7 +37,7 @@ const WIDTH: u32 = 3;
 pub(super) struct Library {
     pub(super) definitions: BTreeMap<&'static str, Definition>,
     catalog: Catalog,
-    calls: BTreeMap<String, crate::ids::DefinitionHash>,
+    calls: BTreeMap<String, DefinitionHash>,
 }
 
 impl Library {
@@ -359,10 +359,14 @@ impl Driver {
                 self.flight = Some(flight);
                 return Next::Goes;
             }
-            // An earlier sending had succeeded and its answer was lost.
+            // An earlier sending had succeeded and its answer was lost; or one of another decision, which was refused since, has
+            // arrived late.
             Some(Answer::Verdict(Verdict::Stale { epoch, seq }))
                 if epoch == flight.item.epoch && seq == flight.item.seq + 1 =>
             {
+                if !store.is_there(&flight.item) {
+                    return Next::Ends;
+                }
                 self.notified = true;
                 self.inbox_seen
             }
@@ -370,7 +374,7 @@ impl Driver {
             Some(Answer::Verdict(Verdict::Refused { reason, message })) => {
                 // The same input again, on the state as it was, with the hook's answer known.
                 let row = &store.runs[&self.run];
-                if row.owner != Some(moment.worker) || row.epoch != self.epoch {
+                if row.owner != Some(moment.worker) || row.epoch != self.epoch || row.seq != self.seq {
                     return Next::Ends;
                 }
                 match load_state(store, self.run) {
@@ -546,4 +550,32 @@ pub(super) fn termination(library: &Library, store: &Memory, run: RunId, at: &At
         failure: None,
         effects,
     })
+}
+
+/// As `client::migrate`: under what a run may go on, the events of the transition, and the state after it. `None` if it cannot now.
+pub(super) fn migration(
+    library: &Library,
+    store: &Memory,
+    run: RunId,
+    at: &At,
+) -> Result<Option<(&'static str, Text, Text)>, String> {
+    let Some(row) = store.runs.get(&run).filter(|r| !r.closed && r.status != "quarantined") else { return Ok(None) };
+    let Some(to) = scenario::other_version(&row.workflow) else { return Ok(None) };
+    let mut state = load_state(store, run)?;
+    let (old, new) = (&library.definitions[row.workflow.as_str()], &library.definitions[to]);
+    let unread = store.read(run, row.inbox_seen, row.inbox_n);
+    let hash = |name: &str| DefinitionHash([u8::try_from(name.len()).unwrap_or(0); 32]);
+    let asked = machine::Migrate {
+        from: hash(&row.workflow),
+        to: hash(to),
+        map: BTreeMap::new(),
+        inputs: if row.status == "pending" { row.inputs.clone() } else { state.inputs.clone() },
+        reason: "a new version".into(),
+        by: None,
+    };
+    let depth = u32::try_from(row.depth).unwrap_or(u32::MAX);
+    let decided = machine::migrate(old, new, &state, &unread, asked, &at.of(library, 0, &Refusals::default(), depth));
+    let Some(event) = decided.event.filter(|_| decided.running.is_empty()) else { return Ok(None) };
+    fold(&mut state, &event).map_err(|e| e.to_string())?;
+    Ok(Some((to, json(&[event]), json(&state))))
 }

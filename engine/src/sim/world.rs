@@ -1,10 +1,10 @@
 //! The world of one seed: the store, the workers, the clients and everything that goes wrong between them.
 
+mod watch;
+
 use super::{
-    Happened,
-    auditor::{Evidence, RunFact},
-    scenario,
-    worker::{Answer, At, Driver, Library, Next, Worker, termination},
+    Check, Finding, Happened, scenario,
+    worker::{Answer, At, Driver, Library, Next, Worker, migration, termination},
 };
 use crate::{
     admission::{OnConflict, Place},
@@ -21,8 +21,9 @@ use crate::{
 };
 use chrono::{Duration, TimeZone, Utc};
 use serde_json::json;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use uuid::Uuid;
+use watch::Seen;
 
 /// Random actions of the chaotic phase.
 const ACTIONS: u32 = 1_200;
@@ -54,7 +55,9 @@ pub(super) struct World {
     refusing: bool,
     /// Nothing goes wrong any more.
     calm: bool,
-    complaints: Vec<String>,
+    complaints: Vec<Finding>,
+    /// How each run stood when it was looked at last.
+    seen: BTreeMap<RunId, Seen>,
     pub(super) happened: Happened,
 }
 
@@ -76,6 +79,7 @@ impl World {
             refusing: false,
             calm: false,
             complaints: Vec::new(),
+            seen: BTreeMap::new(),
             happened: Happened::default(),
         }
     }
@@ -101,6 +105,7 @@ impl World {
                 88..=90 => self.time(),
                 91 => self.start_run(),
                 92 | 93 => self.post_something(),
+                94 if self.random.u8(0..4) == 0 => self.migrate_something(),
                 94 => self.operator(),
                 95 => self.harm_some(),
                 96 => self.freeze_or_thaw(),
@@ -114,7 +119,7 @@ impl World {
     }
 
     /// Nothing goes wrong any more: every run must come to its end. What stays open is a finding.
-    pub(super) fn calm(&mut self) -> Vec<String> {
+    pub(super) fn calm(&mut self) -> Vec<Finding> {
         (self.refusing, self.calm) = (false, true);
         while !self.air.is_empty() {
             self.late_statement();
@@ -141,7 +146,10 @@ impl World {
             }
         }
         let open = self.store.runs.iter().filter(|(_, r)| !r.closed);
-        open.map(|(id, row)| format!("run {id} never ends: {row:?}, due {:?}", self.store.ready.get(id))).collect()
+        open.map(|(id, row)| {
+            Check::Ends.finds(format!("run {id} never ends: {row:?}, due {:?}", self.store.ready.get(id)))
+        })
+        .collect()
     }
 
     /// Everybody does all they can. False if nothing moved.
@@ -194,48 +202,14 @@ impl World {
         self.store.now = next.unwrap_or(second).max(second);
     }
 
-    fn quarantined(&self) -> Vec<String> {
+    fn quarantined(&self) -> Vec<Finding> {
         let set_aside = self.store.runs.iter().filter(|(_, r)| r.status == "quarantined");
-        set_aside.map(|(id, _)| format!("run {id} is quarantined")).collect()
+        set_aside.map(|(id, _)| Check::Quarantined.finds(format!("run {id} is quarantined"))).collect()
     }
 
     /// What was wrong at some instant, whatever came of it.
-    pub(super) fn complaints(&mut self) -> Vec<String> {
+    pub(super) fn complaints(&mut self) -> Vec<Finding> {
         std::mem::take(&mut self.complaints)
-    }
-
-    /// What must hold at every instant.
-    fn watch(&mut self) {
-        let now = self.store.now;
-        for (id, row) in &self.store.runs {
-            let due = self.store.ready.get(id);
-            let seat = self.store.seats.get(id);
-            let waits = !row.admitted && seat.is_some_and(|s| s.place.is_none());
-            if !row.closed && row.owner.is_none() && row.status != "quarantined" && due.is_none() && !waits {
-                self.complaints.push(format!("run {id} is open, and nobody owns or may claim it"));
-            }
-            // Somebody who was fenced off has moved it all the same.
-            if !row.closed && row.owner.is_none() && !row.parked {
-                self.complaints.push(format!("run {id} moves, and nobody owns it"));
-            }
-            // An operator who takes a run to end it has half a minute, and the clock may be set back meanwhile.
-            let soon = now + Duration::seconds(60);
-            if row.parked && row.inbox_n > row.inbox_seen && due.is_some_and(|at| *at > soon) {
-                self.complaints.push(format!("run {id} sleeps over a message"));
-            }
-        }
-        // By what they do, not by what their places say.
-        let under_way = self
-            .store
-            .runs
-            .iter()
-            .filter(|(id, row)| self.grouped.contains(id) && !row.closed && (row.owner.is_some() || row.seq > 0));
-        let under_way = under_way.count();
-        if under_way > GROUP_LIMIT {
-            self.complaints.push(format!("{under_way} runs of a group of {GROUP_LIMIT} are under way"));
-        }
-        // One is enough, and the later ones repeat it.
-        self.complaints.truncate(1);
     }
 
     fn some_worker(&mut self, act: fn(&mut Self, usize)) {
@@ -336,7 +310,7 @@ impl World {
     }
 
     fn set_aside(&mut self, run: RunId, epoch: i64, why: &str) {
-        self.complaints.push(format!("run {run} is quarantined: {why}"));
+        self.complaints.push(Check::Quarantined.finds(format!("run {run} is quarantined: {why}")));
         self.store.quarantine(run, epoch);
     }
 
@@ -419,10 +393,6 @@ impl World {
             return;
         }
         let batch: Vec<Item> = items.iter().map(|(_, item)| item.clone()).collect();
-        // A batch with effects is a transaction of several statements. Its sender has seen the answers of all when it sends
-        // the commit, so its rows are locked: whoever comes later waits until it is known how it ended. Late it cannot be.
-        let single = batch.iter().all(|i| i.effects.is_empty());
-        let fault = if fault == Fault::Late && !single { Fault::LostBefore } else { fault };
         let mut answers: Vec<Answer> = match fault {
             Fault::LostBefore | Fault::Late => vec![Answer::Lost; batch.len()],
             Fault::None | Fault::LostAfter | Fault::Doubled => {
@@ -580,23 +550,30 @@ impl World {
     }
 
     fn post_something(&mut self) {
-        let runs: Vec<RunId> = self.store.runs.keys().copied().collect();
+        // One that is open, mostly: a closed one hears nothing.
+        let open = self.random.u8(0..8) != 0;
+        let runs: Vec<RunId> =
+            self.store.runs.iter().filter(|(_, row)| !open || !row.closed).map(|(run, _)| *run).collect();
+        let paused: Vec<RunId> =
+            self.store.runs.iter().filter(|(_, row)| row.status == "paused").map(|(run, _)| *run).collect();
         let Some(run) = self.random.choice(&runs).copied() else { return };
-        let mut post = match self.random.u8(0..15) {
+        let mut post = match self.random.u8(0..20) {
             0..=3 => Post::new(run, Kind::Signal, "answer", json!({"text": "x"})),
             4..=7 => {
                 let decision = ["approved", "rejected", "changes_requested"][self.random.usize(0..3)];
                 Post::new(run, Kind::Signal, "ok", json!({ "decision": decision }))
             }
             8 => Post::new(run, Kind::Unblock, "", json!(null)),
-            9 => Post::new(run, Kind::Pause, "", json!(null)),
-            10 => Post::new(run, Kind::Resume, "", json!(null)),
-            11..=13 => Post::new(run, Kind::Update, "answer", json!({"text": "x"})),
+            9 | 10 => Post::new(run, Kind::Pause, "", json!(null)),
+            // Whoever pauses a run lets it go on as well; sometimes one that is not paused.
+            11..=13 => {
+                let run = self.random.choice(&paused).copied().unwrap_or(run);
+                Post::new(run, Kind::Resume, "", json!(null))
+            }
+            14..=16 => Post::new(run, Kind::Update, "answer", json!({"text": "x"})),
             // No step takes it: an approval is no await.
-            14 => Post::new(run, Kind::Update, "ok", json!({"decision": "approved"})),
-            // Rarely: the rest of the run is a cleanup then.
-            _ if self.random.u8(0..4) == 0 => Post::new(run, Kind::Cancel, "", json!("enough")),
-            _ => return,
+            17 => Post::new(run, Kind::Update, "ok", json!({"decision": "approved"})),
+            _ => Post::new(run, Kind::Cancel, "", json!("enough")),
         };
         if post.kind == Kind::Signal {
             self.happened.signals += 1;
@@ -612,7 +589,22 @@ impl World {
         if self.random.bool()
             && let Some(earlier) = self.random.choice(&self.posts).cloned()
         {
-            self.store.post(&earlier);
+            self.happened.duplicates += u32::from(self.store.post(&earlier) == Sent::Duplicate);
+        }
+    }
+
+    /// As `Client::migrate`: a run goes on under another definition, whoever drives it.
+    fn migrate_something(&mut self) {
+        let runs: Vec<RunId> = self.store.runs.iter().filter(|(_, row)| !row.closed).map(|(run, _)| *run).collect();
+        let Some(run) = self.random.choice(&runs).copied() else { return };
+        let at = At { worker: WorkerId(Uuid::nil()), now: self.store.now, draw: 0, free: 0, draining: false };
+        match migration(&self.library, &self.store, run, &at) {
+            Ok(Some((to, events, state))) => {
+                let stands = self.store.runs.get(&run).map_or((0, 0), |row| (row.epoch, row.seq));
+                self.store.migrate(run, stands, to, events, state);
+            }
+            Ok(None) => {}
+            Err(text) => self.complaints.push(Check::Quarantined.finds(format!("migration of run {run}: {text}"))),
         }
     }
 
@@ -657,40 +649,6 @@ impl World {
         if let Some(worker) = self.random.choice(&mut self.workers) {
             worker.frozen = !worker.frozen && freezes;
             self.happened.freezes += u32::from(worker.frozen);
-        }
-    }
-
-    /// What is left for the auditor: rows and texts.
-    pub(super) fn evidence(&self) -> Evidence {
-        let rows = self.store.history.iter().flat_map(|(run, rows)| rows.iter().map(move |r| (run, r)));
-        Evidence {
-            runs: self
-                .store
-                .runs
-                .iter()
-                .map(|(id, row)| RunFact {
-                    id: id.to_string(),
-                    status: row.status.clone(),
-                    owned: row.owner.is_some(),
-                    queued: self.store.ready.contains_key(id),
-                    seq: row.seq,
-                    epoch: row.epoch,
-                    inbox_n: row.inbox_n,
-                    parent: row.parent.map(|p| p.to_string()),
-                    first: row.first.map(|p| p.to_string()),
-                    continued_from: row.continued_from.map(|p| p.to_string()),
-                })
-                .collect(),
-            history: rows.map(|(run, r)| (run.to_string(), r.seq, r.epoch, r.events.clone())).collect(),
-            hook_started: self.store.accounts.started.iter().map(ToString::to_string).collect(),
-            hook_ended: self.store.accounts.ended.iter().map(ToString::to_string).collect(),
-            acted: self.acted.iter().map(ToString::to_string).collect(),
-            messages: self
-                .store
-                .inbox
-                .iter()
-                .flat_map(|(run, all)| all.iter().map(move |m| (run.to_string(), m.n, m.dedupe_id.clone())))
-                .collect(),
         }
     }
 }

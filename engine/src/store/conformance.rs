@@ -10,7 +10,7 @@ use super::{
     inbox,
     inbox::{Kind, Outgoing},
     memory::{Memory, Post},
-    ready, runs,
+    migrations, ready, runs,
     spread::Spread,
     transitions,
     transitions::{Effects, Item, text},
@@ -23,6 +23,7 @@ use crate::{
     client::{Client, Deploy, Start},
     definition::{Bundle, Definition, FORMAT},
     embedded::testing::database,
+    event::Event,
     hook::NoHook,
     ids::{DefinitionHash, RunId, WorkerId},
     transaction::{Session, begin},
@@ -36,7 +37,7 @@ use std::{
 };
 use uuid::Uuid;
 
-const SEEDS: u64 = 8;
+const SEEDS: u64 = 10;
 const CALLS: usize = 150;
 const RUNS: usize = 4;
 const WORKERS: usize = 3;
@@ -223,7 +224,7 @@ impl Pair {
         let said = |what: &str, a: &dyn std::fmt::Debug, b: &dyn std::fmt::Debug| {
             (format!("{what} {run} {worker}"), format!("{a:?}"), format!("{b:?}"))
         };
-        match self.random.u8(0..100) {
+        match self.random.u8(0..103) {
             0..=11 => {
                 // Another one in the place of one that has closed.
                 let run = if self.memory.runs.get(&run).is_some_and(|row| row.closed) {
@@ -240,7 +241,7 @@ impl Pair {
                 let place = self.random.bool().then_some(place);
                 // What ends a run is the machine's, and these runs have no histories that it could read.
                 let conflict = [IdConflict::UseExisting, IdConflict::Fail][usize::from(self.random.bool())];
-                let policy = (self.random.u8(0..3) == 0).then(|| (IdReuse::ALL[self.random.usize(0..3)], conflict));
+                let policy = self.random.bool().then(|| (IdReuse::ALL[self.random.usize(0..3)], conflict));
                 let (id_reuse, id_conflict) = policy.unwrap_or_default();
                 let admission = Admission {
                     priority: Priority::new(priority).expect("priority"),
@@ -466,6 +467,31 @@ impl Pair {
                 self.memory.quarantine(run, epoch);
                 said("quarantine", &(), &())
             }
+            98 | 99 => {
+                // Goes on under another definition; that it may, is the machine's to say.
+                let (epoch, seq) = self.fence(run);
+                let event = Event::RunMigrated {
+                    from: self.hash,
+                    to: self.hash,
+                    map: BTreeMap::new(),
+                    skipped: Vec::new(),
+                    reason: String::new(),
+                    by: None,
+                    inputs: None,
+                    env: BTreeMap::new(),
+                    calls: BTreeMap::new(),
+                    notes: Vec::new(),
+                    at: self.base.0,
+                };
+                let state = json!({});
+                let (from, to, event, state) = (self.hash, self.hash, &event, &state);
+                let new = migrations::New { run, epoch, seq, from, to, inputs: None, event, state };
+                let mut tx = begin(&pool).await.expect("begin");
+                let there = migrations::apply(&mut tx, &new).await.expect("migrate");
+                tx.commit().await.expect("commit");
+                let (events, state) = (text(&json!([event])).expect("JSON"), text(state).expect("JSON"));
+                said("migrate", &there, &self.memory.migrate(run, (epoch, seq), "conformance", events, state))
+            }
             _ => {
                 let minutes = self.random.i64(1..3);
                 self.pass(minutes).await;
@@ -535,6 +561,7 @@ async fn alike(spread: Spread) {
         "take",
         "seize",
         "continue",
+        "migrate",
         "give",
         "release",
     ] {

@@ -744,6 +744,31 @@ impl Memory {
         true
     }
 
+    /// [`super::history::is_there`].
+    pub(crate) fn is_there(&self, item: &Item) -> bool {
+        let rows = self.history.get(&item.run_id).map_or(&[][..], Vec::as_slice);
+        let events = parsed(&item.events);
+        rows.iter().any(|row| row.seq == item.seq + 1 && row.epoch == item.epoch && row.events == events)
+    }
+
+    /// [`super::migrations::apply`]: `from` are the epoch and the sequence number that were read.
+    pub(crate) fn migrate(&mut self, run: RunId, from: (i64, i64), to: &str, events: Text, state: Text) -> bool {
+        let stands = |row: &Row| !row.closed && (row.epoch, row.seq) == from;
+        let Some(row) = self.runs.get_mut(&run).filter(|r| stands(r)) else { return false };
+        (row.owner, row.parked) = (None, true);
+        row.epoch += 1;
+        row.seq += 1;
+        row.workflow = to.to_owned();
+        (row.cursor, row.cursor_seq) = (Some(parsed(&state)), row.seq);
+        let written = HistoryRow { seq: row.seq, epoch: row.epoch, events: parsed(&events) };
+        let admitted = row.admitted;
+        self.history.entry(run).or_default().push(written);
+        if admitted {
+            self.queue(run, self.now);
+        }
+        true
+    }
+
     /// [`super::runs::release`].
     pub(crate) fn release(&mut self, run: RunId, epoch: i64, inbox_seen: i64, due: DateTime<Utc>) -> bool {
         let Some(row) = self.runs.get_mut(&run) else { return false };

@@ -1,7 +1,9 @@
 //! `cargo sim -- --hours 1`: simulates new seeds for that long, on every processor, and stops at the first that fails.
-//! `--seeds N` does so many instead, `--from N` begins with that seed and counts on.
+//! `--seeds N` does so many instead, `--from N` begins with that seed and counts on. With both it ends at whichever comes first.
+//! A seed that panics, or is not over after [`SEED_MAX`], has failed. The first seed is told at the beginning: whoever ends this
+//! process before it has said anything still knows where it was.
 
-use loopwright_engine::sim::simulate;
+use loopwright_engine::sim::{SEED_MAX, replay, simulate_within};
 use std::{
     process::ExitCode,
     sync::{
@@ -14,20 +16,27 @@ use std::{
 const USAGE: &str = "arguments: --hours H | --minutes M | --seeds N, and perhaps --from SEED";
 const REPORT: Duration = Duration::from_secs(60);
 
+/// So many units.
+fn time(text: &str, unit_s: f64) -> Option<Duration> {
+    text.parse::<f64>().ok().and_then(|n| Duration::try_from_secs_f64(n * unit_s).ok())
+}
+
 fn main() -> ExitCode {
     let (mut length, mut seeds, mut from) = (None, None, None);
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         if ["--hours", "--minutes", "--seeds", "--from"].contains(&argument.as_str()) {
-            let Some(number) = arguments.next().and_then(|n| n.parse::<f64>().ok()).filter(|n| *n >= 0.0) else {
+            let text = arguments.next().unwrap_or_default();
+            let known = match argument.as_str() {
+                "--hours" => time(&text, 3_600.0).map(|t| length = Some(t)),
+                "--minutes" => time(&text, 60.0).map(|t| length = Some(t)),
+                // A seed is any number of 64 bits.
+                "--seeds" => text.parse().ok().map(|n: u64| seeds = Some(n)),
+                _ => text.parse().ok().map(|n: u64| from = Some(n)),
+            };
+            if known.is_none() {
                 eprintln!("{argument} needs a number; {USAGE}");
                 return ExitCode::from(2);
-            };
-            match argument.as_str() {
-                "--hours" => length = Some(Duration::from_secs_f64(number * 3_600.0)),
-                "--minutes" => length = Some(Duration::from_secs_f64(number * 60.0)),
-                "--seeds" => seeds = Some(number as u64),
-                _ => from = Some(number as u64),
             }
         } else if argument != "--" {
             eprintln!("{argument} is not understood; {USAGE}");
@@ -38,7 +47,8 @@ fn main() -> ExitCode {
         eprintln!("for how long? {USAGE}");
         return ExitCode::from(2);
     }
-    let first = from.unwrap_or_else(|| fastrand::u64(..1 << 53));
+    let first = from.unwrap_or_else(|| fastrand::u64(..));
+    println!("seeds from {first} on; one alone: {}", replay(first));
     let (begun, next, failed) = (Instant::now(), AtomicU64::new(0), Mutex::new(None));
     let transitions = AtomicU64::new(0);
     std::thread::scope(|scope| {
@@ -52,7 +62,7 @@ fn main() -> ExitCode {
                         return;
                     }
                     let seed = first.wrapping_add(n);
-                    let outcome = simulate(seed, None);
+                    let outcome = simulate_within(seed, None, SEED_MAX);
                     transitions.fetch_add(u64::from(outcome.happened.transitions), Ordering::Relaxed);
                     if !outcome.findings.is_empty() {
                         if let Ok(mut failed) = failed.lock() {
@@ -78,7 +88,8 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Ok(Some((seed, findings))) => {
-            println!("SIM_SEED={seed} cargo test -p loopwright-engine --test sim -- the_seed\n{}", findings.join("\n"));
+            println!("{}", replay(seed));
+            findings.iter().for_each(|finding| println!("{finding}"));
             ExitCode::FAILURE
         }
         Err(_) => ExitCode::FAILURE,
