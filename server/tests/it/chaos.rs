@@ -23,8 +23,17 @@ fn half_a_minute_of_faults_breaks_no_promise() {
     let report: Value = serde_json::from_str(stdout.lines().last().unwrap()).unwrap();
     assert_eq!((&report["ok"], &report["violations"]), (&Value::Bool(true), &Value::Array(vec![])), "{report}");
     // It was not quiet, and it was not idle.
-    let faults: u64 = report["faults"].as_object().unwrap().values().filter_map(Value::as_u64).sum();
-    assert!(faults >= 5, "{report}");
+    let faults: Vec<&Value> = report["faults"].as_object().unwrap().values().collect();
+    let sum = |what: &str| faults.iter().filter_map(|fault| fault[what].as_u64()).sum::<u64>();
+    assert!(sum("struck") >= 5 && sum("struck") <= sum("tried"), "{report}");
+    // Whatever is open says what it waits for, and why it may.
+    let waits = report["waits"].as_array().unwrap();
+    let open = report["runs"].as_object().unwrap().iter().filter(|(end, _)| end.starts_with("waits for"));
+    assert_eq!(open.filter_map(|(_, n)| n.as_u64()).sum::<u64>(), waits.len() as u64, "{report}");
+    assert!(
+        waits.iter().all(|run| run["waits_for"].as_str().is_some_and(|text| text.contains("signal `go`"))),
+        "{report}"
+    );
     for (what, number) in [
         ("starts", &report["requests"]["start"]["acknowledged"]),
         ("signals", &report["requests"]["signal"]["acknowledged"]),

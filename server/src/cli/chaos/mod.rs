@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! traffic (three people) ──REST──▶ server process ──TCP──▶ proxy ──▶ Postgres of our own (fsync on)
-//!    └──────── client (start, fork, terminate) ──────────────────────▶ ▲
+//!    └───── client (start, fork, reset, terminate) ──────────────────▶ ▲
 //!                        worker processes ──TCP──▶ proxy ──────────────┘
 //!                              └── idempotency keys ──▶ recorder
 //! faults: SIGKILL · SIGSTOP beyond the lease · immediate shutdown of Postgres · wire cut, slow
@@ -29,6 +29,7 @@ use crate::{
     rest::auth::{SCOPE_RUN, mint},
 };
 use anyhow::Context as _;
+use audit::{Ended, Evidence};
 use fastrand::Rng;
 use faults::{LEASE_MS, Postgres, Stage};
 use futures_util::future::join_all;
@@ -41,17 +42,16 @@ use loopwright_workflows::{Compiled, compile, render};
 use process::Recipe;
 use proxy::Proxy;
 use recorder::Recorder;
-use report::{Finding, Report};
+use report::{Report, Waits};
 use sqlx::PgPool;
 use std::{
-    collections::BTreeMap,
     net::{Ipv4Addr, SocketAddr},
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     time::Duration,
 };
 use tokio::{sync::watch, time::Instant};
-use traffic::{Promises, Traffic, User};
+use traffic::{Standing, Traffic, User};
 
 /// Worker processes.
 const WORKERS: usize = 3;
@@ -66,8 +66,6 @@ const MINUTES_MAX: f64 = 60.0;
 /// After the last fault everything is closed, or waits, within that time. Leases, retries and timers are seconds; two cores with
 /// a load of 18 took 62 s.
 const CALM_MAX: Duration = Duration::from_secs(240);
-/// A round of that length has every fault and every request several times.
-const COVERAGE_AFTER: Duration = Duration::from_secs(60);
 /// Between two words about what is still open.
 const TELL: Duration = Duration::from_secs(5);
 /// Between two looks at what is still open.
@@ -144,8 +142,9 @@ async fn round(
     let listen = free_address()?;
     let through = format!("postgres://loopwright@{}/loopwright?sslmode=disable&application_name={pass}", proxy.address);
     let workers = (0..WORKERS).map(|n| worker(n, &through, folder, &recorder.socket)).collect();
-    let mut stage = Stage::new(postgres, proxy, workers, server(&through, folder, listen, &app.config)?, folder);
-    stage.keep()?;
+    let mut stage =
+        Stage::new(postgres, proxy, workers, server(&through, folder, listen, &app.config)?, folder, app.pool.clone());
+    stage.keep().await?;
     let mut people = Vec::new();
     for n in 0..PEOPLE {
         let id = app.store.user_of("chaos", &format!("person-{n}"), "chaos").await?.id;
@@ -160,12 +159,14 @@ async fn round(
     let (injected, _) = tokio::join!(stage.inject(&mut rng, end, stop), going);
     injected?;
     let began = Instant::now();
-    let left = settle(&mut stage, &mut people, stop).await?;
+    let standing = settle(&mut stage, &mut people, stop).await?;
     let report = if *stop.borrow() {
         None
     } else {
-        let settled = left.is_empty().then(|| began.elapsed());
-        Some(report(seed, time, settled, left, &mut stage, &app.pool, &recorder, people).await?)
+        let settled = standing.left.is_empty().then(|| began.elapsed());
+        let evidence = evidence(time, standing.left, &mut stage, &recorder, people).await?;
+        let ended_by_itself = stage.processes().map(|process| process.ended_by_itself).sum();
+        Some(report(seed, settled, standing.waits, ended_by_itself, evidence, &app.pool).await?)
     };
     for process in stage.processes() {
         process.kill(Duration::ZERO)?;
@@ -175,99 +176,80 @@ async fn round(
     Ok(report)
 }
 
-/// No faults any more: waits until everything is closed or waits, at most [`CALM_MAX`]. What is left.
-async fn settle(
-    stage: &mut Stage,
-    people: &mut [Traffic],
-    stop: &watch::Receiver<bool>,
-) -> anyhow::Result<Vec<String>> {
+/// No faults any more: waits until everything is closed or waits, at most [`CALM_MAX`].
+async fn settle(stage: &mut Stage, people: &mut [Traffic], stop: &watch::Receiver<bool>) -> anyhow::Result<Standing> {
     let end = Instant::now() + CALM_MAX;
     let mut tell = Instant::now() + TELL;
-    stage.calm()?;
+    stage.calm().await?;
     loop {
-        stage.keep()?;
-        let left: Vec<String> = join_all(people.iter_mut().map(Traffic::settle_all)).await.concat();
+        stage.keep().await?;
+        let standing = Standing::of(join_all(people.iter_mut().map(Traffic::settle_all)).await);
         if tell <= Instant::now() {
-            tracing::info!(open = left.len(), first = left.first(), "settling");
+            tracing::info!(open = standing.left.len(), first = standing.left.first(), "settling");
             tell = Instant::now() + TELL;
         }
         let up = stage.processes().all(|process| process.is_up());
-        if (left.is_empty() && up) || Instant::now() > end || *stop.borrow() {
-            return Ok(left);
+        if (standing.left.is_empty() && up) || Instant::now() > end || *stop.borrow() {
+            return Ok(standing);
         }
         tokio::time::sleep(LOOK).await;
     }
 }
 
-#[expect(clippy::too_many_arguments, reason = "everything that came together in a round")]
-async fn report(
-    seed: u64,
+/// Asks the processes to end, and gathers what is known besides what is in the database.
+async fn evidence(
     time: Duration,
-    settled: Option<Duration>,
     left: Vec<String>,
     stage: &mut Stage,
-    pool: &PgPool,
     recorder: &Recorder,
     people: Vec<Traffic>,
-) -> anyhow::Result<Report> {
-    let mut violations: Vec<Finding> = left
-        .into_iter()
-        .map(|what| Finding::new("settle", "a run neither closed nor waits although nothing goes wrong any more", what))
-        .collect();
+) -> anyhow::Result<Evidence> {
+    let mut processes = Vec::new();
     for process in stage.processes() {
-        if !process.stop().await? {
-            violations.push(Finding::new("drain", "a process did not end in good order when asked to", process.name()));
-        }
-        for signal in &process.died {
-            let subject = format!("{}: signal {signal}", process.name());
-            violations.push(Finding::new("process", "a process died of a signal that nobody here had sent", subject));
-        }
+        let in_order = process.stop().await?;
         let log = std::fs::read(process.log()).with_context(|| process.log().display().to_string())?;
-        let log = String::from_utf8_lossy(&log);
-        let broken = |line: &&str| line.contains("panicked at") || line.contains("run is quarantined");
-        for line in log.lines().filter(broken) {
-            violations.push(Finding::new("log", "a process panicked or set a run aside", line));
-        }
+        let log = String::from_utf8_lossy(&log).into_owned();
+        processes.push(Ended { name: process.name().into(), in_order, signals: process.died.clone(), log });
     }
-    let (mut promises, mut requests) = (Promises::default(), BTreeMap::<&'static str, report::Said>::new());
+    let (faults, seen) = (stage.faults.clone(), recorder.seen());
+    let mut evidence = Evidence { time, left, processes, faults, seen, ..Evidence::default() };
     for person in people {
-        promises.runs.extend(person.promises.runs);
-        promises.messages.extend(person.promises.messages);
-        promises.updates.extend(person.promises.updates);
-        promises.cancelled.extend(person.promises.cancelled);
-        promises.terminated.extend(person.promises.terminated);
-        violations.extend(person.findings);
+        evidence.promises.add(person.promises);
+        evidence.declined.extend(person.declined);
         for (ask, said) in person.said {
-            requests.entry(ask).or_default().add(said);
+            evidence.requests.entry(ask).or_default().add(said);
         }
     }
-    if time >= COVERAGE_AFTER {
-        let idle = stage.injected.iter().filter(|(_, n)| **n == 0).map(|(fault, _)| fault.text());
-        let unheard = requests.iter().filter(|(_, said)| said.acknowledged == 0).map(|(ask, _)| *ask);
-        violations.extend(
-            idle.chain(unheard).map(|what| {
-                Finding::new("coverage", "a fault never struck, or no request of a kind was granted", what)
-            }),
-        );
-    }
-    let (effects, found) = audit::run(pool, &recorder.seen(), &promises).await?;
-    violations.extend(found);
+    Ok(evidence)
+}
+
+async fn report(
+    seed: u64,
+    settled: Option<Duration>,
+    waits: Vec<Waits>,
+    ended_by_itself: u32,
+    evidence: Evidence,
+    pool: &PgPool,
+) -> anyhow::Result<Report> {
+    let mut conn = pool.acquire().await?;
+    let (effects, violations) = audit::run(&mut conn, &evidence).await?;
     let counts =
         "select case when closed_at is null then 'waits for ' || coalesce(waiting, status) else status end, count(*)
                   from runs group by 1";
     let attempts = "select e->>'outcome', count(*) from history, jsonb_array_elements(events) e
                     where e->>'type' = 'attempt_ended' group by 1";
-    let runs: Vec<(String, i64)> = sqlx::query_as(counts).fetch_all(pool).await?;
-    let attempts: Vec<(String, i64)> = sqlx::query_as(attempts).fetch_all(pool).await?;
+    let runs: Vec<(String, i64)> = sqlx::query_as(counts).fetch_all(&mut *conn).await?;
+    let attempts: Vec<(String, i64)> = sqlx::query_as(attempts).fetch_all(&mut *conn).await?;
     let ok = violations.is_empty();
     Ok(Report {
         seed,
-        seconds: time.as_secs(),
+        seconds: evidence.time.as_secs(),
         settled_ms: settled.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
-        faults: stage.injected.clone(),
-        ended_by_itself: stage.processes().map(|process| process.ended_by_itself).sum(),
-        requests,
+        faults: evidence.faults,
+        ended_by_itself,
+        requests: evidence.requests,
         runs: runs.into_iter().collect(),
+        waits,
         attempts: attempts.into_iter().collect(),
         effects,
         checks: audit::names(),

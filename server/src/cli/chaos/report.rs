@@ -1,6 +1,6 @@
 //! What came of it, for people and for programs.
 
-use super::faults::Fault;
+use super::faults::{Fault, Strikes};
 use crate::cli::table;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -17,10 +17,12 @@ pub(super) struct Finding {
     pub(super) subject: String,
 }
 
-impl Finding {
-    pub(super) fn new(check: &'static str, meaning: &'static str, subject: impl Into<String>) -> Self {
-        Self { check, meaning, subject: subject.into() }
-    }
+/// A run that is open at the end, and may be.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Waits {
+    pub(super) run: String,
+    pub(super) waits_for: String,
+    pub(super) why: String,
 }
 
 /// Requests of one kind.
@@ -57,11 +59,13 @@ pub(super) struct Report {
     pub(super) seconds: u64,
     /// From the last fault until everything was closed or waited.
     pub(super) settled_ms: Option<u64>,
-    pub(super) faults: BTreeMap<Fault, u32>,
+    pub(super) faults: BTreeMap<Fault, Strikes>,
     /// Ends of processes that nobody had killed: a lost lease is no reason to end, a database that is away at the start is.
     pub(super) ended_by_itself: u32,
     pub(super) requests: BTreeMap<&'static str, Said>,
     pub(super) runs: BTreeMap<String, i64>,
+    /// Every run that is open.
+    pub(super) waits: Vec<Waits>,
     pub(super) attempts: BTreeMap<String, i64>,
     pub(super) effects: Sights,
     pub(super) checks: Vec<&'static str>,
@@ -73,8 +77,8 @@ impl Report {
     pub(super) fn text(&self) -> String {
         let mut parts = Vec::new();
         let rows: Vec<Vec<String>> =
-            self.faults.iter().map(|(fault, n)| vec![fault.text().into(), n.to_string()]).collect();
-        parts.push(table(&["fault", "injected"], &rows));
+            self.faults.iter().map(|(f, n)| vec![f.text().into(), n.struck.to_string(), n.tried.to_string()]).collect();
+        parts.push(table(&["fault", "struck", "tried"], &rows));
         let rows: Vec<Vec<String>> = self
             .requests
             .iter()
@@ -87,6 +91,11 @@ impl Report {
         for (what, counts) in [("runs", &self.runs), ("attempts", &self.attempts)] {
             let rows: Vec<Vec<String>> = counts.iter().map(|(end, n)| vec![end.clone(), n.to_string()]).collect();
             parts.push(table(&[what, "number"], &rows));
+        }
+        let rows: Vec<Vec<String>> =
+            self.waits.iter().map(|w| vec![w.run.clone(), w.waits_for.clone(), w.why.clone()]).collect();
+        if !rows.is_empty() {
+            parts.push(table(&["open run", "waits for", "why that is right"], &rows));
         }
         let Sights { sights, keys, again, late } = self.effects;
         parts.push(format!(

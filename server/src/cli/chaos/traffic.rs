@@ -1,7 +1,7 @@
-//! The people outside: they start, signal, cancel, terminate, pause, resume and fork runs, and remember what was
+//! The people outside: they start, signal, update, cancel, terminate, pause, resume, fork and reset runs, and remember what was
 //! acknowledged to them.
 
-use super::report::{Finding, Said};
+use super::report::{Said, Waits};
 use fastrand::Rng;
 use loopwright_engine::{
     Error,
@@ -9,7 +9,7 @@ use loopwright_engine::{
     client::{At, Client, Fork, Start, Update},
     ids::{DefinitionHash, RunId},
     transaction::is_transient,
-    view::{Answer as Answered, Updated},
+    view::{Answer as Answered, RunView, Updated, Waiting},
 };
 use serde_json::{Map, Value, json};
 use sqlx::PgPool;
@@ -46,11 +46,12 @@ pub(super) enum Ask {
     Pause,
     Resume,
     Fork,
+    Reset,
     Update,
 }
 
 impl Ask {
-    const ALL: [(Self, u32); 8] = [
+    const ALL: [(Self, u32); 9] = [
         (Self::Start, 40),
         (Self::Signal, 30),
         (Self::Cancel, 4),
@@ -58,6 +59,7 @@ impl Ask {
         (Self::Pause, 8),
         (Self::Resume, 9),
         (Self::Fork, 5),
+        (Self::Reset, 4),
         (Self::Update, 8),
     ];
 
@@ -70,12 +72,14 @@ impl Ask {
             Self::Pause => "pause",
             Self::Resume => "resume",
             Self::Fork => "fork",
+            Self::Reset => "reset",
             Self::Update => "update",
         }
     }
 }
 
-/// What the product says to a request that comes too late, or to a fork at an end. Nothing else makes sense to somebody who has a run.
+/// What the product says to a request that comes too late, to a fork at an end, or to a reset of a run that was reset. Nothing else
+/// makes sense to somebody who has a run.
 const FAIR: [&str; 3] = ["run_closed", "fork_invalid", "update.unanswered"];
 
 /// How a request ended.
@@ -104,9 +108,9 @@ struct Known {
 }
 
 /// What was acknowledged.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Promises {
-    /// Started or forked.
+    /// Started, forked, or made by a reset.
     pub(super) runs: Vec<RunId>,
     /// Signals, pauses, resumes: run and the sender's id as it is stored.
     pub(super) messages: Vec<(RunId, String)>,
@@ -114,6 +118,22 @@ pub(super) struct Promises {
     pub(super) updates: Vec<(RunId, String)>,
     pub(super) cancelled: Vec<RunId>,
     pub(super) terminated: Vec<RunId>,
+    /// Another took their place.
+    pub(super) reset: Vec<RunId>,
+    /// Nobody answers them: they may be open at the end, and no others.
+    pub(super) kept: Vec<RunId>,
+}
+
+impl Promises {
+    pub(super) fn add(&mut self, other: Self) {
+        self.runs.extend(other.runs);
+        self.messages.extend(other.messages);
+        self.updates.extend(other.updates);
+        self.cancelled.extend(other.cancelled);
+        self.terminated.extend(other.terminated);
+        self.reset.extend(other.reset);
+        self.kept.extend(other.kept);
+    }
 }
 
 /// One person's requests.
@@ -130,7 +150,8 @@ pub(super) struct Traffic {
     asked: u64,
     pub(super) promises: Promises,
     pub(super) said: BTreeMap<&'static str, Said>,
-    pub(super) findings: Vec<Finding>,
+    /// Requests that were declined for a reason that is not [`FAIR`], in words.
+    pub(super) declined: Vec<String>,
 }
 
 impl Traffic {
@@ -154,7 +175,7 @@ impl Traffic {
             asked: 0,
             promises: Promises::default(),
             said: Ask::ALL.into_iter().map(|(ask, _)| (ask.text(), Said::default())).collect(),
-            findings: Vec::new(),
+            declined: Vec::new(),
         })
     }
 
@@ -192,7 +213,7 @@ impl Traffic {
         let chosen = if ask == Ask::Update { 0 } else { chosen % open.len().max(1) };
         let Some(&i) = open.get(chosen) else { return };
         match ask {
-            Ask::Fork => self.fork(i).await,
+            Ask::Fork | Ask::Reset => self.branch(ask, i).await,
             Ask::Update => self.update(i).await,
             _ => self.tell(ask, i).await,
         }
@@ -220,7 +241,8 @@ impl Traffic {
         self.made(run, kept, acknowledged);
     }
 
-    async fn fork(&mut self, i: usize) {
+    /// A fork, or a reset.
+    async fn branch(&mut self, ask: Ask, i: usize) {
         let (of_run, run) = (self.known[i].run, RunId::new());
         // A run that has done nothing yet cannot be forked; one that cannot be read now is left alone.
         let Ok(Ok(view)) = tokio::time::timeout(PATIENCE, self.client.describe(of_run)).await else { return };
@@ -237,7 +259,14 @@ impl Traffic {
             reason: "chaos".into(),
         };
         let client = self.client.clone();
-        let acknowledged = self.settle(Ask::Fork, run, async || of(client.fork(of_run, fork.clone()).await)).await;
+        let acknowledged = if ask == Ask::Reset {
+            self.settle(ask, run, async || of(client.reset(of_run, fork.clone()).await)).await
+        } else {
+            self.settle(ask, run, async || of(client.fork(of_run, fork.clone()).await)).await
+        };
+        if ask == Ask::Reset && acknowledged {
+            self.promises.reset.push(of_run);
+        }
         self.made(run, false, acknowledged);
     }
 
@@ -270,6 +299,9 @@ impl Traffic {
         if certain {
             self.promises.runs.push(run);
         }
+        if kept {
+            self.promises.kept.push(run);
+        }
         self.known.push(Known { run, certain, kept, signalled: false, closed: false });
     }
 
@@ -282,7 +314,7 @@ impl Traffic {
             Ask::Pause => ("pause", json!({ "reason": "chaos" }), format!("rest:pause:{key}")),
             Ask::Resume => ("resume", json!({ "reason": "chaos" }), format!("rest:resume:{key}")),
             Ask::Cancel => ("cancel", json!({ "reason": "chaos" }), String::new()),
-            Ask::Terminate | Ask::Start | Ask::Fork | Ask::Update => {
+            Ask::Terminate | Ask::Start | Ask::Fork | Ask::Reset | Ask::Update => {
                 let client = self.client.clone();
                 if self.settle(ask, run, async || of(client.terminate(run, "chaos").await)).await {
                     self.promises.terminated.push(run);
@@ -332,8 +364,7 @@ impl Traffic {
             Answer::Declined(code) => {
                 said.declined += 1;
                 if !FAIR.contains(&code.as_str()) {
-                    let subject = format!("{} of run {run}: {code}", ask.text());
-                    self.findings.push(Finding::new("request", "a request was declined for a wrong reason", subject));
+                    self.declined.push(format!("{} of run {run}: {code}", ask.text()));
                 }
                 return false;
             }
@@ -352,10 +383,10 @@ impl Traffic {
         self.known.iter_mut().filter(|k| open.contains(&k.run.0)).for_each(|k| k.closed = !still.contains(&k.run.0));
     }
 
-    /// After the faults: answers and resumes everything that waits, until all is closed or kept. What is left, in words.
-    pub(super) async fn settle_all(&mut self) -> Vec<String> {
+    /// After the faults: answers and resumes everything that waits, until all is closed or kept.
+    pub(super) async fn settle_all(&mut self) -> Standing {
         self.forget_closed().await;
-        let mut left = Vec::new();
+        let mut standing = Standing::default();
         for i in 0..self.known.len() {
             let (run, kept) = (self.known[i].run, self.known[i].kept);
             if self.known[i].closed {
@@ -364,24 +395,57 @@ impl Traffic {
             let view = match self.client.describe(run).await {
                 Ok(view) => view,
                 Err(error) => {
-                    left.push(format!("run {run}: {error}"));
+                    standing.left.push(format!("run {run}: {error}"));
                     continue;
                 }
             };
-            let waits: Vec<String> = view.waiting.iter().map(|w| format!("{w:?}")).collect();
-            let live: Vec<&str> = view.live.iter().map(|l| l.path.as_str()).collect();
             if view.status.as_str() == "paused" {
                 self.tell(Ask::Resume, i).await;
+            } else if kept && let Some(waits) = waits_for_nobody(&view) {
+                standing.waits.push(waits);
+                continue;
             } else if !kept && !self.known[i].signalled {
                 self.tell(Ask::Signal, i).await;
-            } else if kept && view.live.is_empty() && waits.iter().all(|w| w.starts_with("Signal")) && !waits.is_empty()
-            {
-                continue;
             }
-            left.push(format!("run {run} is {}, waits for {waits:?}, live {live:?}", view.status.as_str()));
+            let waits: Vec<String> = view.waiting.iter().map(|w| format!("{w:?}")).collect();
+            let live: Vec<&str> = view.live.iter().map(|l| l.path.as_str()).collect();
+            standing.left.push(format!("run {run} is {}, waits for {waits:?}, live {live:?}", view.status.as_str()));
         }
-        left
+        standing
     }
+}
+
+/// What is open when nothing goes wrong any more.
+#[derive(Default)]
+pub(super) struct Standing {
+    /// In words: what should have closed.
+    pub(super) left: Vec<String>,
+    /// What waits, and should.
+    pub(super) waits: Vec<Waits>,
+}
+
+impl Standing {
+    pub(super) fn of(all: Vec<Self>) -> Self {
+        all.into_iter().fold(Self::default(), |mut sum, one| {
+            sum.left.extend(one.left);
+            sum.waits.extend(one.waits);
+            sum
+        })
+    }
+}
+
+/// A run that does nothing and waits for signals only: those that its person keeps from it.
+fn waits_for_nobody(view: &RunView) -> Option<Waits> {
+    let mut signals = Vec::new();
+    for waiting in &view.waiting {
+        let Waiting::Signal { path, signal, .. } = waiting else { return None };
+        signals.push(format!("signal `{signal}` at {path}"));
+    }
+    (view.live.is_empty() && !signals.is_empty()).then(|| Waits {
+        run: view.run_id.to_string(),
+        waits_for: signals.join(", "),
+        why: "its person never sends it, so that a run waits through all of this".into(),
+    })
 }
 
 fn of<T>(done: Result<T, Error>) -> Answer {

@@ -52,10 +52,13 @@ impl Input {
     }
 }
 
-/// What is saved, and given back by the step: which sight of the recorder made it.
+/// What is saved, and given back by the step: the receipt of the recorder, and who got it.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
 pub(super) struct Answer {
+    /// The sight.
     pub(super) n: u64,
+    /// The sight that made the effect: this one, or one of an earlier attempt.
+    pub(super) effect: u64,
     pub(super) attempt: u32,
 }
 
@@ -65,18 +68,24 @@ struct Effect {
     paid: bool,
 }
 
+impl Effect {
+    fn name(paid: bool) -> &'static str {
+        if paid { "paid@1" } else { "effect@1" }
+    }
+}
+
 impl Activity for Effect {
     fn signature(&self) -> Signature {
         Signature {
-            name: if self.paid { "paid@1" } else { "effect@1" }.into(),
+            name: Self::name(self.paid).into(),
             summary: "shows its idempotency key to the recorder of chaos".into(),
             input_schema: json!({
                 "type": "object", "required": ["stumble", "work_ms"], "additionalProperties": false,
                 "properties": { "stumble": { "type": "integer" }, "work_ms": { "type": "integer" } },
             }),
             output_schema: json!({
-                "type": "object", "required": ["n", "attempt"],
-                "properties": { "n": { "type": "integer" }, "attempt": { "type": "integer" } },
+                "type": "object", "required": ["n", "effect", "attempt"],
+                "properties": { "n": { "type": "integer" }, "effect": { "type": "integer" }, "attempt": { "type": "integer" } },
             }),
             run_timeout_ms: 30_000,
             heartbeat_timeout_ms: None,
@@ -89,6 +98,7 @@ impl Activity for Effect {
     fn run(&self, ctx: Context, input: Value) -> BoxFuture<'static, Result<Value, Failure>> {
         let (recorder, paid) = (self.recorder.clone(), self.paid);
         Box::pin(async move {
+            let content = json!({ "activity": Self::name(paid), "input": input });
             let input: Input = serde_json::from_value(input).map_err(|e| broken(&e))?;
             let stumbles = |at: Stumble| {
                 if ctx.info().counted == 1 && input.stumble() == at {
@@ -103,7 +113,7 @@ impl Activity for Effect {
             if paid {
                 ctx.meter_open(ANSWER, &json!(opened(&ctx))).await?;
             }
-            let answer = show(&ctx, &recorder).await?;
+            let answer = show(&ctx, &recorder, content).await?;
             stumbles(Stumble::AfterItShowed)?;
             // The work: an outside call takes its time, and a death in it is what chaos is about.
             tokio::select! {
@@ -129,16 +139,18 @@ fn broken(error: &dyn std::fmt::Display) -> Failure {
     Failure::permanent("internal.chaos", error.to_string())
 }
 
-async fn show(ctx: &Context, recorder: &std::path::Path) -> Result<Value, Failure> {
+async fn show(ctx: &Context, recorder: &std::path::Path, content: Value) -> Result<Value, Failure> {
     let info = ctx.info();
     let shown = recorder::Shown {
         key: info.idempotency_key.clone(),
         run: info.run_id.0,
         path: info.path.clone(),
         attempt: info.attempt,
+        content,
     };
-    let n = recorder::show(recorder, &shown).await.map_err(|e| Failure::retryable("transient.chaos", e.to_string()))?;
-    Ok(json!(Answer { n, attempt: info.attempt }))
+    let shown = recorder::show(recorder, &shown).await;
+    let recorder::Receipt { n, effect } = shown.map_err(|e| Failure::retryable("transient.chaos", e.to_string()))?;
+    Ok(json!(Answer { n, effect, attempt: info.attempt }))
 }
 
 fn opened(ctx: &Context) -> CallOpened {
