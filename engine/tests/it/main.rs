@@ -26,6 +26,7 @@ mod queues;
 mod retention;
 mod runs;
 mod schedules;
+mod silent;
 mod skew;
 mod start;
 mod terms;
