@@ -68,6 +68,7 @@ pub const MIGRATIONS: &[Migration] = &[
     Migration { version: 23, name: "key_models", sql: include_str!("../../migrations/0023_key_models.sql") },
     Migration { version: 24, name: "books", sql: include_str!("../../migrations/0024_books.sql") },
     Migration { version: 25, name: "own_price", sql: include_str!("../../migrations/0025_own_price.sql") },
+    loopwright_engine::migrate::HELD,
     Migration { version: 27, name: "parked", sql: include_str!("../../migrations/0027_parked.sql") },
     Migration { version: 29, name: "at_once", sql: include_str!("../../migrations/0029_at_once.sql") },
 ];

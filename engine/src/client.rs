@@ -28,7 +28,7 @@ use crate::{
         inbox::{Kind as Message, Outgoing, Sent},
         runs::Standing,
     },
-    transaction::{self, in_transaction},
+    transaction::{ANSWER_MAX, Work, answered, ask, in_transaction_within},
     view::{Chain, HistoryRow, RunSummary, RunView, Waiting},
 };
 use serde_json::{Value, json};
@@ -59,6 +59,12 @@ impl Decision {
 const PAYLOAD_BYTES_MAX: usize = 256 << 10;
 /// Largest attributes of a run, in bytes of JSON.
 pub(crate) const ATTRIBUTES_BYTES_MAX: usize = 8 << 10;
+/// Longest name of a message, in bytes. What a definition says is shorter.
+const NAME_BYTES_MAX: usize = 200;
+/// Longest id that somebody gives: of a message, of a run, of himself; in bytes. An index of Postgres holds no more than 2.7 KB.
+pub(crate) const ID_BYTES_MAX: usize = 1 << 10;
+/// Longest of what an operator asks for that reads or writes as much as there is. Chosen: a dump of a large database.
+pub(crate) const LONG_MAX: Duration = Duration::from_secs(3_600);
 /// How often a waiting caller looks.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
@@ -67,6 +73,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 pub struct Client {
     pool: PgPool,
     hook: Arc<dyn TransitionHook>,
+    answer_max: Duration,
 }
 
 /// Said of a message that no table can hold.
@@ -76,7 +83,14 @@ impl Client {
     /// A client over a pool of a migrated database. `hook` must be the workers': [`Self::terminate`] settles through it.
     #[must_use]
     pub fn new(pool: PgPool, hook: Arc<dyn TransitionHook>) -> Self {
-        Self { pool, hook }
+        Self { pool, hook, answer_max: ANSWER_MAX }
+    }
+
+    /// The same door for a caller that waits for Postgres not as long as 60 s. Whatever is asked here ends then, at the latest after
+    /// one more wait of the pool for a connection: with `database`, and nothing was done, or with `in_doubt`.
+    #[must_use]
+    pub fn waiting(self, answer_max: Duration) -> Self {
+        Self { answer_max, ..self }
     }
 
     pub(crate) fn pool(&self) -> &PgPool {
@@ -87,17 +101,39 @@ impl Client {
         &self.hook
     }
 
-    /// Stores a definition, gives it the next version number of its name and moves `current` to it.
+    /// Asks something that changes nothing.
+    pub(crate) async fn ask<T, F>(&self, question: F) -> Result<T>
+    where
+        F: AsyncFnOnce(&mut PgConnection) -> Result<T>,
+    {
+        ask(&self.pool, self.answer_max, question).await
+    }
+
+    /// Does something once.
+    pub(crate) async fn once<T: Send>(&self, work: impl Work<T>) -> Result<T> {
+        in_transaction_within(&self.pool, self.answer_max, work).await
+    }
+
+    /// Stores a definition, gives it the next version number of its name and moves `current` to it. Its message has 4 KiB at most.
     ///
+    /// # Errors
+    /// `too_large`.
     /// # Transaction
     /// One. Idempotent by content hash.
     pub async fn deploy(&self, deploy: Deploy) -> Result<Deployed> {
-        store::definitions::deploy(&self.pool, deploy).await
+        short_id("the author", deploy.author.as_deref())?;
+        short("the message", deploy.message.as_deref().unwrap_or_default(), pause::REASON_BYTES_MAX)?;
+        let deploy = Arc::new(deploy);
+        self.once(|conn| {
+            let deploy = deploy.clone();
+            Box::pin(async move { store::definitions::deploy(conn, &deploy).await })
+        })
+        .await
     }
 
     /// Versions of a name, newest first, at most 1000.
     pub async fn versions(&self, name: &str) -> Result<Vec<Version>> {
-        store::definitions::versions(&self.pool, name).await
+        self.ask(async |conn| store::definitions::versions(conn, name).await).await
     }
 
     /// Where a pointer (`current`) of a name stands.
@@ -105,7 +141,7 @@ impl Client {
     /// # Errors
     /// `definition_not_found`.
     pub async fn pointer(&self, name: &str, pointer: &str) -> Result<DefinitionHash> {
-        store::definitions::pointer(&self.pool, name, pointer).await
+        self.ask(async |conn| store::definitions::pointer(conn, name, pointer).await).await
     }
 
     /// Sends a signal that a step of the run's definition takes, an approval's under the id of its step. It is kept until the
@@ -117,12 +153,12 @@ impl Client {
     /// `run_not_found`, `run_closed`, `signal_invalid` (the names that there are, or the form's violations), `too_large`,
     /// `too_deep`, `inbox_full`.
     pub async fn signal(&self, run: RunId, signal: Signal) -> Result<bool> {
-        let stored = in_transaction(&self.pool, |conn| {
+        let stored = self.once(|conn| {
             let signal = signal.clone();
             let client = self.clone();
             Box::pin(async move { client.signal_in(conn, run, signal).await })
-        })
-        .await?;
+        });
+        let stored = stored.await?;
         crate::committer::crash_point("send.after_commit");
         self.wake().await;
         Ok(stored)
@@ -130,11 +166,7 @@ impl Client {
 
     /// [`Self::signal`] inside the caller's transaction; call [`Self::wake`] after the commit.
     pub async fn signal_in(&self, conn: &mut PgConnection, run: RunId, signal: Signal) -> Result<bool> {
-        let size = json_len(&signal.payload);
-        if size > PAYLOAD_BYTES_MAX {
-            return Err(Error::TooLarge { what: "the payload", actual: size, limit: PAYLOAD_BYTES_MAX });
-        }
-        shallow("the payload", &signal.payload)?;
+        fits(&signal)?;
         // Again if the run was migrated meanwhile: what was right for its former definition may be wrong for the new one.
         loop {
             let open = match self.open(conn, run).await {
@@ -160,7 +192,8 @@ impl Client {
     /// Decides the approval that waits at the step with id `step`.
     ///
     /// # Errors
-    /// `approval_not_waiting` when no such approval waits now, and those of [`Self::signal`].
+    /// `approval_not_waiting` when no such approval waits now, and those of [`Self::signal`]: a comment of more than 256 KiB is
+    /// `too_large`.
     pub async fn approve(
         &self,
         run: RunId,
@@ -170,6 +203,9 @@ impl Client {
         dedupe_id: Option<String>,
         sender: Option<String>,
     ) -> Result<bool> {
+        let payload = json!({ "decision": decision.as_str(), "comment": comment.unwrap_or_default() });
+        let signal = Signal { name: step.to_owned(), payload, dedupe_id, sender };
+        fits(&signal)?;
         let view = self.describe(run).await?;
         if view.status.is_closed() {
             return Err(closed(run, &view.chain));
@@ -177,14 +213,14 @@ impl Client {
         if !view.waiting.iter().any(|w| matches!(w, Waiting::Approval { step: s, .. } if s == step)) {
             return Err(Error::ApprovalNotWaiting(run.to_string(), step.to_owned()));
         }
-        let payload = json!({ "decision": decision.as_str(), "comment": comment.unwrap_or_default() });
-        let signal = Signal { name: step.to_owned(), payload, dedupe_id, sender };
-        let mut conn = self.pool.acquire().await?;
-        let Some(stored) = self.send(&mut conn, run, view.definition, &signal).await? else {
+        let stored = self.once(|conn| {
+            let (client, signal) = (self.clone(), signal.clone());
+            Box::pin(async move { client.send(conn, run, view.definition, &signal).await })
+        });
+        let Some(stored) = stored.await? else {
             return Err(Error::ApprovalNotWaiting(run.to_string(), step.to_owned()));
         };
         crate::committer::crash_point("approve.after_send");
-        drop(conn);
         self.wake().await;
         Ok(stored)
     }
@@ -192,41 +228,53 @@ impl Client {
     /// Asks a run to stop: live attempts are cancelled, `finally` runs. `reason`: at most 4 KiB.
     ///
     /// # Errors
-    /// `run_not_found`, `run_closed`, `too_large`; `inbox_full` if 2,000 messages wait to be read: it has been told often enough, or
+    /// `run_not_found`, `run_closed`, `too_large`; `inbox_full` if 1,000 orders wait to be read: it has been told often enough, or
     /// nobody reads what it is told.
     pub async fn cancel(&self, run: RunId, reason: &str) -> Result<()> {
-        let payload = json!(pause::checked(reason)?);
-        let mut conn = self.pool.acquire().await?;
-        let message = Outgoing {
-            run,
-            kind: Message::Cancel,
-            name: "",
-            payload: &payload,
-            dedupe_id: None,
-            sender: None,
-            definition: None,
-            unread_max: Some(store::inbox::ORDERS_MAX),
-        };
-        match store::inbox::send(&mut conn, &message).await? {
-            Sent::Stored | Sent::Duplicate => {}
-            Sent::Full => return Err(full(run, store::inbox::ORDERS_MAX)),
-            Sent::NoOpenRun => return Err(self.refusal(&mut conn, run).await),
-        }
+        let why = Why { reason: pause::checked(reason)?, ..Why::default() };
+        self.order(run, Message::Cancel, json!(why.reason), &why).await?;
         crate::committer::crash_point("cancel.after_send");
-        drop(conn);
         self.wake().await;
         Ok(())
     }
 
-    /// Ends a run at once, without `finally`. Its attempts are closed as cancelled and settled.
+    /// Sends an order; call [`Self::wake`] afterwards. False if its dedupe id was seen before.
+    async fn order(&self, run: RunId, kind: Message, payload: Value, why: &Why) -> Result<bool> {
+        why.fits()?;
+        let shared = Arc::new((payload, why.clone()));
+        let stored = self.once(|conn| {
+            let (client, shared) = (self.clone(), shared.clone());
+            Box::pin(async move {
+                let (payload, why) = &*shared;
+                let message = Outgoing {
+                    run,
+                    kind,
+                    name: "",
+                    payload,
+                    dedupe_id: why.dedupe_id.as_deref(),
+                    sender: why.by.as_deref(),
+                    definition: None,
+                    unread_max: Some(store::inbox::ORDERS_MAX),
+                };
+                match store::inbox::send(conn, &message).await? {
+                    Sent::Stored => Ok(true),
+                    Sent::Duplicate => Ok(false),
+                    Sent::Full => Err(full(run, "orders (cancel, pause, resume)", store::inbox::ORDERS_MAX)),
+                    Sent::NoOpenRun => Err(client.refusal(conn, run).await),
+                }
+            })
+        });
+        stored.await
+    }
+
+    /// Ends a run at once, without `finally`. Its attempts are closed as cancelled and settled. `reason`: at most 4 KiB.
     ///
     /// # Errors
-    /// `run_not_found`, `run_closed`; `lease_lost` if it moved meanwhile: call again.
+    /// `run_not_found`, `run_closed`, `too_large`; `lease_lost` if it moved meanwhile: call again.
     pub async fn terminate(&self, run: RunId, reason: &str) -> Result<()> {
-        let mut conn = self.pool.acquire().await?;
-        self.open(&mut conn, run).await?;
-        drop(conn);
-        crate::worker::terminate(&self.pool, self.hook.clone(), run, reason).await
+        let reason = pause::checked(reason)?;
+        self.ask(async |conn| self.open(conn, run).await).await?;
+        crate::worker::terminate(self, run, &reason).await
     }
 
     /// Wakes the open runs whose attributes match; those that wait as blocked try again. Runs inside the caller's
@@ -241,10 +289,17 @@ impl Client {
     /// # Transaction
     /// One; locks the runs.
     pub async fn unblock_waiting(&self, attributes: &Value, reasons: &[&str], limit: u32) -> Result<u64> {
-        let mut tx = transaction::begin(&self.pool).await?;
-        let woken = store::inbox::unblock_waiting(&mut tx, attributes, reasons, limit).await?;
-        crate::committer::crash_point("unblock.before_commit");
-        tx.commit().await?;
+        let reasons: Vec<String> = reasons.iter().map(|reason| (*reason).to_owned()).collect();
+        let shared = Arc::new((attributes.clone(), reasons));
+        let woken = self.once(|conn| {
+            let shared = shared.clone();
+            Box::pin(async move {
+                let woken = store::inbox::unblock_waiting(conn, &shared.0, &shared.1, limit).await?;
+                crate::committer::crash_point("unblock.before_commit");
+                Ok(woken)
+            })
+        });
+        let woken = woken.await?;
         crate::committer::crash_point("unblock.after_commit");
         if woken > 0 {
             self.wake().await;
@@ -262,56 +317,12 @@ impl Client {
     /// # Errors
     /// `run_not_found`.
     pub async fn describe(&self, run: RunId) -> Result<RunView> {
-        let mut conn = self.pool.acquire().await?;
-        let loaded = store::runs::load(&mut conn, run).await?;
-        let pinned = store::definitions::load(&mut conn, loaded.definition).await?;
-        let open = !loaded.status.is_closed();
-        let held = match open {
-            true => match store::groups::held(&mut conn, run).await? {
-                None if loaded.owner.is_none() => store::workers::wanted(&mut conn, run, &loaded.queue).await?,
-                held => held,
-            },
-            false => None,
-        };
-        drop(conn);
-        let mut live = machine::live_attempts(&loaded.state);
-        if !live.is_empty() {
-            let progress = store::checkpoints::progress_of(&self.pool, run).await?;
-            for attempt in &mut live {
-                let newest = progress
-                    .iter()
-                    .find(|(path, n, _)| *path == attempt.path && u32::try_from(*n) == Ok(attempt.attempt));
-                if let Some((_, _, value)) = newest {
-                    attempt.progress = value.clone();
-                }
-            }
-        }
-        Ok(RunView {
-            held,
-            run_id: run,
-            workflow: loaded.workflow,
-            definition: loaded.definition,
-            workflow_id: loaded.workflow_id,
-            status: loaded.status,
-            seq: u64::try_from(loaded.seq).unwrap_or(0),
-            attributes: loaded.attributes,
-            inputs: loaded.inputs,
-            started_at: loaded.started_at,
-            closed_at: loaded.closed_at,
-            output: loaded.output,
-            failure: loaded.failure.and_then(|f| serde_json::from_value(f).ok()),
-            waiting: machine::waiting(&pinned.definition, &loaded.state),
-            live,
-            nodes: machine::nodes(&pinned.definition, &loaded.state),
-            forked_from: loaded.forked_from,
-            chain: loaded.chain,
-            imported_at: loaded.imported_at,
-        })
+        self.ask(async |conn| described(conn, run).await).await
     }
 
     /// Transitions with `seq > after`, in order, at most `limit` (1000).
     pub async fn history(&self, run: RunId, after: u64, limit: u32) -> Result<Vec<HistoryRow>> {
-        store::history::page(&self.pool, run, after, limit).await
+        self.ask(async |conn| store::history::page(conn, run, after, limit).await).await
     }
 
     /// Runs that match, newest first.
@@ -319,7 +330,7 @@ impl Client {
     /// # Errors
     /// `filter_invalid` if finding them takes more than 10 s.
     pub async fn list(&self, filter: Filter) -> Result<Vec<RunSummary>> {
-        store::runs::list(&self.pool, &filter).await
+        answered(self.answer_max, store::runs::list(&self.pool, &filter)).await
     }
 
     /// How many runs match, whatever `after` and `limit` are.
@@ -327,7 +338,7 @@ impl Client {
     /// # Errors
     /// `filter_invalid` if counting them takes more than 10 s.
     pub async fn count(&self, filter: &Filter) -> Result<u64> {
-        store::runs::count(&self.pool, filter).await
+        answered(self.answer_max, store::runs::count(&self.pool, filter)).await
     }
 
     /// Waits until the run has more than `seq` transitions, or `timeout` is over. Returns its newest seq.
@@ -337,15 +348,7 @@ impl Client {
     pub async fn wait_change(&self, run: RunId, seq: u64, timeout: Duration) -> Result<u64> {
         let until = tokio::time::Instant::now() + timeout;
         loop {
-            let newest: Option<i64> = sqlx::query_scalar("select seq from runs where shard = $1 and run_id = $2")
-                .bind(run.shard())
-                .bind(run.0)
-                .fetch_optional(&self.pool)
-                .await?;
-            let Some(newest) = newest else {
-                return Err(store::retention::absent(&mut *self.pool.acquire().await?, run).await);
-            };
-            let newest = u64::try_from(newest).unwrap_or(0);
+            let newest = self.ask(async |conn| store::runs::newest(conn, run).await).await?;
             let now = tokio::time::Instant::now();
             if newest > seq || now >= until {
                 return Ok(newest);
@@ -356,15 +359,13 @@ impl Client {
 
     /// The open run under a business key.
     pub async fn open_run(&self, workflow_id: &str) -> Result<Option<RunId>> {
-        store::starts::holder(&mut *self.pool.acquire().await?, workflow_id).await
+        self.ask(async |conn| store::starts::holder(conn, workflow_id).await).await
     }
 
     /// What to say of a run whose rows are not all there: it may have been retired between two statements.
     pub(crate) async fn unless_gone(&self, run: RunId, found: Error) -> Error {
-        match self.pool.acquire().await {
-            Ok(mut conn) => store::retention::unless_gone(&mut conn, run, found).await,
-            Err(error) => error.into(),
-        }
+        let asked = async |conn: &mut PgConnection| Ok(store::retention::unless_gone(conn, run, found).await);
+        self.ask(asked).await.unwrap_or_else(|error| error)
     }
 
     /// What a run that is open is.
@@ -411,7 +412,7 @@ impl Client {
         match store::inbox::send(conn, &message).await? {
             Sent::Stored => Ok(Some(true)),
             Sent::Duplicate => Ok(Some(false)),
-            Sent::Full => Err(full(run, store::inbox::UNREAD_MAX)),
+            Sent::Full => Err(full(run, MESSAGES, store::inbox::UNREAD_MAX)),
             Sent::NoOpenRun if self.handed_on(conn, run, signal.dedupe_id.as_deref()).await? => Ok(Some(false)),
             Sent::NoOpenRun => self.open(conn, run).await.map(|_| None),
         }
@@ -426,6 +427,52 @@ impl Client {
     }
 }
 
+/// A run, folded from its history.
+async fn described(conn: &mut PgConnection, run: RunId) -> Result<RunView> {
+    let loaded = store::runs::load(conn, run).await?;
+    let pinned = store::definitions::load(conn, loaded.definition).await?;
+    let open = !loaded.status.is_closed();
+    let held = match open {
+        true => match store::groups::held(conn, run).await? {
+            None if loaded.owner.is_none() => store::workers::wanted(conn, run, &loaded.queue).await?,
+            held => held,
+        },
+        false => None,
+    };
+    let mut live = machine::live_attempts(&loaded.state);
+    if !live.is_empty() {
+        let progress = store::checkpoints::progress_of(conn, run).await?;
+        for attempt in &mut live {
+            let newest =
+                progress.iter().find(|(path, n, _)| *path == attempt.path && u32::try_from(*n) == Ok(attempt.attempt));
+            if let Some((_, _, value)) = newest {
+                attempt.progress = value.clone();
+            }
+        }
+    }
+    Ok(RunView {
+        held,
+        run_id: run,
+        workflow: loaded.workflow,
+        definition: loaded.definition,
+        workflow_id: loaded.workflow_id,
+        status: loaded.status,
+        seq: u64::try_from(loaded.seq).unwrap_or(0),
+        attributes: loaded.attributes,
+        inputs: loaded.inputs,
+        started_at: loaded.started_at,
+        closed_at: loaded.closed_at,
+        output: loaded.output,
+        failure: loaded.failure.and_then(|f| serde_json::from_value(f).ok()),
+        waiting: machine::waiting(&pinned.definition, &loaded.state),
+        live,
+        nodes: machine::nodes(&pinned.definition, &loaded.state),
+        forked_from: loaded.forked_from,
+        chain: loaded.chain,
+        imported_at: loaded.imported_at,
+    })
+}
+
 /// Names the run that goes on in its place, if one does.
 pub(crate) fn closed(run: RunId, chain: &Chain) -> Error {
     Error::RunClosed(match chain.continued_as {
@@ -434,8 +481,35 @@ pub(crate) fn closed(run: RunId, chain: &Chain) -> Error {
     })
 }
 
-fn full(run: RunId, limit: i64) -> Error {
-    Error::InboxFull { run: run.to_string(), limit }
+/// What signals and updates are together, as [`Error::InboxFull`] says it.
+const MESSAGES: &str = "messages (signals and updates)";
+
+fn full(run: RunId, what: &'static str, limit: i64) -> Error {
+    Error::InboxFull { run: run.to_string(), what, limit }
+}
+
+/// # Errors
+/// `too_large`.
+pub(crate) fn short(what: &'static str, text: &str, limit: usize) -> Result<()> {
+    if text.len() > limit { Err(Error::TooLarge { what, actual: text.len(), limit }) } else { Ok(()) }
+}
+
+/// The same of an id that may be given.
+pub(crate) fn short_id(what: &'static str, id: Option<&str>) -> Result<()> {
+    id.map_or(Ok(()), |id| short(what, id, ID_BYTES_MAX))
+}
+
+/// # Errors
+/// `too_large`, `too_deep`: whatever becomes of it, it is stored as it is.
+fn fits(message: &Signal) -> Result<()> {
+    short("the message's name", &message.name, NAME_BYTES_MAX)?;
+    short_id("the message's id", message.dedupe_id.as_deref())?;
+    short_id("the sender", message.sender.as_deref())?;
+    let size = json_len(&message.payload);
+    if size > PAYLOAD_BYTES_MAX {
+        return Err(Error::TooLarge { what: "the payload", actual: size, limit: PAYLOAD_BYTES_MAX });
+    }
+    shallow("the payload", &message.payload)
 }
 
 /// # Errors

@@ -30,6 +30,9 @@ const BATCH_BYTES_MAX: usize = 1 << 20;
 /// Lanes of each kind where runs are spread: as many commits may be under way. Chosen: each is a session of Postgres, and each of
 /// its batches holds what is queued for sixteen shards.
 const LANES: i16 = 8;
+/// The part of the wait for an answer that a batch of one shard has, since the other shards of its lane wait as well. Chosen: more
+/// than the 15 s after which Postgres ends whoever holds a lock and says nothing.
+const SHARD_PART: u32 = 3;
 /// Transitions that wait; a full queue slows the runs down instead of filling memory.
 const QUEUE_MAX: usize = 4096;
 
@@ -100,7 +103,13 @@ async fn lane(mut session: Session, spread: Spread, hook: Arc<dyn TransitionHook
                 .record(f64::from(u32::try_from(batch.len()).unwrap_or(0)));
             let (items, answers): (Vec<Arc<Item>>, Vec<_>) =
                 batch.into_iter().map(|Queued(item, answer)| (item, answer)).unzip();
-            let verdicts = commit_batch(&mut session, shard, hook.as_ref(), items).await;
+            let verdicts = if session.is_quiet(shard) {
+                // Its drivers send again; the other shards of this lane do not wait for it.
+                let quiet = || Broken::Unreachable(Error::Sql(io::Error::from(io::ErrorKind::TimedOut).into()));
+                items.iter().map(|_| Err(quiet())).collect()
+            } else {
+                commit_batch(&mut session, shard, hook.as_ref(), items).await
+            };
             crash_point("commit.before_answers");
             for (answer, verdict) in answers.into_iter().zip(verdicts) {
                 // A driver that went away does not need its verdict: whoever loads the run next sees it.
@@ -120,16 +129,17 @@ fn commit_batch<'a>(
 ) -> Pin<Box<dyn Future<Output = Vec<Answer>> + Send + 'a>> {
     Box::pin(async move {
         let mut tries = 0;
+        let answer_max = session.answer_max() / if shard.is_some() { SHARD_PART } else { 1 };
         let error = loop {
-            match answered(session.answer_max(), send(session, shard, hook, &items)).await {
+            match answered(answer_max, send(session, shard, hook, &items)).await {
                 Ok(Sent::Done(verdicts)) => return verdicts.into_iter().map(Ok).collect(),
                 Ok(Sent::Refused(refused)) => {
                     crash_point("commit.before_rest");
                     return without_refused(session, shard, hook, items, refused).await;
                 }
                 Err(Undone::Hook(HookError::Sql(error))) if is_transient(&error) => {
-                    session.leave();
-                    let Some(pause) = retry_pause(tries) else {
+                    session.leaves(shard, &error);
+                    let Some(pause) = retry_pause(tries).filter(|_| !session.is_quiet(shard)) else {
                         // One error for many who wait: of each, what may pass and why.
                         let away = || Broken::Unreachable(Error::Sql(io::Error::other(error.to_string()).into()));
                         return items.iter().map(|_| Err(away())).collect();

@@ -48,9 +48,9 @@ pub enum Error {
     #[error("the signal is not valid: {}", .0.join("; "))]
     SignalInvalid(Vec<String>),
     #[error(
-        "{limit} messages wait to be read by run {run} already: see what it waits for, and send this one again later"
+        "{limit} {what} wait to be read by run {run} already: see what it waits for, and send this one again later"
     )]
-    InboxFull { run: String, limit: i64 },
+    InboxFull { run: String, what: &'static str, limit: i64 },
     #[error("no update `{1}` was sent to run {0}")]
     UpdateNotFound(String, String),
     #[error("run {run} has not answered update `{id}` yet: {why}; ask again with the same id")]
@@ -91,6 +91,12 @@ pub enum Error {
     Invariant(String),
     #[error("expression: {0}")]
     Expression(String),
+    /// Of a thing that is done once: everything else is sent again, or was not done.
+    #[error(
+        "Postgres gave no answer to the COMMIT, so it may have been done or not: {0}; see whether it was, or ask for it again under the \
+         same id (of the run, the message, the update), under which it is done once"
+    )]
+    InDoubt(String),
     #[cfg(feature = "runtime")]
     #[error("database: {}{}", .0, remedy(.0))]
     Sql(#[from] sqlx::Error),
@@ -139,6 +145,7 @@ impl Error {
             Self::PayloadCorrupt(_) => "payload_corrupt",
             Self::Invariant(_) => "invariant",
             Self::Expression(_) => "expression",
+            Self::InDoubt(_) => "in_doubt",
             #[cfg(feature = "runtime")]
             Self::Sql(_) => "database",
         }
@@ -160,6 +167,13 @@ fn remedy(error: &sqlx::Error) -> &'static str {
         (_, Some("53300")) => {
             "; Postgres gives no more connections: run fewer processes, or raise max_connections or the limit of the role or \
              database, and try again"
+        }
+        (sqlx::Error::Io(error), _) if error.kind() == std::io::ErrorKind::TimedOut => {
+            "; Postgres gave no answer in time, and what was asked for was not done: see that it runs and what holds it up \
+             (pg_stat_activity), and try again"
+        }
+        (_, Some("57014")) => {
+            "; Postgres ended it because it took too long, and nothing was done: see what holds it up (pg_stat_activity), and try again"
         }
         (sqlx::Error::Io(_), _) | (_, Some("57P01" | "57P02" | "57P03")) => {
             "; Postgres is away: see that it runs and has space on its disk, and try again"
@@ -204,7 +218,7 @@ mod tests {
             .filter_map(|(_, r)| r.split('"').next())
             .map(str::to_owned)
             .collect();
-        assert_eq!(codes.len(), 39, "{codes:?}");
+        assert_eq!(codes.len(), 40, "{codes:?}");
         assert_eq!(listed("Errors"), codes);
     }
 

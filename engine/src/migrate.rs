@@ -31,6 +31,7 @@ pub const MIGRATIONS: &[Migration] = &[
     TIMED,
     LABELS,
     START,
+    HELD,
 ];
 
 /// The columns and tables of pauses, forks and imports.
@@ -80,6 +81,10 @@ pub const LABELS: Migration =
 pub const START: Migration =
     Migration { version: 18, name: "start", sql: include_str!("../../migrations/0018_start.sql") };
 
+/// When a fork that is held back has to end.
+pub const HELD: Migration =
+    Migration { version: 26, name: "held", sql: include_str!("../../migrations/0026_held.sql") };
+
 /// Why a database could not be brought to the schema of this program.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -127,7 +132,9 @@ impl Error {
 /// others find them applied. Idempotent.
 pub async fn run(pool: &PgPool, migrations: &[Migration]) -> Result<(), Error> {
     // A connection of its own, closed at the end: after an error the advisory lock would otherwise live on in the pool.
-    let mut conn = pool.connect_options().as_ref().clone().disable_statement_logging().connect().await?;
+    // An index of a large table takes its time, and so does another process that makes it.
+    let options = pool.connect_options().as_ref().clone().options([("statement_timeout", "0")]);
+    let mut conn = options.disable_statement_logging().connect().await?;
     let result = migrator(migrations).run(&mut conn).await;
     // A connection that will not close says nothing about the migrations.
     let _ = conn.close().await;

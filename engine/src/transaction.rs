@@ -5,16 +5,22 @@ pub use crate::store::is_transient;
 
 use crate::{Error, Result, store::retry_pause, tcp};
 use sqlx::{
-    ConnectOptions, Connection, PgConnection, PgPool, Postgres, Transaction,
+    ConnectOptions, Connection, PgConnection, PgPool, Postgres,
+    pool::PoolConnection,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
 use std::{
+    collections::HashMap,
     io,
+    ops::{Deref, DerefMut},
     pin::Pin,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
-use tokio::sync::Semaphore;
+use tokio::{
+    sync::Semaphore,
+    time::{timeout, timeout_at},
+};
 
 /// How long Postgres is asked what became of a COMMIT that had no answer: by then the session that it was sent through has
 /// noticed that its client is gone. One wait for a connection may be added.
@@ -26,11 +32,24 @@ const ASK_PAUSE: Duration = Duration::from_millis(100);
 /// (frozen, or behind a proxy that forgot it) would stop this worker for ever.
 pub(crate) const ANSWER_MAX: Duration = Duration::from_secs(60);
 
+/// The part of [`ANSWER_MAX`] that one shard has where runs are spread over nodes: nobody asks the others meanwhile.
+const SHARD_PART: u32 = 6;
+/// The same while another shard is silent, and the least that it has: a node that is gone takes many shards with it.
+const SILENT_PART: u32 = 60;
+const SHARD_MIN: Duration = Duration::from_secs(1);
 /// Longest wait for a session of one's own.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Longest wait until a connection that comes back to its pool, or a transaction that was dropped, is at its end; then the connection is
+/// closed. It may have been left in the middle of a statement.
+const RETURN_MAX: Duration = Duration::from_secs(5);
+
 /// What Postgres is told of every session.
-const SESSION: [(&str, &str); 4] = [
+const SESSION: [(&str, &str); 6] = [
+    // A statement that somebody left (by a time-out, by its death) ends, and its locks with it: when the server sees that the
+    // connection is closed; or, behind a wire that is cut, when nobody waits for it any more. What rightly takes longer says so.
+    ("client_connection_check_interval", "5s"),
+    ("statement_timeout", "90s"),
     // Nothing of ours thinks between two statements. Chosen: a takeover waits at most that long after the lease.
     ("idle_in_transaction_session_timeout", "15s"),
     // A session of a host that is gone takes one of the server's places, for two hours by the kernel's default.
@@ -48,29 +67,89 @@ pub fn session(options: PgConnectOptions) -> PgConnectOptions {
     options.options(SESSION.into_iter().filter(|(name, _)| !own.contains(name)))
 }
 
-/// The beginning of a pool whose TCP connections neither wait for acknowledgements nor for a server that is gone. Every pool of
-/// a worker must be made with it, of the same options.
+/// The beginning of a pool whose TCP connections neither wait for acknowledgements nor for a server that is gone, and in which no
+/// connection keeps its place that was left in the middle of a statement and does not come to its end. Every pool of a worker must
+/// be made with it, of the same options.
 #[must_use]
 pub fn pool(options: &PgConnectOptions) -> PgPoolOptions {
     let options = options.clone();
-    PgPoolOptions::new().after_connect(move |_, _| {
-        tcp::settle(&options);
-        Box::pin(async { Ok(()) })
-    })
+    PgPoolOptions::new()
+        .after_connect(move |_, _| {
+            tcp::settle(&options);
+            Box::pin(async { Ok(()) })
+        })
+        // sqlx asks as well, and waits for the answer without an end.
+        .after_release(|conn, _| Box::pin(async move { answered(RETURN_MAX, conn.ping()).await.map(|()| true) }))
 }
 
-/// Begins a transaction. Dropping it rolls it back; the only way in this workspace to begin one (a test looks for others).
-///
-/// It begins in a task of its own, because a caller may be dropped at any await, by a time-out or a client that goes away, and
-/// sqlx 0.9 queues no ROLLBACK for a BEGIN whose answer it has not seen. Such a session would go back to the pool inside an
-/// open transaction, and whoever writes there next would be told of a commit that never was. A dropped caller leaves the task
-/// behind; it begins, finds nobody waiting, and rolls back.
+/// A transaction on a connection of a pool. Dropped, it is rolled back, wherever its user was; if that has no answer in
+/// [`RETURN_MAX`], its connection is closed. So nobody who writes there next is in somebody else's transaction.
+#[derive(Debug)]
+pub struct Transaction(Option<PoolConnection<Postgres>>);
+
+impl Transaction {
+    /// # Errors
+    /// Those of `COMMIT`: nobody knows then whether it was done, unless Postgres says so.
+    pub async fn commit(mut self) -> sqlx::Result<()> {
+        sqlx::raw_sql("COMMIT").execute(&mut *self).await?;
+        self.0 = None;
+        Ok(())
+    }
+
+    /// # Errors
+    /// Those of `ROLLBACK`; it is rolled back in any case.
+    pub async fn rollback(mut self) -> sqlx::Result<()> {
+        sqlx::raw_sql("ROLLBACK").execute(&mut *self).await?;
+        self.0 = None;
+        Ok(())
+    }
+}
+
+const OPEN: &str = "only its end takes the connection";
+
+impl Deref for Transaction {
+    type Target = PgConnection;
+    fn deref(&self) -> &PgConnection {
+        self.0.as_ref().expect(OPEN)
+    }
+}
+
+impl DerefMut for Transaction {
+    fn deref_mut(&mut self) -> &mut PgConnection {
+        self.0.as_mut().expect(OPEN)
+    }
+}
+
+impl Drop for Transaction {
+    fn drop(&mut self) {
+        let Some(mut conn) = self.0.take() else { return };
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else {
+            conn.close_on_drop();
+            return;
+        };
+        runtime.spawn(async move {
+            let rolled_back = answered(RETURN_MAX, sqlx::raw_sql("ROLLBACK").execute(&mut *conn)).await;
+            if rolled_back.is_err() {
+                conn.close_on_drop();
+            }
+        });
+    }
+}
+
+/// Begins a transaction, the only way in this workspace (a test looks for others). A caller may be dropped at any await, by a time-out
+/// or a client that goes away: sqlx 0.9 queues no ROLLBACK for a BEGIN whose answer it has not seen, and such a session would go
+/// back to the pool inside an open transaction. Here it is [`Transaction`]'s before the BEGIN is sent.
 ///
 /// # Errors
-/// Those of acquiring a connection and of `BEGIN`; `WorkerCrashed` if the runtime shuts down meanwhile.
-pub async fn begin(pool: &PgPool) -> sqlx::Result<Transaction<'static, Postgres>> {
-    let pool = pool.clone();
-    tokio::spawn(async move { pool.begin().await }).await.map_err(|_| sqlx::Error::WorkerCrashed)?
+/// Those of acquiring a connection and of `BEGIN`; `Io` if that has no answer in [`ANSWER_MAX`].
+pub async fn begin(pool: &PgPool) -> sqlx::Result<Transaction> {
+    begin_within(pool, ANSWER_MAX).await
+}
+
+async fn begin_within(pool: &PgPool, max: Duration) -> sqlx::Result<Transaction> {
+    let mut begun = Transaction(Some(pool.acquire().await?));
+    answered(max, sqlx::raw_sql("BEGIN").execute(&mut *begun)).await?;
+    Ok(begun)
 }
 
 /// The answer, or an error of the connection if there is none in time. Whoever asked on a session leaves it then.
@@ -78,8 +157,7 @@ pub(crate) async fn answered<T, E: From<sqlx::Error>>(
     max: Duration,
     asked: impl Future<Output = std::result::Result<T, E>>,
 ) -> std::result::Result<T, E> {
-    let unanswered = |_| Err(sqlx::Error::Io(io::ErrorKind::TimedOut.into()).into());
-    tokio::time::timeout(max, asked).await.unwrap_or_else(unanswered)
+    timeout(max, asked).await.unwrap_or_else(|_| Err(unanswered().into()))
 }
 
 /// Asks something on a connection of a pool. One that does not answer in time is closed: given back, the pool would ask it whether it
@@ -92,13 +170,27 @@ where
     F: AsyncFnOnce(&mut PgConnection) -> Result<T>,
 {
     let mut conn = pool.acquire().await?;
-    match tokio::time::timeout(max, question(&mut conn)).await {
+    match timeout(max, question(&mut conn)).await {
         Ok(answer) => answer,
         Err(_) => {
             conn.close_on_drop();
-            Err(sqlx::Error::Io(io::ErrorKind::TimedOut.into()).into())
+            Err(unanswered().into())
         }
     }
+}
+
+/// Whether the node of a shard is at fault: it gives no answer, or cannot be reached from where we ask.
+fn is_silent(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Io(error) => error.kind() == io::ErrorKind::TimedOut,
+        sqlx::Error::Database(error) => error.code().is_some_and(|code| code.starts_with("08")),
+        _ => false,
+    }
+}
+
+/// As whoever asked sees it.
+fn unanswered() -> sqlx::Error {
+    sqlx::Error::Io(io::ErrorKind::TimedOut.into())
 }
 
 /// A session of one's own, for a task that sends the same statements for as long as it lives. Postgres plans a statement anew
@@ -110,6 +202,8 @@ pub(crate) struct Session {
     options: Arc<PgConnectOptions>,
     conn: Option<PgConnection>,
     answer_max: Duration,
+    /// Shards that are asked nothing until then.
+    quiet: HashMap<i16, Instant>,
 }
 
 impl Session {
@@ -119,7 +213,7 @@ impl Session {
     /// would read the whole of `runs` for each batch, until the next `analyze` (25,000 pages after three minutes, measured).
     pub(crate) fn like(pool: &PgPool) -> Self {
         let options = pool.connect_options().as_ref().clone().options([("enable_seqscan", "off")]);
-        Self { options: Arc::new(options), conn: None, answer_max: ANSWER_MAX }
+        Self { options: Arc::new(options), conn: None, answer_max: ANSWER_MAX, quiet: HashMap::new() }
     }
 
     /// How long its user waits for answers, instead of [`ANSWER_MAX`].
@@ -134,7 +228,7 @@ impl Session {
     /// The connection, a new one after [`Self::leave`].
     pub(crate) async fn conn(&mut self) -> sqlx::Result<&mut PgConnection> {
         if self.conn.is_none() {
-            let connecting = tokio::time::timeout(CONNECT_TIMEOUT, self.options.connect());
+            let connecting = timeout(CONNECT_TIMEOUT, self.options.connect());
             let conn = connecting.await.map_err(|_| sqlx::Error::PoolTimedOut)??;
             tcp::settle(&self.options);
             return Ok(self.conn.insert(conn));
@@ -143,8 +237,57 @@ impl Session {
     }
 
     /// A transaction on it.
-    pub(crate) async fn begin(&mut self) -> sqlx::Result<Transaction<'_, Postgres>> {
-        self.conn().await?.begin().await
+    pub(crate) async fn begin(&mut self) -> sqlx::Result<sqlx::Transaction<'_, Postgres>> {
+        on(self.conn().await?).await
+    }
+
+    /// For a question to one shard, or to all together: how long it may take, and the connection. `None`: the shard
+    /// [is quiet](Self::is_quiet), and is asked nothing. What becomes of the question is told to [`Self::heard`].
+    ///
+    /// # Errors
+    /// Those of connecting.
+    pub(crate) async fn turn(&mut self, shard: Option<i16>) -> sqlx::Result<Option<(Duration, &mut PgConnection)>> {
+        self.quiet.retain(|_, until| Instant::now() < *until);
+        if self.is_quiet(shard) {
+            return Ok(None);
+        }
+        let max = match (shard, self.quiet.is_empty()) {
+            (None, _) => self.answer_max,
+            (Some(_), true) => (self.answer_max / SHARD_PART).max(SHARD_MIN),
+            (Some(_), false) => (self.answer_max / SILENT_PART).max(SHARD_MIN),
+        };
+        Ok(Some((max, self.conn().await?)))
+    }
+
+    /// The answer to what was asked in a [`turn`](Self::turn). `None`: the shard gave none, and the others are not to wait for it;
+    /// nobody knows whether it was done. After an error of Postgres the connection is left.
+    ///
+    /// # Errors
+    /// All others.
+    pub(crate) fn heard<T>(&mut self, shard: Option<i16>, answer: Result<T>) -> Result<Option<T>> {
+        match answer {
+            Ok(answer) => Ok(Some(answer)),
+            Err(Error::Sql(error)) => {
+                self.leaves(shard, &error);
+                if self.is_quiet(shard) { Ok(None) } else { Err(Error::Sql(error)) }
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// [`Self::leave`] after an error of what was asked of a shard, which is [quiet](Self::is_quiet) then if its node is at fault.
+    pub(crate) fn leaves(&mut self, shard: Option<i16>, error: &sqlx::Error) {
+        self.leave();
+        if let Some(shard) = shard.filter(|_| is_silent(error)) {
+            tracing::warn!(shard, %error, "a shard gives no answer; it is left out for a while");
+            self.quiet.insert(shard, Instant::now() + self.answer_max);
+        }
+    }
+
+    /// Whether a shard gave no answer lately: it is asked again after the time that an answer may take. Chosen: of a hundred shards half
+    /// may be silent, and the others are asked for most of the time.
+    pub(crate) fn is_quiet(&self, shard: Option<i16>) -> bool {
+        shard.and_then(|shard| self.quiet.get(&shard)).is_some_and(|until| Instant::now() < *until)
     }
 
     /// How this session carries a statement out whose plan it keeps, made now.
@@ -202,25 +345,81 @@ impl Sessions {
     }
 }
 
-/// Runs a closure in a transaction, again when Postgres asks for it, and commits it once.
-///
-/// # Errors
-/// Those of the closure. `database` if Postgres stays away, or no connection came free within one wait of the pool; then, if it went away during the COMMIT, that may have been done.
+/// What is done in a transaction, and again if Postgres asks for that.
+pub(crate) trait Work<T>:
+    for<'c> Fn(&'c mut PgConnection) -> Pin<Box<dyn Future<Output = Result<T>> + Send + 'c>> + Send + Sync
+{
+}
+impl<T, F> Work<T> for F where
+    F: for<'c> Fn(&'c mut PgConnection) -> Pin<Box<dyn Future<Output = Result<T>> + Send + 'c>> + Send + Sync
+{
+}
+
+/// [`in_transaction_within`] [`ANSWER_MAX`].
 pub(crate) async fn in_transaction<T, F>(pool: &PgPool, work: F) -> Result<T>
 where
-    F: for<'c> Fn(&'c mut PgConnection) -> Pin<Box<dyn Future<Output = Result<T>> + Send + 'c>> + Send + Sync,
+    F: Work<T>,
     T: Send,
 {
-    let mut tries = 0;
+    in_transaction_within(pool, ANSWER_MAX, work).await
+}
+
+/// A transaction on the connection of a [`Session`], which whoever drops it unfinished leaves.
+pub(crate) async fn on(session: &mut PgConnection) -> sqlx::Result<sqlx::Transaction<'_, Postgres>> {
+    session.begin().await
+}
+
+/// Asks a shard, or all together, on a [`Session`]: `asked!(session, shard, |conn| future)`, where the future gives a [`Result`]. `None`: the
+/// shard is quiet, or has given no answer. A macro, because of closures that give futures the compiler does not see whether those
+/// can go to another thread.
+macro_rules! asked {
+    ($session:expr, $shard:expr, |$conn:ident| $question:expr) => {{
+        let asked = match $session.turn($shard).await? {
+            Some((max, $conn)) => Some($crate::transaction::answered(max, $question).await),
+            None => None,
+        };
+        match asked {
+            Some(answer) => $session.heard($shard, answer)?,
+            None => None,
+        }
+    }};
+}
+pub(crate) use asked;
+
+/// Runs a closure in a transaction, again when Postgres asks for it, and commits it once. All of it has `max` from its BEGIN on; that, the
+/// COMMIT and what became of it have as long each, and before them is one wait for a connection.
+///
+/// # Errors
+/// Those of the closure. `database` if Postgres stays away or gives no answer, or no connection came free within one wait of the pool:
+/// nothing was done. `in_doubt` if it went away during the COMMIT, and nobody can say whether that was done.
+pub(crate) async fn in_transaction_within<T, F>(pool: &PgPool, max: Duration, work: F) -> Result<T>
+where
+    F: Work<T>,
+    T: Send,
+{
+    let (mut tries, mut until) = (0, None);
     loop {
         let attempt = async {
-            let mut tx = begin(pool).await?;
-            let value = work(&mut tx).await?;
-            crate::committer::crash_point("transaction.before_commit");
-            // What was done without an answer must not be done again: a start would be a second run.
-            let id: Option<String> =
-                sqlx::query_scalar("select pg_current_xact_id_if_assigned()::text").fetch_one(&mut *tx).await?;
-            match (tx.commit().await, id) {
+            let mut tx = match begin_within(pool, max).await {
+                Ok(begun) => begun,
+                Err(error) if is_silent(&error) => return Err(Unsent::Over(error)),
+                Err(error) => return Err(error.into()),
+            };
+            // The wait for the first connection has a limit of its own.
+            let until = *until.get_or_insert_with(|| tokio::time::Instant::now() + max);
+            let done = async {
+                let value = work(&mut tx).await?;
+                crate::committer::crash_point("transaction.before_commit");
+                // What was done without an answer must not be done again: a start would be a second run.
+                let id: Option<String> =
+                    sqlx::query_scalar("select pg_current_xact_id_if_assigned()::text").fetch_one(&mut *tx).await?;
+                Ok::<_, Error>((value, id))
+            };
+            let (value, id) = match timeout_at(until, done).await {
+                Ok(done) => done?,
+                Err(_) => return Err(Unsent::Over(unanswered())),
+            };
+            match (answered(max, tx.commit()).await, id) {
                 (Ok(()), _) => Ok(value),
                 (Err(error), Some(id)) if is_transient(&error) => match was_committed(pool, &id).await {
                     Some(true) => Ok(value),
@@ -234,16 +433,18 @@ where
         match attempt.await {
             Ok(value) => return Ok(value),
             // It has waited for a connection as long as the pool allows; the caller is told so then, and not at six times that.
-            Err(Unsent::Failed(Error::Sql(error @ sqlx::Error::PoolTimedOut))) => return Err(Error::Sql(error)),
+            Err(Unsent::Failed(Error::Sql(error @ sqlx::Error::PoolTimedOut)) | Unsent::Over(error)) => {
+                return Err(Error::Sql(error));
+            }
             Err(Unsent::Failed(Error::Sql(error))) if is_transient(&error) => match retry_pause(tries) {
-                Some(pause) => {
+                Some(pause) if until.is_none_or(|until| tokio::time::Instant::now() + pause < until) => {
                     tries += 1;
                     tokio::time::sleep(pause).await;
                 }
-                None => return Err(Error::Sql(error)),
+                _ => return Err(Error::Sql(error)),
             },
             Err(Unsent::Failed(error)) => return Err(error),
-            Err(Unsent::InDoubt(error)) => return Err(Error::Sql(error)),
+            Err(Unsent::InDoubt(error)) => return Err(Error::InDoubt(error.to_string())),
         }
     }
 }
@@ -252,6 +453,8 @@ where
 enum Unsent {
     /// Nothing of it was done.
     Failed(Error),
+    /// Nor here, and there is no time for another try.
+    Over(sqlx::Error),
     /// Nobody can say whether it was done.
     InDoubt(sqlx::Error),
 }
@@ -272,14 +475,16 @@ impl From<sqlx::Error> for Unsent {
 async fn was_committed(pool: &PgPool, id: &str) -> Option<bool> {
     let began = Instant::now();
     while began.elapsed() < ASKED_MAX {
-        let status: sqlx::Result<Option<String>> =
-            sqlx::query_scalar("select pg_xact_status($1::text::xid8)").bind(id).fetch_one(pool).await;
+        let asked = async |conn: &mut PgConnection| -> Result<Option<String>> {
+            Ok(sqlx::query_scalar("select pg_xact_status($1::text::xid8)").bind(id).fetch_one(conn).await?)
+        };
+        let status = ask(pool, ASKED_MAX, asked).await;
         match status.as_ref().map(Option::as_deref) {
             Ok(Some("committed")) => return Some(true),
             Ok(Some("aborted")) => return Some(false),
             // Its session has not noticed yet that nobody listens.
             Ok(Some("in progress")) => {}
-            Err(error) if is_transient(error) => {}
+            Err(Error::Sql(error)) if is_transient(error) => {}
             // Another server than the one that was asked to commit, or too long ago.
             Ok(_) | Err(_) => return None,
         }
@@ -301,9 +506,9 @@ mod tests {
 
     /// Drops what begins when the server has begun and the caller does not know it yet, and then writes a row through the same
     /// session. Tries until that moment is caught. Returns whether others see the row.
-    async fn others_see_what_is_written_next<F>(begins: impl Fn(PgPool) -> F) -> bool
+    async fn others_see_what_is_written_next<T, F>(begins: impl Fn(PgPool) -> F) -> bool
     where
-        F: Future<Output = sqlx::Result<Transaction<'static, Postgres>>>,
+        F: Future<Output = sqlx::Result<T>>,
     {
         let others = database(&[]).await;
         let options = others.connect_options().as_ref().clone().application_name("dropped");
@@ -320,7 +525,7 @@ mod tests {
                     Pending => Ready(None),
                 });
                 if let Some(begun) = look.await {
-                    begun.expect("begin").rollback().await.expect("rollback");
+                    drop(begun.expect("begin"));
                     break false;
                 }
                 if sqlx::query_scalar(open).fetch_one(&others).await.expect("state") {

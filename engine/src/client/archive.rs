@@ -1,14 +1,15 @@
 //! A run out into a file, in from one, and decided again.
 
-use super::Client;
+use super::{Client, LONG_MAX};
 use crate::{
     Error, Result,
     archive::{Archive, Header, Record, Writer, check},
     ids::{DefinitionHash, RunId},
     machine::replay::{Replay, Replayed},
     store,
-    transaction::in_transaction,
+    transaction::in_transaction_within,
 };
+use sqlx::PgConnection;
 use std::{
     collections::{BTreeMap, VecDeque},
     sync::Arc,
@@ -58,9 +59,10 @@ impl Export {
                 }
                 Next::History(_) => self.next = Next::Checkpoints(String::new(), String::new()),
                 Next::Checkpoints(path, key) => {
-                    let mut conn = self.client.pool.acquire().await?;
-                    let found = store::archive::checkpoints(&mut conn, self.run, (&path, &key), CHECKPOINTS).await?;
-                    drop(conn);
+                    let asked = async |conn: &mut PgConnection| {
+                        store::archive::checkpoints(conn, self.run, (&path, &key), CHECKPOINTS).await
+                    };
+                    let found = self.client.ask(asked).await?;
                     match found.last() {
                         Some(last) => self.next = Next::Checkpoints(last.path.clone(), last.key.clone()),
                         None => {
@@ -86,9 +88,7 @@ impl Client {
     /// # Errors
     /// `run_not_found`.
     pub async fn export(&self, run: RunId) -> Result<Export> {
-        let mut conn = self.pool.acquire().await?;
-        let header: Header = store::archive::header(&mut conn, run).await?;
-        drop(conn);
+        let header: Header = self.ask(async |conn| store::archive::header(conn, run).await).await?;
         let (mut writer, seq) = (Writer::default(), header.run.seq);
         let lines = VecDeque::from([writer.line(&Record::Header(Box::new(header)))?]);
         Ok(Export { client: self.clone(), run, writer, lines, seq, next: Next::History(0) })
@@ -108,7 +108,7 @@ impl Client {
         let checked = check::check(&archive)?;
         let state = serde_json::to_value(checked.state).map_err(|e| Error::Invariant(e.to_string()))?;
         let shared = Arc::new((archive, state));
-        in_transaction(&self.pool, |conn| {
+        in_transaction_within(&self.pool, LONG_MAX, |conn| {
             let shared = shared.clone();
             Box::pin(async move {
                 if store::archive::insert(conn, &shared.0, &shared.1, checked.messages).await? {
@@ -129,18 +129,20 @@ impl Client {
     /// # Shape
     /// A run that was migrated is decided under the definition that it had at each transition; under another one, all of it is.
     pub async fn replay(&self, run: RunId, definition: Option<DefinitionHash>) -> Result<Replayed> {
-        let mut conn = self.pool.acquire().await?;
-        let header = store::archive::header(&mut conn, run).await?;
-        let former = store::migrations::former(&mut conn, run).await?;
-        let first = former.first().map_or(header.definition.hash, |(_, hash)| *hash);
-        let pinned = store::definitions::load(&mut conn, definition.unwrap_or(first)).await?;
-        // Under another definition, all of it: the question is what that one would have decided.
-        let hashes: Vec<_> = former.iter().skip(1).map(|(_, hash)| *hash).chain([header.definition.hash]).collect();
-        let later = match definition {
-            None if !former.is_empty() => super::migrate::definitions(&mut conn, hashes).await?,
-            _ => BTreeMap::new(),
+        let asked = async |conn: &mut PgConnection| {
+            let header = store::archive::header(conn, run).await?;
+            let former = store::migrations::former(conn, run).await?;
+            let first = former.first().map_or(header.definition.hash, |(_, hash)| *hash);
+            let pinned = store::definitions::load(conn, definition.unwrap_or(first)).await?;
+            // Under another definition, all of it: the question is what that one would have decided.
+            let hashes: Vec<_> = former.iter().skip(1).map(|(_, hash)| *hash).chain([header.definition.hash]).collect();
+            let later = match definition {
+                None if !former.is_empty() => super::migrate::definitions(conn, hashes).await?,
+                _ => BTreeMap::new(),
+            };
+            Ok((header, pinned, later))
         };
-        drop(conn);
+        let (header, pinned, later) = self.ask(asked).await?;
         let mut replay = Replay::new(&pinned.definition, run, header.run.depth, header.run.forked_seq);
         if definition.is_none() {
             replay = replay.migrating(&later);

@@ -16,7 +16,6 @@ use crate::{
         definitions::Pinned,
         forks::{Maker, Terms},
     },
-    transaction::in_transaction,
 };
 use chrono::{DateTime, Utc};
 use serde_json::{Map, Value};
@@ -106,7 +105,7 @@ impl Client {
     /// One: run, first transition, queue row. Idempotent by `run_id`.
     pub async fn fork(&self, run: RunId, asked: Fork) -> Result<Started> {
         let decided = Arc::new(self.decide_fork(run, &asked, For::Itself).await?);
-        let created = in_transaction(&self.pool, |conn| {
+        let created = self.once(|conn| {
             let decided = decided.clone();
             Box::pin(async move {
                 let inserted = decided.insert(conn).await?;
@@ -117,8 +116,8 @@ impl Client {
                 crate::committer::crash_point("fork.before_commit");
                 Ok(inserted)
             })
-        })
-        .await?;
+        });
+        let created = created.await?;
         crate::committer::crash_point("fork.after_commit");
         self.wake().await;
         Ok(Started { run_id: decided.run, created })
@@ -137,13 +136,13 @@ impl Client {
     /// One: everything or nothing. Lock order: the old run; if it is open, the rate, the group and what the hook locks; the key, the
     /// schedule's action, the rate and the group. Idempotent by `run_id`: a second request finds the old run closed and its fork there.
     pub async fn reset(&self, run: RunId, asked: Fork) -> Result<Reset> {
-        let mut conn = self.pool.acquire().await?;
-        let standing = store::runs::standing(&mut conn, run).await?;
-        if standing.imported {
-            return Err(Error::RunImported(run.to_string()));
-        }
-        let old = store::runs::load(&mut conn, run).await?;
-        drop(conn);
+        let old = async |conn: &mut PgConnection| {
+            if store::runs::standing(conn, run).await?.imported {
+                return Err(Error::RunImported(run.to_string()));
+            }
+            store::runs::load(conn, run).await
+        };
+        let old = self.ask(old).await?;
         if let Some(next) = old.chain.continued_as {
             return Err(Error::ForkInvalid(vec![went_on(next)]));
         }
@@ -153,7 +152,7 @@ impl Client {
         }
         let decided = Arc::new(self.decide_fork(run, &asked, For::Reset).await?);
         let (key, reason) = (old.workflow_id, checked(&asked.reason)?);
-        let terminated = in_transaction(&self.pool, |conn| {
+        let terminated = self.once(|conn| {
             let (decided, hook, key, reason) = (decided.clone(), self.hook.clone(), key.clone(), reason.clone());
             Box::pin(async move {
                 let text = format!("reset to transition {} as run {}: {reason}", decided.seq, decided.run);
@@ -194,8 +193,8 @@ impl Client {
                 crate::committer::crash_point("reset.before_commit");
                 Ok(terminated)
             })
-        })
-        .await?;
+        });
+        let terminated = terminated.await?;
         crate::committer::crash_point("reset.after_commit");
         self.wake().await;
         Ok(Reset { run_id: decided.run, terminated })
@@ -208,25 +207,27 @@ impl Client {
             At::Step(path) => (self.began(run, path).await?, Some(path.clone())),
         };
         let new = asked.run_id.unwrap_or_default();
-        let mut conn = self.pool.acquire().await?;
-        let maker = store::forks::maker(&mut conn, run, i64::try_from(seq).unwrap_or(i64::MAX)).await?;
-        match &asked.attributes {
-            Some(attributes) => check::attributes(attributes).map_err(|error| {
-                error.unwrap_or_else(|| Error::ForkInvalid(vec!["the attributes are no JSON object".into()]))
-            })?,
-            // Whoever a file names has not asked for the fork and would pay for it.
-            None if store::runs::standing(&mut conn, run).await?.imported => {
-                let why = "the run came from a file: say whose the fork is, by its attributes";
-                return Err(Error::ForkInvalid(vec![why.into()]));
+        let found = async |conn: &mut PgConnection| {
+            let maker = store::forks::maker(conn, run, i64::try_from(seq).unwrap_or(i64::MAX)).await?;
+            match &asked.attributes {
+                Some(attributes) => check::attributes(attributes).map_err(|error| {
+                    error.unwrap_or_else(|| Error::ForkInvalid(vec!["the attributes are no JSON object".into()]))
+                })?,
+                // Whoever a file names has not asked for the fork and would pay for it.
+                None if store::runs::standing(conn, run).await?.imported => {
+                    let why = "the run came from a file: say whose the fork is, by its attributes";
+                    return Err(Error::ForkInvalid(vec![why.into()]));
+                }
+                None => {}
             }
-            None => {}
-        }
-        let definition = asked.definition.unwrap_or(maker.definition);
-        let pinned: Pinned = store::definitions::load(&mut conn, definition).await?;
-        let calls = store::definitions::resolve_calls(&mut conn, &pinned.definition).await?;
-        let now = store::runs::now(&mut conn).await?;
-        let mut terms = store::forks::terms(&mut conn, run).await?;
-        drop(conn);
+            let definition = asked.definition.unwrap_or(maker.definition);
+            let pinned: Pinned = store::definitions::load(conn, definition).await?;
+            let calls = store::definitions::resolve_calls(conn, &pinned.definition).await?;
+            let now = store::runs::now(conn).await?;
+            let terms = store::forks::terms(conn, run).await?;
+            Ok((maker, definition, pinned, calls, now, terms))
+        };
+        let (maker, definition, pinned, calls, now, mut terms) = self.ask(found).await?;
         if wanted == For::Itself {
             terms.deadline = None;
         }
@@ -309,8 +310,7 @@ impl Client {
             found = rows.iter().rev().find(|r| r.events.iter().any(begins)).map(|r| r.seq).or(found);
         }
         // Distinguishes a run that is not there from a step that did not begin.
-        let mut conn = self.pool.acquire().await?;
-        store::runs::standing(&mut conn, run).await?;
+        self.ask(async |conn| store::runs::standing(conn, run).await).await?;
         found.ok_or_else(|| Error::ForkInvalid(vec![format!("no step `{path}` has begun in this run")]))
     }
 }

@@ -1,6 +1,6 @@
 //! Runs in flight that go on under another definition.
 
-use super::{Client, pause::checked};
+use super::{Client, pause::checked, short_id};
 use crate::{
     Error, Result,
     definition::Definition,
@@ -9,7 +9,6 @@ use crate::{
     machine::{self, Finding, Moment, Refusals, fold},
     signature::Catalog,
     store::{self, runs::Loaded},
-    transaction::in_transaction,
     view::RunStatus,
 };
 use serde::Serialize;
@@ -84,14 +83,15 @@ impl Client {
     /// it is claimable at once. Twice: `Unchanged`.
     pub async fn migrate(&self, run: RunId, asked: Migrate) -> Result<MigrationReport> {
         let reason = checked(&asked.reason)?;
+        short_id("the sender", asked.by.as_deref())?;
         if asked.map.len() > MAP_MAX {
             return Err(Error::TooLarge { what: "the map of steps", actual: asked.map.len(), limit: MAP_MAX });
         }
-        let report = in_transaction(&self.pool, |conn| {
+        let report = self.once(|conn| {
             let (asked, client) = (Migrate { reason: reason.clone(), ..asked.clone() }, self.clone());
             Box::pin(async move { client.migrate_in(conn, run, asked).await })
-        })
-        .await?;
+        });
+        let report = report.await?;
         if report.outcome == MigrationOutcome::Migrated {
             crate::committer::crash_point("migrate.after_commit");
             self.wake().await;
@@ -223,14 +223,16 @@ impl Client {
     /// # Errors
     /// `definition_not_found`.
     pub async fn definition_named(&self, workflow: &str, text: &str) -> Result<DefinitionHash> {
-        let mut conn = self.pool.acquire().await?;
-        if let Ok(hash) = text.parse::<DefinitionHash>() {
-            store::definitions::load(&mut conn, hash).await?;
-            return Ok(hash);
-        }
-        match text.trim_start_matches('v').parse::<i32>() {
-            Ok(version) => store::definitions::version(&mut conn, workflow, version).await,
-            Err(_) => store::definitions::pointer(&mut *conn, workflow, text).await,
-        }
+        self.ask(async |conn| {
+            if let Ok(hash) = text.parse::<DefinitionHash>() {
+                store::definitions::load(conn, hash).await?;
+                return Ok(hash);
+            }
+            match text.trim_start_matches('v').parse::<i32>() {
+                Ok(version) => store::definitions::version(conn, workflow, version).await,
+                Err(_) => store::definitions::pointer(conn, workflow, text).await,
+            }
+        })
+        .await
     }
 }

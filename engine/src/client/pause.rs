@@ -1,16 +1,14 @@
 //! Pausing a run, letting it go on, and letting go on what had been set aside.
 
-use super::Client;
+use super::{Client, short_id};
 use crate::{
     Error, Result,
     ids::RunId,
-    store::{
-        self,
-        inbox::{Kind, Outgoing, Sent},
-    },
+    store::{self, inbox::Kind},
     view::RunStatus,
 };
-use serde_json::{Value, json};
+use serde_json::json;
+use std::sync::Arc;
 
 /// Longest reason, in bytes. Chosen: it is in the history and on screens.
 pub(super) const REASON_BYTES_MAX: usize = 4 << 10;
@@ -26,6 +24,15 @@ pub struct Why {
     pub by: Option<String>,
 }
 
+impl Why {
+    /// # Errors
+    /// `too_large`: the ids.
+    pub(super) fn fits(&self) -> Result<()> {
+        short_id("the message's id", self.dedupe_id.as_deref())?;
+        short_id("the sender", self.by.as_deref())
+    }
+}
+
 impl Client {
     /// Pauses a run: attempts that run come to their end, are settled and recorded; nothing new begins and no timer fires.
     /// What comes due meanwhile, the run's own timeout too, fires when it is resumed. Its children are runs of their own and
@@ -35,7 +42,7 @@ impl Client {
     /// # Errors
     /// `run_not_found`, `run_closed`, `run_quarantined`, `run_imported`, `too_large`, `inbox_full`.
     /// # Transaction
-    /// One statement: a message into the inbox. The run is paused when it has read it, which is at once if it is in memory
+    /// One: a message into the inbox. The run is paused when it has read it, which is at once if it is in memory
     /// or parked; until then it may still begin a step.
     pub async fn pause(&self, run: RunId, why: Why) -> Result<bool> {
         self.tell(run, Kind::Pause, why).await
@@ -56,48 +63,35 @@ impl Client {
     /// # Errors
     /// `run_not_found`, `run_closed`; `invariant` if its history still cannot be folded here: nothing was done.
     /// # Transaction
-    /// One statement behind the epoch. Twice: false, the run was not quarantined any more.
+    /// One, behind the epoch. Twice: false, the run was not quarantined any more.
     pub async fn unquarantine(&self, run: RunId, why: Why) -> Result<bool> {
-        let reason = checked(&why.reason)?;
-        let mut conn = self.pool.acquire().await?;
-        self.open(&mut conn, run).await?;
-        let loaded = store::runs::load(&mut conn, run).await?;
-        let status = loaded.state.status.as_str();
-        let freed = store::runs::unquarantine(&mut conn, run, loaded.epoch, status, &reason, why.by.as_deref()).await?;
+        why.fits()?;
+        let why = Arc::new(Why { reason: checked(&why.reason)?, ..why });
+        let freed = self.once(|conn| {
+            let (client, why) = (self.clone(), why.clone());
+            Box::pin(async move {
+                client.open(conn, run).await?;
+                let loaded = store::runs::load(conn, run).await?;
+                let (status, by) = (loaded.state.status.as_str(), why.by.as_deref());
+                store::runs::unquarantine(conn, run, loaded.epoch, status, &why.reason, by).await
+            })
+        });
+        let freed = freed.await?;
         crate::committer::crash_point("release.after_send");
-        drop(conn);
         if freed {
-            tracing::warn!(run_id = %run, reason, "a quarantined run goes on");
+            tracing::warn!(run_id = %run, reason = why.reason, "a quarantined run goes on");
             self.wake().await;
         }
         Ok(freed)
     }
 
     async fn tell(&self, run: RunId, kind: Kind, why: Why) -> Result<bool> {
-        let reason = checked(&why.reason)?;
-        let mut conn = self.pool.acquire().await?;
-        if self.open(&mut conn, run).await?.status == RunStatus::Quarantined {
+        let why = Why { reason: checked(&why.reason)?, ..why };
+        if self.ask(async |conn| self.open(conn, run).await).await?.status == RunStatus::Quarantined {
             return Err(Error::RunQuarantined(run.to_string()));
         }
-        let payload: Value = json!({ "reason": reason });
-        let message = Outgoing {
-            run,
-            kind,
-            name: "",
-            payload: &payload,
-            dedupe_id: why.dedupe_id.as_deref(),
-            sender: why.by.as_deref(),
-            definition: None,
-            unread_max: Some(store::inbox::ORDERS_MAX),
-        };
-        let stored = match store::inbox::send(&mut conn, &message).await? {
-            Sent::Stored => true,
-            Sent::Duplicate => false,
-            Sent::Full => return Err(super::full(run, store::inbox::ORDERS_MAX)),
-            Sent::NoOpenRun => return Err(self.refusal(&mut conn, run).await),
-        };
+        let stored = self.order(run, kind, json!({ "reason": why.reason }), &why).await?;
         crate::committer::crash_point("tell.after_send");
-        drop(conn);
         self.wake().await;
         Ok(stored)
     }

@@ -1,7 +1,13 @@
 //! The ring of payload keys, for operators: which key sealed how much, and sealing it all under the newest.
 
-use super::Client;
-use crate::{Error, Result, ids::RunId, payload, store::sealed};
+use super::{Client, LONG_MAX};
+use crate::{
+    Error, Result,
+    ids::RunId,
+    payload,
+    store::sealed,
+    transaction::{ask, in_transaction_within},
+};
 
 /// How many rows of a table a payload key has sealed.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
@@ -23,12 +29,14 @@ pub struct Resealed {
 }
 
 impl Client {
-    /// Counts what each key has sealed, and what is plain. Reads every row: it takes as long as a dump.
+    /// Counts what each key has sealed, and what is plain. Reads every row: it takes as long as a dump, at most an hour.
     ///
     /// # Errors
     /// `database`.
     pub async fn sealed(&self) -> Result<Vec<Sealed>> {
-        let counts = sealed::count(&mut *self.pool.acquire().await?).await?;
+        let counted =
+            in_transaction_within(&self.pool, LONG_MAX, |conn| Box::pin(async move { sealed::count(conn).await }));
+        let counts = counted.await?;
         let rows = |n: i64| u64::try_from(n).unwrap_or(0);
         Ok(counts.into_iter().map(|c| Sealed { table: c.table, key: c.key, rows: rows(c.rows) }).collect())
     }
@@ -45,12 +53,15 @@ impl Client {
         let key = payload::sealing_key().ok_or_else(|| {
             Error::InputInvalid(vec!["there is no payload key to seal with: set LOOPWRIGHT_PAYLOAD_KEYS".into()])
         })?;
-        let mut conn = self.pool.acquire().await?;
-        let mut rows = if after.is_none() { sealed::reseal_schedules(&mut conn, &key).await? } else { 0 };
-        let runs = sealed::runs(&mut conn, after).await?;
-        for run in &runs {
-            rows += sealed::reseal(&mut conn, *run, &key).await?;
-        }
+        let passed = ask(&self.pool, LONG_MAX, async |conn| {
+            let mut rows = if after.is_none() { sealed::reseal_schedules(conn, &key).await? } else { 0 };
+            let runs = sealed::runs(conn, after).await?;
+            for run in &runs {
+                rows += sealed::reseal(conn, *run, &key).await?;
+            }
+            Ok((runs, rows))
+        });
+        let (runs, rows) = passed.await?;
         Ok(Resealed { after: runs.last().copied(), runs: runs.len() as u64, rows })
     }
 }

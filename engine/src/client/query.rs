@@ -9,6 +9,7 @@ use crate::{
     store,
     view::Queried,
 };
+use sqlx::PgConnection;
 
 impl Client {
     /// Evaluates a query of the run's definition over the state that its history gives. Nothing is written, nobody is woken;
@@ -21,10 +22,12 @@ impl Client {
     /// # Transaction
     /// Reads only. An open run is folded from its cursor, a closed one from its whole history.
     pub async fn query(&self, run: RunId, name: &str) -> Result<Queried> {
-        let mut conn = self.pool.acquire().await?;
-        let loaded = store::runs::load(&mut conn, run).await?;
-        let pinned = store::definitions::load(&mut conn, loaded.definition).await?;
-        drop(conn);
+        let asked = async |conn: &mut PgConnection| {
+            let loaded = store::runs::load(conn, run).await?;
+            let pinned = store::definitions::load(conn, loaded.definition).await?;
+            Ok((loaded, pinned))
+        };
+        let (loaded, pinned) = self.ask(asked).await?;
         let seq = u64::try_from(loaded.seq).unwrap_or(0);
         let known = pinned.definition.queries.contains_key(name);
         let mut state = if known && loaded.state.status.is_closed() {

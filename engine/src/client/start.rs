@@ -1,6 +1,6 @@
 //! Starting a run, and what becomes of the start if its id was used before.
 
-use super::{ATTRIBUTES_BYTES_MAX, Client, Start, Started, json_len, shallow};
+use super::{ATTRIBUTES_BYTES_MAX, Client, Start, Started, json_len, shallow, short_id};
 use crate::{
     Error, Result,
     admission::{IdConflict, Place},
@@ -12,7 +12,6 @@ use crate::{
         groups::{self, Arrival},
         starts,
     },
-    transaction::in_transaction,
 };
 use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
@@ -32,7 +31,7 @@ impl Client {
     /// # Transaction
     /// One: the end of the open run, id, run, queue row or place in its group.
     pub async fn start(&self, start: Start) -> Result<Started> {
-        let started = in_transaction(&self.pool, |conn| {
+        let started = self.once(|conn| {
             let start = start.clone();
             let client = self.clone();
             Box::pin(async move {
@@ -40,8 +39,8 @@ impl Client {
                 crate::committer::crash_point("start.before_commit");
                 started
             })
-        })
-        .await?;
+        });
+        let started = started.await?;
         crate::committer::crash_point("start.after_commit");
         self.wake().await;
         Ok(started)
@@ -65,6 +64,9 @@ impl Client {
             return Err(Error::TooLarge { what: "attributes", actual: size, limit: ATTRIBUTES_BYTES_MAX });
         }
         shallow("attributes", &start.attributes)?;
+        short_id("the workflow id", start.workflow_id.as_deref())?;
+        short_id("the topic", start.topic.as_deref())?;
+        short_id("the queue", Some(&start.queue))?;
         start.admission.check(&start.attributes)?;
         if start.workflow_id.is_none() && start.admission.speaks_of_an_id() {
             let why = "a policy for an id that was used before needs an id: give the start one";

@@ -7,7 +7,7 @@
 //!
 //! The answer is in the run's history and nowhere else: it is as durable as the run, and is found under the sender's id.
 
-use super::{Client, PAYLOAD_BYTES_MAX, json_len};
+use super::{Client, Signal};
 use crate::{
     Error, Failure, Result,
     event::Event,
@@ -19,7 +19,8 @@ use crate::{
     view::{Answer, RunStatus, Updated},
 };
 use serde_json::Value;
-use std::time::Duration;
+use sqlx::PgConnection;
+use std::{sync::Arc, time::Duration};
 use tokio::time::Instant;
 
 /// Longest id of an update, in bytes. Chosen: two UUIDs and some words.
@@ -48,51 +49,65 @@ impl Client {
     /// `update_pending` when the time is over: what was sent stays sent, ask again with the same id (the message names it);
     /// `run_not_found`, `run_closed`, `run_quarantined`, `run_imported`, `too_large`, `too_deep`, `input_invalid` for a NUL. A rejection is an answer and no error.
     /// # Transaction
-    /// One statement: a message into the inbox.
+    /// One: a message into the inbox.
     pub async fn update(&self, run: RunId, update: Update, wait: Duration) -> Result<Updated> {
-        let id = checked(update.id)?;
-        let size = json_len(&update.payload);
-        if size > PAYLOAD_BYTES_MAX {
-            return Err(Error::TooLarge { what: "the payload", actual: size, limit: PAYLOAD_BYTES_MAX });
-        }
-        super::shallow("the payload", &update.payload)?;
-        if crate::archive::check::has_nul(&update.payload) || update.name.contains('\0') {
+        let id = checked(update.id.clone())?;
+        let Update { name, payload, sender, .. } = update;
+        // No id of its own: it has another limit, above.
+        let signal = Signal { name, payload, sender, dedupe_id: None };
+        super::fits(&signal)?;
+        let Signal { name, payload, sender, .. } = signal;
+        if crate::archive::check::has_nul(&payload) || name.contains('\0') {
             return Err(Error::InputInvalid(vec![super::NUL.into()]));
         }
-        let mut conn = self.pool.acquire().await?;
-        let key = store::inbox::update_key(&id);
+        let shared = Arc::new((id, name, payload, sender));
+        let stored = self.once(|conn| {
+            let (client, shared) = (self.clone(), shared.clone());
+            Box::pin(async move {
+                let (id, name, payload, sender) = &*shared;
+                let update = Request { id, name, payload, sender: sender.as_deref() };
+                client.send_update(conn, run, &update).await
+            })
+        });
+        let stored = stored.await?;
+        crate::committer::crash_point("update.after_send");
+        if stored {
+            self.wake().await;
+        }
+        self.updated(run, &shared.0, wait).await
+    }
+
+    /// Stores a request that nobody has sent before. False: it is there already.
+    async fn send_update(&self, conn: &mut PgConnection, run: RunId, update: &Request<'_>) -> Result<bool> {
+        let key = store::inbox::update_key(update.id);
         let message = Outgoing {
             run,
             kind: Kind::Update,
-            name: &update.name,
-            payload: &update.payload,
+            name: update.name,
+            payload: update.payload,
             dedupe_id: Some(&key),
-            sender: update.sender.as_deref(),
+            sender: update.sender,
             definition: None,
             unread_max: Some(store::inbox::UNREAD_MAX),
         };
-        let standing = store::runs::standing(&mut conn, run).await?;
+        let standing = store::runs::standing(conn, run).await?;
         // Nobody would read it. What was sent before may be answered.
         let sent = if standing.status == RunStatus::Quarantined && !standing.imported {
-            if store::inbox::update_sent(&mut conn, run, &id).await?.is_none() {
+            if store::inbox::update_sent(conn, run, update.id).await?.is_none() {
                 return Err(Error::RunQuarantined(run.to_string()));
             }
             Sent::Duplicate
         } else {
-            store::inbox::send(&mut conn, &message).await?
+            store::inbox::send(conn, &message).await?
         };
-        if sent == Sent::NoOpenRun && store::inbox::update_sent(&mut conn, run, &id).await?.is_none() {
-            return Err(self.refusal(&mut conn, run).await);
+        match sent {
+            Sent::NoOpenRun if store::inbox::update_sent(conn, run, update.id).await?.is_none() => {
+                Err(self.refusal(conn, run).await)
+            }
+            Sent::Full => Err(super::full(run, super::MESSAGES, store::inbox::UNREAD_MAX)),
+            Sent::Stored => Ok(true),
+            Sent::Duplicate | Sent::NoOpenRun => Ok(false),
         }
-        if sent == Sent::Full {
-            return Err(super::full(run, store::inbox::UNREAD_MAX));
-        }
-        crate::committer::crash_point("update.after_send");
-        drop(conn);
-        if sent == Sent::Stored {
-            self.wake().await;
-        }
-        self.updated(run, &id, wait).await
     }
 
     /// The answer to an update that was sent, waited for at most `wait`; whichever run of a chain gives it.
@@ -101,28 +116,28 @@ impl Client {
     /// `update_pending`; `update_not_found`; `run_not_found`.
     pub async fn updated(&self, mut run: RunId, id: &str, wait: Duration) -> Result<Updated> {
         let until = Instant::now() + wait;
-        let mut conn = self.pool.acquire().await?;
         let mut after = loop {
-            let sent = store::inbox::update_sent(&mut conn, run, id).await?;
-            let standing = store::runs::standing(&mut conn, run).await?;
+            let asked = async |conn: &mut PgConnection| {
+                Ok((store::inbox::update_sent(conn, run, id).await?, store::runs::standing(conn, run).await?))
+            };
+            let (sent, standing) = self.ask(asked).await?;
             run = match (sent, standing.chain.continued_from) {
                 (Some(store::inbox::BEFORE), Some(before)) => before,
                 (Some(seq), _) => break seq,
                 (None, _) => return Err(Error::UpdateNotFound(run.to_string(), id.to_owned())),
             };
         };
-        drop(conn);
         let mut why = "the run has not read it";
         loop {
             // Read before the history: what is written in between is seen at the next look.
             let newest = self.wait_change(run, 0, Duration::ZERO).await?;
             let mut next = None;
-            for event in store::history::of_update(&self.pool, run, id, after).await? {
+            for event in self.ask(async |conn| store::history::of_update(conn, run, id, after).await).await? {
                 let event: Event = serde_json::from_value(event)
                     .map_err(|e| Error::Invariant(format!("update `{id}` of run {run}: {e}")))?;
                 if matches!(event, Event::RunClosed { status: RunStatus::Continued, .. }) {
-                    let mut conn = self.pool.acquire().await?;
-                    next = store::runs::standing(&mut conn, run).await?.chain.continued_as;
+                    let standing = self.ask(async |conn| store::runs::standing(conn, run).await).await?;
+                    next = standing.chain.continued_as;
                     break;
                 }
                 match answer(event) {
@@ -143,6 +158,14 @@ impl Client {
             self.wait_change(run, newest, left).await?;
         }
     }
+}
+
+/// An update under its id.
+struct Request<'a> {
+    id: &'a str,
+    name: &'a str,
+    payload: &'a Value,
+    sender: Option<&'a str>,
 }
 
 /// What one of these events answers.

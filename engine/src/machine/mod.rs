@@ -60,6 +60,9 @@ pub const BLOCKED_RETRY_MS: i64 = 300_000;
 /// Shortest delay of an attempt that nothing but time bounds, because those before it do not count, in milliseconds: a policy
 /// without a delay must not keep a worker busy for as long as a provider is away. Chosen, not measured.
 pub const UNCOUNTED_DELAY_MIN_MS: u64 = 100;
+/// Up to which that delay grows, whatever the policy says: it doubles with each such attempt. Chosen: an outage of a day is asked
+/// after some thousand times, and its end is seen in half a minute.
+pub const UNCOUNTED_DELAY_MAX_MS: u64 = 30_000;
 /// Runs that may stand one below the other: a `call` at that depth fails. A definition that calls itself, also by way of
 /// another, has no other end. Chosen, not measured.
 pub const CALL_DEPTH_MAX: u32 = 8;

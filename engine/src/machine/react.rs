@@ -2,7 +2,7 @@
 
 use super::{
     Command, Decision, Illegal, Inbound, Input, LOST_MAX, MAILBOX_MAX, Moment, OUTPUT_BYTES_MAX,
-    UNCOUNTED_DELAY_MIN_MS, emit,
+    UNCOUNTED_DELAY_MAX_MS, UNCOUNTED_DELAY_MIN_MS, emit,
     scope::{Place, find_step},
     signal::{Door, problems},
     state::{Live, Node, Phase, RunState},
@@ -307,17 +307,38 @@ fn retry_at(
     if !wanted || over {
         return None;
     }
-    let delay = delay_ms(policy, tries(live, failure), moment.draw);
-    let least = if failure.uncounted { UNCOUNTED_DELAY_MIN_MS } else { 0 };
-    let due = moment.now + millis(delay.max(failure.retry_after_ms.unwrap_or(0)).max(least));
+    let delay = wait_ms(policy, live, failure, moment.draw);
+    let due = moment.now + millis(delay.max(failure.retry_after_ms.unwrap_or(0)));
     if due >= state.deadline || total_deadline.is_some_and(|t| due >= t) {
         return None;
     }
     Some(due)
 }
 
+/// How long it is until the next attempt, as far as the run itself says: by its policy, and after an attempt that does not count no
+/// shorter than such waits are. Everything in it is the state's, so that whoever takes the run over waits as long. Falls as the
+/// draw rises.
+pub(super) fn wait_ms(policy: &RetryPolicy, live: &Live, failure: &Failure, draw: u64) -> u64 {
+    let tries = tries(live, failure);
+    let least = if failure.uncounted { uncounted_ms(tries, draw) } else { 0 };
+    delay_ms(policy, tries, draw).max(least)
+}
+
+/// Shortest wait after the `tries`th attempt that does not count: between the first one's and one that doubles with each, by the draw.
+/// So many runs that wait for one provider do not come back at once.
+fn uncounted_ms(tries: u32, draw: u64) -> u64 {
+    let policy = RetryPolicy {
+        delay_ms: UNCOUNTED_DELAY_MIN_MS,
+        backoff: 2.0,
+        max_delay_ms: UNCOUNTED_DELAY_MAX_MS,
+        jitter: 1.0,
+        ..RetryPolicy::default()
+    };
+    delay_ms(&policy, tries, draw).max(UNCOUNTED_DELAY_MIN_MS)
+}
+
 /// How many attempts the delay grows with: those that count, or, after one that does not, those before that did not either.
-pub(super) fn tries(live: &Live, failure: &Failure) -> u32 {
+fn tries(live: &Live, failure: &Failure) -> u32 {
     match live {
         Live::Activity { attempt, counted, .. } if failure.uncounted => attempt.saturating_sub(*counted) + 1,
         Live::Activity { counted, .. } => *counted,

@@ -19,7 +19,7 @@
 
 use super::{
     Current, Illegal, Inbound, Input, Moment, Refusals, RunState,
-    react::{delay_ms, tries},
+    react::wait_ms,
     scope::find_step,
     state::{Live, Phase},
 };
@@ -522,7 +522,7 @@ fn draw(definition: &Definition, state: &RunState, events: &[Event], now: DateTi
     let (mut low, mut high) = (0u64, (1u64 << 53) - 1);
     while low < high {
         let middle = low + (high - low) / 2;
-        if delay_ms(&step.retry, tries(live, failure), middle << 11) > wanted {
+        if wait_ms(&step.retry, live, failure, middle << 11) > wanted {
             low = middle + 1;
         } else {
             high = middle;

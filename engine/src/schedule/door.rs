@@ -8,10 +8,10 @@ use crate::{
     Error, Result,
     client::{ATTRIBUTES_BYTES_MAX, Client, json_len},
     store::schedules::{self as store, NewAction, Stored},
-    transaction::in_transaction,
     worker::fire,
 };
 use chrono::{DateTime, Duration, Utc};
+use sqlx::PgConnection;
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -69,38 +69,39 @@ impl Schedules {
         let mut violations: Vec<String> = name_violation(&new.name).into_iter().collect();
         violations.extend(note_violation(new.note.as_deref()));
         let timing = check(&new.spec, violations)?;
-        in_transaction(self.client.pool(), |conn| {
-            let (new, timing) = (new.clone(), timing.clone());
-            Box::pin(async move {
-                fire::startable(conn, &new.spec).await?;
-                if store::count(conn).await? >= SCHEDULES_MAX {
-                    return Err(Error::ScheduleInvalid(vec![format!(
-                        "there are {SCHEDULES_MAX} schedules; delete some"
-                    )]));
-                }
-                let now = store::now(conn).await?;
-                let view = ScheduleView {
-                    id: Uuid::now_v7(),
-                    name: new.name.clone(),
-                    paused_at: new.paused.then_some(now),
-                    note: new.note,
-                    owner: new.owner,
-                    next_at: if new.paused { None } else { timing.next_after(now) },
-                    runs_left: new.spec.run_limit,
-                    spec: new.spec,
-                    started: 0,
-                    skipped: 0,
-                    missed: 0,
-                    failed: 0,
-                    created_at: now,
-                    updated_at: now,
-                };
-                let due = view.next_at.map(|at| timing.due(view.id, at, view.spec.jitter_ms));
-                store::insert(conn, &view, due).await?;
-                Ok(store::get(conn, &new.name).await?.view)
+        self.client
+            .once(|conn| {
+                let (new, timing) = (new.clone(), timing.clone());
+                Box::pin(async move {
+                    fire::startable(conn, &new.spec).await?;
+                    if store::count(conn).await? >= SCHEDULES_MAX {
+                        return Err(Error::ScheduleInvalid(vec![format!(
+                            "there are {SCHEDULES_MAX} schedules; delete some"
+                        )]));
+                    }
+                    let now = store::now(conn).await?;
+                    let view = ScheduleView {
+                        id: Uuid::now_v7(),
+                        name: new.name.clone(),
+                        paused_at: new.paused.then_some(now),
+                        note: new.note,
+                        owner: new.owner,
+                        next_at: if new.paused { None } else { timing.next_after(now) },
+                        runs_left: new.spec.run_limit,
+                        spec: new.spec,
+                        started: 0,
+                        skipped: 0,
+                        missed: 0,
+                        failed: 0,
+                        created_at: now,
+                        updated_at: now,
+                    };
+                    let due = view.next_at.map(|at| timing.due(view.id, at, view.spec.jitter_ms));
+                    store::insert(conn, &view, due).await?;
+                    Ok(store::get(conn, &new.name).await?.view)
+                })
             })
-        })
-        .await
+            .await
     }
 
     /// Gives a schedule another spec. With another calendar or jitter its next instant is the first after now; what waits is
@@ -110,9 +111,7 @@ impl Schedules {
     /// As [`Self::create`], and `schedule_not_found`.
     pub async fn update(&self, name: &str, spec: Spec) -> Result<ScheduleView> {
         let timing = check(&spec, Vec::new())?;
-        let mut conn = self.client.pool().acquire().await?;
-        fire::startable(&mut conn, &spec).await?;
-        drop(conn);
+        self.client.ask(async |conn| fire::startable(conn, &spec).await).await?;
         self.change(name, move |stored| {
             let old = std::mem::replace(&mut stored.view.spec, spec.clone());
             if old.run_limit != spec.run_limit {
@@ -165,8 +164,12 @@ impl Schedules {
     /// # Errors
     /// `schedule_not_found`.
     pub async fn delete(&self, name: &str) -> Result<()> {
-        let mut conn = self.client.pool().acquire().await?;
-        store::delete(&mut conn, name).await
+        self.client
+            .once(|conn| {
+                let name = name.to_owned();
+                Box::pin(async move { store::delete(conn, &name).await })
+            })
+            .await
     }
 
     /// A run now, whether paused or not, under the given overlap policy or the schedule's. The action says what it came to:
@@ -175,29 +178,33 @@ impl Schedules {
     /// # Errors
     /// `schedule_not_found`; `schedule_invalid` if 10,000 actions wait.
     pub async fn trigger(&self, name: &str, overlap: Option<Overlap>) -> Result<Action> {
-        let (action, turn) = in_transaction(self.client.pool(), |conn| {
-            let (client, name) = (self.client.clone(), name.to_owned());
-            Box::pin(async move {
-                let mut stored = store::lock(conn, &name).await?;
-                let waits = store::pending_count(conn, stored.view.id).await?;
-                if usize::try_from(waits).is_ok_and(|n| n >= BACKFILL_MAX) {
-                    let why =
-                        format!("{waits} actions wait; let the open runs end first, or choose another overlap policy");
-                    return Err(Error::ScheduleInvalid(vec![why]));
-                }
-                crate::committer::crash_point("trigger.after_lock");
-                stored.action_n += 1;
-                let (n, id) = (stored.action_n, stored.view.id);
-                let (kind, state) = (ActionKind::Manual, ActionState::Pending);
-                store::add(conn, id, &[NewAction { n, instant: stored.now, kind, overlap, state, note: None }]).await?;
-                crate::committer::crash_point("trigger.after_add");
-                let turn = fire::turn(conn, &client, &mut stored).await?;
-                let newest = store::recent(conn, id, fire::KEPT).await?;
-                let action = newest.into_iter().find(|a| a.n == n);
-                Ok((action.ok_or_else(|| Error::Invariant("the action of a trigger is gone".into()))?, turn))
+        let (action, turn) = self
+            .client
+            .once(|conn| {
+                let (client, name) = (self.client.clone(), name.to_owned());
+                Box::pin(async move {
+                    let mut stored = store::lock(conn, &name).await?;
+                    let waits = store::pending_count(conn, stored.view.id).await?;
+                    if usize::try_from(waits).is_ok_and(|n| n >= BACKFILL_MAX) {
+                        let why = format!(
+                            "{waits} actions wait; let the open runs end first, or choose another overlap policy"
+                        );
+                        return Err(Error::ScheduleInvalid(vec![why]));
+                    }
+                    crate::committer::crash_point("trigger.after_lock");
+                    stored.action_n += 1;
+                    let (n, id) = (stored.action_n, stored.view.id);
+                    let (kind, state) = (ActionKind::Manual, ActionState::Pending);
+                    store::add(conn, id, &[NewAction { n, instant: stored.now, kind, overlap, state, note: None }])
+                        .await?;
+                    crate::committer::crash_point("trigger.after_add");
+                    let turn = fire::turn(conn, &client, &mut stored).await?;
+                    let newest = store::recent(conn, id, fire::KEPT).await?;
+                    let action = newest.into_iter().find(|a| a.n == n);
+                    Ok((action.ok_or_else(|| Error::Invariant("the action of a trigger is gone".into()))?, turn))
+                })
             })
-        })
-        .await?;
+            .await?;
         crate::committer::crash_point("trigger.after_commit");
         turn.follow(&self.client).await;
         crate::committer::crash_point("trigger.before_wake");
@@ -218,7 +225,7 @@ impl Schedules {
         to: DateTime<Utc>,
         overlap: Option<Overlap>,
     ) -> Result<Backfilled> {
-        in_transaction(self.client.pool(), |conn| {
+        self.client.once(|conn| {
             let name = name.to_owned();
             Box::pin(async move {
                 let mut stored = store::lock(conn, &name).await?;
@@ -263,8 +270,8 @@ impl Schedules {
 
     /// By name, at most `limit` (200); `after` is the last name of the page before.
     pub async fn list(&self, after: Option<&str>, limit: u32) -> Result<Vec<ScheduleView>> {
-        let mut conn = self.client.pool().acquire().await?;
-        Ok(store::list(&mut conn, after, limit).await?.into_iter().map(|stored| stored.view).collect())
+        let listed = self.client.ask(async |conn| store::list(conn, after, limit).await).await?;
+        Ok(listed.into_iter().map(|stored| stored.view).collect())
     }
 
     /// A schedule with its next instants, its open runs and its newest actions.
@@ -272,19 +279,7 @@ impl Schedules {
     /// # Errors
     /// `schedule_not_found`.
     pub async fn describe(&self, name: &str) -> Result<ScheduleDetail> {
-        let mut conn = self.client.pool().acquire().await?;
-        let stored = store::get(&mut conn, name).await?;
-        let timing = timing_of(&stored)?;
-        let upcoming = match stored.view.next_at {
-            Some(next) => timing.upcoming(next - Duration::milliseconds(1), UPCOMING),
-            None => Vec::new(),
-        };
-        Ok(ScheduleDetail {
-            upcoming,
-            open: store::open_runs(&mut conn, stored.view.id, OPEN).await?,
-            recent: store::recent(&mut conn, stored.view.id, RECENT).await?,
-            schedule: stored.view,
-        })
+        self.client.ask(async |conn| detail(conn, name).await).await
     }
 
     /// Does what is due now, as workers do by themselves about twice a second. Returns how many runs were started.
@@ -295,26 +290,42 @@ impl Schedules {
     /// Changes the row of a name under its lock. What waits is looked at in any case: another policy may let it go.
     async fn change(&self, name: &str, change: impl Fn(&mut Stored) + Send + Sync + 'static) -> Result<ScheduleView> {
         let change = Arc::new(change);
-        in_transaction(self.client.pool(), |conn| {
-            let (change, name) = (change.clone(), name.to_owned());
-            Box::pin(async move {
-                let mut stored = store::lock(conn, &name).await?;
-                crate::committer::crash_point("change.after_lock");
-                change(&mut stored);
-                let id = stored.view.id;
-                if stored.view.paused_at.is_some() {
-                    stored.view.skipped += store::skip_waiting(conn, id, "the schedule was paused").await?;
-                }
-                crate::committer::crash_point("change.after_skip");
-                let timing = timing_of(&stored)?;
-                let due = stored.view.next_at.map(|at| timing.due(id, at, stored.view.spec.jitter_ms));
-                stored.wake_at = if store::pending_count(conn, id).await? > 0 { Some(stored.now) } else { due };
-                store::save(conn, &stored, true).await?;
-                Ok(store::get(conn, &name).await?.view)
+        self.client
+            .once(|conn| {
+                let (change, name) = (change.clone(), name.to_owned());
+                Box::pin(async move {
+                    let mut stored = store::lock(conn, &name).await?;
+                    crate::committer::crash_point("change.after_lock");
+                    change(&mut stored);
+                    let id = stored.view.id;
+                    if stored.view.paused_at.is_some() {
+                        stored.view.skipped += store::skip_waiting(conn, id, "the schedule was paused").await?;
+                    }
+                    crate::committer::crash_point("change.after_skip");
+                    let timing = timing_of(&stored)?;
+                    let due = stored.view.next_at.map(|at| timing.due(id, at, stored.view.spec.jitter_ms));
+                    stored.wake_at = if store::pending_count(conn, id).await? > 0 { Some(stored.now) } else { due };
+                    store::save(conn, &stored, true).await?;
+                    Ok(store::get(conn, &name).await?.view)
+                })
             })
-        })
-        .await
+            .await
     }
+}
+
+async fn detail(conn: &mut PgConnection, name: &str) -> Result<ScheduleDetail> {
+    let stored = store::get(conn, name).await?;
+    let timing = timing_of(&stored)?;
+    let upcoming = match stored.view.next_at {
+        Some(next) => timing.upcoming(next - Duration::milliseconds(1), UPCOMING),
+        None => Vec::new(),
+    };
+    Ok(ScheduleDetail {
+        upcoming,
+        open: store::open_runs(conn, stored.view.id, OPEN).await?,
+        recent: store::recent(conn, stored.view.id, RECENT).await?,
+        schedule: stored.view,
+    })
 }
 
 /// The first instant after now, if the schedule acts by its calendar at all.

@@ -186,11 +186,11 @@ async fn put_progress_in(conn: &mut PgConnection, shard: Option<i16>, progress: 
 }
 
 /// Newest progress of a run's attempts: path, attempt, value.
-pub(crate) async fn progress_of(pool: &PgPool, run: RunId) -> Result<Vec<(String, i32, Value)>> {
+pub(crate) async fn progress_of(conn: &mut PgConnection, run: RunId) -> Result<Vec<(String, i32, Value)>> {
     let rows = sqlx::query("select path, attempt, progress from attempt_progress where shard = $1 and run_id = $2")
         .bind(run.shard())
         .bind(run.0)
-        .fetch_all(pool)
+        .fetch_all(conn)
         .await?;
     rows.iter()
         .map(|row| {

@@ -94,7 +94,12 @@ impl Pair {
             extras: Value::Null,
         };
         let deploy = Deploy { definition, bundle: Bundle::new(), source: String::new(), author: None, message: None };
-        let hash = definitions::deploy(&pool, deploy).await.expect("deploy").hash;
+        let hash = {
+            let mut tx = begin(&pool).await.expect("begin");
+            let hash = definitions::deploy(&mut tx, &deploy).await.expect("deploy").hash;
+            tx.commit().await.expect("commit");
+            hash
+        };
         let base: DateTime<Utc> = sqlx::query_scalar("select engine_now()").fetch_one(&pool).await.expect("now");
         let mut random = fastrand::Rng::with_seed(seed);
         let mut id = || Uuid::from_u128(random.u128(..));
@@ -289,7 +294,7 @@ impl Pair {
                 let (there, here) = if any {
                     let mut turns = Turns::default();
                     (0..self.random.u8(0..3)).for_each(|_| turns.took(7));
-                    let look = ready::due(&mut conn, self.spread, &queues, None, many).await.expect("look");
+                    let look = ready::due(&mut self.session, self.spread, &queues, None, many).await.expect("look");
                     let order: Vec<RunId> = turns.order(look.due).iter().map(|d| d.run).collect();
                     let there = ready::take(&mut self.session, self.spread, worker, &order, many)
                         .await
@@ -360,7 +365,7 @@ impl Pair {
                     let there = workers::heartbeat(&mut conn, worker).await.expect("heartbeat").is_some();
                     return said("heartbeat", &there, &self.memory.heartbeat(worker));
                 }
-                workers::register(&self.pool, worker, &[], &[], LEASE_MS).await.expect("register");
+                workers::register(&mut conn, worker, &[], &[], LEASE_MS).await.expect("register");
                 self.memory.register(worker, Duration::milliseconds(LEASE_MS.into()));
                 said("register", &(), &())
             }
@@ -369,7 +374,7 @@ impl Pair {
                 said("bury", &there, &self.memory.bury())
             }
             77..=80 => {
-                let there = workers::take_over(&mut conn, self.spread, 100).await.expect("take over");
+                let there = workers::take_over(&mut self.session, self.spread, 100).await.expect("take over");
                 let here = self.memory.take_over(MANY);
                 said("take over", &there.iter().collect::<BTreeSet<_>>(), &here.iter().collect::<BTreeSet<_>>())
             }
@@ -380,14 +385,14 @@ impl Pair {
             }
             82..=84 => {
                 let (runs, memory) = (self.runs.clone(), &self.memory);
-                let found = workers::unread(&mut conn, self.spread, &runs).await.expect("unread");
+                let found = workers::unread(&mut self.session, self.spread, &runs).await.expect("unread");
                 let owned = |id: &RunId| memory.runs.get(id).is_some_and(|r| r.owner == Some(worker));
                 let there: BTreeSet<RunId> = found.into_iter().map(|(id, _)| id).filter(owned).collect();
                 said("unread", &there, &memory.unread(worker))
             }
             85 | 86 => {
                 let driven = BTreeSet::from([run]);
-                let found = runs::strays(&mut conn, self.spread, worker, &[run], 100).await.expect("strays");
+                let found = runs::strays(&mut self.session, self.spread, worker, &[run], 100).await.expect("strays");
                 let here: BTreeSet<_> = self.memory.strays(worker, &driven).into_iter().collect();
                 said("strays", &found.into_iter().collect::<BTreeSet<_>>(), &here)
             }

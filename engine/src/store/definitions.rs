@@ -5,10 +5,9 @@ use crate::{
     definition::{Bundle, Concurrency, Definition, Kind},
     ids::DefinitionHash,
     request::{Deploy, Deployed, Version},
-    transaction,
 };
 use serde_json::Value;
-use sqlx::{PgConnection, PgPool, Row, types::Json};
+use sqlx::{PgConnection, Row, types::Json};
 use std::{collections::BTreeMap, sync::Arc};
 
 /// A definition with its bundle, as runs are pinned to it.
@@ -24,16 +23,17 @@ pub(crate) struct Pinned {
     pub(crate) follows: bool,
 }
 
-pub(crate) async fn deploy(pool: &PgPool, deploy: Deploy) -> Result<Deployed> {
+/// # Transaction
+/// Must be inside one.
+pub(crate) async fn deploy(conn: &mut PgConnection, deploy: &Deploy) -> Result<Deployed> {
     let hash = deploy.definition.hash(&deploy.bundle);
     let name = deploy.definition.name.clone();
     let ir = serde_json::to_value(&deploy.definition).map_err(|e| Error::DefinitionInvalid(e.to_string()))?;
-    let mut tx = transaction::begin(pool).await?;
     // Version numbers of one name are given one after the other.
-    sqlx::query("select pg_advisory_xact_lock(hashtext($1))").bind(&name).execute(&mut *tx).await?;
+    sqlx::query("select pg_advisory_xact_lock(hashtext($1))").bind(&name).execute(&mut *conn).await?;
     let known: Option<i32> = sqlx::query_scalar("select version from definitions where hash = $1")
         .bind(&hash.0[..])
-        .fetch_optional(&mut *tx)
+        .fetch_optional(&mut *conn)
         .await?;
     let (version, created) = match known {
         Some(version) => (version, false),
@@ -51,7 +51,7 @@ pub(crate) async fn deploy(pool: &PgPool, deploy: Deploy) -> Result<Deployed> {
             .bind(&ir)
             .bind(&deploy.author)
             .bind(&deploy.message)
-            .fetch_one(&mut *tx)
+            .fetch_one(&mut *conn)
             .await?;
             (version, true)
         }
@@ -63,9 +63,8 @@ pub(crate) async fn deploy(pool: &PgPool, deploy: Deploy) -> Result<Deployed> {
     )
     .bind(&name)
     .bind(&hash.0[..])
-    .execute(&mut *tx)
+    .execute(&mut *conn)
     .await?;
-    tx.commit().await?;
     Ok(Deployed { hash, version: u32::try_from(version).unwrap_or(0), created })
 }
 
@@ -95,12 +94,12 @@ pub(crate) async fn load(conn: &mut PgConnection, hash: DefinitionHash) -> Resul
     Ok(Pinned { definition, bundle: Arc::new(bundle), budget, extras, calls, follows })
 }
 
-pub(crate) async fn pointer(db: impl sqlx::PgExecutor<'_>, name: &str, pointer: &str) -> Result<DefinitionHash> {
+pub(crate) async fn pointer(conn: &mut PgConnection, name: &str, pointer: &str) -> Result<DefinitionHash> {
     let bytes: Option<Vec<u8>> =
         sqlx::query_scalar("select hash from definition_pointers where name = $1 and pointer = $2")
             .bind(name)
             .bind(pointer)
-            .fetch_optional(db)
+            .fetch_optional(conn)
             .await?;
     bytes.and_then(hash_of).ok_or_else(|| Error::DefinitionNotFound(format!("{name}@{pointer}")))
 }
@@ -115,14 +114,14 @@ pub(crate) async fn version(conn: &mut PgConnection, name: &str, version: i32) -
     bytes.and_then(hash_of).ok_or_else(|| Error::DefinitionNotFound(format!("{name}@{version}")))
 }
 
-pub(crate) async fn versions(pool: &PgPool, name: &str) -> Result<Vec<Version>> {
+pub(crate) async fn versions(conn: &mut PgConnection, name: &str) -> Result<Vec<Version>> {
     let rows = sqlx::query(
         "select d.name, d.version, d.hash, d.author, d.message, d.created_at, p.hash is not null as current
          from definitions d left join definition_pointers p on p.name = d.name and p.pointer = 'current' and p.hash = d.hash
          where d.name = $1 order by d.version desc limit 1000",
     )
     .bind(name)
-    .fetch_all(pool)
+    .fetch_all(conn)
     .await?;
     rows.into_iter()
         .map(|row| {

@@ -39,7 +39,11 @@ pub(crate) async fn maker(conn: &mut PgConnection, run: RunId, seq: i64) -> Resu
         let Some(row) = row else { return Err(super::retention::absent(conn, at).await) };
         let newest: i64 = row.try_get("seq")?;
         if seq < 1 || seq > newest {
-            return Err(Error::ForkInvalid(vec![format!("there is no transition {seq}; the newest is {newest}")]));
+            let why = format!(
+                "there is no transition {seq} in run {at}: choose one from 1 to {newest}, as its history lists them (`loopwright run \
+                 history {at}`), or the path of a step"
+            );
+            return Err(Error::ForkInvalid(vec![why]));
         }
         match row.try_get::<Option<uuid::Uuid>, _>("forked_from")? {
             // Its own first row is the fork itself.
@@ -175,12 +179,15 @@ pub(crate) async fn begin(
     event: &Event,
     state: &RunState,
 ) -> Result<()> {
+    let deadline = state.deadline;
     let mut large = Vec::new();
     let events = payload::pack(run, Slot::Events { seq }, &[event], &mut large)?;
     // What it holds of the shared part lies with the parent's run, perhaps on another node.
     let state = payload::pack(run, Slot::Cursor { seq }, state, &mut large)?;
     sqlx::query(
-        "with h as (insert into history (shard, run_id, seq, epoch, format, events) values ($1, $2, $3, 0, $4, $5))
+        // One that is held back ends then as well, and its state may be sealed.
+        "with h as (insert into history (shard, run_id, seq, epoch, format, events) values ($1, $2, $3, 0, $4, $5)),
+              a as (update admissions set deadline = $7 where shard = $1 and run_id = $2 and place is null)
          update runs set cursor = $6 where shard = $1 and run_id = $2",
     )
     .bind(run.shard())
@@ -189,6 +196,7 @@ pub(crate) async fn begin(
     .bind(i16::try_from(payload::format(&events, event.format())).unwrap_or(i16::MAX))
     .bind(Json(&*events))
     .bind(Json(&*state))
+    .bind(deadline)
     .execute(&mut *conn)
     .await?;
     crate::committer::crash_point("fork.after_begin");

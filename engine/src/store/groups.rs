@@ -416,11 +416,11 @@ pub(crate) async fn cancelled(pool: &PgPool) -> Result<Vec<RunId>> {
     Ok(cancelled.into_iter().map(RunId).collect())
 }
 
-/// Runs whose chain's time was over while they waited; at most [`PASS_MAX`].
+/// Runs whose chain's time was over while they waited, and forks whose own was; at most [`PASS_MAX`].
 pub(crate) async fn expired(pool: &PgPool) -> Result<Vec<RunId>> {
     let expired: Vec<uuid::Uuid> = sqlx::query_scalar(
         "select a.run_id from admissions a join runs r on r.shard = a.shard and r.run_id = a.run_id
-         where a.place is null and not r.admitted and r.chain_deadline <= engine_now() order by random() limit $1",
+         where a.place is null and not r.admitted and least(r.chain_deadline, a.deadline) <= engine_now() order by random() limit $1",
     )
     .bind(PASS_MAX)
     .fetch_all(pool)

@@ -9,18 +9,13 @@ use crate::{
     view::HistoryRow,
 };
 use serde_json::{Value, value::RawValue};
-use sqlx::{PgConnection, PgPool, Row, postgres::PgRow, types::Json};
+use sqlx::{PgConnection, Row, postgres::PgRow, types::Json};
 
 /// Rows read at once where few are expected.
 const ROWS: i64 = 100;
 
 /// Rows with `seq > after`, in order; those that a fork shares come from its parent, and its parent's parent.
-pub(crate) async fn page(pool: &PgPool, run: RunId, after: u64, limit: u32) -> Result<Vec<HistoryRow>> {
-    let mut conn = pool.acquire().await?;
-    page_in(&mut conn, run, after, limit).await
-}
-
-pub(crate) async fn page_in(conn: &mut PgConnection, run: RunId, after: u64, limit: u32) -> Result<Vec<HistoryRow>> {
+pub(crate) async fn page(conn: &mut PgConnection, run: RunId, after: u64, limit: u32) -> Result<Vec<HistoryRow>> {
     // Each run of the line gives its own part; the limit inside keeps a long history from being read for one page.
     let rows = sqlx::query(
         "with recursive line as (
@@ -95,13 +90,13 @@ pub(super) async fn events_of(conn: &mut PgConnection, run: RunId, seq: i64, row
 
 /// What a history says about an update: the events that name its id, and the end of the run; in order. Of a fork, its own
 /// rows only: updates to its parent are the parent's.
-pub(crate) async fn of_update(pool: &PgPool, run: RunId, id: &str, after: i64) -> Result<Vec<Value>> {
+pub(crate) async fn of_update(conn: &mut PgConnection, run: RunId, id: &str, after: i64) -> Result<Vec<Value>> {
     let says = |e: &Value| match e["type"].as_str() {
         Some("run_closed") => true,
         Some("update_accepted" | "update_rejected" | "update_completed") => e["id"] == id,
         _ => false,
     };
-    let (mut conn, mut found, mut after) = (pool.acquire().await?, Vec::new(), after);
+    let (mut found, mut after) = (Vec::new(), after);
     loop {
         // Into what is sealed only we can look.
         let rows = sqlx::query(
@@ -120,7 +115,7 @@ pub(crate) async fn of_update(pool: &PgPool, run: RunId, id: &str, after: i64) -
         .await?;
         for row in &rows {
             after = row.try_get("seq")?;
-            found.extend(events_of(&mut conn, run, after, row).await?.into_iter().filter(says));
+            found.extend(events_of(conn, run, after, row).await?.into_iter().filter(says));
         }
         // Accepted, answered, closed.
         if found.len() >= 3 || rows.len() < usize::try_from(ROWS).unwrap_or(0) {

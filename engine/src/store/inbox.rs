@@ -16,12 +16,15 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sqlx::{PgConnection, Row, postgres::PgRow, types::Json};
 
-/// Messages that may wait to be read by a run to which somebody sends a signal or an update; more are refused. Chosen: ten times what
-/// the mailbox keeps of one name, and at 256 KiB each what a worker can hold for a moment. A run that is held back, quarantined or
-/// without a worker reads none.
+/// Signals and updates that may wait to be read by a run; more are refused. Chosen: ten times what the mailbox keeps of one name, and
+/// at 256 KiB each what a worker can hold for a moment. A run that is held back, quarantined or without a worker reads none.
 pub(crate) const UNREAD_MAX: i64 = 1_000;
-/// The same for cancels, pauses and resumes: they get through where signals do not any more. Chosen: twice as many, each small.
-pub(crate) const ORDERS_MAX: i64 = 2_000;
+/// The same of cancels, pauses and resumes, counted by themselves: neither keeps the other out. Chosen: nobody means more.
+pub(crate) const ORDERS_MAX: i64 = 1_000;
+
+/// What people and programs send, in the two kinds that are counted.
+const MESSAGES: &[&str] = &["signal", "update"];
+const ORDERS: &[&str] = &["cancel", "pause", "resume"];
 
 /// What a message is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +40,7 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    fn as_str(self) -> &'static str {
+    pub(super) fn as_str(self) -> &'static str {
         match self {
             Self::Signal => "signal",
             Self::Cancel => "cancel",
@@ -47,6 +50,15 @@ impl Kind {
             Self::Child => "child",
             Self::Update => "update",
             Self::Terminate => "terminate",
+        }
+    }
+
+    /// Those that are counted with it against [`Outgoing::unread_max`].
+    pub(super) fn alike(self) -> &'static [&'static str] {
+        match self {
+            Self::Signal | Self::Update => MESSAGES,
+            Self::Cancel | Self::Pause | Self::Resume => ORDERS,
+            Self::Unblock | Self::Child | Self::Terminate => &[],
         }
     }
 }
@@ -61,7 +73,7 @@ pub(crate) struct Outgoing<'a> {
     pub(crate) sender: Option<&'a str>,
     /// Under which it was found to be in order: if the run has another one by now, nothing is stored.
     pub(crate) definition: Option<DefinitionHash>,
-    /// Not stored if so many messages wait to be read: [`UNREAD_MAX`] or [`ORDERS_MAX`] where people decide how many there are.
+    /// Not stored if so many of its like wait to be read: [`UNREAD_MAX`] or [`ORDERS_MAX`] where people decide how many there are.
     /// `None`: it gets through, as everything must that the engine itself says.
     pub(crate) unread_max: Option<i64>,
 }
@@ -73,7 +85,7 @@ pub(crate) enum Sent {
     Duplicate,
     /// There is no such run, or it is closed; or it does not have the definition that was asked for.
     NoOpenRun,
-    /// [`Outgoing::unread_max`] messages wait to be read already.
+    /// [`Outgoing::unread_max`] of its like wait to be read already.
     Full,
 }
 
@@ -100,7 +112,8 @@ pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Res
     }
     crate::committer::crash_point("inbox.after_blobs");
     let unread_max = if wanted { message.unread_max } else { Some(0) };
-    // The run's row serializes its senders. A second message with one id that raced the first is dropped by the
+    // The run's row serializes its senders. Its count is of now; what it counts was seen when the statement began, so whatever came
+    // in between is taken for more of the same. While fewer wait than may, nothing is counted. A second message with one id that raced the first is dropped by the
     // constraint; its number stays unused.
     let row = sqlx::query(
         "with target as (select shard, run_id from runs where shard = $1 and run_id = $2 and closed_at is null and imported_at is null
@@ -109,7 +122,10 @@ pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Res
                        where i.shard = $1 and $6::text is not null and i.dedupe_id = $6),
               u as (update runs r set inbox_n = r.inbox_n + 1 from target t
                     where r.shard = $1 and r.shard = t.shard and r.run_id = t.run_id and not exists (select from seen)
-                      and ($9::bigint is null or r.inbox_n - r.inbox_seen < $9)
+                      and ($9::bigint is null or r.inbox_n - r.inbox_seen < $9 or $9 > r.inbox_n
+                             - greatest(r.inbox_seen, (select max(n) from inbox where shard = $1 and run_id = $2))
+                             + (select count(*) from (select from inbox w where w.shard = $1 and w.run_id = $2 and w.n > r.inbox_seen
+                                                      and w.kind = any($10) limit $9) unread))
                     returning r.shard, r.run_id, r.inbox_n, r.seq, r.queue, r.priority, r.lane, 
                               r.parked and r.admitted and r.status <> 'quarantined' as wakes),
               m as (insert into inbox (shard, run_id, n, kind, name, payload, dedupe_id, sender, run_seq)
@@ -130,6 +146,7 @@ pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Res
     .bind(message.sender)
     .bind(message.definition.map(|hash| hash.0.to_vec()))
     .bind(unread_max)
+    .bind(message.kind.alike())
     .fetch_one(&mut *conn)
     .await?;
     Ok(match (row.try_get("open")?, row.try_get("stored")?, row.try_get("taken")?) {
@@ -144,13 +161,16 @@ pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Res
 async fn is_wanted(conn: &mut PgConnection, message: &Outgoing<'_>) -> Result<bool> {
     Ok(sqlx::query_scalar(
         "select exists (select from runs where shard = $1 and run_id = $2 and closed_at is null
-                          and ($4::bigint is null or inbox_n - inbox_seen < $4))
+                          and ($4::bigint is null or inbox_n - inbox_seen < $4
+                               or $4 > (select count(*) from (select from inbox w where w.shard = $1 and w.run_id = $2
+                                          and w.n > runs.inbox_seen and w.kind = any($5) limit $4) unread)))
             and not exists (select from inbox where shard = $1 and run_id = $2 and dedupe_id = $3)",
     )
     .bind(message.run.shard())
     .bind(message.run.0)
     .bind(message.dedupe_id)
     .bind(message.unread_max)
+    .bind(message.kind.alike())
     .fetch_one(conn)
     .await?)
 }
@@ -339,7 +359,7 @@ pub(crate) async fn unblock(conn: &mut PgConnection, attributes: &Value) -> Resu
 pub(crate) async fn unblock_waiting(
     conn: &mut PgConnection,
     attributes: &Value,
-    reasons: &[&str],
+    reasons: &[String],
     limit: u32,
 ) -> Result<u64> {
     let runs: Vec<uuid::Uuid> = sqlx::query_scalar(

@@ -556,7 +556,9 @@ impl Memory {
         if seen && self.mutant != Some(Mutant::StoresDuplicates) {
             return Sent::Duplicate;
         }
-        if post.unread_max.is_some_and(|most| row.inbox_n - row.inbox_seen >= most) {
+        let alike = |m: &&Message| m.n > row.inbox_seen && post.kind.alike().contains(&m.kind.as_str());
+        let waiting = messages.iter().filter(alike).count();
+        if post.unread_max.is_some_and(|most| i64::try_from(waiting).unwrap_or(i64::MAX) >= most) {
             return Sent::Full;
         }
         row.inbox_n += 1;

@@ -28,6 +28,7 @@ pub(crate) mod transitions;
 pub(crate) mod turns;
 pub(crate) mod workers;
 
+use crate::transaction::answered;
 use sqlx::PgPool;
 use std::time::Duration;
 
@@ -65,9 +66,13 @@ pub(crate) fn retry_pause(tries: u32) -> Option<Duration> {
     (tries < TRANSACTION_TRIES).then(|| Duration::from_millis(fastrand::u64(1..=20) << tries))
 }
 
+/// Longest wait of whoever wakes workers: what it has done is done.
+const WAKE_MAX: Duration = Duration::from_secs(5);
+
 /// Tells workers that something may be claimable. Best effort: an error is not an error.
 pub(crate) async fn wake(pool: &PgPool) {
-    if let Err(error) = sqlx::query("select pg_notify($1, '')").bind(WAKE_CHANNEL).execute(pool).await {
+    let told = sqlx::query("select pg_notify($1, '')").bind(WAKE_CHANNEL).execute(pool);
+    if let Err(error) = answered(WAKE_MAX, told).await {
         tracing::debug!(%error, "a wake-up could not be sent; the poll will find the run");
     }
 }

@@ -14,10 +14,10 @@ use crate::{
     Error, Result,
     committer::crash_point,
     ids::{RunId, SHARDS, WorkerId},
-    transaction::Session,
+    transaction::{self, Session, asked},
 };
 use chrono::{DateTime, Utc};
-use sqlx::{PgConnection, PgPool};
+use sqlx::PgConnection;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Due runs up to which a look reads all of them. Twice what a worker claims at once.
@@ -46,32 +46,53 @@ pub(crate) struct Look {
 /// `since` is there for the sake of dead rows: while somebody's old snapshot keeps them, a look from the beginning of the
 /// queue reads every run that was ever in it (28 ms for each 100,000, measured). However long the queue is, the next look need
 /// not begin before [`Look::oldest`].
+///
+/// A shard that gives no answer is left out: the runs of the others do not wait for it.
 pub(crate) async fn due(
-    conn: &mut PgConnection,
+    session: &mut Session,
     spread: Spread,
     queues: &[String],
     since: Option<DateTime<Utc>>,
     limit: i64,
 ) -> Result<Look> {
-    let most = if spread == Spread::Together { WINDOW } else { WINDOW_OF_ONE };
-    let (mut due, mut all, mut oldest) = (Vec::new(), true, None::<DateTime<Utc>>);
+    let (mut due, mut all, mut oldest, mut whole) = (Vec::new(), true, None::<DateTime<Utc>>, true);
     for shard in spread.parts(fastrand::i16(0..SHARDS)) {
         if due.len() > WINDOW {
             // Enough; the next look begins elsewhere.
             (all, oldest) = (false, None);
             break;
         }
-        let window = window(conn, shard, queues, since, most).await?;
-        oldest = oldest.into_iter().chain(window.iter().map(|due| due.due_at)).min();
-        if window.len() <= most {
-            due.extend(window);
-        } else {
-            all = false;
-            note(conn, shard, queues).await?;
-            due.extend(by_lane(conn, shard, queues, since, limit, fastrand::i32(..)).await?);
-        }
+        let Some(look) = asked!(session, shard, |conn| due_in(conn, shard, queues, since, limit)) else {
+            whole = false;
+            continue;
+        };
+        all &= look.all;
+        oldest = oldest.into_iter().chain(look.oldest).min();
+        due.extend(look.due);
+    }
+    if !whole {
+        (all, oldest) = (false, None);
     }
     Ok(Look { due, all, oldest })
+}
+
+/// [`due`] of one shard, or of all together.
+async fn due_in(
+    conn: &mut PgConnection,
+    shard: Option<i16>,
+    queues: &[String],
+    since: Option<DateTime<Utc>>,
+    limit: i64,
+) -> Result<Look> {
+    let most = if shard.is_none() { WINDOW } else { WINDOW_OF_ONE };
+    let window = window(conn, shard, queues, since, most).await?;
+    let oldest = window.iter().map(|due| due.due_at).min();
+    if window.len() <= most {
+        return Ok(Look { due: window, all: true, oldest });
+    }
+    note(conn, shard, queues).await?;
+    let due = by_lane(conn, shard, queues, since, limit, fastrand::i32(..)).await?;
+    Ok(Look { due, all: false, oldest })
 }
 
 /// The runs that are due the longest, one more than `most` at most.
@@ -163,8 +184,8 @@ static NOTE_SQL: Forms = Forms::new(
 /// back with them; what older owners send is refused from now on. Also an instant at which all of them were due.
 ///
 /// # Errors
-/// `lease_lost` if this worker was declared dead. Where runs are spread, an error behind the first shard ends the claim instead:
-/// what is claimed is to be driven.
+/// `lease_lost` if this worker was declared dead. Where runs are spread, a shard that gives no answer is left out, and any other
+/// error behind the first claim ends it: what is claimed is to be driven.
 /// # Transaction
 /// One; where runs are spread, one a shard. Holds the worker's own row for key share, so that a takeover of this worker waits and
 /// then sees these claims.
@@ -185,11 +206,13 @@ pub(crate) async fn take(
         let (turn, later) = rest.split_at(many);
         rest = later;
         for (shard, part) in spread.divide(turn.to_vec(), RunId::shard) {
-            match take_in(session, shard, worker, &part, room).await {
-                Ok((more, at)) => {
+            // What a shard has claimed without an answer is found as a stray.
+            match take_of(session, shard, worker, &part, room).await {
+                Ok(Some((more, at))) => {
                     claimed.extend(more);
                     now = now.max(at);
                 }
+                Ok(None) => {}
                 Err(error) => return enough(session, claimed, now, error),
             }
         }
@@ -228,14 +251,24 @@ static TAKE: Forms = Forms::new(
     "$5",
 );
 
-async fn take_in(
+async fn take_of(
     session: &mut Session,
     shard: Option<i16>,
     worker: WorkerId,
     runs: &[RunId],
     limit: i64,
+) -> Result<Option<(Vec<(RunId, i64)>, DateTime<Utc>)>> {
+    Ok(asked!(session, shard, |conn| take_in(conn, shard, worker, runs, limit)))
+}
+
+async fn take_in(
+    conn: &mut PgConnection,
+    shard: Option<i16>,
+    worker: WorkerId,
+    runs: &[RunId],
+    limit: i64,
 ) -> Result<(Vec<(RunId, i64)>, DateTime<Utc>)> {
-    let mut tx = session.begin().await?;
+    let mut tx = transaction::on(conn).await?;
     crash_point("claim.after_begin");
     alive(&mut tx, worker).await?;
     crash_point("claim.after_alive");
@@ -278,25 +311,39 @@ pub(crate) async fn take_messaged(
         if room <= 0 {
             break;
         }
-        match take_messaged_in(session, shard, worker, queues, room).await {
-            Ok(more) => {
+        match take_messaged_of(session, shard, worker, queues, room).await {
+            Ok(Some(more)) => {
                 now = more.iter().map(|(.., at)| *at).max().unwrap_or(now).max(now);
                 claimed.extend(more.into_iter().map(|(id, epoch, lane, _)| (RunId(id), epoch, lane)));
             }
+            Ok(None) => {}
             Err(error) => return enough(session, claimed, now, error),
         }
     }
     Ok((claimed, now))
 }
 
-async fn take_messaged_in(
+/// A run that was claimed for its message: its epoch, its lane, and the instant.
+type Messaged = (uuid::Uuid, i64, i32, DateTime<Utc>);
+
+async fn take_messaged_of(
     session: &mut Session,
     shard: Option<i16>,
     worker: WorkerId,
     queues: &[String],
     limit: i64,
-) -> Result<Vec<(uuid::Uuid, i64, i32, DateTime<Utc>)>> {
-    let mut tx = session.begin().await?;
+) -> Result<Option<Vec<Messaged>>> {
+    Ok(asked!(session, shard, |conn| take_messaged_in(conn, shard, worker, queues, limit)))
+}
+
+async fn take_messaged_in(
+    conn: &mut PgConnection,
+    shard: Option<i16>,
+    worker: WorkerId,
+    queues: &[String],
+    limit: i64,
+) -> Result<Vec<Messaged>> {
+    let mut tx = transaction::on(conn).await?;
     alive(&mut tx, worker).await?;
     crash_point("crowded.after_alive");
     let query = sqlx::query_as(TAKE_MESSAGED.text(shard)).bind(worker.0).bind(queues).bind(limit);
@@ -347,19 +394,21 @@ static DEPTHS: Forms = Forms::new(
 
 /// How much waits in each queue that has a row. Goes from queue to queue by descents of the index and counts index entries, at
 /// most [`DEPTH_MAX`] of each.
-pub(crate) async fn depths(pool: &PgPool, spread: Spread) -> Result<Vec<Depth>> {
-    let mut conn = pool.acquire().await?;
+pub(crate) async fn depths(session: &mut Session, spread: Spread) -> Result<Vec<Depth>> {
     let mut all: BTreeMap<String, Depth> = BTreeMap::new();
     for shard in spread.parts(0) {
-        let query = sqlx::query_as(DEPTHS.text(shard)).bind(QUEUES_MAX).bind(DEPTH_MAX);
-        let rows: Vec<(String, i64, f64)> = bind_shard!(query, shard).fetch_all(&mut *conn).await?;
-        for (queue, due, oldest_s) in rows {
+        for (queue, due, oldest_s) in asked!(session, shard, |conn| depths_in(conn, shard)).into_iter().flatten() {
             let depth = all.entry(queue.clone()).or_insert(Depth { queue, due: 0, oldest_s: 0.0 });
             depth.due = (depth.due + due).min(DEPTH_MAX);
             depth.oldest_s = depth.oldest_s.max(oldest_s);
         }
     }
     Ok(all.into_values().collect())
+}
+
+async fn depths_in(conn: &mut PgConnection, shard: Option<i16>) -> Result<Vec<(String, i64, f64)>> {
+    let query = sqlx::query_as(DEPTHS.text(shard)).bind(QUEUES_MAX).bind(DEPTH_MAX);
+    Ok(bind_shard!(query, shard).fetch_all(conn).await?)
 }
 
 /// Keys of one look.
@@ -377,22 +426,32 @@ static KEYS: Forms = Forms::new(
 
 /// The keys that have a row, behind the given one, in the database's order: at most [`KEYS_MAX`], each found by one descent of
 /// the index.
-pub(crate) async fn keys(conn: &mut PgConnection, spread: Spread, after: Option<&str>) -> Result<Vec<String>> {
+pub(crate) async fn keys(session: &mut Session, spread: Spread, after: Option<&str>) -> Result<Vec<String>> {
     let (mut seen, mut all) = (BTreeSet::new(), Vec::new());
     for shard in spread.parts(0) {
-        // Every key is behind the empty text.
-        let query = sqlx::query_scalar(KEYS.text(shard))
-            .bind(after.unwrap_or_default())
-            .bind(i64::try_from(KEYS_MAX).unwrap_or(i64::MAX));
-        let found: Vec<String> = bind_shard!(query, shard).fetch_all(&mut *conn).await?;
+        let found = asked!(session, shard, |conn| keys_in(conn, shard, after)).unwrap_or_default();
         all.extend(found.into_iter().filter(|key| seen.insert(key.clone())));
     }
     if spread == Spread::Together {
         return Ok(all);
     }
-    // Of each shard the first ones; the database knows its order.
+    // Of each shard the first ones.
+    Ok(asked!(session, None, |conn| first_keys(conn, &all)).unwrap_or_default())
+}
+
+/// The first of these in the database's order, which it alone knows.
+async fn first_keys(conn: &mut PgConnection, all: &[String]) -> Result<Vec<String>> {
     let first = "select key from unnest($1::text[]) k(key) order by key limit $2";
-    Ok(sqlx::query_scalar(first).bind(all).bind(i64::try_from(KEYS_MAX).unwrap_or(i64::MAX)).fetch_all(conn).await?)
+    let most = i64::try_from(KEYS_MAX).unwrap_or(i64::MAX);
+    Ok(sqlx::query_scalar(first).bind(all).bind(most).fetch_all(conn).await?)
+}
+
+async fn keys_in(conn: &mut PgConnection, shard: Option<i16>, after: Option<&str>) -> Result<Vec<String>> {
+    // Every key is behind the empty text.
+    let query = sqlx::query_scalar(KEYS.text(shard))
+        .bind(after.unwrap_or_default())
+        .bind(i64::try_from(KEYS_MAX).unwrap_or(i64::MAX));
+    Ok(bind_shard!(query, shard).fetch_all(conn).await?)
 }
 
 #[cfg(all(test, feature = "test-util"))]

@@ -1,6 +1,7 @@
 use super::*;
 use crate::{MIGRATIONS, admission::lane, embedded::testing::database, store::turns::Turns};
 use serde_json::Value;
+use sqlx::PgPool;
 use std::collections::BTreeMap;
 
 /// `n` runs of a key in the queue, due `ago` seconds ago.
@@ -48,9 +49,7 @@ async fn a_key_with_100_000_runs_does_not_hide_a_key_with_one() {
     sqlx::query("analyze ready").execute(&pool).await.expect("sql");
     let queues = ["default".to_owned()];
     for limit in [1, 256] {
-        let look = due(&mut pool.acquire().await.expect("connection"), Spread::Together, &queues, None, limit)
-            .await
-            .expect("sql");
+        let look = due(&mut Session::like(&pool), Spread::Together, &queues, None, limit).await.expect("sql");
         assert!(!look.all);
         assert_eq!(by_key(&look.due, &["small", "big"])["small"], 1, "limit {limit}");
         let order = Turns::default().order(look.due);
@@ -59,8 +58,7 @@ async fn a_key_with_100_000_runs_does_not_hide_a_key_with_one() {
     // Whoever has much here already comes later, also when there is one place only.
     let mut turns = Turns::default();
     turns.took(lane("big"));
-    let look =
-        due(&mut pool.acquire().await.expect("connection"), Spread::Together, &queues, None, 1).await.expect("sql");
+    let look = due(&mut Session::like(&pool), Spread::Together, &queues, None, 1).await.expect("sql");
     assert_eq!(turns.order(look.due)[0].lane, lane("small"));
 
     // Bounded: 513 rows in the window; a few descents and rows for each of five priorities. The table has 120,001 rows.
@@ -109,10 +107,10 @@ async fn a_long_queue_behind_dead_rows_is_looked_at_from_its_oldest_run_on() {
     queue(&pool, "waiting", 2_000, 3, false, 60).await;
     sqlx::query("analyze ready").execute(&pool).await.expect("sql");
     let queues = ["default".to_owned()];
-    let mut conn = pool.acquire().await.expect("connection");
-    let look = due(&mut conn, Spread::Together, &queues, None, 256).await.expect("sql");
+    let mut session = Session::like(&pool);
+    let look = due(&mut session, Spread::Together, &queues, None, 256).await.expect("sql");
     assert!(!look.all && look.oldest == look.due.iter().map(|due| due.due_at).min(), "{:?}", look.oldest);
-    let again = due(&mut conn, Spread::Together, &queues, look.oldest, 256).await.expect("sql");
+    let again = due(&mut session, Spread::Together, &queues, look.oldest, 256).await.expect("sql");
     assert!(!again.all && again.oldest == look.oldest && again.due.len() == look.due.len(), "nothing is left out");
     let lanes = BY_LANE_SQL.text(None).replace("$3::int", "$3::int8::int").replace("$3 - 1", "$3::int8::int - 1");
     for (sql, more) in [(WINDOW_SQL.text(None).to_owned(), &[513][..]), (lanes, &[0, LANES, 256])] {
@@ -148,8 +146,7 @@ async fn priorities_go_first_and_timers_that_are_over_wait_like_the_rest() {
     queue(&pool, "late", 1, 3, true, 1).await;
     queue(&pool, "urgent", 3, 1, false, 0).await;
     let queues = ["default".to_owned()];
-    let look =
-        due(&mut pool.acquire().await.expect("connection"), Spread::Together, &queues, None, 16).await.expect("sql");
+    let look = due(&mut Session::like(&pool), Spread::Together, &queues, None, 16).await.expect("sql");
     let found = by_key(&look.due, &["late", "urgent", "big"]);
     assert_eq!((found["late"], found["urgent"]), (1, 3), "{found:?}");
     let order = Turns::default().order(look.due);
@@ -160,14 +157,14 @@ async fn priorities_go_first_and_timers_that_are_over_wait_like_the_rest() {
 #[tokio::test]
 async fn the_depth_of_a_queue_is_what_is_due_and_for_how_long() {
     let pool = database(MIGRATIONS).await;
-    assert_eq!(depths(&pool, Spread::Together).await.expect("test"), []);
+    assert_eq!(depths(&mut Session::like(&pool), Spread::Together).await.expect("test"), []);
     queue(&pool, "a", 3, 3, false, 60).await;
     queue(&pool, "b", 5, 3, true, -60).await;
     sqlx::query("insert into ready (shard, run_id, queue, timed, due_at) values (0, gen_random_uuid(), 'gpu', true, engine_now() + interval '1 hour')")
         .execute(&pool)
         .await
         .expect("test");
-    let found = depths(&pool, Spread::Together).await.expect("sql");
+    let found = depths(&mut Session::like(&pool), Spread::Together).await.expect("sql");
     let seen: Vec<(&str, i64)> = found.iter().map(|d| (d.queue.as_str(), d.due)).collect();
     assert_eq!(seen, [("default", 3), ("gpu", 0)]);
     assert!((59.0..120.0).contains(&found[0].oldest_s) && found[1].oldest_s == 0.0, "{found:?}");
@@ -176,25 +173,17 @@ async fn the_depth_of_a_queue_is_what_is_due_and_for_how_long() {
         .execute(&pool)
         .await
         .expect("test");
-    let found = depths(&pool, Spread::Together).await.expect("sql");
+    let found = depths(&mut Session::like(&pool), Spread::Together).await.expect("sql");
     let labelled: Vec<i64> = found.iter().filter(|d| d.queue == "default[gpu,linux]").map(|d| d.due).collect();
     assert_eq!((labelled, found.len()), (vec![2], 3));
-    let mut there = keys(&mut pool.acquire().await.expect("connection"), Spread::Together, None).await.expect("sql");
-    assert_eq!(
-        keys(&mut pool.acquire().await.expect("connection"), Spread::Together, Some(&there[0])).await.expect("sql"),
-        there[1..]
-    );
-    assert!(
-        keys(&mut pool.acquire().await.expect("connection"), Spread::Together, Some(&there[2]))
-            .await
-            .expect("sql")
-            .is_empty()
-    );
+    let mut there = keys(&mut Session::like(&pool), Spread::Together, None).await.expect("sql");
+    assert_eq!(keys(&mut Session::like(&pool), Spread::Together, Some(&there[0])).await.expect("sql"), there[1..]);
+    assert!(keys(&mut Session::like(&pool), Spread::Together, Some(&there[2])).await.expect("sql").is_empty());
     there.sort();
     assert_eq!(there, ["default", "default[gpu,linux]", "gpu"]);
     // Deep is deep enough.
     queue(&pool, "a", 11_000, 3, false, 10).await;
-    assert_eq!(depths(&pool, Spread::Together).await.expect("test")[0].due, DEPTH_MAX);
+    assert_eq!(depths(&mut Session::like(&pool), Spread::Together).await.expect("test")[0].due, DEPTH_MAX);
 }
 
 #[tokio::test]

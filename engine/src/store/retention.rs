@@ -7,12 +7,12 @@ use super::{
 use crate::{
     Error, Result,
     ids::{RunId, SHARDS},
-    transaction::in_transaction,
+    transaction::in_transaction_within,
     view::Recorded,
 };
 use chrono::{DateTime, Utc};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, PgPool, Row};
-use std::{ops::Range, sync::Arc};
+use std::{ops::Range, sync::Arc, time::Duration};
 use uuid::Uuid;
 
 mod families;
@@ -40,6 +40,8 @@ const LOCK: i64 = 0x6c77_7265_7469;
 /// Longest statement of a turn. Chosen: what takes longer meets a database that is busy with something else.
 const STATEMENT_TIMEOUT: &str = "set local statement_timeout = '60s'";
 const LOCK_TIMEOUT: &str = "set local lock_timeout = '1s'";
+/// Longest transaction of one archive, of some ten statements.
+const RETIRE_MAX: Duration = Duration::from_secs(600);
 
 /// Who retires runs now. The lock is the session's: it ends with the process.
 pub(crate) struct Turn(PgConnection);
@@ -167,7 +169,7 @@ pub(crate) struct File {
 /// One. Locks the runs; those that somebody else has locked stay.
 pub(crate) async fn retire(pool: &PgPool, file: &File, runs: &[RunId], before: DateTime<Utc>) -> Result<usize> {
     let shared = Arc::new((file.clone(), runs.to_vec()));
-    in_transaction(pool, |conn| {
+    in_transaction_within(pool, RETIRE_MAX, |conn| {
         let shared = shared.clone();
         Box::pin(async move { retire_in(conn, &shared.0, &shared.1, before).await })
     })

@@ -13,7 +13,7 @@ use crate::{
     machine::{RunState, fold},
     payload::{self, Slot, Stored},
     request::Filter,
-    transaction,
+    transaction::{self, Session, asked},
     view::{Chain, Origin, RunStatus, RunSummary},
 };
 use chrono::{DateTime, Utc};
@@ -226,6 +226,22 @@ pub(crate) async fn now(conn: &mut PgConnection) -> Result<DateTime<Utc>> {
     Ok(sqlx::query_scalar("select engine_now()").fetch_one(conn).await?)
 }
 
+/// The newest transition of a run.
+///
+/// # Errors
+/// `run_not_found`, `run_archived`.
+pub(crate) async fn newest(conn: &mut PgConnection, run: RunId) -> Result<u64> {
+    let newest: Option<i64> = sqlx::query_scalar("select seq from runs where shard = $1 and run_id = $2")
+        .bind(run.shard())
+        .bind(run.0)
+        .fetch_optional(&mut *conn)
+        .await?;
+    match newest {
+        Some(newest) => Ok(u64::try_from(newest).unwrap_or(0)),
+        None => Err(retention::absent(conn, run).await),
+    }
+}
+
 /// What must be known of a run before something is asked of it.
 pub(crate) struct Standing {
     pub(crate) definition: DefinitionHash,
@@ -323,7 +339,7 @@ fn matching(sql: &mut QueryBuilder<Postgres>, filter: &Filter) {
 }
 
 /// A transaction whose statements end after [`LIST_TIMEOUT_MS`]: a filter may look at every run that there is.
-async fn bounded(pool: &PgPool) -> Result<sqlx::Transaction<'static, Postgres>> {
+async fn bounded(pool: &PgPool) -> Result<transaction::Transaction> {
     let mut tx = transaction::begin(pool).await?;
     sqlx::query("select set_config('statement_timeout', $1, true)")
         .bind(LIST_TIMEOUT_MS.to_string())
@@ -420,7 +436,7 @@ static STRAYS: Forms = Forms::new(
 
 /// Runs that `worker` owns and that are not among `driven`, with their epochs; at most `limit`, of each shard where they are spread.
 pub(crate) async fn strays(
-    conn: &mut PgConnection,
+    session: &mut Session,
     spread: Spread,
     worker: WorkerId,
     driven: &[RunId],
@@ -428,15 +444,26 @@ pub(crate) async fn strays(
 ) -> Result<Vec<(RunId, i64)>> {
     let mut strays = Vec::new();
     for shard in spread.parts(0) {
-        let known = driven.iter().filter(|run| shard.is_none_or(|shard| shard == run.shard()));
-        let query = sqlx::query_as(STRAYS.text(shard))
-            .bind(worker.0)
-            .bind(known.map(|run| run.0).collect::<Vec<_>>())
-            .bind(limit);
-        let rows: Vec<(uuid::Uuid, i64)> = bind_shard!(query, shard).fetch_all(&mut *conn).await?;
+        let known: Vec<RunId> =
+            driven.iter().filter(|run| shard.is_none_or(|shard| shard == run.shard())).copied().collect();
+        let rows = asked!(session, shard, |conn| strays_in(conn, shard, worker, &known, limit)).unwrap_or_default();
         strays.extend(rows.into_iter().map(|(id, epoch)| (RunId(id), epoch)));
     }
     Ok(strays)
+}
+
+async fn strays_in(
+    conn: &mut PgConnection,
+    shard: Option<i16>,
+    worker: WorkerId,
+    known: &[RunId],
+    limit: i64,
+) -> Result<Vec<(uuid::Uuid, i64)>> {
+    let query = sqlx::query_as(STRAYS.text(shard))
+        .bind(worker.0)
+        .bind(known.iter().map(|run| run.0).collect::<Vec<_>>())
+        .bind(limit);
+    Ok(bind_shard!(query, shard).fetch_all(conn).await?)
 }
 
 static LOST: Forms = Forms::new(
@@ -447,21 +474,30 @@ static LOST: Forms = Forms::new(
 
 /// Those among `driven` that `worker` does not own any more.
 pub(crate) async fn lost(
-    conn: &mut PgConnection,
+    session: &mut Session,
     spread: Spread,
     worker: WorkerId,
     driven: &[RunId],
 ) -> Result<Vec<RunId>> {
     let mut lost = Vec::new();
     for (shard, part) in spread.divide(driven.to_vec(), RunId::shard) {
-        let query = sqlx::query_scalar(LOST.text(shard))
-            .bind(worker.0)
-            .bind(part.iter().map(|run| run.shard()).collect::<Vec<i16>>())
-            .bind(part.iter().map(|run| run.0).collect::<Vec<_>>());
-        let rows: Vec<uuid::Uuid> = bind_shard!(query, shard).fetch_all(&mut *conn).await?;
+        let rows = asked!(session, shard, |conn| lost_in(conn, shard, worker, &part)).unwrap_or_default();
         lost.extend(rows.into_iter().map(RunId));
     }
     Ok(lost)
+}
+
+async fn lost_in(
+    conn: &mut PgConnection,
+    shard: Option<i16>,
+    worker: WorkerId,
+    part: &[RunId],
+) -> Result<Vec<uuid::Uuid>> {
+    let query = sqlx::query_scalar(LOST.text(shard))
+        .bind(worker.0)
+        .bind(part.iter().map(|run| run.shard()).collect::<Vec<i16>>())
+        .bind(part.iter().map(|run| run.0).collect::<Vec<_>>());
+    Ok(bind_shard!(query, shard).fetch_all(conn).await?)
 }
 
 /// Frees a run that its owner does not drive, read messages or not: it is due after `pause`. False if the run is not that

@@ -39,7 +39,11 @@ pub(crate) struct Count {
 }
 
 /// Rows by table and key. Reads everything that there is.
+///
+/// # Transaction
+/// Must be inside one: it rightly takes longer than other statements may.
 pub(crate) async fn count(conn: &mut PgConnection) -> Result<Vec<Count>> {
+    sqlx::query("set local statement_timeout = 0").execute(&mut *conn).await?;
     let mut counts: Vec<Count> = Vec::new();
     let documents = COLUMNS.iter().map(|(table, column, ..)| (*table, *column)).chain([("schedules", "inputs")]);
     let mut statements: Vec<(&'static str, String)> = documents

@@ -7,9 +7,9 @@ use crate::{
     embedded::testing::database,
     hook::NoHook,
     store::groups,
-    transaction::{ANSWER_MAX, Session, begin},
+    transaction::{ANSWER_MAX, Session, Transaction, begin},
 };
-use sqlx::{PgPool, Postgres, Transaction};
+use sqlx::PgPool;
 use std::sync::Arc;
 
 /// Two runs, parent and child, each driven by somebody.
@@ -58,7 +58,7 @@ fn item(run_id: RunId, status: &'static str, effects: Effects) -> Item {
 }
 
 /// What the committer does with a batch, up to its messages.
-async fn written(pool: &PgPool, items: &[Item]) -> (Transaction<'static, Postgres>, Vec<Verdict>) {
+async fn written(pool: &PgPool, items: &[Item]) -> (Transaction, Vec<Verdict>) {
     let mut tx = begin(pool).await.expect("begin");
     lock(&mut tx, Some(Spread::Together), items).await.expect("locked");
     let verdicts = send(&mut tx, None, items).await.expect("sent");

@@ -5,13 +5,14 @@ use crate::{
     Result,
     ids::{RunId, SHARDS, WorkerId},
     labels,
+    transaction::{Session, asked},
 };
 use chrono::{DateTime, Utc};
 use sqlx::{PgConnection, PgPool};
 use std::collections::BTreeSet;
 
 pub(crate) async fn register(
-    pool: &PgPool,
+    conn: &mut PgConnection,
     worker: WorkerId,
     queues: &[String],
     labels: &[String],
@@ -31,7 +32,7 @@ pub(crate) async fn register(
     .bind(queues)
     .bind(lease_ms)
     .bind(labels)
-    .fetch_one(pool)
+    .fetch_one(conn)
     .await?)
 }
 
@@ -103,24 +104,41 @@ pub(super) static TAKE_OVER: Forms = Forms::new(
 
 /// Frees up to `limit` runs of dead workers for others: owner cleared, epoch raised, queued. Second statement of a takeover. Where
 /// runs are spread, up to `limit` of each shard. Nothing is asked of `runs` while no dead worker has any.
-pub(crate) async fn take_over(conn: &mut PgConnection, spread: Spread, limit: i64) -> Result<Vec<RunId>> {
+///
+/// A shard that gives no answer is left out: its dead keep their runs for a later look.
+pub(crate) async fn take_over(session: &mut Session, spread: Spread, limit: i64) -> Result<Vec<RunId>> {
     // Nobody of them can claim any more: whoever has nothing anywhere now has nothing.
-    let dead: Vec<uuid::Uuid> =
-        sqlx::query_scalar("select id from dead_workers where not runs_taken").fetch_all(&mut *conn).await?;
+    let dead = asked!(session, None, |conn| dead(conn)).unwrap_or_default();
     if dead.is_empty() {
         return Ok(Vec::new());
     }
-    let mut freed: Vec<uuid::Uuid> = Vec::new();
+    let (mut freed, mut whole) = (Vec::new(), true);
     for shard in spread.parts(fastrand::i16(0..SHARDS)) {
-        let query = sqlx::query_scalar(TAKE_OVER.text(shard)).bind(&dead).bind(limit);
-        let more: Vec<uuid::Uuid> = bind_shard!(query, shard).fetch_all(&mut *conn).await?;
-        freed.extend(more);
+        match asked!(session, shard, |conn| take_over_in(conn, shard, &dead, limit)) {
+            Some(more) => freed.extend(more.into_iter().map(RunId)),
+            None => whole = false,
+        }
         crate::committer::crash_point("takeover.after_runs");
     }
-    if freed.is_empty() {
-        taken(conn, spread, &dead).await?;
+    if freed.is_empty() && whole {
+        taken(session, spread, &dead).await?;
     }
-    Ok(freed.into_iter().map(RunId).collect())
+    Ok(freed)
+}
+
+/// The dead whose runs are not all free.
+async fn dead(conn: &mut PgConnection) -> Result<Vec<uuid::Uuid>> {
+    Ok(sqlx::query_scalar("select id from dead_workers where not runs_taken").fetch_all(conn).await?)
+}
+
+async fn take_over_in(
+    conn: &mut PgConnection,
+    shard: Option<i16>,
+    dead: &[uuid::Uuid],
+    limit: i64,
+) -> Result<Vec<uuid::Uuid>> {
+    let query = sqlx::query_scalar(TAKE_OVER.text(shard)).bind(dead).bind(limit);
+    Ok(bind_shard!(query, shard).fetch_all(conn).await?)
 }
 
 static OWNERS: Forms = Forms::new(
@@ -129,15 +147,26 @@ static OWNERS: Forms = Forms::new(
 );
 
 /// Notes which of these dead workers have no run left.
-async fn taken(conn: &mut PgConnection, spread: Spread, dead: &[uuid::Uuid]) -> Result<()> {
+async fn taken(session: &mut Session, spread: Spread, dead: &[uuid::Uuid]) -> Result<()> {
     let mut left: BTreeSet<uuid::Uuid> = BTreeSet::new();
     for shard in spread.parts(0) {
-        let query = sqlx::query_scalar(OWNERS.text(shard)).bind(dead);
-        let owners: Vec<uuid::Uuid> = bind_shard!(query, shard).fetch_all(&mut *conn).await?;
-        left.extend(owners);
+        match asked!(session, shard, |conn| owners_in(conn, shard, dead)) {
+            Some(owners) => left.extend(owners),
+            None => return Ok(()),
+        }
     }
     let gone: Vec<uuid::Uuid> = dead.iter().filter(|id| !left.contains(id)).copied().collect();
-    sqlx::query("update dead_workers set runs_taken = true where id = any($1)").bind(gone).execute(&mut *conn).await?;
+    asked!(session, None, |conn| note_taken(conn, &gone));
+    Ok(())
+}
+
+async fn owners_in(conn: &mut PgConnection, shard: Option<i16>, dead: &[uuid::Uuid]) -> Result<Vec<uuid::Uuid>> {
+    let query = sqlx::query_scalar(OWNERS.text(shard)).bind(dead);
+    Ok(bind_shard!(query, shard).fetch_all(conn).await?)
+}
+
+async fn note_taken(conn: &mut PgConnection, gone: &[uuid::Uuid]) -> Result<()> {
+    sqlx::query("update dead_workers set runs_taken = true where id = any($1)").bind(gone).execute(conn).await?;
     Ok(())
 }
 
@@ -149,14 +178,18 @@ static UNREAD: Forms = Forms::new(
 
 /// Those of `driven` that have messages they have not read, with the number of messages. By their keys, not by their owner:
 /// while somebody's old snapshot keeps dead rows, the index of owners leads to every run that this worker ever had.
-pub(crate) async fn unread(conn: &mut PgConnection, spread: Spread, driven: &[RunId]) -> Result<Vec<(RunId, i64)>> {
+pub(crate) async fn unread(session: &mut Session, spread: Spread, driven: &[RunId]) -> Result<Vec<(RunId, i64)>> {
     let mut unread = Vec::new();
     for (shard, part) in spread.divide(driven.to_vec(), RunId::shard) {
-        let query = sqlx::query_as(UNREAD.text(shard))
-            .bind(part.iter().map(|run| run.shard()).collect::<Vec<i16>>())
-            .bind(part.iter().map(|run| run.0).collect::<Vec<_>>());
-        let rows: Vec<(uuid::Uuid, i64)> = bind_shard!(query, shard).fetch_all(&mut *conn).await?;
+        let rows = asked!(session, shard, |conn| unread_in(conn, shard, &part)).unwrap_or_default();
         unread.extend(rows.into_iter().map(|(id, n)| (RunId(id), n)));
     }
     Ok(unread)
+}
+
+async fn unread_in(conn: &mut PgConnection, shard: Option<i16>, part: &[RunId]) -> Result<Vec<(uuid::Uuid, i64)>> {
+    let query = sqlx::query_as(UNREAD.text(shard))
+        .bind(part.iter().map(|run| run.shard()).collect::<Vec<i16>>())
+        .bind(part.iter().map(|run| run.0).collect::<Vec<_>>());
+    Ok(bind_shard!(query, shard).fetch_all(conn).await?)
 }

@@ -85,7 +85,7 @@ async fn pass(client: &Client) -> Result<()> {
 }
 
 /// Who has begun nothing ends at once: there is nothing to clean up. A fork had begun before it was held back; it is let in, reads that
-/// it was cancelled or sees that its time is over, and runs its `finally`. For that it has no place: a cleanup that waits behind others
+/// it was cancelled or sees that its own time or its chain's is over, and runs its `finally`. For that it has no place: a cleanup that waits behind others
 /// might never come. Returns how many were let in.
 async fn end_those_who_wait_in_vain(client: &Client) -> Result<usize> {
     let reason = || "cancelled before there was a place for it".to_owned();

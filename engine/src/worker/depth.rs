@@ -2,7 +2,7 @@
 
 use crate::{
     store::{ready, spread::Spread},
-    transaction::{ANSWER_MAX, answered},
+    transaction::{ANSWER_MAX, Session, answered},
 };
 use sqlx::PgPool;
 use std::{collections::BTreeSet, time::Duration};
@@ -13,16 +13,16 @@ const LOOK_EVERY: Duration = Duration::from_secs(10);
 /// Sets the gauges of all queues, for ever. `queues` are those that must be 0 when they are empty, and not absent.
 pub async fn publish_queue_depths(pool: PgPool, queues: Vec<String>) {
     let mut known: BTreeSet<String> = queues.into_iter().collect();
-    let mut spread = None;
+    let (mut spread, mut session) = (None, Session::like(&pool));
     loop {
         let depths = async {
             let spread = match spread {
                 Some(spread) => spread,
-                None => *spread.insert(Spread::of(&pool).await?),
+                None => *spread.insert(answered(ANSWER_MAX, Spread::of(&pool)).await?),
             };
-            ready::depths(&pool, spread).await
+            ready::depths(&mut session, spread).await
         };
-        match answered(ANSWER_MAX, depths).await {
+        match depths.await {
             Ok(depths) => {
                 let empty = known.iter().filter(|queue| !depths.iter().any(|d| d.queue == **queue));
                 empty.for_each(|queue| set(queue, 0, 0.0));

@@ -26,6 +26,7 @@ use crate::{
     view::RunStatus,
 };
 use chrono::{DateTime, Utc};
+use futures_util::future::join_all;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use sqlx::PgConnection;
@@ -62,16 +63,16 @@ pub(super) struct Claim {
     pub(super) settling: Counted,
 }
 
-/// Loads the runs of one claim together and drives each in a task of its own.
+/// Loads the runs of one claim together and drives each in a task of its own. Where runs are spread, those of one shard are loaded
+/// together: the others do not wait for a shard that gives no answer.
 pub(super) async fn drive_all(shared: Arc<Shared>, claims: Vec<Claim>, tasks: TaskTracker) {
+    let parts = shared.spread.divide(claims, |claim| claim.driven.run.shard());
+    join_all(parts.into_iter().map(|(shard, claims)| drive_part(&shared, shard, claims, &tasks))).await;
+}
+
+async fn drive_part(shared: &Arc<Shared>, shard: Option<i16>, claims: Vec<Claim>, tasks: &TaskTracker) {
     let runs: Vec<RunId> = claims.iter().map(|claim| claim.driven.run).collect();
-    let loaded = shared.read(async |conn| {
-        let mut loaded = HashMap::with_capacity(runs.len());
-        for (shard, part) in shared.spread.divide(runs.clone(), RunId::shard) {
-            loaded.extend(store::runs::load_all(conn, shard, &part).await?);
-        }
-        Ok(loaded)
-    });
+    let loaded = shared.read(async |conn| store::runs::load_all(conn, shard, &runs).await);
     // Whatever is wrong concerns perhaps one of them: each is loaded alone then.
     let mut loaded = loaded.await.unwrap_or_else(|error| {
         tracing::warn!(runs = runs.len(), %error, "runs cannot be loaded together");

@@ -104,7 +104,7 @@ pub(crate) async fn fire_due(client: &Client) -> Result<usize> {
             (Ok(None), _) => break,
             // It must not be in the way of the others, whatever it is.
             (Err(error), Some(id)) => {
-                let passes = matches!(&error, Error::Sql(e) if is_transient(e));
+                let passes = matches!(&error, Error::InDoubt(_)) || matches!(&error, Error::Sql(e) if is_transient(e));
                 tracing::error!(schedule_id = %id, %error, "a schedule cannot be dealt with; it rests for a while");
                 let deferred = store::defer(client.pool(), id, if passes { REST_SHORT } else { REST });
                 answered(ANSWER_MAX, deferred).await?;
@@ -145,7 +145,8 @@ impl Turn {
         }
         crash_point("schedule.after_terminate");
         // Not after a failure: a run that can never be terminated would be tried without a pause.
-        if ended && let Err(error) = store::poke(client.pool(), self.schedule).await {
+        let poked = answered(ANSWER_MAX, store::poke(client.pool(), self.schedule));
+        if ended && let Err(error) = poked.await {
             tracing::warn!(schedule_id = %self.schedule, %error, "the next run of a schedule is two seconds late");
         }
     }

@@ -55,7 +55,7 @@ impl Keys {
             return Ok(false);
         }
         let began = Instant::now();
-        let found = ready::keys(session.conn().await?, spread, self.after.as_deref()).await?;
+        let found = ready::keys(session, spread, self.after.as_deref()).await?;
         self.pace.looked(began);
         Ok(self.found(found))
     }

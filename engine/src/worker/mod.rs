@@ -42,7 +42,7 @@ use crate::{
         spread::Spread,
         turns::{Due, Turns},
     },
-    transaction::{ANSWER_MAX, Session, Sessions, answered, ask},
+    transaction::{ANSWER_MAX, Session, Sessions, answered, ask, asked},
 };
 use drive::Claim;
 use keys::Keys;
@@ -205,9 +205,12 @@ async fn start_with(config: WorkerConfig, answer_max: Duration) -> Result<Worker
     let lease_ms = i32::try_from(config.lease.as_millis()).unwrap_or(i32::MAX).max(100);
     let clock = Arc::new(Clock::default());
     let asked = Instant::now();
-    clock.set(asked, store::workers::register(&config.pool, id, &config.queues, &config.labels, lease_ms).await?);
+    let registered = ask(&config.pool, answer_max, async |conn| {
+        store::workers::register(conn, id, &config.queues, &config.labels, lease_ms).await
+    });
+    clock.set(asked, registered.await?);
     crash_point("register.after_row");
-    let spread = Spread::of(&config.pool).await?;
+    let spread = answered(answer_max, Spread::of(&config.pool)).await?;
     let shared = Arc::new(Shared {
         id,
         spread,
@@ -329,26 +332,25 @@ impl WorkerHandle {
 async fn leave(shared: &Shared) -> Result<()> {
     store::workers::leave(&shared.pool, shared.id).await?;
     crash_point("drain.after_burial");
-    let mut conn = shared.pool.acquire().await?;
-    while !store::workers::take_over(&mut conn, shared.spread, TAKE_OVER_BATCH).await?.is_empty() {
+    let mut session = Session::like(&shared.pool);
+    while !store::workers::take_over(&mut session, shared.spread, TAKE_OVER_BATCH).await?.is_empty() {
         crash_point("drain.after_take_over");
     }
     crash_point("drain.before_wake");
-    drop(conn);
     store::wake(&shared.pool).await;
     Ok(())
 }
 
 /// Claims due runs and passes messages on, at every wake-up and at the latest every [`POLL`]. On a session of its own.
 async fn poll(shared: Arc<Shared>, mut keys: Keys, tasks: TaskTracker) {
-    let mut session = Session::like(&shared.pool);
+    let mut session = Session::like(&shared.pool).waiting(shared.answer_max);
     let (mut suspects, mut strays, mut looks) = (HashSet::new(), Pace::new(STRAYS_LOOK), Looks::new());
     strays.looked(Instant::now());
     loop {
         let woken = shared.wake.notified();
         if strays.is_due() {
             let began = Instant::now();
-            match answered(shared.answer_max, give_back_strays(&shared, &mut session, &suspects)).await {
+            match give_back_strays(&shared, &mut session, &suspects).await {
                 Ok(found) => suspects = found,
                 Err(error) => {
                     session.leave();
@@ -360,9 +362,9 @@ async fn poll(shared: Arc<Shared>, mut keys: Keys, tasks: TaskTracker) {
         }
         crash_point("claim.before_poll");
         let began = Instant::now();
-        // Nothing is lost where there is no answer: a run whose claim was done is found as a stray.
-        let polled = poll_once(&shared, &mut session, &mut keys, &tasks, &mut looks);
-        match answered(shared.answer_max, polled).await {
+        // Each question has its own limit, so that what was claimed is driven whatever becomes of the next one. A run whose claim was
+        // done without an answer is found as a stray.
+        match poll_once(&shared, &mut session, &mut keys, &tasks, &mut looks).await {
             Ok(true) => continue,
             Ok(false) => {}
             Err(Error::LeaseLost) => {
@@ -392,11 +394,10 @@ async fn give_back_strays(
     suspects: &HashSet<(RunId, i64)>,
 ) -> Result<HashSet<(RunId, i64)>> {
     let driven: Vec<RunId> = shared.drivers.lock().expect("no panic while held").keys().copied().collect();
-    let conn = session.conn().await?;
-    let found = store::runs::strays(conn, shared.spread, shared.id, &driven, STRAYS_MAX).await?;
+    let found = store::runs::strays(session, shared.spread, shared.id, &driven, STRAYS_MAX).await?;
     crash_point("strays.after_strays");
     // The reverse: a driver whose run was ended or taken looks at its inbox, sees that, and stops what it runs.
-    let lost = store::runs::lost(conn, shared.spread, shared.id, &driven).await?;
+    let lost = store::runs::lost(session, shared.spread, shared.id, &driven).await?;
     for run in lost {
         if let Some(notify) = shared.drivers.lock().expect("no panic while held").get(&run) {
             notify.notify_one();
@@ -404,7 +405,10 @@ async fn give_back_strays(
     }
     for (run, epoch) in found.iter().filter(|stray| suspects.contains(stray)) {
         crash_point("strays.after_look");
-        if store::runs::give_back(conn, *run, shared.id, *epoch, Duration::from_secs(1)).await? {
+        let shard = (shared.spread == Spread::ByShard).then(|| run.shard());
+        let pause = Duration::from_secs(1);
+        let given = asked!(session, shard, |conn| store::runs::give_back(conn, *run, shared.id, *epoch, pause));
+        if given == Some(true) {
             crash_point("strays.after_give_back");
             tracing::warn!(run_id = %run, "run had an owner and no driver; given back");
             metrics::counter!("loopwright_runs_stray_total").increment(1);
@@ -426,7 +430,7 @@ async fn poll_once(
     looks.owed = owned > 0 && !looks.messages.is_due();
     if owned > 0 && !looks.owed {
         let began = Instant::now();
-        let unread = store::workers::unread(session.conn().await?, shared.spread, &driven).await?;
+        let unread = store::workers::unread(session, shared.spread, &driven).await?;
         for (run, _) in unread {
             if let Some(notify) = shared.drivers.lock().expect("no panic while held").get(&run) {
                 notify.notify_one();
@@ -492,7 +496,7 @@ async fn claim(
     let (since, began) = (looks.since.filter(|_| !whole), Instant::now());
     // Before the look: what comes in while the runs are being taken is not in it.
     let asked = shared.clock.now();
-    let look = store::ready::due(session.conn().await?, shared.spread, queues, since, most(limit)).await?;
+    let look = store::ready::due(session, shared.spread, queues, since, most(limit)).await?;
     crash_point("claim.after_look");
     let order = shared.turns().order(look.due);
     let claimed = take(shared, session, &order, limit).await?;
@@ -545,7 +549,7 @@ async fn claim_strangers(
     if limit == 0 {
         return Ok(Vec::new());
     }
-    let look = store::ready::due(session.conn().await?, shared.spread, queues, None, most(limit)).await?;
+    let look = store::ready::due(session, shared.spread, queues, None, most(limit)).await?;
     crash_point("crowded.after_look");
     let before = shared.clock.now() - STRANGERS_AFTER;
     let order = {
@@ -578,7 +582,7 @@ async fn listen(shared: Arc<Shared>) {
     loop {
         let listener = async {
             let mut listener = sqlx::postgres::PgListener::connect_with(&shared.pool).await?;
-            listener.listen(store::WAKE_CHANNEL).await?;
+            answered(shared.answer_max, listener.listen(store::WAKE_CHANNEL)).await?;
             loop {
                 listener.recv().await?;
                 shared.wake.notify_one();
@@ -595,6 +599,7 @@ async fn listen(shared: Arc<Shared>) {
 
 /// Declares silent workers dead and frees their runs. Every worker may do it; there is no leader.
 async fn sweep(shared: Arc<Shared>, every: Duration) {
+    let mut session = Session::like(&shared.pool).waiting(shared.answer_max);
     loop {
         tokio::time::sleep(every.mul_f64(0.75 + fastrand::f64() / 2.0)).await;
         let swept = async {
@@ -604,10 +609,7 @@ async fn sweep(shared: Arc<Shared>, every: Duration) {
             }
             let mut freed = 0;
             loop {
-                let some = async |conn: &mut PgConnection| {
-                    store::workers::take_over(conn, shared.spread, TAKE_OVER_BATCH).await
-                };
-                let runs = shared.ask(some).await?;
+                let runs = store::workers::take_over(&mut session, shared.spread, TAKE_OVER_BATCH).await?;
                 freed += runs.len();
                 if runs.is_empty() {
                     break;

@@ -7,6 +7,9 @@ use std::time::{Duration, Instant};
 
 /// A look that took so long is repeated after at least this many times as long: 5 % of the time.
 const REST: u32 = 20;
+/// Longest rest all the same. A look may have taken long because the machine or Postgres stood still; what waits for the next one,
+/// a message or a run, must not wait minutes for that.
+const REST_MAX: Duration = Duration::from_secs(5);
 /// Longest pause of a poll that goes from shard to shard. A wake-up ends it.
 const SPREAD_MAX: Duration = Duration::from_secs(2);
 /// Shortest pause between two looks at the whole queue.
@@ -38,7 +41,7 @@ impl Pace {
     /// A look has ended that began at `began`.
     pub(super) fn looked(&mut self, began: Instant) {
         let now = Instant::now();
-        self.next = now + self.least.max((now - began) * REST);
+        self.next = now + self.least.max(((now - began) * REST).min(REST_MAX));
     }
 }
 
@@ -83,9 +86,17 @@ mod tests {
         assert!(pace.is_due());
         pace.looked(Instant::now());
         let cheap = pace.next;
-        let began = Instant::now().checked_sub(Duration::from_secs(1)).expect("uptime");
+        let began = Instant::now().checked_sub(Duration::from_millis(100)).expect("uptime");
         pace.looked(began);
-        assert!(pace.next >= cheap + Duration::from_secs(19), "{pace:?}");
+        assert!(pace.next >= cheap + Duration::from_millis(1_900), "{pace:?}");
         assert!(!pace.is_due());
+    }
+
+    #[test]
+    fn a_look_in_which_the_machine_stood_still_keeps_nobody_waiting_for_minutes() {
+        let mut pace = Pace::new(Duration::from_millis(10));
+        let began = Instant::now().checked_sub(Duration::from_secs(60)).expect("uptime");
+        pace.looked(began);
+        assert!(pace.rest() <= REST_MAX, "{pace:?}");
     }
 }

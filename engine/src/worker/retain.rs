@@ -1,7 +1,7 @@
 //! What workers do for time to pass: make the partitions of months to come, retire what is old. Any worker may; who comes second
 //! finds it done.
 
-use crate::{client::Client, retention, store};
+use crate::{client::Client, retention, store, transaction::answered};
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
@@ -9,6 +9,9 @@ use tokio_util::sync::CancellationToken;
 const FIRST_LOOK: Duration = Duration::from_secs(20);
 /// Between two looks. Chosen: partitions are made months ahead, and runs are kept for days at least.
 const LOOK_EVERY: Duration = Duration::from_secs(3600);
+
+/// Longest look; what is left is the next one's. A server that gives no answer must not end all looks.
+const LOOK_MAX: Duration = LOOK_EVERY;
 
 /// Looks until the worker drains. A turn under way is dropped: it begins anew somewhere else.
 pub(super) async fn keep(client: Client, policy: Option<retention::Policy>, draining: CancellationToken) {
@@ -20,7 +23,7 @@ pub(super) async fn keep(client: Client, policy: Option<retention::Policy>, drai
         }
         pause = LOOK_EVERY;
         let look = async {
-            let now = store::runs::now(&mut *client.pool().acquire().await?).await?;
+            let now = client.ask(async |conn| store::runs::now(conn).await).await?;
             retention::prepare(&client, now).await?;
             match &policy {
                 Some(policy) => retention::run(&client, policy).await.map(drop),
@@ -29,7 +32,7 @@ pub(super) async fn keep(client: Client, policy: Option<retention::Policy>, drai
         };
         let done: crate::Result<()> = tokio::select! {
             () = draining.cancelled() => return,
-            done = look => done,
+            done = answered(LOOK_MAX, look) => done,
         };
         if let Err(error) = done {
             metrics::counter!("loopwright_retention_failures_total").increment(1);

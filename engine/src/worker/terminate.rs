@@ -2,6 +2,7 @@
 
 use crate::{
     Error, Result,
+    client::Client,
     event::{Event, Outcome, format_of},
     hook::{AttemptEnd, AttemptRef, HookError, TransitionHook},
     ids::RunId,
@@ -13,7 +14,6 @@ use crate::{
         runs::Loaded,
         transitions::{self, Effects, Item, Undone, Verdict, child_result},
     },
-    transaction::in_transaction,
     view::RunStatus,
 };
 use sqlx::PgConnection;
@@ -28,22 +28,16 @@ struct Ending {
 
 /// Closes a run at an operator's wish: takes it over, closes its attempts, settles them, ends it. A run that is broken, or whose
 /// definition is, ends as well: its open children are cancelled, and the hook gives up what it has open for it.
-pub(crate) async fn terminate(
-    pool: &sqlx::PgPool,
-    hook: Arc<dyn TransitionHook>,
-    run: RunId,
-    reason: &str,
-) -> Result<()> {
-    let mut conn = pool.acquire().await?;
+pub(crate) async fn terminate(client: &Client, run: RunId, reason: &str) -> Result<()> {
     // By itself: whoever owns the run is fenced off, also if we die before it is ended.
-    let ending = Arc::new(closing(&mut conn, run, Input::Terminated { reason: reason.to_owned() }).await?);
-    drop(conn);
+    let input = Input::Terminated { reason: reason.to_owned() };
+    let ending = Arc::new(client.ask(async |conn| closing(conn, run, input).await).await?);
     crate::committer::crash_point("terminate.before_commit");
-    let ended = in_transaction(pool, |conn| {
-        let (ending, hook) = (ending.clone(), hook.clone());
+    let ended = client.once(|conn| {
+        let (ending, hook) = (ending.clone(), client.hook().clone());
         Box::pin(async move { end(conn, hook.as_ref(), &ending).await })
-    })
-    .await;
+    });
+    let ended = ended.await;
     crate::committer::crash_point("terminate.after_commit");
     ended
 }

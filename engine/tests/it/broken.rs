@@ -10,7 +10,7 @@ use loopwright_engine::{
     Failure,
     activity::Registry,
     client::{Client, Signal, Why},
-    definition::{Branch, CallVersion, Join, Kind, ParentClose, Step, WaitUntil},
+    definition::{Branch, CallVersion, Definition, Join, Kind, ParentClose, Step, WaitUntil},
     ids::RunId,
     view::{RunStatus, Waiting},
     worker::{self, WorkerConfig},
@@ -156,15 +156,29 @@ fn go(id: u32) -> Signal {
     Signal { name: "go".into(), payload: json!({ "n": id }), dedupe_id: Some(format!("s{id}")), sender: None }
 }
 
+/// As if so many had been sent to a run that nobody drives.
+async fn sent(bench: &Bench, run: RunId, kind: &str, many: i32) {
+    let sql = "with m as (insert into inbox (shard, run_id, n, kind, name, payload)
+                          select shard, run_id, inbox_n + i, $2, 'go', case $2 when 'signal' then '{}' else '\"enough\"' end::jsonb
+                          from runs, generate_series(1, $3) i where run_id = $1 returning 1)
+               update runs set inbox_n = inbox_n + (select count(*) from m) where run_id = $1";
+    sqlx::query(sql).bind(run.0).bind(kind).bind(many).execute(&bench.pool).await.expect("sent");
+}
+
+fn deaf() -> Definition {
+    definition("deaf", vec![step("s", Kind::Await(Box::new(waits_for("go"))))])
+}
+
 /// Nobody drives the run; whoever sends on and on is told to wait, and an operator still gets through.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_inbox_that_nobody_reads_takes_a_thousand_messages() {
     let bench = Bench::new().await;
-    let run = bench.start(definition("deaf", vec![step("s", Kind::Await(Box::new(waits_for("go"))))]), json!({})).await;
-    for id in 0..1_000 {
-        assert!(bench.client.signal(run, go(id)).await.expect("stored"), "{id}");
-    }
-    assert_eq!(bench.client.signal(run, go(1_000)).await.expect_err("full").code(), "inbox_full");
+    let run = bench.start(deaf(), json!({})).await;
+    sent(&bench, run, "signal", 999).await;
+    assert!(bench.client.signal(run, go(7)).await.expect("stored"));
+    let refused = bench.client.signal(run, go(1_000)).await.expect_err("full");
+    assert_eq!(refused.code(), "inbox_full");
+    assert!(refused.to_string().starts_with("1000 messages (signals and updates) wait"), "{refused}");
     assert!(!bench.client.signal(run, go(7)).await.expect("one that is there already"));
     // Too large for its row: nothing of it stays either.
     let large = Signal { payload: json!({ "text": "x".repeat(100_000) }), ..go(1_001) };
@@ -178,19 +192,17 @@ async fn an_inbox_that_nobody_reads_takes_a_thousand_messages() {
     bench.audit().await;
 }
 
-/// Who owns a run may ask it to stop as often as he likes, and what he asks is kept until somebody reads it.
+/// Who owns a run may ask it to stop as often as he likes, and what he asks is kept until somebody reads it. Orders and messages are
+/// counted apart: neither keeps the other out.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_inbox_that_nobody_reads_takes_two_thousand_messages_with_orders() {
+async fn an_inbox_that_nobody_reads_takes_a_thousand_orders_beside_a_thousand_messages() {
     let bench = Bench::new().await;
-    let run = bench.start(definition("deaf", vec![step("s", Kind::Await(Box::new(waits_for("go"))))]), json!({})).await;
-    let unread = async |n: i64| {
-        let sql = "update runs set inbox_n = inbox_seen + $2 where run_id = $1";
-        sqlx::query(sql).bind(run.0).bind(n).execute(&bench.pool).await.expect("as if so many had come");
-    };
-    unread(1_998).await;
-    assert_eq!(bench.client.signal(run, go(1)).await.expect_err("full").code(), "inbox_full");
+    let run = bench.start(deaf(), json!({})).await;
+    sent(&bench, run, "signal", 1_000).await;
+    sent(&bench, run, "unblock", 1_500).await;
+    sent(&bench, run, "cancel", 998).await;
     bench.client.cancel(run, "enough").await.expect("there is room for it");
-    bench.client.cancel(run, "enough").await.expect("and for a second");
+    assert!(bench.client.pause(run, Why::default()).await.expect("and for another order"));
     for refused in [
         bench.client.cancel(run, "enough").await.map(|()| true),
         bench.client.pause(run, Why::default()).await,
@@ -198,9 +210,15 @@ async fn an_inbox_that_nobody_reads_takes_two_thousand_messages_with_orders() {
     ] {
         let refused = refused.expect_err("full");
         assert_eq!(refused.code(), "inbox_full");
-        assert!(refused.to_string().starts_with("2000 messages"), "{refused}");
+        assert!(refused.to_string().starts_with("1000 orders (cancel, pause, resume) wait"), "{refused}");
     }
     assert_eq!(bench.client.cancel(run, &"x".repeat(4_097)).await.expect_err("too long").code(), "too_large");
+    // A thousand orders leave a message its room.
+    let other = bench.start(deaf(), json!({})).await;
+    sent(&bench, other, "pause", 1_000).await;
+    assert!(bench.client.signal(other, go(1)).await.expect("a message"));
+    assert_eq!(bench.client.resume(other, Why::default()).await.expect_err("full").code(), "inbox_full");
+    bench.client.terminate(other, "seen").await.expect("ended");
     // What the engine says itself gets through.
     let mut tx = loopwright_engine::transaction::begin(&bench.pool).await.expect("begin");
     assert_eq!(bench.client.unblock_in(&mut tx, &json!({})).await.expect("told"), 1);
@@ -216,9 +234,8 @@ async fn an_inbox_that_nobody_reads_takes_two_thousand_messages_with_orders() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_large_message_to_an_inbox_that_is_being_emptied_is_stored_whole_or_not_at_all() {
     let bench = Bench::new().await;
-    let run = bench.start(definition("deaf", vec![step("s", Kind::Await(Box::new(waits_for("go"))))]), json!({})).await;
-    let full = "update runs set inbox_n = 1000 where run_id = $1";
-    sqlx::query(full).bind(run.0).execute(&bench.pool).await.expect("as if so many had come");
+    let run = bench.start(deaf(), json!({})).await;
+    sent(&bench, run, "signal", 1_000).await;
     let way = Way::to(&bench.pool).await;
     let held = way.holds_at("insert into inbox");
     let large = Signal { payload: json!({ "text": "x".repeat(100_000) }), ..go(1) };
@@ -232,7 +249,10 @@ async fn a_large_message_to_an_inbox_that_is_being_emptied_is_stored_whole_or_no
     sqlx::query(read).bind(run.0).execute(&bench.pool).await.expect("read");
     held.goes_on.cancel();
     assert_eq!(sent.await.expect("task").expect_err("it was full").code(), "inbox_full");
-    assert_eq!(count(&bench, "select (select count(*) from inbox) + (select count(*) from blobs)").await, 0);
+    assert_eq!(
+        count(&bench, "select (select count(*) from inbox where n > 1000) + (select count(*) from blobs)").await,
+        0
+    );
     assert!(bench.client.signal(run, large).await.expect("there is room now"));
     let worker = bench.worker_with(LONG, 4).await;
     assert_eq!(bench.closed(run).await.status, RunStatus::Completed);

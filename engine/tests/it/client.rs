@@ -1,10 +1,10 @@
 //! The door: what callers may do twice, late or at the wrong moment.
 
-use crate::bench::{Bench, Gate, PATIENCE, definition, step, work};
+use crate::bench::{Bench, Gate, PATIENCE, definition, step, waits_for, work};
 use loopwright_engine::{
     Error,
-    client::Start,
-    definition::{Kind, WaitUntil},
+    client::{Decision, Deploy, Signal, Start, Update, Why},
+    definition::{Approval, Bundle, Kind, WaitUntil},
     ids::RunId,
     view::RunStatus,
 };
@@ -117,4 +117,70 @@ async fn what_runs_for_a_terminated_run_is_stopped() {
     tokio::time::timeout(PATIENCE, stopped.notified()).await.expect("the attempt is stopped");
     worker.drain(GRACE).await;
     bench.audit().await;
+}
+
+/// Whatever a person or a program says is stored as it is: each text and each id has its limit, and nothing of what is refused stays.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_too_large_is_refused_by_code_whoever_says_it() {
+    let bench = Bench::new().await;
+    let client = &bench.client;
+    let mut approval = waits_for("ok");
+    approval.approval = Some(Approval { quorum: 1, fail_on_reject: true });
+    let asks = definition("asks", vec![step("ok", Kind::Await(Box::new(approval)))]);
+    let worker = bench.worker().await;
+    let run = bench.start(asks.clone(), json!({})).await;
+    bench.until(run, "asks", |v| !v.waiting.is_empty()).await;
+    let (hash, long) = (client.describe(run).await.expect("run").definition, |bytes: usize| "x".repeat(bytes + 1));
+    let id = |bytes| Some(long(bytes));
+    let too_large = |what: &str, error: Option<Error>| {
+        let error = error.unwrap_or_else(|| panic!("{what} was taken"));
+        assert_eq!(error.code(), "too_large", "{what}: {error}");
+        assert!(error.to_string().contains("the limit is"), "{what}: {error}");
+    };
+    let (approved, comment) = (Decision::Approved, Some(long(256 << 10)));
+    too_large("comment", client.approve(run, "ok", approved, comment, None, None).await.err());
+    too_large("approval's id", client.approve(run, "ok", approved, None, id(1_024), None).await.err());
+    too_large("approver", client.approve(run, "ok", approved, None, None, id(1_024)).await.err());
+    let signal = |name: &str, dedupe_id, sender| Signal { name: name.into(), dedupe_id, sender, ..Signal::default() };
+    too_large("signal's name", client.signal(run, signal(&long(200), None, None)).await.err());
+    too_large("signal's id", client.signal(run, signal("ok", id(1_024), None)).await.err());
+    too_large("sender", client.signal(run, signal("ok", None, id(1_024))).await.err());
+    let update = Update { name: long(200), ..Update::default() };
+    too_large("update's name", client.update(run, update, Duration::ZERO).await.err());
+    too_large("cancel", client.cancel(run, &long(4 << 10)).await.err());
+    too_large("terminate", client.terminate(run, &long(4 << 10)).await.err());
+    for why in [
+        Why { reason: long(4 << 10), ..Why::default() },
+        Why { dedupe_id: id(1_024), ..Why::default() },
+        Why { by: id(1_024), ..Why::default() },
+    ] {
+        too_large("pause", client.pause(run, why.clone()).await.err());
+        too_large("resume", client.resume(run, why.clone()).await.err());
+        too_large("unquarantine", client.unquarantine(run, why).await.err());
+    }
+    let start = |workflow_id, topic, queue| Start {
+        run_id: None,
+        definition: hash,
+        inputs: json!({}),
+        workflow_id,
+        attributes: json!({}),
+        queue,
+        topic,
+        admission: Default::default(),
+    };
+    too_large("workflow id", client.start(start(id(1_024), None, String::new())).await.err());
+    too_large("topic", client.start(start(None, id(1_024), String::new())).await.err());
+    too_large("queue", client.start(start(None, None, long(1_024))).await.err());
+    let (bundle, message) = (Bundle::new(), Some(long(4 << 10)));
+    let deploy = Deploy { definition: asks, bundle, source: String::new(), author: None, message };
+    too_large("message", client.deploy(deploy).await.err());
+    for (sql, wanted) in
+        [("select count(*) from inbox", 0), ("select count(*) from blobs", 0), ("select count(*) from runs", 1)]
+    {
+        let n: i64 = sqlx::query_scalar(sql).fetch_one(&bench.pool).await.expect("count");
+        assert_eq!(n, wanted, "{sql}");
+    }
+    client.approve(run, "ok", approved, Some("fine".into()), None, None).await.expect("approved");
+    assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
+    worker.drain(GRACE).await;
 }

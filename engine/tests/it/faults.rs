@@ -369,3 +369,63 @@ async fn one_slot_serves_many_runs() {
     worker.drain(GRACE).await;
     bench.audit().await;
 }
+
+/// Waits between attempts that found nobody to ask, in ms, with the number of the attempt before.
+async fn waited(bench: &Bench, run: RunId) -> Vec<(u32, i64)> {
+    let instant = |e: &Value, key: &str| e[key].as_str().expect("instant").parse::<DateTime<Utc>>().expect("instant");
+    let (mut ended, mut waited) = (None, Vec::new());
+    for row in bench.client.history(run, 0, 1_000).await.expect("history") {
+        for event in &row.events {
+            if event["type"] == "attempt_ended" {
+                let attempt = u32::try_from(event["attempt"].as_u64().expect("number")).expect("small");
+                ended = Some((attempt, instant(event, "at")));
+            } else if event["type"] == "retry_scheduled" {
+                let (attempt, at) = ended.expect("an attempt has ended");
+                waited.push((attempt, (instant(event, "due_at") - at).num_milliseconds()));
+            }
+        }
+    }
+    waited
+}
+
+/// Its policy has no delay at all. The waits are the history's: whoever takes the run over goes on where they were.
+#[tokio::test(flavor = "multi_thread")]
+async fn waits_for_somebody_to_ask_grow_and_go_on_growing_when_their_worker_dies() {
+    let bench = Bench::new().await;
+    let away = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(true));
+    let is_away = away.clone();
+    bench.script(move |_, _| {
+        let away = is_away.load(std::sync::atomic::Ordering::SeqCst);
+        async move {
+            let nobody = || Failure::retryable("transient.unavailable", "nobody is there").without_counting();
+            if away { Err(nobody()) } else { Ok(json!(1)) }
+        }
+    });
+    let mut step = work("a", &[]);
+    step.retry.delay_ms = 0;
+    let mut worker = bench.worker_with(LONG, 4).await;
+    let run = bench.start(definition("nobody", vec![step]), json!({})).await;
+    let has_waited = async |times: usize| {
+        let deadline = Instant::now() + PATIENCE;
+        while waited(&bench, run).await.len() < times {
+            assert!(Instant::now() < deadline, "{:?}", waited(&bench, run).await);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    has_waited(4).await;
+    bench.dies(worker).await;
+    worker = bench.worker_with(LONG, 4).await;
+    has_waited(8).await;
+    away.store(false, std::sync::atomic::Ordering::SeqCst);
+    assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
+    let waited = waited(&bench, run).await;
+    for (attempt, ms) in &waited {
+        let longest = (100_i64 << (attempt - 1).min(20)).min(30_000);
+        assert!((100..=longest).contains(ms), "attempt {attempt}: {waited:?}");
+    }
+    // By chance one of them may be short, and not all of the last ones: the longest are 1.6, 3.2, 6.4 and 12.8 s.
+    assert!(waited.iter().skip(4).any(|(_, ms)| *ms > 400), "{waited:?}");
+    worker.drain(GRACE).await;
+    bench.audit().await;
+    assert_eq!(bench.client.replay(run, None).await.expect("replayed").divergence, None);
+}

@@ -214,6 +214,47 @@ async fn a_reset_that_is_held_back_cleans_up_before_it_ends() {
     bench.audit().await;
 }
 
+/// It is in no chain, and waits for a place that nobody gives it: its own time is over all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fork_that_is_held_back_ends_when_its_own_time_is_over() {
+    let bench = Bench::new().await;
+    let client = &bench.client;
+    let (hash, other) = (bench.deploy(cleans("cleans")).await, bench.deploy(asks("other")).await);
+    let worker = bench.worker_with(LONG, 8).await;
+    let placed = || Admission { place: place(1), ..Admission::default() };
+    let run = client.start(request(hash, placed())).await.expect("start").run_id;
+    waits(&bench, run).await;
+    let before = client.start(request(other, placed())).await.expect("start").run_id;
+    client.terminate(run, "enough").await.expect("ended");
+    waits(&bench, before).await;
+    let fork = client.fork(run, first()).await.expect("fork").run_id;
+    assert!(client.describe(fork).await.expect("run").held.is_some());
+    let until: Option<DateTime<Utc>> = sqlx::query_scalar("select deadline from admissions where run_id = $1")
+        .bind(fork.0)
+        .fetch_one(&bench.pool)
+        .await
+        .expect("held back");
+    let apart = deadline(&bench, fork).await - until.expect("it has an end");
+    assert!(apart.abs() < chrono::Duration::milliseconds(1), "{apart}");
+    for over in [
+        "update runs set cursor = jsonb_set(cursor, '{deadline}', to_jsonb(engine_now())) where run_id = $1",
+        "update admissions set deadline = engine_now() where run_id = $1",
+    ] {
+        sqlx::query(over).bind(fork.0).execute(&bench.pool).await.expect("an hour later");
+    }
+    let view = bench.closed(fork).await;
+    assert_eq!((view.status, view.failure.expect("a failure").code.as_str()), (RunStatus::Failed, "timeout.run_total"));
+    let rows = client.history(fork, 2, 100).await.expect("history");
+    let ended = |e: &&Value| e["type"] == "step_ended" && e["path"] == "!finally/clean";
+    assert_eq!(rows.iter().flat_map(|row| &row.events).filter(ended).count(), 1, "it has cleaned up");
+    // Nobody has lost a place over it.
+    assert!(!client.describe(before).await.expect("run").status.is_closed());
+    client.signal(before, go()).await.expect("sent");
+    assert_eq!(bench.closed(before).await.status, RunStatus::Completed);
+    worker.drain(GRACE).await;
+    bench.audit().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_time_of_a_fork_counts_from_the_instant_that_its_rate_gives_it() {
     let bench = Bench::new().await;

@@ -148,6 +148,11 @@ impl Way {
         *self.state.hushes_at.lock().expect("lock") = Some(word.as_bytes());
     }
 
+    /// From now on nothing moves on any connection, old or new, and none ends: as a server that is frozen.
+    pub fn falls_silent(&self) {
+        self.state.dead.cancel();
+    }
+
     /// Stops the next message that says `word`.
     pub fn holds_at(&self, word: &'static str) -> Held {
         let held = Held::default();

@@ -163,6 +163,11 @@ impl From<loopwright_engine::Error> for Error {
                 Self::new(Code::BodyTooLarge, format!("{what} is {actual} bytes; the limit is {limit}."))
             }
             E::Sql(error) => store::Error::from(error).into(),
+            E::InDoubt(_) => {
+                tracing::error!(%error, "the database went away during a commit");
+                let text = "It may have been done or not: look, or send it again with the same Idempotency-Key.";
+                Self::new(Code::Unavailable, text).retry_after(5)
+            }
             E::NewerRelease(_) => {
                 tracing::error!(%error, "this process is older than the data");
                 Self::new(Code::Unavailable, "A newer release works on this; this server is being brought up.")

@@ -110,16 +110,30 @@ fn a_policy_without_a_delay_does_not_ask_on_and_on() {
     let mut a = act("a", &[]);
     a.retry.delay_ms = 0;
     let mut run = Bench::start(definition(vec![a]));
-    for n in 2..5 {
+    for (n, ms) in (2..).zip([100, 200, 400, 800, 1_600, 3_200, 6_400, 12_800, 25_600, 30_000, 30_000]) {
         run.end("a", Err(Failure::retryable("transient.unavailable", "nobody is there").without_counting()));
-        run.later(99);
-        assert!(run.live().is_empty());
+        run.later(ms - 1);
+        assert!(run.live().is_empty(), "{ms} ms");
         run.later(1);
         assert_eq!(run.live["a"].0, n);
     }
     run.end("a", Err(Failure::retryable("transient.network", "x")));
-    assert_eq!(run.live["a"].0, 5, "what counts has an end, and waits for nothing");
+    assert_eq!(run.live["a"].0, 13, "what counts has an end, and waits for nothing");
     assert!(run.replayed(&run.definition.clone(), 0).divergence.is_none());
+}
+
+/// What was recorded when these waits did not grow is decided again as it was: some draw gives every wait from the shortest up.
+#[test]
+fn the_draw_puts_a_wait_between_the_shortest_and_the_longest() {
+    let policy = RetryPolicy { delay_ms: 0, ..RetryPolicy::default() };
+    let mut run = Bench::start(definition(vec![act("a", &[])]));
+    for _ in 0..4 {
+        run.end("a", Err(away()));
+        run.later(3_600_000);
+    }
+    let live = run.state.node("a").expect("a step").live.clone().expect("under way");
+    let wait = |draw| super::super::react::wait_ms(&policy, &live, &away(), draw);
+    assert_eq!((wait(0), wait(u64::MAX), wait(u64::MAX / 2)), (1_600, 100, 800));
 }
 
 #[test]

@@ -453,7 +453,7 @@ fn of<T>(done: Result<T, Error>) -> Answer {
         Ok(_) => Answer::Acknowledged,
         Err(Error::Sql(error)) if is_transient(&error) => Answer::Unknown(error.to_string()),
         // It moved meanwhile: ask again.
-        Err(error @ Error::LeaseLost) => Answer::Unknown(error.to_string()),
+        Err(error @ (Error::LeaseLost | Error::InDoubt(_))) => Answer::Unknown(error.to_string()),
         Err(error) => Answer::Declined(error.code().to_owned()),
     }
 }

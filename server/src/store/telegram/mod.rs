@@ -12,7 +12,7 @@ use super::{Error, Store};
 use loopwright_engine::transaction;
 
 /// A transaction over the bot's, the ledger's and the engine's rows.
-pub type Tx = sqlx::Transaction<'static, sqlx::Postgres>;
+pub type Tx = transaction::Transaction;
 
 impl Store {
     /// Begins a transaction. Dropping it undoes everything.
