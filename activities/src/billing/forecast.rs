@@ -61,7 +61,7 @@ pub struct Part {
     pub call: MicroCredits,
 }
 
-/// Prices work by the first candidate that has a price. Parts without one are left out: they cannot be done either.
+/// Prices work by the first candidate that has a price, none above its ceiling. Parts without one are left out: they cannot be done either.
 ///
 /// # Transaction
 /// Reads only.
@@ -71,8 +71,9 @@ pub async fn price(conn: &mut PgConnection, rate: Rate, work: &[Work]) -> Result
     for work in work {
         let planned = &work.calls;
         let mut found = None;
-        for (provider, model) in &planned.candidates {
+        for (provider, model, (input_max, output_max)) in planned.offered() {
             found = price::find(conn, provider, model, planned.input_tokens, None).await?;
+            found = found.filter(|price| !price.exceeds(input_max, output_max));
             if found.is_some() {
                 break;
             }
