@@ -68,6 +68,7 @@ pub const MIGRATIONS: &[Migration] = &[
     Migration { version: 23, name: "key_models", sql: include_str!("../../migrations/0023_key_models.sql") },
     Migration { version: 24, name: "books", sql: include_str!("../../migrations/0024_books.sql") },
     Migration { version: 25, name: "own_price", sql: include_str!("../../migrations/0025_own_price.sql") },
+    Migration { version: 28, name: "key_rests", sql: include_str!("../../migrations/0028_key_rests.sql") },
 ];
 
 /// Contracts of all activities.
