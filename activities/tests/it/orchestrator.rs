@@ -470,7 +470,7 @@ async fn what_is_planned_follows_the_definition_and_the_purpose() {
     let mut info = detached::info("plan@1", json!({}));
     info.extras = Arc::new(extras);
     let ctx = detached::context(info, BTreeMap::new(), Arc::new(Recorder::default()));
-    assert_eq!(orchestrator.call(&ctx, "plan", request()).await.unwrap().model, "m");
+    assert_eq!(orchestrator.call(&ctx, "plan", request()).await.unwrap().text, "x");
     assert_eq!(stubs[0].calls.lock().unwrap()[0].0, "new");
 }
 

@@ -15,7 +15,7 @@ fn needing(tokens: u32) -> impl Fn(&Call<'_>, usize) -> Result<Completion, Provi
             return Ok(said("long"));
         }
         let usage = Usage { tokens_output: call.max_output_tokens.into(), ..Usage::default() };
-        let error = failed("model.truncated", Advice::SameModel);
+        let error = ProviderError::new(Failure::retryable("model.truncated", "as ordered"), Advice::SameModel);
         Err(ProviderError { stream_completed: true, usage: Some(Box::new(usage)), ..error })
     }
 }
