@@ -23,6 +23,8 @@ use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use uuid::Uuid;
 
+/// What its calls are for, as routing and usage name it.
+const PURPOSE: &str = "agent";
 /// The prompt file around the team's own, in the bundle of a definition.
 pub const PROMPT: &str = "prompts/agent.hbs";
 const SHIPPED_PROMPT: &str = include_str!("../../workflow-defs/prompts/agent.hbs");
@@ -142,13 +144,19 @@ impl Activity for Agent {
         contract::run(ctx, input, move |ctx, input| async move { work(&toolbox, &ctx, input).await })
     }
 
-    fn reserve(&self, input: &Value) -> Value {
+    fn reserve(&self, input: &Value, extras: &Value) -> Value {
         let role = input.get("role").and_then(|role| Chosen::deserialize(role).ok()).unwrap_or_else(implementer);
         let limit = input.get("max_output_tokens").and_then(Value::as_u64).and_then(|n| u32::try_from(n).ok());
         let tools = input.get("tools").and_then(Value::as_array).is_some_and(|tools| !tools.is_empty());
         let count = if tools { RESERVED_TURNS } else { 1 };
         let limit = limit.unwrap_or(OUTPUT_TOKENS).min(OUTPUT_TOKENS_MAX);
-        implement::reserve(self.0.orchestrator.planned(role.into(), count, RESERVED_INPUT_TOKENS, limit))
+        implement::reserve(self.0.orchestrator.planned(
+            (role.into(), PURPOSE),
+            extras,
+            count,
+            RESERVED_INPUT_TOKENS,
+            limit,
+        ))
     }
 }
 
@@ -217,7 +225,7 @@ async fn answer(
 ) -> Result<Output, Failure> {
     let request = Request {
         role: input.role.into(),
-        purpose: "agent".to_owned(),
+        purpose: PURPOSE.to_owned(),
         messages: Vec::new(),
         tools: Vec::new(),
         output_schema: input.output_schema,
@@ -251,7 +259,7 @@ async fn act(toolbox: &Toolbox, ctx: &Context, input: Input, task: String, limit
     let agent = AgentLoop {
         orchestrator: toolbox.orchestrator.clone(),
         role: input.role.into(),
-        purpose: "agent".to_owned(),
+        purpose: PURPOSE.to_owned(),
         tools: tools.clone(),
         goal: Goal::Answer { schema: input.output_schema.clone() },
         frozen: Frozen::new(FROZEN),

@@ -25,6 +25,8 @@ use serde_json::{Value, json};
 use std::{collections::BTreeSet, sync::Arc};
 use uuid::Uuid;
 
+/// What its calls are for, as routing and usage name it.
+const PURPOSE: &str = "gather";
 /// The prompt file, in the bundle of a definition.
 pub const PROMPT: &str = "prompts/gather.hbs";
 const SHIPPED_PROMPT: &str = include_str!("../../workflow-defs/prompts/gather.hbs");
@@ -93,8 +95,14 @@ impl Activity for Gather {
         contract::run(ctx, input, move |ctx, input| async move { work(&toolbox, &ctx, input).await })
     }
 
-    fn reserve(&self, _input: &Value) -> Value {
-        reserve(self.0.orchestrator.planned(Role::Architect, 1, RESERVED_INPUT_TOKENS, OUTPUT_TOKENS_MAX))
+    fn reserve(&self, _input: &Value, extras: &Value) -> Value {
+        reserve(self.0.orchestrator.planned(
+            (Role::Architect, PURPOSE),
+            extras,
+            1,
+            RESERVED_INPUT_TOKENS,
+            OUTPUT_TOKENS_MAX,
+        ))
     }
 }
 
@@ -124,7 +132,7 @@ async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, 
     });
     let request = Request {
         role: Role::Architect,
-        purpose: "gather".to_owned(),
+        purpose: PURPOSE.to_owned(),
         messages: prompt::messages(ctx, PROMPT, SHIPPED_PROMPT, &data)?,
         tools: Vec::new(),
         output_schema: Some(schema()),

@@ -32,6 +32,8 @@ use uuid::Uuid;
 
 /// Its name in definitions.
 pub const NAME: &str = "implement@1";
+/// What its calls are for, as routing and usage name it.
+const PURPOSE: &str = "implement";
 /// The prompt file, in the bundle of a definition.
 pub const PROMPT: &str = "prompts/implement.hbs";
 const SHIPPED_PROMPT: &str = include_str!("../../workflow-defs/prompts/implement.hbs");
@@ -142,15 +144,16 @@ impl Activity for Implement {
         contract::run(ctx, input, move |ctx, input| async move { work(&toolbox, &ctx, input).await })
     }
 
-    fn reserve(&self, input: &Value) -> Value {
+    fn reserve(&self, input: &Value, extras: &Value) -> Value {
         let role = input.get("role").and_then(|role| Worker::deserialize(role).ok()).unwrap_or_default();
-        reserve(planned(&self.0.orchestrator, role.into(), 1))
+        reserve(planned(&self.0.orchestrator, role.into(), extras, 1))
     }
 }
 
 /// What `items` items are expected to ask for at most.
-pub(crate) fn planned(orchestrator: &Orchestrator, role: Role, items: u32) -> PlannedCall {
-    orchestrator.planned(role, RESERVED_TURNS.saturating_mul(items), RESERVED_INPUT_TOKENS, OUTPUT_TOKENS_MAX)
+pub(crate) fn planned(orchestrator: &Orchestrator, role: Role, extras: &Value, items: u32) -> PlannedCall {
+    let turns = RESERVED_TURNS.saturating_mul(items);
+    orchestrator.planned((role, PURPOSE), extras, turns, RESERVED_INPUT_TOKENS, OUTPUT_TOKENS_MAX)
 }
 
 pub(crate) fn reserve(call: PlannedCall) -> Value {
@@ -166,7 +169,7 @@ async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, 
     let agent = AgentLoop {
         orchestrator: toolbox.orchestrator.clone(),
         role: input.role.into(),
-        purpose: "implement".to_owned(),
+        purpose: PURPOSE.to_owned(),
         tools: Tool::ALL.to_vec(),
         goal: Goal::Change,
         frozen: frozen.clone(),

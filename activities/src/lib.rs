@@ -70,6 +70,7 @@ pub const MIGRATIONS: &[Migration] = &[
     Migration { version: 25, name: "own_price", sql: include_str!("../../migrations/0025_own_price.sql") },
     loopwright_engine::migrate::HELD,
     Migration { version: 27, name: "parked", sql: include_str!("../../migrations/0027_parked.sql") },
+    Migration { version: 28, name: "key_rests", sql: include_str!("../../migrations/0028_key_rests.sql") },
     Migration { version: 29, name: "at_once", sql: include_str!("../../migrations/0029_at_once.sql") },
 ];
 

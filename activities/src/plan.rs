@@ -32,6 +32,8 @@ use serde_json::{Value, json};
 use std::{collections::BTreeSet, fmt::Write as _, sync::Arc};
 use uuid::Uuid;
 
+/// What its calls are for, as routing and usage name it.
+const PURPOSE: &str = "plan";
 /// The prompt file, in the bundle of a definition.
 pub const PROMPT: &str = "prompts/plan.hbs";
 const SHIPPED_PROMPT: &str = include_str!("../../workflow-defs/prompts/plan.hbs");
@@ -123,8 +125,14 @@ impl Activity for MakePlan {
         contract::run(ctx, input, move |ctx, input| async move { work(&toolbox, &ctx, input).await })
     }
 
-    fn reserve(&self, _input: &Value) -> Value {
-        reserve(self.0.orchestrator.planned(Role::Architect, 1, RESERVED_INPUT_TOKENS, OUTPUT_TOKENS_MAX))
+    fn reserve(&self, _input: &Value, extras: &Value) -> Value {
+        reserve(self.0.orchestrator.planned(
+            (Role::Architect, PURPOSE),
+            extras,
+            1,
+            RESERVED_INPUT_TOKENS,
+            OUTPUT_TOKENS_MAX,
+        ))
     }
 }
 
@@ -146,7 +154,7 @@ async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, 
     let opening = opening(toolbox, ctx, &input, &known, before.as_ref(), &done).await?;
     let request = Request {
         role: Role::Architect,
-        purpose: "plan".to_owned(),
+        purpose: PURPOSE.to_owned(),
         messages: Vec::new(),
         tools: Vec::new(),
         output_schema: Some(schema()),
@@ -334,15 +342,16 @@ fn summary(answer: &Answer, known: &Requirements, parts: &[Part]) -> String {
 /// What the rest of the loop is likely to cost, kept for the comparison with what it will have cost.
 async fn expected(toolbox: &Toolbox, ctx: &Context, project: Uuid, todo: &[Todo]) -> Result<Vec<Part>, Failure> {
     let store = |e: sqlx::Error| Failure::retryable("transient.store", format!("the database did not answer: {e}"));
-    let orchestrator = &toolbox.orchestrator;
+    let (orchestrator, extras) = (&toolbox.orchestrator, &*ctx.info().extras);
     let items = todo.iter().map(|item| Work {
         part: item.id.clone(),
         activity: implement::NAME,
-        calls: implement::planned(orchestrator, Role::Implementer, 1),
+        calls: implement::planned(orchestrator, Role::Implementer, extras, 1),
         // Each file is written once.
         fewest: CALLS_PER_ITEM_MIN + u32::try_from(item.files.len().saturating_sub(1)).unwrap_or(u32::MAX),
     });
-    let once = [(verify::NAME, verify::planned(orchestrator)), (readme::NAME, readme::planned(orchestrator))];
+    let once =
+        [(verify::NAME, verify::planned(orchestrator, extras)), (readme::NAME, readme::planned(orchestrator, extras))];
     let once = once.map(|(activity, calls)| Work { part: activity.to_owned(), activity, calls, fewest: 1 });
     let work: Vec<Work> = items.chain(once).collect();
     let mut conn = toolbox.pool.acquire().await.map_err(store)?;

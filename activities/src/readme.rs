@@ -32,6 +32,8 @@ use uuid::Uuid;
 
 /// Its name in definitions.
 pub const NAME: &str = "readme@1";
+/// What its calls are for, as routing and usage name it.
+const PURPOSE: &str = "readme";
 /// The prompt file, in the bundle of a definition.
 pub const PROMPT: &str = "prompts/readme.hbs";
 const SHIPPED_PROMPT: &str = include_str!("../../workflow-defs/prompts/readme.hbs");
@@ -95,8 +97,8 @@ pub fn signature() -> Signature {
 }
 
 /// What one README is expected to ask for at most.
-pub(crate) fn planned(orchestrator: &Orchestrator) -> PlannedCall {
-    orchestrator.planned(Role::Architect, 1, RESERVED_INPUT_TOKENS, OUTPUT_TOKENS_MAX)
+pub(crate) fn planned(orchestrator: &Orchestrator, extras: &Value) -> PlannedCall {
+    orchestrator.planned((Role::Architect, PURPOSE), extras, 1, RESERVED_INPUT_TOKENS, OUTPUT_TOKENS_MAX)
 }
 
 impl Activity for Readme {
@@ -109,8 +111,8 @@ impl Activity for Readme {
         contract::run(ctx, input, move |ctx, input| async move { work(&toolbox, &ctx, input).await })
     }
 
-    fn reserve(&self, _input: &Value) -> Value {
-        reserve(planned(&self.0.orchestrator))
+    fn reserve(&self, _input: &Value, extras: &Value) -> Value {
+        reserve(planned(&self.0.orchestrator, extras))
     }
 }
 
@@ -119,7 +121,7 @@ async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, 
     let (opening, head) = opening(toolbox, ctx, project).await?;
     let request = Request {
         role: Role::Architect,
-        purpose: "readme".to_owned(),
+        purpose: PURPOSE.to_owned(),
         messages: Vec::new(),
         tools: Vec::new(),
         output_schema: None,

@@ -177,9 +177,24 @@ pub struct Reserve {
 pub struct PlannedCall {
     /// Candidate (provider, model) pairs in order; the dearest bounds the hold.
     pub candidates: Vec<(String, String)>,
+    /// Prices of input and output above which the candidate at the same place is not asked, in micro-USD per million tokens. Shorter
+    /// where none has any.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ceilings: Vec<(Option<u64>, Option<u64>)>,
     pub count: u32,
     /// Per call.
     pub input_tokens: u64,
     /// Per call.
     pub output_tokens: u64,
+}
+
+impl PlannedCall {
+    /// The candidates in order, with the prices of input and output above which they are not asked.
+    pub fn offered(&self) -> impl Iterator<Item = (&str, &str, (Option<u64>, Option<u64>))> {
+        let ceilings = self.ceilings.iter().copied().chain(std::iter::repeat((None, None)));
+        self.candidates
+            .iter()
+            .zip(ceilings)
+            .map(|((provider, model), ceiling)| (provider.as_str(), model.as_str(), ceiling))
+    }
 }

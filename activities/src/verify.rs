@@ -42,6 +42,8 @@ use uuid::Uuid;
 
 /// Its name in definitions.
 pub const NAME: &str = "verify@1";
+/// What its calls are for, as routing and usage name it.
+const PURPOSE: &str = "verify";
 /// The prompt file, in the bundle of a definition.
 pub const PROMPT: &str = "prompts/verify.hbs";
 const SHIPPED_PROMPT: &str = include_str!("../../workflow-defs/prompts/verify.hbs");
@@ -151,8 +153,8 @@ pub fn signature() -> Signature {
 }
 
 /// What one verification is expected to ask for at most.
-pub(crate) fn planned(orchestrator: &Orchestrator) -> PlannedCall {
-    orchestrator.planned(Role::Architect, 1, RESERVED_INPUT_TOKENS, OUTPUT_TOKENS_MAX)
+pub(crate) fn planned(orchestrator: &Orchestrator, extras: &Value) -> PlannedCall {
+    orchestrator.planned((Role::Architect, PURPOSE), extras, 1, RESERVED_INPUT_TOKENS, OUTPUT_TOKENS_MAX)
 }
 
 impl Activity for Verify {
@@ -165,8 +167,8 @@ impl Activity for Verify {
         contract::run(ctx, input, move |ctx, input| async move { work(&toolbox, &ctx, input).await })
     }
 
-    fn reserve(&self, _input: &Value) -> Value {
-        reserve(planned(&self.0.orchestrator))
+    fn reserve(&self, _input: &Value, extras: &Value) -> Value {
+        reserve(planned(&self.0.orchestrator, extras))
     }
 }
 
@@ -210,7 +212,7 @@ async fn work(toolbox: &Toolbox, ctx: &Context, input: Input) -> Result<Output, 
     } else {
         let request = Request {
             role: Role::Architect,
-            purpose: "verify".to_owned(),
+            purpose: PURPOSE.to_owned(),
             messages: Vec::new(),
             tools: Vec::new(),
             output_schema: Some(schema()),

@@ -27,9 +27,10 @@ pub trait Activity: Send + Sync + 'static {
     /// A [`Failure`] tells the machine whether to try again. A panic is caught and becomes one.
     fn run(&self, ctx: Context, input: Value) -> BoxFuture<'static, Result<Value, Failure>>;
 
-    /// What an attempt with this input may consume at most, for the transition hook. Opaque to the engine.
-    fn reserve(&self, input: &Value) -> Value {
-        let _ = input;
+    /// What an attempt with this input may consume at most, for the transition hook. `extras` are those of the run's definition
+    /// ([`AttemptInfo::extras`]). Opaque to the engine.
+    fn reserve(&self, input: &Value, extras: &Value) -> Value {
+        let _ = (input, extras);
         Value::Null
     }
 }

@@ -61,8 +61,8 @@ pub struct Part {
     pub call: MicroCredits,
 }
 
-/// Prices work by the first candidate that has a price. Parts without one are left out: they cannot be done either. What `user` has
-/// brought keys for costs nothing; who lets the platform serve what they cannot pays for that.
+/// Prices work by the first candidate that has a price, none above its ceiling. Parts without one are left out: they cannot be done
+/// either. What `user` has brought keys for costs nothing; who lets the platform serve what they cannot pays for that.
 ///
 /// # Transaction
 /// Reads only.
@@ -87,8 +87,9 @@ pub async fn price(
             continue;
         }
         let mut found = None;
-        for (provider, model) in &planned.candidates {
+        for (provider, model, (input_max, output_max)) in planned.offered() {
             found = price::find(conn, provider, model, planned.input_tokens, None).await?;
+            found = found.filter(|price| !price.exceeds(input_max, output_max));
             if found.is_some() {
                 break;
             }

@@ -303,9 +303,11 @@ fn owner(attempt: &AttemptRef) -> Option<Owner> {
 /// The dearest candidate's worst case of one planned call, pico-USD.
 async fn worst(conn: &mut PgConnection, planned: &PlannedCall) -> Result<i128, LedgerError> {
     let mut worst = 0i128;
-    for (provider, model) in &planned.candidates {
+    for (provider, model, (input_max, output_max)) in planned.offered() {
         let bound =
             price::bound(conn, Rows::OwnOrAny, provider, model, planned.input_tokens, planned.output_tokens).await?;
+        // Who is dearer than its ceiling is not asked.
+        let bound = bound.filter(|(price, _)| !price.exceeds(input_max, output_max));
         worst = bound.map_or(worst, |(_, dearest)| worst.max(i128::from(dearest.0)));
     }
     Ok(worst)

@@ -17,8 +17,15 @@ use uuid::Uuid;
 pub const STANDING_AGE_MAX: Duration = Duration::from_secs(1);
 /// Most rows that are read: keys out of service, of which an installation has a handful.
 const ROWS_MAX: i64 = 1_000;
-/// Most models that keys may not use that are remembered; beyond it they are simply asked again.
+/// Most models that keys may not use, or rest for, that are remembered; beyond it they are simply asked again.
 const FORBIDDEN_MAX: usize = 4_096;
+
+/// Longest rest of a key for a model where no wait is named: the time in which a budget per minute comes back.
+pub const RESTS_MAX: Duration = Duration::from_secs(60);
+/// How long after a rest another refusal is one more of the same row, in seconds, unless an answer came meanwhile.
+const ROW_ENDS_AFTER_S: u64 = 120;
+/// Refusals in a row that are counted: by then every rest is [`RESTS_MAX`].
+const REFUSALS_MAX: u32 = 16;
 
 /// How long a key is not asked for a model that it may not use. Chosen: soon enough after somebody has allowed it; a
 /// refusal costs nothing.
@@ -39,7 +46,8 @@ pub enum KeyRef {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Standing {
     Active,
-    /// Not before `until`, for `model` or for every one. `reason` is a failure code.
+    /// Not before `until`, for `model` or for every one. `reason` is a failure code. Rests for one model are not a key's
+    /// standing but beside it ([`Board::rest`]); a row that names one is of a release before.
     Cooling {
         model: Option<String>,
         until: Instant,
@@ -65,6 +73,8 @@ struct Known {
     said: HashMap<KeyRef, Failure>,
     /// Models that a key may not use, and until when. Rows of their own: two forbidden models must not make it the key's.
     forbidden: HashMap<(KeyRef, String), Forbidden>,
+    /// Models that a key rests for, also those that have just ended.
+    rests: HashMap<(KeyRef, String), Rest>,
     read_at: Option<Instant>,
     /// When this process noted the standing of a key itself: rows that were asked for before say nothing of it.
     noted: HashMap<KeyRef, Instant>,
@@ -80,8 +90,44 @@ struct Forbidden {
     shared: bool,
 }
 
-/// Key, provider, fingerprint, whether it is a user's, model, rest of the wait in ms.
-type ForbiddenRow = (Uuid, String, String, bool, String, f64);
+/// A rest for one model.
+#[derive(Clone, Debug)]
+struct Rest {
+    until: Instant,
+    /// A failure code.
+    reason: String,
+    /// In a row.
+    refusals: u32,
+    /// When this process noted it itself.
+    noted_at: Option<Instant>,
+    /// It has a row, so that others know it too.
+    shared: bool,
+}
+
+/// How long a key is left alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// So long.
+    Named(Duration),
+    /// So long at the first refusal, and twice as long at each that follows without an answer in between, up to [`RESTS_MAX`].
+    Doubling(Duration),
+}
+
+impl Wait {
+    /// At the `n`-th refusal in a row, from 1.
+    fn at(self, n: u32) -> Duration {
+        match self {
+            Self::Named(wait) => wait,
+            Self::Doubling(first) => {
+                first.saturating_mul(1 << n.clamp(1, REFUSALS_MAX).saturating_sub(1)).min(RESTS_MAX.max(first))
+            }
+        }
+    }
+}
+
+/// Key, provider, fingerprint, whether it is a user's, model, rest of the wait in ms, reason, refusals in a row: 0 for a model that
+/// is forbidden.
+type ModelRow = (Uuid, String, String, bool, String, f64, String, i32);
 
 /// Provider, fingerprint, status, reason, model, rest of the wait in ms.
 type Row = (String, String, String, Option<String>, Option<String>, Option<f64>);
@@ -114,36 +160,55 @@ impl Board {
         .bind(ROWS_MAX)
         .fetch_all(pool)
         .await;
-        let forbidden: Result<Vec<ForbiddenRow>, _> = sqlx::query_as(
+        let models: Result<Vec<ModelRow>, _> = sqlx::query_as(
             "select k.id, k.provider, encode(k.fingerprint, 'hex'), k.user_id is not null, m.model,
-                    (extract(epoch from m.forbidden_until - engine_now()) * 1000)::float8
-             from api_key_models m join api_keys k on k.id = m.api_key_id where m.forbidden_until > engine_now() limit $1",
+                    (extract(epoch from m.until - engine_now()) * 1000)::float8, m.reason, m.refusals
+             from (select api_key_id, model, forbidden_until as until, reason, 0 as refusals from api_key_models
+                   where forbidden_until > engine_now()
+                   union all
+                   select api_key_id, model, rests_until, reason, refusals from api_key_rests
+                   where rests_until > engine_now() - make_interval(secs => $2)) m
+             join api_keys k on k.id = m.api_key_id limit $1",
         )
         .bind(ROWS_MAX)
+        .bind(ROW_ENDS_AFTER_S as f64)
         .fetch_all(pool)
         .await;
-        let (rows, forbidden) = match (rows, forbidden) {
-            (Ok(rows), Ok(forbidden)) => (rows, forbidden),
+        let (rows, models) = match (rows, models) {
+            (Ok(rows), Ok(models)) => (rows, models),
             (Err(error), _) | (_, Err(error)) => {
                 return tracing::warn!(%error, "the standing of keys could not be read");
             }
         };
-        self.take_rows(rows, forbidden, asked_at);
+        self.take_rows(rows, models, asked_at);
     }
 
     /// Takes over what rows said that were asked for at `asked_at`. What this process has noted since then is newer and stays.
-    fn take_rows(&self, rows: Vec<Row>, forbidden: Vec<ForbiddenRow>, asked_at: Instant) {
+    fn take_rows(&self, rows: Vec<Row>, models: Vec<ModelRow>, asked_at: Instant) {
         let mut known = self.lock();
         let mut heard = std::mem::take(&mut known.forbidden);
-        for (id, provider, fingerprint, own, model, wait_ms) in forbidden {
+        let mut rests = HashMap::new();
+        for (id, provider, fingerprint, own, model, wait_ms, reason, refusals) in models {
             let key = if own { KeyRef::Own(id) } else { KeyRef::Platform { provider, fingerprint } };
             let at = (key, model);
-            let said = heard.remove(&at).and_then(|known| known.said);
-            let until = Instant::now() + milliseconds(wait_ms);
-            known.forbidden.insert(at, Forbidden { until, said, shared: true });
+            let now = Instant::now();
+            // One that has ended counts refusals only.
+            let until = if wait_ms > 0.0 { now + milliseconds(wait_ms) } else { now };
+            match u32::try_from(refusals) {
+                Ok(refusals) if refusals > 0 => {
+                    rests.insert(at, Rest { until, reason, refusals, noted_at: None, shared: true });
+                }
+                _ => {
+                    let said = heard.remove(&at).and_then(|known| known.said);
+                    known.forbidden.insert(at, Forbidden { until, said, shared: true });
+                }
+            }
         }
         // What could not be written is known all the same; what has no row any more was lifted.
         known.forbidden.extend(heard.into_iter().filter(|(_, known)| !known.shared));
+        let newer = |rest: &Rest| !rest.shared || rest.noted_at.is_some_and(|at| at >= asked_at);
+        rests.extend(std::mem::take(&mut known.rests).into_iter().filter(|(_, rest)| newer(rest)));
+        known.rests = rests;
         let Known { standings, noted, .. } = &mut *known;
         noted.retain(|_, at| *at >= asked_at);
         standings.retain(|key, _| matches!(key, KeyRef::Own(_)) || noted.contains_key(key));
@@ -181,13 +246,18 @@ impl Board {
             Some(standing) => standing.clone(),
             None => Standing::Active,
         };
-        if standing != Standing::Active || known.forbidden.is_empty() {
+        if standing != Standing::Active || (known.forbidden.is_empty() && known.rests.is_empty()) {
             return standing;
         }
-        match known.forbidden.get(&(key.clone(), model.to_owned())) {
-            Some(Forbidden { until, .. }) if *until > now => {
-                Standing::Cooling { model: Some(model.to_owned()), until: *until, reason: FORBIDDEN.to_owned() }
-            }
+        let at = (key.clone(), model.to_owned());
+        let cooling = |until: Instant, reason: &str| Standing::Cooling {
+            model: Some(model.to_owned()),
+            until,
+            reason: reason.to_owned(),
+        };
+        match (known.forbidden.get(&at), known.rests.get(&at)) {
+            (Some(Forbidden { until, .. }), _) if *until > now => cooling(*until, FORBIDDEN),
+            (_, Some(Rest { until, reason, .. })) if *until > now => cooling(*until, reason),
             _ => standing,
         }
     }
@@ -249,20 +319,132 @@ impl Board {
         self.lock().said.get(key).cloned()
     }
 
-    /// Leaves a key alone for `wait`, for one model or for all. A longer wait that is known stays; a second model makes it
-    /// every model. Returns how long it is left alone now.
+    /// Leaves a key alone for one model; it serves the others. A longer rest that is known stays. A refusal while it rests is of a
+    /// request from before, and not one more in the row. Returns how long it is left alone now.
+    ///
+    /// # Transaction
+    /// One statement: a row for key and model, and what is long over goes. Without a row of the key only this process knows.
+    pub async fn rest(&self, key: &KeyRef, model: &str, wait: Wait, why: &Failure) -> Duration {
+        metrics::counter!("loopwright_api_key_events_total", "event" => "cooled", "reason" => why.code.clone())
+            .increment(1);
+        let at = (key.clone(), model.to_owned());
+        let now = Instant::now();
+        let mut rest = {
+            let known = self.lock();
+            let before = known.rests.get(&at);
+            let refusals = match before {
+                Some(before) if before.until > now => before.refusals,
+                Some(before) if now.duration_since(before.until).as_secs() < ROW_ENDS_AFTER_S => {
+                    (before.refusals + 1).min(REFUSALS_MAX)
+                }
+                _ => 1,
+            };
+            let until = (now + wait.at(refusals)).max(before.map_or(now, |before| before.until));
+            Rest { until, reason: why.code.clone(), refusals, noted_at: None, shared: false }
+        };
+        if let Some(pool) = &self.pool {
+            let (own, provider, fingerprint) = key.columns();
+            let (first, most, doubles) = match wait {
+                Wait::Named(wait) => (wait, wait, false),
+                Wait::Doubling(first) => (first, RESTS_MAX.max(first), true),
+            };
+            let ms = |wait: Duration| i64::try_from(wait.as_millis()).unwrap_or(i64::MAX) as f64;
+            let written: Result<Option<(f64, i32)>, _> = sqlx::query_as(
+                "with over as (delete from api_key_rests where rests_until < engine_now() - interval '1 day' and model <> $4)
+                 insert into api_key_rests as r (api_key_id, model, rests_until, reason, refusals)
+                 select id, $4, engine_now() + $6 * interval '1 ms', $5, 1 from api_keys
+                 where id = $1 or ($1 is null and user_id is null and provider = $2 and fingerprint = decode($3, 'hex'))
+                 on conflict (api_key_id, model) do update set reason = excluded.reason,
+                   refusals = case when r.rests_until > engine_now() then r.refusals
+                                   when r.rests_until > engine_now() - make_interval(secs => $9) then least(r.refusals + 1, $10)
+                                   else 1 end,
+                   rests_until = greatest(r.rests_until, engine_now() + interval '1 ms' * case
+                                   when not $8 or r.rests_until <= engine_now() - make_interval(secs => $9) then $6
+                                   else least($7, $6 * 2 ^ case when r.rests_until > engine_now() then r.refusals - 1
+                                                                else least(r.refusals + 1, $10) - 1 end) end)
+                 returning (extract(epoch from rests_until - engine_now()) * 1000)::float8, refusals",
+            )
+            .bind(own)
+            .bind(provider)
+            .bind(fingerprint)
+            .bind(model)
+            .bind(&why.code)
+            .bind(ms(first))
+            .bind(ms(most))
+            .bind(doubles)
+            .bind(ROW_ENDS_AFTER_S as f64)
+            .bind(i32::try_from(REFUSALS_MAX).unwrap_or(i32::MAX))
+            .fetch_optional(pool)
+            .await;
+            match written {
+                Ok(Some((left_ms, refusals))) => {
+                    rest.until = Instant::now() + milliseconds(left_ms);
+                    rest.refusals = u32::try_from(refusals).unwrap_or(1);
+                    rest.shared = true;
+                }
+                Ok(None) => {}
+                Err(error) => tracing::warn!(%error, "others are not told that a key rests for a model"),
+            }
+        }
+        let until = rest.until;
+        // From now on: rows that were asked for before say nothing of it.
+        rest.noted_at = Some(Instant::now());
+        let mut known = self.lock();
+        if known.rests.len() >= FORBIDDEN_MAX && !known.rests.contains_key(&at) {
+            known.rests.retain(|_, rest| rest.until > now);
+            if known.rests.len() >= FORBIDDEN_MAX {
+                known.rests.clear();
+            }
+        }
+        known.rests.insert(at, rest);
+        until.saturating_duration_since(Instant::now())
+    }
+
+    /// A key has answered for a model: what it was refused before is over, and the next refusal is the first of a row. Costs
+    /// nothing where there was none.
+    ///
+    /// # Transaction
+    /// One delete of the row of a rest that has ended.
+    pub async fn served(&self, key: &KeyRef, model: &str) {
+        let now = Instant::now();
+        let at = (key.clone(), model.to_owned());
+        {
+            let mut known = self.lock();
+            // One that is in force is of a later request than the answer's.
+            if known.rests.get(&at).is_none_or(|rest| rest.until > now) {
+                return;
+            }
+            known.rests.remove(&at);
+        }
+        let Some(pool) = &self.pool else { return };
+        let (own, provider, fingerprint) = key.columns();
+        let deleted = sqlx::query(
+            "delete from api_key_rests r using api_keys k where r.api_key_id = k.id and r.model = $4 and r.rests_until <= engine_now()
+               and (k.id = $1 or ($1 is null and k.user_id is null and k.provider = $2 and k.fingerprint = decode($3, 'hex')))",
+        )
+        .bind(own)
+        .bind(provider)
+        .bind(fingerprint)
+        .bind(model)
+        .execute(pool)
+        .await;
+        if let Err(error) = deleted {
+            tracing::warn!(%error, "others are not told that a key serves a model again");
+        }
+    }
+
+    /// Leaves a key alone for `wait`, whatever the model. A longer wait that is known stays. Returns how long it is left alone now.
     ///
     /// # Transaction
     /// One update of the key's row, of no other. A key that is disabled or revoked stays so.
-    pub async fn cool(&self, key: &KeyRef, model: Option<&str>, wait: Duration, why: &Failure) -> Duration {
+    pub async fn cool(&self, key: &KeyRef, wait: Duration, why: &Failure) -> Duration {
         let mut until = Instant::now() + wait;
         if let Some(pool) = &self.pool {
             let (own, provider, fingerprint) = key.columns();
             let left: Result<Option<f64>, _> = sqlx::query_scalar(
-                "update api_keys set status = 'cooling', disabled_reason = $5,
-                   cooling_model = case when status = 'cooling' and cooldown_until > engine_now() and cooling_model is distinct from $4
-                                        then null else $4 end,
-                   cooldown_until = greatest(case when status = 'cooling' then cooldown_until end, engine_now() + $6 * interval '1 ms')
+                "update api_keys set status = 'cooling', disabled_reason = $4, cooling_model = null,
+                   cooldown_until = greatest(case when status = 'cooling' and cooling_model is null then cooldown_until end,
+                                             engine_now() + $5 * interval '1 ms')
                  where status in ('active', 'cooling')
                    and (id = $1 or ($1 is null and user_id is null and provider = $2 and fingerprint = decode($3, 'hex')))
                  returning (extract(epoch from cooldown_until - engine_now()) * 1000)::float8",
@@ -270,7 +452,6 @@ impl Board {
             .bind(own)
             .bind(provider)
             .bind(fingerprint)
-            .bind(model)
             .bind(&why.code)
             .bind(i64::try_from(wait.as_millis()).unwrap_or(i64::MAX) as f64)
             .fetch_optional(pool)
@@ -284,14 +465,14 @@ impl Board {
         metrics::counter!("loopwright_api_key_events_total", "event" => "cooled", "reason" => why.code.clone())
             .increment(1);
         let mut known = self.lock();
-        let same = match known.standings.get(key) {
-            Some(Standing::Cooling { model: other, until, .. }) if *until > Instant::now() => other.as_deref() == model,
+        match known.standings.get(key) {
             Some(Standing::Disabled { .. }) => return until.saturating_duration_since(Instant::now()),
-            _ => true,
-        };
-        let model = model.filter(|_| same).map(str::to_owned);
+            // Without a row nobody else has kept the longer one.
+            Some(Standing::Cooling { model: None, until: longer, .. }) => until = until.max(*longer),
+            _ => {}
+        }
         known.noted.insert(key.clone(), Instant::now());
-        known.standings.insert(key.clone(), Standing::Cooling { model, until, reason: why.code.clone() });
+        known.standings.insert(key.clone(), Standing::Cooling { model: None, until, reason: why.code.clone() });
         known.said.insert(key.clone(), why.clone());
         until.saturating_duration_since(Instant::now())
     }
@@ -407,7 +588,7 @@ mod tests {
         let why = Failure::retryable("transient.rate_limited", "x");
         let row = |n: u32| ("gemini".into(), n.to_string(), "disabled".to_owned(), None, None, None);
         let asked_at = Instant::now();
-        board.cool(&key(1), None, Duration::from_secs(60), &why).await;
+        board.cool(&key(1), Duration::from_secs(60), &why).await;
         board.disable(&key(2), &why).await;
         // The rows are older: of them both keys were active, and a third one was not.
         board.take_rows(vec![row(3)], vec![], asked_at);
@@ -421,25 +602,56 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_key_cools_for_a_model_and_for_two_of_them_altogether() {
+    async fn a_key_rests_for_each_model_by_itself_and_cools_for_all() {
         let board = Board::default();
         let key = KeyRef::Own(Uuid::nil());
         let why = Failure::retryable("transient.rate_limited", "x");
         let now = Instant::now();
-        assert_eq!(board.standing(&key, "a", now), Standing::Active);
-        board.cool(&key, Some("a"), Duration::from_secs(60), &why).await;
-        assert!(matches!(board.standing(&key, "a", now), Standing::Cooling { .. }));
-        assert_eq!(board.standing(&key, "b", now), Standing::Active);
-        assert_eq!(board.standing(&key, "a", now + Duration::from_secs(61)), Standing::Active);
-        board.cool(&key, Some("b"), Duration::from_secs(60), &why).await;
+        let rests = |model: &str, at: Instant| matches!(board.standing(&key, model, at), Standing::Cooling { .. });
+        board.rest(&key, "a", Wait::Named(Duration::from_secs(60)), &why).await;
+        board.rest(&key, "b", Wait::Named(Duration::from_secs(10)), &why).await;
+        assert!(rests("a", now) && rests("b", now) && !rests("c", now), "two busy models leave it the third");
+        // A shorter wait that is named later ends none.
+        board.rest(&key, "a", Wait::Named(Duration::from_secs(1)), &why).await;
+        let later = now + Duration::from_secs(30);
+        assert!(rests("a", later) && !rests("b", later));
+        assert!(!rests("a", now + Duration::from_secs(62)));
+        board.cool(&key, Duration::from_secs(60), &why).await;
+        board.cool(&key, Duration::from_secs(1), &why).await;
         for model in ["a", "b", "c"] {
-            assert!(matches!(board.standing(&key, model, now), Standing::Cooling { .. }), "{model}");
+            assert!(rests(model, later), "{model}");
         }
         board.disable(&key, &Failure::permanent("provider.key_invalid", "no")).await;
-        board.cool(&key, None, Duration::from_secs(1), &why).await;
-        assert!(matches!(board.standing(&key, "a", now), Standing::Disabled { .. }), "cooling does not heal");
+        board.cool(&key, Duration::from_secs(1), &why).await;
+        assert!(matches!(board.standing(&key, "c", now), Standing::Disabled { .. }), "cooling does not heal");
         assert_eq!(board.said(&key).unwrap().message, "no");
         board.learn(key.clone(), Standing::Active);
-        assert_eq!((board.standing(&key, "a", now), board.said(&key)), (Standing::Active, None));
+        assert_eq!((board.standing(&key, "c", now), board.said(&key)), (Standing::Active, None));
+    }
+
+    #[tokio::test]
+    async fn refusals_in_a_row_double_the_rest_and_an_answer_ends_the_row() {
+        let board = Board::default();
+        let key = KeyRef::Own(Uuid::nil());
+        let why = Failure::retryable("transient.rate_limited", "x");
+        let first = Wait::Doubling(Duration::from_nanos(1));
+        let refusals = || board.lock().rests.get(&(key.clone(), "m".to_owned())).map(|rest| rest.refusals);
+        for n in 1..=3 {
+            board.rest(&key, "m", first, &why).await;
+            assert_eq!(refusals(), Some(n));
+        }
+        board.served(&key, "m").await;
+        assert_eq!(refusals(), None);
+        // Many that were under way together are one refusal.
+        for _ in 0..5 {
+            board.rest(&key, "m", Wait::Doubling(Duration::from_secs(30)), &why).await;
+        }
+        assert_eq!(refusals(), Some(1));
+        board.served(&key, "m").await;
+        assert_eq!(refusals(), Some(1), "the answer to an earlier question does not end a rest");
+        let second = Duration::from_secs(1);
+        let waits = [1, 2, 3, 6, 7, 99].map(|n| Wait::Doubling(second).at(n).as_secs());
+        assert_eq!(waits, [1, 2, 4, 32, 60, 60]);
+        assert_eq!(Wait::Named(3 * second).at(9), 3 * second);
     }
 }

@@ -16,7 +16,7 @@ mod rotate;
 mod rows;
 mod store;
 
-pub use board::{Board, FORBIDDEN, FORBIDDEN_FOR, KeyRef, STANDING_AGE_MAX, Standing};
+pub use board::{Board, FORBIDDEN, FORBIDDEN_FOR, KeyRef, RESTS_MAX, STANDING_AGE_MAX, Standing, Wait};
 pub use envelope::{Content, Envelope, Place, VERSION, open, rewrap, seal};
 pub use rate::{Grant, Rates, Taken, WINDOW};
 pub use ring::Ring;

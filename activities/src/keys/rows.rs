@@ -7,7 +7,7 @@ use super::{
 use crate::provider::KeyIdentity;
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
-use sqlx::{FromRow, PgConnection, Row, postgres::PgRow};
+use sqlx::{FromRow, PgConnection, PgExecutor, Row, postgres::PgRow};
 use uuid::Uuid;
 
 /// Whether a key is in use, as its row states it; a cooling one whose time is over is `active`.
@@ -52,9 +52,16 @@ pub struct KeyView {
 macro_rules! view {
     () => {
         " id, user_id, provider, source, label, last4, encode(fingerprint, 'hex') as fingerprint,
-    case when status = 'cooling' and cooldown_until <= engine_now() then 'active' else status end as status,
-    case when status = 'cooling' and cooldown_until <= engine_now() then null else disabled_reason end as reason,
-    case when cooldown_until > engine_now() then cooldown_until end as cooldown_until,
+    case when status in ('active', 'cooling') then
+           case when cooldown_until > engine_now() or exists (select from api_key_rests r where r.api_key_id = api_keys.id and r.rests_until > engine_now())
+                then 'cooling' else 'active' end
+         else status end as status,
+    case when status = 'cooling' and cooldown_until > engine_now() or status not in ('active', 'cooling') then disabled_reason
+         else (select r.reason from api_key_rests r where r.api_key_id = api_keys.id and r.rests_until > engine_now()
+               order by r.rests_until desc limit 1) end as reason,
+    case when status in ('active', 'cooling') then
+           nullif(greatest(cooldown_until, engine_now(), (select max(r.rests_until) from api_key_rests r where r.api_key_id = api_keys.id)), engine_now())
+         end as cooldown_until,
     base_url, model, platform_fallback, nullif(kek_id, '') as kek_id, created_at "
     };
 }
@@ -102,7 +109,7 @@ pub(super) async fn write(
     let content = Content { key: new.key.clone(), base_url: base_url.clone() };
     let sealed = envelope::seal(ring, place, &content)?;
     // What it may be used for is found out anew.
-    sqlx::query("delete from api_key_models where api_key_id = $1").bind(id).execute(&mut *conn).await?;
+    found_out_anew(&mut *conn, id).await?;
     let row = sqlx::query_as(concat!(
         "insert into api_keys (id, provider, user_id, source, label, base_url, model, platform_fallback, ciphertext, nonce,
                                wrapped_dek, kek_id, envelope_version, last4, fingerprint, sealed_at)
@@ -137,6 +144,12 @@ pub(super) async fn write(
         .fetch_one(conn)
         .await?;
     Ok(view)
+}
+
+/// Forgets which models a key may not use, and which it rests for.
+pub(super) async fn found_out_anew(conn: impl PgExecutor<'_>, id: Uuid) -> Result<(), sqlx::Error> {
+    let sql = "with models as (delete from api_key_models where api_key_id = $1) delete from api_key_rests where api_key_id = $1";
+    sqlx::query(sql).bind(id).execute(conn).await.map(drop)
 }
 
 impl SealedKey {

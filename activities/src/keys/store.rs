@@ -3,7 +3,7 @@
 use super::{
     Board, Error, KeyView, Place, Rates, Ring, SealedKey, Standing, WINDOW,
     envelope::{self, Content},
-    rows::{OwnRow, sealed, view, write},
+    rows::{OwnRow, found_out_anew, sealed, view, write},
 };
 use crate::provider::{
     KeyIdentity,
@@ -230,7 +230,7 @@ impl Keys {
     /// # Errors
     /// `key_not_found`, also for a revoked one: nothing is left of it.
     pub async fn set_enabled(&self, id: Uuid, enabled: bool) -> Result<KeyView, Error> {
-        sqlx::query("delete from api_key_models where api_key_id = $1").bind(id).execute(&self.pool).await?;
+        found_out_anew(&self.pool, id).await?;
         let row = sqlx::query_as(concat!(
             "update api_keys set status = case when $2 then 'active' else 'disabled' end,
                disabled_reason = case when not $2 then 'operator' end, cooldown_until = null, cooling_model = null

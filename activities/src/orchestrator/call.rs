@@ -5,6 +5,7 @@ mod answer;
 mod blame;
 mod build;
 mod choice;
+mod cut;
 mod failure;
 mod keys;
 mod pack;
@@ -16,7 +17,7 @@ mod wait;
 pub use wait::Pace;
 
 use super::{
-    Question, Reply, budget,
+    Question, Reply, budget, model_label,
     own::{Lane, Owners},
     platform::Sealed,
     route::{Candidate, Routing},
@@ -30,6 +31,7 @@ use crate::{
 };
 use answer::{Judged, UNUSABLE_CANDIDATES, UNUSABLE_PER_CANDIDATE, Unusable, append_repair, unreadable};
 use blame::Blame;
+use cut::Cuts;
 use failure::{
     BUDGET_PER_MINUTE, is_beyond_means, is_out, is_passing, is_waited_for, named, outward, uncounted,
     until_the_operator_acts, verdict_over,
@@ -38,7 +40,7 @@ use keys::Refused;
 use loopwright_engine::{Failure, activity::Context, ids::AttemptId};
 use pack::{PACKINGS_MAX, Windows, answer_max, believable, narrower, output_limit};
 use part::Parts;
-use record::{Interrupted, model_label};
+use record::Interrupted;
 use std::{
     collections::{BTreeMap, VecDeque},
     sync::{Arc, Mutex},
@@ -48,9 +50,9 @@ use wait::{alive, jittered, milliseconds, sleep};
 
 /// Requests to one candidate within a call: the second cures most passing faults, a third is a storm.
 pub const TRIES_PER_CANDIDATE: u32 = 2;
-/// Attempts of a step of which a lost answer does not count: what may have been billed is bought again at the platform's cost, so
-/// that an outage of minutes ends no run. Later ones count, so a question is lost at most so often and as often as the step's
-/// policy says. Chosen: with delays that double, two minutes before it counts.
+/// Lost answers of a call that do not count: what may have been billed is bought again at the platform's cost, so that an outage of
+/// minutes ends no run. Later ones count, so a question is lost at most so often and as often as the step's policy says. Chosen: with
+/// delays that double, two minutes before it counts.
 const LOST_UNCOUNTED: u32 = 5;
 
 /// Chooses a model for a role and makes sure that no finished call is bought twice. Cheap to clone.
@@ -107,10 +109,16 @@ struct Progress {
     unusable: Vec<Unusable>,
     /// What there is of an answer that is given in several calls.
     parts: Parts,
+    /// Answers that were cut at their limit.
+    cuts: Cuts,
+    /// The request that is made has all the room that its candidate has.
+    full: bool,
     /// A request failed and is billed all the same: to wait for somebody else and ask again would buy it once more.
     billed: bool,
-    /// Who may have served the question, and the answer was lost.
+    /// Who may have served the question in this attempt, and the answer was lost.
     lost: Vec<Server>,
+    /// Lost answers of all attempts, as far as it matters how many.
+    lost_in_all: u32,
     /// Who will not do it with any of its models.
     closed: Vec<Server>,
     /// The candidate that is being asked has failed in a way that waiting does not cure.
@@ -141,6 +149,20 @@ struct Task<'a> {
     shape: Option<Shape>,
 }
 
+/// Checkpoint of the `n`-th lost answer of a call, from 1 to [`LOST_UNCOUNTED`].
+fn lost_key(key: &str, n: u32) -> String {
+    format!("call:{key}~lost.{n}")
+}
+
+/// Answers of a call that former attempts have lost, up to [`LOST_UNCOUNTED`].
+async fn lost_so_far(ctx: &Context, key: &str) -> Result<u32, Failure> {
+    let mut lost = 0;
+    while lost < LOST_UNCOUNTED && ctx.checkpoint(&lost_key(key, lost + 1)).await?.is_some() {
+        lost += 1;
+    }
+    Ok(lost)
+}
+
 impl Orchestrator {
     /// One model call with fallback over the candidates of its role.
     ///
@@ -148,7 +170,7 @@ impl Orchestrator {
     /// `key` names the call inside its step and is stable over attempts: an answer recorded under it is returned and
     /// nothing is bought. Request `k` of attempt `a` is metered as `<key>.a<a>.<k>`; the answer is the checkpoint
     /// `call:<key>`; an answer without the required shape is the checkpoint `call:<key>~unusable.<a>.<n>`, the beginning of one that is
-    /// given in several calls `call:<key>~part.<a>.<n>`. A candidate whose window is too small, or that says so, is asked with a smaller
+    /// given in several calls `call:<key>~part.<a>.<n>`, one that was cut at its limit `call:<key>~cut.<n>`, that one was lost `call:<key>~lost.<n>`. A candidate whose window is too small, or that says so, is asked with a smaller
     /// packing of the same question before another one is. While it lasts the call gives signs of life for its attempt.
     /// # Errors
     /// The codes that `README.md` lists under "Providers and orchestrator"; a refusal of the hook or the engine as it is.
@@ -176,6 +198,8 @@ impl Orchestrator {
         if ctx.info().attempt > 1 {
             progress.parts = Parts::recorded(ctx, key).await?;
             progress.unusable = Unusable::recorded(ctx, key).await?;
+            progress.cuts = Cuts::recorded(ctx, key).await?;
+            progress.lost_in_all = lost_so_far(ctx, key).await?;
             // A repair that was lost comes first; before it the rest of an answer.
             choices.sort_by_key(|choice| progress.unusable_of(&choice.candidate).count() != 1);
         }
@@ -200,6 +224,11 @@ impl Orchestrator {
             if progress.lost.contains(&server) || progress.closed.contains(&server) || progress.is_enough(candidate) {
                 continue;
             }
+            if progress.cuts.are_enough() {
+                only_keys = false;
+                failures.push(progress.cuts.failure());
+                break;
+            }
             progress.counts = false;
             match self.ask(task, choice, progress).await {
                 Verdict::Answered(reply) => return Ok(reply),
@@ -221,8 +250,12 @@ impl Orchestrator {
         if let Some(failure) = ours.filter(|_| only_keys).and_then(|at| failures.get_mut(at)) {
             until_the_operator_acts(failure);
         }
-        let lost_too_often = !progress.lost.is_empty() && task.ctx.info().attempt > LOST_UNCOUNTED;
-        let verdict = verdict_over(failures);
+        let lost_too_often = !progress.lost.is_empty() && progress.lost_in_all > LOST_UNCOUNTED;
+        let mut verdict = verdict_over(failures);
+        // Of those who were cut the newest knows that it was the last.
+        if verdict.code == "model.truncated" && progress.cuts.are_enough() {
+            verdict = Failure { detail: verdict.detail, ..progress.cuts.failure() };
+        }
         Err(if waits && !progress.billed && !lost_too_often { uncounted(verdict) } else { verdict })
     }
 
@@ -245,6 +278,10 @@ impl Orchestrator {
         let mut limit = output_limit(candidate, question.request.max_output_tokens);
         // A smaller one, where that is more than may be spent or leaves no room for the prompt.
         let mut modest = None;
+        if progress.cuts.is_long() {
+            modest = Some(limit.saturating_mul(2));
+            limit = u32::MAX;
+        }
         let mut tries_left = TRIES_PER_CANDIDATE;
         // Every key may refuse once; a change of keys is no second try.
         let mut changes_left = pool.len().saturating_sub(1);
@@ -293,6 +330,7 @@ impl Orchestrator {
                     }
                 }
             };
+            progress.full = limit >= limit_max;
             let outcome = self.request(task, &admitted.running, candidate, &fitted, limit, repairing, progress).await;
             self.settle_grants(&admitted.grants, &outcome).await;
             let mut cooled = None;
@@ -346,8 +384,8 @@ impl Orchestrator {
                 error.failure.retry_after_ms = error.failure.retry_after_ms.max(Some(milliseconds(told).max(1)));
             }
             if error.state == CallState::Unknown && error.advice != Advice::Stop {
-                let model = model_label(candidate, choice.own.is_some());
-                let labels = [("provider", candidate.provider.clone()), ("model", model)];
+                let model = model_label(&candidate.model, choice.own.is_some());
+                let labels = [("provider", candidate.provider.clone()), ("model", model.to_owned())];
                 metrics::counter!("loopwright_model_lost_answers_total", &labels).increment(1);
                 progress.lost.push(choice.server());
                 return Verdict::Next(error.failure);

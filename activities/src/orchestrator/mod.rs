@@ -41,6 +41,11 @@ pub enum Role {
     Utility,
 }
 
+/// A model as metrics name it. What users call the models of their own keys makes no series.
+pub(crate) fn model_label(model: &str, own: bool) -> &str {
+    if own { "own" } else { model }
+}
+
 /// One turn of a conversation with a model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "role", rename_all = "snake_case")]
@@ -127,10 +132,10 @@ pub struct Reply {
 }
 
 impl Reply {
-    /// The model as metrics name it. What users call the models of their own keys makes no series.
+    /// The model as metrics name it.
     #[must_use]
     pub fn model_label(&self) -> &str {
-        if self.own { "own" } else { &self.model }
+        model_label(&self.model, self.own)
     }
 
     /// This answer as a turn of the conversation that goes on.

@@ -9,7 +9,7 @@ use loopwright_engine::Failure;
 use std::{
     sync::{
         Arc, PoisonError, RwLock,
-        atomic::{AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -66,14 +66,22 @@ pub(super) struct Pool {
 /// A key in use; given back when dropped.
 pub(super) struct Running {
     pub slot: Arc<Slot>,
-    /// This call finds out whether the provider is back.
-    pub probe: bool,
+    /// This call finds out whether the provider is back, and has not yet.
+    probe: AtomicBool,
+}
+
+impl Running {
+    /// Whether this call was the probe; from now on it is none, and what it found out is said by the caller. Given back later it would
+    /// take the place of the next one.
+    pub fn found_out(&self) -> bool {
+        self.probe.swap(false, Ordering::Relaxed)
+    }
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
         self.slot.running.fetch_sub(1, Ordering::Relaxed);
-        if self.probe {
+        if self.found_out() {
             self.slot.breaker.give_back();
         }
     }
@@ -135,8 +143,9 @@ impl Pool {
                     out.get_or_insert((board.said_of_model(&slot.key, model), reason));
                     continue;
                 }
-                Standing::Cooling { until, .. } => {
-                    wait_for(until.saturating_duration_since(now), "transient.rate_limited");
+                Standing::Cooling { until, reason, .. } => {
+                    let code = if reason == "transient.http" { UNAVAILABLE } else { "transient.rate_limited" };
+                    wait_for(until.saturating_duration_since(now), code);
                     continue;
                 }
                 Standing::Disabled { reason } => {
@@ -148,7 +157,7 @@ impl Pool {
                 Permit::Allowed { probe } => {
                     slot.running.fetch_add(1, Ordering::Relaxed);
                     slot.taken.store(TURN.fetch_add(1, Ordering::Relaxed), Ordering::Relaxed);
-                    return Ok(Running { slot, probe });
+                    return Ok(Running { slot, probe: AtomicBool::new(probe) });
                 }
                 Permit::Refused(wait) => wait_for(wait, UNAVAILABLE),
             }
@@ -172,6 +181,26 @@ impl Pool {
 mod tests {
     use super::*;
     use crate::provider::Scripted;
+
+    #[test]
+    fn a_probe_that_has_found_out_does_not_give_back_the_place_of_the_next_one() {
+        let client = Scripted::from_yaml("- at: 'a:b'\n  reply: { text: x }\n").unwrap();
+        let slot = Arc::new(Slot::own(Arc::new(client), Uuid::nil()));
+        let (pool, board, start) = (Pool::new(vec![slot.clone()]), Board::default(), Instant::now());
+        for _ in 0..crate::orchestrator::breaker::FAILURES_TO_OPEN {
+            slot.breaker.unwell_for(start, false, Duration::ZERO);
+        }
+        let take = || pool.take(&board, "m", start, &[]).ok();
+        let first = take().unwrap();
+        assert!(take().is_none(), "one at a time");
+        // It failed, and is still being recorded when the next one begins.
+        slot.breaker.unwell_for(start, first.found_out(), Duration::ZERO);
+        let second = take().unwrap();
+        drop(first);
+        assert!(take().is_none(), "the second one is under way");
+        drop(second);
+        assert!(take().is_some(), "it found out nothing");
+    }
 
     #[test]
     fn a_pool_that_is_made_anew_of_the_same_keys_goes_on_where_it_was() {

@@ -119,11 +119,6 @@ impl Gemini {
             let body = body(&call, level).to_string().into_bytes();
             let answer = self.http.post(&self.names, &call, url.clone(), self.headers.clone(), body).await?;
             if answer.status.is_success() {
-                if known != Some(learned) && learned != (Learned { level: call.structured_output, no_thinking: false })
-                {
-                    let mut all = self.learned.lock().unwrap_or_else(PoisonError::into_inner);
-                    all.insert(call.model.to_owned(), learned);
-                }
                 return read(answer, &call, &self.names).await;
             }
             let (error, report) = answer.into_error().await;
@@ -132,15 +127,24 @@ impl Gemini {
             }
             if call.thinking.is_some() && report.mentions("thinking") {
                 learned.no_thinking = true;
+                self.learn(call.model, learned);
                 continue;
             }
             let schema_refused = call.request.output_schema.is_some()
                 && ["schema", "response_mime_type", "responsemimetype", "mime type"].iter().any(|w| report.mentions(w));
             match level.step_down().filter(|_| schema_refused) {
-                Some(simpler) => learned.level = simpler,
+                // It has said what it does not take: that need not be heard twice, whatever becomes of the simpler form.
+                Some(simpler) => {
+                    learned.level = simpler;
+                    self.learn(call.model, learned);
+                }
                 None => return Err(error),
             }
         }
+    }
+
+    fn learn(&self, model: &str, learned: Learned) {
+        self.learned.lock().unwrap_or_else(PoisonError::into_inner).insert(model.to_owned(), learned);
     }
 }
 

@@ -30,6 +30,9 @@ const POOL_IDLE: Duration = Duration::from_secs(30);
 /// Longest wait for the rest of an error body, whose status is known already.
 const ERROR_BODY_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// After so long a bad gateway may stand before a server that has worked; one whose server is not there says so at once. Chosen.
+const BAD_GATEWAY_AT_ONCE: Duration = Duration::from_secs(1);
+
 /// A client with our limits.
 #[derive(Clone, Debug)]
 pub(super) struct Http {
@@ -46,6 +49,8 @@ pub(super) struct Answer<'a> {
     cancellation: &'a CancellationToken,
     timeouts: Timeouts,
     deadline: Instant,
+    /// From the request to the headers.
+    took: Duration,
     bytes_read: usize,
 }
 
@@ -90,7 +95,8 @@ impl Http {
         headers: HeaderMap,
         body: Vec<u8>,
     ) -> Result<Answer<'a>, ProviderError> {
-        let deadline = Instant::now() + self.timeouts.total;
+        let sent_at = Instant::now();
+        let deadline = sent_at + self.timeouts.total;
         let request = self
             .client
             .post(url)
@@ -112,6 +118,7 @@ impl Http {
             cancellation: call.cancellation,
             timeouts: self.timeouts,
             deadline,
+            took: sent_at.elapsed(),
             bytes_read: 0,
         })
     }
@@ -146,6 +153,7 @@ impl Http {
             cancellation: &cancellation,
             timeouts: self.timeouts,
             deadline: limit,
+            took: Duration::ZERO,
             bytes_read: 0,
         };
         if !answer.status.is_success() {
@@ -230,7 +238,8 @@ impl Answer<'_> {
         Ok(String::from_utf8_lossy(&body).into_owned())
     }
 
-    /// Classifies an answer with an error status, from its headers and the beginning of its body.
+    /// Classifies an answer with an error status, from its headers and the beginning of its body. A gateway that lost patience, or its
+    /// server in the middle of the work, knows nothing of what that server did and billed: the call is unknown.
     pub(super) async fn into_error(mut self) -> (ProviderError, Report) {
         let hints = Hints::parse(&self.headers, Utc::now());
         let mut body = Vec::new();
@@ -244,7 +253,11 @@ impl Answer<'_> {
         }
         body.truncate(ERROR_BODY_BYTES_MAX);
         let report = Report::parse(&body);
-        (classify(self.names, self.status.as_u16(), hints, &report), report)
+        let mut error = classify(self.names, self.status.as_u16(), hints, &report);
+        if may_have_been_served(self.status, self.took) {
+            error.state = CallState::Unknown;
+        }
+        (error, report)
     }
 }
 
@@ -268,6 +281,15 @@ async fn within<T>(cancellation: &CancellationToken, limit: Instant, work: impl 
         biased;
         () = cancellation.cancelled() => Err(Stop::Cancelled),
         done = timeout_at(limit, work) => done.map_err(|_| Stop::TimedOut),
+    }
+}
+
+/// Whether an error status leaves open what became of the request behind it.
+fn may_have_been_served(status: StatusCode, took: Duration) -> bool {
+    match status.as_u16() {
+        408 | 504 | 524 => true,
+        502 => took >= BAD_GATEWAY_AT_ONCE,
+        _ => false,
     }
 }
 

@@ -10,7 +10,7 @@ use super::{
     chat::{self, ServedModel},
     http::{Http, secret_header},
     retry::{Names, Report},
-    shape::{STEP_DOWNS_MAX, Shape, Shapes, TokenLimit},
+    shape::{STEP_DOWNS_MAX, Shape, Shapes, TokenLimit, names_its_part},
 };
 use futures_util::future::BoxFuture;
 use reqwest::{
@@ -116,6 +116,7 @@ impl OpenAiCompatible {
 
     async fn complete(&self, call: Call<'_>) -> Result<Completion, ProviderError> {
         let with_schema = call.request.output_schema.is_some();
+        let before = self.shapes.get(call.model);
         let mut shape = self.first_shape(&call);
         let mut steps = 0;
         loop {
@@ -131,14 +132,19 @@ impl OpenAiCompatible {
                 return chat::read(answer, &call, &self.names, ServedModel::Requested).await;
             }
             let (error, report) = answer.into_error().await;
-            let next = if steps < STEP_DOWNS_MAX && form_refused(&error, &report) {
-                shape.step_down(&report, with_schema)
-            } else {
-                None
-            };
+            let refused = form_refused(&error, &report);
+            let next = if steps < STEP_DOWNS_MAX && refused { shape.step_down(&report, with_schema) } else { None };
             match next {
-                Some(simpler) => shape = simpler,
+                Some(simpler) => {
+                    shape = simpler;
+                    if names_its_part(&report) {
+                        self.shapes.remember(call.model, shape);
+                    }
+                }
                 None => {
+                    if refused && steps > 0 {
+                        self.shapes.restore(call.model, before);
+                    }
                     call.request_id.offer(&request_id);
                     return Err(error);
                 }

@@ -6,7 +6,7 @@ use super::{
     chat::{self, ServedModel},
     http::{Http, header, secret_header},
     retry::Names,
-    shape::{STEP_DOWNS_MAX, Shape, Shapes, TokenLimit},
+    shape::{STEP_DOWNS_MAX, Shape, Shapes, TokenLimit, names_its_part},
 };
 use futures_util::future::BoxFuture;
 use reqwest::{
@@ -54,7 +54,8 @@ impl OpenRouter {
 
     async fn complete(&self, call: Call<'_>) -> Result<Completion, ProviderError> {
         let with_schema = call.request.output_schema.is_some();
-        let known = self.shapes.get(call.model).map_or(call.structured_output, |known| known.structured_output);
+        let before = self.shapes.get(call.model);
+        let known = before.map_or(call.structured_output, |known| known.structured_output);
         let mut shape = Shape {
             structured_output: known.max(call.structured_output),
             token_limit: TokenLimit::MaxCompletionTokens,
@@ -82,8 +83,16 @@ impl OpenRouter {
                 _ => false,
             };
             match shape.step_down(&report, with_schema).filter(|_| form_refused) {
-                Some(simpler) if step < STEP_DOWNS_MAX => shape = simpler,
+                Some(simpler) if step < STEP_DOWNS_MAX => {
+                    shape = simpler;
+                    if names_its_part(&report) {
+                        self.shapes.remember(call.model, shape);
+                    }
+                }
                 _ => {
+                    if form_refused && step > 0 {
+                        self.shapes.restore(call.model, before);
+                    }
                     call.request_id.offer(&request_id);
                     return Err(error);
                 }

@@ -65,19 +65,11 @@ impl Report {
             .or_else(|| error.get("limit_source"))
             .and_then(Value::as_str)
             .map(str::to_owned);
-        report.resets_at =
-            error.pointer("/metadata/resets_at").or_else(|| error.get("resets_at")).and_then(|value| match value {
-                Value::String(text) => DateTime::parse_from_rfc3339(text).ok().map(|at| at.with_timezone(&Utc)),
-                // Milliseconds, as JavaScript counts, or seconds.
-                Value::Number(n) => n.as_i64().and_then(|n| {
-                    if n > 100_000_000_000 {
-                        DateTime::from_timestamp_millis(n)
-                    } else {
-                        DateTime::from_timestamp(n, 0)
-                    }
-                }),
-                _ => None,
-            });
+        // The last is OpenRouter's copy of the header that its limit of requests came with.
+        report.resets_at = ["/metadata/resets_at", "/resets_at", "/metadata/headers/X-RateLimit-Reset"]
+            .iter()
+            .find_map(|pointer| error.pointer(pointer))
+            .and_then(instant);
         report.retryable = error.pointer("/availability/retryable").and_then(Value::as_bool);
         report.retry_after = ["/availability/retry_after", "/metadata/retry_after", "/metadata/retry_after_seconds"]
             .iter()
@@ -97,7 +89,10 @@ impl Report {
                 report.per_day |= id.contains("PerDay") || violation.get("quotaValue") == Some(&json!("0"));
             }
         }
-        report.per_day |= report.message.contains("limit: 0,") || report.message.ends_with("limit: 0");
+        report.per_day |= ["limit: 0,", "per-day", "requests per day", "tokens per day"]
+            .iter()
+            .any(|words| report.message.contains(words))
+            || report.message.ends_with("limit: 0");
         report
     }
 
@@ -155,6 +150,19 @@ impl Report {
                 .iter()
                 .any(|words| self.message.contains(words))
     }
+}
+
+/// An instant as a date, or in milliseconds, as JavaScript counts, or seconds.
+fn instant(value: &Value) -> Option<DateTime<Utc>> {
+    let number = match value {
+        Value::String(text) => match text.parse() {
+            Ok(number) => number,
+            Err(_) => return DateTime::parse_from_rfc3339(text).ok().map(|at| at.with_timezone(&Utc)),
+        },
+        Value::Number(number) => number.as_i64()?,
+        _ => return None,
+    };
+    if number > 100_000_000_000 { DateTime::from_timestamp_millis(number) } else { DateTime::from_timestamp(number, 0) }
 }
 
 /// The waits and wishes in the headers of an error answer.

@@ -44,6 +44,20 @@ impl TokenLimit {
 /// usage option, and one to be safe.
 pub(super) const STEP_DOWNS_MAX: usize = 5;
 
+/// Whether a refusal says which part of the form it is about: then it need not be heard twice, whatever becomes of the simpler form.
+pub(super) fn names_its_part(report: &Report) -> bool {
+    const PARTS: [&str; 7] = [
+        "max_tokens",
+        "max_completion_tokens",
+        "stream_options",
+        "include_usage",
+        "response_format",
+        "schema",
+        "grammar",
+    ];
+    PARTS.iter().any(|part| report.mentions(part))
+}
+
 impl Shape {
     /// The next simpler form after a refusal: what the server named, otherwise whatever is left to drop.
     pub(super) fn step_down(self, report: &Report, with_schema: bool) -> Option<Self> {
@@ -69,7 +83,7 @@ impl Shape {
     }
 }
 
-/// Remembered shapes by model.
+/// Remembered shapes by model. A client has one key, so they are of that key.
 #[derive(Debug, Default)]
 pub(super) struct Shapes(Mutex<BTreeMap<String, Shape>>);
 
@@ -79,6 +93,14 @@ impl Shapes {
     }
     pub(super) fn remember(&self, model: &str, shape: Shape) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(model.to_owned(), shape);
+    }
+    /// What was known before a request that was refused in every form: it was not the form.
+    pub(super) fn restore(&self, model: &str, before: Option<Shape>) {
+        let mut shapes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match before {
+            Some(shape) => shapes.insert(model.to_owned(), shape),
+            None => shapes.remove(model),
+        };
     }
 }
 

@@ -216,6 +216,53 @@ async fn edits_runs_and_done_come_to_a_changed_tree() {
     assert!(progress.contains(&edit), "{progress:?}");
 }
 
+/// The models that edits are counted under.
+#[derive(Default)]
+struct Models(Mutex<BTreeSet<String>>);
+
+impl metrics::Recorder for Models {
+    fn describe_counter(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+    fn describe_gauge(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+    fn describe_histogram(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+    fn register_counter(&self, key: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Counter {
+        if key.name() == "loopwright_edits_total" {
+            let models = key.labels().filter(|label| label.key() == "model").map(|label| label.value().to_owned());
+            self.0.lock().unwrap().extend(models);
+        }
+        metrics::Counter::noop()
+    }
+    fn register_gauge(&self, _: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Gauge {
+        metrics::Gauge::noop()
+    }
+    fn register_histogram(&self, _: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Histogram {
+        metrics::Histogram::noop()
+    }
+}
+
+#[tokio::test]
+async fn edits_of_users_own_models_are_one_series_whatever_their_names() {
+    let script = [("turn-1", write("a.txt", "new")), ("turn-*", done())];
+    let script = script.each_ref().map(|(at, reply)| (*at, reply.as_str()));
+    let counted = async |stage: &Stage| {
+        let models = Models::default();
+        let guard = metrics::set_default_local_recorder(&models);
+        stage.run(&Memory::of(&[("a.txt", "old")])).await.expect("done");
+        drop(guard);
+        models.0.into_inner().unwrap()
+    };
+    let ours = Stage::new(&script);
+    assert_eq!(counted(&ours).await, BTreeSet::from(["rehearsed/implementer".to_owned()]));
+    // The same answers, as keys of users have served them.
+    let own = Stage::new(&script);
+    for (key, value) in ours.recorder.checkpoints.lock().unwrap().iter().filter(|(key, _)| key.starts_with("call:")) {
+        let mut value = value.clone();
+        (value["own"], value["model"]) = (true.into(), format!("the model of {key}").into());
+        own.recorder.checkpoints.lock().unwrap().insert(key.clone(), value);
+    }
+    assert_eq!(counted(&own).await, BTreeSet::from(["own".to_owned()]));
+    assert_eq!(own.calls(), 0, "nobody was asked");
+}
+
 #[tokio::test]
 async fn a_model_that_repeats_one_call_is_warned_and_stopped() {
     let stage = Stage::new(&[("turn-*", &tool("read", "{ path: a.txt }"))]);

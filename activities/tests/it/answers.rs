@@ -65,8 +65,8 @@ impl Activity for Asks {
     fn run(&self, ctx: Context, _input: Value) -> BoxFuture<'static, Result<Value, Failure>> {
         (self.1)(ctx, self.0.clone())
     }
-    fn reserve(&self, _input: &Value) -> Value {
-        json!({ "calls": [self.0.planned(Role::Utility, 2, 100, 200)] })
+    fn reserve(&self, _input: &Value, extras: &Value) -> Value {
+        json!({ "calls": [self.0.planned((Role::Utility, "test"), extras, 2, 100, 200)] })
     }
 }
 

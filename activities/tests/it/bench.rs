@@ -31,7 +31,13 @@ pub(crate) struct Bench {
 
 /// The start of an attempt that plans so many calls of 1.44 credits.
 pub(crate) fn planning(attempt: &AttemptRef, count: u32) -> AttemptStart {
-    let call = PlannedCall { candidates: vec![model()], count, input_tokens: 1_000, output_tokens: 1_000 };
+    let call = PlannedCall {
+        ceilings: Vec::new(),
+        candidates: vec![model()],
+        count,
+        input_tokens: 1_000,
+        output_tokens: 1_000,
+    };
     let reserve = serde_json::to_value(Reserve { calls: vec![call] }).expect("json");
     AttemptStart { attempt: attempt.clone(), reserve }
 }
@@ -278,7 +284,13 @@ pub(crate) fn model() -> (String, String) {
 
 pub(crate) fn one_call() -> Reserve {
     Reserve {
-        calls: vec![PlannedCall { candidates: vec![model()], count: 1, input_tokens: 1_000, output_tokens: 1_000 }],
+        calls: vec![PlannedCall {
+            ceilings: Vec::new(),
+            candidates: vec![model()],
+            count: 1,
+            input_tokens: 1_000,
+            output_tokens: 1_000,
+        }],
     }
 }
 

@@ -119,7 +119,13 @@ async fn what_a_hold_takes_ahead_never_keeps_a_call_from_the_last_credits() {
     let attempt = bench.attempt(RunId::new(), 1);
     // Its plan is one call of that size.
     let mut start = planning(&attempt, 1);
-    let call = PlannedCall { candidates: vec![model()], count: 1, input_tokens: 1_000, output_tokens: 100 };
+    let call = PlannedCall {
+        ceilings: Vec::new(),
+        candidates: vec![model()],
+        count: 1,
+        input_tokens: 1_000,
+        output_tokens: 100,
+    };
     start.reserve = serde_json::to_value(Reserve { calls: vec![call] }).expect("json");
     assert_eq!(bench.transition(attempt.run_id, vec![], vec![start]).await, None);
     for n in 0..12 {
@@ -214,10 +220,35 @@ async fn a_budget_that_others_hold_is_waited_for_and_one_that_is_spent_is_not() 
     // 1.76 are left of it; 2.88 are needed for a call of twice the size.
     let mut big = planning(&third, 1);
     big.reserve = serde_json::to_value(Reserve {
-        calls: vec![PlannedCall { candidates: vec![model()], count: 1, input_tokens: 2_000, output_tokens: 2_000 }],
+        calls: vec![PlannedCall {
+            ceilings: Vec::new(),
+            candidates: vec![model()],
+            count: 1,
+            input_tokens: 2_000,
+            output_tokens: 2_000,
+        }],
     })
     .expect("json");
     assert_eq!(bench.transition(run, vec![], vec![big]).await.as_deref(), Some("budget.run"));
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn a_candidate_above_its_ceiling_is_not_held_for() {
+    let bench = Bench::new(200).await;
+    let mut held = Vec::new();
+    for ceilings in [vec![], vec![(None, Some(u64::MAX))], vec![(Some(1), None)]] {
+        let attempt = bench.attempt(RunId::new(), 1);
+        let mut start = planning(&attempt, 1);
+        let call =
+            PlannedCall { ceilings, candidates: vec![model()], count: 1, input_tokens: 2_000, output_tokens: 2_000 };
+        start.reserve = serde_json::to_value(Reserve { calls: vec![call] }).expect("json");
+        assert_eq!(bench.transition(attempt.run_id, vec![], vec![start]).await, None);
+        held.push(bench.balance().await.1);
+        bench.end(&attempt, Outcome::Succeeded).await;
+    }
+    // What nobody will be asked for is held by nobody, but for what every attempt holds.
+    assert_eq!((held[0], held[1], held[2]), (2_880_000, 2_880_000, 10_000));
     assert_eq!(bench.violations().await, [""; 0]);
 }
 

@@ -83,7 +83,7 @@ impl Activity for Asks {
             Ok(json!(ctx.info().attempt))
         })
     }
-    fn reserve(&self, _input: &Value) -> Value {
+    fn reserve(&self, _input: &Value, _extras: &Value) -> Value {
         serde_json::to_value(one_call()).expect("json")
     }
 }
@@ -226,7 +226,7 @@ impl Activity for Calls {
             Ok(json!({}))
         })
     }
-    fn reserve(&self, _input: &Value) -> Value {
+    fn reserve(&self, _input: &Value, _extras: &Value) -> Value {
         serde_json::to_value(one_call()).expect("json")
     }
 }
@@ -275,8 +275,8 @@ impl Activity for Holds {
             Calls.run(ctx, input).await
         })
     }
-    fn reserve(&self, input: &Value) -> Value {
-        Calls.reserve(input)
+    fn reserve(&self, input: &Value, extras: &Value) -> Value {
+        Calls.reserve(input, extras)
     }
 }
 

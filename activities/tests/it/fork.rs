@@ -51,9 +51,10 @@ impl Activity for Work {
             failure_codes: vec![],
         }
     }
-    fn reserve(&self, _: &Value) -> Value {
+    fn reserve(&self, _: &Value, _extras: &Value) -> Value {
         let candidates = vec![(MODEL.0.to_owned(), MODEL.1.to_owned())];
-        let call = PlannedCall { candidates, count: 1, input_tokens: 1_000, output_tokens: 1_000 };
+        let call =
+            PlannedCall { ceilings: Vec::new(), candidates, count: 1, input_tokens: 1_000, output_tokens: 1_000 };
         serde_json::to_value(Reserve { calls: vec![call] }).expect("json")
     }
     fn run(&self, ctx: Context, input: Value) -> BoxFuture<'static, Result<Value, Failure>> {

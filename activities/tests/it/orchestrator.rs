@@ -448,7 +448,30 @@ async fn thinking_gets_its_room_within_the_limit_of_the_model() {
     let orchestrator = orchestrator(&list, &[Arc::clone(&stub)]);
     orchestrator.call(&Bench::new().ctx, "plan", request()).await.unwrap();
     assert_eq!(stub.calls.lock().unwrap()[0].2, 4_000);
-    assert_eq!(orchestrator.planned(Role::Architect, 2, 50, 100).output_tokens, 3_600);
+    assert_eq!(orchestrator.planned((Role::Architect, "plan"), &Value::Null, 2, 50, 100).output_tokens, 3_600);
+}
+
+#[tokio::test]
+async fn what_is_planned_follows_the_definition_and_the_purpose() {
+    let stubs = [Stub::new("gemini", |_, _| Ok(said("x"))), Stub::new("openrouter", |_, _| Ok(said("x")))];
+    let dear = Candidate { tasks: vec!["plan".into()], output_umtok_max: Some(5), ..candidate("gemini", "dear") };
+    let thinks = Candidate { thinking_tokens: 500, ..candidate("openrouter", "thinks") };
+    let orchestrator = orchestrator(&[dear, candidate("gemini", "m"), thinks], &stubs);
+    let planned = |purpose: &str, extras: &Value| {
+        let planned = orchestrator.planned((Role::Architect, purpose), extras, 1, 50, 100);
+        let models: Vec<String> = planned.candidates.iter().map(|(_, model)| model.clone()).collect();
+        (models.join(" "), planned.output_tokens, planned.ceilings[0].1)
+    };
+    assert_eq!(planned("plan", &Value::Null), ("dear m thinks".into(), 600, Some(5)));
+    assert_eq!(planned("verify", &Value::Null), ("m thinks".into(), 600, None));
+    let extras = json!({"models": {"architect": ["gemini/new", "openai_compatible/absent", "gemini/m"]}});
+    assert_eq!(planned("plan", &extras), ("new m".into(), 100, None), "in its order, as far as somebody serves them");
+    // And so is it asked.
+    let mut info = detached::info("plan@1", json!({}));
+    info.extras = Arc::new(extras);
+    let ctx = detached::context(info, BTreeMap::new(), Arc::new(Recorder::default()));
+    assert_eq!(orchestrator.call(&ctx, "plan", request()).await.unwrap().text, "x");
+    assert_eq!(stubs[0].calls.lock().unwrap()[0].0, "new");
 }
 
 #[tokio::test]

@@ -112,8 +112,8 @@ impl Activity for Asks {
             Ok(json!({ "counted": ctx.info().counted }))
         })
     }
-    fn reserve(&self, _input: &Value) -> Value {
-        json!({ "calls": [self.0.planned(Role::Utility, 2, 100, 200)] })
+    fn reserve(&self, _input: &Value, extras: &Value) -> Value {
+        json!({ "calls": [self.0.planned((Role::Utility, "test"), extras, 2, 100, 200)] })
     }
 }
 
@@ -274,6 +274,52 @@ async fn answers_that_are_always_lost_end_the_step_after_a_bounded_number() {
     // And what he paid for the first answer is given back: the step is of no use to him.
     assert_eq!(bench.balance().await, (100_000_000, 0));
     assert_eq!(bench.violations().await, [""; 0]);
+}
+
+/// A server that answers with this status to question `1` up to `away`.
+async fn refusing(status: u16, away: usize) -> FakeProvider {
+    FakeProvider::serve(move |_, n| match n {
+        n if (1..=away).contains(&n) => {
+            Answer::Refused { status, headers: Vec::new(), body: Dialect::OpenRouter.error(status, "server_error") }
+        }
+        _ => Answer::from(Reply::text("words")),
+    })
+    .await
+}
+
+#[tokio::test]
+async fn a_server_that_is_overloaded_for_a_while_ends_no_run() {
+    for status in [500, 503, 529] {
+        let bench = Bench::new(100).await;
+        let fake = refusing(status, 25).await;
+        let (view, waited_for) = drive(&bench, &fake, Terms::default()).await;
+        assert_eq!((view.status, view.failure), (RunStatus::Completed, None), "{status}");
+        assert!(waited_for.iter().all(|code| code.starts_with("transient.")), "{status}: {waited_for:?}");
+        assert_eq!(calls(&bench).await, (2, 25, 0, 0), "{status}");
+        assert_eq!(bench.balance().await, (100_000_000 - 2 * CALL_UCR, 0), "{status}");
+        assert_eq!(bench.violations().await, [""; 0], "{status}");
+    }
+}
+
+#[tokio::test]
+async fn a_time_out_of_a_gateway_is_an_answer_that_is_lost() {
+    // Marked, free, and asked again a bounded number of times: five that do not count, and the policy's three.
+    for (status, away, expected) in [(504, 3, (2, 0, 3, 0)), (524, usize::MAX, (1, 0, 8, 0))] {
+        let bench = Bench::new(100).await;
+        let fake = refusing(status, away).await;
+        let (view, _) = drive(&bench, &fake, Terms::default()).await;
+        let ended = if away == usize::MAX { RunStatus::Failed } else { RunStatus::Completed };
+        assert_eq!((view.status, calls(&bench).await), (ended, expected), "{status}");
+        let marked: i64 = sqlx::query_scalar(
+            "select count(*) from api_key_usage where state = 'unknown' and http_status = $1 and error_class = 'transient.http'",
+        )
+        .bind(i32::from(status))
+        .fetch_one(&bench.pool)
+        .await
+        .unwrap();
+        assert_eq!(marked, expected.2, "{status}");
+        assert_eq!(bench.violations().await, [""; 0], "{status}");
+    }
 }
 
 async fn attempts(bench: &Bench) -> i64 {

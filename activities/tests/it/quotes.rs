@@ -176,6 +176,7 @@ async fn the_runs_of_a_chain_spend_from_one_sum() {
 async fn a_forecast_is_set_beside_what_was_paid_and_learns_from_it() {
     let bench = Bench::new(1_000).await;
     let calls = PlannedCall {
+        ceilings: Vec::new(),
         candidates: vec![("nobody".into(), "none".into()), ("rehearsed".into(), "rehearsed/architect".into())],
         count: 10,
         input_tokens: 1_000,
@@ -191,6 +192,11 @@ async fn a_forecast_is_set_beside_what_was_paid_and_learns_from_it() {
     let (low, high) = (parts[0].forecast.low.0, parts[0].forecast.high.0);
     assert_eq!((low, high), (3 * HOLD_UCR / 4, 10 * HOLD_UCR));
     assert_eq!(forecast::limit(&parts).0, 20 * HOLD_UCR + HOLD_UCR);
+
+    // Above its ceiling it is not asked, and so it tells nothing.
+    let mut dear = item("a-2");
+    dear.calls.ceilings = vec![(None, None), (Some(1), None)];
+    assert_eq!(forecast::price(&mut conn, RATE, &[dear]).await.expect("priced"), []);
 
     let first = bench.run(json!({}), None).await;
     forecast::keep(&mut conn, first.0, "plan", bench.project, &parts).await.expect("kept");

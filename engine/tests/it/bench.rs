@@ -52,7 +52,7 @@ impl Activity for Work {
     fn run(&self, ctx: Context, input: Value) -> BoxFuture<'static, Result<Value, Failure>> {
         (self.0)(ctx, input)
     }
-    fn reserve(&self, input: &Value) -> Value {
+    fn reserve(&self, input: &Value, _extras: &Value) -> Value {
         input.clone()
     }
 }

@@ -113,7 +113,7 @@ impl Activity for Panics {
     fn run(&self, _ctx: Context, input: Value) -> BoxFuture<'static, Result<Value, Failure>> {
         Box::pin(async move { Ok(input) })
     }
-    fn reserve(&self, _input: &Value) -> Value {
+    fn reserve(&self, _input: &Value, _extras: &Value) -> Value {
         assert!(self.0.swap(true, Ordering::SeqCst), "the first estimate, as this test wants it");
         Value::Null
     }

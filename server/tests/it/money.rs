@@ -241,6 +241,7 @@ async fn spends(pool: &PgPool, user: Uuid, activity: &str, model: &str) {
         deadline: chrono::Utc::now() + chrono::Duration::minutes(20),
     };
     let planned = PlannedCall {
+        ceilings: Vec::new(),
         candidates: vec![("rehearsed".into(), model.into())],
         count: 1,
         input_tokens: 1_000,

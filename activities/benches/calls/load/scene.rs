@@ -110,9 +110,9 @@ impl Activity for Asks {
             Ok(json!({ "calls": calls }))
         })
     }
-    fn reserve(&self, _input: &Value) -> Value {
+    fn reserve(&self, _input: &Value, extras: &Value) -> Value {
         // A few calls: the rest extends the hold, as in a long attempt.
-        let planned = self.orchestrator.planned(Role::Implementer, 5, 1_500, 1_000);
+        let planned = self.orchestrator.planned((Role::Implementer, "implement"), extras, 5, 1_500, 1_000);
         json!({ "calls": [planned] })
     }
 }

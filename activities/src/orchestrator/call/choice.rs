@@ -20,15 +20,34 @@ impl Orchestrator {
         self.configured_for(role).map(|candidate| (candidate.provider.clone(), candidate.model.clone())).collect()
     }
 
-    /// `count` calls with a role as `Activity::reserve` states them, room for thinking included.
+    /// `count` calls with a role for a purpose as `Activity::reserve` states them, room for thinking included: of those who would be
+    /// asked, which are the models that the definition names in its `extras`, and else the routing's.
     #[must_use]
-    pub fn planned(&self, role: Role, count: u32, input_tokens: u64, output_tokens: u32) -> PlannedCall {
-        let output = self
-            .configured_for(role)
-            .map(|candidate| output_limit(candidate, output_tokens))
-            .max()
-            .unwrap_or(output_tokens);
-        PlannedCall { candidates: self.candidates(role), count, input_tokens, output_tokens: u64::from(output) }
+    pub fn planned(
+        &self,
+        (role, purpose): (Role, &str),
+        extras: &Value,
+        count: u32,
+        input_tokens: u64,
+        output_tokens: u32,
+    ) -> PlannedCall {
+        let mut list = self.listed(role, extras);
+        list.retain(|candidate| self.serves(&candidate.provider) && is_for(candidate, purpose));
+        let output = list.iter().map(|candidate| output_limit(candidate, output_tokens)).max().unwrap_or(output_tokens);
+        PlannedCall {
+            ceilings: list.iter().map(|candidate| (candidate.input_umtok_max, candidate.output_umtok_max)).collect(),
+            candidates: list.into_iter().map(|candidate| (candidate.provider, candidate.model)).collect(),
+            count,
+            input_tokens,
+            output_tokens: u64::from(output),
+        }
+    }
+
+    /// The candidates of a role for runs of a definition with these extras.
+    fn listed(&self, role: Role, extras: &Value) -> Vec<Candidate> {
+        let routing = &self.0.routing;
+        let overridden = (!self.is_rehearsed()).then(|| routing.overridden(role, extras)).flatten();
+        overridden.unwrap_or_else(|| routing.candidates(role).to_vec())
     }
 
     /// Whether answers come from a script and from nowhere else.
@@ -80,9 +99,7 @@ impl Orchestrator {
     }
 
     pub(super) fn usable(&self, ctx: &Context, request: &Request, own: Option<&Own>) -> Vec<Choice> {
-        let routing = &self.0.routing;
-        let overridden = (!self.is_rehearsed()).then(|| routing.overridden(request.role, &ctx.info().extras)).flatten();
-        let listed = overridden.unwrap_or_else(|| routing.candidates(request.role).to_vec());
+        let listed = self.listed(request.role, &ctx.info().extras);
         let mut list: Vec<Choice> = Vec::new();
         if let Some(own) = own {
             let mine = own.candidates(&listed).into_iter();
@@ -93,8 +110,7 @@ impl Orchestrator {
             list.extend(served.map(|candidate| Choice { candidate, own: None }));
         }
         list.retain(|Choice { candidate, .. }| {
-            (candidate.tools || request.tools.is_empty())
-                && (candidate.tasks.is_empty() || candidate.tasks.contains(&request.purpose))
+            (candidate.tools || request.tools.is_empty()) && is_for(candidate, &request.purpose)
         });
         list
     }
@@ -107,4 +123,9 @@ impl Orchestrator {
         };
         Failure::permanent("model.unavailable", message)
     }
+}
+
+/// Whether a candidate is asked for this purpose.
+fn is_for(candidate: &Candidate, purpose: &str) -> bool {
+    candidate.tasks.is_empty() || candidate.tasks.iter().any(|task| task == purpose)
 }

@@ -11,23 +11,27 @@ use super::{
     jittered, milliseconds,
 };
 use crate::{
-    keys::{FORBIDDEN, Grant, KeyRef, Taken},
+    keys::{FORBIDDEN, Grant, KeyRef, Taken, Wait},
     provider::{Advice, ProviderError},
     usage::CallState,
 };
+use chrono::{DateTime, NaiveTime, TimeZone, Utc};
 use loopwright_engine::Failure;
 use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
 
-/// How long a key rests whose quota of the day is used up. Chosen: days end at hours that providers choose; it costs one
-/// refused request in ten minutes.
+/// How long a key rests at least whose quota of the day is used up, and how long where nobody knows when that day ends. Chosen: it
+/// costs one refused request in ten minutes.
 const DAY_QUOTA_COOLS_FOR: Duration = Duration::from_secs(10 * 60);
 /// How long a key rests whose account is empty: soon enough after somebody has topped it up.
 const NO_BALANCE_COOLS_FOR: Duration = Duration::from_secs(60 * 60);
 /// Longest rest of a key that is believed, whatever a provider says: a week, as for every other wait.
 const KEY_RESTS_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
+/// Longest rest that an overloaded server is given. Chosen: pages that stand in for a server name any time.
+const OVERLOAD_RESTS_MAX: Duration = Duration::from_secs(10 * 60);
+
 /// Why a candidate is not asked now.
 pub(super) enum Refused {
     /// It may be after this long.
@@ -109,19 +113,35 @@ impl Orchestrator {
                 None
             }
             "transient.rate_limited" => {
-                let rests = error.key_rests_until.and_then(|until| (until - chrono::Utc::now()).to_std().ok());
+                let rests = error.key_rests_until.and_then(|until| (until - Utc::now()).to_std().ok());
                 let asked = error.retry_after().max(rests).map(|wait| wait.min(KEY_RESTS_MAX));
                 // 402 and 403: the budget of running requests, or of a span of time, which is the key's. A limit of requests is
                 // the model's.
-                let of_key = matches!(error.http_status, Some(402 | 403));
+                if matches!(error.http_status, Some(402 | 403)) {
+                    let wait = match error.advice {
+                        Advice::OtherKey => asked.unwrap_or(DAY_QUOTA_COOLS_FOR),
+                        _ => asked.unwrap_or_else(|| jittered(self.0.pace.backoff)),
+                    };
+                    return Some(board.cool(&slot.key, wait, failure).await);
+                }
                 let wait = match (error.advice, asked) {
-                    (_, Some(asked)) if of_key => asked,
                     // A quota of the day: the wait that some name beside it is the one of the minute.
-                    (Advice::OtherModel | Advice::OtherKey, _) => asked.unwrap_or_default().max(DAY_QUOTA_COOLS_FOR),
-                    (_, asked) => asked.unwrap_or_else(|| jittered(self.0.pace.backoff)),
+                    (Advice::OtherModel | Advice::OtherKey, _) => {
+                        let known = rests.or_else(|| day_ends_in(&candidate.provider, Utc::now()));
+                        Wait::Named(asked.max(known).unwrap_or_default().clamp(DAY_QUOTA_COOLS_FOR, KEY_RESTS_MAX))
+                    }
+                    (_, Some(asked)) => Wait::Named(asked),
+                    (_, None) => Wait::Doubling(jittered(self.0.pace.backoff)),
                 };
-                let model = (!of_key).then_some(candidate.model.as_str());
-                Some(board.cool(&slot.key, model, wait, failure).await)
+                Some(board.rest(&slot.key, &candidate.model, wait, failure).await)
+            }
+            // Overloaded, and it says until when: nobody asks before. Its other keys lead to the same server.
+            "transient.http" if matches!(error.http_status, Some(503 | 529)) => {
+                if let Some(asked) = error.retry_after() {
+                    let wait = Wait::Named(asked.min(OVERLOAD_RESTS_MAX));
+                    board.rest(&slot.key, &candidate.model, wait, failure).await;
+                }
+                None
             }
             // Not about the key for good: one refusal of one model must not take the key from the others.
             _ if error.advice == Advice::OtherKey
@@ -137,7 +157,7 @@ impl Orchestrator {
                 None
             }
             "provider.no_balance" => {
-                board.cool(&slot.key, None, NO_BALANCE_COOLS_FOR, failure).await;
+                board.cool(&slot.key, NO_BALANCE_COOLS_FOR, failure).await;
                 None
             }
             _ => None,
@@ -167,6 +187,21 @@ impl Orchestrator {
             }
         }
     }
+}
+
+/// How long the day lasts by which a provider counts its quotas; `None` where nobody knows.
+fn day_ends_in(provider: &str, now: DateTime<Utc>) -> Option<Duration> {
+    match provider {
+        // Midnight Pacific time.
+        "gemini" => until_midnight(now, chrono_tz::America::Los_Angeles),
+        "openrouter" => until_midnight(now, Utc),
+        _ => None,
+    }
+}
+
+fn until_midnight<Z: TimeZone>(now: DateTime<Utc>, zone: Z) -> Option<Duration> {
+    let tomorrow = now.with_timezone(&zone).date_naive().succ_opt()?.and_time(NaiveTime::MIN);
+    (zone.from_local_datetime(&tomorrow).earliest()?.with_timezone(&Utc) - now).to_std().ok()
 }
 
 /// What a failed request took of the budgets per minute only on paper.
@@ -217,4 +252,22 @@ fn refused(candidate: &Candidate, blocked: Blocked, budget: Option<Duration>) ->
         _ => format!("{provider}: every key has to wait"),
     };
     Refused::Later(Failure::retryable(code, message).with_retry_after_ms(milliseconds(wait).max(1)), wait)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_day_ends_where_its_provider_counts_it() {
+        let hours = |provider: &str, now: &str| {
+            day_ends_in(provider, now.parse().unwrap()).map(|wait| wait.as_secs_f64() / 3_600.0)
+        };
+        // Winter, summer, and the day that is an hour longer.
+        assert_eq!(hours("gemini", "2026-12-01T07:00:00Z"), Some(1.0));
+        assert_eq!(hours("gemini", "2026-07-01T07:00:00Z"), Some(24.0));
+        assert_eq!(hours("gemini", "2026-11-01T07:00:00Z"), Some(25.0));
+        assert_eq!(hours("openrouter", "2026-12-01T21:30:00Z"), Some(2.5));
+        assert_eq!(hours("openai_compatible", "2026-12-01T21:30:00Z"), None);
+    }
 }

@@ -182,9 +182,7 @@ impl Orchestrator {
         candidate: &Candidate,
         tokens: u64,
     ) -> Option<Admitted> {
-        let mut running = kept?;
-        // Its answer has told the breaker what there was to find out.
-        running.probe = false;
+        let running = kept?;
         let grants = self.spend(&running.slot, candidate, tokens).await.ok()?;
         Some(Admitted { running, grants })
     }

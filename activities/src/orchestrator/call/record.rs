@@ -1,7 +1,7 @@
 //! What the books, the breaker and the metrics get of a request.
 
 use super::super::{
-    Request,
+    Request, model_label,
     route::Candidate,
     service::{Running, Slot},
 };
@@ -78,11 +78,6 @@ pub(super) fn closed_badly(error: &ProviderError, request_id: &RequestIdSlot) ->
     }
 }
 
-/// A model as metrics name it. What users call the models of their own keys makes no series.
-pub(super) fn model_label(candidate: &Candidate, own: bool) -> String {
-    if own { "own".to_owned() } else { candidate.model.clone() }
-}
-
 /// Updates the breaker, which opens for `open_for`, and the metrics.
 pub(super) fn observe(
     running: &Running,
@@ -94,20 +89,24 @@ pub(super) fn observe(
     let breaker = &running.slot.breaker;
     let outcome = match result {
         Ok(_) => {
+            running.found_out();
             breaker.well();
             "ok".to_owned()
         }
         Err(error) => {
             match error.failure.kind {
                 FailureKind::Cancelled => {}
-                _ if error.unwell => breaker.unwell_for(Instant::now(), running.probe, open_for),
-                _ => breaker.well(),
+                _ if error.unwell => breaker.unwell_for(Instant::now(), running.found_out(), open_for),
+                _ => {
+                    running.found_out();
+                    breaker.well();
+                }
             }
             error.failure.code.clone()
         }
     };
-    let model = model_label(candidate, running.slot.own_id().is_some());
-    let labels = [("provider", candidate.provider.clone()), ("model", model), ("outcome", outcome)];
+    let model = model_label(&candidate.model, running.slot.own_id().is_some());
+    let labels = [("provider", candidate.provider.clone()), ("model", model.to_owned()), ("outcome", outcome)];
     metrics::counter!("loopwright_model_requests_total", &labels).increment(1);
     metrics::histogram!("loopwright_model_request_seconds", &labels).record(elapsed.as_secs_f64());
 }

@@ -6,15 +6,17 @@ use super::{
         route::Candidate,
         service::{Running, Slot},
     },
-    Orchestrator, Progress, Task,
+    LOST_UNCOUNTED, Orchestrator, Progress, Task,
     answer::{Judged, Unusable, judge},
     blame::is_plain,
+    cut::Cut,
     failure::to_its_owner,
+    lost_key,
     part::{Closing, Part},
     record::{Interrupted, closed_badly, closed_well, observe, opened, to_value},
 };
 use crate::{
-    provider::{Call, Completion, ProviderError, RequestIdSlot},
+    provider::{Advice, Call, Completion, ProviderError, RequestIdSlot},
     usage::{CallClosed, CallNoted, CallState},
 };
 use loopwright_engine::{Failure, activity::Context, ids::AttemptId};
@@ -84,6 +86,9 @@ impl Orchestrator {
         let mut result = result;
         self.judge_server(task, &running.slot, candidate, &mut result);
         observe(running, candidate, &result, started.elapsed(), self.0.pace.wait_max);
+        if result.is_ok() {
+            self.0.board.served(&running.slot.key, &candidate.model).await;
+        }
         let result = result
             .map_err(|error| if running.slot.own_id().is_some() { to_its_owner(error, candidate) } else { error });
         match result {
@@ -112,7 +117,10 @@ impl Orchestrator {
                 Ok(judged)
             }
             Err(mut error) => {
-                self.close(ctx, &meter_key, &closed_badly(&error, &request_id), None).await?;
+                let closed = closed_badly(&error, &request_id);
+                let checkpoint = noted(task.key, candidate, limit, &error, progress)?;
+                let checkpoint = checkpoint.as_ref().map(|(key, value)| (key.as_str(), value));
+                self.close(ctx, &meter_key, &closed, checkpoint).await?;
                 if before.is_some() {
                     progress.parts.give_up_if_refused(&mut error);
                 }
@@ -129,12 +137,12 @@ impl Orchestrator {
         candidate: &Candidate,
         result: &mut Result<Completion, ProviderError>,
     ) {
+        let step = task.ctx.info().idempotency_key.clone();
+        let asked = (step, task.key.to_owned(), candidate.model.clone());
         match result {
-            Ok(_) => self.0.blame.answered(&slot.key, &candidate.model, Instant::now()),
+            Ok(_) => self.0.blame.answered(&asked, &slot.key),
             Err(error) if error.unwell && error.state == CallState::Failed && is_plain(error.http_status) => {
-                let step = task.ctx.info().idempotency_key.clone();
-                let asked = (step, task.key.to_owned(), candidate.model.clone());
-                if self.0.blame.failed(asked, &slot.key, Instant::now()) {
+                if self.0.blame.failed(asked, &slot.key) {
                     (error.unwell, error.counts) = (false, true);
                 }
             }
@@ -167,6 +175,29 @@ impl Orchestrator {
         }
         counts.push_back(((ctx.info().attempt_id, key.to_owned()), requests));
     }
+}
+
+/// What later attempts have to know of a request that brought nothing, and its checkpoint: that it was lost, or cut at its limit.
+fn noted(
+    key: &str,
+    candidate: &Candidate,
+    limit: u32,
+    error: &ProviderError,
+    progress: &mut Progress,
+) -> Result<Option<(String, Value)>, Failure> {
+    if error.state == CallState::Unknown && error.advice != Advice::Stop {
+        progress.lost_in_all += 1;
+        let n = progress.lost_in_all;
+        return Ok((n <= LOST_UNCOUNTED).then(|| (lost_key(key, n), Value::Bool(true))));
+    }
+    if error.failure.code != "model.truncated" || !error.stream_completed {
+        return Ok(None);
+    }
+    let Some(saved) = progress.cuts.next_key(key) else { return Ok(None) };
+    let cut = Cut::of(candidate, limit, progress.full);
+    let value = to_value(&cut)?;
+    progress.cuts.push(cut);
+    Ok(Some((saved, value)))
 }
 
 /// The outcome of a call, and beside it, as soon as the provider has named the call, a note of that name: whoever looks into the

@@ -224,21 +224,35 @@ impl Gathered {
         call.arguments.push_str(&arguments);
     }
 
-    /// Joins pieces of one reasoning block (same index and type): the provider wants them back as it made them.
+    /// Joins the pieces of a reasoning block: the provider wants it back as it made it. Pieces of one block have its type and index,
+    /// and no other id; those of several blocks may alternate. Without an index words belong to the block before them, if it is of
+    /// their type; what is encrypted stands for itself then.
     fn reasoning_detail(&mut self, detail: &Value) {
-        let same = |other: &&mut Value| {
-            detail.get("index").is_some() && other["index"] == detail["index"] && other["type"] == detail["type"]
+        let text = |value: &Value, key: &str| value.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+        let index = detail.get("index").filter(|index| !index.is_null());
+        let (kind, id) = (text(detail, "type"), text(detail, "id"));
+        let same = |other: &Value| {
+            let other_id = text(other, "id");
+            let one_id = id.is_empty() || other_id.is_empty() || id == other_id;
+            one_id && text(other, "type") == kind && other.get("index").filter(|index| !index.is_null()) == index
         };
-        let Some(known) = self.reasoning_details.iter_mut().rev().take(1).find(same) else {
+        let known = match index {
+            Some(_) => self.reasoning_details.iter().rposition(same),
+            None if kind == "reasoning.encrypted" => None,
+            None => self.reasoning_details.len().checked_sub(1).filter(|last| same(&self.reasoning_details[*last])),
+        };
+        let Some(known) = known.map(|at| &mut self.reasoning_details[at]) else {
             self.reasoning_details.push(detail.clone());
             return;
         };
         for (key, value) in detail.as_object().into_iter().flatten() {
-            match (known[key.as_str()].as_str(), value) {
+            match (known.get(key).and_then(Value::as_str), value) {
                 (Some(before), Value::String(text)) if matches!(key.as_str(), "text" | "summary" | "data") => {
                     known[key.as_str()] = Value::String(format!("{before}{text}"));
                 }
+                // What is known of it already is not taken back.
                 (_, Value::Null) => {}
+                (Some(before), Value::String(text)) if text.is_empty() && !before.is_empty() => {}
                 _ => known[key.as_str()] = value.clone(),
             }
         }
@@ -498,6 +512,55 @@ mod tests {
             [call("a", "f", json!({"x": 1})), call("call_2", "f", json!({}))]
         );
         assert_eq!(joined(&[json!({"index": 0, "id": "a", "function": {"arguments": "{}"}})]), []);
+    }
+
+    #[test]
+    fn pieces_of_reasoning_are_joined_by_block_however_they_alternate() {
+        let joined = |pieces: &[Value]| {
+            let mut gathered = Gathered::default();
+            pieces.iter().for_each(|piece| gathered.reasoning_detail(piece));
+            gathered.reasoning_details
+        };
+        let text =
+            |index: u64, text: &str| json!({"type": "reasoning.text", "index": index, "text": text, "signature": null});
+        assert_eq!(
+            joined(&[
+                text(0, "a"),
+                text(1, "x"),
+                text(0, "b"),
+                json!({"type": "reasoning.encrypted", "index": 1, "data": "se", "id": "r1", "format": "f"}),
+                json!({"type": "reasoning.text", "index": 0, "text": "", "signature": "signed"}),
+                text(1, "y"),
+                json!({"type": "reasoning.encrypted", "index": 1, "data": "cret", "id": "r1", "format": "f"}),
+                // The same place, and another block all the same.
+                json!({"type": "reasoning.encrypted", "index": 1, "data": "other", "id": "r2", "format": "f"}),
+                json!({"type": "reasoning.text", "index": 0, "text": "", "signature": null}),
+                json!({"type": "reasoning.text", "index": 0, "text": "", "signature": ""}),
+            ]),
+            [
+                json!({"type": "reasoning.text", "index": 0, "text": "ab", "signature": "signed"}),
+                json!({"type": "reasoning.text", "index": 1, "text": "xy", "signature": null}),
+                json!({"type": "reasoning.encrypted", "index": 1, "data": "secret", "id": "r1", "format": "f"}),
+                json!({"type": "reasoning.encrypted", "index": 1, "data": "other", "id": "r2", "format": "f"}),
+            ]
+        );
+        // Without numbers.
+        let words = |kind: &str, key: &str, text: &str| json!({"type": kind, key: text});
+        assert_eq!(
+            joined(&[
+                words("reasoning.summary", "summary", "a"),
+                words("reasoning.summary", "summary", "b"),
+                words("reasoning.encrypted", "data", "1"),
+                words("reasoning.encrypted", "data", "2"),
+                words("reasoning.summary", "summary", "c"),
+            ]),
+            [
+                words("reasoning.summary", "summary", "ab"),
+                words("reasoning.encrypted", "data", "1"),
+                words("reasoning.encrypted", "data", "2"),
+                words("reasoning.summary", "summary", "c"),
+            ]
+        );
     }
 
     #[test]

@@ -39,6 +39,7 @@ impl Ledger {
     /// Plans one call of 1.44 credits. The reason of a refusal.
     async fn start(&self, attempt: &AttemptRef) -> Option<String> {
         let calls = vec![PlannedCall {
+            ceilings: Vec::new(),
             candidates: vec![("openai_compatible".into(), "m".into())],
             count: 1,
             input_tokens: 1_000,

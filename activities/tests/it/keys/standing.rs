@@ -3,11 +3,20 @@
 use super::{ask, bearers, candidate, register, worker};
 use crate::fake_provider::{Dialect, FakeProvider, answer_json, stream};
 use futures_util::future::join_all;
-use loopwright_activities::{MIGRATIONS, keys::Keys};
+use loopwright_activities::{
+    MIGRATIONS,
+    keys::Keys,
+    orchestrator::{Orchestrator, Role, Routing},
+    provider::Settings,
+    testing::Answer,
+};
 use loopwright_engine::{FailureKind, embedded::testing::database};
 use serde_json::json;
 use std::{
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Instant,
 };
 
@@ -39,18 +48,18 @@ async fn a_key_that_is_too_busy_rests_for_all_workers_until_its_time() {
     register(&pool, &["key-a", "key-b"]).await;
     ask(&fresh("key-a,key-b")).await.unwrap();
     assert_eq!(bearers(&server), ["key-a", "key-b"], "the other key, at once");
-    let row: (String, Option<String>, Option<String>, f64) = sqlx::query_as(
-        "select status, disabled_reason, cooling_model, extract(epoch from cooldown_until - engine_now())::float8
-         from api_keys where status <> 'active'",
+    let row: (String, String, i32, f64) = sqlx::query_as(
+        "select model, reason, refusals, extract(epoch from rests_until - engine_now())::float8 from api_key_rests",
     )
     .fetch_one(&pool)
     .await
     .unwrap();
-    assert_eq!(
-        (row.0.as_str(), row.1.as_deref(), row.2.as_deref()),
-        ("cooling", Some("transient.rate_limited"), Some("m"))
-    );
+    assert_eq!((row.0.as_str(), row.1.as_str(), row.2), ("m", "transient.rate_limited", 1));
     assert!((50.0..=60.0).contains(&row.3), "{}", row.3);
+    let listed = Keys::new(pool.clone(), None, false).list(None).await.unwrap();
+    let resting: Vec<_> = listed.iter().filter(|key| key.status == "cooling").collect();
+    assert_eq!((resting.len(), resting[0].reason.as_deref()), (1, Some("transient.rate_limited")));
+    assert!(resting[0].cooldown_until.is_some());
     // Another worker: the key is skipped; where it is the only one, the attempt ends with the rest of the wait.
     ask(&fresh("key-a,key-b")).await.unwrap();
     assert_eq!(bearers(&server).len(), 3);
@@ -59,12 +68,129 @@ async fn a_key_that_is_too_busy_rests_for_all_workers_until_its_time() {
     assert!((40_000..=60_000).contains(&failure.retry_after_ms.unwrap()), "{failure:?}");
     assert_eq!(bearers(&server).len(), 3, "nobody was asked");
     // Its time is over.
-    sqlx::query("update api_keys set cooldown_until = engine_now() where status = 'cooling'")
+    sqlx::query("update api_key_rests set rests_until = engine_now()").execute(&pool).await.unwrap();
+    let _ = ask(&fresh("key-a")).await.unwrap_err();
+    assert_eq!(bearers(&server)[3..], ["key-a"]);
+}
+
+#[tokio::test]
+async fn two_models_that_are_busy_at_once_leave_the_key_to_a_third_and_an_operator_ends_their_rests() {
+    let pool = database(MIGRATIONS).await;
+    let server = FakeProvider::start(|seen, _| match seen.body["model"].as_str() {
+        Some("m") => stream(&Dialect::OpenAi.good("hi")),
+        _ => answer_json(429, "retry-after: 3600\r\n", &Dialect::OpenAi.error(429, "x")),
+    })
+    .await;
+    register(&pool, &["key-a"]).await;
+    // Each with what a process of its own would know.
+    let of = |model| {
+        let keys = Keys::new(pool.clone(), None, false);
+        worker(&keys, &server, "key-a", candidate("openai_compatible", model))
+    };
+    for model in ["busy", "busy-too", "busy", "busy-too"] {
+        let failure = ask(&of(model)).await.unwrap_err();
+        assert_eq!((failure.code.as_str(), failure.uncounted), ("transient.rate_limited", true), "{model}");
+    }
+    assert_eq!(server.seen().len(), 2, "each once, whoever asks");
+    ask(&of("m")).await.unwrap();
+    let (id, status): (uuid::Uuid, String) =
+        sqlx::query_as("select id, status from api_keys").fetch_one(&pool).await.unwrap();
+    assert_eq!(status, "active");
+    Keys::new(pool.clone(), None, false).set_enabled(id, true).await.unwrap();
+    let _ = ask(&of("busy")).await.unwrap_err();
+    assert_eq!(server.seen().len(), 4);
+}
+
+#[tokio::test]
+async fn refusals_to_the_end_of_a_call_let_the_next_one_wait_longer_until_one_is_answered() {
+    let pool = database(MIGRATIONS).await;
+    let busy = Arc::new(AtomicBool::new(true));
+    let answers = Arc::clone(&busy);
+    let server = FakeProvider::start(move |_, _| match answers.load(Ordering::SeqCst) {
+        true => answer_json(429, "", &Dialect::OpenAi.error(429, "x")),
+        false => stream(&Dialect::OpenAi.good("hi")),
+    })
+    .await;
+    register(&pool, &["key-a"]).await;
+    let fresh = || worker(&Keys::new(pool.clone(), None, false), &server, "key-a", candidate("openai_compatible", "m"));
+    let rest = || async {
+        let sql = "select refusals from api_key_rests";
+        sqlx::query_scalar::<_, i32>(sql).fetch_optional(&pool).await.unwrap()
+    };
+    // Two tries each; what other processes were told counts on.
+    for refused in [2, 4, 6] {
+        assert!(ask(&fresh()).await.unwrap_err().uncounted);
+        assert_eq!((rest().await, server.seen().len()), (Some(refused), usize::try_from(refused).unwrap()));
+        sqlx::query("update api_key_rests set rests_until = engine_now()").execute(&pool).await.unwrap();
+    }
+    // The sixth rest was 32 back-offs of a millisecond; a long one is not asked in.
+    sqlx::query("update api_key_rests set rests_until = engine_now() + interval '1 hour'")
         .execute(&pool)
         .await
         .unwrap();
-    let _ = ask(&fresh("key-a")).await.unwrap_err();
-    assert_eq!(bearers(&server)[3..], ["key-a"]);
+    busy.store(false, Ordering::SeqCst);
+    assert!(ask(&fresh()).await.unwrap_err().retry_after_ms.unwrap() > 3_000_000);
+    assert_eq!(server.seen().len(), 6);
+    sqlx::query("update api_key_rests set rests_until = engine_now()").execute(&pool).await.unwrap();
+    ask(&fresh()).await.unwrap();
+    assert_eq!(rest().await, None, "an answer ends the row");
+}
+
+#[tokio::test]
+async fn an_overloaded_server_that_says_until_when_is_left_alone_by_all_workers() {
+    let pool = database(MIGRATIONS).await;
+    let server = FakeProvider::start(|seen, _| match seen.body["model"].as_str() {
+        Some("m") => answer_json(503, "retry-after: 120\r\n", &Dialect::OpenAi.error(503, "overloaded")),
+        _ => answer_json(503, "", &Dialect::OpenAi.error(503, "overloaded")),
+    })
+    .await;
+    register(&pool, &["key-a"]).await;
+    let of = |model| {
+        let keys = Keys::new(pool.clone(), None, false);
+        worker(&keys, &server, "key-a", candidate("openai_compatible", model))
+    };
+    for code in ["transient.http", "transient.unavailable"] {
+        let failure = ask(&of("m")).await.unwrap_err();
+        assert_eq!((failure.code.as_str(), failure.uncounted), (code, true));
+        assert!((100_000..=120_000).contains(&failure.retry_after_ms.unwrap()), "{failure:?}");
+        assert_eq!(server.seen().len(), 1);
+    }
+    // Who names no wait is asked as before.
+    let _ = ask(&of("other")).await.unwrap_err();
+    assert_eq!(server.seen().len(), 3);
+}
+
+#[tokio::test]
+async fn a_quota_of_the_day_rests_to_the_end_of_the_providers_day() {
+    let pool = database(MIGRATIONS).await;
+    let fake = FakeProvider::serve(|_, _| {
+        let quota = json!({"quotaId": "GenerateRequestsPerDayPerProjectPerModel-FreeTier", "quotaValue": "50"});
+        let details = json!([{"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [quota]},
+            {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "3s"}]);
+        let error = json!({"code": 429, "status": "RESOURCE_EXHAUSTED", "message": "quota", "details": details});
+        Answer::Refused { status: 429, headers: Vec::new(), body: json!({"error": error}) }
+    })
+    .await;
+    let environment: std::collections::BTreeMap<_, _> =
+        fake.environment(&[Dialect::Gemini], "key-of-the-day").into_iter().collect();
+    let settings = Settings::from_lookup(&|name| environment.get(name).cloned()).unwrap();
+    let routing = Routing { roles: [(Role::Architect, vec![candidate("gemini", "gemini-3.8-flash")])].into() };
+    let keys = Keys::new(pool.clone(), None, false);
+    let orchestrator = Orchestrator::configured(routing, &settings, Some(&keys)).await.unwrap();
+    let failure = ask(&orchestrator).await.unwrap_err();
+    assert_eq!((failure.code.as_str(), failure.uncounted), ("transient.rate_limited", true));
+    // The database knows the time zone as well; ten minutes are the least.
+    let (rests, day): (f64, f64) = sqlx::query_as(
+        "select extract(epoch from rests_until - engine_now())::float8,
+                extract(epoch from (date_trunc('day', engine_now() at time zone 'America/Los_Angeles') + interval '1 day')
+                                   at time zone 'America/Los_Angeles' - engine_now())::float8 from api_key_rests",
+    )
+    .fetch_one(&pool)
+    .await
+    .unwrap();
+    assert!((rests - day.max(600.0)).abs() < 30.0, "{rests} s, and the day has {day} s");
+    assert!(ask(&orchestrator).await.unwrap_err().retry_after_ms.unwrap() >= 590_000);
+    assert_eq!(fake.seen().len(), 1);
 }
 
 #[tokio::test]
@@ -143,11 +269,12 @@ async fn a_rest_beyond_a_week_is_not_believed() {
     register(&pool, &["key-a"]).await;
     let keys = Keys::new(pool.clone(), None, false);
     let _ = ask(&worker(&keys, &server, "key-a", candidate("openai_compatible", "m"))).await.unwrap_err();
-    let days: f64 =
-        sqlx::query_scalar("select (extract(epoch from cooldown_until - engine_now()) / 86400)::float8 from api_keys")
-            .fetch_one(&pool)
-            .await
-            .unwrap();
+    let days: f64 = sqlx::query_scalar(
+        "select (extract(epoch from rests_until - engine_now()) / 86400)::float8 from api_key_rests",
+    )
+    .fetch_one(&pool)
+    .await
+    .unwrap();
     assert!((6.9..=7.0).contains(&days), "{days}");
 }
 

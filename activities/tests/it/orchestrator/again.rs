@@ -1,6 +1,7 @@
 //! What is asked again, of whom, and how often: each of it may be paid for.
 
 use super::*;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// As a server says it that has failed, with this status.
 fn broke(status: u16) -> ProviderError {
@@ -14,7 +15,7 @@ fn needing(tokens: u32) -> impl Fn(&Call<'_>, usize) -> Result<Completion, Provi
             return Ok(said("long"));
         }
         let usage = Usage { tokens_output: call.max_output_tokens.into(), ..Usage::default() };
-        let error = failed("model.truncated", Advice::SameModel);
+        let error = ProviderError::new(Failure::retryable("model.truncated", "as ordered"), Advice::SameModel);
         Err(ProviderError { stream_completed: true, usage: Some(Box::new(usage)), ..error })
     }
 }
@@ -24,7 +25,7 @@ fn limits(stub: &Stub) -> Vec<u32> {
 }
 
 #[tokio::test]
-async fn a_question_that_a_server_always_fails_at_counts_once_others_were_answered() {
+async fn a_question_that_a_server_always_fails_at_counts_once_many_others_were_answered() {
     let stub = Stub::new("gemini", |call, _| if call.key == "poison" { Err(broke(500)) } else { Ok(said("x")) });
     let orchestrator = orchestrator(&[candidate("gemini", "m")], &[Arc::clone(&stub)]);
     let recorder = Arc::default();
@@ -37,6 +38,9 @@ async fn a_question_that_a_server_always_fails_at_counts_once_others_were_answer
         let failure = ask(attempt, "poison").await.unwrap_err();
         assert_eq!((failure.code.as_str(), failure.uncounted), ("transient.http", true), "it may be an outage");
     }
+    for other in ["1", "2", "3", "4", "5", "6", "7"] {
+        ask(2, other).await.unwrap();
+    }
     for attempt in 3..9 {
         ask(attempt, ["c", "d", "e", "f", "g", "h"][attempt as usize - 3]).await.unwrap();
         let failure = ask(attempt, "poison").await.unwrap_err();
@@ -45,6 +49,33 @@ async fn a_question_that_a_server_always_fails_at_counts_once_others_were_answer
     }
     // Nobody else was turned away for it, and an outage that begins now is none of its doing.
     assert!(ask(9, "poison").await.unwrap_err().uncounted);
+}
+
+#[tokio::test]
+async fn a_server_that_fails_at_every_second_question_of_everybody_is_waited_for() {
+    // A brown-out: the unlucky one is answered when it is over.
+    let over = Arc::new(AtomicBool::new(false));
+    let healed = Arc::clone(&over);
+    let stub = Stub::new("gemini", move |call, n| match call.key {
+        "unlucky" if !healed.load(Ordering::SeqCst) => Err(broke(500)),
+        "unlucky" => Ok(said("there")),
+        _ if n % 2 == 0 && !healed.load(Ordering::SeqCst) => Err(broke(500)),
+        _ => Ok(said("x")),
+    });
+    let orchestrator = orchestrator(&[candidate("gemini", "m")], &[stub]);
+    let recorder = Arc::default();
+    for attempt in 1..=20 {
+        let bench = Bench::attempt(&recorder, attempt);
+        let failure = orchestrator.call(&bench.ctx, "unlucky", request()).await.unwrap_err();
+        assert!(failure.uncounted, "attempt {attempt}: {failure:?}");
+        for other in 0..4 {
+            // The first of its two tries fails.
+            orchestrator.call(&bench.ctx, &format!("{attempt} {other}"), request()).await.unwrap();
+        }
+    }
+    over.store(true, Ordering::SeqCst);
+    let bench = Bench::attempt(&recorder, 21);
+    assert_eq!(orchestrator.call(&bench.ctx, "unlucky", request()).await.unwrap().text, "there");
 }
 
 #[tokio::test]
@@ -90,6 +121,45 @@ async fn an_answer_that_is_cut_gets_all_the_room_that_its_model_has() {
     assert_eq!(orchestrator.call(&bench.ctx, "plan", request()).await.unwrap().text, "long");
     assert_eq!(limits(&stub), [1_000, 4_000]);
     assert_eq!(bench.closed().len(), 2);
+}
+
+#[tokio::test]
+async fn an_answer_that_is_cut_with_all_the_room_there_is_is_bought_twice_at_most_however_many_attempts_there_are() {
+    let gemini = Stub::new("gemini", needing(u32::MAX));
+    let alone = orchestrator(&[candidate("gemini", "m")], &[Arc::clone(&gemini)]);
+    let recorder = Arc::default();
+    let ask = |orchestrator: &Orchestrator, attempt| {
+        let (orchestrator, bench) = (orchestrator.clone(), Bench::attempt(&recorder, attempt));
+        async move { orchestrator.call(&bench.ctx, "plan", request()).await }
+    };
+    let failure = ask(&alone, 1).await.unwrap_err();
+    assert_eq!((failure.code.as_str(), failure.kind), ("model.truncated", FailureKind::Retryable));
+    assert_eq!(limits(&gemini), [1_000, 4_000]);
+    // It may have rambled. Nobody is asked with a limit that is known to be too small.
+    let failure = ask(&alone, 2).await.unwrap_err();
+    assert_eq!((failure.code.as_str(), failure.kind), ("model.truncated", FailureKind::Permanent));
+    assert!(failure.message.contains("4000 tokens"), "{}", failure.message);
+    assert_eq!(limits(&gemini), [1_000, 4_000, 4_000]);
+    // Nor is anybody else, although the routing names more by now.
+    let other = Stub::new("openrouter", needing(u32::MAX));
+    let list = [candidate("gemini", "m"), candidate("openrouter", "n")];
+    let both = orchestrator(&list, &[Arc::clone(&gemini), Arc::clone(&other)]);
+    assert_eq!(ask(&both, 3).await.unwrap_err().kind, FailureKind::Permanent);
+    assert_eq!((gemini.count(), other.count()), (3, 0));
+    // Two that fill their room are enough as well, and each answer is booked.
+    let bench = Bench::new();
+    let failure = both.call(&bench.ctx, "plan", request()).await.unwrap_err();
+    assert_eq!((failure.code.as_str(), failure.kind), ("model.truncated", FailureKind::Permanent));
+    assert_eq!((gemini.count(), limits(&other)), (5, vec![4_000]));
+    let closed = bench.closed();
+    assert_eq!(closed.len(), 3);
+    assert!(closed.iter().all(|(_, closed)| closed.usage.as_ref().is_some_and(|usage| usage.tokens_output > 0)));
+    // A larger model gets what the others could not hold.
+    let large = Stub::new("openrouter", needing(8_000));
+    let roomy = Candidate { max_output_tokens: 16_000, context_tokens: 64_000, ..candidate("openrouter", "n") };
+    let both = orchestrator(&[candidate("gemini", "m"), roomy], &[Arc::clone(&gemini), Arc::clone(&large)]);
+    assert_eq!(both.call(&Bench::new().ctx, "plan", request()).await.unwrap().text, "long");
+    assert_eq!(limits(&large), [16_000]);
 }
 
 #[tokio::test]

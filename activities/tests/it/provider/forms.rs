@@ -56,6 +56,53 @@ async fn a_form_that_is_refused_is_simplified_and_remembered() {
 }
 
 #[tokio::test]
+async fn a_form_that_was_refused_by_its_name_is_not_sent_again_although_the_simpler_one_was_not_answered() {
+    let request = Request { output_schema: Some(json!({"type": "object"})), ..request() };
+    for dialect in Dialect::ALL {
+        let server = FakeProvider::start(move |seen, _| {
+            let gemini = &seen.body["generationConfig"];
+            if seen.body["response_format"]["type"] == "json_schema" || gemini.get("responseJsonSchema").is_some() {
+                answer_json(
+                    400,
+                    "",
+                    &json!({"error": {"status": "INVALID_ARGUMENT", "message": "response schema is not supported"}}),
+                )
+            } else {
+                answer_json(429, "", &dialect.error(429, "RESOURCE_EXHAUSTED"))
+            }
+        })
+        .await;
+        let provider = client(dialect, &server.base(), PATIENT);
+        for requests in [2, 3, 4] {
+            let error = ask_with(provider.as_ref(), &request, &CancellationToken::new()).await.error();
+            assert_eq!(error.failure.code, "transient.rate_limited", "{dialect:?}");
+            assert_eq!(server.seen().len(), requests, "{dialect:?}: refused once");
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_is_refused_in_every_form_has_taught_nothing_of_forms() {
+    // A tool is wrong, and the server speaks of its schema.
+    for dialect in [Dialect::OpenAi, Dialect::OpenRouter] {
+        let server = FakeProvider::start(move |seen, _| match seen.body["messages"].to_string().contains("wrong") {
+            true => answer_json(400, "", &json!({"error": {"message": "the schema of a tool is wrong"}})),
+            false => stream(&dialect.good("{}")),
+        })
+        .await;
+        let provider = client(dialect, &server.base(), PATIENT);
+        let good = Request { output_schema: Some(json!({"type": "object"})), ..request() };
+        let mut bad = good.clone();
+        bad.messages.push(loopwright_activities::orchestrator::Message::User { text: "wrong".into() });
+        let error = ask_with(provider.as_ref(), &bad, &CancellationToken::new()).await.error();
+        assert_eq!(error.failure.code, "provider.bad_request", "{dialect:?}");
+        ask_with(provider.as_ref(), &good, &CancellationToken::new()).await.completion();
+        let last = server.seen().pop().unwrap().body;
+        assert_eq!(last["response_format"]["type"], "json_schema", "{dialect:?}");
+    }
+}
+
+#[tokio::test]
 async fn openrouter_and_gemini_step_down_where_a_schema_is_not_taken() {
     let request = Request { output_schema: Some(json!({"type": "object"})), ..request() };
     let server = FakeProvider::start(|seen, _| match seen.body.get("response_format") {

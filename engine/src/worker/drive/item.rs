@@ -119,7 +119,7 @@ impl Driver {
                         _ => None,
                     });
                     let reserve = match (input, self.shared.registry.get(activity)) {
-                        (Some(input), Some(code)) => code.reserve(input),
+                        (Some(input), Some(code)) => code.reserve(input, &self.pinned.extras),
                         _ => Value::Null,
                     };
                     let attempt = self.attempt_ref(path, *attempt, *attempt_id, activity, *deadline);
