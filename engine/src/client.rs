@@ -306,8 +306,16 @@ impl Client {
     }
 
     /// Transitions with `seq > after`, in order, at most `limit` (1000).
+    ///
+    /// # Errors
+    /// `run_not_found`, `run_archived`: an empty page is the end of a run that is there.
     pub async fn history(&self, run: RunId, after: u64, limit: u32) -> Result<Vec<HistoryRow>> {
-        store::history::page(&self.pool, run, after, limit).await
+        let mut conn = self.pool.acquire().await?;
+        let page = store::history::page(&mut conn, run, after, limit).await?;
+        if page.is_empty() {
+            store::runs::standing(&mut conn, run).await?;
+        }
+        Ok(page)
     }
 
     /// Runs that match, newest first.

@@ -15,12 +15,7 @@ use sqlx::{PgConnection, PgPool, Row, postgres::PgRow, types::Json};
 const ROWS: i64 = 100;
 
 /// Rows with `seq > after`, in order; those that a fork shares come from its parent, and its parent's parent.
-pub(crate) async fn page(pool: &PgPool, run: RunId, after: u64, limit: u32) -> Result<Vec<HistoryRow>> {
-    let mut conn = pool.acquire().await?;
-    page_in(&mut conn, run, after, limit).await
-}
-
-pub(crate) async fn page_in(conn: &mut PgConnection, run: RunId, after: u64, limit: u32) -> Result<Vec<HistoryRow>> {
+pub(crate) async fn page(conn: &mut PgConnection, run: RunId, after: u64, limit: u32) -> Result<Vec<HistoryRow>> {
     // Each run of the line gives its own part; the limit inside keeps a long history from being read for one page.
     let rows = sqlx::query(
         "with recursive line as (

@@ -153,6 +153,7 @@ impl From<loopwright_engine::Error> for Error {
             E::ScheduleNotFound(_) => Self::not_found("schedule"),
             E::ScheduleInvalid(list) => Self::new(Code::InputInvalid, list.join("; ")),
             E::ScheduleExists(_)
+            | E::DefinitionAmbiguous { .. }
             | E::ConcurrencyFull(_)
             | E::RateFull(_)
             | E::WorkflowIdOpen { .. }

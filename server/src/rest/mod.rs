@@ -32,7 +32,7 @@ pub use call::Peer;
 pub use error::{Code, Error};
 pub use jwks::Pace as JwksPace;
 pub use jwt::install_crypto;
-pub(crate) use projects::WORKFLOW;
+pub(crate) use projects::{IDEA_MAX, WORKFLOW};
 pub use routes::{ROUTES, routes};
 
 use crate::{config, store::Store};
