@@ -10,6 +10,7 @@
 //! [`crate::store`]. Start reading at [`routes`].
 
 pub mod auth;
+mod begin;
 mod call;
 mod credits;
 pub mod error;
@@ -24,6 +25,7 @@ mod projects;
 mod quotes;
 mod routes;
 mod runs;
+mod schedules;
 pub mod serve;
 mod updates;
 

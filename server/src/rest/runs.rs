@@ -209,6 +209,15 @@ pub(super) async fn cancel(id: Uuid, mut call: Call) -> Result<Response, Error> 
     json(202, &object!({ "status": "cancelling" }))
 }
 
+/// `POST /v1/runs/{id}/terminate` `{reason}`: at once, without its `finally`; the body may be absent.
+pub(super) async fn terminate(id: Uuid, mut call: Call) -> Result<Response, Error> {
+    let caller = call.principal(Need::Run).await?;
+    owned(&call, caller, id).await?;
+    let reason = reason(&mut call)?.unwrap_or_else(|| "terminated by its owner".into());
+    call.state.client.terminate(RunId(id), &reason).await?;
+    json(200, &object!({ "status": "terminated" }))
+}
+
 fn check_text(pointer: &str, text: Option<&str>) -> Result<(), Error> {
     match text {
         Some(text) if text.chars().count() > TEXT_MAX => Err(Error::new(Code::InputInvalid, "The text is too long.")
