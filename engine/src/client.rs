@@ -321,8 +321,18 @@ impl Client {
     }
 
     /// Transitions with `seq > after`, in order, at most `limit` (1000).
+    ///
+    /// # Errors
+    /// `run_not_found`, `run_archived`: an empty page is the end of a run that is there.
     pub async fn history(&self, run: RunId, after: u64, limit: u32) -> Result<Vec<HistoryRow>> {
-        self.ask(async |conn| store::history::page(conn, run, after, limit).await).await
+        self.ask(async |conn| {
+            let page = store::history::page(conn, run, after, limit).await?;
+            if page.is_empty() {
+                store::runs::standing(conn, run).await?;
+            }
+            Ok(page)
+        })
+        .await
     }
 
     /// Runs that match, newest first.

@@ -3,13 +3,13 @@
 /// What the engine's functions return to their callers.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("no run {0}")]
+    #[error("no run {0}: check the id; `run list` shows which there are")]
     RunNotFound(String),
     #[error(
         "run {run} was retired; it is in the archive {file}, and `loopwright retention import` brings it back to be read"
     )]
     RunArchived { run: String, file: String },
-    #[error("run {0} is closed")]
+    #[error("run {0} is closed: it takes nothing more; fork it, or start another")]
     RunClosed(String),
     #[error("run {0} is quarantined: an operator has to look at it first")]
     RunQuarantined(String),
@@ -27,7 +27,7 @@ pub enum Error {
         "run {run} under the id `{id}` has ended as {status}, and the start asks for no run after that: choose another id, or allow the duplicate"
     )]
     WorkflowIdUsed { id: String, run: String, status: &'static str },
-    #[error("there is a run {0} in this database already")]
+    #[error("there is a run {0} in this database already: look at that one, or import into another database")]
     RunExists(String),
     #[error("the run cannot be forked there: {}", .0.join("; "))]
     ForkInvalid(Vec<String>),
@@ -39,8 +39,10 @@ pub enum Error {
     ArchiveInvalid { line: u64, why: String },
     #[error("the archive cannot be written: {0}")]
     ArchiveUnwritable(String),
-    #[error("no definition {0}")]
+    #[error("no definition {0}: deploy it, or see which there are by `workflow versions`")]
     DefinitionNotFound(String),
+    #[error("several definitions begin with {digits}: write more digits; they are {}", .candidates.join(", "))]
+    DefinitionAmbiguous { digits: String, candidates: Vec<String> },
     #[error("the definition is not valid: {0}")]
     DefinitionInvalid(String),
     #[error("the inputs are not valid: {}", .0.join("; "))]
@@ -51,7 +53,7 @@ pub enum Error {
         "{limit} {what} wait to be read by run {run} already: see what it waits for, and send this one again later"
     )]
     InboxFull { run: String, what: &'static str, limit: i64 },
-    #[error("no update `{1}` was sent to run {0}")]
+    #[error("no update `{1}` was sent to run {0}: send it first")]
     UpdateNotFound(String, String),
     #[error("run {run} has not answered update `{id}` yet: {why}; ask again with the same id")]
     UpdatePending { run: String, id: String, why: &'static str },
@@ -59,11 +61,11 @@ pub enum Error {
     QueryNotFound { name: String, names: Vec<String> },
     #[error("query `{name}` cannot be answered now: {}: {}", .failure.code, .failure.message)]
     QueryFailed { name: String, failure: crate::Failure },
-    #[error("run {0} does not wait for an approval `{1}`")]
+    #[error("run {0} does not wait for an approval `{1}`: `run show` says what it waits for")]
     ApprovalNotWaiting(String, String),
-    #[error("no schedule `{0}`")]
+    #[error("no schedule `{0}`: `schedule list` shows which there are")]
     ScheduleNotFound(String),
-    #[error("there is a schedule `{0}` already")]
+    #[error("there is a schedule `{0}` already: choose another name, or update that one")]
     ScheduleExists(String),
     #[error("the schedule is not valid: {}", .0.join("; "))]
     ScheduleInvalid(Vec<String>),
@@ -123,6 +125,7 @@ impl Error {
             Self::ArchiveInvalid { .. } => "archive_invalid",
             Self::ArchiveUnwritable(_) => "archive_unwritable",
             Self::DefinitionNotFound(_) => "definition_not_found",
+            Self::DefinitionAmbiguous { .. } => "definition_ambiguous",
             Self::DefinitionInvalid(_) => "definition_invalid",
             Self::InputInvalid(_) => "input_invalid",
             Self::SignalInvalid(_) => "signal_invalid",

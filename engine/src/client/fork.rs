@@ -42,7 +42,8 @@ pub struct Fork {
     pub at: At,
     /// Replace the inputs of the same names; what the shared part made of the former ones stays.
     pub inputs: Map<String, Value>,
-    /// Another definition: one that has a place for every block that is open at the fork.
+    /// Another definition: one that has a place for every block that is open at the fork. Its inputs are the run's from then on:
+    /// of those that the run had, the ones that it declares, and its defaults for what it adds.
     pub definition: Option<DefinitionHash>,
     /// Instead of the run's: whose the new run is. A fork of a run that came from a file needs them, because whoever is named
     /// there has not asked for it. A flat JSON object, at most 8 KiB.
@@ -238,13 +239,17 @@ impl Client {
             )]));
         }
         let before = self.state_at(run, new, seq).await?;
-        let inputs = match (asked.inputs.is_empty(), before.inputs.clone()) {
+        let migrated = definition != maker.definition;
+        let inputs = match (asked.inputs.is_empty() && !migrated, before.inputs.clone()) {
             (true, _) => None,
             (false, Value::Object(mut map)) => {
+                // What only the former definition asked for is not this one's; what is asked for now is.
+                map.retain(|name, _| !migrated || pinned.definition.inputs.contains_key(name));
                 map.extend(asked.inputs.clone());
                 Some(prepare(&pinned.definition, &Value::Object(map)).map_err(Error::InputInvalid)?)
             }
-            (false, _) => return Err(Error::ForkInvalid(vec!["the run had no inputs there".into()])),
+            // Nothing had begun: said below.
+            (false, _) => None,
         };
         let catalog = Catalog::default();
         let moment = Moment {
@@ -264,7 +269,7 @@ impl Client {
             reason,
             definition,
             inputs,
-            migrated: definition != maker.definition,
+            migrated,
             again,
             until: terms.deadline,
         };

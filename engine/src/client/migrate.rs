@@ -218,19 +218,27 @@ pub(super) async fn definitions(
 }
 
 impl Client {
-    /// A deployed definition of a workflow by what people write: its number, its hash, or a pointer such as `current`.
+    /// A deployed definition by what people write: its number, a pointer such as `current`, or its hash, of which the first digits
+    /// are enough if no other begins with them. Numbers and pointers are those of `workflow`, or of the workflow that is named
+    /// before an `@`.
     ///
     /// # Errors
-    /// `definition_not_found`.
+    /// `definition_not_found`; `definition_ambiguous` with those that begin so.
     pub async fn definition_named(&self, workflow: &str, text: &str) -> Result<DefinitionHash> {
+        let (workflow, text) = text.split_once('@').unwrap_or((workflow, text));
+        let number = text.strip_prefix('v').unwrap_or(text).parse::<i32>();
         self.ask(async |conn| {
-            if let Ok(hash) = text.parse::<DefinitionHash>() {
-                store::definitions::load(conn, hash).await?;
-                return Ok(hash);
-            }
-            match text.trim_start_matches('v').parse::<i32>() {
+            let found = match number {
                 Ok(version) => store::definitions::version(conn, workflow, version).await,
                 Err(_) => store::definitions::pointer(conn, workflow, text).await,
+            };
+            match found {
+                // Digits may be the beginning of a hash as well.
+                Err(Error::DefinitionNotFound(named)) => match store::definitions::beginning(conn, text).await? {
+                    Some(hash) => Ok(hash),
+                    None => Err(Error::DefinitionNotFound(named)),
+                },
+                found => found,
             }
         })
         .await

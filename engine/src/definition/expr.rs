@@ -329,6 +329,17 @@ impl Survey {
             return Ok(());
         }
         match &node.expr {
+            Ast::Call(call) if guarded(call).is_some() => {
+                // As `has` of the value alone: what leads there is read for the value as well.
+                let before = guarded(call).and_then(|[value, _]| name_path(&value.expr)).map(|mut path| {
+                    path.pop();
+                    path
+                });
+                self.references
+                    .variables
+                    .extend(before.filter(|path| path.first().is_some_and(|n| !locals.contains(n))));
+                guarded(call).into_iter().flatten().try_for_each(|part| self.visit(part, depth + 1, loops, locals))
+            }
             Ast::Call(call) => {
                 // What a `map` or `filter` adds to its own result (a name that no author can write) copies no text.
                 let own = matches!(call.args.first().map(|a| &a.expr), Some(Ast::Ident(name)) if name.starts_with('@'));
@@ -387,20 +398,69 @@ fn name_path(expr: &Ast) -> Option<Vec<String>> {
     }
 }
 
-/// `default(a.b, y)` is `has(a.b) && a.b != null ? a.b : y`.
+/// Longest path that `default` follows from its root, in fields; of a longer one only the last may be absent. Chosen: every field is
+/// looked up once for each before it.
+const DEFAULT_FIELDS_MAX: usize = 16;
+
+/// `default(a.b.c, y)` is `has(a.b) && a.b != null && has(a.b.c) && a.b.c != null ? a.b.c : y`: whatever of it is absent or null. Of
+/// what is no path of names, `default(f(x).b, y)`, only the last field may be.
 fn default_macro() -> Macro {
     Macro::global("default", 2, |helper, _target, args| {
-        let Some(IdedExpr { expr: Ast::Select(select), .. }) = args.first() else { return Ok(None) };
-        let test = Ast::Select(SelectExpr { operand: select.operand.clone(), field: select.field.clone(), test: true });
+        let Some(IdedExpr { expr: Ast::Select(_), .. }) = args.first() else { return Ok(None) };
         let otherwise = args.pop().expect("two arguments");
         let value = args.pop().expect("two arguments");
+        let follows = name_path(&value.expr).is_some_and(|path| path.len() <= DEFAULT_FIELDS_MAX + 1);
+        // From the whole path to its root.
+        let (mut fields, mut at) = (Vec::new(), &value);
+        while let Ast::Select(select) = &at.expr
+            && (follows || fields.is_empty())
+        {
+            let test = SelectExpr { operand: select.operand.clone(), field: select.field.clone(), test: true };
+            fields.push((Ast::Select(test), at.clone()));
+            at = &select.operand;
+        }
         let call = |name: &str, args| Ast::Call(CallExpr { func_name: name.to_owned(), target: None, args });
-        let has = helper.next_expr(test);
-        let null = helper.next_expr(Ast::Literal(LiteralValue::Null));
-        let present = helper.next_expr(call(operators::NOT_EQUALS, vec![value.clone(), null]));
-        let guard = helper.next_expr(call(operators::LOGICAL_AND, vec![has, present]));
+        let mut guard: Option<IdedExpr> = None;
+        for (test, field) in fields.into_iter().rev() {
+            let null = helper.next_expr(Ast::Literal(LiteralValue::Null));
+            for part in [test, call(operators::NOT_EQUALS, vec![field, null])] {
+                let part = helper.next_expr(part);
+                guard = Some(match guard {
+                    Some(before) => helper.next_expr(call(operators::LOGICAL_AND, vec![before, part])),
+                    None => part,
+                });
+            }
+        }
+        let Some(guard) = guard else { return Ok(None) };
         Ok(Some(helper.next_expr(call(operators::CONDITIONAL, vec![guard, value, otherwise]))))
     })
+}
+
+/// Value and alternative of a conditional whose condition only asks for the presence of its value.
+fn guarded(call: &CallExpr) -> Option<[&IdedExpr; 2]> {
+    let [condition, value, otherwise] = &call.args[..] else { return None };
+    let asks = call.func_name == operators::CONDITIONAL
+        && name_path(&value.expr).is_some_and(|path| only_asks_for(&condition.expr, &path));
+    asks.then_some([value, otherwise])
+}
+
+/// Whether a condition only asks for the presence of what leads to `path`, as that of `default` does.
+fn only_asks_for(condition: &Ast, path: &[String]) -> bool {
+    let leads = |ast: &Ast| name_path(ast).is_some_and(|before| path.starts_with(&before));
+    match condition {
+        Ast::Call(call) if call.func_name == operators::LOGICAL_AND => {
+            call.args.iter().all(|part| only_asks_for(&part.expr, path))
+        }
+        Ast::Call(call) if call.func_name == operators::NOT_EQUALS => match &call.args[..] {
+            [field, null] => matches!(null.expr, Ast::Literal(LiteralValue::Null)) && leads(&field.expr),
+            _ => false,
+        },
+        Ast::Select(select) if select.test => {
+            let field = Ast::Select(SelectExpr { test: false, ..select.clone() });
+            leads(&field)
+        }
+        _ => false,
+    }
 }
 
 fn execution_failure(error: &ExecutionError, expr: &Expr) -> Failure {
@@ -650,6 +710,13 @@ mod tests {
             ("default(inputs.absent, 'x')", json!("x")),
             ("default(inputs.none, 'x')", json!("x")),
             ("default(inputs.name, 'x')", json!("Ada")),
+            ("default(inputs.absent.deep.down, 'x')", json!("x")),
+            ("default(inputs.none.deep, 'x')", json!("x")),
+            ("default(steps.none.output.v, 0) + default(steps.plan.output.v, 2)", json!(2)),
+            ("size(default(steps.plan.output.todo, []))", json!(2)),
+            ("[{'a': 1}].map(x, default(x.a, 0) + default(x.b.c, 5))", json!([6])),
+            ("has(steps.none) ? 1 : default(steps.plan.output.v, 2)", json!(2)),
+            ("default(steps.plan.output.todo[0].title, 'none')", json!("none")),
             ("has(inputs.absent)", json!(false)),
             ("join(['a','b'], '-') + upper('c')", json!("a-bC")),
             ("sum([1,2,3]) + max([4,9])", json!(15)),
@@ -660,6 +727,25 @@ mod tests {
         ] {
             assert_eq!(eval(source), Ok(expected), "{source}");
         }
+    }
+
+    #[test]
+    fn a_default_refers_to_its_path_and_to_what_has_its_last_field() {
+        let variables = |source: &str| check(&Expr(source.into())).expect("an expression").variables;
+        let path = |text: &str| text.split('.').map(str::to_owned).collect::<Vec<_>>();
+        assert_eq!(
+            variables("default(steps.a.output.v, inputs.x)"),
+            [path("inputs.x"), path("steps.a.output"), path("steps.a.output.v")]
+        );
+        assert_eq!(
+            variables("has(steps.b) ? 1 : default(steps.a.output, 0)"),
+            [path("steps"), path("steps.a"), path("steps.a.output")]
+        );
+        // As many as a source can hold.
+        let many = vec!["default(steps.a.output.v,0)"; 36].join("+");
+        assert!(check(&Expr(many)).is_ok());
+        let long = format!("default({}, 0)", vec!["a"; 300].join("."));
+        assert_eq!(variables(&long).len(), 2, "of a path that is too long only the last field may be absent");
     }
 
     #[test]

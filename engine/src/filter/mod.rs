@@ -58,7 +58,8 @@ impl std::error::Error for FilterError {}
 /// Key words in any case. Every comparison is true or false: with a field that is empty or has a value of another type it is
 /// false, and `!=`, `not in`, `not like` are the opposite of `=`, `in`, `like`. Texts compare by their bytes.
 /// # Units
-/// Instants are RFC 3339, or a date, or a date and a time, which are UTC.
+/// Instants are a date, or a date and a time up to minutes, seconds or fractions, with a zone (`Z`, `+02:00`, `+0200`, `+02`) or in
+/// UTC, with a `T` or a space between: RFC 3339 and what ISO 8601 leaves out.
 /// Limits: 4 KiB, 50 comparisons, 100 values of an `in`, 24 levels.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Query(pub(crate) Condition);
@@ -67,7 +68,41 @@ impl Query {
     /// # Errors
     /// What is wrong, at which column, and what to write instead.
     pub fn parse(text: &str) -> Result<Self, FilterError> {
-        parse::parse(text).map(Self)
+        parse::parse(text, &[]).map(Self)
+    }
+
+    /// [`Self::parse`] with words of the caller's own that stand for attributes: pairs of word and attribute.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn parse_with(text: &str, words: &[(&'static str, &'static str)]) -> Result<Self, FilterError> {
+        parse::parse(text, words).map(Self)
+    }
+
+    /// The texts that an attribute is compared with by `=`, `!=`, `in` or `not in`, in order.
+    #[must_use]
+    pub fn texts_of(&self, attribute: &str) -> Vec<&str> {
+        let mut found = Vec::new();
+        self.0.visit(&mut |condition| {
+            let (field, values) = match condition {
+                Condition::Compare(field, Compare::Equal, value) => (field, std::slice::from_ref(value)),
+                Condition::In(field, values) => (field, &values[..]),
+                _ => return,
+            };
+            if matches!(field, Field::Attribute(name) if name == attribute) {
+                found.extend(
+                    values.iter().filter_map(|v| if let Value::Text(text) = v { Some(text.as_str()) } else { None }),
+                );
+            }
+        });
+        found
+    }
+
+    /// Puts what each of [`Self::texts_of`] stands for in its place, any of them; `None` leaves it as it is.
+    #[must_use]
+    pub fn replacing(mut self, attribute: &str, stands_for: &dyn Fn(&str) -> Option<Vec<String>>) -> Self {
+        self.0.replace(attribute, stands_for);
+        self
     }
 }
 
@@ -85,10 +120,43 @@ pub(crate) enum Condition {
     Any(Vec<Condition>),
     Not(Box<Condition>),
     Compare(Field, Compare, Value),
-    /// Equal to one of them; at least one.
+    /// Equal to one of them.
     In(Field, Vec<Value>),
     StartsWith(Field, String),
     Empty(Field),
+}
+
+impl Condition {
+    fn visit<'a>(&'a self, see: &mut dyn FnMut(&'a Self)) {
+        see(self);
+        match self {
+            Self::All(parts) | Self::Any(parts) => parts.iter().for_each(|part| part.visit(see)),
+            Self::Not(part) => part.visit(see),
+            Self::Compare(..) | Self::In(..) | Self::StartsWith(..) | Self::Empty(_) => {}
+        }
+    }
+
+    fn replace(&mut self, attribute: &str, stands_for: &dyn Fn(&str) -> Option<Vec<String>>) {
+        let of = |value: &Value| -> Option<Vec<Value>> {
+            let Value::Text(text) = value else { return None };
+            stands_for(text).map(|texts| texts.into_iter().map(Value::Text).collect())
+        };
+        match self {
+            Self::All(parts) | Self::Any(parts) => {
+                parts.iter_mut().for_each(|part| part.replace(attribute, stands_for))
+            }
+            Self::Not(part) => part.replace(attribute, stands_for),
+            Self::Compare(Field::Attribute(name), Compare::Equal, value) if name.as_str() == attribute => {
+                if let Some(values) = of(value) {
+                    *self = Self::In(Field::Attribute(attribute.to_owned()), values);
+                }
+            }
+            Self::In(Field::Attribute(name), values) if name.as_str() == attribute => {
+                *values = values.iter().flat_map(|value| of(value).unwrap_or_else(|| vec![value.clone()])).collect();
+            }
+            Self::Compare(..) | Self::In(..) | Self::StartsWith(..) | Self::Empty(_) => {}
+        }
+    }
 }
 
 /// `!=` is the opposite of `Equal`.

@@ -83,7 +83,8 @@ fn error(text: &str, at: usize, message: String, help: impl Into<String>) -> Fil
     FilterError { column: text[..at].chars().count() + 1, message, help: help.into() }
 }
 
-pub(super) fn parse(text: &str) -> Result<Condition, FilterError> {
+/// `words` of the caller's stand for attributes.
+pub(super) fn parse(text: &str, words: &[(&'static str, &'static str)]) -> Result<Condition, FilterError> {
     if text.len() > TEXT_BYTES_MAX {
         return Err(FilterError {
             column: 0,
@@ -95,7 +96,7 @@ pub(super) fn parse(text: &str) -> Result<Condition, FilterError> {
         return Err(error(text, at, "a NUL".into(), "leave it out"));
     }
     let tokens = tokens(text)?;
-    let mut reader = Reader { text, tokens, at: 0, depth: 0, comparisons: 0 };
+    let mut reader = Reader { text, words, tokens, at: 0, depth: 0, comparisons: 0 };
     let condition = reader.or()?;
     match reader.peek() {
         None => Ok(condition),
@@ -106,6 +107,7 @@ pub(super) fn parse(text: &str) -> Result<Condition, FilterError> {
 
 struct Reader<'s> {
     text: &'s str,
+    words: &'s [(&'static str, &'static str)],
     tokens: Vec<Spanned>,
     at: usize,
     depth: usize,
@@ -253,7 +255,7 @@ impl Reader<'_> {
     fn field(&mut self) -> Result<Field, FilterError> {
         let first = self.at;
         let Some(Token::Word(name)) = self.peek().cloned() else {
-            let help = "write a field: run_id, workflow, workflow_id, status, queue, started_at, closed_at, waiting, attributes.NAME";
+            let help = format!("write a field: {}, attributes.NAME", self.known().join(", "));
             return Err(self.wrong(format!("expected a field, found {}", self.shown(self.at)), help));
         };
         self.at += 1;
@@ -278,8 +280,10 @@ impl Reader<'_> {
         if let Some((_, field)) = Field::NAMED.into_iter().find(|(known, _)| *known == lower) {
             return Ok(field);
         }
-        let known = Field::NAMED.map(|(known, _)| known);
-        let help = match nearest(&lower, known) {
+        if let Some((_, attribute)) = self.words.iter().find(|(word, _)| *word == lower) {
+            return Ok(Field::Attribute((*attribute).to_owned()));
+        }
+        let help = match nearest(&lower, self.known()) {
             Some(known) => format!("did you mean `{known}`?"),
             None if ["and", "or", "in", "like", "is", "null"].contains(&lower.as_str()) => {
                 "a condition is missing before it".into()
@@ -287,6 +291,11 @@ impl Reader<'_> {
             None => format!("did you mean `attributes.{name}`?"),
         };
         Err(self.wrong_at(first, format!("there is no field {}", self.shown(first)), help))
+    }
+
+    /// Names of fields.
+    fn known(&self) -> Vec<&'static str> {
+        Field::NAMED.iter().map(|(name, _)| *name).chain(self.words.iter().map(|(word, _)| *word)).collect()
     }
 
     fn list(&mut self, field: &Field) -> Result<Vec<Value>, FilterError> {
@@ -355,13 +364,17 @@ impl Reader<'_> {
                 text.parse()
                     .map_err(|_| self.wrong("this is not the id of a run", "write all of it: 36 characters"))?,
             ),
-            (Field::StartedAt | Field::ClosedAt, Value::Text(text)) => Value::Instant(
-                instant(&text)
-                    .ok_or_else(|| self.wrong("this is not an instant", "write 2026-11-25 or 2026-11-25T10:00:00Z"))?,
-            ),
+            (Field::StartedAt | Field::ClosedAt, Value::Text(text)) => {
+                Value::Instant(instant(&text).ok_or_else(|| {
+                    self.wrong(
+                        "this is not an instant",
+                        "write 2026-11-25 or 2026-11-25T10:00:00Z, or with a zone: 2026-11-25T10:00+01:00",
+                    )
+                })?)
+            }
             (Field::Status, Value::Text(text)) => Value::Status(RunStatus::parse(&text).ok_or_else(|| {
                 let known = RunStatus::ALL.map(RunStatus::as_str);
-                let help = nearest(&text.to_lowercase(), known)
+                let help = nearest(&text.to_lowercase(), known.into())
                     .map_or_else(|| format!("one of {}", known.join(", ")), |known| format!("did you mean '{known}'?"));
                 self.wrong(format!("there is no status {}", self.shown(self.at)), help)
             })?),
@@ -389,20 +402,24 @@ fn negated(not: bool, condition: Condition) -> Condition {
     if not { Condition::Not(Box::new(condition)) } else { condition }
 }
 
-fn nearest<const N: usize>(name: &str, known: [&'static str; N]) -> Option<&'static str> {
+fn nearest(name: &str, known: Vec<&'static str>) -> Option<&'static str> {
     let scored = known.into_iter().map(|k| (strsim::jaro_winkler(k, name), k));
     scored.max_by(|a, b| a.0.total_cmp(&b.0)).filter(|(score, _)| *score >= ALIKE).map(|(_, k)| k)
 }
 
-/// RFC 3339; a date; a date and a time of UTC. Within what Postgres can hold and compare.
+/// RFC 3339; a date; a date and a time of a zone, or of UTC. Within what Postgres can hold and compare.
 fn instant(text: &str) -> Option<DateTime<Utc>> {
-    let parsed = DateTime::parse_from_rfc3339(text).map(|t| t.with_timezone(&Utc)).ok();
+    const TIMES: [&str; 2] = ["%H:%M:%S%.f", "%H:%M"];
     let day = || text.parse::<NaiveDate>().ok()?.and_hms_opt(0, 0, 0).map(|t| t.and_utc());
-    let time = || {
-        let formats = ["%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S%.f"];
-        formats.iter().find_map(|f| NaiveDateTime::parse_from_str(text, f).ok()).map(|t| t.and_utc())
+    let formats = || TIMES.iter().flat_map(|time| ["T", " "].map(|between| format!("%Y-%m-%d{between}{time}")));
+    let plain = text.strip_suffix(['Z', 'z']).unwrap_or(text);
+    let utc = || formats().find_map(|f| NaiveDateTime::parse_from_str(plain, &f).ok()).map(|t| t.and_utc());
+    let zoned = || {
+        let formats = formats().flat_map(|f| [format!("{f}%#z"), format!("{f} %#z")]);
+        formats.into_iter().find_map(|f| DateTime::parse_from_str(text, &f).ok()).map(|t| t.with_timezone(&Utc))
     };
-    parsed.or_else(day).or_else(time).filter(|t| (0..=9999).contains(&chrono::Datelike::year(t)))
+    let parsed = DateTime::parse_from_rfc3339(text).map(|t| t.with_timezone(&Utc)).ok();
+    parsed.or_else(day).or_else(utc).or_else(zoned).filter(|t| (0..=9999).contains(&chrono::Datelike::year(t)))
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use super::*;
 use proptest::prelude::*;
 
 fn read(text: &str) -> Condition {
-    parse(text).unwrap_or_else(|e| panic!("{text}: {e}"))
+    parse(text, &[]).unwrap_or_else(|e| panic!("{text}: {e}"))
 }
 
 fn eq(field: &str, value: &str) -> Condition {
@@ -48,6 +48,57 @@ fn every_field_takes_values_of_its_type() {
     assert_eq!(read("queue like 'a_b%'"), Condition::StartsWith(Field::Queue, "a_b".into()));
     let list = vec![Value::Text("a".into()), Value::Text("b".into())];
     assert_eq!(read("workflow_id not in ('a','b')"), Condition::Not(Box::new(Condition::In(Field::WorkflowId, list))));
+}
+
+#[test]
+fn an_instant_is_what_iso_8601_calls_one() {
+    for (written, meant) in [
+        ("2026-11-25", "2026-11-25T00:00:00Z"),
+        ("2026-11-25T10:30", "2026-11-25T10:30:00Z"),
+        ("2026-11-25 10:30:15", "2026-11-25T10:30:15Z"),
+        ("2026-11-25T10:30:15.250", "2026-11-25T10:30:15.25Z"),
+        ("2026-11-25T10:30Z", "2026-11-25T10:30:00Z"),
+        ("2026-11-25 10:30:15z", "2026-11-25T10:30:15Z"),
+        ("2026-11-25T10:30:15+02:00", "2026-11-25T08:30:15Z"),
+        ("2026-11-25 10:30:15+02:00", "2026-11-25T08:30:15Z"),
+        ("2026-11-25T10:30+0200", "2026-11-25T08:30:00Z"),
+        ("2026-11-25 10:30 +02:00", "2026-11-25T08:30:00Z"),
+        ("2026-11-25T10:30:15.5-05", "2026-11-25T15:30:15.5Z"),
+    ] {
+        assert_eq!(instant(written), Some(meant.parse().expect("instant")), "{written}");
+    }
+    for wrong in
+        ["2026-13-25", "2026-11-25T25:00", "2026-11-25T10:30 Europe/Berlin", "10:30", "2026-11-25Z", "", "now() -- "]
+    {
+        assert_eq!(instant(wrong), None, "{wrong}");
+    }
+}
+
+#[test]
+fn words_of_the_caller_stand_for_attributes_and_their_texts_for_others() {
+    let words = [("project", "project_id")];
+    let query = |text: &str| super::super::Query::parse_with(text, &words).unwrap_or_else(|e| panic!("{text}: {e}"));
+    let typed = query("status = 'running' and (Project = 'Greeter' or not project in ('x', 'y', 3))");
+    assert_eq!(
+        typed,
+        query(
+            "status = 'running' and (attributes.project_id = 'Greeter' or attributes.project_id not in ('x', 'y', 3))"
+        )
+    );
+    assert_eq!(typed.texts_of("project_id"), ["Greeter", "x", "y"]);
+    assert_eq!(typed.texts_of("user_id"), Vec::<&str>::new());
+    let ids = |name: &str| match name {
+        "Greeter" => Some(vec!["1".to_owned(), "2".to_owned()]),
+        "y" => Some(vec!["4".to_owned()]),
+        _ => None,
+    };
+    assert_eq!(
+        typed.replacing("project_id", &ids),
+        query("status = 'running' and (project in ('1', '2') or project not in ('x', '4', 3))")
+    );
+    let error = parse("projekt = 'x'", &words).expect_err("no such field");
+    assert!(error.help.contains("`project`"), "{error}");
+    assert!(parse("", &words).expect_err("empty").help.contains("waiting, project"));
 }
 
 #[test]
@@ -103,7 +154,7 @@ fn what_is_wrong_is_said_with_its_column_and_what_to_write() {
         (&nots, 97, "more than 24 levels", "flatter"),
         (&"x".repeat(5000), 0, "5000 bytes", "4096"),
     ] {
-        let error = parse(text).expect_err(text);
+        let error = parse(text, &[]).expect_err(text);
         assert!(error.message.contains(message) && error.help.contains(help), "{text}: {error}");
         assert_eq!(error.column, column, "{text}: {error}");
     }
@@ -112,7 +163,7 @@ fn what_is_wrong_is_said_with_its_column_and_what_to_write() {
 proptest! {
     #[test]
     fn any_text_is_read_or_refused_with_a_place_in_it(text in "( |and|or|not|in|like|is|null|status|attributes|[.]|a|'[a%]{0,3}'|'|\"|[(),=<>!;ä0-9-]){0,30}") {
-        if let Err(error) = parse(&text) {
+        if let Err(error) = parse(&text, &[]) {
             prop_assert!((1..=text.chars().count() + 1).contains(&error.column), "{:?}: {}", text, error);
             prop_assert!(!error.help.is_empty());
         }

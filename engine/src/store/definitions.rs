@@ -114,6 +114,49 @@ pub(crate) async fn version(conn: &mut PgConnection, name: &str, version: i32) -
     bytes.and_then(hash_of).ok_or_else(|| Error::DefinitionNotFound(format!("{name}@{version}")))
 }
 
+/// Fewest digits by which a hash is looked for. Chosen: fewer are mostly a slip.
+const DIGITS_MIN: usize = 4;
+/// Most definitions that are named to choose from. Chosen.
+const CANDIDATES_MAX: usize = 10;
+
+/// The definition whose hash begins with these hex digits, `sha256:` before them or not. `None` if they are none, or none begins so.
+///
+/// # Errors
+/// `definition_ambiguous` if several do.
+pub(crate) async fn beginning(conn: &mut PgConnection, text: &str) -> Result<Option<DefinitionHash>> {
+    let digits = text.strip_prefix("sha256:").unwrap_or(text).to_ascii_lowercase();
+    if !(DIGITS_MIN..=64).contains(&digits.len()) || !digits.bytes().all(|b| b.is_ascii_hexdigit()) {
+        return Ok(None);
+    }
+    let end =
+        |fill: char| format!("{digits}{}", fill.to_string().repeat(64 - digits.len())).parse::<DefinitionHash>().ok();
+    let (Some(DefinitionHash(first)), Some(DefinitionHash(last))) = (end('0'), end('f')) else { return Ok(None) };
+    let rows =
+        sqlx::query("select hash, name, version from definitions where hash between $1 and $2 order by hash limit $3")
+            .bind(&first[..])
+            .bind(&last[..])
+            .bind(i64::try_from(CANDIDATES_MAX + 1).unwrap_or(i64::MAX))
+            .fetch_all(conn)
+            .await?;
+    let mut found = Vec::with_capacity(rows.len());
+    for row in &rows {
+        let hash = hash_of(row.try_get("hash")?).ok_or_else(|| Error::Invariant("a definition's hash".into()))?;
+        found.push((hash, row.try_get::<String, _>("name")?, row.try_get::<i32, _>("version")?));
+    }
+    if let [(hash, ..)] = found[..] {
+        return Ok(Some(hash));
+    }
+    if found.is_empty() {
+        return Ok(None);
+    }
+    let mut candidates: Vec<String> =
+        found.iter().take(CANDIDATES_MAX).map(|(hash, name, version)| format!("{hash} ({name}@{version})")).collect();
+    if found.len() > CANDIDATES_MAX {
+        candidates.push("others".into());
+    }
+    Err(Error::DefinitionAmbiguous { digits, candidates })
+}
+
 pub(crate) async fn versions(conn: &mut PgConnection, name: &str) -> Result<Vec<Version>> {
     let rows = sqlx::query(
         "select d.name, d.version, d.hash, d.author, d.message, d.created_at, p.hash is not null as current

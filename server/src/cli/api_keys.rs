@@ -3,7 +3,7 @@
 
 pub(crate) mod test;
 
-use super::{Context, print, table, token::DEVELOPER};
+use super::{Context, failure::refuse, print, table, token::DEVELOPER};
 use crate::{app::App, store::users::User};
 use anyhow::Context as _;
 use clap::Subcommand;
@@ -134,8 +134,13 @@ async fn act(command: Command, app: &App, keys: &Keys, json: bool) -> anyhow::Re
             let tested = test::ask(&settings, subjects).await;
             print(json, &tested, |tested| tested.iter().map(line).collect::<Vec<_>>().join("\n"))?;
             let bad = tested.iter().filter(|one| !one.works()).count();
-            anyhow::ensure!(bad == 0, "{bad} of {} keys do not work", tested.len());
-            Ok(())
+            match bad {
+                0 => Ok(()),
+                _ => Err(refuse(
+                    "keys_failed",
+                    format!("{bad} of {} keys do not work: do what each line says", tested.len()),
+                )),
+            }
         }
         Command::Enable { id } => {
             let view = keys.set_enabled(id, true).await?;

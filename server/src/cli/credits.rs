@@ -1,6 +1,6 @@
 //! `loopwright credits`: for whoever operates this installation, over all users.
 
-use super::{Context, EXIT_FAILED, print, table, token::DEVELOPER};
+use super::{Context, EXIT_FAILED, print, schedule::no_user, table, token::DEVELOPER};
 use crate::{
     app::App,
     store::{
@@ -8,12 +8,11 @@ use crate::{
         users::User,
     },
 };
-use anyhow::Context as _;
 use chrono::{DateTime, Utc};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use loopwright_activities::billing::{
     MicroCredits, audit,
-    ledger::{self, GrantSource, LedgerError},
+    ledger::{self, GrantSource},
     report::{By, Span, Spent},
 };
 use loopwright_engine::transaction;
@@ -165,7 +164,7 @@ async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<u8> {
             let amount = if take { MicroCredits(-amount.0) } else { amount };
             let mut tx = transaction::begin(&app.pool).await?;
             app.client.unblock_in(&mut tx, &json!({"user_id": user.to_string()})).await?;
-            let adjusted = ledger::adjust(&mut tx, user, &ticket, amount).await.map_err(coded)?;
+            let adjusted = ledger::adjust(&mut tx, user, &ticket, amount).await?;
             tx.commit().await?;
             app.client.wake().await;
             show(app, user, json, json!({"adjusted": adjusted, "reference": format!("adjust:{ticket}")})).await?;
@@ -174,7 +173,7 @@ async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<u8> {
             }
         }
         Command::Refund { charge } => {
-            let refunded = app.store.refund(&charge).await.map_err(coded)?;
+            let refunded = app.store.refund(&charge).await?;
             print(json, &json!({"charge_id": charge, "refunded": refunded}), |_| {
                 if refunded {
                     "The credits are taken back; the bot returns the Stars within a minute.".to_owned()
@@ -186,7 +185,7 @@ async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<u8> {
         Command::Release { user } => {
             let mut tx = transaction::begin(&app.pool).await?;
             app.client.unblock_in(&mut tx, &json!({"user_id": user.to_string()})).await?;
-            let released = ledger::resume_holds(&mut tx, user).await.map_err(coded)?;
+            let released = ledger::resume_holds(&mut tx, user).await?;
             tx.commit().await?;
             app.client.wake().await;
             show(app, user, json, json!({ "released": released })).await?;
@@ -277,7 +276,7 @@ async fn user(app: &App, who: Who) -> anyhow::Result<Uuid> {
 
 /// Prints the balance, with `extra` in front of it in JSON.
 async fn show(app: &App, user: Uuid, json: bool, extra: serde_json::Value) -> anyhow::Result<()> {
-    let balance = app.store.balance(user).await?.with_context(|| format!("there is no user {user}"))?;
+    let balance = app.store.balance(user).await?.ok_or_else(|| no_user(user))?;
     let mut value = extra;
     value["user_id"] = json!(user);
     if let (Some(value), serde_json::Value::Object(fields)) = (value.as_object_mut(), serde_json::to_value(&balance)?) {
@@ -291,12 +290,6 @@ async fn show(app: &App, user: Uuid, json: bool, extra: serde_json::Value) -> an
             decimal(balance.held_ucr)
         )
     })
-}
-
-/// An error of the ledger with its code.
-fn coded(error: LedgerError) -> anyhow::Error {
-    let code = error.code();
-    anyhow::anyhow!("{error} [{code}]")
 }
 
 fn by() -> impl TypedValueParser<Value = By> {

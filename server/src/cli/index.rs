@@ -1,6 +1,6 @@
 //! `loopwright index`: the code index over a folder, as agents use it. Needs no database.
 
-use super::{Context, print, table};
+use super::{Context, failure::refuse, print, table};
 use crate::config::Config;
 use anyhow::Context as _;
 use loopwright_activities::index::{Hit, Index, Packed, Symbol, UpdateReport};
@@ -79,7 +79,9 @@ fn act(command: Command, context: &Context) -> anyhow::Result<()> {
     let json = context.json;
     let dir = command.dir();
     let root = dir.canonicalize().with_context(|| format!("{} cannot be read", dir.display()))?;
-    anyhow::ensure!(root.is_dir(), "{} is not a folder", root.display());
+    if !root.is_dir() {
+        return Err(refuse("file_failed", format!("{} is not a folder; name a folder", root.display())));
+    }
     let index = Index::open(&folder(&context.config, &root))?;
     let report = index.update(&root)?;
     let count = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);

@@ -1,6 +1,6 @@
 //! `loopwright migrate`: safe to run from several places at once, and again.
 
-use super::{Context, print};
+use super::{Context, failure, print};
 use crate::{app::App, postgres::Fallback};
 
 #[derive(Debug, clap::Args)]
@@ -38,5 +38,5 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<()> {
     })?;
     let behind = args.check && !report["missing"].as_array().is_some_and(Vec::is_empty);
     app.close().await;
-    if behind { Err(anyhow::anyhow!("the database is behind this program; run `loopwright migrate`")) } else { Ok(()) }
+    if behind { Err(failure::behind()) } else { Ok(()) }
 }

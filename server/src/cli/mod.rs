@@ -41,6 +41,7 @@ pub const EXIT_USAGE: u8 = 2;
 /// The machine lacks something.
 pub const EXIT_MACHINE: u8 = 3;
 pub use crate::app::EXIT_INTERRUPTED;
+pub use failure::usage;
 
 /// From an idea to a working repository, durably.
 #[derive(Debug, Parser)]

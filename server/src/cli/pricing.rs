@@ -1,8 +1,8 @@
 //! `loopwright pricing`: what models cost. Prices are added with a date, never changed.
 
-use super::{Context, EXIT_FAILED, print, table};
+use super::{Context, EXIT_FAILED, failure::refuse, print, table};
 use crate::app::App;
-use anyhow::{Context as _, ensure};
+use anyhow::Context as _;
 use chrono::{DateTime, Utc};
 use clap::builder::PossibleValuesParser;
 use loopwright_activities::{
@@ -91,7 +91,8 @@ fn text(file: &std::path::Path) -> anyhow::Result<String> {
     } else {
         std::fs::File::open(file).with_context(what)?.take(limit).read_to_end(&mut bytes).with_context(what)?;
     }
-    String::from_utf8(bytes).map_err(|_| anyhow::anyhow!("{} is not UTF-8 text", file.display()))
+    String::from_utf8(bytes)
+        .map_err(|_| refuse("file_failed", format!("{} is not UTF-8 text; save it as that", file.display())))
 }
 
 async fn act(command: Command, read: Option<List>, app: &App, json: bool) -> anyhow::Result<u8> {
@@ -115,9 +116,9 @@ async fn act(command: Command, read: Option<List>, app: &App, json: bool) -> any
         }
         (Command::Sync { how, all }, _) => {
             let account = app.books(Vec::new())?.openrouter;
-            let unset = "OpenRouter is not configured; set OPENROUTER_API_KEY";
-            let list = account.context(unset)?.models().await;
-            let text = list.map_err(|error| anyhow::anyhow!("{}", error.failure.message))?.context(unset)?;
+            let unset = || refuse("configuration_invalid", "OpenRouter is not configured; set OPENROUTER_API_KEY");
+            let list = account.ok_or_else(unset)?.models().await;
+            let text = list.map_err(|error| refuse("provider_failed", error.failure.message))?.ok_or_else(unset)?;
             let list = pricelist::from_openrouter(&text, Trust { free: how.allow_free })?;
             let rows = app.store.prices(false, None).await?;
             let priced = rows.iter().map(|row| row.provider.clone());
@@ -160,7 +161,9 @@ async fn take(quotes: &[Quote], list: &List, how: &How, source: &str, app: &App,
         "dry_run": how.dry_run, "effective_from": applied.effective_from, "new": applied.new, "changed": applied.changed,
         "unchanged": applied.unchanged, "withdrawn": applied.withdrawn, "skipped": list.skipped, "refused": list.refused,
     });
-    ensure!(!quotes.is_empty() || list.refused.is_empty() || json, "no price of the list can be used");
+    if quotes.is_empty() && !list.refused.is_empty() && !json {
+        return Err(refuse("prices_unusable", "no price of the list can be used: correct what is said of each"));
+    }
     print(json, &report, |_| {
         let would = if how.dry_run { "would be " } else { "" };
         let count = |n: usize| if n == 1 { "1 model".to_owned() } else { format!("{n} models") };

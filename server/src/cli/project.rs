@@ -1,7 +1,7 @@
 //! `loopwright project`: for whoever operates this installation, over all users.
 
-use super::{Context, print, table, token::DEVELOPER};
-use crate::{app::App, store::projects::Project};
+use super::{Context, failure::refuse, print, schedule::no_user, table, token::DEVELOPER};
+use crate::{app::App, rest::IDEA_MAX, store::projects::Project};
 use anyhow::Context as _;
 use std::io::Read;
 use uuid::Uuid;
@@ -56,10 +56,19 @@ async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<()> {
                 idea
             };
             let idea = idea.trim();
-            anyhow::ensure!(!idea.is_empty(), "the idea is empty");
-            let name = name.unwrap_or_else(|| idea.lines().next().unwrap_or_default().chars().take(60).collect());
+            if idea.is_empty() || idea.chars().count() > IDEA_MAX {
+                return Err(refuse(
+                    "input_invalid",
+                    format!("an idea has 1 to {IDEA_MAX} characters: say it in so many"),
+                ));
+            }
+            let name: String =
+                name.unwrap_or_else(|| idea.lines().next().unwrap_or_default().chars().take(60).collect());
             let user = match user {
-                Some(user) => user,
+                Some(user) => match app.store.balance(user).await? {
+                    Some(_) => user,
+                    None => return Err(no_user(user)),
+                },
                 None => {
                     let issuer = &app.config.auth.issuer;
                     app.store.user_of(issuer, DEVELOPER, issuer).await?.id
@@ -78,7 +87,9 @@ async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<()> {
             })
         }
         Command::Show { id } => {
-            let project = app.store.project(None, id).await?.with_context(|| format!("there is no project {id}"))?;
+            let project = app.store.project(None, id).await?.ok_or_else(|| {
+                refuse("project_not_found", format!("there is no project {id}; `project list` shows which there are"))
+            })?;
             let run = app.client.open_run(&crate::rest::workflow_id(id)).await?;
             let mut value = serde_json::to_value(&project)?;
             value["open_run"] = serde_json::json!(run);

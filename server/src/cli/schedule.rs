@@ -1,6 +1,6 @@
 //! `loopwright schedule`: runs that the clock starts. For whoever operates this installation, over all users.
 
-use super::{Context, print, table, token::DEVELOPER};
+use super::{Context, failure::refuse, print, table, token::DEVELOPER};
 use crate::{app::App, store::projects::workflow_id};
 use anyhow::Context as _;
 use chrono::{DateTime, NaiveDate, SecondsFormat, Utc};
@@ -218,33 +218,47 @@ pub(super) async fn belongs_to(
     project: Option<Uuid>,
 ) -> anyhow::Result<(Value, Option<String>)> {
     let user = match user {
-        Some(user) => user,
+        Some(user) => match app.store.balance(user).await? {
+            Some(_) => user,
+            None => return Err(no_user(user)),
+        },
         None => {
             let issuer = &app.config.auth.issuer;
             app.store.user_of(issuer, DEVELOPER, issuer).await?.id
         }
     };
     let Some(project) = project else { return Ok((json!({"user_id": user.to_string()}), None)) };
-    app.store.project(user, project).await?.with_context(|| {
-        format!("user {user} has no project {project}; name its owner by --user (`loopwright project list` knows all)")
+    app.store.project(user, project).await?.ok_or_else(|| {
+        let text = "name its owner by --user (`loopwright project list` knows all)";
+        refuse("project_not_found", format!("user {user} has no project {project}; {text}"))
     })?;
     let attributes = json!({"user_id": user.to_string(), "project_id": project.to_string()});
     Ok((attributes, Some(workflow_id(project))))
 }
 
+/// Said of an id that is no user's.
+pub(super) fn no_user(user: Uuid) -> anyhow::Error {
+    refuse("user_not_found", format!("there is no user {user}; a user begins with a token or with the bot"))
+}
+
 /// JSON as typed, or from a file.
-fn inputs_of(text: &str) -> anyhow::Result<Value> {
+pub(super) fn inputs_of(text: &str) -> anyhow::Result<Value> {
     let text = match text.strip_prefix('@') {
         None => text.to_owned(),
         Some(file) => {
             let unreadable = || format!("{file} cannot be read");
             let size = std::fs::metadata(file).with_context(unreadable)?.len();
-            anyhow::ensure!(size <= INPUTS_BYTES_MAX, "{file} has {size} bytes; at most {INPUTS_BYTES_MAX}");
+            if size > INPUTS_BYTES_MAX {
+                return Err(refuse("too_large", format!("{file} has {size} bytes; at most {INPUTS_BYTES_MAX}")));
+            }
             std::fs::read_to_string(file).with_context(unreadable)?
         }
     };
-    let inputs: Value = serde_json::from_str(&text).context("the inputs are not JSON")?;
-    anyhow::ensure!(inputs.is_object(), "the inputs are not a JSON object");
+    let inputs: Value =
+        serde_json::from_str(&text).context("the inputs are not JSON; write --inputs '{\"name\": value}'")?;
+    if !inputs.is_object() {
+        return Err(refuse("json_invalid", "the inputs are not a JSON object; write --inputs '{\"name\": value}'"));
+    }
     Ok(inputs)
 }
 

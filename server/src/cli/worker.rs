@@ -1,6 +1,9 @@
 //! `loopwright worker`: works on runs of a configured database until it is asked to stop.
 
-use super::Context;
+use super::{
+    Context,
+    failure::{behind, refuse},
+};
 use crate::{
     app::{self, App, Models},
     config,
@@ -27,7 +30,9 @@ pub(crate) struct Args {
 pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<()> {
     let mut config = context.config;
     if let Some(slots) = args.slots {
-        anyhow::ensure!(slots > 0, "--slots must be more than 0");
+        if slots == 0 {
+            return Err(refuse("usage_invalid", "--slots must be more than 0"));
+        }
         config.worker.slots = slots;
     }
     if let Some(queues) = args.queues {
@@ -39,7 +44,9 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<()> {
     let stop = app::stop_on_signal()?;
     let app = App::open(config, Fallback::None).await?;
     let missing = app.store.missing_migrations().await?;
-    anyhow::ensure!(missing.is_empty(), "the database is behind this program; run `loopwright migrate`");
+    if !missing.is_empty() {
+        return Err(behind());
+    }
     let models = Models::from_rehearsal(args.rehearsal);
     let done = app::run_worker(&app, &models, stop).await;
     app.close().await;

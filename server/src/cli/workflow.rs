@@ -1,10 +1,8 @@
 //! `loopwright workflow`: definitions as files and as deployed versions. Checking needs no database.
 
-mod migrate;
-
-use super::{Context, EXIT_FAILED, print, schedule::belongs_to, table};
+use super::{Context, EXIT_FAILED, failure::refuse, print, run::migrate, schedule::belongs_to, table};
 use crate::app::{self, App};
-use anyhow::{Context as _, bail, ensure};
+use anyhow::Context as _;
 use loopwright_engine::{
     Error,
     client::{Deploy, Version},
@@ -51,8 +49,8 @@ enum Command {
     },
     /// List the deployed versions of a definition, newest first
     Versions { name: String },
-    /// Let a run in flight go on under another version; exit code 1 if it cannot
-    Migrate(migrate::Args),
+    /// The same as `run migrate`
+    Migrate(Box<migrate::Args>),
 }
 
 /// Whose the runs of `on: cron` are.
@@ -81,7 +79,7 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<u8> {
         Command::Migrate(args) => {
             let json = context.json;
             let app = context.open().await?;
-            let done = migrate::run(args, &app, json).await;
+            let done = migrate::act(*args, &app, json).await;
             app.close().await;
             done
         }
@@ -123,7 +121,8 @@ pub(super) fn compiled(file: &Path, json: bool) -> anyhow::Result<Option<Compile
 
 fn check(file: &Path) -> anyhow::Result<Checked> {
     let source = std::fs::read(file).with_context(|| format!("{} cannot be read", file.display()))?;
-    let source = String::from_utf8(source).map_err(|_| anyhow::anyhow!("{} is not UTF-8 text", file.display()))?;
+    let source = String::from_utf8(source)
+        .map_err(|_| refuse("file_failed", format!("{} is not UTF-8 text; save it as that", file.display())))?;
     let bundle = prompts(file)?;
     let (compiled, found) = compile(&source, &file.display().to_string(), &bundle, &app::catalog());
     Ok(Checked { source, compiled, found })
@@ -141,10 +140,16 @@ fn prompts(file: &Path) -> anyhow::Result<Bundle> {
         let path = entry.with_context(|| unreadable(&folder))?.path();
         let Some(name) = path.file_name().and_then(|n| n.to_str()).filter(|n| n.ends_with(".hbs")) else { continue };
         let size = path.metadata().with_context(|| unreadable(&path))?.len();
-        ensure!(size <= PROMPT_BYTES_MAX, "{} has {size} bytes; at most {PROMPT_BYTES_MAX}", path.display());
+        if size > PROMPT_BYTES_MAX {
+            let text = format!("{} has {size} bytes; at most {PROMPT_BYTES_MAX}", path.display());
+            return Err(refuse("too_large", text));
+        }
         let text = std::fs::read_to_string(&path).with_context(|| unreadable(&path))?;
         bundle.insert(format!("{PROMPTS}/{name}"), text);
-        ensure!(bundle.len() <= PROMPTS_MAX, "{} has more than {PROMPTS_MAX} prompts", folder.display());
+        if bundle.len() > PROMPTS_MAX {
+            let text = format!("{} has more than {PROMPTS_MAX} prompts; take some away", folder.display());
+            return Err(refuse("too_large", text));
+        }
     }
     Ok(bundle)
 }
@@ -262,7 +267,8 @@ async fn keep_schedules(
 async fn versions(name: &str, app: &App, json: bool) -> anyhow::Result<u8> {
     let versions = app.client.versions(name).await?;
     if versions.is_empty() {
-        bail!("no workflow {name} is deployed; `loopwright workflow deploy FILE`");
+        let text = format!("no workflow {name} is deployed; `loopwright workflow deploy FILE`");
+        return Err(refuse("definition_not_found", text));
     }
     let value = |v: &Version| {
         json!({

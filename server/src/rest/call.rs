@@ -134,6 +134,11 @@ impl Call {
         serde_json::from_slice(&bytes).map_err(|e| Error::new(Code::BodyInvalid, format!("{e}.")))
     }
 
+    /// [`Self::json`]; an absent body is what is the default.
+    pub fn json_or_default<T: DeserializeOwned + Default>(&mut self) -> Result<T, Error> {
+        if self.body.as_ref().is_ok_and(Bytes::is_empty) { Ok(T::default()) } else { self.json() }
+    }
+
     /// The query as a known shape.
     ///
     /// # Errors

@@ -151,8 +151,9 @@ impl From<loopwright_engine::Error> for Error {
                 list.into_iter().fold(error, |e, text| e.at("/payload", text))
             }
             E::ScheduleNotFound(_) => Self::not_found("schedule"),
-            E::ScheduleInvalid(list) => Self::new(Code::InputInvalid, list.join("; ")),
+            E::ScheduleInvalid(list) | E::ForkInvalid(list) => Self::new(Code::InputInvalid, list.join("; ")),
             E::ScheduleExists(_)
+            | E::DefinitionAmbiguous { .. }
             | E::ConcurrencyFull(_)
             | E::RateFull(_)
             | E::WorkflowIdOpen { .. }
@@ -183,7 +184,6 @@ impl From<loopwright_engine::Error> for Error {
             }
             other @ (E::DefinitionNotFound(_)
             | E::RunExists(_)
-            | E::ForkInvalid(_)
             | E::MigrationInvalid(_)
             | E::MigrationBusy { .. }
             | E::ArchiveInvalid { .. }

@@ -10,6 +10,7 @@
 //! [`crate::store`]. Start reading at [`routes`].
 
 pub mod auth;
+mod begin;
 mod call;
 mod credits;
 pub mod error;
@@ -24,6 +25,7 @@ mod projects;
 mod quotes;
 mod routes;
 mod runs;
+mod schedules;
 pub mod serve;
 mod updates;
 
@@ -32,7 +34,7 @@ pub use call::Peer;
 pub use error::{Code, Error};
 pub use jwks::Pace as JwksPace;
 pub use jwt::install_crypto;
-pub(crate) use projects::WORKFLOW;
+pub(crate) use projects::{IDEA_MAX, WORKFLOW};
 pub use routes::{ROUTES, routes};
 
 use crate::{config, store::Store};

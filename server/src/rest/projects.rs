@@ -15,7 +15,7 @@ use warp::{
 /// Longest name, in characters. Chosen, not measured.
 const NAME_MAX: usize = 200;
 /// Longest idea, in characters: what the shipped workflow takes.
-const IDEA_MAX: usize = 20_000;
+pub(crate) const IDEA_MAX: usize = 20_000;
 /// The workflow of a new project.
 pub(crate) const WORKFLOW: &str = "dev-loop";
 

@@ -1,11 +1,11 @@
 //! The table of routes.
 
 use super::{
-    State,
+    State, begin,
     call::{Call, call, respond},
     credits,
     error::{Code, Error},
-    events, health, keys, loop_run, projects, quotes, runs, updates,
+    events, health, keys, loop_run, projects, quotes, runs, schedules, updates,
 };
 use std::convert::Infallible;
 use uuid::Uuid;
@@ -26,6 +26,7 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("GET", "/v1/projects/{}/files/{*}"),
     ("GET", "/v1/projects/{}/archive"),
     ("GET", "/v1/runs"),
+    ("POST", "/v1/runs"),
     ("GET", "/v1/runs/{}"),
     ("GET", "/v1/runs/{}/history"),
     ("GET", "/v1/runs/{}/events"),
@@ -35,10 +36,21 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("GET", "/v1/runs/{}/queries/{}"),
     ("POST", "/v1/runs/{}/approvals/{}"),
     ("POST", "/v1/runs/{}/cancel"),
+    ("POST", "/v1/runs/{}/terminate"),
+    ("POST", "/v1/runs/{}/fork"),
+    ("POST", "/v1/runs/{}/reset"),
     ("POST", "/v1/runs/{}/pause"),
     ("POST", "/v1/runs/{}/resume"),
     ("GET", "/v1/runs/{}/forecast"),
     ("POST", "/v1/runs/{}/limit"),
+    ("GET", "/v1/schedules"),
+    ("POST", "/v1/schedules"),
+    ("GET", "/v1/schedules/{}"),
+    ("DELETE", "/v1/schedules/{}"),
+    ("POST", "/v1/schedules/{}/pause"),
+    ("POST", "/v1/schedules/{}/resume"),
+    ("POST", "/v1/schedules/{}/trigger"),
+    ("POST", "/v1/schedules/{}/backfill"),
     ("GET", "/v1/credits"),
     ("GET", "/v1/credits/transactions"),
     ("GET", "/v1/credits/report"),
@@ -60,7 +72,19 @@ pub fn routes(state: &State) -> BoxedFilter<(Response,)> {
         .then(|call: Call| respond("/orchestrate/run-loop", loop_run::run(call)))
         .boxed();
     let v1 = warp::path("v1")
-        .and(projects(state).or(runs(state)).unify().or(credits(state)).unify().or(own_keys(state)).unify())
+        .and(
+            projects(state)
+                .or(runs(state))
+                .unify()
+                .or(begun(state))
+                .unify()
+                .or(scheduled(state))
+                .unify()
+                .or(credits(state))
+                .unify()
+                .or(own_keys(state))
+                .unify(),
+        )
         .boxed();
     trigger.or(v1).unify().or(operations(state)).unify().recover(recover).unify().boxed()
 }
@@ -199,6 +223,75 @@ fn runs(state: &State) -> BoxedFilter<(Response,)> {
         .or(cancel)
         .unify()
         .boxed()
+}
+
+/// Where runs begin, and where they end at once.
+fn begun(state: &State) -> BoxedFilter<(Response,)> {
+    let c = || call(state);
+    let start =
+        warp::path!("runs").and(warp::post()).and(c()).then(|call| respond("/v1/runs", begin::start(call))).boxed();
+    let terminate = warp::path!("runs" / Uuid / "terminate")
+        .and(warp::post())
+        .and(c())
+        .then(|id, call| respond("/v1/runs/{id}/terminate", runs::terminate(id, call)))
+        .boxed();
+    let fork = warp::path!("runs" / Uuid / "fork")
+        .and(warp::post())
+        .and(c())
+        .then(|id, call| respond("/v1/runs/{id}/fork", begin::fork_or_reset(id, false, call)))
+        .boxed();
+    let reset = warp::path!("runs" / Uuid / "reset")
+        .and(warp::post())
+        .and(c())
+        .then(|id, call| respond("/v1/runs/{id}/reset", begin::fork_or_reset(id, true, call)))
+        .boxed();
+    start.or(terminate).unify().or(fork).unify().or(reset).unify().boxed()
+}
+
+fn scheduled(state: &State) -> BoxedFilter<(Response,)> {
+    let c = || call(state);
+    let list = warp::path!("schedules")
+        .and(warp::get())
+        .and(c())
+        .then(|call| respond("/v1/schedules", schedules::list(call)))
+        .boxed();
+    let create = warp::path!("schedules")
+        .and(warp::post())
+        .and(c())
+        .then(|call| respond("/v1/schedules", schedules::create(call)))
+        .boxed();
+    let show = warp::path!("schedules" / String)
+        .and(warp::get())
+        .and(c())
+        .then(|name, call| respond("/v1/schedules/{name}", schedules::show(name, call)))
+        .boxed();
+    let delete = warp::path!("schedules" / String)
+        .and(warp::delete())
+        .and(c())
+        .then(|name, call| respond("/v1/schedules/{name}", schedules::delete(name, call)))
+        .boxed();
+    let pause = warp::path!("schedules" / String / "pause")
+        .and(warp::post())
+        .and(c())
+        .then(|name, call| respond("/v1/schedules/{name}/pause", schedules::pause_or_resume(name, true, call)))
+        .boxed();
+    let resume = warp::path!("schedules" / String / "resume")
+        .and(warp::post())
+        .and(c())
+        .then(|name, call| respond("/v1/schedules/{name}/resume", schedules::pause_or_resume(name, false, call)))
+        .boxed();
+    let trigger = warp::path!("schedules" / String / "trigger")
+        .and(warp::post())
+        .and(c())
+        .then(|name, call| respond("/v1/schedules/{name}/trigger", schedules::trigger(name, call)))
+        .boxed();
+    let backfill = warp::path!("schedules" / String / "backfill")
+        .and(warp::post())
+        .and(c())
+        .then(|name, call| respond("/v1/schedules/{name}/backfill", schedules::backfill(name, call)))
+        .boxed();
+    let by_name = show.or(delete).unify().or(pause).unify().or(resume).unify().or(trigger).unify().or(backfill).unify();
+    list.or(create).unify().or(by_name).unify().boxed()
 }
 
 fn credits(state: &State) -> BoxedFilter<(Response,)> {

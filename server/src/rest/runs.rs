@@ -4,6 +4,7 @@ use super::{
     Code, Error,
     call::{Call, Need, Principal, json, limit, parse},
 };
+use crate::store::filter;
 use loopwright_engine::{
     client::{Decision, Filter, Signal, Why},
     ids::RunId,
@@ -40,11 +41,13 @@ struct ListQuery {
     project_id: Option<String>,
     open: Option<String>,
     workflow: Option<String>,
+    #[serde(rename = "where")]
+    matching: Option<String>,
     limit: Option<String>,
     cursor: Option<String>,
 }
 
-/// `GET /v1/runs?project_id=&open=true&workflow=&cursor=&limit=`: newest first.
+/// `GET /v1/runs?project_id=&open=true&workflow=&where=&cursor=&limit=`: newest first. `where` is a filter, over the caller's runs.
 pub(super) async fn list(call: Call) -> Result<Response, Error> {
     let caller = call.principal(Need::Read).await?;
     let query: ListQuery = call.query()?;
@@ -53,9 +56,15 @@ pub(super) async fn list(call: Call) -> Result<Response, Error> {
     if let Some(project) = parse::<Uuid>("project_id", query.project_id.as_deref())? {
         attributes["project_id"] = project.to_string().into();
     }
+    let matching = match query.matching.as_deref().map(filter::parse).transpose() {
+        Ok(Some(matching)) => Some(call.state.store.with_projects(Some(caller.user), matching).await?),
+        Ok(None) => None,
+        Err(error) => return Err(Error::new(Code::QueryInvalid, format!("`where`: {error}."))),
+    };
     let filter = Filter {
         attributes: Some(attributes),
         workflow: query.workflow,
+        matching,
         open_only: parse("open", query.open.as_deref())?.unwrap_or(false),
         after: parse("cursor", query.cursor.as_deref())?,
         limit: limit + 1,
@@ -198,6 +207,15 @@ pub(super) async fn cancel(id: Uuid, mut call: Call) -> Result<Response, Error> 
     let reason = reason.unwrap_or_else(|| "cancelled by its owner".into());
     call.state.client.cancel(RunId(id), &reason).await?;
     json(202, &object!({ "status": "cancelling" }))
+}
+
+/// `POST /v1/runs/{id}/terminate` `{reason}`: at once, without its `finally`; the body may be absent.
+pub(super) async fn terminate(id: Uuid, mut call: Call) -> Result<Response, Error> {
+    let caller = call.principal(Need::Run).await?;
+    owned(&call, caller, id).await?;
+    let reason = reason(&mut call)?.unwrap_or_else(|| "terminated by its owner".into());
+    call.state.client.terminate(RunId(id), &reason).await?;
+    json(200, &object!({ "status": "terminated" }))
 }
 
 fn check_text(pointer: &str, text: Option<&str>) -> Result<(), Error> {

@@ -3,6 +3,7 @@
 
 mod archive;
 pub mod credits;
+pub mod filter;
 pub mod health;
 pub mod idempotency;
 pub mod loops;

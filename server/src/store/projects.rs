@@ -138,6 +138,15 @@ impl Store {
         Ok(row.map(Project::from))
     }
 
+    /// Whether one of these ids is a project that is not the user's.
+    pub async fn are_somebody_elses(&self, user: Uuid, ids: &[Uuid]) -> Result<bool, Error> {
+        Ok(sqlx::query_scalar("select exists (select from projects where id = any($1) and user_id <> $2)")
+            .bind(ids)
+            .bind(user)
+            .fetch_one(&self.pool)
+            .await?)
+    }
+
     /// Projects of the user, or of everybody, newest first, beginning after the one with id `after`.
     pub async fn projects(
         &self,

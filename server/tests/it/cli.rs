@@ -1,5 +1,12 @@
 //! The real binary: exit codes and sentences.
 
+mod commands;
+mod filter;
+mod fork;
+mod migrate;
+mod operate;
+mod refused;
+mod shell;
 mod terms;
 
 use crate::support::{Server, Work, activity, problem, read, run_of, script};

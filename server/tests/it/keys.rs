@@ -207,6 +207,8 @@ async fn a_key_of_the_platform_is_added_tested_and_rotated_from_the_command_line
     assert_eq!(json(&["api-keys", "list", "--json"])["items"][0]["status"], "disabled");
     let unknown = run(&["api-keys", "test", "nobody"], "");
     assert!(unknown.status.code() == Some(1) && text(&unknown).contains("api-keys list"), "{}", text(&unknown));
+    run(&["api-keys", "enable", &id], "");
+    assert_eq!(json(&["api-keys", "list", "--json"])["items"][0]["status"], "active");
     // Sealed again under another key of its own; then destroyed.
     assert_eq!(json(&["api-keys", "rewrap", "--anew", "--json"]), json!({"rows": 1, "left": 0}));
     run(&["api-keys", "revoke", &id], "");

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that panics has failed, and says where")]
 
 mod auth;
+mod begin;
 mod chaos;
 mod cli;
 mod e2e;

@@ -168,6 +168,18 @@ impl Bench {
         Self::with(world.clone(), offered, known).await
     }
 
+    /// One more worker, with labels, whose `work@1` is in a world of its own.
+    pub async fn another(&self, world: &Arc<World>, labels: &[&str]) -> WorkerHandle {
+        let world = world.clone();
+        let script = move |ctx: Context, input: Value| {
+            let world = world.clone();
+            async move { world.work(ctx, input).await }
+        };
+        let mut config = WorkerConfig::new(self.pool.clone(), Registry::new().with(Named::new("work@1", script)));
+        config.labels = labels.iter().map(|label| (*label).to_owned()).collect();
+        worker::start(config).await.expect("worker")
+    }
+
     pub async fn with(world: Arc<World>, offered: Registry, known: Registry) -> Self {
         let pool = database(MIGRATIONS).await;
         let client = Client::new(pool.clone(), Arc::new(NoHook));

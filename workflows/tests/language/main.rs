@@ -6,3 +6,4 @@ mod blocks;
 mod people;
 mod runs;
 mod shipped;
+mod terms;

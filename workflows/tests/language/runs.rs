@@ -342,6 +342,27 @@ queries:
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_query_has_a_default_for_a_step_that_runs_or_has_not_begun() {
+    let bench = Bench::new().await;
+    let body = r#"
+steps:
+  - { id: runs, uses: work@1, with: { gate: x, value: { v: 1 } } }
+  - { id: later, set: { v: 2 } }
+queries:
+  v: ["${{ default(steps.runs.output.v, 0) }}", "${{ default(steps.later.output.v, 'none') }}"]
+  guarded: "${{ has(steps.runs.output) ? steps.runs.output.v : -1 }}"
+"#;
+    let run = bench.start(body, json!({})).await;
+    let ask = async |name: &str| bench.client.query(run, name).await.expect("answered").result;
+    bench.world.arrived("x", 1).await;
+    assert_eq!((ask("v").await, ask("guarded").await), (json!([0, "none"]), json!(-1)));
+    bench.world.open("x", 1);
+    bench.output(run).await;
+    assert_eq!((ask("v").await, ask("guarded").await), (json!([1, 2]), json!(1)));
+    bench.done().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_run_goes_on_as_another_until_it_has_done_its_work() {
     let bench = Bench::new().await;
     let counter = r#"

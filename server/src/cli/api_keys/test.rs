@@ -1,7 +1,6 @@
 //! Which keys are asked about, and what is said of them: for `api-keys test` and `doctor`.
 
-use crate::{app::App, config::Config};
-use anyhow::Context as _;
+use crate::{app::App, cli::failure::refuse, config::Config};
 use futures_util::{StreamExt as _, stream};
 use loopwright_activities::{
     keys::{KeyView, Keys},
@@ -130,10 +129,10 @@ pub(crate) async fn meant(app: &App, keys: &Keys, name: Option<&str>) -> anyhow:
             for row in rows.into_iter().filter(meant) {
                 subjects.push(of_row(keys, &settings, row).await?);
             }
-            anyhow::ensure!(
-                !subjects.is_empty(),
-                "no key has the id or label `{name}`; see `loopwright api-keys list`"
-            );
+            if subjects.is_empty() {
+                let text = format!("no key has the id or label `{name}`; see `loopwright api-keys list`");
+                return Err(refuse("key_not_found", text));
+            }
             subjects
         }
         None => {
@@ -150,10 +149,10 @@ pub(crate) async fn meant(app: &App, keys: &Keys, name: Option<&str>) -> anyhow:
                 subjects.iter().filter_map(|subject| subject.row.as_ref().map(|row| row.id)).collect();
             let sealed = of_platform(keys, &settings).await?;
             subjects.extend(sealed.into_iter().filter(|s| s.row.as_ref().is_none_or(|row| !listed.contains(&row.id))));
-            anyhow::ensure!(
-                !subjects.is_empty(),
-                "the platform has no key; set GEMINI_API_KEY, OPENROUTER_API_KEY or OPENAI_BASE_URL, or `loopwright api-keys add --platform`"
-            );
+            if subjects.is_empty() {
+                let text = "the platform has no key; set GEMINI_API_KEY, OPENROUTER_API_KEY or OPENAI_BASE_URL, or `loopwright api-keys add --platform`";
+                return Err(refuse("key_not_found", text));
+            }
             subjects
         }
     };
@@ -164,7 +163,10 @@ async fn of_row(keys: &Keys, settings: &Settings, row: KeyView) -> anyhow::Resul
     let how = if row.status == "revoked" {
         Err("it is revoked: nothing is left of it".to_owned())
     } else if row.source == "sealed" {
-        let sealed = keys.sealed(row.id).await?.context("the key was revoked meanwhile")?;
+        let sealed = keys
+            .sealed(row.id)
+            .await?
+            .ok_or_else(|| refuse("key_not_found", "the key was revoked meanwhile; ask again"))?;
         keys.open(&sealed).map_err(|error| error.to_string()).and_then(|content| match sealed.is_platform() {
             false => Ok(How { key: Some(content.key), address: content.base_url, trust: keys.trust() }),
             // As workers do.

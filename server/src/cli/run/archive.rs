@@ -2,19 +2,15 @@
 
 use crate::{
     app::App,
-    cli::{Context, EXIT_FAILED, print, workflow},
+    cli::{Context, EXIT_FAILED, failure::refuse, print, workflow},
 };
-use anyhow::{Context as _, bail};
-use loopwright_engine::{
-    archive::Archive,
-    ids::{DefinitionHash, RunId},
-    machine::replay::Replayed,
-};
+use anyhow::Context as _;
+use loopwright_engine::{archive::Archive, ids::RunId, machine::replay::Replayed};
 use serde_json::json;
 use std::{
     fs::File,
     io::{BufReader, Write},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 /// Writes a run to standard output, as lines of JSON.
@@ -43,16 +39,17 @@ pub(super) async fn replay(target: &str, definition: Option<&str>, context: Cont
     let json = context.json;
     let replayed = match target.parse::<RunId>() {
         Ok(run) => {
-            let hash = definition
-                .map(|text| text.parse::<DefinitionHash>().map_err(|e| anyhow::anyhow!("--definition of a run: {e}")))
-                .transpose()?;
             let app = context.open().await?;
-            let replayed = app.client.replay(run, hash).await;
+            let replayed = replay_of(run, definition, &app).await;
             app.close().await;
             replayed?
         }
+        Err(_) if !Path::new(target).exists() => {
+            let text = format!("{target} is neither the id of a run nor a file; `run list` shows the runs");
+            return Err(refuse("run_not_found", text));
+        }
         Err(_) => {
-            let archive = read(&PathBuf::from(target))?;
+            let archive = read(Path::new(target))?;
             match definition {
                 None => archive.replay(None)?,
                 Some(file) => match workflow::compiled(Path::new(file), json)? {
@@ -64,6 +61,14 @@ pub(super) async fn replay(target: &str, definition: Option<&str>, context: Cont
     };
     print(json, &replayed, report)?;
     Ok(if replayed.divergence.is_some() { EXIT_FAILED } else { 0 })
+}
+
+async fn replay_of(run: RunId, definition: Option<&str>, app: &App) -> anyhow::Result<Replayed> {
+    let definition = match definition {
+        Some(text) => Some(app.client.definition_named(&app.client.describe(run).await?.workflow, text).await?),
+        None => None,
+    };
+    Ok(app.client.replay(run, definition).await?)
 }
 
 fn report(replayed: &Replayed) -> String {
@@ -92,9 +97,6 @@ fn report(replayed: &Replayed) -> String {
 }
 
 fn read(file: &Path) -> anyhow::Result<Archive> {
-    if !file.exists() {
-        bail!("{} is neither the id of a run nor a file", file.display());
-    }
     let open = File::open(file).with_context(|| format!("{} cannot be read", file.display()))?;
     Archive::read(BufReader::new(open)).with_context(|| file.display().to_string())
 }

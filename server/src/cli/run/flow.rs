@@ -3,12 +3,11 @@
 use super::SENDER;
 use crate::{
     app::App,
-    cli::{print, schedule::belongs_to},
+    cli::{failure::refuse, print, schedule::belongs_to},
 };
-use anyhow::{Context as _, ensure};
 use loopwright_engine::{
     client::{At, Fork, Why},
-    ids::{DefinitionHash, RunId},
+    ids::RunId,
     view::RunStatus,
 };
 use serde_json::{Map, Value, json};
@@ -66,9 +65,9 @@ pub(super) struct Changes {
     /// Replace an input; JSON, or words
     #[arg(long = "input", value_name = "NAME=VALUE")]
     inputs: Vec<String>,
-    /// Go on under this deployed definition
-    #[arg(long, value_name = "HASH")]
-    definition: Option<DefinitionHash>,
+    /// Go on under this deployed definition, with its inputs: those of the run that it declares, its defaults, and --input
+    #[arg(long, value_name = "[NAME@]VERSION|HASH|POINTER")]
+    definition: Option<String>,
     /// Whose the new run is, and who pays for it [default: as before; of a run that came from a file, the developer]
     #[arg(long, value_name = "UUID")]
     user: Option<Uuid>,
@@ -97,45 +96,49 @@ pub(super) async fn act(command: Command, app: &App, json: bool) -> anyhow::Resu
             })
         }
         Command::Fork { run, place, changes, reason } => {
-            let whose = whose(app, run, &changes).await?;
-            let forked = client.fork(run, asked(place, changes, whose, reason)?).await?;
+            let forked = client.fork(run, with(app, run, asked(place, &changes, reason)?, &changes).await?).await?;
             let report = json!({"run_id": forked.run_id, "forked_from": run});
             print(json, &report, |_| format!("Run {} goes on from there; {run} is as it was.", forked.run_id))
         }
         Command::Reset { run, place, changes, reason } => {
-            let whose = whose(app, run, &changes).await?;
-            let reset = client.reset(run, asked(place, changes, whose, reason)?).await?;
+            let reset = client.reset(run, with(app, run, asked(place, &changes, reason)?, &changes).await?).await?;
             let report = json!({"run_id": reset.run_id, "forked_from": run, "terminated": reset.terminated});
             print(json, &report, |_| format!("Run {} goes on from there; {run} has ended.", reset.run_id))
         }
     }
 }
 
-/// The attributes of the new run, if they are not those of the old one.
-async fn whose(app: &App, run: RunId, changes: &Changes) -> anyhow::Result<Option<Value>> {
+/// The request with what only the database knows: its definition, and the attributes of the new run, if they are not those of the
+/// old one.
+async fn with(app: &App, run: RunId, asked: Fork, changes: &Changes) -> anyhow::Result<Fork> {
+    let view = app.client.describe(run).await?;
+    let definition = match &changes.definition {
+        Some(text) => Some(app.client.definition_named(&view.workflow, text).await?),
+        None => None,
+    };
     let named = changes.user.is_some() || changes.project.is_some();
     // Whoever a file names has not asked for a fork of it.
-    if !named && app.client.describe(run).await?.imported_at.is_none() {
-        return Ok(None);
-    }
-    Ok(Some(belongs_to(app, changes.user, changes.project).await?.0))
+    let attributes = match named || view.imported_at.is_some() {
+        true => Some(belongs_to(app, changes.user, changes.project).await?.0),
+        false => None,
+    };
+    Ok(Fork { definition, attributes, ..asked })
 }
 
-fn asked(place: Place, changes: Changes, attributes: Option<Value>, reason: String) -> anyhow::Result<Fork> {
+fn asked(place: Place, changes: &Changes, reason: String) -> anyhow::Result<Fork> {
     let at = match (place.at, place.step) {
         (Some(seq), _) => At::Seq(seq),
         (None, Some(path)) => At::Step(path),
-        (None, None) => anyhow::bail!("say where: --at SEQ or --step PATH"),
+        (None, None) => return Err(refuse("usage_invalid", "say where: --at SEQ or --step PATH")),
     };
     let mut inputs = Map::new();
-    for text in changes.inputs {
-        let (name, value) =
-            text.split_once('=').with_context(|| format!("`{text}` is no input; write --input name=value"))?;
-        ensure!(!name.is_empty(), "`{text}` is no input; write --input name=value");
+    for text in &changes.inputs {
+        let wrong = || refuse("usage_invalid", format!("`{text}` is no input; write --input name=value"));
+        let (name, value) = text.split_once('=').filter(|(name, _)| !name.is_empty()).ok_or_else(wrong)?;
         let value = serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.to_owned()));
         inputs.insert(name.to_owned(), value);
     }
-    Ok(Fork { run_id: None, at, inputs, definition: changes.definition, attributes, reason })
+    Ok(Fork { run_id: None, at, inputs, definition: None, attributes: None, reason })
 }
 
 #[cfg(test)]
@@ -147,7 +150,7 @@ mod tests {
         let asked = |texts: &[&str]| {
             let place = Place { at: Some(3), step: None };
             let inputs = texts.iter().map(|t| (*t).to_owned()).collect();
-            asked(place, Changes { inputs, definition: None, user: None, project: None }, None, String::new())
+            asked(place, &Changes { inputs, definition: None, user: None, project: None }, String::new())
         };
         let inputs = asked(&["n=5", "idea=make it a=b", "list=[1]", "empty="]).unwrap().inputs;
         assert_eq!(Value::Object(inputs), json!({"n": 5, "idea": "make it a=b", "list": [1], "empty": ""}));

@@ -3,12 +3,12 @@
 mod archive;
 mod ask;
 mod flow;
+pub(super) mod migrate;
 mod quote;
 mod start;
 
-use super::{Context, print, table};
-use crate::{app::App, read::task};
-use anyhow::Context as _;
+use super::{Context, failure::refuse, print, table};
+use crate::{app::App, read::task, store::filter};
 use loopwright_engine::{
     client::{Decision, Filter, Signal},
     filter::Query,
@@ -39,9 +39,12 @@ enum Command {
         /// Open ones only
         #[arg(long)]
         open: bool,
-        /// That satisfy a condition, for example "status = 'running' and started_at > '2026-11-25'"
-        #[arg(long = "where", value_name = "FILTER")]
+        /// That satisfy a condition, for example "status = 'running' and project = 'Greeter' and started_at > '2026-11-25'"
+        #[arg(long = "where", value_name = "FILTER", value_parser = filter::parse)]
         matching: Option<Query>,
+        /// Begin after this run
+        #[arg(long, value_name = "RUN", conflicts_with = "count")]
+        after: Option<RunId>,
         /// Print how many there are instead
         #[arg(long)]
         count: bool,
@@ -88,6 +91,8 @@ enum Command {
     Flow(flow::Command),
     #[command(flatten)]
     Quote(quote::Command),
+    /// Let a run in flight, or many, go on under another version; exit code 1 if one cannot
+    Migrate(Box<migrate::Args>),
     /// Write a run with its history, definition and checkpoints to standard output
     Export { run: RunId },
     /// Read an exported run into this database; it can be looked at, never executed
@@ -97,8 +102,9 @@ enum Command {
         /// A run of the database, or an exported one
         #[arg(value_name = "RUN|FILE")]
         target: String,
-        /// Under another definition: a deployed one's hash for a run, a definition's file for an exported run
-        #[arg(long, value_name = "HASH|FILE")]
+        /// Under another definition: a deployed one for a run, by its version or the beginning of its hash; a definition's file for
+        /// an exported run
+        #[arg(long, value_name = "VERSION|HASH|FILE")]
         definition: Option<String>,
     },
     /// Ask a run to stop; what it has to clean up, it does
@@ -130,6 +136,7 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<u8> {
     let app = context.open().await?;
     let done = match args.command {
         Command::Ask(command) => ask::act(command, &app, json).await,
+        Command::Migrate(args) => migrate::act(*args, &app, json).await,
         command => act(command, &app, json).await.map(|()| 0),
     };
     app.close().await;
@@ -139,9 +146,13 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<u8> {
 async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<()> {
     let client = &app.client;
     match command {
-        Command::List { project, open, matching, count, limit } => {
+        Command::List { project, open, matching, after, count, limit } => {
             let attributes = project.map(|p| serde_json::json!({"project_id": p.to_string()}));
-            let filter = Filter { attributes, open_only: open, matching, limit, ..Filter::default() };
+            let matching = match matching {
+                Some(matching) => Some(app.store.with_projects(None, matching).await?),
+                None => None,
+            };
+            let filter = Filter { attributes, open_only: open, matching, after, limit, ..Filter::default() };
             if count {
                 let count = serde_json::json!({"count": client.count(&filter).await?});
                 return print(json, &count, |count| count["count"].to_string());
@@ -205,7 +216,9 @@ async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<()> {
         Command::Quote(command) => quote::act(command, app, json).await,
         Command::Export { run } => archive::export(run, app).await,
         Command::Import { file } => archive::import(&file, app, json).await,
-        Command::Replay { .. } | Command::Ask(_) => anyhow::bail!("this command is carried out elsewhere"),
+        Command::Replay { .. } | Command::Ask(_) | Command::Migrate(_) => {
+            anyhow::bail!("this command is carried out elsewhere")
+        }
         Command::Cancel { run, reason } => {
             client.cancel(run, &reason).await?;
             print(json, &serde_json::json!({"status": "cancelling"}), |_| "Asked to stop.".into())
@@ -228,8 +241,15 @@ fn waiting_step(view: &RunView) -> anyhow::Result<String> {
         loopwright_engine::view::Waiting::Approval { step, .. } => Some(step.clone()),
         _ => None,
     });
-    let first = steps.next().context("the run waits for no approval now")?;
-    anyhow::ensure!(steps.next().is_none(), "several approvals wait; name the step");
+    let none = || {
+        let text = format!("run {} waits for no approval now: `run show` says what it waits for", view.run_id);
+        refuse("approval_not_waiting", text)
+    };
+    let first = steps.next().ok_or_else(none)?;
+    if let Some(second) = steps.next() {
+        let text = format!("several approvals wait, `{first}` and `{second}` among them; name the step");
+        return Err(refuse("usage_invalid", text));
+    }
     Ok(first)
 }
 

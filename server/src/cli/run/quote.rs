@@ -3,10 +3,9 @@
 use super::SENDER;
 use crate::{
     app::App,
-    cli::{print, table},
+    cli::{failure::refuse, print, table},
     store::quotes::{Allowed, MORE_MAX, More, Quote},
 };
-use anyhow::Context as _;
 use loopwright_activities::billing::{MicroCredits, forecast::Quality};
 use loopwright_engine::ids::RunId;
 use uuid::Uuid;
@@ -38,15 +37,22 @@ pub(super) async fn act(command: Command, app: &App, json: bool) -> anyhow::Resu
             print(json, &app.store.forecast_quality(i32::from(days)).await?, |all| judged(all))
         }
         Command::Limit { run, credits } => {
-            anyhow::ensure!(credits.0 > 0 && credits <= MORE_MAX, "more than 0 and at most {MORE_MAX} credits at once");
+            if credits.0 <= 0 || credits > MORE_MAX {
+                return Err(refuse("usage_invalid", format!("more than 0 and at most {MORE_MAX} credits at once")));
+            }
             let view = app.client.describe(run).await?;
-            anyhow::ensure!(!view.status.is_closed(), "run_closed: run {run} has ended and spends nothing any more");
+            if view.status.is_closed() {
+                return Err(loopwright_engine::Error::RunClosed(run.to_string()).into());
+            }
             let user = view.attributes["user_id"].as_str().and_then(|id| Uuid::parse_str(id).ok());
-            let user = user.context("the run has no user whose credits it spends")?;
+            let nobody =
+                || refuse("user_not_found", "the run has no user whose credits it spends: fork it with --user");
+            let user = user.ok_or_else(nobody)?;
             let key = format!("operator:{}", Uuid::now_v7());
             let more = More { user, run, credits, key: &key, by: SENDER };
             let limit = app.store.allow_more(&app.client, &more).await?;
-            let limit = limit.context("the run has no limit; its budget is in its definition")?;
+            let none = || refuse("limit_missing", "the run has no limit to raise; its budget is in its definition");
+            let limit = limit.ok_or_else(none)?;
             print(json, &Allowed::from(limit), |limit| {
                 format!("{} credits in all, {} of them left.", limit.limit_credits, limit.left_credits)
             })

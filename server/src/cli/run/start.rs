@@ -1,6 +1,9 @@
 //! `loopwright run start`: a run of a deployed workflow, by its name.
 
-use crate::{app::App, cli::print};
+use crate::{
+    app::App,
+    cli::{failure::refuse, print, schedule::inputs_of},
+};
 use anyhow::Context as _;
 use loopwright_engine::{
     admission::{Admission, IdConflict, IdReuse, OnConflict, Place, Priority, Rate},
@@ -13,7 +16,7 @@ use std::time::Duration;
 pub(super) struct Args {
     /// The workflow's name; `current` of it is started
     workflow: String,
-    /// Its inputs
+    /// Its inputs: a JSON object, or @FILE
     #[arg(long, value_name = "JSON", default_value = "{}")]
     inputs: String,
     /// Whose it is and what it is found by
@@ -88,9 +91,9 @@ pub(super) async fn act(args: Args, app: &App, json: bool) -> anyhow::Result<()>
     let start = Start {
         run_id: None,
         definition: client.pointer(&args.workflow, "current").await?,
-        inputs: object("inputs", &args.inputs)?,
+        inputs: inputs_of(&args.inputs)?,
         workflow_id: args.id,
-        attributes: object("attributes", &args.attributes)?,
+        attributes: attributes_of(&args.attributes)?,
         queue: args.queue,
         topic: None,
         admission: Admission {
@@ -110,8 +113,11 @@ pub(super) async fn act(args: Args, app: &App, json: bool) -> anyhow::Result<()>
     })
 }
 
-fn object(what: &str, text: &str) -> anyhow::Result<Value> {
-    let value: Value = serde_json::from_str(text).with_context(|| format!("the {what} are not JSON"))?;
-    anyhow::ensure!(value.is_object(), "the {what} are a JSON object: {{\"name\": value}}");
+fn attributes_of(text: &str) -> anyhow::Result<Value> {
+    let value: Value =
+        serde_json::from_str(text).context("the attributes are not JSON; write --attributes '{\"name\": value}'")?;
+    if !value.is_object() {
+        return Err(refuse("json_invalid", "the attributes are a JSON object: {\"name\": value}"));
+    }
     Ok(value)
 }

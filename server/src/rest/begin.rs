@@ -1,0 +1,249 @@
+//! Runs that a user begins: a start, a fork, a reset. Whose they are is the caller, always; which projects they work on is checked
+//! here, because the activities take a `project_id` at its word.
+
+use super::{
+    Code, Error, State,
+    call::{Call, Need, Principal, json_text, to_the_end},
+    projects::{located, replay},
+    runs::owned,
+    workflow_id,
+};
+use crate::{
+    shipped,
+    store::idempotency::{Claim, Ticket},
+};
+use loopwright_engine::{
+    Error as Engine,
+    admission::Admission,
+    client::{At, Fork, Start},
+    ids::{DefinitionHash, RunId},
+};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use uuid::Uuid;
+use warp::reply::Response;
+
+/// Longest name of a workflow, and longest id of the caller's, in characters.
+const NAME_MAX: usize = 63;
+/// Longest reason, in characters; the engine's limit is in bytes.
+const REASON_MAX: usize = 1_000;
+
+/// A workflow that a user may start: deployed, and not one of the operator's jobs that come with the program.
+///
+/// # Errors
+/// `not_found`.
+pub(super) async fn startable(state: &State, name: &str) -> Result<DefinitionHash, Error> {
+    let job = shipped::DEFINITIONS
+        .iter()
+        .any(|(file, _)| *file != "dev-loop.yaml" && file.strip_suffix(".yaml") == Some(name));
+    if job || name.chars().count() > NAME_MAX {
+        return Err(Error::not_found("workflow"));
+    }
+    state.client.pointer(name, "current").await.map_err(|error| match error {
+        Engine::DefinitionNotFound(_) => Error::not_found("workflow"),
+        other => other.into(),
+    })
+}
+
+/// Refuses inputs that name a project of somebody else, wherever in them.
+///
+/// # Errors
+/// `project_invalid`.
+pub(super) async fn own_projects(state: &State, caller: Principal, inputs: &Value) -> Result<(), Error> {
+    fn ids(value: &Value, found: &mut Vec<Uuid>) {
+        match value {
+            Value::String(text) => found.extend(Uuid::parse_str(text.trim()).ok()),
+            Value::Array(items) => items.iter().for_each(|item| ids(item, found)),
+            Value::Object(map) => map.values().for_each(|item| ids(item, found)),
+            Value::Null | Value::Bool(_) | Value::Number(_) => {}
+        }
+    }
+    let mut found = Vec::new();
+    ids(inputs, &mut found);
+    if !found.is_empty() && state.store.are_somebody_elses(caller.user, &found).await? {
+        return Err(invalid_project());
+    }
+    Ok(())
+}
+
+pub(super) fn invalid_project() -> Error {
+    Error::new(Code::ProjectInvalid, "project_id must be the UUID of one of your projects.")
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NewRun {
+    workflow: String,
+    #[serde(default)]
+    inputs: Map<String, Value>,
+    #[serde(default)]
+    project_id: Option<String>,
+    #[serde(default)]
+    id: Option<String>,
+}
+
+/// `POST /v1/runs` `{workflow, inputs, project_id, id}`: 201 with the run, 200 if one was open under the id or the project.
+pub(super) async fn start(mut call: Call) -> Result<Response, Error> {
+    let caller = call.principal(Need::Run).await?;
+    let key = call.idempotency_key()?;
+    let bytes = call.json::<Value>()?;
+    let request = format!("POST /v1/runs\n{bytes}");
+    let new: NewRun =
+        serde_json::from_value(bytes).map_err(|error| Error::new(Code::BodyInvalid, format!("{error}.")))?;
+    let state = call.state.clone();
+    let definition = startable(&state, &new.workflow).await?;
+    let mut inputs = Value::Object(new.inputs);
+    own_projects(&state, caller, &inputs).await?;
+    let mut attributes = json!({"user_id": caller.user.to_string()});
+    // Who names a project among the inputs means a run of it: there is one at a time.
+    let project = new.project_id.or_else(|| inputs["project_id"].as_str().map(str::to_owned));
+    let id = match (project, new.id) {
+        (Some(_), Some(_)) => {
+            return Err(Error::new(Code::InputInvalid, "A run of a project has the project as its id.")
+                .at("/id", "must be left out with `project_id`"));
+        }
+        (Some(project), None) => {
+            let project = Uuid::parse_str(&project).map_err(|_| invalid_project())?;
+            state.store.project(caller.user, project).await?.ok_or_else(invalid_project)?;
+            attributes["project_id"] = project.to_string().into();
+            inputs["project_id"] = project.to_string().into();
+            Some(workflow_id(project))
+        }
+        (None, Some(id)) if id.is_empty() || id.chars().count() > NAME_MAX || id.contains('\0') => {
+            return Err(Error::new(Code::InputInvalid, "The run has no usable id.")
+                .at("/id", format!("must have 1 to {NAME_MAX} characters")));
+        }
+        // Ids are of all users together; each has a room of his own.
+        (None, Some(id)) => Some(format!("user:{}:{id}", caller.user)),
+        (None, None) => None,
+    };
+    let start = Start {
+        run_id: None,
+        definition,
+        inputs,
+        workflow_id: id,
+        attributes,
+        queue: String::new(),
+        topic: None,
+        admission: Admission { fairness_key: Some(caller.user.to_string()), ..Admission::default() },
+    };
+    once(state, caller, key, request, move |state, run_id| async move {
+        let started = state.client.start(Start { run_id, ..start }).await?;
+        Ok((started.run_id, started.created, json!({"run_id": started.run_id, "created": started.created})))
+    })
+    .await
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NewFork {
+    #[serde(default)]
+    at: Option<u64>,
+    #[serde(default)]
+    step: Option<String>,
+    #[serde(default)]
+    inputs: Map<String, Value>,
+    #[serde(default)]
+    definition: Option<String>,
+    #[serde(default)]
+    reason: Option<String>,
+}
+
+/// `POST /v1/runs/{id}/fork` and `…/reset` `{at | step, inputs, definition, reason}`: 201 with the new run. `definition` is a version
+/// of the run's workflow: its number, its hash or `current`.
+pub(super) async fn fork_or_reset(id: Uuid, reset: bool, mut call: Call) -> Result<Response, Error> {
+    let caller = call.principal(Need::Run).await?;
+    let key = call.idempotency_key()?;
+    let view = owned(&call, caller, id).await?;
+    let body = call.json::<Value>()?;
+    let request = format!("POST /v1/runs/{id}/{}\n{body}", if reset { "reset" } else { "fork" });
+    let new: NewFork =
+        serde_json::from_value(body).map_err(|error| Error::new(Code::BodyInvalid, format!("{error}.")))?;
+    let state = call.state.clone();
+    let at = match (new.at, new.step) {
+        (Some(seq), None) => At::Seq(seq),
+        (None, Some(path)) => At::Step(path),
+        _ => {
+            return Err(Error::new(Code::InputInvalid, "Say where: after which transition, or at which step.")
+                .at("/at", "one of `at` and `step` must be given"));
+        }
+    };
+    let inputs = Value::Object(new.inputs);
+    own_projects(&state, caller, &inputs).await?;
+    let definition = match new.definition {
+        Some(text) if text.contains('@') => return Err(Error::not_found("version")),
+        Some(text) => Some(version_of(&state, &view.workflow, &text).await?),
+        None => None,
+    };
+    let reason = new.reason.unwrap_or_else(|| "asked for by its owner".into());
+    if reason.chars().count() > REASON_MAX {
+        return Err(Error::new(Code::InputInvalid, "The text is too long.")
+            .at("/reason", format!("must have at most {REASON_MAX} characters")));
+    }
+    let Value::Object(inputs) = inputs else { return Err(Error::internal("inputs are a map")) };
+    // Whoever asks owns the run; of one that came from a file it must be said again.
+    let attributes = view.imported_at.is_some().then_some(view.attributes);
+    once(state, caller, key, request, move |state, run_id| async move {
+        let fork = Fork { run_id, at, inputs, definition, attributes, reason };
+        let (run, body) = if reset {
+            let done = state.client.reset(RunId(id), fork).await?;
+            (done.run_id, json!({"run_id": done.run_id, "forked_from": id, "terminated": done.terminated}))
+        } else {
+            let done = state.client.fork(RunId(id), fork).await?;
+            (done.run_id, json!({"run_id": done.run_id, "forked_from": id}))
+        };
+        Ok((run, true, body))
+    })
+    .await
+}
+
+/// A version of the workflow; one of another workflow is not there.
+async fn version_of(state: &State, workflow: &str, text: &str) -> Result<DefinitionHash, Error> {
+    let found = state.client.definition_named(workflow, text).await.map_err(|error| match error {
+        Engine::DefinitionNotFound(_) => Error::not_found("version"),
+        other => other.into(),
+    })?;
+    match state.client.versions(workflow).await?.iter().any(|version| version.hash == found) {
+        true => Ok(found),
+        false => Err(Error::not_found("version")),
+    }
+}
+
+/// Begins a run, once per key: under the run id of its ticket, so that a second turn finds what the first has begun.
+async fn once<F, Fut>(
+    state: State,
+    caller: Principal,
+    key: Option<String>,
+    request: String,
+    begin: F,
+) -> Result<Response, Error>
+where
+    F: FnOnce(State, Option<RunId>) -> Fut + Send + 'static,
+    Fut: Future<Output = Result<(RunId, bool, Value), Error>> + Send + 'static,
+{
+    to_the_end(async move {
+        let ticket = match key {
+            Some(key) => match state.store.claim(caller.user, &key, &request).await? {
+                Claim::Fresh(ticket) => Some(ticket),
+                settled => return replay(settled),
+            },
+            None => None,
+        };
+        let (run, created, body) = match begin(state.clone(), ticket.as_ref().map(Ticket::run)).await {
+            Ok(begun) => begun,
+            Err(error) => {
+                if let Some(ticket) = &ticket {
+                    // What is not answered may have begun; the next turn finds it by its id.
+                    state.store.release(ticket).await?;
+                }
+                return Err(error);
+            }
+        };
+        let (status, body, location) = (if created { 201 } else { 200 }, body.to_string(), format!("/v1/runs/{run}"));
+        if let Some(ticket) = &ticket {
+            state.store.answer(ticket, status, Some(&location), &body).await?;
+        }
+        Ok(located(json_text(status, body), &location))
+    })
+    .await
+}
