@@ -11,7 +11,6 @@ use crate::{
     worker::fire,
 };
 use chrono::{DateTime, Duration, Utc};
-use sqlx::PgConnection;
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -279,7 +278,22 @@ impl Schedules {
     /// # Errors
     /// `schedule_not_found`.
     pub async fn describe(&self, name: &str) -> Result<ScheduleDetail> {
-        self.client.ask(async |conn| detail(conn, name).await).await
+        self.client
+            .ask(async |conn| {
+                let stored = store::get(conn, name).await?;
+                let timing = timing_of(&stored)?;
+                let upcoming = match stored.view.next_at {
+                    Some(next) => timing.upcoming(next - Duration::milliseconds(1), UPCOMING),
+                    None => Vec::new(),
+                };
+                Ok(ScheduleDetail {
+                    upcoming,
+                    open: store::open_runs(conn, stored.view.id, OPEN).await?,
+                    recent: store::recent(conn, stored.view.id, RECENT).await?,
+                    schedule: stored.view,
+                })
+            })
+            .await
     }
 
     /// Does what is due now, as workers do by themselves about twice a second. Returns how many runs were started.
@@ -311,21 +325,6 @@ impl Schedules {
             })
             .await
     }
-}
-
-async fn detail(conn: &mut PgConnection, name: &str) -> Result<ScheduleDetail> {
-    let stored = store::get(conn, name).await?;
-    let timing = timing_of(&stored)?;
-    let upcoming = match stored.view.next_at {
-        Some(next) => timing.upcoming(next - Duration::milliseconds(1), UPCOMING),
-        None => Vec::new(),
-    };
-    Ok(ScheduleDetail {
-        upcoming,
-        open: store::open_runs(conn, stored.view.id, OPEN).await?,
-        recent: store::recent(conn, stored.view.id, RECENT).await?,
-        schedule: stored.view,
-    })
 }
 
 /// The first instant after now, if the schedule acts by its calendar at all.
