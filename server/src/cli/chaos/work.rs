@@ -131,7 +131,9 @@ impl Activity for Effect {
     fn reserve(&self, _: &Value, _extras: &Value) -> Value {
         let (input_tokens, output_tokens) = TOKENS;
         let candidates = vec![(MODEL.0.to_owned(), MODEL.1.to_owned())];
-        json!(Reserve { calls: vec![PlannedCall { ceilings: Vec::new(), candidates, count: 1, input_tokens, output_tokens }] })
+        json!(Reserve {
+            calls: vec![PlannedCall { ceilings: Vec::new(), candidates, count: 1, input_tokens, output_tokens }]
+        })
     }
 }
 
