@@ -83,7 +83,7 @@ pub fn pool(options: &PgConnectOptions) -> PgPoolOptions {
 }
 
 /// A transaction on a connection of a pool. Dropped, it is rolled back, wherever its user was; if that has no answer in
-/// [`RETURN_MAX`], its connection is closed. So nobody who writes there next is in somebody else's transaction.
+/// 5 s, its connection is closed. So nobody who writes there next is in somebody else's transaction.
 #[derive(Debug)]
 pub struct Transaction(Option<PoolConnection<Postgres>>);
 
@@ -141,7 +141,7 @@ impl Drop for Transaction {
 /// back to the pool inside an open transaction. Here it is [`Transaction`]'s before the BEGIN is sent.
 ///
 /// # Errors
-/// Those of acquiring a connection and of `BEGIN`; `Io` if that has no answer in [`ANSWER_MAX`].
+/// Those of acquiring a connection and of `BEGIN`; `Io` if that has no answer in 60 s.
 pub async fn begin(pool: &PgPool) -> sqlx::Result<Transaction> {
     begin_within(pool, ANSWER_MAX).await
 }
