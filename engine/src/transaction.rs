@@ -495,7 +495,7 @@ async fn was_committed(pool: &PgPool, id: &str) -> Option<bool> {
 
 #[cfg(test)]
 mod tests {
-    use super::{ASKED_MAX, Sessions, begin, was_committed};
+    use super::{ASKED_MAX, Error, Sessions, begin, was_committed};
     use crate::embedded::testing::database;
     use sqlx::{PgConnection, PgPool, Postgres, Transaction, postgres::PgPoolOptions};
     use std::{
@@ -555,15 +555,16 @@ mod tests {
         let first = sessions.ask(of).await.expect("pid");
         assert_eq!(sessions.ask(of).await.expect("pid"), first);
         // While the only one is busy the pool serves.
-        let other = async |conn: &mut PgConnection| Ok((of(conn).await?, sessions.ask(of).await?));
+        let other = async |conn: &mut PgConnection| Ok::<_, Error>((of(conn).await?, sessions.ask(of).await?));
         let (own, pooled) = sessions.ask(other).await.expect("pids");
         assert!(own == first && pooled != first);
-        let wrong = async |conn: &mut PgConnection| Ok(sqlx::query("select 1 / 0").execute(conn).await?);
+        let wrong = async |conn: &mut PgConnection| Ok::<_, Error>(sqlx::query("select 1 / 0").execute(conn).await?);
         sessions.ask(wrong).await.expect_err("no number");
         let second = sessions.ask(of).await.expect("pid");
         assert_ne!(second, first);
         // So is one whose caller did not wait.
-        let waits = async |conn: &mut PgConnection| Ok(sqlx::query("select pg_sleep(5)").execute(conn).await?);
+        let waits =
+            async |conn: &mut PgConnection| Ok::<_, Error>(sqlx::query("select pg_sleep(5)").execute(conn).await?);
         tokio::time::timeout(Duration::from_millis(50), sessions.ask(waits)).await.expect_err("sleeps");
         assert_ne!(sessions.ask(of).await.expect("pid"), second);
     }
