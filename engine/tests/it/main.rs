@@ -31,4 +31,5 @@ mod start;
 mod terms;
 mod together;
 mod update;
+mod versions;
 mod way;
