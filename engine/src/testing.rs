@@ -1,5 +1,6 @@
 //! Crash points: named places at which a test lets the process die, by the environment variable
-//! `LOOPWRIGHT_CRASH_POINT=<name>[:<nth time>]`. Compiled only for tests.
+//! `LOOPWRIGHT_CRASH_POINT=<name>[:<nth time>]`; a clock that is wrong ([`CLOCK_SKEW`]); a worker of an older release
+//! ([`KNOWN_FORMAT`]). Compiled only for tests.
 
 use std::sync::{
     LazyLock,
@@ -212,6 +213,19 @@ static SKEW: LazyLock<chrono::Duration> = LazyLock::new(|| {
 /// How wrong the clock of this process is.
 pub(crate) fn clock_skew() -> chrono::Duration {
     *SKEW
+}
+
+/// Names the newest format of histories that this process knows, if it is to be a worker of an older release.
+pub const KNOWN_FORMAT: &str = "LOOPWRIGHT_KNOWN_FORMAT";
+
+static KNOWN: LazyLock<Option<u16>> = LazyLock::new(|| {
+    let text = std::env::var(KNOWN_FORMAT).ok()?;
+    Some(text.parse().expect("the number of a format"))
+});
+
+/// What this process knows, if less than its program does.
+pub(crate) fn known_format() -> Option<u16> {
+    *KNOWN
 }
 
 static WANTED: LazyLock<Option<(String, u32)>> = LazyLock::new(|| {

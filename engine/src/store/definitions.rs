@@ -78,7 +78,7 @@ pub(crate) async fn load(conn: &mut PgConnection, hash: DefinitionHash) -> Resul
         .ok_or_else(|| Error::DefinitionNotFound(hash.to_string()))?;
     let ir: Value = row.try_get("ir")?;
     // Before it is read: a newer release's may not be readable at all.
-    if let Some(format) = ir["format"].as_u64().filter(|format| *format > u64::from(crate::definition::FORMAT)) {
+    if let Some(format) = ir["format"].as_u64().filter(|format| *format > u64::from(super::known().definition)) {
         return Err(Error::NewerRelease(format!("definition {hash} (format {format})")));
     }
     let unreadable = |what: &str, why: String| Error::DefinitionInvalid(format!("stored {what} {hash}: {why}"));

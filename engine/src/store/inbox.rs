@@ -250,6 +250,9 @@ pub(crate) async fn read(conn: &mut PgConnection, run: RunId, after: i64, up_to:
 fn inbound(run: RunId, row: &PgRow, payload: Value) -> Result<Inbound> {
     let kind: String = row.try_get("kind")?;
     Ok(match kind.as_str() {
+        other if !super::known().reads(other) => {
+            return Err(crate::Error::NewerRelease(format!("a message to run {run} (kind `{other}`)")));
+        }
         "cancel" => Inbound::Cancel { reason: payload.as_str().unwrap_or("cancelled on request").to_owned() },
         "terminate" => Inbound::Terminate { reason: payload.as_str().unwrap_or_default().to_owned() },
         "unblock" => Inbound::Unblock,

@@ -35,6 +35,38 @@ use std::time::Duration;
 /// Wake-ups sent through this channel; the poll is the truth and right without it.
 pub(crate) const WAKE_CHANNEL: &str = "loopwright_ready";
 
+/// What this program can read.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Known {
+    /// Newest format of a row of history, and of a stored state.
+    pub(crate) history: u16,
+    /// Newest format of a definition.
+    pub(crate) definition: u32,
+}
+
+impl Known {
+    /// Whether it knows a kind of message.
+    fn reads(self, kind: &str) -> bool {
+        let since = match kind {
+            "pause" | "resume" => 2,
+            "update" | "terminate" => 3,
+            _ => 1,
+        };
+        self.history >= since
+    }
+}
+
+/// Everything up to this release; less in a test that lets the process be of an older one.
+pub(crate) fn known() -> Known {
+    #[cfg(feature = "test-util")]
+    if let Some(history) = crate::testing::known_format() {
+        // `continue_as_new` came with format 4, labels after 7.
+        let definition = if history < 4 { 1 } else { 2 };
+        return Known { history, definition };
+    }
+    Known { history: crate::event::FORMAT, definition: crate::definition::FORMAT }
+}
+
 /// Attempts of one transaction that Postgres refused for serialization, deadlock or a broken connection.
 const TRANSACTION_TRIES: u32 = 5;
 

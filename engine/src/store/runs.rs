@@ -147,7 +147,7 @@ async fn loaded(conn: &mut PgConnection, run: RunId, row: &PgRow, tail: &[PgRow]
         Some(cursor) => {
             let cursor = payload::open(conn, run, Slot::Cursor { seq: cursor_seq }, cursor).await?;
             let format = cursor.parse().map_or(0, |Vocabulary { format }| format);
-            if format > crate::event::FORMAT {
+            if format > super::known().history {
                 return Err(Error::NewerRelease(format!("the state of run {run} (format {format})")));
             }
             cursor.parse().map_err(|e| Error::Invariant(format!("cursor of run {run}: {e}")))?
@@ -162,7 +162,7 @@ async fn loaded(conn: &mut PgConnection, run: RunId, row: &PgRow, tail: &[PgRow]
             return Err(Error::Invariant(format!("the history of run {run} has a gap after {}", expected - 1)));
         }
         let format: i16 = row.try_get("format")?;
-        if u16::try_from(format).map_or(true, |f| f > crate::event::FORMAT) {
+        if u16::try_from(format).map_or(true, |f| f > super::known().history) {
             return Err(Error::NewerRelease(format!("history row {at} of run {run} (format {format})")));
         }
         let events = payload::open(conn, run, Slot::Events { seq: at }, row.try_get("events")?).await?;

@@ -41,6 +41,7 @@ fn golden() -> Vec<(String, String)> {
     let mut found: Vec<_> = fs::read_dir(folder())
         .expect("folder")
         .map(|entry| entry.expect("entry").path())
+        .filter(|path| path.extension().is_some_and(|end| end == "jsonl"))
         .map(|path| (path.file_name().expect("name").display().to_string(), fs::read_to_string(&path).expect("text")))
         .collect();
     found.sort();

@@ -33,4 +33,5 @@ mod start;
 mod terms;
 mod together;
 mod update;
+mod versions;
 mod way;
