@@ -5,6 +5,7 @@
 mod auth;
 mod chaos;
 mod cli;
+mod drain;
 mod e2e;
 mod fake_telegram;
 mod hosts;
@@ -12,7 +13,9 @@ mod house;
 mod keys;
 mod limits;
 mod loop_run;
+mod metrics;
 mod money;
+mod processes;
 mod projects;
 mod runs;
 mod schedule;
