@@ -1,5 +1,6 @@
 //! The bot against a Bot API on loopback: conversations, payments, and what goes wrong between them.
 
+mod logs;
 mod payments;
 
 use crate::{
