@@ -119,6 +119,7 @@ pub(super) async fn close(
     call: &CallClosed,
 ) -> Result<(), LedgerError> {
     ledger::lock(conn, user).await?;
+    crate::crash_point("close.after_account");
     let row: Option<OpenedCall> = sqlx::query_as(
         "select k.id, k.state, k.provider, k.model_requested, a.state, k.late, k.started_at, k.pricing_id from api_key_usage k join activity_attempts a on a.id = k.attempt_id
          where k.attempt_id = $1 and k.call_key = $2",
