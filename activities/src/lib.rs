@@ -112,3 +112,11 @@ pub fn registry(toolbox: Arc<Toolbox>) -> Registry {
         .with(readme::Readme::new(toolbox.clone()))
         .with(verify::Verify::new(toolbox))
 }
+
+/// A named place at which tests let the process die; all are in `testing::CRASH_POINTS`.
+pub(crate) fn crash_point(name: &'static str) {
+    #[cfg(feature = "test-util")]
+    loopwright_engine::testing::crash_point(name);
+    #[cfg(not(feature = "test-util"))]
+    let _ = name;
+}

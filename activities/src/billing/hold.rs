@@ -128,10 +128,12 @@ pub async fn settle(conn: &mut PgConnection, attempt: Uuid, ended: Ended<'_>) ->
     .fetch_optional(&mut *conn)
     .await?;
     let Some(user) = user else { return Ok(()) };
+    crate::crash_point("capture.after_attempt");
     sqlx::query("update api_key_usage set state = 'unknown', finished_at = engine_now() where attempt_id = $1 and state = 'started'")
         .bind(attempt)
         .execute(&mut *conn)
         .await?;
+    crate::crash_point("capture.after_calls");
     let cost: String =
         sqlx::query_scalar("select coalesce(sum(cost_pusd), 0)::text from api_key_usage where attempt_id = $1")
             .bind(attempt)
@@ -162,7 +164,9 @@ pub async fn settle(conn: &mut PgConnection, attempt: Uuid, ended: Ended<'_>) ->
             ..Entry::new(user, "capture", -taken, -held, "platform:revenue", &key)
         };
         append(conn, &entry).await?;
+        crate::crash_point("capture.after_entry");
         capture(conn, hold, taken).await?;
+        crate::crash_point("capture.after_capture");
         if uncollected > 0 {
             tracing::error!(%attempt, uncollected_ucr = uncollected, "an attempt cost more than was held");
             metrics::counter!("loopwright_uncollected_ucr_total").increment(uncollected.unsigned_abs());
@@ -222,6 +226,7 @@ async fn capture(conn: &mut PgConnection, hold: i64, mut taken: i64) -> Result<(
     .bind(hold)
     .fetch_all(&mut *conn)
     .await?;
+    crate::crash_point("capture.after_lock");
     for row in rows {
         let (grant, held): (Uuid, i64) = (row.try_get(0)?, row.try_get(1)?);
         let part = held.min(taken);
@@ -231,6 +236,7 @@ async fn capture(conn: &mut PgConnection, hold: i64, mut taken: i64) -> Result<(
             .bind(part)
             .execute(&mut *conn)
             .await?;
+        crate::crash_point("capture.after_allocation");
         sqlx::query(
             "update credit_grants set held_ucr = held_ucr - $2, remaining_ucr = remaining_ucr - $3 where id = $1",
         )
@@ -239,6 +245,7 @@ async fn capture(conn: &mut PgConnection, hold: i64, mut taken: i64) -> Result<(
         .bind(part)
         .execute(&mut *conn)
         .await?;
+        crate::crash_point("capture.after_grant");
         taken -= part;
     }
     Ok(())

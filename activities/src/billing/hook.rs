@@ -100,6 +100,7 @@ impl LedgerHook {
         .bind(attempt.deadline)
         .execute(&mut *conn)
         .await?;
+        crate::crash_point("bill.after_attempt");
         if inserted.rows_affected() == 0 {
             return Ok(None);
         }
@@ -114,6 +115,7 @@ impl LedgerHook {
         if balance.stopped {
             return Ok(Some((REVIEW.into(), STOPPED.into())));
         }
+        crate::crash_point("bill.after_account");
         let Reservable { credits: available, at } = hold::reservable(conn, owner.user, balance).await?;
         if available.0 < needed {
             let message = format!(
@@ -168,6 +170,7 @@ impl LedgerHook {
         };
         let id = attempt.attempt_id.0;
         let facts = call::facts(conn, id, key, owner.user, opened).await?;
+        crate::crash_point("call.after_account");
         match facts.known.as_deref() {
             None => {}
             // The answer to the announcement was lost, and it is made again before the call.
@@ -250,10 +253,12 @@ impl LedgerHook {
             let more = growth(MicroCredits(held), more, room);
             hold::place(conn, owner.user, id, facts.hold_no + 1, more, rate, at).await?;
         }
+        crate::crash_point("call.after_hold");
         let api_key = match facts.key_row {
             Some(id) => id,
             None => call::api_key(conn, opened).await?,
         };
+        crate::crash_point("call.after_key");
         sqlx::query(
             "insert into api_key_usage (attempt_id, call_no, call_key, api_key_id, user_id, project_id, provider, model_requested, purpose,
                                         request_sha256, state, pricing_id, worst_pusd)
@@ -338,6 +343,7 @@ impl TransitionHook for LedgerHook {
             for user in users.keys() {
                 ledger::lock(conn, *user).await.map_err(hook_error)?;
             }
+            crate::crash_point("bill.after_accounts");
             for end in transitions.iter().flat_map(|t| &t.ended) {
                 let state = match end.outcome {
                     Outcome::Succeeded => "completed",
@@ -355,6 +361,7 @@ impl TransitionHook for LedgerHook {
                     self.returned.add(owner.user);
                 }
             }
+            crate::crash_point("bill.after_settled");
             let mut refusals = Vec::new();
             for transition in transitions {
                 let mut wanted = Vec::with_capacity(transition.started.len());

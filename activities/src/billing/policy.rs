@@ -69,6 +69,7 @@ pub(super) async fn attempt_ended(conn: &mut PgConnection, attempt: Uuid) -> Res
     });
     let Some((amount, user)) = given.max() else { return Ok(()) };
     give(conn, user, &reference(attempt), amount).await?;
+    crate::crash_point("refund.after_attempt");
     // The step has failed for good: what its earlier attempts bought is as useless as what the last one did.
     let of_step = rules.iter().filter(|(_, gives, _, final_only, ..)| gives == "attempt" && *final_only);
     match of_step.map(|(_, _, share, ..)| *share).max() {

@@ -10,6 +10,8 @@
 //! Several dialects live at one address: `/v1beta`, `/api/v1` and `/v1`, or, without any doubt, below `/gemini`,
 //! `/openrouter` and `/openai` ([`FakeProvider::base_of`]). It does **not** know models, prices or limits: what it
 //! charges is what a [`Reply`] says. Start reading at [`FakeProvider`].
+//!
+//! Beside it: the crash points of the ledger.
 
 mod act;
 mod dialect;
@@ -27,3 +29,23 @@ pub use journal::{End, Entry, Stage};
 pub use reply::{Answer, Reply, Told};
 pub use route::{Endpoint, Seen};
 pub use server::FakeProvider;
+
+/// Every crash point of the ledger's part in the engine's transactions and the file, below `src`, that has it; as
+/// [`loopwright_engine::testing::CRASH_POINTS`].
+pub const CRASH_POINTS: &[(&str, &str)] = &[
+    ("bill.after_attempt", "billing/hook.rs"),
+    ("bill.after_account", "billing/hook.rs"),
+    ("call.after_account", "billing/hook.rs"),
+    ("call.after_hold", "billing/hook.rs"),
+    ("call.after_key", "billing/hook.rs"),
+    ("bill.after_accounts", "billing/hook.rs"),
+    ("bill.after_settled", "billing/hook.rs"),
+    ("capture.after_attempt", "billing/hold.rs"),
+    ("capture.after_calls", "billing/hold.rs"),
+    ("capture.after_entry", "billing/hold.rs"),
+    ("capture.after_capture", "billing/hold.rs"),
+    ("capture.after_lock", "billing/hold.rs"),
+    ("capture.after_allocation", "billing/hold.rs"),
+    ("capture.after_grant", "billing/hold.rs"),
+    ("refund.after_attempt", "billing/policy.rs"),
+];

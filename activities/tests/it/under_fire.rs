@@ -1,6 +1,8 @@
 //! Every fault of a provider × every moment at which a worker dies around a call: real worker processes on a real Postgres, and
 //! a provider that keeps a journal. Whatever happens, journal and ledger tell the same story.
 //!
+//! And a worker that dies at each crash point of the ledger, behind which nothing is at fault.
+//!
 //! By default each pair meets one dialect. `LOOPWRIGHT_MATRIX=full` takes all three; other words pick the pairs whose name holds
 //! them.
 
@@ -13,7 +15,7 @@ use loopwright_activities::{
     },
     orchestrator::{Message, Orchestrator, Pace, Request, Role, Routing},
     provider::{KeyIdentity, Settings, Timeouts},
-    testing::{Dialect, Endpoint, Entry, FakeProvider, Fault, Reply, Seen, Stage, Told, When},
+    testing::{CRASH_POINTS, Dialect, Endpoint, Entry, FakeProvider, Fault, Reply, Seen, Stage, Told, When},
 };
 use loopwright_engine::{
     Failure,
@@ -806,29 +808,66 @@ impl Bench {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_fault_at_no_moment_loses_work_buys_twice_or_charges_twice() {
     let pairs = pairs();
+    all_end_well(&Bench::new(&pairs).await, &pairs).await;
+}
+
+/// Each in the middle of a transaction of the engine: it is done wholly by whoever comes next, or was done.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_death_at_every_crash_point_of_the_ledger_leaves_its_books_in_order() {
+    let pair = |(at, (point, _)): (usize, &(&'static str, &str))| {
+        // What is given back is given for a failed attempt: of the first call, so that it is nothing.
+        let refund = point.starts_with("refund.");
+        let (n, fault) = (at * 2 + usize::from(!refund && at % 2 == 0), refund.then_some(Fault::BadKey));
+        Pair { n, dialect: Dialect::ALL[at % 3], fault, death: (*point, Death::Point(point, 1)) }
+    };
+    let pairs: Vec<Pair> = CRASH_POINTS.iter().enumerate().map(pair).collect();
     let bench = Bench::new(&pairs).await;
-    let driven = stream::iter(&pairs).map(|pair| {
-        let bench = &bench;
-        async move {
-            let begun = Instant::now();
-            let wrong = match tokio::time::timeout(PATIENCE, bench.drive(pair)).await {
-                Ok(wrong) => wrong,
-                Err(_) => vec![format!(
+    let rule = "insert into refund_rules (rule, effective_from, gives, failures, final_only, share_bps, source)
+                values ('test', '2026-01-01', 'attempt', '{provider.key_invalid}', false, 10000, 'test')";
+    sqlx::query(rule).execute(&bench.pool).await.expect("rule");
+    all_end_well(&bench, &pairs).await;
+}
+
+#[test]
+fn the_table_of_crash_points_is_what_the_sources_say() {
+    let billing = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/billing");
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(billing).expect("folder") {
+        let path = entry.expect("entry").path();
+        let file = format!("billing/{}", path.file_name().expect("name").to_str().expect("text"));
+        let text = std::fs::read_to_string(&path).expect("source");
+        let names = text.split("crash_point(\"").skip(1).map(|rest| rest.split('"').next().expect("name").to_owned());
+        found.extend(names.map(|name| (name, file.clone())));
+    }
+    let mut listed: Vec<_> = CRASH_POINTS.iter().map(|(name, file)| ((*name).to_owned(), (*file).to_owned())).collect();
+    found.sort();
+    listed.sort();
+    assert_eq!(found, listed);
+}
+
+/// Drives these pairs to their ends; nothing may be wrong with any.
+async fn all_end_well(bench: &Bench, pairs: &[Pair]) {
+    let driven = stream::iter(pairs).map(|pair| async move {
+        let begun = Instant::now();
+        let wrong = match tokio::time::timeout(PATIENCE, bench.drive(pair)).await {
+            Ok(wrong) => wrong,
+            Err(_) => {
+                vec![format!(
                     "{}: has not ended after {} s: {:#?}\n{}",
                     pair.name(),
                     PATIENCE.as_secs(),
                     bench.story(pair),
                     bench.standing(pair).await
-                )],
-            };
-            println!(
-                "{:>6.1} s  {}{}",
-                begun.elapsed().as_secs_f64(),
-                pair.name(),
-                if wrong.is_empty() { "" } else { "  WRONG" }
-            );
-            wrong
-        }
+                )]
+            }
+        };
+        println!(
+            "{:>6.1} s  {}{}",
+            begun.elapsed().as_secs_f64(),
+            pair.name(),
+            if wrong.is_empty() { "" } else { "  WRONG" }
+        );
+        wrong
     });
     let wrong: Vec<Vec<String>> = driven.buffer_unordered(AT_ONCE).collect().await;
     let wrong = wrong.concat();
