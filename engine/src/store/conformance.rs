@@ -37,7 +37,7 @@ use std::{
 };
 use uuid::Uuid;
 
-const SEEDS: u64 = 10;
+const SEEDS: u64 = 14;
 const CALLS: usize = 150;
 const RUNS: usize = 4;
 const WORKERS: usize = 3;
