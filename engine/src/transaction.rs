@@ -409,7 +409,6 @@ where
             let until = *until.get_or_insert_with(|| tokio::time::Instant::now() + max);
             let done = async {
                 let value = work(&mut tx).await?;
-                crate::committer::crash_point("transaction.before_commit");
                 // What was done without an answer must not be done again: a start would be a second run.
                 let id: Option<String> =
                     sqlx::query_scalar("select pg_current_xact_id_if_assigned()::text").fetch_one(&mut *tx).await?;
@@ -419,6 +418,7 @@ where
                 Ok(done) => done?,
                 Err(_) => return Err(Unsent::Over(unanswered())),
             };
+            crate::committer::crash_point("transaction.before_commit");
             match (answered(max, tx.commit()).await, id) {
                 (Ok(()), _) => Ok(value),
                 (Err(error), Some(id)) if is_transient(&error) => match was_committed(pool, &id).await {

@@ -51,9 +51,12 @@ const FILES: [&str; 33] = [
 
 /// Calls whose await changes nothing: dying behind it is dying before it.
 const STILL: &[(&str, &[&str])] = &[
-    ("a connection or an open transaction, in which nothing was said yet", &[".conn()", "acquire()", "begin("]),
+    (
+        "a connection or an open transaction, in which nothing was said yet",
+        &[".conn()", "acquire()", "begin(", "begin_within(", "transaction::on("],
+    ),
     ("a savepoint of a transaction that is still open", &["starts::keep(", "starts::undo("]),
-    ("a pause", &["sleep(", ".away("]),
+    ("a pause", &["sleep(", ".away(", "empty()"]),
     (
         "reads rows of the engine",
         &[
@@ -100,6 +103,8 @@ const STILL: &[(&str, &[&str])] = &[
             "self.open(",
             "self.handed_on(",
             "self.refusal(",
+            "client.open(",
+            "client.refusal(",
             "self.describe(",
             "self.decide_fork(",
             "self.updated(",
@@ -112,8 +117,8 @@ const STILL: &[(&str, &[&str])] = &[
         "reads rows of the ledger, whose user is locked",
         &[
             "call::brings_keys(",
-            "call::holding(",
-            "call::own_key(",
+            "call::facts(",
+            "call::under_way(",
             "platform_key(",
             "hold::reservable(",
             "caps::tightest(",
@@ -126,13 +131,17 @@ const STILL: &[(&str, &[&str])] = &[
 
 /// (file, function, why none of its awaits needs a point).
 const LEFT_OUT: &[(&str, &str, &str)] = &[
-    ("engine/src/client.rs", "describe", "reads only"),
+    ("engine/src/client.rs", "described", "reads only"),
+    ("engine/src/client.rs", "history", "reads only"),
+    ("engine/src/client.rs", "unless_gone", "reads only"),
+    ("engine/src/client/fork.rs", "began", "reads only"),
     ("engine/src/client/fork.rs", "decide_fork", "reads only; what it decides is written by `insert` and `begin`"),
     ("engine/src/client/fork.rs", "state_at", "reads only"),
+    ("engine/src/client/migrate.rs", "definition_named", "reads only"),
     ("engine/src/client/update.rs", "updated", "reads only: waits for an answer"),
     ("engine/src/schedule/door.rs", "describe", "reads only"),
     ("engine/src/store/groups.rs", "forget", "once a minute, in one transaction: nobody waits for what it forgets"),
-    ("engine/src/store/ready.rs", "due", "a look; what it notes of long queues is an index, and one statement"),
+    ("engine/src/store/ready.rs", "due_in", "a look; what it notes of long queues is an index, and one statement"),
     ("engine/src/store/ready.rs", "keys", "reads only"),
     ("engine/src/store/runs.rs", "count", "reads only"),
     ("engine/src/store/runs.rs", "list", "reads only"),
@@ -147,23 +156,41 @@ const LEFT_OUT: &[(&str, &str, &str)] = &[
         "abandon",
         "`settle` of one attempt after the other, of a run that cannot be read",
     ),
+    ("activities/src/billing/hook.rs", "wanted", "reads only"),
     ("activities/src/billing/policy.rs", "rejected_runs", "a task of its own once a minute, in one transaction"),
 ];
 
 /// (file, function, what the await says, why there is no point between it and the one before).
 const ALLOWED: &[(&str, &str, &str, &str)] = &[
+    ("engine/src/client/fork.rs", "reset", "lock_to_end(", "what is before it reads"),
     ("engine/src/store/starts.rs", "lock_to_end", "query_scalar(open)", "reads"),
     ("engine/src/store/workers.rs", "taken", "update dead_workers", "what is before it reads"),
-    ("engine/src/transaction.rs", "in_transaction", "was_committed(", "asked only where a COMMIT had no answer"),
-    ("engine/src/transaction.rs", "in_transaction", "match attempt", "the block above, which is carried out here"),
+    ("engine/src/transaction.rs", "ask", "question(&mut conn)", "only where no session was there"),
+    (
+        "engine/src/transaction.rs",
+        "in_transaction_within",
+        "timeout_at(until, done)",
+        "the block above, which is carried out here",
+    ),
+    ("engine/src/transaction.rs", "in_transaction_within", "was_committed(", "only where a COMMIT had no answer"),
+    (
+        "engine/src/transaction.rs",
+        "in_transaction_within",
+        "match attempt",
+        "the block above, which is carried out here",
+    ),
+    ("engine/src/worker/context.rs", "at_once", "calls.ask(ask)", "the question above, which is asked here"),
+    ("engine/src/worker/context.rs", "note_once", "calls.ask(ask)", "the question above, which is asked here"),
+    ("engine/src/worker/context.rs", "meter_close", "stored", "the task above, whose end is waited for"),
     ("engine/src/worker/context.rs", "insist_alone", "stored", "the task above, whose end is waited for"),
     ("engine/src/worker/context.rs", "note_alone", "stored", "the task above, whose end is waited for"),
     ("engine/src/worker/drive.rs", "drive", "set_aside", "the question above, which is asked here"),
     ("engine/src/worker/drive.rs", "drive", "give_back(", "only where Postgres could not be told"),
-    ("engine/src/worker/drive.rs", "drive_all", "loaded", "the question above, which is asked here"),
+    ("engine/src/worker/drive.rs", "drive_part", "loaded", "the question above, which is asked here"),
     ("engine/src/worker/drive.rs", "is_there", "asked", "the question above, which is asked here"),
     ("engine/src/worker/drive.rs", "nothing_happened", "ask(released)", "the question above, which is asked here"),
     ("engine/src/worker/drive.rs", "run", "orders", "the question above, which is asked here; it reads"),
+    ("engine/src/worker/mod.rs", "start_with", "registered", "the question above, which is asked here"),
     ("engine/src/worker/mod.rs", "sweep", "shared.ask(some)", "the question above, which is asked here"),
     (
         "engine/src/worker/terminate.rs",
@@ -171,6 +198,13 @@ const ALLOWED: &[(&str, &str, &str, &str)] = &[
         "last_of_unreadable(",
         "only where the one before has failed, which reads",
     ),
+    (
+        "activities/src/billing/call.rs",
+        "close",
+        "doubt::keep(",
+        "only of a cost that nobody believes, in one transaction",
+    ),
+    ("activities/src/billing/hold.rs", "release_abandoned", "settle(", "what is before it reads"),
     ("activities/src/billing/policy.rs", "attempt_ended", "give(", "what is before it reads"),
 ];
 
@@ -281,8 +315,8 @@ fn is_marked(raw: &str, code: &str, before: &str, first: &str) -> bool {
     let squeezed: String = code.split_whitespace().collect();
     // The first is an argument of the second.
     let same_statement = squeezed.chars().all(|c| "?)}".contains(c));
-    let ends_transaction =
-        before.contains("in_transaction(") && ["})})", "}))"].iter().any(|end| squeezed.contains(end));
+    let ends_transaction = ["in_transaction(", ".once("].iter().any(|begins| before.contains(begins))
+        && ["})})", "}))"].iter().any(|end| squeezed.contains(end));
     let other_way = code.find("=>").into_iter().chain(code.find(" else ")).min();
     let other_way =
         other_way.is_some_and(|at| !code[..at].contains('{') && (code[..at].contains('}') || code[..at].contains(',')));
@@ -323,6 +357,10 @@ fn bare(raw: &str, mut still: impl FnMut(&str) -> bool, left_out: impl Fn(&str) 
             let from = beginning(code, seen, at);
             let (written, expression) = (&raw[from..at], &code[from..at]);
             seen = end;
+            // What stands around the one before, and is waited for with it.
+            if expression.chars().all(|c| c.is_whitespace() || "?)}".contains(c)) {
+                continue;
+            }
             if still(expression) || only_reads(written) {
                 continue;
             }
