@@ -172,14 +172,15 @@ async fn goes_on(bench: &Bench, names: &[&str]) {
         }
         assert!(Instant::now() < deadline, "{names:?}: still open: {open:?}");
         for (run, status) in &open {
-            let (run, id) = (RunId(*run), Some("once".to_owned()));
+            // Ids of their own: whatever was sent to the run under another is not this.
+            let (run, go, approved) = (RunId(*run), Some("last".to_owned()), Some("approved".to_owned()));
             // What a run does not ask for, it refuses; and it may have closed meanwhile.
             if status == "quarantined" {
                 drop(bench.client.unquarantine(run, Why::default()).await);
             }
-            let signal = Signal { name: "go".into(), dedupe_id: id.clone(), ..Signal::default() };
+            let signal = Signal { name: "go".into(), dedupe_id: go, ..Signal::default() };
             drop(bench.client.signal(run, signal).await);
-            drop(bench.client.approve(run, "review", Decision::Approved, None, id, None).await);
+            drop(bench.client.approve(run, "review", Decision::Approved, None, approved, None).await);
             let why = Why { dedupe_id: Some("resumed".into()), ..Why::default() };
             drop(bench.client.resume(run, why).await);
         }
