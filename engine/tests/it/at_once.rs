@@ -4,7 +4,7 @@ use crate::bench::{Accounts, Bench, definition, work};
 use futures_util::future::BoxFuture;
 use loopwright_engine::{
     Failure,
-    activity::Registry,
+    activity::{Context, Registry},
     hook::{AtOnce, AttemptRef, HookError, Phase, Reading, Refusal, Transition, TransitionHook, Verdict},
     view::RunStatus,
     worker::{self, WorkerConfig},
