@@ -164,7 +164,6 @@ const LEFT_OUT: &[(&str, &str, &str)] = &[
 const ALLOWED: &[(&str, &str, &str, &str)] = &[
     ("engine/src/client/fork.rs", "reset", "lock_to_end(", "what is before it reads"),
     ("engine/src/store/starts.rs", "lock_to_end", "query_scalar(open)", "reads"),
-    ("engine/src/store/workers.rs", "taken", "update dead_workers", "what is before it reads"),
     ("engine/src/transaction.rs", "ask", "question(&mut conn)", "only where no session was there"),
     (
         "engine/src/transaction.rs",
@@ -191,7 +190,6 @@ const ALLOWED: &[(&str, &str, &str, &str)] = &[
     ("engine/src/worker/drive.rs", "nothing_happened", "ask(released)", "the question above, which is asked here"),
     ("engine/src/worker/drive.rs", "run", "orders", "the question above, which is asked here; it reads"),
     ("engine/src/worker/mod.rs", "start_with", "registered", "the question above, which is asked here"),
-    ("engine/src/worker/mod.rs", "sweep", "shared.ask(some)", "the question above, which is asked here"),
     (
         "engine/src/worker/terminate.rs",
         "closing",
