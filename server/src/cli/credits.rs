@@ -72,6 +72,9 @@ enum Command {
         /// Give once under this key, a ticket for example; stands in the ledger in place of a reason
         #[arg(long, value_name = "TEXT", value_parser = reference, conflicts_with = "reason")]
         key: Option<String>,
+        /// What is left of them then goes: 2026-12-31 or 2026-12-31T10:00:00Z [default: never]
+        #[arg(long, value_name = "INSTANT", value_parser = super::schedule::instant)]
+        expires: Option<DateTime<Utc>>,
     },
     /// Correct a balance, once per ticket; `--take` takes what is not held
     Adjust {
@@ -91,6 +94,9 @@ enum Command {
     Refund {
         /// Telegram's id of the charge
         charge: String,
+        /// Why; the payer is told
+        #[arg(long, value_name = "TEXT", value_parser = reference)]
+        reason: Option<String>,
     },
     /// Let a user hold credits again whom an audit has stopped; runs that wait go on
     Release { user: Uuid },
@@ -110,6 +116,14 @@ enum Command {
     },
     /// What the reconciliation has found and nothing has resolved
     Findings,
+    /// Resolve a finding that somebody has looked into; a job that sees the same again opens it again
+    Resolve {
+        /// Its number in `credits findings`
+        id: i64,
+        /// What came of it
+        #[arg(long, value_name = "TEXT", value_parser = reference)]
+        why: String,
+    },
     /// Check that every balance, hold, price and payment adds up; exit code 1 if one does not
     Audit {
         /// Stop new holds of the users that are affected, as the hourly audit does
@@ -145,7 +159,13 @@ async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<u8> {
                 table(&head, &page.items.iter().map(row).collect::<Vec<_>>())
             })?;
         }
-        Command::Grant { amount, who, reason, key } => {
+        Command::Grant { amount, who, reason, key, expires } => {
+            if let Some(at) = expires {
+                anyhow::ensure!(
+                    at > Utc::now(),
+                    "the credits would expire at {at}, which is over; give a later instant"
+                );
+            }
             let user = user(app, who).await?;
             let reference = match (key, reason) {
                 // A key belongs to one user: the same ticket may serve two of them.
@@ -153,8 +173,9 @@ async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<u8> {
                 (None, Some(reason)) => format!("{reason}:{}", Uuid::now_v7()),
                 (None, None) => format!("operator:{}", Uuid::now_v7()),
             };
-            let granted = grant(app, user, amount, &reference).await?;
-            show(app, user, json, json!({"granted": granted, "reference": format!("promo:{reference}")})).await?;
+            let granted = grant(app, user, amount, &reference, expires).await?;
+            let told = json!({"granted": granted, "reference": format!("promo:{reference}"), "expires_at": expires});
+            show(app, user, json, told).await?;
             if !granted && !json {
                 eprintln!("Credits were given under this key before; nothing was changed.");
             }
@@ -172,8 +193,8 @@ async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<u8> {
                 eprintln!("This ticket was honored before; nothing was changed.");
             }
         }
-        Command::Refund { charge } => {
-            let refunded = app.store.refund(&charge).await?;
+        Command::Refund { charge, reason } => {
+            let refunded = app.store.refund(&charge, reason.as_deref()).await?;
             print(json, &json!({"charge_id": charge, "refunded": refunded}), |_| {
                 if refunded {
                     "The credits are taken back; the bot returns the Stars within a minute.".to_owned()
@@ -220,10 +241,15 @@ async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<u8> {
                 }
                 let row = |f: &loopwright_activities::billing::books::Kept| {
                     let since = f.first_seen_at.format("%F %R").to_string();
-                    vec![since, f.seen.to_string(), f.job.clone(), f.kind.clone(), f.message.clone()]
+                    vec![f.id.to_string(), since, f.seen.to_string(), f.job.clone(), f.kind.clone(), f.message.clone()]
                 };
-                table(&["since (UTC)", "seen", "job", "kind", "what"], &found.iter().map(row).collect::<Vec<_>>())
+                table(&["id", "since (UTC)", "seen", "job", "kind", "what"], &found.iter().map(row).collect::<Vec<_>>())
             })?;
+        }
+        Command::Resolve { id, why } => {
+            let resolved = app.store.resolve_finding(id, &why).await?;
+            anyhow::ensure!(resolved, "no finding {id} is open; `loopwright credits findings` lists those that are");
+            print(json, &json!({"id": id, "resolved": resolved}), |_| format!("Finding {id} is resolved."))?;
         }
         Command::Audit { stop } => {
             let found = app.store.audit().await?;
@@ -254,10 +280,16 @@ async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<u8> {
 ///
 /// # Transaction
 /// One; locks runs, then the account. Waking first is not too early: the runs hear of it with the commit.
-async fn grant(app: &App, user: Uuid, amount: MicroCredits, reference: &str) -> anyhow::Result<bool> {
+async fn grant(
+    app: &App,
+    user: Uuid,
+    amount: MicroCredits,
+    reference: &str,
+    expires: Option<DateTime<Utc>>,
+) -> anyhow::Result<bool> {
     let mut tx = transaction::begin(&app.pool).await?;
     app.client.unblock_in(&mut tx, &json!({"user_id": user.to_string()})).await?;
-    let granted = ledger::grant(&mut tx, user, GrantSource::Promo, reference, amount, None).await?;
+    let granted = ledger::grant(&mut tx, user, GrantSource::Promo, reference, amount, expires).await?;
     tx.commit().await?;
     app.client.wake().await;
     Ok(granted)

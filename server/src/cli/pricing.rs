@@ -49,6 +49,9 @@ enum Command {
         /// Every model of the file is this provider's, whatever the file says
         #[arg(long, value_parser = PossibleValuesParser::new(PROVIDERS))]
         provider: Option<String>,
+        /// Take nothing over: only keep the map, with which the weekly comparison tells what differs from our prices
+        #[arg(long)]
+        compare: bool,
     },
 }
 
@@ -69,7 +72,7 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<u8> {
     let json = context.json;
     // A file that cannot be read needs no database.
     let read = match &args.command {
-        Command::Import { file, how, provider } => {
+        Command::Import { file, how, provider, .. } => {
             let text = text(file)?;
             Some(pricelist::from_map(&text, provider.as_deref(), Trust { free: how.allow_free })?)
         }
@@ -105,13 +108,17 @@ async fn act(command: Command, read: Option<List>, app: &App, json: bool) -> any
             })?;
             Ok(0)
         }
-        (Command::Import { file, how, .. }, Some(list)) => {
+        (Command::Import { file, mut how, compare, .. }, Some(list)) => {
             // A file is somebody's to correct: with one bad price nothing of it is taken.
             if !list.refused.is_empty() {
                 refused(&list.refused, json)?;
                 return Ok(EXIT_FAILED);
             }
             let name = file.file_name().map_or_else(|| "-".into(), |name| name.to_string_lossy().into_owned());
+            if !how.dry_run {
+                app.store.keep_price_map(&list.quotes, &name).await?;
+            }
+            how.dry_run |= compare;
             take(&list.quotes, &list, &how, &format!("import {name}"), app, json).await
         }
         (Command::Sync { how, all }, _) => {

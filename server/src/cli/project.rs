@@ -3,6 +3,8 @@
 use super::{Context, failure::refuse, print, schedule::no_user, table, token::DEVELOPER};
 use crate::{app::App, rest::IDEA_MAX, store::projects::Project};
 use anyhow::Context as _;
+use loopwright_activities::billing::MicroCredits;
+use serde_json::json;
 use std::io::Read;
 use uuid::Uuid;
 
@@ -35,6 +37,27 @@ enum Command {
     },
     /// Show one project
     Show { id: Uuid },
+    /// Bound what all runs of a project may spend together; what waits for more of it goes on
+    Cap {
+        id: Uuid,
+        /// Credits from its beginning on, with up to six decimals; `none` lifts the cap
+        #[arg(value_parser = cap)]
+        credits: Cap,
+    },
+}
+
+/// A project's cap; `None` for none.
+#[derive(Clone, Copy, Debug)]
+struct Cap(Option<MicroCredits>);
+
+fn cap(text: &str) -> Result<Cap, String> {
+    if text == "none" {
+        return Ok(Cap(None));
+    }
+    match text.parse()? {
+        MicroCredits(0) => Err("the cap must be more than 0".into()),
+        credits => Ok(Cap(Some(credits))),
+    }
 }
 
 pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<()> {
@@ -86,13 +109,22 @@ async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<()> {
                 table(&["id", "status", "created", "name"], &page.items.iter().map(row).collect::<Vec<_>>())
             })
         }
+        Command::Cap { id, credits: Cap(cap) } => {
+            let set = app.store.cap_project(&app.client, id, cap).await?;
+            anyhow::ensure!(set, "there is no project {id}");
+            let credits = cap.map(|cap| cap.to_string());
+            print(json, &json!({"project_id": id, "cap_credits": credits}), |_| match &credits {
+                Some(credits) => format!("All runs of the project together may spend {credits} credits."),
+                None => "The project has no cap.".to_owned(),
+            })
+        }
         Command::Show { id } => {
             let project = app.store.project(None, id).await?.ok_or_else(|| {
                 refuse("project_not_found", format!("there is no project {id}; `project list` shows which there are"))
             })?;
             let run = app.client.open_run(&crate::rest::workflow_id(id)).await?;
             let mut value = serde_json::to_value(&project)?;
-            value["open_run"] = serde_json::json!(run);
+            value["open_run"] = json!(run);
             print(json, &value, |_| {
                 let run = run.map_or_else(|| "none".to_owned(), |r| r.to_string());
                 format!(

@@ -138,18 +138,32 @@ impl Store {
         Ok(books::open_findings(&mut conn, limit.into()).await?)
     }
 
-    /// Takes a purchase back, ledger first; the bot asks Telegram for it. False if that was done before.
+    /// Resolves a finding by an operator's word. False if there is none that is open.
+    ///
+    /// # Transaction
+    /// One.
+    pub async fn resolve_finding(&self, id: i64, why: &str) -> Result<bool, Error> {
+        let mut tx = transaction::begin(&self.pool).await?;
+        let done = books::resolve(&mut tx, id, why).await?;
+        tx.commit().await?;
+        Ok(done)
+    }
+
+    /// Takes a purchase back, ledger first; the bot asks Telegram for it and tells the payer `reason`. False if that was done before.
     ///
     /// # Errors
     /// Those of the ledger: `payment_mismatch`, `purchase_used`.
     /// # Transaction
     /// One.
-    pub async fn refund(&self, charge_id: &str) -> Result<bool, LedgerError> {
+    pub async fn refund(&self, charge_id: &str, reason: Option<&str>) -> Result<bool, LedgerError> {
         let mut tx = transaction::begin(&self.pool).await?;
         let Known::Payment { user, .. } = purchase::known(&mut tx, charge_id).await? else {
             return Err(LedgerError::Mismatch("no such payment".into()));
         };
         let done = purchase::refund(&mut tx, user, charge_id).await?;
+        if let (true, Some(reason)) = (done, reason) {
+            purchase::give_reason(&mut tx, charge_id, reason).await?;
+        }
         tx.commit().await?;
         Ok(done)
     }
@@ -158,6 +172,17 @@ impl Store {
     pub async fn prices(&self, history: bool, containing: Option<&str>) -> Result<Vec<Listed>, Error> {
         let mut conn = self.pool.acquire().await?;
         Ok(pricelist::list(&mut conn, history, containing).await?)
+    }
+
+    /// Keeps an imported price map for the weekly comparison.
+    ///
+    /// # Transaction
+    /// One.
+    pub async fn keep_price_map(&self, quotes: &[Quote], source: &str) -> Result<(), Error> {
+        let mut tx = transaction::begin(&self.pool).await?;
+        pricelist::keep_map(&mut tx, quotes, source).await?;
+        tx.commit().await?;
+        Ok(())
     }
 
     /// Takes prices over, or says what would be new.

@@ -2,6 +2,7 @@
 
 use super::{Error, Page, Store};
 use chrono::{DateTime, Utc};
+use loopwright_activities::billing::MicroCredits;
 use loopwright_engine::{admission::Admission, client::Start, ids::DefinitionHash, transaction};
 use serde::Serialize;
 use sqlx::PgExecutor;
@@ -205,6 +206,29 @@ impl Store {
         .fetch_optional(&self.pool)
         .await?;
         Ok(row.and_then(|(content, deleted)| if deleted { None } else { content }))
+    }
+
+    /// Bounds what all runs of a project may have captured and held together, or lifts the bound, and wakes what waits in it. False if
+    /// there is no such project.
+    ///
+    /// # Transaction
+    /// One. Locks the project's runs; a hold that is being placed sees the cap of before or this one.
+    pub async fn cap_project(
+        &self,
+        client: &loopwright_engine::client::Client,
+        project: Uuid,
+        cap: Option<MicroCredits>,
+    ) -> Result<bool, loopwright_engine::Error> {
+        let mut tx = transaction::begin(&self.pool).await?;
+        client.unblock_in(&mut tx, &serde_json::json!({ "project_id": project.to_string() })).await?;
+        let set = sqlx::query("update projects set budget_cap_ucr = $2 where id = $1")
+            .bind(project)
+            .bind(cap.map(|cap| cap.0))
+            .execute(&mut *tx)
+            .await?;
+        tx.commit().await?;
+        client.wake().await;
+        Ok(set.rows_affected() > 0)
     }
 
     /// Wakes what waits in this project for something outside, such as credits.

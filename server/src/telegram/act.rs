@@ -5,6 +5,7 @@ use super::{
     intent::{self, Incoming, Intent, Money},
     payments, render,
     run::Session,
+    stars,
 };
 use crate::{
     config::Access,
@@ -257,7 +258,13 @@ async fn refunded(scene: &mut Scene<'_>, charge_id: &str) -> Result<(), Error> {
         Some(user) => loopwright_activities::billing::purchase::taken_back(scene.tx, user, charge_id).await?,
         None => false,
     };
-    if known { Ok(()) } else { payments::unknown_refund(scene.tx, scene.from, user, charge_id).await }
+    if !known {
+        return payments::unknown_refund(scene.tx, scene.from, user, charge_id).await;
+    }
+    let refund = loopwright_activities::billing::purchase::refund_of(scene.tx, charge_id).await;
+    let Some(refund) = refund.map_err(crate::store::Error::from)? else { return Ok(()) };
+    let told = stars::told(scene.chat_id, charge_id, &refund);
+    scene.queue_once(told.dedupe_key, told.method, told.body).await
 }
 
 /// The sender's user, created with the welcome credits at first sight. A known user is only read: his row is locked

@@ -8,6 +8,7 @@ use crate::{
         telegram::orders::Unpayable,
     },
 };
+use loopwright_activities::billing::purchase::Refund;
 use loopwright_engine::view::{RunStatus, RunView};
 use serde_json::{Value, json};
 use teloxide::{
@@ -154,6 +155,30 @@ pub(super) fn credits(balance: &Balance) -> String {
         String::new()
     };
     format!("You have <b>{}</b> credits.{held}\n/usage lists what went where, /buy adds to it.", balance.available)
+}
+
+/// What became of a payment that was to be given back, and why.
+pub(super) fn refund(charge_id: &str, refund: &Refund) -> String {
+    let Refund { stars, granted, taken, .. } = refund;
+    let receipt = format!("Receipt: <code>{}</code>", escape(charge_id));
+    if refund.state == "refused" {
+        let why = escape(refund.error.as_deref().unwrap_or("it does not say why"));
+        return format!(
+            "Your payment of <b>{stars} Stars</b> could not be given back, Telegram says: {why}. Its {granted} credits are in your balance \
+             again.\n{receipt}"
+        );
+    }
+    let why = match &refund.reason {
+        Some(reason) => format!(": {}", escape(reason)),
+        None => String::new(),
+    };
+    let used = decimal(granted.0 - taken.0);
+    let credits = if granted == taken {
+        format!("Its {granted} credits were taken from your balance.")
+    } else {
+        format!("Of its {granted} credits {taken} were taken from your balance; {used} are used or at work.")
+    };
+    format!("↩️ Your payment of <b>{stars} Stars</b> was given back{why}. {credits}\n{receipt}")
 }
 
 pub(super) fn usage(rows: &[Transaction]) -> String {

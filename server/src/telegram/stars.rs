@@ -3,14 +3,25 @@
 //! A refund is booked by the ledger first; this asks Telegram for it until Telegram has said yes or no, whoever died in between.
 
 use super::{
-    Error,
+    Error, Parts,
     api::{self, Fault},
+    render,
     run::{Session, pause},
 };
-use crate::config;
+use crate::{
+    config,
+    store::telegram::{
+        Tx, commit,
+        orders::OpenRefund,
+        outbox::{self, Outgoing},
+    },
+};
 use chrono::{DateTime, Utc};
 use futures_util::future::BoxFuture;
-use loopwright_activities::reconcile::{StarTransaction, Stars};
+use loopwright_activities::{
+    billing::purchase::{self, Refund},
+    reconcile::{StarTransaction, Stars},
+};
 use loopwright_engine::Failure;
 use serde_json::{Value, json};
 use teloxide::Bot;
@@ -34,15 +45,15 @@ async fn refunds(session: &Session) -> Result<(), Error> {
     let store = &session.parts.store;
     for refund in store.open_refunds().await? {
         let Some(user) = refund.telegram_user_id else {
-            store.refund_refused(&refund.charge_id, "the payer has no Telegram identity").await?;
+            refused(session, &refund, "the payer has no Telegram identity").await?;
             continue;
         };
         let body = json!({"user_id": user, "telegram_payment_charge_id": refund.charge_id});
         match api::call(&session.bot, "RefundStarPayment", body).await {
-            Ok(_) => store.refund_done(&refund.charge_id).await?,
+            Ok(_) => done(session, &refund).await?,
             // It was done before, and we died or heard nothing.
             Err(Fault::Refused(why)) if why.contains("CHARGE_ALREADY_REFUNDED") => {
-                store.refund_done(&refund.charge_id).await?;
+                done(session, &refund).await?;
             }
             Err(Fault::Refused(why)) => {
                 tracing::error!(
@@ -50,7 +61,7 @@ async fn refunds(session: &Session) -> Result<(), Error> {
                     why,
                     "Telegram will not give a payment back; its credits are given again"
                 );
-                store.refund_refused(&refund.charge_id, &why).await?;
+                refused(session, &refund, &why).await?;
             }
             Err(Fault::Token) => return Err(Error::Token),
             // Asking again is safe: a charge is given back once.
@@ -63,6 +74,55 @@ async fn refunds(session: &Session) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// Telegram gave a payment back.
+///
+/// # Transaction
+/// One, with what the payer is told.
+async fn done(session: &Session, refund: &OpenRefund) -> Result<(), Error> {
+    let mut tx = session.parts.store.begin().await?;
+    purchase::refund_done(&mut tx, &refund.charge_id).await?;
+    tell(&mut tx, refund).await?;
+    commit(tx).await?;
+    session.queued.notify_one();
+    Ok(())
+}
+
+/// Telegram will not give a payment back: its credits are given again, and what waits for some goes on.
+///
+/// # Transaction
+/// One, with what the payer is told. Locks runs, then the account.
+async fn refused(session: &Session, refund: &OpenRefund, why: &str) -> Result<(), Error> {
+    let Parts { store, client, .. } = &session.parts;
+    let mut tx = store.begin().await?;
+    client.unblock_in(&mut tx, &json!({ "user_id": refund.user.to_string() })).await?;
+    if purchase::refund_refused(&mut tx, &refund.charge_id, why).await? {
+        tell(&mut tx, refund).await?;
+    }
+    commit(tx).await?;
+    client.wake().await;
+    session.queued.notify_one();
+    Ok(())
+}
+
+async fn tell(tx: &mut Tx, refund: &OpenRefund) -> Result<(), Error> {
+    let Some(chat_id) = refund.telegram_user_id else { return Ok(()) };
+    let standing = purchase::refund_of(tx, &refund.charge_id).await.map_err(crate::store::Error::from)?;
+    let Some(standing) = standing else { return Ok(()) };
+    outbox::enqueue(tx, &told(chat_id, &refund.charge_id, &standing)).await?;
+    Ok(())
+}
+
+/// What a payer is told of a refund, once per charge and outcome: Telegram tells the bot of what the bot has asked for too.
+pub(super) fn told(chat_id: i64, charge_id: &str, refund: &Refund) -> Outgoing {
+    Outgoing {
+        chat_id,
+        dedupe_key: format!("refund:{}:{charge_id}", if refund.state == "refused" { "refused" } else { "done" }),
+        method: "SendMessage",
+        body: render::message(chat_id, &render::refund(charge_id, refund), Vec::new()),
+        urgent: false,
+    }
 }
 
 /// Whether the next refund would meet the same. A payer who has blocked the bot keeps nobody else waiting.

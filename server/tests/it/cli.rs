@@ -10,7 +10,11 @@ mod shell;
 mod terms;
 
 use crate::support::{Server, Work, activity, problem, read, run_of, script};
-use loopwright_activities::billing::{BillingSettings, LedgerHook};
+use loopwright_activities::billing::{
+    BillingSettings, LedgerHook,
+    books::{self, Finding},
+    purchase,
+};
 use loopwright_engine::{embedded::testing, ids::RunId};
 use serde_json::json;
 use std::{
@@ -305,6 +309,45 @@ async fn credits_go_to_the_developer_unless_somebody_is_named() {
     assert!(code == Some(1) && unknown.contains("[payment_mismatch]"), "{unknown}");
     assert_eq!(run(&["report", "--by", "model", "--from", "2026-01-01"]).0, Some(0));
     assert_eq!(run(&["findings"]), (Some(0), "Nothing is open.\n".to_owned()));
+    // Credits with an end, which lies ahead.
+    let (code, ending) = run(&["grant", "7", "--expires", "2999-12-31", "--key", "T-3"]);
+    assert!(code == Some(0) && ending.starts_with("37 credits available"), "{ending}");
+    let at: chrono::DateTime<chrono::Utc> = sqlx::query_scalar(
+        "select expires_at from credit_grants where amount_ucr = 7000000 and expires_at is not null",
+    )
+    .fetch_one(&pool)
+    .await
+    .unwrap();
+    assert_eq!(at.to_rfc3339(), "2999-12-31T00:00:00+00:00");
+    let (code, over) = run(&["grant", "7", "--expires", "2020-01-01"]);
+    assert!(code == Some(1) && over.contains("which is over"), "{over}");
+    assert_eq!(run(&["balance"]).1.split(' ').next(), Some("37"), "nothing was given");
+    // A purchase is given back once, and its payer hears why.
+    let user: uuid::Uuid = sqlx::query_scalar("select id from users").fetch_one(&pool).await.unwrap();
+    let mut tx = pool.begin().await.unwrap();
+    sqlx::query("insert into orders (payload, user_id, stars, credits_ucr, state, expires_at) values ('o', $1, 100, 9000000, 'open', now())")
+        .bind(user)
+        .execute(&mut *tx)
+        .await
+        .unwrap();
+    let payment = purchase::Payment { charge_id: "stx2", payload: "o", currency: "XTR", stars: 100, recurring: false };
+    purchase::purchase(&mut tx, user, &payment).await.unwrap();
+    tx.commit().await.unwrap();
+    let (code, back) = run(&["refund", "stx2", "--reason", "bought by mistake"]);
+    assert!(code == Some(0) && back.contains("The credits are taken back"), "{back}");
+    let (code, again) = run(&["refund", "stx2", "--reason", "and again"]);
+    assert!(code == Some(0) && again.contains("given back before; nothing was changed"), "{again}");
+    let mut conn = pool.acquire().await.unwrap();
+    let refund = purchase::refund_of(&mut conn, "stx2").await.unwrap().unwrap();
+    assert_eq!((refund.reason.as_deref(), refund.taken), (Some("bought by mistake"), refund.granted));
+    // What was found is resolved by a word, once.
+    let finding = Finding { kind: "payment_used", subject: "c".into(), message: "look at it".into(), user: None };
+    books::keep_findings(&mut conn, "reconcile-payments", &[finding], false).await.unwrap();
+    let (_, found) = run(&["findings", "--json"]);
+    let id = serde_json::from_str::<serde_json::Value>(&found).unwrap()[0]["id"].to_string();
+    assert_eq!(run(&["resolve", &id, "--why", "paid in cash"]), (Some(0), format!("Finding {id} is resolved.\n")));
+    assert_eq!(run(&["resolve", &id, "--why", "paid in cash"]).0, Some(1));
+    assert_eq!(run(&["findings"]), (Some(0), "Nothing is open.\n".to_owned()));
     for args in [
         &["report", "--by", "mood"][..],
         &["adjust", "1"],
@@ -315,6 +358,33 @@ async fn credits_go_to_the_developer_unless_somebody_is_named() {
         assert_eq!(run(args).0, Some(2), "{args:?}");
     }
     assert_eq!(run(&["audit"]), (Some(0), "Money is in order.\n".to_owned()));
+}
+
+#[tokio::test]
+async fn a_projects_cap_is_set_and_lifted() {
+    let pool = testing::database(loopwright_activities::MIGRATIONS).await;
+    let dir = tempfile::tempdir().unwrap();
+    let url = testing::url(&pool);
+    let run = |args: &[&str]| {
+        let output = loopwright(dir.path()).env("DATABASE_URL", &url).arg("project").args(args).output().unwrap();
+        (output.status.code(), text(&output))
+    };
+    let project = run(&["new", "an idea"]).1.trim().to_owned();
+    let cap = async || -> Option<i64> {
+        sqlx::query_scalar("select budget_cap_ucr from projects").fetch_one(&pool).await.unwrap()
+    };
+    let (code, set) = run(&["cap", &project, "12.5"]);
+    assert!(code == Some(0) && set.contains("may spend 12.5 credits"), "{set}");
+    assert_eq!(cap().await, Some(12_500_000));
+    assert_eq!(run(&["cap", &project, "none"]).0, Some(0));
+    assert_eq!(cap().await, None);
+    for (args, code) in [
+        (["cap", &project, "0"], 2),
+        (["cap", &project, "much"], 2),
+        (["cap", "00000000-0000-0000-0000-000000000000", "1"], 1),
+    ] {
+        assert_eq!(run(&args).0, Some(code), "{args:?}");
+    }
 }
 
 #[tokio::test]
@@ -338,6 +408,11 @@ async fn a_price_list_is_taken_over_as_a_whole_or_not_at_all() {
     assert!(code == Some(1) && refused.contains("line 3") && refused.contains("[price_negative]"), "{refused}");
     assert_eq!(rows().await, before);
     std::fs::write(file, format!("{{\n{good}\n}}")).unwrap();
+    // Kept for the comparison, and no price is changed.
+    let (code, kept) = run(&["import", file, "--compare"]);
+    assert!(code == Some(0) && kept.contains("1 model would be priced anew"), "{kept}");
+    let mapped: Vec<String> = sqlx::query_scalar("select model_id from price_map").fetch_all(&pool).await.unwrap();
+    assert_eq!((mapped, rows().await), (vec!["gemini-9".to_owned()], before));
     let (code, dry) = run(&["import", file, "--dry-run"]);
     assert!(code == Some(0) && dry.contains("new gemini/gemini-9: 0.75 in, 3.75 out"), "{dry}");
     assert_eq!(rows().await, before);

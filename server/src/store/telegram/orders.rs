@@ -2,8 +2,7 @@
 
 use super::{Error, Store, Tx};
 pub use loopwright_activities::billing::purchase::{Dispute, OpenRefund};
-use loopwright_activities::billing::{MicroCredits, ledger, ledger::LedgerError, purchase};
-use loopwright_engine::transaction;
+use loopwright_activities::billing::{MicroCredits, ledger, purchase};
 use uuid::Uuid;
 
 /// Why an order cannot be paid.
@@ -94,23 +93,6 @@ impl Store {
     pub async fn open_refunds(&self) -> Result<Vec<OpenRefund>, Error> {
         let mut conn = self.pool.acquire().await?;
         Ok(purchase::open_refunds(&mut conn, REFUNDS_MAX).await?)
-    }
-
-    /// Telegram gave a payment back.
-    pub async fn refund_done(&self, charge_id: &str) -> Result<(), LedgerError> {
-        let mut conn = self.pool.acquire().await?;
-        purchase::refund_done(&mut conn, charge_id).await
-    }
-
-    /// Telegram will not give a payment back: its credits are given again.
-    ///
-    /// # Transaction
-    /// One.
-    pub async fn refund_refused(&self, charge_id: &str, why: &str) -> Result<bool, LedgerError> {
-        let mut tx = transaction::begin(&self.pool).await?;
-        let given = purchase::refund_refused(&mut tx, charge_id, why).await?;
-        tx.commit().await?;
-        Ok(given)
     }
 
     /// Closes orders whose time is over.

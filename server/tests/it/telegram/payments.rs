@@ -73,9 +73,9 @@ async fn an_operators_refund_reaches_telegram_whatever_happens_in_between() {
     bot.stop().await;
     // The ledger first, and then this process is gone.
     let store = bot.parts.store.clone();
-    assert!(store.refund("stx1").await.unwrap());
-    assert!(!store.refund("stx1").await.unwrap());
-    assert_eq!(store.refund("stx9").await.unwrap_err().code(), "payment_mismatch");
+    assert!(store.refund("stx1", Some("bought <twice>")).await.unwrap());
+    assert!(!store.refund("stx1", Some("again")).await.unwrap());
+    assert_eq!(store.refund("stx9", None).await.unwrap_err().code(), "payment_mismatch");
     let ada = "select credit_balance_ucr from users where telegram_user_id = 42";
     assert_eq!(bot.number(ada).await, 200_000_000);
     // Telegram does it and hangs up, so that nobody knows; asked again, it says that it was done.
@@ -96,11 +96,23 @@ async fn an_operators_refund_reaches_telegram_whatever_happens_in_between() {
     };
     state(&bot, "select count(*) from payments where charge_id = 'stx1' and refund_state = 'done'").await;
     assert_eq!(bot.number(ada).await, 200_000_000);
+    let said = bot.fake.message("was given back").await;
+    assert!(
+        said.text().contains("<b>100 Stars</b> was given back: bought &lt;twice&gt;. Its 100 credits were taken"),
+        "{}",
+        said.text()
+    );
     // What Telegram refuses for good is not lost: the credits come back.
     bot.fake.wrong("RefundStarPayment", Wrong::Refused);
-    assert!(store.refund("stx2").await.unwrap());
+    assert!(store.refund("stx2", None).await.unwrap());
     state(&bot, "select count(*) from payments where charge_id = 'stx2' and refund_state = 'refused'").await;
     assert_eq!(bot.number(ada).await, 200_000_000);
+    let said = bot.fake.message("could not be given back").await;
+    assert!(
+        said.text().contains("Telegram says: ") && said.text().contains("Its 100 credits are in your balance again"),
+        "{}",
+        said.text()
+    );
     assert_eq!(store.audit().await.unwrap(), []);
     // And where it gives the Stars back all the same, they go again.
     bot.fake.says_with(ADA, json!({"refunded_payment": payment("XTR", 100, "order", "stx2")}));
@@ -249,13 +261,22 @@ async fn a_purchase_that_is_taken_back_after_use_loses_what_is_left_of_it() {
     let user = sqlx::query_scalar("select id from users").fetch_one(&mut *conn).await.unwrap();
     let taken = MicroCredits::from_credits(-130);
     ledger::adjust(&mut conn, user, "T1", taken).await.unwrap();
-    assert_eq!(bot.parts.store.refund("stx1").await.unwrap_err().code(), "purchase_used");
+    assert_eq!(bot.parts.store.refund("stx1", None).await.unwrap_err().code(), "purchase_used");
     for _ in 0..2 {
         bot.fake.says_with(ADA, json!({"refunded_payment": payment("XTR", amount, &payload, "stx1")}));
     }
     bot.settled(5).await;
     assert_eq!(bot.number("select credit_balance_ucr from users").await, 0);
     assert_eq!(bot.number("select count(*) from payments where refund_state = 'done'").await, 1);
+    // Its payer is told what was taken, and an operator what is owed: once each.
+    let said = bot.fake.message("was given back").await;
+    assert!(said.text().contains("Of its 100 credits 70 were taken from your balance; 30 are used"), "{}", said.text());
+    let found = bot.parts.store.findings(100).await.unwrap();
+    assert!(found.len() == 1 && found[0].kind == "payment_used" && found[0].seen == 1, "{found:?}");
+    assert!(
+        found[0].message.contains("30 of its 100 credits were used") && found[0].message.ends_with("30 are owed"),
+        "{found:?}"
+    );
     assert_eq!(bot.number("select count(*) from payment_disputes").await, 0);
     // The same charge reported as paid once more gives nothing.
     bot.fake.pays(ADA, "stx1", amount, &payload);
@@ -277,7 +298,7 @@ async fn a_refund_is_asked_for_until_telegram_has_answered() {
     for wrong in [Wrong::Broken, Wrong::Quiet(1), Wrong::Blocked, Wrong::HangUp] {
         bot.fake.wrong("RefundStarPayment", wrong);
     }
-    assert!(bot.parts.store.refund("stx1").await.unwrap());
+    assert!(bot.parts.store.refund("stx1", None).await.unwrap());
     bot.fake
         .until("five requests", |calls| {
             (calls.iter().filter(|c| c.method == "refundstarpayment").count() >= 5).then_some(())
