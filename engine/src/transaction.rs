@@ -497,7 +497,7 @@ async fn was_committed(pool: &PgPool, id: &str) -> Option<bool> {
 mod tests {
     use super::{ASKED_MAX, Error, Sessions, begin, was_committed};
     use crate::embedded::testing::database;
-    use sqlx::{PgConnection, PgPool, Postgres, Transaction, postgres::PgPoolOptions};
+    use sqlx::{PgConnection, PgPool, postgres::PgPoolOptions};
     use std::{
         future::poll_fn,
         task::Poll::{Pending, Ready},

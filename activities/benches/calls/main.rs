@@ -68,6 +68,9 @@ fn main() -> ExitCode {
                 true => println!("{}", serde_json::to_string_pretty(&outcome.report).unwrap_or_default()),
                 false => print!("{}", outcome.report.table()),
             }
+            for (said, times) in &outcome.said {
+                eprintln!("{times:.2} of a call: {said}");
+            }
             for row in &outcome.broken {
                 eprintln!("broken: {row}");
             }

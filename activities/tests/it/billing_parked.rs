@@ -175,7 +175,7 @@ impl Activity for Surprised {
             Ok(json!(ctx.info().attempt))
         })
     }
-    fn reserve(&self, _input: &Value) -> Value {
+    fn reserve(&self, _input: &Value, _extras: &Value) -> Value {
         serde_json::to_value(one_call()).expect("json")
     }
 }

@@ -196,7 +196,7 @@ async fn a_forecast_is_set_beside_what_was_paid_and_learns_from_it() {
     // Above its ceiling it is not asked, and so it tells nothing.
     let mut dear = item("a-2");
     dear.calls.ceilings = vec![(None, None), (Some(1), None)];
-    assert_eq!(forecast::price(&mut conn, RATE, &[dear]).await.expect("priced"), []);
+    assert_eq!(forecast::price(&mut conn, RATE, None, &[dear]).await.expect("priced"), []);
 
     let first = bench.run(json!({}), None).await;
     forecast::keep(&mut conn, first.0, "plan", bench.project, &parts).await.expect("kept");
@@ -243,6 +243,7 @@ async fn work_on_a_users_own_key_is_forecast_at_nothing_and_is_not_kept_from_it_
     let bench = Bench::new(0).await;
     let calls = |provider: &str| PlannedCall {
         candidates: vec![(provider.into(), "gemini-3.8-flash".into())],
+        ceilings: vec![],
         count: 10,
         input_tokens: 1_000,
         output_tokens: 1_000,

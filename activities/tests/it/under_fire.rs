@@ -818,7 +818,7 @@ async fn a_death_at_every_crash_point_of_the_ledger_leaves_its_books_in_order() 
         // What is given back is given for a failed attempt: of the first call, so that it is nothing.
         let refund = point.starts_with("refund.");
         let (n, fault) = (at * 2 + usize::from(!refund && at % 2 == 0), refund.then_some(Fault::BadKey));
-        Pair { n, dialect: Dialect::ALL[at % 3], fault, death: (*point, Death::Point(point, 1)) }
+        Pair { n, dialect: Dialect::ALL[at % 3], fault, refused: false, death: (*point, Death::Point(point, 1)) }
     };
     let pairs: Vec<Pair> = CRASH_POINTS.iter().enumerate().map(pair).collect();
     let bench = Bench::new(&pairs).await;

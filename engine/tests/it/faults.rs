@@ -1,6 +1,7 @@
 //! Processes that die, freeze and come back, on a real Postgres.
 
 use crate::bench::{Bench, Gate, PATIENCE, definition, e, step, work};
+use chrono::{DateTime, Utc};
 use loopwright_engine::{
     Failure,
     activity::Context,

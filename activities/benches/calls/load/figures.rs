@@ -189,14 +189,14 @@ pub fn outcome(
     let mut under = figures_of(loaded, &sorted[1], &LOADED, limit);
     under[0].details.insert(0, detail("of full speed", 100.0 * under[0].value / figures[0].value, "%"));
     // What the goal speaks of, beside the amounts.
-    let mut void = Vec::new();
+    let mut otherwise = Vec::new();
     if options.cores != Some(CORES) {
-        void.push(format!("not on {CORES} processors"));
+        otherwise.push(format!("not on {CORES} processors"));
     }
     if options.faults_percent != FAULTS_PERCENT {
-        void.push(format!("{} % of the requests spoiled, not {FAULTS_PERCENT}", options.faults_percent));
+        otherwise.push(format!("{} % of the requests spoiled, not {FAULTS_PERCENT}", options.faults_percent));
     }
-    under[2].goal = Some(Goal { text: "below 5 ms", reached: under[2].value < GOAL_MS, void });
+    under[2].goal = Some(Goal { text: "below 5 ms", reached: under[2].value < GOAL_MS, void: otherwise });
     figures.extend(under);
     let (said, trips) = round_trips(counted);
     figures.push(trips);

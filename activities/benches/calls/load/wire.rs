@@ -165,6 +165,7 @@ fn short(text: &[u8]) -> String {
 }
 
 #[cfg(test)]
+#[allow(unused, reason = "the bench has no harness; its test is a part of tests/it/calls.rs")]
 mod tests {
     use super::{PING, Reader};
 
