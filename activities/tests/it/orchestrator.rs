@@ -246,12 +246,12 @@ async fn after_a_lost_answer_another_provider_may_be_asked_and_many_lost_answers
     let reply = orchestrator.call(&Bench::new().ctx, "plan", request()).await.unwrap();
     assert_eq!((reply.provider.as_str(), lost.count()), ("openrouter", 1));
     let recorder = Arc::default();
-    for attempt in 2..=4 {
+    for attempt in 2..=6 {
         let bench = Bench::attempt(&recorder, attempt);
         assert!(orchestrator.call(&bench.ctx, "other", request()).await.unwrap_err().uncounted);
     }
-    let late = orchestrator.call(&Bench::attempt(&recorder, 6).ctx, "other", request()).await.unwrap_err();
-    assert_eq!((late.code.as_str(), late.uncounted, lost.count()), ("transient.network", false, 5));
+    let late = orchestrator.call(&Bench::attempt(&recorder, 7).ctx, "other", request()).await.unwrap_err();
+    assert_eq!((late.code.as_str(), late.uncounted, lost.count()), ("transient.network", false, 7));
 }
 
 #[tokio::test]

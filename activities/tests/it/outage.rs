@@ -291,11 +291,11 @@ async fn refusing(status: u16, away: usize) -> FakeProvider {
 async fn a_server_that_is_overloaded_for_a_while_ends_no_run() {
     for status in [500, 503, 529] {
         let bench = Bench::new(100).await;
-        let fake = refusing(status, 25).await;
+        let fake = refusing(status, 12).await;
         let (view, waited_for) = drive(&bench, &fake, Terms::default()).await;
         assert_eq!((view.status, view.failure), (RunStatus::Completed, None), "{status}");
         assert!(waited_for.iter().all(|code| code.starts_with("transient.")), "{status}: {waited_for:?}");
-        assert_eq!(calls(&bench).await, (2, 25, 0, 0), "{status}");
+        assert_eq!(calls(&bench).await, (2, 12, 0, 0), "{status}");
         assert_eq!(bench.balance().await, (100_000_000 - 2 * CALL_UCR, 0), "{status}");
         assert_eq!(bench.violations().await, [""; 0], "{status}");
     }

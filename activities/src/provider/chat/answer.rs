@@ -587,7 +587,7 @@ mod tests {
         for (said, doubtful) in [
             (r#""cost":-0.5"#, Some("-0.5")),
             (r#""cost":"NaN""#, Some("\"NaN\"")),
-            (r#""cost":1e999"#, Some("1e999")),
+            (r#""cost":"1e999""#, Some("\"1e999\"")),
             (r#""cost":{"usd":1}"#, Some(r#"{"usd":1}"#)),
             (r#""cost":0,"is_byok":true,"cost_details":{"upstream_inference_cost":-1}"#, Some("-1")),
             (r#""cost":null"#, None),

@@ -29,12 +29,8 @@ impl World {
             let due = self.store.ready.get(id);
             let seat = self.store.seats.get(id);
             let waits = seat.is_some_and(|s| s.place.is_none());
-            if !row.closed
-                && row.owner.is_none()
-                && row.status != "quarantined"
-                && due.is_none()
-                && !(waits && !row.admitted)
-            {
+            let held_back = waits && !row.admitted;
+            if !row.closed && row.owner.is_none() && row.status != "quarantined" && due.is_none() && !held_back {
                 say(Check::Reachable, format!("run {id} is open, and nobody owns or may claim it"));
             }
             if waits && row.admitted {
