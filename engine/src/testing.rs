@@ -112,7 +112,7 @@ pub const CRASH_POINTS: &[(&str, &str)] = &[
     ("cancel.after_send", "client.rs"),
     ("unblock.before_commit", "client.rs"),
     ("unblock.after_commit", "client.rs"),
-    ("update.after_send", "client/update.rs"),
+    ("updating.after_send", "client/update.rs"),
     ("release.after_send", "client/pause.rs"),
     ("tell.after_send", "client/pause.rs"),
     ("inbox.after_blobs", "store/inbox.rs"),

@@ -70,7 +70,7 @@ impl Client {
             })
         });
         let stored = stored.await?;
-        crate::committer::crash_point("update.after_send");
+        crate::committer::crash_point("updating.after_send");
         if stored {
             self.wake().await;
         }

@@ -333,7 +333,7 @@ impl Pair {
                 let kind = [Kind::Signal, Kind::Signal, Kind::Cancel, Kind::Unblock][self.random.usize(0..4)];
                 let dedupe = self.random.bool().then(|| format!("id-{}", self.random.u8(0..4)));
                 let (name, payload) = ("go", json!("x"));
-                let unread_max = self.random.bool().then_some(2);
+                let unread_max = self.random.bool().then_some(1);
                 let there = Outgoing {
                     run,
                     kind,

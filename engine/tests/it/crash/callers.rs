@@ -43,7 +43,7 @@ pub fn of(point: &str) -> Option<Call> {
         (_, "approve") => Call::Approve,
         (_, "tell") => Call::Pause,
         (_, "release") => Call::Release,
-        (_, "update") => Call::Update,
+        (_, "updating") => Call::Update,
         (_, "cancel") => Call::Cancel,
         (_, "unblock") => Call::Unblock,
         (_, "terminate" | "keys") => Call::Terminate,
