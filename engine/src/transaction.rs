@@ -590,6 +590,12 @@ mod tests {
     /// Why [`begin`] is there. When this fails, sqlx has been mended and `begin` may go.
     #[tokio::test]
     async fn sqlx_alone_loses_what_is_written_after_a_dropped_begin() {
-        assert!(!others_see_what_is_written_next(|pool| async move { pool.begin().await }).await);
+        // At some of the moments that are caught it queues its ROLLBACK.
+        for _ in 0..20 {
+            if !others_see_what_is_written_next(|pool| async move { pool.begin().await }).await {
+                return;
+            }
+        }
+        panic!("every dropped BEGIN was rolled back");
     }
 }
