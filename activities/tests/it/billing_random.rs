@@ -114,7 +114,7 @@ impl World {
 
     /// As the engine does it, and as it does it where runs are spread over nodes.
     async fn meter(&self, attempt: &AttemptRef, key: &str, phase: Phase, current: bool, body: Value) {
-        if current && body.to_string().len() % 2 == 0 && self.bench.at_once(attempt, key, phase, &body).await {
+        if current && body.to_string().len().is_multiple_of(2) && self.bench.at_once(attempt, key, phase, &body).await {
             return;
         }
         let mut tx = self.bench.pool.begin().await.expect("tx");

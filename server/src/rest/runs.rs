@@ -68,7 +68,6 @@ pub(super) async fn list(call: Call) -> Result<Response, Error> {
         open_only: parse("open", query.open.as_deref())?.unwrap_or(false),
         after: parse("cursor", query.cursor.as_deref())?,
         limit: limit + 1,
-        ..Filter::default()
     };
     let runs = call.state.client.list(filter).await?;
     json(200, &crate::store::Page::of(runs, limit, |run| run.run_id.to_string()))
