@@ -289,7 +289,7 @@ impl WorkerHandle {
 
     /// Stops claiming, asks running attempts to stop, hands their runs back, leaves. A call that an attempt has announced by
     /// [`meter_open`](crate::activity::Context::meter_open) is heard out first, so that nobody pays for it twice; no other is begun.
-    /// At the end of `grace`, less what the hand-over takes ([`HAND_OVER_MAX`], at most a quarter of it), calls are cut off. What
+    /// At the end of `grace`, less what the hand-over takes (2 s, at most a quarter of it), calls are cut off. What
     /// has not ended after `grace` is abandoned: its runs are free for others at once, its attempts count as lost.
     pub async fn drain(self, grace: Duration) {
         self.shared.draining.cancel();

@@ -144,6 +144,10 @@ async fn story(scene: Scene, points: Vec<(&'static str, u32)>, by_shard: bool) {
     }
     let began = Instant::now();
     let last = bench.worker_with(LONG, 32).await;
+    for (run, _) in &ends {
+        // One of a schedule begins by the clock.
+        reaches(&bench.pool, &format!("select count(*) from runs where run_id = '{run}'"), 1).await;
+    }
     goes_on(&bench, &names).await;
     for (run, allowed) in ends {
         let status = bench.client.describe(run).await.expect("run").status;
@@ -279,7 +283,10 @@ async fn a_death_at_every_crash_point_leaves_a_database_that_others_go_on_with()
 #[tokio::test(flavor = "multi_thread")]
 async fn a_death_between_two_shards_leaves_a_database_that_others_go_on_with() {
     let parts = ["claim.", "commit.", "strays.", "takeover.", "write.", "lock."];
-    let there = |point: &&(&str, &str)| parts.iter().any(|part| point.0.starts_with(part));
+    // Runs of this size have a shard each, so that there is nothing to halve.
+    let there = |(point, _): &&(&str, &str)| {
+        parts.iter().any(|part| point.starts_with(part)) && *point != "commit.between_halves"
+    };
     let once = CRASH_POINTS.iter().filter(there).map(|(point, _)| (*point, 1));
     // Between two of them.
     let twice = ["claim.after_alive", "commit.before_commit", "commit.after_commit"].map(|point| (point, 2));

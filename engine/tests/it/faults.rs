@@ -114,10 +114,10 @@ async fn audit_outside(pool: &PgPool, steps: usize) {
 }
 
 /// Waits until a count reaches a number.
-pub async fn reaches(pool: &PgPool, sql: &'static str, wanted: i64) {
+pub async fn reaches(pool: &PgPool, sql: &str, wanted: i64) {
     let deadline = Instant::now() + PATIENCE;
     loop {
-        let n: i64 = sqlx::query_scalar(sql).fetch_one(pool).await.expect("count");
+        let n: i64 = sqlx::query_scalar(sqlx::AssertSqlSafe(sql)).fetch_one(pool).await.expect("count");
         if n >= wanted {
             return;
         }
