@@ -39,10 +39,13 @@ pub(crate) async fn maker(conn: &mut PgConnection, run: RunId, seq: i64) -> Resu
         let Some(row) = row else { return Err(super::retention::absent(conn, at).await) };
         let newest: i64 = row.try_get("seq")?;
         if seq < 1 || seq > newest {
-            let why = format!(
-                "there is no transition {seq} in run {at}: choose one from 1 to {newest}, as its history lists them (`loopwright run \
-                 history {at}`), or the path of a step"
-            );
+            let why = match newest {
+                0 => format!("there is no transition {seq} in run {at}: it has none yet, start another run instead"),
+                _ => format!(
+                    "there is no transition {seq} in run {at}: choose one from 1 to {newest}, as its history lists them (`loopwright \
+                     run history {at}`), or the path of a step"
+                ),
+            };
             return Err(Error::ForkInvalid(vec![why]));
         }
         match row.try_get::<Option<uuid::Uuid>, _>("forked_from")? {

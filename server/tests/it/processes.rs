@@ -71,6 +71,7 @@ pub struct Stage {
 
 impl Stage {
     pub async fn new() -> Self {
+        loopwright_server::rest::install_crypto();
         let pool = testing::database(MIGRATIONS).await;
         let client = Client::new(pool.clone(), Arc::new(NoHook));
         shipped::deploy(&client, shipped::SHIPPED, &app::catalog()).await.unwrap();

@@ -123,7 +123,7 @@ async fn bad_input_is_refused_with_a_code_and_what_to_do() {
         (vec!["run", "cancel", open, "--reason", &five_kilobytes], 1, "too_large", "the limit is 4096"),
         (vec!["run", "limit", open, "0"], 2, "usage_invalid", "credits"),
         // Wrong places and definitions.
-        (vec!["run", "fork", open, "--at", "9"], 1, "fork_invalid", "the newest is 0"),
+        (vec!["run", "fork", open, "--at", "9"], 1, "fork_invalid", "it has none yet"),
         (vec!["run", "fork", closed, "--step", "nose"], 1, "fork_invalid", "no step `nose`"),
         (
             vec!["run", "fork", closed, "--at", "1", "--definition", other_hash],
