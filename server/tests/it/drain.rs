@@ -27,6 +27,7 @@ async fn a_call_under_way_is_heard_out_and_not_bought_again() {
     assert_eq!(stage.calls().await, [("succeeded".to_owned(), true)], "it was heard out");
     // Whoever goes on has the answer: a model that thinks for ever is not asked.
     let mut next = stage.worker(60_000, NEVER_MS);
+    stage.works(3).await;
     stage.answered().await;
     assert_eq!(stage.calls().await.len(), 1, "it was not asked again");
     next.terminate();

@@ -181,6 +181,15 @@ impl Stage {
         sqlx::query_as(calls).fetch_all(&self.pool).await.unwrap()
     }
 
+    /// The `n`th process is a worker that has begun, and hears signals.
+    pub async fn works(&self, n: u32) {
+        let began = Instant::now();
+        while !self.said(n, "worker started") {
+            assert!(began.elapsed() < GUARD, "no worker; logs: {}", self.logs());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
     /// Whether the `n`th process has written these words.
     pub fn said(&self, n: u32, words: &str) -> bool {
         fs::read_to_string(self.dir.path().join(format!("{n}/log"))).unwrap().contains(words)
