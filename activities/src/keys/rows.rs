@@ -60,7 +60,8 @@ macro_rules! view {
          else (select r.reason from api_key_rests r where r.api_key_id = api_keys.id and r.rests_until > engine_now()
                order by r.rests_until desc limit 1) end as reason,
     case when status in ('active', 'cooling') then
-           nullif(greatest(cooldown_until, engine_now(), (select max(r.rests_until) from api_key_rests r where r.api_key_id = api_keys.id)), engine_now())
+           (select max(rest.until) from (select cooldown_until as until union all
+              select r.rests_until from api_key_rests r where r.api_key_id = api_keys.id) rest where rest.until > engine_now())
          end as cooldown_until,
     base_url, model, platform_fallback, nullif(kek_id, '') as kek_id, created_at "
     };
