@@ -5,7 +5,7 @@ pub use crate::store::is_transient;
 
 use crate::{Error, Result, store::retry_pause, tcp};
 use sqlx::{
-    ConnectOptions, Connection, PgConnection, PgPool, Postgres,
+    AssertSqlSafe, ConnectOptions, Connection, PgConnection, PgPool, Postgres,
     pool::PoolConnection,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
@@ -410,18 +410,16 @@ where
             let done = async {
                 let value = work(&mut tx).await?;
                 // What was done without an answer must not be done again: a start would be a second run.
-                let id: Option<String> =
-                    sqlx::query_scalar("select pg_current_xact_id_if_assigned()::text").fetch_one(&mut *tx).await?;
-                Ok::<_, Error>((value, id))
+                Ok::<_, Error>((value, mark(&mut tx).await?))
             };
-            let (value, id) = match timeout_at(until, done).await {
+            let (value, mark) = match timeout_at(until, done).await {
                 Ok(done) => done?,
                 Err(_) => return Err(Unsent::Over(unanswered())),
             };
             crate::committer::crash_point("transaction.before_commit");
-            match (answered(max, tx.commit()).await, id) {
+            match (answered(max, tx.commit()).await, mark) {
                 (Ok(()), _) => Ok(value),
-                (Err(error), Some(id)) if is_transient(&error) => match was_committed(pool, &id).await {
+                (Err(error), Some(mark)) if is_transient(&error) => match was_committed(pool, &mark).await {
                     Some(true) => Ok(value),
                     Some(false) => Err(Error::Sql(error)),
                     None => return Err(Unsent::InDoubt(error)),
@@ -471,21 +469,42 @@ impl From<sqlx::Error> for Unsent {
     }
 }
 
+/// By which a transaction is asked for afterwards.
+#[derive(Debug, PartialEq)]
+struct Mark {
+    id: String,
+    /// Between two crashes or restarts of the server, whose ids of transactions are its own: what a crash has lost gives its ids to those
+    /// who come next.
+    life: String,
+}
+
+/// When the server began, and when its statistics did, which a crash of one of its processes throws away.
+const LIFE: &str = "concat_ws(' ', pg_postmaster_start_time(), (select stats_reset from pg_stat_bgwriter))";
+
+/// `None`: it has written nothing.
+async fn mark(tx: &mut PgConnection) -> sqlx::Result<Option<Mark>> {
+    let text = format!("select pg_current_xact_id_if_assigned()::text, {LIFE}");
+    let (id, life): (Option<String>, String) = sqlx::query_as(AssertSqlSafe(text)).fetch_one(tx).await?;
+    Ok(id.map(|id| Mark { id, life }))
+}
+
 /// Whether a transaction was committed whose COMMIT had no answer. `None` if nobody can say.
-async fn was_committed(pool: &PgPool, id: &str) -> Option<bool> {
+async fn was_committed(pool: &PgPool, mark: &Mark) -> Option<bool> {
     let began = Instant::now();
+    let text = format!("select pg_xact_status($1::text::xid8), {LIFE}");
     while began.elapsed() < ASKED_MAX {
-        let asked = async |conn: &mut PgConnection| -> Result<Option<String>> {
-            Ok(sqlx::query_scalar("select pg_xact_status($1::text::xid8)").bind(id).fetch_one(conn).await?)
+        let asked = async |conn: &mut PgConnection| -> Result<(Option<String>, String)> {
+            Ok(sqlx::query_as(AssertSqlSafe(text.as_str())).bind(&mark.id).fetch_one(conn).await?)
         };
-        let status = ask(pool, ASKED_MAX, asked).await;
-        match status.as_ref().map(Option::as_deref) {
-            Ok(Some("committed")) => return Some(true),
-            Ok(Some("aborted")) => return Some(false),
+        let asked = ask(pool, ASKED_MAX, asked).await;
+        match asked.as_ref().map(|(status, life)| (status.as_deref(), *life == mark.life)) {
+            Ok((Some("committed"), true)) => return Some(true),
+            // Also if that was another one: an id is given again only if the first was lost.
+            Ok((Some("aborted"), _)) => return Some(false),
             // Its session has not noticed yet that nobody listens.
-            Ok(Some("in progress")) => {}
+            Ok((Some("in progress"), _)) => {}
             Err(Error::Sql(error)) if is_transient(error) => {}
-            // Another server than the one that was asked to commit, or too long ago.
+            // Perhaps another one under the same id; another server than the one that was asked to commit; or too long ago.
             Ok(_) | Err(_) => return None,
         }
         tokio::time::sleep(ASK_PAUSE).await;
@@ -495,7 +514,7 @@ async fn was_committed(pool: &PgPool, id: &str) -> Option<bool> {
 
 #[cfg(test)]
 mod tests {
-    use super::{ASKED_MAX, Error, Sessions, begin, was_committed};
+    use super::{ASKED_MAX, Error, Mark, Sessions, begin, mark, was_committed};
     use crate::embedded::testing::database;
     use sqlx::{PgConnection, PgPool, postgres::PgPoolOptions};
     use std::{
@@ -578,8 +597,33 @@ mod tests {
             PgPoolOptions::new().max_connections(1).acquire_timeout(wait).connect_with(options).await.expect("pool");
         let _held = pool.acquire().await.expect("the only one");
         let began = Instant::now();
-        assert_eq!(was_committed(&pool, "3").await, None);
+        let mark = Mark { id: "3".into(), life: String::new() };
+        assert_eq!(was_committed(&pool, &mark).await, None);
         assert!(began.elapsed() < ASKED_MAX * 3, "{:?}", began.elapsed());
+    }
+
+    #[tokio::test]
+    async fn after_a_crash_an_id_may_be_another_transaction_s() {
+        let pool = database(&[]).await;
+        sqlx::query("create table written ()").execute(&pool).await.expect("table");
+        let mut tx = begin(&pool).await.expect("begin");
+        assert_eq!(mark(&mut tx).await.expect("asked"), None, "it has written nothing");
+        sqlx::query("insert into written default values").execute(&mut *tx).await.expect("insert");
+        let own = mark(&mut tx).await.expect("asked").expect("written");
+        tx.commit().await.expect("commit");
+        assert_eq!(was_committed(&pool, &own).await, Some(true));
+        let before = Mark { life: "before the crash".into(), ..own };
+        assert_eq!(was_committed(&pool, &before).await, None, "nobody knows whose it is");
+        let mut tx = begin(&pool).await.expect("begin");
+        sqlx::query("insert into written default values").execute(&mut *tx).await.expect("insert");
+        let lost = mark(&mut tx).await.expect("asked").expect("written");
+        tx.rollback().await.expect("rollback");
+        assert_eq!(was_committed(&pool, &lost).await, Some(false));
+        assert_eq!(
+            was_committed(&pool, &Mark { life: "before".into(), ..lost }).await,
+            Some(false),
+            "lost in any case"
+        );
     }
 
     #[tokio::test]

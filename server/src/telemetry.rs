@@ -11,10 +11,13 @@ use std::{
     sync::OnceLock,
     time::Duration,
 };
-use tracing_subscriber::{EnvFilter, fmt::MakeWriter};
+use tracing_subscriber::{EnvFilter, filter::Directive, fmt::MakeWriter};
 
 /// Upper bounds of the duration histograms, in seconds. Chosen, not measured.
 const DURATION_BUCKETS: &[f64] = &[0.005, 0.02, 0.1, 0.5, 1.0, 5.0, 30.0, 120.0];
+
+/// Libraries that log what they are given, which is what people have written: they say nothing at any level.
+const SILENT: [&str; 1] = ["handlebars=off"];
 
 /// Starts logging to standard error. A second call changes nothing.
 ///
@@ -23,6 +26,8 @@ const DURATION_BUCKETS: &[f64] = &[0.005, 0.02, 0.1, 0.5, 1.0, 5.0, 30.0, 120.0]
 pub fn init(log: &Log) -> Result<(), crate::config::Error> {
     let filter = EnvFilter::try_new(&log.filter)
         .map_err(|e| crate::config::Error::value("log.filter", format!("`{}`: {e}", log.filter)))?;
+    let silent = SILENT.into_iter().filter_map(|directive| directive.parse::<Directive>().ok());
+    let filter = silent.fold(filter, EnvFilter::add_directive);
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(Redacted);
     // A subscriber that is already there (a test's) stays.
     let _ = match log.format {

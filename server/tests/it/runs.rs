@@ -250,5 +250,5 @@ async fn who_sends_to_a_run_that_nobody_drives_is_told_to_wait() {
     let full = server.post("ann", &format!("/v1/runs/{run}/signals"), &body).send().await.unwrap();
     assert_eq!(full.headers()["retry-after"], "30");
     let told = problem(full, 429, "rate_limited").await;
-    assert!(told["detail"].as_str().unwrap().starts_with("1000 messages wait"), "{told}");
+    assert!(told["detail"].as_str().unwrap().starts_with("1000 messages (signals and updates) wait"), "{told}");
 }
