@@ -53,6 +53,8 @@ const UNREACHABLE_PAUSE_MIN: Duration = Duration::from_millis(50);
 const UNREACHABLE_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// When a run that a newer release has written is looked at again.
 const NEWER_PAUSE: Duration = Duration::from_secs(5);
+/// So much later here than elsewhere. Chosen: four polls, so that whoever can read it has it before it is taken here in vain again.
+const NEWER_HEAD_START: Duration = Duration::from_secs(1);
 /// When a run that was given back is looked at again; also the pause between two tries to give it back.
 const GIVE_BACK_PAUSE: Duration = Duration::from_secs(1);
 
@@ -108,6 +110,7 @@ async fn drive(driven: &Driven, epoch: i64, loaded: Option<Result<Loaded>>, sett
         Err(error @ (Error::NewerRelease(_) | Error::PayloadKeyMissing(_))) => {
             // While workers are brought up one after the other: those that are up, or have the key, will come to it.
             tracing::warn!(run_id = %run, %error, "run is left to other workers");
+            shared.leave_to_others(run, Instant::now() + NEWER_PAUSE + NEWER_HEAD_START);
             give_back(shared, run, epoch, NEWER_PAUSE).await;
         }
         Err(error) => {

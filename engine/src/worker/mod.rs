@@ -159,6 +159,8 @@ pub(crate) struct Shared {
     /// It has left runs in the queue.
     full: AtomicBool,
     definitions: Mutex<HashMap<DefinitionHash, Arc<Pinned>>>,
+    /// Runs that are for others, and how long they are not claimed here, so that those come first.
+    left: Mutex<HashMap<RunId, Instant>>,
     /// Owned runs; the notification says that messages came in.
     drivers: Mutex<HashMap<RunId, Arc<Notify>>>,
     progress: Mutex<HashMap<(RunId, String), Progress>>,
@@ -229,6 +231,7 @@ async fn start_with(config: WorkerConfig, answer_max: Duration) -> Result<Worker
         waiting: AtomicUsize::new(0),
         full: AtomicBool::new(false),
         definitions: Mutex::default(),
+        left: Mutex::default(),
         drivers: Mutex::default(),
         progress: Mutex::default(),
         storing: TaskTracker::new(),
@@ -498,7 +501,7 @@ async fn claim(
     let asked = shared.clock.now();
     let look = store::ready::due(session, shared.spread, queues, since, most(limit)).await?;
     crash_point("claim.after_look");
-    let order = shared.turns().order(look.due);
+    let order = shared.turns().order(shared.not_left(look.due));
     let claimed = take(shared, session, &order, limit).await?;
     if whole {
         looks.whole.looked(began);
@@ -556,7 +559,7 @@ async fn claim_strangers(
         let turns = shared.turns();
         let mut lanes = HashSet::new();
         let strange = |due: &Due| turns.held(due.lane) == 0 && due.due_at <= before && lanes.insert(due.lane);
-        turns.order(look.due).into_iter().filter(strange).collect::<Vec<_>>()
+        turns.order(shared.not_left(look.due)).into_iter().filter(strange).collect::<Vec<_>>()
     };
     take(shared, session, &order, limit).await
 }
@@ -682,6 +685,20 @@ impl Drop for Counted {
 }
 
 impl Shared {
+    /// Leaves a run to others: it is not claimed here until `until`.
+    fn leave_to_others(&self, run: RunId, until: Instant) {
+        let mut left = self.left.lock().expect("no panic while held");
+        left.retain(|_, until| Instant::now() < *until);
+        left.insert(run, until);
+    }
+
+    /// Those that are not left to others.
+    fn not_left(&self, mut due: Vec<Due>) -> Vec<Due> {
+        let left = self.left.lock().expect("no panic while held");
+        due.retain(|due| left.get(&due.run).is_none_or(|until| *until <= Instant::now()));
+        due
+    }
+
     /// How many more runs may be claimed.
     fn room(&self) -> usize {
         self.room_for(CLAIM_SPARE)
