@@ -13,7 +13,7 @@ use crate::{
     Error,
     hook::{HookError, TransitionHook},
     store::{
-        is_transient, retry_pause,
+        Fault, fault, retry_pause,
         spread::Spread,
         transitions::{self, Item, Undone, Verdict},
     },
@@ -43,7 +43,8 @@ pub(crate) enum Broken {
     Unreachable(Error),
     /// This transition is at fault: an invariant or a constraint.
     Poison(String),
-    /// Another worker can commit it: this one lacks a payload key, or is too old. Nothing was written.
+    /// Another worker can commit it, or this one later: it lacks a payload key or rights, or is of another release than the schema.
+    /// Nothing was written.
     Left(Error),
 }
 
@@ -108,7 +109,7 @@ async fn lane(mut session: Session, spread: Spread, hook: Arc<dyn TransitionHook
                 let quiet = || Broken::Unreachable(Error::Sql(io::Error::from(io::ErrorKind::TimedOut).into()));
                 items.iter().map(|_| Err(quiet())).collect()
             } else {
-                commit_batch(&mut session, shard, hook.as_ref(), items).await
+                commit_batch(&mut session, shard, hook.as_ref(), items, false).await
             };
             crash_point("commit.before_answers");
             for (answer, verdict) in answers.into_iter().zip(verdicts) {
@@ -120,24 +121,30 @@ async fn lane(mut session: Session, spread: Spread, hook: Arc<dyn TransitionHook
 }
 
 /// Commits a batch, however many sendings that takes: transient errors are sent again, refused and poisonous items are
-/// set apart by halving.
+/// set apart by halving. `anew`: the session is a new one already, for what an old one could not do.
 fn commit_batch<'a>(
     session: &'a mut Session,
     shard: Option<i16>,
     hook: &'a dyn TransitionHook,
     items: Vec<Arc<Item>>,
+    mut anew: bool,
 ) -> Pin<Box<dyn Future<Output = Vec<Answer>> + Send + 'a>> {
     Box::pin(async move {
         let mut tries = 0;
         let answer_max = session.answer_max() / if shard.is_some() { SHARD_PART } else { 1 };
         let error = loop {
-            match answered(answer_max, send(session, shard, hook, &items)).await {
+            let sent = match session.conn().await {
+                Ok(_) => answered(answer_max, send(session, shard, hook, &items)).await.map_err(Refusal::of),
+                // Whatever it is called: nothing was sent.
+                Err(error) => Err(Refusal::Passing(error)),
+            };
+            match sent {
                 Ok(Sent::Done(verdicts)) => return verdicts.into_iter().map(Ok).collect(),
                 Ok(Sent::Refused(refused)) => {
                     crash_point("commit.before_rest");
                     return without_refused(session, shard, hook, items, refused).await;
                 }
-                Err(Undone::Hook(HookError::Sql(error))) if is_transient(&error) => {
+                Err(Refusal::Passing(error)) => {
                     session.leaves(shard, &error);
                     let Some(pause) = retry_pause(tries).filter(|_| !session.is_quiet(shard)) else {
                         // One error for many who wait: of each, what may pass and why.
@@ -147,22 +154,51 @@ fn commit_batch<'a>(
                     tries += 1;
                     tokio::time::sleep(pause).await;
                 }
+                // The session may have plans of before a migration, or be another one than it was.
+                Err(Refusal::Setup(_)) if !anew => {
+                    session.leave();
+                    anew = true;
+                }
                 Err(error) => break error,
             }
         };
         if items.len() == 1 {
             return vec![Err(match error {
-                Undone::Left(error) => Broken::Left(error),
-                Undone::Hook(error) => Broken::Poison(error.to_string()),
+                Refusal::Passing(error) => Broken::Unreachable(Error::Sql(error)),
+                Refusal::Setup(error) => Broken::Left(Error::Sql(error)),
+                Refusal::Left(error) => Broken::Left(error),
+                Refusal::Poison(text) => Broken::Poison(text),
             })];
         }
         let mut left = items;
         let right = left.split_off(left.len() / 2);
-        let mut answers = commit_batch(session, shard, hook, left).await;
+        let mut answers = commit_batch(session, shard, hook, left, anew).await;
         crash_point("commit.between_halves");
-        answers.extend(commit_batch(session, shard, hook, right).await);
+        answers.extend(commit_batch(session, shard, hook, right, anew).await);
         answers
     })
+}
+
+/// Why a batch was not committed, by what is to be done.
+enum Refusal {
+    Passing(sqlx::Error),
+    Setup(sqlx::Error),
+    Left(Error),
+    Poison(String),
+}
+
+impl Refusal {
+    fn of(undone: Undone) -> Self {
+        match undone {
+            Undone::Left(error) => Self::Left(error),
+            Undone::Hook(HookError::Sql(error)) => match fault(&error) {
+                Fault::Passing => Self::Passing(error),
+                Fault::Setup => Self::Setup(error),
+                Fault::Sent => Self::Poison(error.to_string()),
+            },
+            Undone::Hook(error) => Self::Poison(error.to_string()),
+        }
+    }
 }
 
 enum Sent {
@@ -187,7 +223,7 @@ async fn without_refused(
     let rest: Vec<Arc<Item>> =
         items.into_iter().zip(&answers).filter(|(_, answer)| answer.is_none()).map(|(item, _)| item).collect();
     let mut others =
-        if rest.is_empty() { Vec::new() } else { commit_batch(session, shard, hook, rest).await }.into_iter();
+        if rest.is_empty() { Vec::new() } else { commit_batch(session, shard, hook, rest, false).await }.into_iter();
     answers
         .into_iter()
         .map(|slot| {

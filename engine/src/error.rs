@@ -181,6 +181,15 @@ fn remedy(error: &sqlx::Error) -> &'static str {
         (sqlx::Error::Io(_), _) | (_, Some("57P01" | "57P02" | "57P03")) => {
             "; Postgres is away: see that it runs and has space on its disk, and try again"
         }
+        (_, Some("42501")) => {
+            "; the role of the database URL lacks the right: give it again (deploy/roles.sql after `loopwright migrate`)"
+        }
+        (_, Some("28000" | "28P01" | "3D000")) => {
+            "; see the user, the password and the database's name in the database URL"
+        }
+        (sqlx::Error::ColumnNotFound(_), _) | (_, Some("42703" | "42P01" | "42883")) => {
+            "; the schema is of another release than this program: bring both to the same one (`loopwright migrate`)"
+        }
         _ => "",
     }
 }

@@ -70,27 +70,58 @@ pub(crate) fn known() -> Known {
 /// Attempts of one transaction that Postgres refused for serialization, deadlock or a broken connection.
 const TRANSACTION_TRIES: u32 = 5;
 
-/// Whether the same statement may be sent again: the connection or the server is at fault, not what was sent.
-pub fn is_transient(error: &sqlx::Error) -> bool {
+/// What an error of Postgres speaks against.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// The connection or the server's condition, which may pass: the same may be sent again.
+    Passing,
+    /// Neither what was sent nor the run that it is about, but how things are set up: rights, or the schema of another release.
+    /// Another session or another worker may have an answer, and so may this one when an operator has mended it.
+    Setup,
+    /// What was sent.
+    Sent,
+}
+
+pub(crate) fn fault(error: &sqlx::Error) -> Fault {
     match error {
-        // A connection that broke in the middle of an answer shows as a protocol error.
+        // A connection that broke in the middle of an answer shows as a protocol error. The last is of connecting.
         sqlx::Error::Io(_)
         | sqlx::Error::Tls(_)
         | sqlx::Error::Protocol(_)
         | sqlx::Error::PoolTimedOut
         | sqlx::Error::PoolClosed
-        | sqlx::Error::WorkerCrashed => true,
-        sqlx::Error::Database(e) => e.code().is_some_and(|c| is_passing(&c)),
-        _ => false,
+        | sqlx::Error::WorkerCrashed
+        | sqlx::Error::Configuration(_) => Fault::Passing,
+        sqlx::Error::Database(e) => e.code().map_or(Fault::Sent, |code| fault_of(&code)),
+        sqlx::Error::ColumnNotFound(_)
+        | sqlx::Error::ColumnIndexOutOfBounds { .. }
+        | sqlx::Error::TypeNotFound { .. } => Fault::Setup,
+        _ => Fault::Sent,
     }
 }
 
-/// Whether an SQLSTATE says that the server's condition is at fault, which may pass. Source: appendix A of the manual.
-fn is_passing(code: &str) -> bool {
-    // Serialization failure, deadlock, lock not available; a cancelled or too slow statement; a standby.
-    matches!(code, "40001" | "40P01" | "55P03" | "57014" | "25006")
-        // The connection; disk, memory or connections used up; the server stops or starts; its files.
-        || ["08", "53", "57P0", "58"].iter().any(|class| code.starts_with(class))
+/// Whether the same statement may be sent again: the connection or the server is at fault, not what was sent.
+pub fn is_transient(error: &sqlx::Error) -> bool {
+    fault(error) == Fault::Passing
+}
+
+/// What an SQLSTATE speaks against. Source: appendix A of the manual.
+fn fault_of(code: &str) -> Fault {
+    let of = |classes: &[&str]| classes.iter().any(|class| code.starts_with(class));
+    // Serialization failure, deadlock, lock not available; a cancelled or too slow statement; a standby; a transaction that said
+    // nothing for too long. The connection; credentials and the name of the database, which change while sessions live; disk, memory or
+    // connections used up; the server stops or starts; its files.
+    if matches!(code, "40001" | "40P01" | "55P03" | "57014" | "25006" | "25P03" | "25P04")
+        || of(&["08", "28", "3D", "53", "57P0", "58"])
+    {
+        return Fault::Passing;
+    }
+    // A feature or a plan that the session does not have; transactions and prepared statements that somebody in between mixes up; rights,
+    // and what is not there; Postgres' own faults.
+    if of(&["0A", "25", "26", "3F", "42", "XX"]) {
+        return Fault::Setup;
+    }
+    Fault::Sent
 }
 
 /// The pause before try number `tries + 1` of a transaction, or `None` when there is none.
@@ -111,16 +142,20 @@ pub(crate) async fn wake(pool: &PgPool) {
 
 #[cfg(test)]
 mod tests {
-    use super::{is_passing, is_transient};
+    use super::{Fault, fault_of, is_transient};
 
     #[test]
-    fn what_may_pass_is_sent_again_and_what_was_sent_wrong_is_not() {
-        for code in ["08006", "40001", "40P01", "55P03", "53100", "53300", "57014", "57P01", "57P03", "25006", "58030"]
-        {
-            assert!(is_passing(code), "{code}");
-        }
-        for code in ["22P02", "23505", "23514", "25P02", "42P01", "54000", "XX000", "P0001"] {
-            assert!(!is_passing(code), "{code}");
+    fn what_may_pass_is_sent_again_and_only_what_was_sent_wrong_speaks_against_its_run() {
+        let passing = [
+            "08006", "28000", "28P01", "3D000", "40001", "40P01", "55P03", "53100", "53300", "57014", "57P01", "57P03",
+            "25006", "25P03", "58030",
+        ];
+        let setup = ["0A000", "25P02", "26000", "3F000", "42501", "42703", "42P01", "42883", "XX000"];
+        let sent = ["21000", "22P02", "23505", "23514", "54000", "P0001"];
+        for (codes, fault) in [(&passing[..], Fault::Passing), (&setup, Fault::Setup), (&sent, Fault::Sent)] {
+            for code in codes {
+                assert_eq!(fault_of(code), fault, "{code}");
+            }
         }
         assert!(is_transient(&sqlx::Error::Protocol("unexpected end".into())));
         assert!(is_transient(&sqlx::Error::WorkerCrashed));

@@ -107,9 +107,14 @@ async fn drive(driven: &Driven, epoch: i64, loaded: Option<Result<Loaded>>, sett
             tracing::warn!(run_id = %run, %error, "run cannot be driven; giving it back");
             give_back(shared, run, epoch, GIVE_BACK_PAUSE).await;
         }
-        Err(error @ (Error::NewerRelease(_) | Error::PayloadKeyMissing(_))) => {
-            // While workers are brought up one after the other: those that are up, or have the key, will come to it.
-            tracing::warn!(run_id = %run, %error, "run is left to other workers");
+        Err(error) if is_left(&error) => {
+            // While workers are brought up one after the other: those that are up, or have the key or the rights, will come to it.
+            if matches!(error, Error::Sql(_)) {
+                tracing::error!(run_id = %run, %error, "Postgres refuses what this worker asks; the run is left for others and for later");
+            } else {
+                tracing::warn!(run_id = %run, %error, "run is left to other workers");
+            }
+            metrics::counter!("loopwright_runs_left_total").increment(1);
             shared.leave_to_others(run, Instant::now() + NEWER_PAUSE + NEWER_HEAD_START);
             give_back(shared, run, epoch, NEWER_PAUSE).await;
         }
@@ -123,6 +128,15 @@ async fn drive(driven: &Driven, epoch: i64, loaded: Option<Result<Loaded>>, sett
                 give_back(shared, run, epoch, GIVE_BACK_PAUSE).await;
             }
         }
+    }
+}
+
+/// Whether an error is this worker's and not the run's: it is too old, lacks a key, or Postgres does not let it do what it asks.
+fn is_left(error: &Error) -> bool {
+    match error {
+        Error::NewerRelease(_) | Error::PayloadKeyMissing(_) => true,
+        Error::Sql(error) => store::fault(error) == store::Fault::Setup,
+        _ => false,
     }
 }
 

@@ -27,6 +27,7 @@ mod queues;
 mod retention;
 mod runs;
 mod schedules;
+mod setup;
 mod silent;
 mod skew;
 mod start;

@@ -27,9 +27,9 @@ use std::{
     time::Duration,
 };
 
-/// From now on nobody can read a definition: the statement fails with `code` until table `test_fault` is empty. Sequence
-/// `test_failed` counts, because no rollback takes its numbers back.
-async fn no_definitions(pool: &PgPool, code: &str) {
+/// `test_fail()` fails with `code` until table `test_fault` is empty. Sequence `test_failed` counts, because no rollback takes its
+/// numbers back.
+pub async fn fails(pool: &PgPool, code: &str) {
     for sql in [
         "create table test_fault (code text)",
         "create sequence test_failed",
@@ -37,15 +37,24 @@ async fn no_definitions(pool: &PgPool, code: &str) {
            select code into c from test_fault;
            if found then perform nextval('test_failed'); raise exception 'a fault of this test' using errcode = c; end if;
            return true; end $$",
-        "alter table definitions rename to definitions_real",
-        "create view definitions as select * from definitions_real where test_fail()",
     ] {
         sqlx::query(sql).execute(pool).await.expect("fault");
     }
     sqlx::query("insert into test_fault values ($1)").bind(code).execute(pool).await.expect("fault");
 }
 
-async fn fault_passes(pool: &PgPool) {
+/// From now on nobody can read a definition: the statement [`fails`].
+pub async fn no_definitions(pool: &PgPool, code: &str) {
+    fails(pool, code).await;
+    for sql in [
+        "alter table definitions rename to definitions_real",
+        "create view definitions as select * from definitions_real where test_fail()",
+    ] {
+        sqlx::query(sql).execute(pool).await.expect("fault");
+    }
+}
+
+pub async fn fault_passes(pool: &PgPool) {
     sqlx::query("delete from test_fault").execute(pool).await.expect("passed");
 }
 

@@ -48,7 +48,7 @@ pub struct Held {
 #[derive(Default)]
 struct State {
     fault: Mutex<Option<Fault>>,
-    /// Sessions that the server has refused for want of places.
+    /// Sessions that the server has refused: it has no more places, or the role may not log in.
     refused: AtomicU32,
     /// Connections that came while the server was away.
     turned_away: AtomicU32,
@@ -136,7 +136,7 @@ impl Way {
         self.state.turned_away.load(Ordering::SeqCst)
     }
 
-    /// How many sessions the server had no place for.
+    /// How many sessions the server has refused.
     pub fn refused(&self) -> u32 {
         self.state.refused.load(Ordering::SeqCst)
     }
@@ -254,7 +254,7 @@ async fn pass(mut client: TcpStream, mut server: UnixStream, state: &State, away
             }
             Ok(n) = server.read(&mut answered) => {
                 // The field of an error's code, in its one short message.
-                if says(&answered[..n], b"C53300\0") {
+                if says(&answered[..n], b"C53300\0") || says(&answered[..n], b"C28000\0") {
                     state.refused.fetch_add(1, Ordering::SeqCst);
                 }
                 if n == 0 || client.write_all(&answered[..n]).await.is_err() {
