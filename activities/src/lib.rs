@@ -72,6 +72,7 @@ pub const MIGRATIONS: &[Migration] = &[
     Migration { version: 27, name: "parked", sql: include_str!("../../migrations/0027_parked.sql") },
     Migration { version: 28, name: "key_rests", sql: include_str!("../../migrations/0028_key_rests.sql") },
     Migration { version: 29, name: "at_once", sql: include_str!("../../migrations/0029_at_once.sql") },
+    loopwright_engine::migrate::CLOCK,
 ];
 
 /// Contracts of all activities.
