@@ -187,15 +187,22 @@ async fn a_batch_that_stops_who_waits_in_a_group_and_starts_another_there_is_no_
     assert_eq!(waiting, [another.0]);
 }
 
-/// One alone and the same in a batch.
+/// One alone and the same in a batch, whether somebody reads along or not.
 #[tokio::test]
 async fn a_run_alone_is_written_as_it_is_in_a_batch() {
+    for topic in [Some("topic"), None] {
+        is_written_alike(topic).await;
+    }
+}
+
+async fn is_written_alike(topic: Option<&str>) {
     let pool = database(MIGRATIONS).await;
     let (one, other) = family(&pool).await;
     let of = |run: RunId| {
         let mut item = item(run, "running", Effects::default());
         (item.cursor, item.output) = (text(&json!({ "n": 1 })).ok(), text(&json!("out")).ok());
         (item.failure, item.inbox_seen) = (text(&json!({ "code": "x" })).ok(), 0);
+        item.topic = topic.map(str::to_owned);
         item
     };
     let mut conn = pool.acquire().await.expect("connection");
