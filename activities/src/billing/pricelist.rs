@@ -9,7 +9,7 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use sqlx::{PgConnection, Row};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 pub use super::price::PRICE_UMTOK_MAX;
 /// Largest list, in bytes. Chosen: five times the longest public one.
@@ -297,12 +297,13 @@ fn of_openrouter(entry: &Entry<'_>, limits: (Option<i64>, Option<i64>), trust: T
         })
     };
     let base = Tier { min_prompt_tokens: 0, ..tier(entry, None)? };
-    let mut tiers = BTreeMap::from([(0, base.clone())]);
     let overrides: Vec<Fields<'_>> = match entry.raw("overrides") {
         Some(raw) => serde_json::from_str(raw)
             .map_err(|_| entry.refusal(raw, "price_list_unreadable", "its overrides are no list of objects".into()))?,
         None => Vec::new(),
     };
+    let mut floors = BTreeSet::from([0]);
+    let mut applied = Vec::new();
     for fields in overrides {
         // A price by the hour of day has no row of its own; what was really charged stands in the answers.
         if fields.contains_key("utc_start") || fields.contains_key("utc_days") {
@@ -310,14 +311,22 @@ fn of_openrouter(entry: &Entry<'_>, limits: (Option<i64>, Option<i64>), trust: T
         }
         let over = Entry { text: entry.text, model: entry.model.clone(), fields };
         let floor = over.tokens("min_prompt_tokens").unwrap_or(0);
-        let below = tiers.range(..=floor).next_back().map_or_else(|| base.clone(), |(_, tier)| tier.clone());
-        let tier = tier(&over, Some(&below))?;
-        tiers.insert(floor, tier);
+        floors.insert(floor);
+        applied.push((floor, over));
+    }
+    // Of all that hold for a size of prompt the later one wins, price by price, whatever their floors.
+    let mut tiers = Vec::new();
+    for floor in floors.into_iter().take(TIERS_MAX + 1) {
+        let mut at = base.clone();
+        for (_, over) in applied.iter().filter(|(from, _)| *from <= floor) {
+            at = tier(over, Some(&at))?;
+        }
+        tiers.push(Tier { min_prompt_tokens: floor, ..at });
     }
     let quote = Quote {
         provider: "openrouter".into(),
         model: entry.model.clone(),
-        tiers: tiers.into_values().collect(),
+        tiers,
         context_tokens: limits.0.filter(|n| *n > 0),
         max_output_tokens: limits.1.filter(|n| *n > 0),
     };
@@ -675,5 +684,39 @@ mod tests {
             [(0, 2_000_000, 12_000_000, Some(200_000), None), (200_000, 4_000_000, 18_000_000, Some(200_000), None)];
         assert_eq!(tiers, expected);
         assert_eq!(list.quotes[1].model, "some/model:free");
+    }
+
+    #[test]
+    fn of_overrides_that_hold_together_the_later_one_wins_price_by_price() {
+        let tiers = |overrides: &str| {
+            let pricing = format!(r#"{{"prompt": "0.000002", "completion": "0.000012", "overrides": [{overrides}]}}"#);
+            let text = format!(r#"{{"data": [{{"id": "v/m", "pricing": {pricing}}}]}}"#);
+            let list = from_openrouter(&text, Trust::default()).expect("read");
+            let of = |t: &Tier| (t.min_prompt_tokens, t.input_umtok, t.output_umtok);
+            list.quotes.first().map(|quote| quote.tiers.iter().map(of).collect::<Vec<_>>()).ok_or(list.refused)
+        };
+        let dear = r#"{"min_prompt_tokens": 200000, "prompt": "0.000004", "completion": "0.000018"}"#;
+        let middling = r#"{"min_prompt_tokens": 100000, "prompt": "0.000003"}"#;
+        let base = (0, 2_000_000, 12_000_000);
+        let middle = (100_000, 3_000_000, 12_000_000);
+        assert_eq!(
+            tiers(&format!("{middling}, {dear}")),
+            Ok(vec![base, middle, (200_000, 4_000_000, 18_000_000)]),
+            "by ascending floors"
+        );
+        assert_eq!(
+            tiers(&format!("{dear}, {middling}")),
+            Ok(vec![base, middle, (200_000, 3_000_000, 18_000_000)]),
+            "the later one holds above the earlier one's floor too, for what it names"
+        );
+        let everywhere = r#"{"completion": "0.00001"}"#;
+        assert_eq!(
+            tiers(&format!("{dear}, {everywhere}")),
+            Ok(vec![(0, 2_000_000, 10_000_000), (200_000, 4_000_000, 10_000_000)])
+        );
+        let many: Vec<_> =
+            (1..=TIERS_MAX).map(|n| format!(r#"{{"min_prompt_tokens": {n}, "prompt": "0.000001"}}"#)).collect();
+        let refused = tiers(&many.join(", ")).expect_err("too many");
+        assert_eq!(refused[0].code, "price_absurd");
     }
 }

@@ -10,6 +10,8 @@ use crate::{
 pub const BYTES_PER_TOKEN: usize = 4;
 /// Bytes per token of a worst-case estimate, used before a call.
 pub const BYTES_PER_TOKEN_WORST: usize = 3;
+/// Smallest estimate that is held against a server's count, in tokens. Chosen: below every window, so that nothing smaller is cut.
+const JUDGED_TOKENS_MIN: u64 = 1_000;
 /// What a turn, a tool or a schema costs beyond its text, in bytes: role markers and braces.
 const OVERHEAD_BYTES: usize = 16;
 
@@ -75,8 +77,50 @@ pub fn usage(request: &Request, output_bytes: usize, max_output_tokens: u32) -> 
     }
 }
 
+/// What a request should have been counted as, where a server reports less than half of it: some cut a prompt to their window without
+/// a word. `None`: its count may be right, or says nothing.
+#[must_use]
+pub fn seems_cut(request: &Request, usage: &Usage) -> Option<u64> {
+    let expected = tokens(sized(request, plain_bytes), BYTES_PER_TOKEN);
+    let told = usage.tokens_prompt;
+    let judged = usage.source == UsageSource::Provider && told > 0 && expected >= JUDGED_TOKENS_MIN;
+    (judged && told.saturating_mul(2) < expected).then_some(expected)
+}
+
 /// Tokens of `bytes`, rounded up, at least 1.
 #[must_use]
 pub fn tokens(bytes: usize, bytes_per_token: usize) -> u64 {
     u64::try_from(bytes.div_ceil(bytes_per_token)).unwrap_or(u64::MAX).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::orchestrator::Role;
+
+    #[test]
+    fn only_far_fewer_tokens_than_were_sent_are_a_sign_of_a_cut() {
+        let request = |bytes: usize| Request {
+            role: Role::Architect,
+            purpose: "test".into(),
+            messages: vec![Message::User { text: "x".repeat(bytes - OVERHEAD_BYTES) }],
+            tools: vec![],
+            output_schema: None,
+            max_output_tokens: 100,
+        };
+        let told = |tokens_prompt, source| Usage { tokens_prompt, source, ..Usage::default() };
+        let large = request(4 * 16_000);
+        for (tokens, source, expected) in [
+            (4_096, UsageSource::Provider, Some(16_000)),
+            (7_999, UsageSource::Provider, Some(16_000)),
+            // Text of long words and much indentation takes so few.
+            (8_000, UsageSource::Provider, None),
+            (30_000, UsageSource::Provider, None),
+            (0, UsageSource::Provider, None),
+            (4_096, UsageSource::Estimated, None),
+        ] {
+            assert_eq!(seems_cut(&large, &told(tokens, source)), expected, "{tokens} {source:?}");
+        }
+        assert_eq!(seems_cut(&request(4 * 999), &told(1, UsageSource::Provider)), None, "too small to tell");
+    }
 }

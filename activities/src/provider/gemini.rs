@@ -103,13 +103,14 @@ impl Gemini {
     }
 
     async fn complete(&self, mut call: Call<'_>) -> Result<Completion, ProviderError> {
-        let known = self.learned.lock().unwrap_or_else(PoisonError::into_inner).get(call.model).copied();
-        let mut learned = known.unwrap_or_default();
+        let before = self.learned.lock().unwrap_or_else(PoisonError::into_inner).get(call.model).copied();
+        let mut learned = before.unwrap_or_default();
         learned.level = learned.level.max(call.structured_output);
         let model = call.model.strip_prefix("models/").unwrap_or(call.model);
         let mut url = join(&self.base, &["models", &format!("{model}:streamGenerateContent")]);
         url.set_query(Some("alt=sse"));
         // Two levels of output and the thinking: each is given up at most once, so this ends.
+        let mut simplified = false;
         loop {
             if learned.no_thinking {
                 call.thinking = None;
@@ -127,7 +128,8 @@ impl Gemini {
             }
             if call.thinking.is_some() && report.mentions("thinking") {
                 learned.no_thinking = true;
-                self.learn(call.model, learned);
+                simplified = true;
+                self.learn(call.model, Some(learned));
                 continue;
             }
             let schema_refused = call.request.output_schema.is_some()
@@ -136,15 +138,27 @@ impl Gemini {
                 // It has said what it does not take: that need not be heard twice, whatever becomes of the simpler form.
                 Some(simpler) => {
                     learned.level = simpler;
-                    self.learn(call.model, learned);
+                    simplified = true;
+                    self.learn(call.model, Some(learned));
                 }
-                None => return Err(error),
+                None => {
+                    // Refused in every form: it was not the form.
+                    if simplified {
+                        self.learn(call.model, before);
+                    }
+                    return Err(error);
+                }
             }
         }
     }
 
-    fn learn(&self, model: &str, learned: Learned) {
-        self.learned.lock().unwrap_or_else(PoisonError::into_inner).insert(model.to_owned(), learned);
+    /// Keeps what is known of a model; `None`: nothing is.
+    fn learn(&self, model: &str, learned: Option<Learned>) {
+        let mut all = self.learned.lock().unwrap_or_else(PoisonError::into_inner);
+        match learned {
+            Some(learned) => all.insert(model.to_owned(), learned),
+            None => all.remove(model),
+        };
     }
 }
 

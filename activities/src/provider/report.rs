@@ -21,6 +21,8 @@ pub struct Report {
     pub(super) retry_after: Option<Duration>,
     pub(super) retryable: Option<bool>,
     pub(super) per_day: bool,
+    /// It names a quota of 0: one that no wait fills.
+    pub(super) no_quota: bool,
     pub(super) limit_source: Option<String>,
     /// When a spent budget is filled again.
     pub(super) resets_at: Option<DateTime<Utc>>,
@@ -86,13 +88,13 @@ impl Report {
             }
             for violation in detail.get("violations").and_then(Value::as_array).into_iter().flatten() {
                 let id = violation.get("quotaId").and_then(Value::as_str).unwrap_or_default();
-                report.per_day |= id.contains("PerDay") || violation.get("quotaValue") == Some(&json!("0"));
+                report.per_day |= id.contains("PerDay");
+                report.no_quota |= violation.get("quotaValue") == Some(&json!("0"));
             }
         }
-        report.per_day |= ["limit: 0,", "per-day", "requests per day", "tokens per day"]
-            .iter()
-            .any(|words| report.message.contains(words))
-            || report.message.ends_with("limit: 0");
+        report.per_day |=
+            ["per-day", "requests per day", "tokens per day"].iter().any(|words| report.message.contains(words));
+        report.no_quota |= names_zero(&report.message);
         report
     }
 
@@ -150,6 +152,14 @@ impl Report {
                 .iter()
                 .any(|words| self.message.contains(words))
     }
+}
+
+/// Whether a message (in lower case) names a limit of 0, and not of a number that only begins so.
+fn names_zero(message: &str) -> bool {
+    message.split("limit: 0").skip(1).any(|rest| {
+        let digit = |text: &str| text.starts_with(|c: char| c.is_ascii_digit());
+        !digit(rest) && !rest.strip_prefix('.').is_some_and(digit)
+    })
 }
 
 /// An instant as a date, or in milliseconds, as JavaScript counts, or seconds.
@@ -296,6 +306,23 @@ pub(super) fn reason_word(reason: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_limit_of_zero_is_told_from_numbers_that_begin_so() {
+        for (message, zero) in [
+            ("quota exceeded, limit: 0", true),
+            ("limit: 0, model: gemini-3.8-flash", true),
+            ("limit: 0\nplease retry in 26.4s.", true),
+            ("the quota has limit: 0. please retry", true),
+            ("limit: 05, and another limit: 0 too", true),
+            ("limit: 0.5 per second", false),
+            ("limit: 05", false),
+            ("limit: 10", false),
+            ("limit: ", false),
+        ] {
+            assert_eq!(names_zero(message), zero, "{message}");
+        }
+    }
 
     #[test]
     fn only_known_codes_and_plain_words_are_kept() {

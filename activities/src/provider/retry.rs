@@ -20,8 +20,8 @@ pub enum Advice {
     /// This model will not do it; another may.
     OtherModel,
     /// This key will not do it at present; another may. Where there is none: if the code is `transient.rate_limited`, a
-    /// quota of this model is used up and another model may do it; after a 403 (`model.unavailable`) the key may not use
-    /// this model; otherwise no model of this provider will.
+    /// quota of this model is used up and another model may do it; after a 403, or a 429 that names a quota of 0
+    /// (`model.unavailable`), the key may not use this model; otherwise no model of this provider will.
     OtherKey,
     /// The key is refused, or its account is empty for good: it should not be sent again until a person has acted.
     DisableKey,
@@ -177,21 +177,21 @@ pub fn classify(names: &Names, status: u16, hints: Hints, report: &Report) -> Pr
             ProviderError::new(names.key_refused(), Advice::DisableKey)
         }
         401 => ProviderError::new(names.key_refused(), Advice::DisableKey),
-        402 if hints.retry_after.is_some() || report.limit_source.as_deref() == Some("openrouter_in_flight_budget") => {
+        // A prepaid account that is empty, and credits that are spent: no wait fills them, whatever comes along.
+        402 if report.has("resource_exhausted") => no_balance(names, Advice::DisableKey),
+        402 if report.limit_source.as_deref() == Some("openrouter_credits") => no_balance(names, Advice::OtherKey),
+        402 if hints.retry_after.is_some()
+            || report.limit_source.as_deref() == Some("openrouter_in_flight_budget")
+            || report.retryable == Some(true) =>
+        {
             limited(format!("{title}: the estimated cost of running requests fills the budget"), Advice::SameModel)
         }
         // Nobody has to act: it is filled again by itself.
         402 | 403 if report.resets_at.is_some() && (status == 402 || is_spent(report)) => {
             limited(format!("{title}: the budget of the key is spent, and is filled again later"), Advice::OtherKey)
         }
-        402 => ProviderError::new(
-            Failure::permanent(
-                "provider.no_balance",
-                format!("{title}: the account has no balance left: top it up or change {}", names.key_setting),
-            ),
-            // Gemini's word for a prepaid account that is empty; elsewhere a balance may come back by itself.
-            if report.has("resource_exhausted") { Advice::DisableKey } else { Advice::OtherKey },
-        ),
+        // A balance may come back by itself.
+        402 => no_balance(names, Advice::OtherKey),
         403 if is_spent(report) => ProviderError::new(
             Failure::permanent(
                 "provider.no_balance",
@@ -215,6 +215,14 @@ pub fn classify(names: &Names, status: u16, hints: Hints, report: &Report) -> Pr
         408 | 409 | 499 | 504 | 522 | 524 => {
             unwell("transient.http", format!("{title}: the request timed out at the server"))
         }
+        // There is nothing to wait for, whatever wait it names beside it.
+        429 if report.no_quota => ProviderError::new(
+            Failure::permanent(
+                "model.unavailable",
+                format!("{title}: the key has no quota at all for the model: another model, or a paid account"),
+            ),
+            Advice::OtherKey,
+        ),
         429 if report.per_day => limited(format!("{title}: the quota of the day is used up"), Advice::OtherKey),
         429 if report.has("insufficient_quota") => ProviderError::new(
             Failure::permanent(
@@ -286,6 +294,11 @@ fn key_blocked(report: &Report) -> bool {
         .any(|reason| report.has(reason))
 }
 
+fn no_balance(names: &Names, advice: Advice) -> ProviderError {
+    let message =
+        format!("{}: the account has no balance left: top it up or change {}", names.title, names.key_setting);
+    ProviderError::new(Failure::permanent("provider.no_balance", message), advice)
+}
 fn forbidden(message: String) -> ProviderError {
     ProviderError::new(Failure::permanent("model.unavailable", message), Advice::OtherKey)
 }

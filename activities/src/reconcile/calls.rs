@@ -30,19 +30,23 @@ pub(super) async fn run(b: &Books) -> Result<Output, Failure> {
     for (call, is_doubted) in due {
         let Some(key) = key_of(&keys, &call.fingerprint) else { continue };
         if refused.contains(key.fingerprint()) {
+            // As if it had been asked: else the oldest calls of a dead key would be the page of every minute.
+            let mut conn = b.pool.acquire().await.map_err(|e| store(&e))?;
+            books::ask_later(&mut conn, call.id).await.map_err(|e| store(&e))?;
             continue;
         }
         // No connection is held while the provider is asked.
         let found = account.generation(key, &call.provider_request_id).await;
+        let mut conn = b.pool.acquire().await.map_err(|e| store(&e))?;
         if let Err(error) = &found
             && refuses_all(error)
         {
             tracing::warn!(ends_in = key.last4(), %error, "calls of a key are not looked up now");
             refused.insert(key.fingerprint().to_owned());
             last = Some(error.clone());
+            books::ask_later(&mut conn, call.id).await.map_err(|e| store(&e))?;
             continue;
         }
-        let mut conn = b.pool.acquire().await.map_err(|e| store(&e))?;
         done.checked += 1;
         match found {
             Ok(Some(found)) if is_doubted => {

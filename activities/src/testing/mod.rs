@@ -11,12 +11,13 @@
 //! `/openrouter` and `/openai` ([`FakeProvider::base_of`]). It does **not** know models, prices or limits: what it
 //! charges is what a [`Reply`] says. Start reading at [`FakeProvider`].
 //!
-//! Beside it: the crash points of the ledger.
+//! Beside it: the crash points of the ledger, and the vendors' own clients ([`python`]).
 
 mod act;
 mod dialect;
 mod fault;
 mod journal;
+pub mod python;
 mod reply;
 mod route;
 mod server;

@@ -14,7 +14,7 @@
 //! | rotation of the DEK | `sealed::a_rotation_that_breaks_off_goes_on_and_the_old_key_may_leave` (`anew`) |
 //! | a worker without the ring | `own::a_worker_without_the_ring_says_so_and_asks_nobody`, `platform::a_worker_that_cannot_open_a_key_says_so_once_and_goes_on_with_the_others` |
 //! | `Debug` is redacted | `sealed::a_key_is_kept_sealed_and_opens_in_its_own_row_alone`, `src/keys/envelope.rs`, `src/keys/ring.rs` |
-//! | no key in a log line, only id and last four | `log::no_log_line_holds_a_key` |
+//! | no key in a log line and no fingerprint, only id and last four | `log::no_log_line_holds_a_key` |
 //! | no key in a failure or record | `own::a_users_key_serves_his_runs_and_goes_to_its_own_server_alone`, `provider::errors::no_error_shows_the_key_or_the_words_of_the_server` |
 //! | a key pasted into the chat: deleted, in no table, `telegram_inbox.raw` and `conversations` included | `server/tests/it/telegram.rs`: `a_pasted_key_is_deleted_and_nowhere_in_the_database` (every table is searched), `a_key_in_a_caption_a_quote_or_an_edit_is_deleted_too_and_one_that_stays_is_nowhere_else`; shapes: `server/src/telegram/secret.rs` |
 //! | a revoked key is destroyed | `sealed::a_revoked_key_is_destroyed_and_may_come_back` |
@@ -23,7 +23,7 @@
 //! | --- | --- |
 //! | every forbidden range, odd spellings, ports, user info, fragment, http | `src/provider/address.rs`: `a_user_reaches_public_hosts_only`, `loopback_is_a_switch_of_the_operator_and_opens_nothing_else` |
 //! | refused when it is stored, with a code | `sealed::what_is_no_key_or_leads_inside_is_refused_with_a_code_and_leaves_nothing`, `server/tests/it/keys.rs` |
-//! | DNS rebinding, at the moment of the connection | `src/provider/address.rs`: `a_name_that_changes_its_address_after_the_check_reaches_nothing_inside`, `a_connection_is_refused_by_the_address_at_its_moment_and_says_so` |
+//! | DNS rebinding, at the moment of the connection | `src/provider/address.rs`: `a_name_that_changes_its_address_after_the_check_reaches_nothing_inside`, `a_connection_is_refused_by_the_address_at_its_moment_and_says_so`; in each client: `provider::limits::a_name_that_leads_inside_is_not_connected_to_by_any_client` |
 //! | never to another host than it was stored for | `sealed::a_key_is_kept_sealed_and_opens_in_its_own_row_alone` (a bent row), `platform::a_key_goes_to_the_address_that_it_was_stored_for_or_nowhere` |
 //! | redirects | `own::a_users_key_serves_his_runs_and_goes_to_its_own_server_alone`, `provider::faults` (`Redirect`) |
 //! | proxies of the environment | `server/tests/it/keys.rs`: `keys_are_tested_without_the_proxy_of_the_environment` |
@@ -54,7 +54,7 @@ use sqlx::PgPool;
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use uuid::Uuid;
 
-mod log;
+pub mod log;
 mod money;
 mod own;
 mod platform;

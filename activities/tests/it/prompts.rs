@@ -2,6 +2,7 @@
 //! too small, and never less than the question.
 
 use crate::{
+    keys::{self, log::capture},
     loop_steps::{
         Bench, at, calls, complete, finished, finished_with_window, finishes, line, plan, question, says, todo,
         verdict, writes,
@@ -12,10 +13,10 @@ use crate::{
 };
 use loopwright_activities::{
     billing::Rate,
-    orchestrator::{Message, Orchestrator, Pace, Request, Routing},
+    orchestrator::{Message, Orchestrator, Pace, Request, Role, Routing},
     provider::{Timeouts, estimate::request_tokens_max},
     registry,
-    testing::{Dialect, Endpoint, FakeProvider, Reply, Seen},
+    testing::{Dialect, Endpoint, FakeProvider, Reply, Seen, Told},
     toolbox::Toolbox,
     workspace::{FileChange, NewCommit},
 };
@@ -352,5 +353,25 @@ async fn reading_more_than_a_window_holds_does_not_end_an_item() {
     for (at, request) in bench.requests().iter().filter(|(at, _)| at.starts_with("code:")) {
         assert!(request_tokens_max(request) < 24_000 - 8_192, "{at}");
         assert!(user(request).contains("`sh a.sh` has to exit with 0"), "{at}");
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_counts_far_fewer_tokens_than_it_was_sent_is_told_of() {
+    // A window of 1,000 tokens, and one of 3,000; they were sent some 3,000.
+    for (prompt, is_told) in [(1_000, true), (2_900, false)] {
+        let told = Told { prompt, ..Told::default() };
+        let server = FakeProvider::saying(Reply::text("planned").with_usage(Some(told))).await;
+        let routing = Routing { roles: [(Role::Architect, vec![keys::candidate("openai_compatible", "m")])].into() };
+        let provider = client(Dialect::OpenAi, &server.base_of(Dialect::OpenAi), Timeouts::default());
+        let orchestrator = Orchestrator::with_pace(routing, vec![provider], Pace::default());
+        let request = Request { messages: vec![Message::User { text: "line ".repeat(2_400) }], ..keys::request() };
+        let (guard, lines) = capture();
+        let reply = orchestrator.call(&keys::attempt_of(None).0, "plan", request).await.unwrap();
+        drop(guard);
+        assert_eq!((reply.text.as_str(), reply.tokens_prompt), ("planned", prompt));
+        let text = lines.text();
+        assert_eq!(text.contains("may have cut the prompt"), is_told, "{text}");
+        assert!(!is_told || text.contains("told=1000") && text.contains("expected=300"), "{text}");
     }
 }

@@ -7,7 +7,7 @@
 //! | rule 1, no blind resend | `faults` (every row: one request), `a_connection_that_dies_when_it_is_used_again_is_not_a_second_request` |
 //! | rule 2, open enums | `wire::every_finish_reason_has_a_verdict`, `faults` (`UnknownFinishReason`) |
 //! | rule 3, complete only with a finish reason | `faults::clean_ends_are_judged_by_what_was_said` |
-//! | rule 4, money as text | `wire::a_good_answer_is_read_with_its_usage_to_the_token`, `provider::money` |
+//! | rule 4, money as text | `wire::a_good_answer_is_read_with_its_usage_to_the_token`, `wire::what_a_provider_says_of_its_usage_is_kept_to_the_letter`, `decimal::tests` |
 //! | rule 5, last usage snapshot | `wire::snapshots_of_usage_are_not_added_and_null_is_none`, `faults` (`UsageTwice`) |
 //! | A versions, paths, key in one place | `wire::both_versions_of_gemini_are_spoken` |
 //! | A request, roles, parts, system, limits | `wire::requests_have_the_shape_of_their_dialect`; the fake refuses what is no Gemini request |
@@ -39,24 +39,25 @@
 //! | C CRLF, no space, several `data:` lines | `faults::however_the_bytes_are_cut_the_text_is_the_same`, `wire::lines_and_events_may_be_put_together_in_any_way` |
 //! | C models without limits | `forms::a_server_says_which_models_it_has` |
 //! | C `retry-after-ms`, `x-should-retry` | `errors::the_errors_of_servers_with_the_openai_dialect_hold` |
+//! | security, section 3: addresses at the moment of the connection | `limits::a_name_that_leads_inside_is_not_connected_to_by_any_client` |
 //! | security, section 3: redirects, limits, no echo | `faults` (`Redirect`, `HugeBody`, `HugeError`, `GzipBomb`), `errors::no_error_shows_the_key_or_the_words_of_the_server` |
 //! | security, section 4 | `faults`, `limits` |
 //! | official clients | `official::the_official_clients_can_talk_to_the_fake` |
 //!
 //! Not used, so not tested: embeddings, token counts, caches, service tiers, safety settings, `allowedFunctionNames`,
-//! fallback lists and routing preferences of OpenRouter, its response cache, prices of `/models`.
+//! fallback lists and routing preferences of OpenRouter, its response cache. Prices of `/models` are read by `reconcile-prices` and
+//! `pricing sync`: `billing_books`, `pricelist::tests`.
 //!
 //! Known and not followed, and why:
 //!
 //! | reference | what is done, and why |
 //! | --- | --- |
-//! | A `CONTINUATION`: resend with `continuationToken` | a truncated answer, billed as such. Each hop is a call with its own bill, so the orchestrator would have to announce it, hold for it and keep half an answer as a checkpoint; the reference does not say whether the parts of two hops join in the middle of a call of a tool. No model of ours has been seen to send it |
 //! | A 504: raise the client's time-out | `SameModel`, the time-outs stay. Ours are 120 s to the first byte and 15 min in all, above every deadline that the server has been seen to have: it is the server's that ended. A shorter request is what helps, and that is the caller's |
 //! | A 402: disable all keys of that billing account | the key that was refused. Which keys share an account nobody says, and a guess would take keys from users who pay for them. The others are disabled by their own refusal, which costs nothing |
 //! | A 401/403: disable the key | 403 only if its reason is about the key: the same status refuses one model to a key that serves others |
 //! | A 499: the caller hung up | `SameModel`: it was not us, so it was something between |
 //! | B 401/403, 402: no retry | no retry with this key; another key or provider is asked |
-//! | C a prompt that is cut silently | cannot be seen |
+//! | C a prompt that is cut silently | the answer is taken; a count of tokens far below what was sent is told in the log: `prompts::a_server_that_counts_far_fewer_tokens_than_it_was_sent_is_told_of` |
 
 use loopwright_activities::{
     orchestrator::{Message, Request, Role},
@@ -91,12 +92,17 @@ pub const PATIENT: Timeouts = Timeouts {
 };
 
 pub fn client(dialect: Dialect, base: &str, timeouts: Timeouts) -> Arc<dyn Provider> {
+    client_of(dialect, base, timeouts, Trust::Operator)
+}
+
+/// A client whose address was chosen by somebody, and not checked when it was.
+pub fn client_of(dialect: Dialect, base: &str, timeouts: Timeouts, trust: Trust) -> Arc<dyn Provider> {
     let key = SecretString::from(KEY);
     let base = parse_base_url(base, Trust::Operator).unwrap();
     match dialect {
-        Dialect::Gemini => Arc::new(Gemini::new(base, "v1beta", &key, timeouts, Trust::Operator).unwrap()),
-        Dialect::OpenRouter => Arc::new(OpenRouter::new(base, &key, timeouts, Trust::Operator).unwrap()),
-        Dialect::OpenAi => Arc::new(OpenAiCompatible::new(base, Some(&key), timeouts, Trust::Operator).unwrap()),
+        Dialect::Gemini => Arc::new(Gemini::new(base, "v1beta", &key, timeouts, trust).unwrap()),
+        Dialect::OpenRouter => Arc::new(OpenRouter::new(base, &key, timeouts, trust).unwrap()),
+        Dialect::OpenAi => Arc::new(OpenAiCompatible::new(base, Some(&key), timeouts, trust).unwrap()),
     }
 }
 

@@ -20,6 +20,8 @@ pub const SCOPE_RUN: &str = "loop:run";
 const TOKEN_BYTES_MAX: usize = 8 * 1024;
 /// Longest key id and subject, in bytes. Chosen, not measured.
 pub(super) const NAME_BYTES_MAX: usize = 255;
+/// Most characters of a name that a log line holds. Chosen, not measured.
+const NAME_LOGGED_MAX: usize = 64;
 /// Seconds until another try makes sense while the issuer's keys are away: as often as they are fetched.
 const KEYS_AWAY_RETRY_S: u64 = 60;
 
@@ -169,9 +171,11 @@ impl Registry {
         if !scheme.eq_ignore_ascii_case("bearer") {
             return Err(missing());
         }
-        self.check(token.trim()).await.map_err(|refused| match refused {
+        let mut named = Named::default();
+        self.check(token.trim(), &mut named).await.map_err(|refused| match refused {
             Refused::Token(reason) => {
-                tracing::info!(reason, "a token was refused");
+                let Named { kid, iss, sub } = &named;
+                tracing::info!(kid, iss, sub, reason, "a token was refused");
                 metrics::counter!("http_tokens_refused_total").increment(1);
                 Error::new(Code::TokenInvalid, "The token is expired, not yet valid, or not one of ours.")
             }
@@ -181,11 +185,13 @@ impl Registry {
         })
     }
 
-    async fn check(&self, token: &str) -> Result<Verified, Refused> {
+    /// `named` is what may be logged of a token that is refused, as far as it came.
+    async fn check(&self, token: &str, named: &mut Named) -> Result<Verified, Refused> {
         if token.len() > TOKEN_BYTES_MAX {
             return Err(format!("{} bytes", token.len()).into());
         }
         let header = jsonwebtoken::decode_header(token).map_err(|e| format!("header: {e}"))?;
+        named.kid = header.kid.as_deref().map(shortened);
         if header.crit.is_some() {
             return Err("critical extensions".into());
         }
@@ -201,8 +207,14 @@ impl Registry {
         if header.alg != entry.algorithm {
             return Err(format!("algorithm {:?} instead of {:?}", header.alg, entry.algorithm).into());
         }
-        let claims =
-            jsonwebtoken::decode::<Claims>(token, &entry.key, &entry.validation).map_err(|e| e.to_string())?.claims;
+        let claims = match jsonwebtoken::decode::<Claims>(token, &entry.key, &entry.validation) {
+            Ok(token) => token.claims,
+            Err(error) => {
+                named.by_signature(token, &entry);
+                return Err(error.to_string().into());
+            }
+        };
+        (named.iss, named.sub) = (Some(shortened(&claims.iss)), Some(shortened(&claims.sub)));
         if claims.sub.is_empty() || claims.sub.len() > NAME_BYTES_MAX {
             return Err("subject empty or too long".into());
         }
@@ -235,15 +247,43 @@ impl Registry {
             Some(published) => match published.find(kid).await {
                 Found::Entry(entry) => Ok(entry),
                 Found::Away => Err(Refused::KeysAway),
-                Found::Unknown => Err(unknown(kid)),
+                Found::Unknown => Err("unknown key id".into()),
             },
-            None => Err(unknown(kid)),
+            None => Err("unknown key id".into()),
         }
     }
 }
 
-fn unknown(kid: &str) -> Refused {
-    format!("unknown key id {:?}", kid.get(..64).unwrap_or(kid)).into()
+/// What is logged of a token beside the reason of its refusal: the key that its header names, and, once a signature of that key
+/// held, whom it speaks of. Before that anybody could write any name there.
+#[derive(Default)]
+struct Named {
+    kid: Option<String>,
+    iss: Option<String>,
+    sub: Option<String>,
+}
+
+impl Named {
+    /// Notes whom a token speaks of that is signed well and refused for something else: the signature is checked, and nothing but it.
+    fn by_signature(&mut self, token: &str, entry: &Entry) {
+        #[derive(Deserialize)]
+        struct Who {
+            iss: Option<String>,
+            sub: Option<String>,
+        }
+        let mut signature = Validation::new(entry.algorithm);
+        signature.required_spec_claims.clear();
+        (signature.validate_exp, signature.validate_nbf, signature.validate_aud) = (false, false, false);
+        if let Ok(held) = jsonwebtoken::decode::<Who>(token, &entry.key, &signature) {
+            (self.iss, self.sub) =
+                (held.claims.iss.as_deref().map(shortened), held.claims.sub.as_deref().map(shortened));
+        }
+    }
+}
+
+/// A name as a log line holds it.
+fn shortened(name: &str) -> String {
+    name.chars().take(NAME_LOGGED_MAX).collect()
 }
 
 /// Mints a development token with the first symmetric key.

@@ -265,16 +265,43 @@ async fn a_token_without_a_scope_is_known_and_may_nothing() {
 async fn no_log_line_holds_a_token() {
     let lines = Lines::default();
     let writer = lines.clone();
-    let subscriber =
-        tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_writer(move || writer.clone()).finish();
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::TRACE)
+        .with_ansi(false)
+        .with_writer(move || writer.clone())
+        .finish();
     let _guard = tracing::subscriber::set_default(subscriber);
     let registry = registry();
     let expired = with(|c| c["exp"] = json!(now() - 600));
-    for token in [with(|_| {}), expired, sign(&header("nobody"), &claims(), SECRET), "x.y.z".into()] {
+    // Who is meant: the key that the header names; issuer and subject once a signature of that key held.
+    let long = "k".repeat(200);
+    let rows = [
+        (with(|_| {}), None),
+        (expired, Some(r#"kid="a" iss="loopwright" sub="ann" reason="ExpiredSignature""#)),
+        (with(|c| c["iss"] = json!("elsewhere")), Some(r#"kid="a" iss="elsewhere" sub="ann" reason="InvalidIssuer""#)),
+        (with(|c| c["sub"] = json!("")), Some(r#"kid="a" iss="loopwright" sub="" reason="subject empty or too long""#)),
+        (
+            with(|c| c["exp"] = json!(now() + 864_000)),
+            Some(r#"kid="a" iss="loopwright" sub="ann" reason="lives too long""#),
+        ),
+        (with(|c| drop(c.as_object_mut().unwrap().remove("sub"))), Some(r#"kid="a" iss="loopwright" reason="#)),
+        (sign(&header("a"), &claims(), OTHER_SECRET), Some(r#"kid="a" reason="InvalidSignature""#)),
+        (sign(&header("nobody"), &claims(), SECRET), Some(r#"kid="nobody" reason="unknown key id""#)),
+        (sign(&header("../../x'; --\n"), &claims(), SECRET), Some(r#"kid="../../x'; --\n" reason="unknown key id""#)),
+        (sign(&header(&long), &claims(), SECRET), Some(&long[..64])),
+        (sign(&Header::new(Algorithm::HS256), &claims(), SECRET), Some(r#"refused reason="no key id""#)),
+        ("x.y.z".into(), Some(r#"refused reason="header: "#)),
+    ];
+    let written = || String::from_utf8(std::mem::take(&mut *lines.0.lock().unwrap())).unwrap();
+    let mut text = String::new();
+    for (token, named) in &rows {
         drop(registry.verify(Some(&format!("Bearer {token}"))).await);
+        let line = written();
+        assert_eq!(line.contains("a token was refused"), named.is_some(), "{named:?}: {line}");
+        assert!(line.contains(named.unwrap_or_default()), "{named:?}: {line}");
+        assert!(!line.contains(&long[..65]), "{line}");
+        text += &line;
     }
-    let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
-    assert!(text.contains("a token was refused") && text.contains("nobody"), "{text}");
     // Neither claims nor signatures: every token's middle begins alike.
     let middle = base64url(claims().to_string().as_bytes());
     assert!(!text.contains(&middle[..24]) && !text.contains(SECRET), "{text}");

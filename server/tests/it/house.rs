@@ -103,6 +103,8 @@ const WALLS: &[(&str, &[&str])] = &[
         &["crate::provider", "crate::orchestrator", "crate::billing", "crate::tools", "crate::workspace"],
     ),
     ("activities/src/sandbox/", &["crate::provider", "crate::orchestrator", "crate::billing", "crate::tools"]),
+    // A token is never read without its signature being checked: the header names a key, and that is all.
+    ("server/src/rest/", &["::dangerous", "dangerous::", "insecure_decode"]),
     // Read models become text; they do not act.
     ("server/src/read/", &["sqlx::", "crate::rest", "crate::telegram", "crate::app"]),
 ];

@@ -1,6 +1,7 @@
 //! The bot against a Bot API on loopback: conversations, payments, and what goes wrong between them.
 
 mod logs;
+mod official;
 mod payments;
 
 use crate::{

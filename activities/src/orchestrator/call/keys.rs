@@ -145,7 +145,7 @@ impl Orchestrator {
             }
             // Not about the key for good: one refusal of one model must not take the key from the others.
             _ if error.advice == Advice::OtherKey
-                && error.http_status == Some(403)
+                && matches!(error.http_status, Some(403 | 429))
                 && failure.code != "provider.no_balance" =>
             {
                 board.forbid(&slot.key, &candidate.model, failure).await;

@@ -16,7 +16,7 @@ use super::{
     record::{Interrupted, closed_badly, closed_well, observe, opened, to_value},
 };
 use crate::{
-    provider::{Advice, Call, Completion, ProviderError, RequestIdSlot},
+    provider::{Advice, Call, Completion, ProviderError, RequestIdSlot, estimate::seems_cut},
     usage::{CallClosed, CallNoted, CallState},
 };
 use loopwright_engine::{Failure, activity::Context, ids::AttemptId};
@@ -97,6 +97,10 @@ impl Orchestrator {
             .map_err(|error| if running.slot.own_id().is_some() { to_its_owner(error, candidate) } else { error });
         match result {
             Ok(completion) => {
+                if let Some(expected) = seems_cut(request, &completion.usage) {
+                    let told = completion.usage.tokens_prompt;
+                    tracing::warn!(provider = %candidate.provider, model = %candidate.model, told, expected, "a server counts far fewer tokens than it was sent, and may have cut the prompt: start it with a larger window, or say its window here (OPENAI_CONTEXT_TOKENS, `context_tokens`)");
+                }
                 if let Some(token) = &completion.continuation_token {
                     let (before, completion, request_id) = (before.as_ref(), &completion, &request_id);
                     let closing = Closing { meter_key: &meter_key, request_sha256, before, completion, request_id };

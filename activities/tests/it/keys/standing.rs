@@ -298,3 +298,19 @@ async fn a_probe_is_one_call_however_many_ask() {
     join_all(tasks).await;
     assert_eq!(*allowed.lock().unwrap(), 1);
 }
+
+#[tokio::test]
+async fn a_model_of_which_a_key_has_no_quota_is_not_waited_for() {
+    let pool = database(MIGRATIONS).await;
+    let body = json!({"error": {"code": 429, "status": "RESOURCE_EXHAUSTED",
+        "message": "You exceeded your current quota, limit: 0\nPlease retry in 26.4s."}});
+    let server = FakeProvider::always(answer_json(429, "retry-after: 26\r\n", &body)).await;
+    register(&pool, &["key-a"]).await;
+    // Another process knows it from the row.
+    for _ in 0..2 {
+        let keys = Keys::new(pool.clone(), None, false);
+        let failure = ask(&worker(&keys, &server, "key-a", candidate("openai_compatible", "m"))).await.unwrap_err();
+        assert_eq!((failure.code.as_str(), failure.kind), ("model.unavailable", FailureKind::Permanent), "{failure:?}");
+    }
+    assert_eq!(server.seen().len(), 1);
+}

@@ -34,11 +34,16 @@ struct Room {
     bench: Bench,
     books: Books,
     used: Used,
-    _provider: FakeProvider,
+    provider: FakeProvider,
 }
 
 impl Room {
     async fn new() -> Self {
+        Self::refusing_with(401).await
+    }
+
+    /// One whose provider refuses a key with `status`.
+    async fn refusing_with(status: u16) -> Self {
         let bench = Bench::new(100).await;
         let used: Used = Arc::new(Mutex::new([FIRST, SECOND, SEALED].map(|key| (key, Some(1_000))).into()));
         let says = used.clone();
@@ -46,7 +51,7 @@ impl Room {
             let used = says.lock().unwrap();
             let key = seen.key().unwrap_or_default();
             let Some(cents) = used.get(key).copied().flatten() else {
-                return answer_json(401, "", &json!({"error": {"code": 401, "message": "no"}}));
+                return answer_json(status, "", &json!({"error": {"code": status, "message": "no"}}));
             };
             // The sealed one has an account of its own.
             let of_account = |name: &&&str| (**name == SEALED) == (key == SEALED);
@@ -56,6 +61,11 @@ impl Room {
                 "/api/v1/key" => answer_json(200, "", &json!({"data": {"label": "x", "usage": usd(cents)}})),
                 "/api/v1/credits" => {
                     answer_json(200, "", &json!({"data": {"total_credits": 100, "total_usage": usd(whole)}}))
+                }
+                generation if generation.starts_with("/api/v1/generation?id=") => {
+                    let cost =
+                        json!({"total_cost": 0.0003, "native_tokens_prompt": 194, "native_tokens_completion": 12});
+                    answer_json(200, "", &json!({ "data": cost }))
                 }
                 other => panic!("{other}"),
             }
@@ -88,13 +98,35 @@ impl Room {
             stars: None,
             candidates: Vec::new(),
         };
-        Self { bench, books, used, _provider: fake }
+        Self { bench, books, used, provider: fake }
     }
 
     /// The provider says that a key used so many cents more.
     fn uses(&self, key: &'static str, cents: i64) {
         let mut used = self.used.lock().unwrap();
         *used.get_mut(key).unwrap().as_mut().unwrap() += cents;
+    }
+
+    /// So many calls on a key of which nobody knows what became, `minutes` ago.
+    async fn loses(&self, key: &str, calls: i64, minutes: i32) {
+        let fingerprint = KeyIdentity::of("openrouter", Some(&key.into())).fingerprint;
+        sqlx::query(
+            "with a as (insert into activity_attempts (id, run_id, path, activity, attempt_no, user_id, state, lease_expires_at, ended_at)
+                        values (gen_random_uuid(), gen_random_uuid(), 's', 'work@1', 1, $1, 'lost', engine_now(), engine_now()) returning id)
+             insert into api_key_usage (attempt_id, call_no, call_key, api_key_id, user_id, provider, model_requested, purpose, request_sha256,
+                                        state, provider_request_id, pricing_id, worst_pusd, started_at, finished_at)
+             select a.id, n, n::text, k.id, $1, 'openrouter', 'm', 'p', '', 'unknown', k.last4 || n, (select min(id) from model_pricing), 0,
+                    moment, moment
+             from a, api_keys k, generate_series(1, $2) n, (select engine_now() - make_interval(mins => $3) as moment) t
+             where k.provider = 'openrouter' and k.fingerprint = decode($4, 'hex')",
+        )
+        .bind(self.bench.user)
+        .bind(calls)
+        .bind(minutes)
+        .bind(fingerprint)
+        .execute(&self.bench.pool)
+        .await
+        .unwrap();
     }
 
     /// A call on a key that cost so many cents, by our books.
@@ -179,4 +211,30 @@ async fn a_key_that_is_refused_keeps_no_other_from_being_compared() {
     }
     let failure = reconcile::now(&room.books, "reconcile-providers").await.unwrap().unwrap_err();
     assert_eq!(failure.code, "provider.key_invalid");
+}
+
+#[tokio::test]
+async fn a_dead_key_does_not_keep_the_calls_of_another_from_being_looked_up() {
+    for status in [401, 429] {
+        let room = Room::refusing_with(status).await;
+        room.used.lock().unwrap().insert(FIRST, None);
+        // One more than a look at them takes, all older than the one that can be looked up.
+        room.loses(FIRST, 101, 60).await;
+        room.loses(SECOND, 1, 10).await;
+        let job = || async { reconcile::now(&room.books, "reconcile-calls").await.unwrap() };
+        assert_eq!(job().await.unwrap_err().detail["http_status"], status, "nothing else was due");
+        // However slow this machine is: what is to be asked about later is not due within the test.
+        let put_off = async || {
+            let later = "update api_key_usage set next_lookup_at = engine_now() + interval '1 hour' where next_lookup_at is not null";
+            sqlx::query(later).execute(&room.bench.pool).await.unwrap().rows_affected()
+        };
+        assert_eq!(put_off().await, 100, "{status}: each of them is asked about later");
+        assert_eq!(job().await.unwrap(), Output { checked: 1, changed: 1, ..Output::default() }, "{status}");
+        // Refused once a look.
+        let asked =
+            room.provider.seen().iter().map(|seen| seen.key().unwrap_or_default().to_owned()).collect::<Vec<_>>();
+        assert_eq!(asked, [FIRST, FIRST, SECOND], "{status}");
+        assert_eq!(put_off().await, 101);
+        assert_eq!(job().await.unwrap(), Output::default(), "{status}: nothing is due");
+    }
 }

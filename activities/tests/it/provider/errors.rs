@@ -64,8 +64,11 @@ async fn the_table_of_gemini_holds() {
         json!([{"@type": "type.googleapis.com/google.rpc.QuotaFailure",
             "violations": [{"quotaId": id, "quotaValue": value}]}])
     };
-    let limit_0 = json!({"error": {"code": 429, "status": "RESOURCE_EXHAUSTED",
-        "message": "You exceeded your current quota: requests, limit: 0"}});
+    let limit = |rest: &str, details: Value| {
+        json!({"error": {"code": 429, "status": "RESOURCE_EXHAUSTED",
+        "message": format!("You exceeded your current quota: upstream requests, limit: {rest}"), "details": details}})
+    };
+    let empty = |details: Value| rpc(402, "RESOURCE_EXHAUSTED", details);
     let per_minute = quota("GenerateRequestsPerMinutePerProjectPerModel-FreeTier", "5");
     let per_day = quota("GenerateRequestsPerDayPerProjectPerModel-FreeTier", "50");
     check(
@@ -90,7 +93,10 @@ async fn the_table_of_gemini_holds() {
             // disables is a reason that is about the key.
             Row(403, None, plain(403, "PERMISSION_DENIED"), "model.unavailable", OtherKey, None),
             Row(403, None, rpc(403, "PERMISSION_DENIED", disabled), "provider.key_invalid", DisableKey, None),
-            Row(402, None, plain(402, "RESOURCE_EXHAUSTED"), "provider.no_balance", DisableKey, None),
+            // Never again, whatever wait comes along.
+            Row(402, None, empty(json!([])), "provider.no_balance", DisableKey, None),
+            Row(402, Some(("retry-after", "2")), empty(json!([])), "provider.no_balance", DisableKey, None),
+            Row(402, None, empty(delay("26s")), "provider.no_balance", DisableKey, None),
             Row(404, None, plain(404, "NOT_FOUND"), "model.unavailable", OtherModel, None),
             Row(429, None, plain(429, "RESOURCE_EXHAUSTED"), "transient.rate_limited", SameModel, None),
             Row(
@@ -112,8 +118,24 @@ async fn the_table_of_gemini_holds() {
             ),
             Row(429, None, rpc(429, "RESOURCE_EXHAUSTED", per_minute), "transient.rate_limited", SameModel, None),
             Row(429, None, rpc(429, "RESOURCE_EXHAUSTED", per_day), "transient.rate_limited", OtherKey, None),
-            Row(429, None, limit_0, "transient.rate_limited", OtherKey, None),
-            Row(429, None, rpc(429, "RESOURCE_EXHAUSTED", quota("x", "0")), "transient.rate_limited", OtherKey, None),
+            // No quota at all: no wait brings one, named or not. In the middle of a message, at the end of a sentence or a line.
+            Row(429, None, limit("0", json!([])), "model.unavailable", OtherKey, None),
+            Row(429, None, limit("0, model: gemini-3.8-flash", json!([])), "model.unavailable", OtherKey, None),
+            Row(429, None, limit("0\nPlease retry in 26.4s.", delay("26s")), "model.unavailable", OtherKey, None),
+            Row(429, None, limit("0. Please retry in 26.4s.", delay("26s")), "model.unavailable", OtherKey, None),
+            Row(429, Some(("retry-after", "26")), limit("0 Please", json!([])), "model.unavailable", OtherKey, None),
+            Row(429, None, rpc(429, "RESOURCE_EXHAUSTED", quota("x", "0")), "model.unavailable", OtherKey, None),
+            Row(
+                429,
+                None,
+                rpc(429, "RESOURCE_EXHAUSTED", quota("GenerateRequestsPerDayPerProjectPerModel-FreeTier", "0")),
+                "model.unavailable",
+                OtherKey,
+                None,
+            ),
+            // A limit that only begins so.
+            Row(429, None, limit("0.5 a second", json!([])), "transient.rate_limited", SameModel, None),
+            Row(429, None, limit("05\nPlease", delay("26s")), "transient.rate_limited", SameModel, Some(26_000)),
             Row(499, None, plain(499, "CANCELLED"), "transient.http", SameModel, None),
             Row(500, None, plain(500, "INTERNAL"), "transient.http", SameModel, None),
             Row(503, None, plain(503, "UNAVAILABLE"), "transient.http", SameModel, None),
@@ -178,6 +200,37 @@ async fn the_table_of_openrouter_holds() {
                 "transient.rate_limited",
                 SameModel,
                 Some(2000),
+            ),
+            // One of the three says that it passes: the header, the source, or its own word.
+            Row(
+                402,
+                None,
+                source(402, "openrouter_in_flight_budget"),
+                "transient.rate_limited",
+                SameModel,
+                None,
+            ),
+            Row(402, Some(("retry-after", "2")), typed(402, "x"), "transient.rate_limited", SameModel, Some(2000)),
+            Row(402, None, available(402, true), "transient.rate_limited", SameModel, Some(3000)),
+            Row(402, None, available(402, false), "provider.no_balance", OtherKey, None),
+            Row(402, None, typed(402, "insufficient_credits"), "provider.no_balance", OtherKey, None),
+            // Credits do not come back by themselves, whatever comes along.
+            Row(
+                402,
+                Some(("retry-after", "2")),
+                source(402, "openrouter_credits"),
+                "provider.no_balance",
+                OtherKey,
+                None,
+            ),
+            Row(
+                402,
+                None,
+                json!({"error": {"code": 402, "message": "upstream", "metadata": {"limit_source": "openrouter_credits"},
+                    "availability": {"retryable": true, "retry_after": 3}}}),
+                "provider.no_balance",
+                OtherKey,
+                None,
             ),
             Row(404, None, typed(404, "not_found"), "model.unavailable", OtherModel, None),
             Row(413, None, typed(413, "payload_too_large"), "model.context_overflow", OtherModel, None),

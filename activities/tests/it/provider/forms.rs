@@ -84,9 +84,11 @@ async fn a_form_that_was_refused_by_its_name_is_not_sent_again_although_the_simp
 #[tokio::test]
 async fn what_is_refused_in_every_form_has_taught_nothing_of_forms() {
     // A tool is wrong, and the server speaks of its schema.
-    for dialect in [Dialect::OpenAi, Dialect::OpenRouter] {
-        let server = FakeProvider::start(move |seen, _| match seen.body["messages"].to_string().contains("wrong") {
-            true => answer_json(400, "", &json!({"error": {"message": "the schema of a tool is wrong"}})),
+    for dialect in Dialect::ALL {
+        let server = FakeProvider::start(move |seen, _| match seen.body.to_string().contains("wrong") {
+            true => {
+                answer_json(400, "", &json!({"error": {"message": "the schema of a tool is wrong, so is thinking"}}))
+            }
             false => stream(&dialect.good("{}")),
         })
         .await;
@@ -94,11 +96,22 @@ async fn what_is_refused_in_every_form_has_taught_nothing_of_forms() {
         let good = Request { output_schema: Some(json!({"type": "object"})), ..request() };
         let mut bad = good.clone();
         bad.messages.push(loopwright_activities::orchestrator::Message::User { text: "wrong".into() });
-        let error = ask_with(provider.as_ref(), &bad, &CancellationToken::new()).await.error();
-        assert_eq!(error.failure.code, "provider.bad_request", "{dialect:?}");
-        ask_with(provider.as_ref(), &good, &CancellationToken::new()).await.completion();
+        let ask = async |request: &Request| {
+            let (cancellation, request_id) = (CancellationToken::new(), RequestIdSlot::default());
+            let mut call = super::call(request, "some/model", &cancellation, &request_id);
+            call.thinking = Some("low");
+            provider.complete(call).await
+        };
+        assert_eq!(ask(&bad).await.unwrap_err().failure.code, "provider.bad_request", "{dialect:?}");
+        assert!(server.seen().len() > 2, "{dialect:?}: simpler forms were tried");
+        ask(&good).await.unwrap();
         let last = server.seen().pop().unwrap().body;
-        assert_eq!(last["response_format"]["type"], "json_schema", "{dialect:?}");
+        let config = &last["generationConfig"];
+        match dialect {
+            Dialect::Gemini => assert!(config.get("responseJsonSchema").is_some(), "{config}"),
+            _ => assert_eq!(last["response_format"]["type"], "json_schema", "{dialect:?}"),
+        }
+        assert_eq!(config.get("thinkingConfig").is_some(), dialect == Dialect::Gemini, "{config}");
     }
 }
 

@@ -1,8 +1,8 @@
-//! Time limits, each by itself, and cancellation.
+//! Time limits, each by itself, cancellation, and addresses that are not connected to.
 
-use super::{LOST, PATIENT, ask_with, client, request, verdict};
+use super::{LOST, PATIENT, ask_with, client, client_of, request, verdict};
 use loopwright_activities::{
-    provider::{Advice, Timeouts},
+    provider::{Advice, Timeouts, address::Trust},
     testing::{Dialect, End, FakeProvider, Fault, Reply, Stage, When},
     usage::CallState,
 };
@@ -131,5 +131,32 @@ async fn a_dropped_call_closes_its_connection() {
             let journal = server.journal_when(|all| all[0].end == End::Client).await;
             assert_eq!(journal.len(), 1, "{dialect:?} {stage:?}");
         }
+    }
+}
+
+#[tokio::test]
+async fn a_name_that_leads_inside_is_not_connected_to_by_any_client() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let inside = format!("http://localhost:{}", listener.local_addr().unwrap().port());
+    for dialect in Dialect::ALL {
+        // As if its host had led outside when the address was stored.
+        let provider = client_of(dialect, &inside, PATIENT, Trust::User);
+        let error = ask_with(provider.as_ref(), &request(), &CancellationToken::new()).await.error();
+        let expected = ("provider.address_refused", FailureKind::Permanent, CallState::Failed, Advice::OtherProvider);
+        assert_eq!((verdict(&error), error.unwell), (expected, false), "{dialect:?}");
+        assert!(!error.failure.message.contains("localhost"), "{dialect:?}: {}", error.failure.message);
+        // The kernel greets whoever connects: nobody has.
+        let came = listener.accept().map_err(|error| error.kind());
+        assert_eq!(came.map(|_| ()), Err(std::io::ErrorKind::WouldBlock), "{dialect:?}");
+        // Where the operator lets users name this machine the same name is answered.
+        let server = FakeProvider::saying(Reply::text("hi")).await;
+        let base = server.base_of(dialect).replace("127.0.0.1", "localhost");
+        let provider = client_of(dialect, &base, PATIENT, Trust::UserOrLoopback);
+        let answer = ask_with(provider.as_ref(), &request(), &CancellationToken::new()).await.completion();
+        assert_eq!((answer.text.as_str(), server.seen().len()), ("hi", 1), "{dialect:?}");
+        let refused = client_of(dialect, &base, PATIENT, Trust::User);
+        let error = ask_with(refused.as_ref(), &request(), &CancellationToken::new()).await.error();
+        assert_eq!((verdict(&error), server.seen().len()), (expected, 1), "{dialect:?}");
     }
 }

@@ -1,57 +1,15 @@
 //! The vendors' own clients talk to the fake: if they can, what our clients are tested against is credible.
-//!
-//! They are installed once, into a virtual environment below the target folder. Where that is not possible the test says
-//! so and passes: it shows something about the fake, not about the product.
 
 use super::KEY;
-use loopwright_activities::testing::{Answer, Dialect, End, Endpoint, FakeProvider, Reply, Seen, Stage};
+use loopwright_activities::testing::{Answer, Dialect, End, Endpoint, FakeProvider, Reply, Seen, Stage, python};
 use serde_json::{Value, json};
-use std::{
-    path::{Path, PathBuf},
-    process::{Output, Stdio},
-    time::Duration,
-};
-use tokio::{process::Command, time::timeout};
+use std::{path::Path, time::Duration};
 
 /// The clients, pinned: a new one is a change of this line.
 const PACKAGES: [&str; 3] = ["google-genai==3.6.1", "openai==3.57.0", "openrouter==1.3.84"];
-/// Longest time that installing them may cost a test run.
-const INSTALL_MAX: Duration = Duration::from_secs(60);
 /// Longest time that one of them may take for its handful of calls; most of it is spent on imports.
 const TALK_MAX: Duration = Duration::from_secs(240);
 const TEXT: &str = "h\u{e4}llo \u{1f980}";
-
-async fn run(program: &Path, arguments: &[&str], limit: Duration) -> Result<Output, String> {
-    let child = Command::new(program).args(arguments).stdin(Stdio::null()).kill_on_drop(true).output();
-    match timeout(limit, child).await {
-        Err(_) => Err(format!("{} took longer than {limit:?}", program.display())),
-        Ok(Err(error)) => Err(format!("{}: {error}", program.display())),
-        Ok(Ok(output)) => Ok(output),
-    }
-}
-
-/// The interpreter that knows the clients; an error says why there is none.
-async fn interpreter() -> Result<PathBuf, String> {
-    let folder =
-        Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("official-{}", PACKAGES.join("-").replace("==", "-")));
-    let (python, ready) = (folder.join("bin/python"), folder.join("ready"));
-    if ready.exists() {
-        return Ok(python);
-    }
-    let made = run(Path::new("python3"), &["-m", "venv", &folder.to_string_lossy()], INSTALL_MAX).await?;
-    if !made.status.success() {
-        return Err("python3 -m venv does not work".to_owned());
-    }
-    let mut arguments =
-        vec!["-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check", "--retries=0"];
-    arguments.extend(PACKAGES);
-    let installed = run(&python, &arguments, INSTALL_MAX).await?;
-    if !installed.status.success() {
-        return Err(format!("pip: {}", String::from_utf8_lossy(&installed.stderr)));
-    }
-    std::fs::write(&ready, "").map_err(|error| error.to_string())?;
-    Ok(python)
-}
 
 /// What a model with one tool would say.
 fn model(seen: &Seen) -> Answer {
@@ -73,12 +31,9 @@ fn model(seen: &Seen) -> Answer {
 
 #[tokio::test]
 async fn the_official_clients_can_talk_to_the_fake() {
-    let python = match interpreter().await {
-        Ok(python) => python,
-        Err(why) => {
-            eprintln!("skipped: the official clients cannot be installed here: {why}");
-            return;
-        }
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let Some(interpreter) = python::interpreter("the official clients of models", folder, &PACKAGES).await else {
+        return;
     };
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/provider/official.py");
     for (dialect, name) in
@@ -86,7 +41,7 @@ async fn the_official_clients_can_talk_to_the_fake() {
     {
         let server = FakeProvider::serve(|seen, _| model(seen)).await;
         let base = server.base_of(dialect);
-        let output = run(&python, &[&script.to_string_lossy(), name, &base, KEY], TALK_MAX).await.unwrap();
+        let output = python::run(&interpreter, &[&script.to_string_lossy(), name, &base, KEY], TALK_MAX).await.unwrap();
         let errors = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{name}: {errors}");
         let texts: Value = serde_json::from_slice(&output.stdout).unwrap();

@@ -124,6 +124,50 @@ async fn an_operators_refund_reaches_telegram_whatever_happens_in_between() {
 }
 
 #[tokio::test]
+async fn an_error_after_a_refund_was_booked_does_not_book_it_again() {
+    let ms = Duration::from_millis;
+    let quick = Pace { refresh: ms(5), pause: ms(1), pause_max: ms(5), ..pace() };
+    let mut bot = Bot::start_with(|parts| parts.pace = quick).await;
+    bot.fake.says(ADA, "/start");
+    bot.fake.says(ADA, "/buy 100");
+    let (payload, amount) = invoice(&bot, 1).await;
+    bot.fake.pays(ADA, "stx1", amount, &payload);
+    bot.fake.message("you have 200 now").await;
+    bot.settled(3).await;
+    // Telegram does it, and what is written of that is undone: the payer cannot be told.
+    sqlx::raw_sql(
+        "create function no_message() returns trigger language plpgsql as $$ begin raise exception 'broken'; end $$;
+         create trigger no_message before insert on telegram_outbox for each row when (new.dedupe_key like 'refund:%')
+           execute function no_message()",
+    )
+    .execute(&bot.pool)
+    .await
+    .unwrap();
+    let store = bot.parts.store.clone();
+    let mut booked = vec![store.refund("stx1", None).await.unwrap()];
+    for requests in [1, 3] {
+        bot.fake
+            .until("it is asked for again", |calls| {
+                (calls.iter().filter(|c| c.method == "refundstarpayment").count() >= requests).then_some(())
+            })
+            .await;
+        // Whoever saw the error does all of it again.
+        booked.push(store.refund("stx1", Some("again")).await.unwrap());
+        assert_eq!(bot.number("select count(*) from payments where refund_state = 'requested'").await, 1);
+    }
+    assert_eq!(booked, [true, false, false]);
+    sqlx::raw_sql("drop trigger no_message on telegram_outbox").execute(&bot.pool).await.unwrap();
+    bot.fake.message("was given back").await;
+    bot.settled(3).await;
+    assert_eq!(bot.number("select count(*) from payments where refund_state = 'done'").await, 1);
+    assert_eq!(bot.number("select count(*) from credit_transactions where kind = 'refund'").await, 1);
+    assert_eq!(bot.number("select credit_balance_ucr from users where telegram_user_id = 42").await, 100_000_000);
+    assert_eq!(bot.fake.done("SendMessage").iter().filter(|c| c.text().contains("was given back")).count(), 1);
+    assert_eq!(store.audit().await.unwrap(), []);
+    bot.stop().await;
+}
+
+#[tokio::test]
 async fn a_payment_is_tried_until_it_is_booked() {
     let ms = Duration::from_millis;
     let mut bot = Bot::start_with(|parts| parts.pace = Pace { pause: ms(1), pause_max: ms(5), ..pace() }).await;
