@@ -1,12 +1,12 @@
 //! `cargo bench -p loopwright-engine`: measures the engine beside the limits of the same Postgres and prints a table.
 //!
-//! Arguments after `--`: `--json`; `--full` parks 100,000 runs; `--soak [--minutes N]` runs the long ones only;
+//! Arguments after `--`: `--json`; `--quick` parks 10,000 runs and not 100,000, for a goal that is void then; `--soak [--minutes N]` runs the long ones only;
 //! `--percent N` does less of everything, and then no goal counts: the table says what is void and why. `DATABASE_URL` names a server; otherwise one is brought up.
 
-use loopwright_engine::bench::{self, Options, PARKED_FULL, SOAK};
+use loopwright_engine::bench::{self, Options, PARKED_QUICK, SOAK};
 use std::{process::ExitCode, time::Duration};
 
-const USAGE: &str = "arguments: [--json] [--full] [--soak [--minutes N]] [--percent N]";
+const USAGE: &str = "arguments: [--json] [--quick] [--soak [--minutes N]] [--percent N]";
 
 fn main() -> ExitCode {
     let mut options =
@@ -22,8 +22,8 @@ fn main() -> ExitCode {
                 json = true;
                 true
             }
-            "--full" => {
-                options.parked = PARKED_FULL;
+            "--quick" => {
+                options.parked = PARKED_QUICK;
                 true
             }
             "--soak" => {

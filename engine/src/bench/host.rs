@@ -11,7 +11,7 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgPool, postgres::PgConnec
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 /// Connections of one process, as the product has them.
-const POOL_MAX: u32 = 20;
+pub(super) const POOL_MAX: u32 = 20;
 
 pub(super) struct Host {
     server: Option<(Server, PathBuf)>,

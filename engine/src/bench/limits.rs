@@ -16,12 +16,16 @@ use std::time::{Duration, Instant};
 
 /// How long the batch statement is repeated.
 const BATCH_TIME: Duration = Duration::from_secs(3);
+/// Inserts that are not timed.
+const WARM_UP: usize = 20;
 
 /// One insert per commit on one connection, in milliseconds.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Commit {
     pub(super) p50: f64,
     pub(super) p99: f64,
+    /// Rows that were committed and are not there, or are there and were not.
+    pub(super) lost: f64,
 }
 
 impl Commit {
@@ -37,15 +41,17 @@ pub(super) async fn commit(host: &Host, rows: usize) -> Result<Commit> {
     let mut conn = host.pool.acquire().await?;
     let body = serde_json::json!([{"type": "step_ended", "path": "s1", "status": "succeeded", "output": 1}]);
     let mut times = Vec::with_capacity(rows);
-    for _ in 0..rows + 20 {
+    for _ in 0..rows + WARM_UP {
         let before = Instant::now();
         sqlx::query("insert into bench_rows (body) values ($1)").bind(&body).execute(&mut *conn).await?;
         times.push(before.elapsed().as_secs_f64() * 1000.0);
     }
     // The first ones prepare the statement and extend the table.
-    times.drain(..20);
+    times.drain(..WARM_UP);
     times.sort_by(f64::total_cmp);
-    Ok(Commit { p50: quantile(&times, 0.5), p99: quantile(&times, 0.99) })
+    let there: i64 = sqlx::query_scalar("select count(*) from bench_rows").fetch_one(&mut *conn).await?;
+    let lost = (there as f64 - (rows + WARM_UP) as f64).abs();
+    Ok(Commit { p50: quantile(&times, 0.5), p99: quantile(&times, 0.99), lost })
 }
 
 /// What one transition costs in the engine's own batch statement, and nothing but it.

@@ -29,6 +29,7 @@ pub(super) async fn measure(
     let runs = if options.percent < 100 { options.share(options.parked) } else { options.parked };
     let definition = scene::deploy(host, scene::sleeper()).await?;
     let worker = Worker::start(host, options, SLOTS, LEASE).await?;
+    let idle = Worker::idle(host, options).await?;
     // How fast do they fall asleep? The instant of the awakening must be named before they are started.
     let trial = (runs / 20).max(200);
     let begun = Instant::now();
@@ -46,10 +47,13 @@ pub(super) async fn measure(
     host.until_none("the park of half of the runs", AWAKE, PATIENCE).await?;
     // The allocator has its working set by now: what the second half adds is what parked runs cost.
     let (half, _) = worker.memory_mb();
+    let (idle_half, _) = idle.memory_mb();
     scene::start(host, definition, &at_instant, "", runs - runs / 2).await?;
     host.until_none("the park of all runs", AWAKE, PATIENCE).await?;
     let parked_in = begun.elapsed().as_secs_f64();
     let (full, _) = worker.memory_mb();
+    let (idle_full, _) = idle.memory_mb();
+    idle.stop().await?;
     let early: bool = sqlx::query_scalar("select engine_now() < $1").bind(at).fetch_one(&host.pool).await?;
     if !early {
         return Err(super::Error::failed(
@@ -82,17 +86,19 @@ pub(super) async fn measure(
         Figure::new("lag of timers at one instant, p99", p99, "s")
             .limit("one transition each, by the batch statement alone", 0.99 * lags.len() as f64 / alone.rate)
             .goal("below 5 s (of 100,000)", p99 < LAG_GOAL)
-            .counts_if(lags.len() >= super::PARKED_FULL, format!("{} runs, not {}", lags.len(), super::PARKED_FULL))
+            .counts_if(lags.len() >= super::PARKED, format!("{} runs, not {}", lags.len(), super::PARKED))
             .detail("runs", lags.len() as f64, "")
             .detail("p50", p50, "s")
             .detail("last", last, "s")
             .detail("woken and closed", lags.len() as f64 / last, "/s")
             .detail("started and parked", runs as f64 / parked_in, "/s"),
     );
-    let each = (full - half) * 1024.0 * 1024.0 / (runs - runs / 2) as f64;
+    let grown = |half: f64, full: f64| (full - half) * 1024.0 * 1024.0 / (runs - runs / 2) as f64;
+    let (each, without) = (grown(half, full), grown(idle_half, idle_full));
     report.figures.push(
         // Noise of an allocator is some hundred kilobytes; a run that stayed would cost kilobytes.
         Figure::new("memory of a parked run", if each < 0.0 { 0.0 } else { each }, "bytes")
+            .limit("growth of an idle process meanwhile", if without < 0.0 { 0.0 } else { without })
             .goal("nothing: below 200 bytes", each < 200.0)
             .detail("worker with half of them parked", half, "MB")
             .detail("worker with all parked", full, "MB")

@@ -6,6 +6,7 @@ use super::{
     scene,
 };
 use crate::worker::{self, WorkerConfig};
+use futures_util::future::try_join_all;
 use serde::{Deserialize, Serialize};
 use std::{io::Read, process::Stdio, time::Duration};
 use tokio::{
@@ -24,6 +25,8 @@ const DRAIN: Duration = Duration::from_secs(10);
 #[derive(Serialize, Deserialize)]
 struct Task {
     url: String,
+    /// Opens the connections and does nothing with them.
+    idle: bool,
     slots: u32,
     lease_ms: u64,
 }
@@ -36,12 +39,34 @@ pub async fn child() -> Result<bool> {
     let Ok(text) = std::env::var(CHILD) else { return Ok(false) };
     let task: Task =
         serde_json::from_str(&text).map_err(|e| Error::failed("reading the task of a worker process", e))?;
-    let options = task.url.parse().map_err(Error::from)?;
-    let mut config = WorkerConfig::new(host::pool(options), scene::registry());
+    let pool = host::pool(task.url.parse().map_err(Error::from)?);
+    if task.idle {
+        let opened = try_join_all((0..host::POOL_MAX).map(|_| async {
+            let mut conn = pool.acquire().await?;
+            sqlx::query("select 1").execute(&mut *conn).await?;
+            Ok::<_, sqlx::Error>(conn)
+        }));
+        // All at once: each has a connection of its own.
+        drop(opened.await?);
+        println!("ready");
+        parents_word().await;
+        return Ok(true);
+    }
+    let mut config = WorkerConfig::new(pool, scene::registry());
     (config.slots, config.lease) = (task.slots, Duration::from_millis(task.lease_ms));
     let worker = worker::start(config).await?;
     println!("ready");
-    // It ends when its parent says so, or is gone. A thread: the runtime would wait for a blocking read at its own end.
+    tokio::select! {
+        () = parents_word() => {}
+        () = worker.fenced() => {}
+    }
+    worker.drain(DRAIN).await;
+    Ok(true)
+}
+
+/// Waits until the parent says that it is over, or is gone.
+async fn parents_word() {
+    // A thread: the runtime would wait for a blocking read at its own end.
     let (ended, end) = tokio::sync::oneshot::channel::<()>();
     std::thread::spawn(move || {
         let mut ignored = Vec::new();
@@ -49,12 +74,8 @@ pub async fn child() -> Result<bool> {
         let _ = std::io::stdin().read_to_end(&mut ignored);
         drop(ended);
     });
-    tokio::select! {
-        _ = end => {}
-        () = worker.fenced() => {}
-    }
-    worker.drain(DRAIN).await;
-    Ok(true)
+    // Nothing is ever sent: the other half is dropped when the input has ended.
+    let _ = end.await;
 }
 
 /// A worker in a process of its own.
@@ -68,12 +89,20 @@ pub(super) struct Worker {
 impl Worker {
     /// Starts one and waits until it works.
     pub(super) async fn start(host: &Host, options: &Options, slots: u32, lease: Duration) -> Result<Self> {
-        let what = "starting a worker process";
         let lease_ms = u64::try_from(lease.as_millis()).unwrap_or(u64::MAX);
-        let task = Task { url: host.url(), slots, lease_ms };
+        Self::spawn(options, &Task { url: host.url(), idle: false, slots, lease_ms }).await
+    }
+
+    /// No worker, but what it would be without the engine: this program, its runtime, its driver and as many open connections.
+    pub(super) async fn idle(host: &Host, options: &Options) -> Result<Self> {
+        Self::spawn(options, &Task { url: host.url(), idle: true, slots: 0, lease_ms: 0 }).await
+    }
+
+    async fn spawn(options: &Options, task: &Task) -> Result<Self> {
+        let what = "starting a worker process";
         let mut child = Command::new(std::env::current_exe().map_err(|e| Error::failed(what, e))?)
             .args(&options.child_arguments)
-            .env(CHILD, serde_json::to_string(&task).map_err(|e| Error::failed(what, e))?)
+            .env(CHILD, serde_json::to_string(task).map_err(|e| Error::failed(what, e))?)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .kill_on_drop(true)

@@ -29,13 +29,22 @@ pub struct Figure {
     pub details: Vec<Detail>,
 }
 
-/// What the same Postgres does without the engine, in the figure's unit.
+/// What the same Postgres and the same driver do without the engine, in the figure's unit, measured in the same run.
 #[derive(Clone, Debug, Serialize)]
 pub struct Limit {
     pub what: &'static str,
     pub value: f64,
-    /// The figure divided by the limit.
-    pub ratio: f64,
+    /// The figure divided by the limit; of a limit of nothing there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ratio: Option<f64>,
+}
+
+impl Limit {
+    /// The limit of a figure of that value.
+    #[must_use]
+    pub fn of(figure: f64, what: &'static str, value: f64) -> Self {
+        Self { what, value, ratio: (value != 0.0).then_some(figure / value) }
+    }
 }
 
 /// A goal of the engine's design.
@@ -80,7 +89,7 @@ impl Figure {
         Self { name, value, unit, limit: None, goal: None, details: Vec::new() }
     }
     pub(super) fn limit(mut self, what: &'static str, value: f64) -> Self {
-        self.limit = Some(Limit { what, value, ratio: self.value / value });
+        self.limit = Some(Limit::of(self.value, what, value));
         self
     }
     pub(super) fn goal(mut self, text: &'static str, reached: bool) -> Self {
@@ -132,7 +141,7 @@ impl Report {
                 figure.name.to_owned(),
                 amount(figure.value, figure.unit),
                 limit.map_or_else(String::new, |l| format!("{} ({})", amount(l.value, figure.unit), l.what)),
-                limit.map_or_else(String::new, |l| format!("{:.2}", l.ratio)),
+                limit.and_then(|l| l.ratio).map_or_else(String::new, |ratio| format!("{ratio:.2}")),
                 figure.goal.as_ref().map_or_else(String::new, |goal| self.verdict(goal)),
             ]);
             for detail in &figure.details {
@@ -226,6 +235,7 @@ mod tests {
             vec![
                 Figure::new("steps", 12_345.6, "/s").limit("batch alone", 20_000.0).goal("at least half", true),
                 Figure::new("signal", 0.1234, "ms").goal("below 0.1 ms", false).detail("p50", 9.876, "ms"),
+                Figure::new("lost", 0.0, "").limit("rows", 0.0),
             ],
         );
         let expected = "\
@@ -234,6 +244,7 @@ figure  measured   limit of this Postgres   ratio  goal
 steps   12,346 /s  20,000 /s (batch alone)  0.62   reached: at least half
 signal  0.123 ms                                   NOT REACHED: below 0.1 ms
   p50   9.88 ms
+lost    0          0 (rows)
 ";
         assert_eq!(report.table(), expected);
         assert!(!report.all_reached());

@@ -2,7 +2,7 @@
 
 use super::{
     Options, Result,
-    host::Host,
+    host::{Host, POOL_MAX},
     limits::{self, Batch, Commit},
     process::Worker,
     report::{Figure, Report, quantile},
@@ -33,6 +33,9 @@ pub(super) async fn many(host: &Host, options: &Options, report: &mut Report) ->
     host.until_none("the end of all runs", scene::OPEN, PATIENCE).await?;
     let (engine_cpu, memory) = (worker.cpu(), worker.memory_mb());
     worker.stop().await?;
+    let idle = Worker::idle(host, options).await?;
+    let (_, idle_memory) = idle.memory_mb();
+    idle.stop().await?;
     host.settle().await;
     let after = host.counters().await?;
     let (seconds, rows): (f64, i64) =
@@ -83,7 +86,11 @@ pub(super) async fn many(host: &Host, options: &Options, report: &mut Report) ->
             .limit("batch statement alone", each * alone.postgres_cpu)
             .goal("below 10 µs", postgres_cpu < 10.0),
     );
-    report.figures.push(Figure::new("memory of the worker, most", memory.1, "MB"));
+    report.figures.push(
+        Figure::new("memory of the worker, most", memory.1, "MB")
+            .limit("the same process with its connections, idle", idle_memory)
+            .detail("connections", f64::from(POOL_MAX), ""),
+    );
     scene::reset(host).await?;
     Ok((alone, single))
 }

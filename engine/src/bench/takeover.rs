@@ -3,6 +3,7 @@
 use super::{
     Error, Options, Result,
     host::Host,
+    limits::Commit,
     process::Worker,
     report::{Figure, Report},
     scene,
@@ -17,7 +18,7 @@ const STEP_MS: u64 = 400;
 const LEASE: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(300);
 
-pub(super) async fn measure(host: &Host, options: &Options, report: &mut Report) -> Result<()> {
+pub(super) async fn measure(host: &Host, options: &Options, commit: &Commit, report: &mut Report) -> Result<()> {
     let runs = options.share(RUNS);
     let slots = u32::try_from(runs + 48).unwrap_or(u32::MAX);
     let definition = scene::deploy(host, scene::naps(STEPS, STEP_MS)).await?;
@@ -67,6 +68,7 @@ pub(super) async fn measure(host: &Host, options: &Options, report: &mut Report)
     );
     report.figures.push(
         Figure::new("steps lost or done twice, attempts open or closed twice", wrong, "")
+            .limit("rows of the single commits, lost or double", commit.lost)
             .goal("none", wrong == 0.0)
             .detail("attempts lost and repeated", lost, ""),
     );

@@ -86,8 +86,7 @@ fn detail(name: &'static str, value: f64, unit: &'static str) -> Detail {
 }
 
 fn beside(figure: Figure, limit: f64) -> Figure {
-    let what = "two commits alone";
-    Figure { limit: Some(Limit { what, value: limit, ratio: figure.value / limit }), ..figure }
+    Figure { limit: Some(Limit::of(figure.value, "two commits alone", limit)), ..figure }
 }
 
 /// A count that has to be 0.
