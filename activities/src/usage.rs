@@ -4,7 +4,7 @@
 
 use crate::nul;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::{Value, json, value::RawValue};
 
 /// Where token counts come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,7 +47,7 @@ pub struct Usage {
     /// at most [`DOUBTFUL_BYTES_MAX`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub doubtful_cost: Option<String>,
-    /// The provider's own usage object, verbatim.
+    /// The provider's own usage object: its JSON as a text, to the letter, where a number could lose digits; else the object.
     #[serde(default)]
     pub raw: Value,
 }
@@ -57,6 +57,9 @@ pub const DOUBTFUL_BYTES_MAX: usize = 64;
 
 /// Largest usage object of a provider that is kept, in bytes of JSON: ten times the longest that is known.
 pub const RAW_BYTES_MAX: usize = 16 * 1024;
+/// Most digits in a row, and in an exponent, of a number that is kept as it was written. Chosen: several times what a price has.
+const DIGITS_MAX: u32 = 200;
+const EXPONENT_DIGITS_MAX: u32 = 3;
 
 impl Usage {
     /// What the call cost in all by the provider's words, in pico-USD. `None`: it does not say, and our own arithmetic counts.
@@ -71,12 +74,49 @@ impl Usage {
         charged.checked_add(upstream)
     }
 
-    /// The provider's own usage object as it can be kept: without NUL, and of one that is too large only its size.
+    /// The provider's own usage object as it can be kept: its numbers as they were written, without NUL, and of one that is too
+    /// large only its size.
     #[must_use]
-    pub fn raw_to_keep(&self) -> Value {
-        let bytes = self.raw.to_string().len();
-        if bytes > RAW_BYTES_MAX { json!({ "too_large_bytes": bytes }) } else { nul::value(self.raw.clone()) }
+    pub fn raw_to_keep(&self) -> Box<RawValue> {
+        let text = match &self.raw {
+            Value::String(text) => text.clone(),
+            other => other.to_string(),
+        };
+        if text.len() > RAW_BYTES_MAX {
+            return written(&json!({ "too_large_bytes": text.len() }));
+        }
+        match serde_json::from_str::<Value>(&text) {
+            Ok(read) if text.contains("\\u0000") || !has_usual_numbers(&text) => written(&nul::value(read)),
+            Ok(_) => RawValue::from_string(text).unwrap_or_default(),
+            Err(_) => written(&nul::value(self.raw.clone())),
+        }
     }
+}
+
+fn written(value: &Value) -> Box<RawValue> {
+    serde_json::value::to_raw_value(value).unwrap_or_default()
+}
+
+/// Whether Postgres takes every number of a JSON text as it is: it knows 16,383 digits behind the point, and a server may write
+/// more. Nobody's usage has a number of more than [`DIGITS_MAX`] digits or [`EXPONENT_DIGITS_MAX`] in its exponent.
+fn has_usual_numbers(text: &str) -> bool {
+    let mut digits = 0;
+    let mut most = DIGITS_MAX;
+    let mut before = b' ';
+    for byte in text.bytes() {
+        if byte.is_ascii_digit() {
+            digits += 1;
+            if digits > most {
+                return false;
+            }
+        } else if !(matches!(byte, b'+' | b'-') && most == EXPONENT_DIGITS_MAX && digits == 0) {
+            let exponent = matches!(byte, b'e' | b'E') && before.is_ascii_digit();
+            most = if exponent { EXPONENT_DIGITS_MAX } else { DIGITS_MAX };
+            digits = 0;
+        }
+        before = byte;
+    }
+    true
 }
 
 /// Reading of `meter_open`: a call is about to be made.
@@ -196,5 +236,30 @@ impl PlannedCall {
             .iter()
             .zip(ceilings)
             .map(|((provider, model), ceiling)| (provider.as_str(), model.as_str(), ceiling))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_provider_says_of_its_usage_is_kept_to_the_letter_as_far_as_postgres_takes_it() {
+        let kept = |raw: Value| Usage { raw, ..Usage::default() }.raw_to_keep().get().to_owned();
+        let exact = r#"{"cost": 0.000310000000000000012300, "n": 1e-7,"is_byok":false}"#;
+        assert_eq!(kept(exact.into()), exact);
+        // An object, as older readings have it and Gemini's, whose numbers are whole.
+        assert_eq!(kept(json!({"totalTokenCount": 3})), r#"{"totalTokenCount":3}"#);
+        assert_eq!(kept(Value::Null), "null");
+        for (odd, expected) in [
+            (r#"{"cost": 1e-20000}"#.to_owned(), r#"{"cost":0.0}"#.to_owned()),
+            (r#"{"cost": 1E+0300}"#.to_owned(), r#"{"cost":1e+300}"#.to_owned()),
+            (format!(r#"{{"cost": 0.1{}}}"#, "0".repeat(300)), r#"{"cost":0.1}"#.to_owned()),
+            (r#"{"a": "b\u0000"}"#.to_owned(), "{\"a\":\"b\u{2400}\"}".to_owned()),
+            ("no JSON".to_owned(), "\"no JSON\"".to_owned()),
+            (format!("\"{}\"", "x".repeat(RAW_BYTES_MAX)), format!(r#"{{"too_large_bytes":{}}}"#, RAW_BYTES_MAX + 2)),
+        ] {
+            assert_eq!(kept(odd.clone().into()), expected, "{}", &odd[..odd.len().min(60)]);
+        }
     }
 }

@@ -5,7 +5,7 @@ use super::money::PicoUsd;
 use crate::{nul, usage::Usage};
 use chrono::{DateTime, Utc};
 use serde::Serialize;
-use sqlx::PgConnection;
+use sqlx::{PgConnection, types::Json};
 use uuid::Uuid;
 
 /// Hours that a call of unknown outcome is asked about. Source: money.md, section 5.
@@ -97,7 +97,7 @@ pub async fn fill(
     .bind(tokens(usage.tokens_output))
     .bind(tokens(usage.tokens_reasoning))
     .bind(usage.provider_cost_pusd.map(|c| c.max(0)))
-    .bind(usage.raw_to_keep())
+    .bind(Json(usage.raw_to_keep()))
     .bind(model.map(nul::text))
     .bind(finish_reason.map(nul::text))
     .execute(conn)

@@ -15,8 +15,8 @@ use crate::{
     usage::{CallClosed, CallNoted, CallOpened, CallState, UsageSource},
 };
 use chrono::{DateTime, Utc};
-use serde_json::Value;
-use sqlx::{PgConnection, Row};
+use serde_json::value::RawValue;
+use sqlx::{PgConnection, Row, types::Json};
 use uuid::Uuid;
 
 /// What the announcement of a call has to know, as of the lock of its user's row.
@@ -252,7 +252,7 @@ pub(super) struct End {
     /// What the provider says of the cost, if nobody can mean it: then it is not charged, and must be kept by [`doubt::keep`].
     pub doubt: Option<String>,
     pub provider_cost: Option<i64>,
-    pub raw: Value,
+    pub raw: Json<Box<RawValue>>,
 }
 
 impl End {
@@ -293,7 +293,7 @@ impl End {
                 (true, None, None) => 0,
             },
             provider_cost: usage.provider_cost_pusd.filter(|_| doubt.is_none()).map(|c| c.max(0)),
-            raw: usage.raw_to_keep(),
+            raw: Json(usage.raw_to_keep()),
             doubt,
         }
     }

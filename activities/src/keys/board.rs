@@ -7,6 +7,7 @@ use loopwright_engine::Failure;
 use sqlx::PgPool;
 use std::{
     collections::HashMap,
+    fmt,
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -17,6 +18,8 @@ use uuid::Uuid;
 pub const STANDING_AGE_MAX: Duration = Duration::from_secs(1);
 /// Most rows that are read: keys out of service, of which an installation has a handful.
 const ROWS_MAX: i64 = 1_000;
+/// Digits of a fingerprint that are shown: enough to tell keys apart by, too few to look one up in a list of hashes.
+const FINGERPRINT_SHOWN: usize = 8;
 /// Most models that keys may not use, or rest for, that are remembered; beyond it they are simply asked again.
 const FORBIDDEN_MAX: usize = 4_096;
 
@@ -34,7 +37,10 @@ pub const FORBIDDEN_FOR: Duration = Duration::from_secs(10 * 60);
 pub const FORBIDDEN: &str = "model.unavailable";
 
 /// Which row of `api_keys`.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+///
+/// # Shape
+/// Logs are given an id, or the first eight digits of a fingerprint ([`std::fmt::Debug`]).
+#[derive(Clone, PartialEq, Eq, Hash)]
 pub enum KeyRef {
     /// A key of the platform, from the environment or sealed, by its fingerprint in hex.
     Platform { provider: String, fingerprint: String },
@@ -482,7 +488,6 @@ impl Board {
     /// # Transaction
     /// One update of the key's row. A revoked key stays so.
     pub async fn disable(&self, key: &KeyRef, why: &Failure) {
-        tracing::error!(?key, code = %why.code, "a key is out of service: replace it, or `loopwright api-keys enable`");
         metrics::counter!("loopwright_api_key_events_total", "event" => "disabled", "reason" => why.code.clone())
             .increment(1);
         {
@@ -491,22 +496,35 @@ impl Board {
             known.standings.insert(key.clone(), Standing::Disabled { reason: why.code.clone() });
             known.said.insert(key.clone(), why.clone());
         }
-        let Some(pool) = &self.pool else { return };
-        let (own, provider, fingerprint) = key.columns();
-        let written = sqlx::query(
-            "update api_keys set status = 'disabled', disabled_reason = $4, cooldown_until = null, cooling_model = null
-             where status in ('active', 'cooling')
-               and (id = $1 or ($1 is null and user_id is null and provider = $2 and fingerprint = decode($3, 'hex')))",
-        )
-        .bind(own)
-        .bind(provider)
-        .bind(fingerprint)
-        .bind(&why.code)
-        .execute(pool)
-        .await;
-        if let Err(error) = written {
-            tracing::warn!(%error, "others are not told that a key is out of service");
+        let mut row: Option<(Uuid, String)> = None;
+        if let Some(pool) = &self.pool {
+            let (own, provider, fingerprint) = key.columns();
+            let written = sqlx::query_as(
+                "update api_keys set status = 'disabled', disabled_reason = $4, cooldown_until = null, cooling_model = null
+                 where status in ('active', 'cooling')
+                   and (id = $1 or ($1 is null and user_id is null and provider = $2 and fingerprint = decode($3, 'hex')))
+                 returning id, last4",
+            )
+            .bind(own)
+            .bind(provider)
+            .bind(fingerprint)
+            .bind(&why.code)
+            .fetch_optional(pool)
+            .await;
+            match written {
+                Ok(found) => row = found,
+                Err(error) => tracing::warn!(%error, "others are not told that a key is out of service"),
+            }
         }
+        // By what `loopwright api-keys list` calls it, where it has a row.
+        let (id, ends_in) = row.unzip();
+        tracing::error!(
+            ?key,
+            id = id.map(tracing::field::display),
+            ends_in = ends_in.as_deref(),
+            code = %why.code,
+            "a key is out of service: replace it, or `loopwright api-keys enable`"
+        );
     }
 
     /// Writes the rows of the platform's keys, so that they are listed before their first call.
@@ -531,6 +549,18 @@ impl Board {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for KeyRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Own(id) => write!(f, "own key {id}"),
+            Self::Platform { provider, fingerprint } => {
+                let begins = fingerprint.get(..FINGERPRINT_SHOWN).unwrap_or_default();
+                write!(f, "{provider} key {begins}…")
+            }
+        }
     }
 }
 

@@ -166,6 +166,11 @@ impl OpenRouterAccount {
             native_tokens_reasoning: Option<u64>,
             #[serde(default)]
             native_tokens_cached: Option<u64>,
+            #[serde(default)]
+            is_byok: Option<bool>,
+            /// Of the vendor behind it, where the call was served by a key that is deposited.
+            #[serde(default)]
+            upstream_inference_cost: Option<Box<RawValue>>,
         }
         let text = match self.text(key, &["generation"], Some(("id", id))).await {
             Ok(text) => text,
@@ -174,6 +179,9 @@ impl OpenRouterAccount {
         };
         let raw: Data<Box<RawValue>> = self.read(&text)?;
         let answer: Answer = self.read(raw.data.get())?;
+        let upstream_key = answer.is_byok == Some(true);
+        // One that cannot be read leaves the cost of the vendor unknown, and the call's with it.
+        let upstream = answer.upstream_inference_cost.as_deref().and_then(|raw| pusd_from_decimal(raw.get()));
         let usage = Usage {
             tokens_prompt: answer.native_tokens_prompt.unwrap_or(0),
             tokens_cached: answer.native_tokens_cached.unwrap_or(0),
@@ -182,10 +190,10 @@ impl OpenRouterAccount {
             tokens_reasoning: answer.native_tokens_reasoning.unwrap_or(0),
             source: UsageSource::Lookup,
             provider_cost_pusd: Some(self.money(&answer.total_cost)?),
-            upstream_key: false,
-            upstream_cost_pusd: None,
+            upstream_key,
+            upstream_cost_pusd: upstream.filter(|_| upstream_key),
             doubtful_cost: None,
-            raw: self.read::<Value>(raw.data.get())?,
+            raw: Value::String(raw.data.get().to_owned()),
         };
         Ok(Some(Generation { usage, model: answer.model, finish_reason: answer.finish_reason }))
     }

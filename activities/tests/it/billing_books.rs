@@ -95,7 +95,7 @@ async fn a_lost_answer_is_looked_up_until_the_provider_knows_it_and_charges_nobo
         if n == 0 {
             return answer("404 Not Found", r#"{"error":{"code":404,"message":"not yet"}}"#);
         }
-        answer("200 OK", r#"{"data":{"id":"gen-1","model":"m","total_cost":0.000310000001,"finish_reason":"stop","native_tokens_prompt":194,"native_tokens_completion":12,"native_tokens_reasoning":5,"native_tokens_cached":100}}"#)
+        answer("200 OK", r#"{"data":{"id":"gen-1","model":"m","total_cost":0.000310000001,"finish_reason":"stop","native_tokens_prompt":194,"native_tokens_completion":12,"native_tokens_reasoning":5,"native_tokens_cached":100,"latency":0.10000000000000000000001}}"#)
     })
     .await;
     let books = Books { openrouter: openrouter(&fake), ..books_of(&bench) };
@@ -104,12 +104,14 @@ async fn a_lost_answer_is_looked_up_until_the_provider_knows_it_and_charges_nobo
     sqlx::query("update api_key_usage set next_lookup_at = engine_now()").execute(&bench.pool).await.expect("later");
     assert_eq!(job(&books, "reconcile-calls").await.changed, 1);
     assert_eq!(job(&books, "reconcile-calls").await.checked, 0, "it is known");
-    let row: (String, String, i64, i64, i64) =
-        sqlx::query_as("select state, usage_source, tokens_prompt, provider_cost_pusd, cost_pusd from api_key_usage")
-            .fetch_one(&bench.pool)
-            .await
-            .expect("row");
-    assert_eq!(row, ("unknown".into(), "lookup".into(), 194, 310_000_001, 0));
+    let row: (String, String, i64, i64, i64, String) = sqlx::query_as(
+        "select state, usage_source, tokens_prompt, provider_cost_pusd, cost_pusd, raw_usage->>'latency' from api_key_usage",
+    )
+    .fetch_one(&bench.pool)
+    .await
+    .expect("row");
+    let to_the_letter = "0.10000000000000000000001".to_owned();
+    assert_eq!(row, ("unknown".into(), "lookup".into(), 194, 310_000_001, 0, to_the_letter));
     assert_eq!(bench.balance().await, (100_000_000, 0));
     assert_eq!(bench.violations().await, [""; 0]);
     let audited = job(&books, "reconcile-ledger").await;

@@ -89,7 +89,8 @@ async fn a_cost_that_nobody_can_mean_is_charged_by_our_price_and_told_until_it_i
     // The provider is asked again: one is believed now, one is as absurd as before, one is no number still.
     let fake = FakeProvider::start(|seen: &Seen, _| {
         let cost = match seen.path.rsplit('-').next() {
-            Some("x") => "0.0042",
+            // The provider's fee, and what the vendor behind it charged the key that is deposited.
+            Some("x") => "0.0002,\"is_byok\":true,\"upstream_inference_cost\":0.0040",
             Some("y") => "9000000",
             _ => "\"none\"",
         };

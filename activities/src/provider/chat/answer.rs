@@ -371,8 +371,9 @@ fn usage(chunk: &Value, text: &str) -> Option<Usage> {
     }
     let tokens_prompt = count("/prompt_tokens");
     let tokens_output = count("/completion_tokens");
+    let said = verbatim(text);
     let Costs { charged: provider_cost_pusd, upstream: upstream_cost_pusd, upstream_key, doubtful: doubtful_cost } =
-        costs(text);
+        said.map(costs).unwrap_or_default();
     // Proxies that do not count send zeros; a price beside them (a cache hit of OpenRouter) says they are meant.
     if tokens_prompt == 0 && tokens_output == 0 && provider_cost_pusd.is_none() {
         return None;
@@ -389,7 +390,7 @@ fn usage(chunk: &Value, text: &str) -> Option<Usage> {
         upstream_key,
         upstream_cost_pusd,
         doubtful_cost,
-        raw: raw.clone(),
+        raw: said.map_or_else(|| raw.clone(), Value::from),
     })
 }
 
@@ -406,13 +407,18 @@ struct Costs {
     doubtful: Option<String>,
 }
 
-/// Amounts by their own spelling: as floats they would lose digits.
-fn costs(text: &str) -> Costs {
+/// The usage of a chunk in its own spelling: as floats, amounts would lose digits.
+fn verbatim(chunk: &str) -> Option<&str> {
     #[derive(Deserialize)]
     struct Chunk<'a> {
         #[serde(borrow)]
-        usage: Option<Cost<'a>>,
+        usage: Option<&'a RawValue>,
     }
+    serde_json::from_str::<Chunk<'_>>(chunk).ok()?.usage.map(RawValue::get)
+}
+
+/// The amounts in a usage.
+fn costs(usage: &str) -> Costs {
     #[derive(Deserialize)]
     struct Cost<'a> {
         #[serde(borrow, default)]
@@ -427,9 +433,7 @@ fn costs(text: &str) -> Costs {
         #[serde(borrow, default)]
         upstream_inference_cost: Option<&'a RawValue>,
     }
-    let Some(cost) = serde_json::from_str::<Chunk<'_>>(text).ok().and_then(|chunk| chunk.usage) else {
-        return Costs::default();
-    };
+    let Ok(cost) = serde_json::from_str::<Cost<'_>>(usage) else { return Costs::default() };
     let amount = |raw: Option<&RawValue>| raw.and_then(|raw| pusd_from_decimal(raw.get()));
     let doubtful = |raw: Option<&RawValue>| {
         let said = raw.map(RawValue::get).filter(|said| *said != "null" && pusd_from_decimal(said).is_none())?;

@@ -109,4 +109,17 @@ async fn no_log_line_holds_a_key() {
         assert!(!text.contains(key) && !text.contains(middle), "{middle}");
     }
     assert!(!text.to_lowercase().contains("bearer "), "no header either");
+    let words = text.split(|c: char| !c.is_ascii_hexdigit());
+    let long: Vec<&str> = words.filter(|word| word.len() >= 64).collect();
+    assert!(long.is_empty(), "no fingerprint: {long:?}");
+    // What the operator is to replace is named by its row.
+    let rows: Vec<(uuid::Uuid, String)> =
+        sqlx::query_as("select id, last4 from api_keys").fetch_all(&pool).await.unwrap();
+    // (A server without a key has no row.)
+    let told: Vec<&str> = text.lines().filter(|line| line.contains("a key is out of service")).collect();
+    let is_told = |(id, last4): &(uuid::Uuid, String)| {
+        let row = [format!("id={id}"), format!("ends_in=\"{last4}\"")];
+        told.iter().any(|line| row.iter().all(|part| line.contains(part)))
+    };
+    assert!(rows.iter().any(is_told), "{told:#?}");
 }

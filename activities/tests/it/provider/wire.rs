@@ -402,6 +402,21 @@ async fn the_usage_of_gemini_adds_up_whether_thoughts_are_inside_or_not() {
 }
 
 #[tokio::test]
+async fn what_a_provider_says_of_its_usage_is_kept_to_the_letter() {
+    let written =
+        r#"{"prompt_tokens": 11,"completion_tokens":7, "cost": 0.000310000000, "later": 0.1000000000000000055511151}"#;
+    let choice = r#"{"index":0,"delta":{"content":"a"},"finish_reason":"stop"}"#;
+    let event = format!("data: {{\"choices\":[{choice}], \"usage\" : {written} }}\n\ndata: [DONE]\n\n");
+    for dialect in [Dialect::OpenRouter, Dialect::OpenAi] {
+        let server = FakeProvider::always(stream(event.as_bytes())).await;
+        let provider = client(dialect, &server.base_of(dialect), PATIENT);
+        let usage = ask_with(provider.as_ref(), &request(), &CancellationToken::new()).await.completion().usage;
+        assert_eq!((usage.tokens_prompt, usage.provider_cost_pusd), (11, Some(310_000_000)), "{dialect:?}");
+        assert_eq!(usage.raw_to_keep().get(), written, "{dialect:?}");
+    }
+}
+
+#[tokio::test]
 async fn snapshots_of_usage_are_not_added_and_null_is_none() {
     each(
         |d| {
