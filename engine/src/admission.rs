@@ -214,7 +214,8 @@ impl Admission {
     /// What goes along a chain. `None`: the definition says all.
     #[cfg(feature = "runtime")]
     pub(crate) fn named(&self) -> Option<Named> {
-        let named = Named { place: self.place.clone(), rate: self.rate.clone() };
+        let there = |place: Place| Place { on_conflict: place.on_conflict.once_there(), ..place };
+        let named = Named { place: self.place.clone().map(there), rate: self.rate.clone() };
         (named != Named::default()).then_some(named)
     }
 

@@ -49,7 +49,8 @@ uuid_id! {
 pub const SHARDS: i16 = 128;
 
 impl RunId {
-    /// A new id for a run that starts now.
+    /// A new id for a run that starts now: by this machine's clock, right or wrong. Of the time in it lists are sorted and pages read, and
+    /// nothing is decided by it; what is, is the database's (`engine_now()`).
     #[must_use]
     pub fn new() -> Self {
         Self(Uuid::now_v7())

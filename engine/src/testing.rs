@@ -128,6 +128,7 @@ pub const CRASH_POINTS: &[(&str, &str)] = &[
     ("group.after_arrival", "store/groups.rs"),
     ("group.after_entry", "store/groups.rs"),
     ("group.after_rate", "store/groups.rs"),
+    ("turned.after_admit", "store/groups.rs"),
     ("rate.after_row", "store/groups.rs"),
     ("rate.after_lock", "store/groups.rs"),
     ("admit.after_group", "store/groups.rs"),

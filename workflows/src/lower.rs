@@ -11,7 +11,7 @@ use crate::{
 };
 use loopwright_engine::{
     definition::{Bundle, Concurrency, Data, Definition, Escalate, FORMAT, Input, OnConflict, RetryPolicy, Timeouts},
-    labels::{LABELS_MAX, is_label},
+    labels::{LABEL_VALUE_BYTES_MAX, LABELS_MAX, SEARCH_LABELS_MAX, is_label},
     signature::{Catalog, Signature},
 };
 use serde_json::{Map, Value, json};
@@ -204,8 +204,8 @@ fn concurrency(top: &Fields<'_>, scope: &Scope, sink: &mut Sink) -> Option<Concu
         }
     }
     let limit = fields.integer("limit", 1..=CONCURRENCY_MAX, sink).unwrap_or(1);
-    let words =
-        [("queue", OnConflict::Queue), ("cancel-running", OnConflict::CancelRunning), ("fail", OnConflict::Fail)];
+    let words = [OnConflict::Queue, OnConflict::CancelNew, OnConflict::CancelRunning, OnConflict::Fail]
+        .map(|policy| (policy.as_str(), policy));
     let on_conflict = fields.word("on-conflict", &words, OnConflict::Queue, sink);
     let group = fields.get("group")?;
     let mut sites = Vec::new();
@@ -235,6 +235,40 @@ fn runs_on(top: &Fields<'_>, sink: &mut Sink) -> Vec<String> {
         sink.error("WF422", node.span, &node.path, format!("`runs-on` has 1 to {LABELS_MAX} labels"));
     }
     labels.into_iter().collect()
+}
+
+/// By which people find runs of the workflow: texts by names.
+fn labels(top: &Fields<'_>, sink: &mut Sink) -> Option<Map<String, Value>> {
+    let node = top.get("labels")?;
+    let Content::Map(entries) = &node.kind else {
+        let message = format!("expected a map for `labels`, found {}", node.type_name());
+        sink.error_help("WF106", node.span, &node.path, message, "for example `labels: { team: core }`");
+        return None;
+    };
+    if entries.len() > SEARCH_LABELS_MAX {
+        sink.error("WF422", node.span, &node.path, format!("at most {SEARCH_LABELS_MAX} labels"));
+    }
+    let mut labels = Map::new();
+    for (key, value) in entries {
+        if !is_label(&key.name) {
+            let help = "lower-case letters, digits and hyphens, at most 63, starting with a letter";
+            sink.error_help("WF106", key.span, &value.path, format!("`{}` is no name of a label", key.name), help);
+        }
+        match value.value() {
+            Value::String(text) if (1..=LABEL_VALUE_BYTES_MAX).contains(&text.len()) && !text.contains('\0') => {
+                labels.insert(key.name.clone(), Value::String(text));
+            }
+            Value::String(_) => {
+                let message = format!("a label is a text of 1 to {LABEL_VALUE_BYTES_MAX} bytes");
+                sink.error("WF422", value.span, &value.path, message);
+            }
+            _ => {
+                let message = format!("expected text for the label `{}`, found {}", key.name, value.type_name());
+                sink.error_help("WF106", value.span, &value.path, message, "write it in quotes");
+            }
+        }
+    }
+    (!labels.is_empty()).then_some(labels)
 }
 
 /// What a run may cost. A budget that caps nothing would be believed, so it says how many credits.
@@ -332,7 +366,7 @@ fn inputs(top: &Fields<'_>, sink: &mut Sink) -> BTreeMap<String, Input> {
     out
 }
 
-/// Triggers, models and presentation: kept for those who read them, outside of what the engine interprets.
+/// Triggers, models and labels: kept for those who read them; the engine gives the labels to the runs, among their attributes.
 fn extras(top: &Fields<'_>, triggers: Option<&Triggers>, sink: &mut Sink) -> Value {
     let mut extras = Map::new();
     if let Some(triggers) = triggers {
@@ -341,6 +375,9 @@ fn extras(top: &Fields<'_>, triggers: Option<&Triggers>, sink: &mut Sink) -> Val
     if let Some(node) = top.get("models") {
         check::models(node, sink);
         extras.insert("models".into(), node.value());
+    }
+    if let Some(labels) = labels(top, sink) {
+        extras.insert("labels".into(), Value::Object(labels));
     }
     if extras.is_empty() { Value::Null } else { Value::Object(extras) }
 }

@@ -30,6 +30,17 @@ pub(crate) fn example(name: &str) -> Option<&'static str> {
     })
 }
 
+/// What does today what a key of a later version is to do.
+fn instead(name: &str) -> Option<&'static str> {
+    Some(match name {
+        "concurrency" => "move the step into a workflow with this `concurrency` at its top, and `call` that",
+        "key" => "tell messages of one name apart by `where`, for example `where: signal.item == item.id`",
+        "form" => "ask with an `await` that has this `form`",
+        "allow-self" => "leave it out: the owner of the run decides, whoever started it",
+        _ => return None,
+    })
+}
+
 /// A map whose keys must all be known.
 pub(crate) struct Fields<'a> {
     pub(crate) node: &'a Node,
@@ -78,7 +89,8 @@ impl<'a> Fields<'a> {
         if self.has(name) {
             let message = format!("`{name}` is planned for a later version and not accepted yet");
             let path = format!("{}/{name}", self.node.path);
-            sink.error("WF224", self.key_span(name), &path, message);
+            let help = instead(name).map(str::to_owned);
+            sink.add("WF224", Severity::Error, self.key_span(name), &path, message, help);
         }
     }
     pub(crate) fn get(&self, name: &str) -> Option<&'a Node> {

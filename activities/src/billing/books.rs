@@ -313,27 +313,6 @@ pub async fn open_findings(conn: &mut PgConnection, limit: i64) -> Result<Vec<Ke
     Ok(rows.into_iter().map(kept).collect())
 }
 
-/// Resolves a finding by an operator's word; one of a doubted cost ends the doubt. False if there is none that is open. A job that sees
-/// the same again opens it again.
-///
-/// # Transaction
-/// The caller's.
-pub async fn resolve(conn: &mut PgConnection, finding: i64, why: &str) -> Result<bool, sqlx::Error> {
-    let resolved: Option<(String, String)> = sqlx::query_as(
-        "update reconcile_findings set resolved_at = engine_now(), resolution = $2 where id = $1 and resolved_at is null
-         returning kind, subject",
-    )
-    .bind(finding)
-    .bind(why)
-    .fetch_optional(&mut *conn)
-    .await?;
-    let Some((kind, subject)) = resolved else { return Ok(false) };
-    if let (super::doubt::KIND, Ok(call)) = (&*kind, subject.parse()) {
-        super::doubt::resolve(conn, call, why).await?;
-    }
-    Ok(true)
-}
-
 /// How far a job has come in a list of the outside.
 pub async fn cursor(conn: &mut PgConnection, job: &str) -> Result<i64, sqlx::Error> {
     let found: Option<i64> = sqlx::query_scalar("select position from reconcile_cursors where job = $1")

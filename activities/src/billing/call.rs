@@ -7,8 +7,7 @@ use super::{
     hold::Reservable,
     ledger::{self, LedgerError},
     money::{MicroCredits, PicoUsd, Rate},
-    once,
-    price::{self, Price},
+    price::{self, Price, Rows},
 };
 use crate::{
     nul,
@@ -75,7 +74,7 @@ pub(super) async fn facts(
         .bind(user)
         .bind(&call.provider)
         .bind(&call.model)
-        .bind(once::rows(call).or_any(&call.model))
+        .bind(Rows::of(call).or_any(&call.model))
         .bind(call.own_key_id)
         .bind(&call.key_fingerprint)
         .fetch_optional(conn)

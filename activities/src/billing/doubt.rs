@@ -131,6 +131,27 @@ pub async fn resolve(conn: &mut PgConnection, usage_id: i64, why: &str) -> Resul
     Ok(done.rows_affected() > 0)
 }
 
+/// Resolves a finding by an operator's word; one of a doubted cost ends the doubt. False if there is none that is open. A job that sees
+/// the same again opens it again.
+///
+/// # Transaction
+/// The caller's.
+pub async fn resolve_finding(conn: &mut PgConnection, finding: i64, why: &str) -> Result<bool, sqlx::Error> {
+    let resolved: Option<(String, String)> = sqlx::query_as(
+        "update reconcile_findings set resolved_at = engine_now(), resolution = $2 where id = $1 and resolved_at is null
+         returning kind, subject",
+    )
+    .bind(finding)
+    .bind(why)
+    .fetch_optional(&mut *conn)
+    .await?;
+    let Some((kind, subject)) = resolved else { return Ok(false) };
+    if let (KIND, Ok(call)) = (&*kind, subject.parse()) {
+        resolve(conn, call, why).await?;
+    }
+    Ok(true)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

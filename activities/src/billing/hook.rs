@@ -6,7 +6,7 @@ use super::{
     hold::{self, Reservable},
     ledger::{self, LedgerError},
     money::{MicroCredits, PicoUsd, Rate},
-    once::{self, Once, Whose},
+    once::{Once, Whose},
     parked::{self, Needs, REVIEW},
     price::{self, Rows},
     returned::{CREDITS, Returned},
@@ -188,7 +188,7 @@ impl LedgerHook {
         let (input, output) = (opened.input_tokens_max, opened.output_tokens_max);
         let tiers = match self.once.known(opened, &facts.prices) {
             Some(known) => known,
-            None => Arc::new(price::tiers(conn, once::rows(opened), &opened.provider, &opened.model, None).await?),
+            None => Arc::new(price::tiers(conn, Rows::of(opened), &opened.provider, &opened.model, None).await?),
         };
         let priced = tiers.bound(input, output);
         let whose = Whose { attempt: id, key, user: owner.user, project: owner.project };

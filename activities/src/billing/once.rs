@@ -92,7 +92,7 @@ impl Once {
             .add(whose.project)?
             .add(&opened.provider)?
             .add(&opened.model)?
-            .add(rows(opened).or_any(&opened.model))?
+            .add(Rows::of(opened).or_any(&opened.model))?
             .add(tiers.ids())?
             .add(bound.map(|(price, _)| price.id))?
             .add(worst)?
@@ -144,13 +144,8 @@ impl Once {
     }
 }
 
-/// Which rows may price a call.
-pub(super) fn rows(opened: &CallOpened) -> Rows {
-    if opened.local { Rows::OwnOrAny } else { Rows::Own }
-}
-
 fn model(opened: &CallOpened) -> Model {
-    (rows(opened), opened.provider.clone(), opened.model.clone())
+    (Rows::of(opened), opened.provider.clone(), opened.model.clone())
 }
 
 /// Remembers one more, or begins anew: what is forgotten is read again.

@@ -1,7 +1,7 @@
 //! Dated prices: which row a call is priced by, and the arithmetic.
 
 use super::money::PicoUsd;
-use crate::usage::Usage;
+use crate::usage::{CallOpened, Usage};
 use chrono::{DateTime, Utc};
 use sqlx::{PgConnection, PgPool, Row, postgres::PgRow};
 use std::collections::{BTreeMap, BTreeSet};
@@ -79,6 +79,10 @@ pub enum Rows {
 }
 
 impl Rows {
+    /// Those that may price a call.
+    pub(super) fn of(call: &CallOpened) -> Self {
+        if call.local { Self::OwnOrAny } else { Self::Own }
+    }
     /// What may stand for a model beside its name.
     pub(super) fn or_any(self, model: &str) -> &str {
         if self == Self::Own { model } else { ANY_MODEL }

@@ -3,6 +3,7 @@
 //! What an answer says of a key is written to its row at once and read by everybody within a second. Without a database
 //! (tests, the rehearsal) the same is known to this process alone.
 
+use chrono::{DateTime, Utc};
 use loopwright_engine::Failure;
 use sqlx::PgPool;
 use std::{
@@ -223,6 +224,20 @@ impl Board {
             let key = KeyRef::Platform { provider, fingerprint };
             if !noted.contains_key(&key) {
                 standings.insert(key, standing);
+            }
+        }
+    }
+
+    /// Now, by the clock that all workers share: the database's. A rest until an instant that a provider names is a wait that is written
+    /// for everybody, so a worker whose own clock is an hour off must not make it. This machine's, where there is no database or no
+    /// answer: then nobody else is told either.
+    pub async fn now(&self) -> DateTime<Utc> {
+        let Some(pool) = &self.pool else { return Utc::now() };
+        match sqlx::query_scalar("select engine_now()").fetch_one(pool).await {
+            Ok(now) => now,
+            Err(error) => {
+                tracing::warn!(%error, "the time of the database is not known; this machine's is taken");
+                Utc::now()
             }
         }
     }

@@ -7,7 +7,7 @@ use crate::{
 };
 use futures_util::future::join_all;
 use loopwright_activities::{
-    billing::{MicroCredits, Rate, books, pricelist, pricelist::Trust, purchase},
+    billing::{MicroCredits, Rate, doubt, pricelist, pricelist::Trust, purchase},
     reconcile::Books,
     usage::{CallState, Usage, UsageSource},
 };
@@ -115,8 +115,8 @@ async fn a_cost_that_nobody_can_mean_is_charged_by_our_price_and_told_until_it_i
     // A person says what came of the others.
     let mut conn = bench.pool.acquire().await.expect("conn");
     for finding in &found {
-        assert!(books::resolve(&mut conn, finding.id, "their bill says 0").await.expect("resolved"));
-        assert!(!books::resolve(&mut conn, finding.id, "again").await.expect("resolved before"));
+        assert!(doubt::resolve_finding(&mut conn, finding.id, "their bill says 0").await.expect("resolved"));
+        assert!(!doubt::resolve_finding(&mut conn, finding.id, "again").await.expect("resolved before"));
     }
     let open: i64 = sqlx::query_scalar("select count(*) from cost_doubts where resolved_at is null")
         .fetch_one(&mut *conn)

@@ -9,7 +9,7 @@ use crate::{
     labels,
     store::{
         self,
-        groups::{self, Arrival},
+        groups::{self, Arrival, Guest},
         starts,
     },
 };
@@ -23,7 +23,10 @@ const TAKE_TRIES: u32 = 32;
 impl Client {
     /// Starts a run, unless its id (the business key) or its run id say otherwise: see [`IdConflict`] and
     /// [`IdReuse`](crate::admission::IdReuse). A start that is sent again under its run id finds its run, whatever the policies
-    /// say, and ends nobody.
+    /// say, and ends nobody. One that finds its group full and gives way to those who are there (`cancel-new`) starts as well, and is
+    /// cancelled before it begins anything.
+    ///
+    /// The run's attributes are those of the start and the labels of its definition.
     ///
     /// # Errors
     /// `input_invalid`, `definition_not_found`, `too_large`, `too_deep`, `concurrency_full`, `rate_full`, `workflow_id_open`,
@@ -59,6 +62,8 @@ impl Client {
         start: Start,
         definition: &Definition,
     ) -> Result<Started> {
+        let attributes = labels::labelled(start.attributes, &definition.extras);
+        let start = Start { attributes, ..start };
         let size = json_len(&start.attributes);
         if size > ATTRIBUTES_BYTES_MAX {
             return Err(Error::TooLarge { what: "attributes", actual: size, limit: ATTRIBUTES_BYTES_MAX });
@@ -139,7 +144,7 @@ impl Client {
         let not_before = next_start(conn, start).await?;
         if place.is_some() || admission.rate.is_some() {
             crate::committer::crash_point("start.after_rate");
-            let arrival = groups::arrive(conn, run, place, not_before, true).await?;
+            let arrival = groups::arrive(conn, run, place, not_before, Guest::Start).await?;
             if arrival == Arrival::Refused {
                 return Err(Error::ConcurrencyFull(place.map(|p| p.group.clone()).unwrap_or_default()));
             }

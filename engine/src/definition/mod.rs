@@ -24,7 +24,8 @@ use std::collections::BTreeMap;
 /// - 1: the first.
 /// - 2: `continue_as_new`.
 /// - 3: `runs_on`.
-pub const FORMAT: u32 = 3;
+/// - 4: [`OnConflict::CancelNew`].
+pub const FORMAT: u32 = 4;
 
 /// A compiled, validated workflow.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -56,7 +57,8 @@ pub struct Definition {
     /// What may be asked of a run at any time, by name; evaluated over the body's steps, never recorded.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub queries: BTreeMap<String, Data>,
-    /// Front-end data that activities read (for example model overrides); opaque to the engine.
+    /// Front-end data that activities read (for example model overrides). The engine reads `labels` of it, by which runs are found
+    /// ([`crate::labels::labelled`]).
     #[serde(default, skip_serializing_if = "Value::is_null")]
     pub extras: Value,
 }
@@ -80,6 +82,8 @@ pub struct Concurrency {
 pub enum OnConflict {
     /// It waits, in the order of arrival.
     Queue,
+    /// It is cancelled before it begins anything; a fork and the next run of a chain wait.
+    CancelNew,
     /// The oldest are cancelled; it begins when they have closed, their `finally` included.
     CancelRunning,
     /// It is not started.
@@ -92,8 +96,18 @@ impl OnConflict {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Queue => "queue",
+            Self::CancelNew => "cancel-new",
             Self::CancelRunning => "cancel-running",
             Self::Fail => "fail",
+        }
+    }
+
+    /// What is kept of it with a run that is in the group, or waits: it is nobody's to refuse or to cancel any more.
+    #[must_use]
+    pub(crate) fn once_there(self) -> Self {
+        match self {
+            Self::CancelNew => Self::Fail,
+            other @ (Self::Queue | Self::CancelRunning | Self::Fail) => other,
         }
     }
 }
@@ -504,7 +518,13 @@ impl Definition {
                 format = 2;
             }
         });
-        if self.runs_on.is_empty() { format } else { 3 }
+        if !self.runs_on.is_empty() {
+            format = 3;
+        }
+        if self.concurrency.as_ref().is_some_and(|group| group.on_conflict == OnConflict::CancelNew) {
+            format = 4;
+        }
+        format
     }
 }
 

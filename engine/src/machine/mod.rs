@@ -136,6 +136,10 @@ pub enum Inbound {
     Terminate {
         reason: String,
     },
+    /// Its concurrency group was full, and it was to give way to those who are there: it ends as cancelled, and has begun nothing.
+    TurnedAway {
+        reason: String,
+    },
     Unblock,
     /// Nothing new begins until somebody resumes the run.
     Pause {

@@ -405,6 +405,9 @@ fn message(
             emit(state, Event::RunResumed { reason, by, halted, at: moment.now }, decision)
         }
         Inbound::Terminate { reason } => terminate(state, reason, moment, decision),
+        Inbound::TurnedAway { reason } => {
+            close(state, RunStatus::Cancelled, Failure::permanent("cancelled", reason), moment, decision)
+        }
         Inbound::Cancel { reason } => {
             // Who wants the run to stop wants its cleanup, too.
             if state.status == RunStatus::Paused {

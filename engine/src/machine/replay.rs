@@ -384,6 +384,7 @@ fn input(state: &mut RunState, events: &[Event]) -> Result<(Input, usize, DateTi
         Some(input) if first.is_empty() && messages.is_empty() => return Ok((input, events.len(), earliest)),
         // Among others it was a message; what follows from it is the same.
         Some(Input::Terminated { reason }) => messages.push(Inbound::Terminate { reason }),
+        Some(Input::Messages(mut orders)) => messages.append(&mut orders),
         Some(_) | None => {}
     }
     if !messages.is_empty() {
@@ -430,6 +431,12 @@ fn closes_at_once(before: &RunState, events: &[Event]) -> Option<Input> {
         Some(Event::RunClosed { status: RunStatus::Terminated, failure, .. }) => {
             let reason = failure.as_ref().map(|f| f.message.clone()).unwrap_or_default();
             Some(Input::Terminated { reason })
+        }
+        // A cancel is said first, and what follows it is decided.
+        Some(Event::RunClosed { status: RunStatus::Cancelled, failure: Some(failure), .. })
+            if before.ending.is_none() && !events.iter().any(ends) =>
+        {
+            Some(Input::Messages(vec![Inbound::TurnedAway { reason: failure.message.clone() }]))
         }
         // Whatever else fails a run is said first.
         Some(Event::RunClosed { status: RunStatus::Failed, .. })

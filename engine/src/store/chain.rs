@@ -1,7 +1,8 @@
 //! Chains: runs of which each continues as new and the next goes on in its place.
 
 use super::{
-    blobs, definitions, groups,
+    blobs, definitions,
+    groups::{self, Guest},
     inbox::{self, Outgoing, Sent},
     schedules, starts,
     transitions::Text,
@@ -61,18 +62,19 @@ impl Successor {
 /// Workflow, definition, the instant that it waits for, messages ever sent to the run before, what the first start named.
 type StartedRow = (String, Vec<u8>, Option<DateTime<Utc>>, i64, Option<Json<Named>>);
 
-/// What a run waits for that somebody has started who cannot be turned away.
+/// What a run waits for that is no start of its own.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Arrives {
     place: Option<Place>,
     rate: Option<Rate>,
     not_before: Option<DateTime<Utc>>,
+    is_child: bool,
 }
 
 impl Arrives {
     /// At a place only, as soon as there is one.
-    pub(super) fn at(place: Place) -> Self {
-        Self { place: Some(place), ..Self::default() }
+    pub(super) fn of_child(place: Place) -> Self {
+        Self { place: Some(place), is_child: true, ..Self::default() }
     }
 
     /// At the group that a start has named, otherwise at its definition's, and at the rate of the start. `None`: it waits for nothing.
@@ -91,7 +93,7 @@ impl Arrives {
             }
         };
         let rate = named.rate;
-        Ok((place.is_some() || rate.is_some()).then_some(Self { place, rate, not_before: None }))
+        Ok((place.is_some() || rate.is_some()).then_some(Self { place, rate, ..Self::default() }))
     }
 
     /// Plans the start under the rate, once. Returns the instant that is waited for.
@@ -115,7 +117,8 @@ impl Arrives {
 }
 
 /// Holds back runs that were started in this transaction until there is a place for them and their time has come. Never turned
-/// away: a parent waits for its child, a chain would end, and a fork is just this one that somebody has asked for.
+/// away: a parent waits for its child, a chain would end, and a fork is just this one that somebody has asked for. Only a child whose
+/// group wants it so (`cancel-new`) is cancelled, which its parent hears.
 ///
 /// # Transaction
 /// Locks rates, then groups, by their names.
@@ -126,10 +129,11 @@ pub(crate) async fn arrive(conn: &mut PgConnection, mut arrivals: Vec<(Arrives, 
         crate::committer::crash_point("arrive.after_plan");
     }
     arrivals.sort_by(|(a, _), (b, _)| a.place.as_ref().map(|p| &p.group).cmp(&b.place.as_ref().map(|p| &p.group)));
-    for (Arrives { place, not_before, .. }, run) in &arrivals {
+    for (Arrives { place, not_before, is_child, .. }, run) in &arrivals {
+        let guest = if *is_child { Guest::Child } else { Guest::Stays };
         groups::hold_back(conn, *run).await?;
         crate::committer::crash_point("arrive.after_hold");
-        groups::arrive(conn, *run, place.as_ref(), *not_before, false).await?;
+        groups::arrive(conn, *run, place.as_ref(), *not_before, guest).await?;
         crate::committer::crash_point("arrive.after_place");
     }
     Ok(())

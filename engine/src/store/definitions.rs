@@ -239,13 +239,16 @@ pub(crate) async fn concurrency(conn: &mut PgConnection, hash: DefinitionHash) -
 pub(crate) struct Terms {
     pub(crate) concurrency: Option<Concurrency>,
     pub(crate) runs_on: Vec<String>,
+    /// With the labels by which its runs are found.
+    pub(crate) extras: Value,
 }
 
 /// None, if there is no such definition.
 pub(crate) async fn terms(conn: &mut PgConnection, hash: DefinitionHash) -> Result<Terms> {
     let found = sqlx::query(
-        "select coalesce(ir->'concurrency', 'null') as concurrency, ir->'runs_on' as runs_on from definitions
-         where hash = $1 and (ir ? 'concurrency' or ir ? 'runs_on')",
+        "select coalesce(ir->'concurrency', 'null') as concurrency, ir->'runs_on' as runs_on,
+                jsonb_build_object('labels', ir #> '{extras,labels}') as extras
+         from definitions where hash = $1 and (ir ? 'concurrency' or ir ? 'runs_on' or ir #> '{extras,labels}' is not null)",
     )
     .bind(&hash.0[..])
     .fetch_optional(conn)
@@ -253,5 +256,6 @@ pub(crate) async fn terms(conn: &mut PgConnection, hash: DefinitionHash) -> Resu
     let Some(row) = found else { return Ok(Terms::default()) };
     let Json(concurrency) = row.try_get("concurrency")?;
     let labels: Option<Json<Vec<String>>> = row.try_get("runs_on")?;
-    Ok(Terms { concurrency, runs_on: labels.map(|Json(labels)| labels).unwrap_or_default() })
+    let runs_on = labels.map(|Json(labels)| labels).unwrap_or_default();
+    Ok(Terms { concurrency, runs_on, extras: row.try_get("extras")? })
 }

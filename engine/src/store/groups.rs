@@ -35,12 +35,24 @@ const PASS_MAX: i64 = 100;
 pub(crate) enum Arrival {
     Admitted,
     Waits,
-    /// There is no place, and it may not wait.
+    /// There is no place, and it may not wait: it must not be there.
     Refused,
+    /// There is no place, and it gives way: whoever claims it closes it as cancelled, before it begins anything.
+    TurnedAway,
 }
 
-/// Lets a run arrive whose row says that it is not admitted. `refuses`: whether it may be turned away; one that may not be
-/// waits in any case.
+/// Who arrives: what may become of it if there is no place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Guest {
+    /// It waits, is refused or gives way, as its group says.
+    Start,
+    /// It waits or gives way: a parent waits for its end.
+    Child,
+    /// It waits in any case: the next of a chain, a fork.
+    Stays,
+}
+
+/// Lets a run arrive whose row says that it is not admitted.
 ///
 /// # Transaction
 /// Must be the one that inserts the run. Locks the group's row.
@@ -49,7 +61,7 @@ pub(crate) async fn arrive(
     run: RunId,
     place: Option<&Place>,
     not_before: Option<DateTime<Utc>>,
-    refuses: bool,
+    guest: Guest,
 ) -> Result<Arrival> {
     let Some(group) = place else {
         if not_before.is_none() {
@@ -75,7 +87,13 @@ pub(crate) async fn arrive(
     .fetch_one(&mut *conn)
     .await?;
     let free = free_place(&taken, group.limit).filter(|_| waiting == 0 && not_before.is_none());
-    if refuses && free.is_none() && (group.on_conflict == OnConflict::Fail || waiting >= WAITING_MAX) {
+    let full = taken.len() >= group.limit as usize || waiting > 0;
+    if full && guest != Guest::Stays && group.on_conflict == OnConflict::CancelNew {
+        turn_away(conn, run, &group.group).await?;
+        return Ok(Arrival::TurnedAway);
+    }
+    let refuses = group.on_conflict == OnConflict::Fail || waiting >= WAITING_MAX;
+    if free.is_none() && guest == Guest::Start && refuses {
         return Ok(Arrival::Refused);
     }
     insert(conn, run, Some((group, n, free)), not_before).await?;
@@ -85,6 +103,32 @@ pub(crate) async fn arrive(
     }
     admit(conn, run).await?;
     Ok(Arrival::Admitted)
+}
+
+/// Lets a run into the queue with the order to end, which its first decision reads: it has no place and begins nothing.
+async fn turn_away(conn: &mut PgConnection, run: RunId, group: &str) -> Result<()> {
+    let (holder, has_place): (uuid::Uuid, bool) = sqlx::query_as(
+        "select run_id, place is not null from admissions where group_name = $1 order by place is null, n limit 1",
+    )
+    .bind(group)
+    .fetch_one(&mut *conn)
+    .await?;
+    let does = if has_place { "holds a place" } else { "waits for a place" };
+    let payload = json!(format!("run {holder} {does} in concurrency group `{group}`, and this one was to give way"));
+    admit(conn, run).await?;
+    crate::committer::crash_point("turned.after_admit");
+    let message = Outgoing {
+        run,
+        kind: Kind::Terminate,
+        name: inbox::TURNED_AWAY,
+        payload: &payload,
+        dedupe_id: None,
+        sender: None,
+        definition: None,
+        unread_max: None,
+    };
+    inbox::send(conn, &message).await?;
+    Ok(())
 }
 
 /// Locks the rows of a rate and of a group, made if they are not there, for a transaction whose hook locks accounts before somebody
@@ -164,7 +208,7 @@ async fn insert(
     .bind(group.map(|(_, n, _)| n))
     .bind(group.map(|(g, ..)| i32::try_from(g.limit).unwrap_or(i32::MAX)))
     .bind(group.and_then(|(.., place)| place))
-    .bind(group.map(|(g, ..)| g.on_conflict.as_str()))
+    .bind(group.map(|(g, ..)| g.on_conflict.once_there().as_str()))
     .bind(not_before)
     .execute(conn)
     .await?;

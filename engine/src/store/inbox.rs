@@ -26,6 +26,10 @@ pub(crate) const ORDERS_MAX: i64 = 1_000;
 const MESSAGES: &[&str] = &["signal", "update"];
 const ORDERS: &[&str] = &["cancel", "pause", "resume"];
 
+/// The name of a `terminate` that cancels a run before it has begun: its concurrency group was full. A release that does not know
+/// it terminates the run.
+pub(crate) const TURNED_AWAY: &str = "turned_away";
+
 /// What a message is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -254,6 +258,9 @@ fn inbound(run: RunId, row: &PgRow, payload: Value) -> Result<Inbound> {
             return Err(crate::Error::NewerRelease(format!("a message to run {run} (kind `{other}`)")));
         }
         "cancel" => Inbound::Cancel { reason: payload.as_str().unwrap_or("cancelled on request").to_owned() },
+        "terminate" if row.try_get::<Option<&str>, _>("name")? == Some(TURNED_AWAY) => {
+            Inbound::TurnedAway { reason: payload.as_str().unwrap_or_default().to_owned() }
+        }
         "terminate" => Inbound::Terminate { reason: payload.as_str().unwrap_or_default().to_owned() },
         "unblock" => Inbound::Unblock,
         "pause" => Inbound::Pause { reason: text(&payload, "reason"), by: row.try_get("sender")? },

@@ -7,7 +7,7 @@
 use super::{
     chain::{KNOWN_MAX, Successor},
     groups::{self, Arrival},
-    inbox::{ChildResult, Kind, Sent},
+    inbox::{self, ChildResult, Kind, Sent},
     transitions::{Child, Item, Text, Verdict},
     turns::{Due, Turns},
 };
@@ -302,6 +302,15 @@ impl Memory {
         let place = groups::free_place(&taken, group.limit).filter(|_| waiting == 0 && not_before <= self.now);
         if place.is_none() && refuses && group.on_conflict == OnConflict::Fail {
             return Arrival::Refused;
+        }
+        if refuses && group.on_conflict == OnConflict::CancelNew && (taken.len() >= group.limit as usize || waiting > 0)
+        {
+            let Some(row) = self.runs.get_mut(&run) else { return Arrival::Refused };
+            row.epoch += 1;
+            self.ready.insert(run, self.now);
+            let reason = json!(format!("concurrency group `{}` was full", group.group));
+            self.post(&Post::new(run, Kind::Terminate, inbox::TURNED_AWAY, reason));
+            return Arrival::TurnedAway;
         }
         self.arrivals.insert(group.group.clone(), n);
         self.seats.insert(run, Seat { group: group.group.clone(), n, places: group.limit, place, not_before });
@@ -804,6 +813,9 @@ impl Message {
         match self.kind {
             Kind::Cancel => {
                 Inbound::Cancel { reason: self.payload.as_str().unwrap_or("cancelled on request").to_owned() }
+            }
+            Kind::Terminate if self.name == inbox::TURNED_AWAY => {
+                Inbound::TurnedAway { reason: self.payload.as_str().unwrap_or_default().to_owned() }
             }
             Kind::Terminate => Inbound::Terminate { reason: self.payload.as_str().unwrap_or_default().to_owned() },
             Kind::Unblock => Inbound::Unblock,

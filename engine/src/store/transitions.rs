@@ -3,6 +3,7 @@
 use crate::{
     Error, Result,
     admission::Place,
+    client::ATTRIBUTES_BYTES_MAX,
     hook::{AttemptEnd, AttemptStart, HookError, Refusal, Transition, TransitionHook},
     ids::{DefinitionHash, RunId},
     labels,
@@ -456,7 +457,7 @@ pub(crate) async fn apply_effects<I: Borrow<Item>>(
     for (_, item) in accepted() {
         for child in &item.effects.children {
             let arrives = start_child(conn, item, child).await.map_err(Undone::of)?;
-            arrivals.extend(arrives.map(|place| (Arrives::at(place), child.run_id)));
+            arrivals.extend(arrives.map(|place| (Arrives::of_child(place), child.run_id)));
             crate::committer::crash_point("settle.after_child");
         }
     }
@@ -529,7 +530,7 @@ async fn start_child(conn: &mut PgConnection, parent: &Item, child: &Child) -> R
     .bind(&child.workflow)
     .bind(&child.definition.0[..])
     .bind(labels::key(&child.queue, &terms.runs_on))
-    .bind(&child.attributes)
+    .bind(labels::handed_down(&child.attributes, &terms.extras, ATTRIBUTES_BYTES_MAX))
     .bind(&parent.topic)
     .bind(Json(&*inputs))
     .bind(parent.run_id.shard())

@@ -2,35 +2,26 @@
 //! nothing is lost or done twice.
 
 use crate::{
-    bench::{Bench, Gate, PATIENCE, Work, definition, gated, is_waited_for, step, waits_for, work},
+    bench::{Bench, Gate, PATIENCE, definition, gated, is_waited_for, step, waits_for, work},
     faults::{GRACE, LONG},
     way::Way,
 };
 use loopwright_engine::{
-    Failure,
     activity::Registry,
     client::Signal,
     definition::{Definition, Kind},
     view::RunStatus,
     worker::{self, WorkerConfig, WorkerHandle},
 };
-use serde_json::{Value, json};
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use serde_json::json;
+use std::{collections::BTreeMap, time::Duration};
 
 /// How long these workers wait for an answer. More than a busy machine takes, less than the lease.
 const ANSWER_MAX: Duration = Duration::from_secs(2);
 
 /// A worker whose every word goes along `way`; its attempts wait at the gate.
 async fn along(way: &Way, bench: &Bench, gate: &Gate) -> WorkerHandle {
-    let gate = gate.clone();
-    let script = move |_, _| {
-        let gate = gate.clone();
-        Box::pin(async move {
-            gate.pass().await;
-            Ok::<_, Failure>(Value::Null)
-        }) as futures_util::future::BoxFuture<'static, _>
-    };
-    let mut config = WorkerConfig::new(way.pool(8).await, Registry::new().with(Work(Arc::new(script))));
+    let mut config = WorkerConfig::new(way.pool(8).await, Registry::new().with(gate.work()));
     (config.hook, config.lease) = (bench.hook.clone(), LONG);
     worker::start_impatient(config, ANSWER_MAX).await.expect("worker")
 }

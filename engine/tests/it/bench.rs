@@ -185,6 +185,13 @@ impl Bench {
         *self.script.lock().expect("lock") = Arc::new(move |ctx, input| Box::pin(f(ctx, input)));
     }
 
+    /// A gate at which every attempt of workers that are started from now on waits, whatever it is told; its result is its input.
+    pub fn gate(&self) -> Gate {
+        let gate = Gate::new();
+        *self.script.lock().expect("lock") = gate.work().0;
+        gate
+    }
+
     pub async fn worker(&self) -> WorkerHandle {
         self.worker_with(LEASE, 32).await
     }
@@ -410,6 +417,17 @@ impl Gate {
     pub async fn pass(&self) {
         self.0.add_permits(1);
         self.1.acquire().await.expect("open").forget();
+    }
+    /// An activity whose attempts wait here, whatever they are told, and whose result is its input.
+    pub fn work(&self) -> Work {
+        let gate = self.clone();
+        Work(Arc::new(move |_, input| {
+            let gate = gate.clone();
+            Box::pin(async move {
+                gate.pass().await;
+                Ok(input)
+            })
+        }))
     }
     /// Waits until `n` attempts have arrived.
     pub async fn arrived(&self, n: u32) {

@@ -63,17 +63,7 @@ async fn terminating_a_parked_run_leaves_nothing_in_the_queue() {
 #[tokio::test(flavor = "multi_thread")]
 async fn terminating_one_run_twice_at_once_ends_it_once() {
     let bench = Bench::new().await;
-    let gate = Gate::new();
-    {
-        let gate = gate.clone();
-        bench.script(move |_, _| {
-            let gate = gate.clone();
-            async move {
-                gate.pass().await;
-                Ok(json!(1))
-            }
-        });
-    }
+    let gate = bench.gate();
     let worker = bench.worker().await;
     let run = bench.start(definition("twice", vec![work("a", &[])]), json!({})).await;
     gate.arrived(1).await;

@@ -7,7 +7,7 @@ use crate::{
 use loopwright_engine::{
     Error,
     admission::{Admission, OnConflict, Place, Rate},
-    client::{Start, Why},
+    client::{At, Fork, Start, Why},
     definition::{CallVersion, Concurrency, Data, Definition, Kind, ParentClose},
     ids::{DefinitionHash, RunId},
     view::RunStatus,
@@ -157,6 +157,85 @@ async fn the_newest_takes_the_place_or_is_refused() {
     bench.client.terminate(held, "done").await.unwrap();
     let next = bench.client.start(request(hash, strict)).await.unwrap().run_id;
     bench.client.terminate(next, "done").await.unwrap();
+    worker.drain(GRACE).await;
+    bench.audit().await;
+}
+
+#[tokio::test]
+async fn who_gives_way_is_cancelled_before_it_begins_and_names_the_holder() {
+    let (bench, gate) = (Bench::new().await, Gate::new());
+    let most = counted(&bench, &gate);
+    let mut definition = grouped("child", 1, OnConflict::CancelNew);
+    definition.finally = vec![work("clean", &[])];
+    definition.format = definition.lowest_format();
+    assert_eq!(definition.format, 4, "a release that does not know it leaves its runs alone");
+    let hash = bench.deploy(definition).await;
+    let call = Kind::Call {
+        workflow: "child".into(),
+        version: CallVersion::Latest,
+        with: BTreeMap::new(),
+        parent_close: ParentClose::Cancel,
+    };
+    let parent = bench.deploy(self::definition("parent", vec![step("sub", call)])).await;
+    let holder = start(&bench, hash).await;
+    let worker = bench.worker_with(LONG, 8).await;
+    gate.arrived(1).await;
+    // A start, a start that named the group itself and continues under its name, and a call.
+    let place = Place { group: "deploy-2".into(), limit: 1, on_conflict: OnConflict::CancelNew };
+    let plain = bench.deploy(self::definition("plain", vec![work("a", &[])])).await;
+    let named = Admission { place: Some(place), ..Admission::default() };
+    let second = start(&bench, hash).await;
+    let third = bench.client.start(request(plain, named.clone())).await.expect("start");
+    assert!(third.created);
+    for run in [second, third.run_id] {
+        let view = bench.closed(run).await;
+        assert_eq!(view.status, RunStatus::Cancelled);
+        let why = view.failure.expect("why");
+        let (code, text) = (why.code.as_str(), why.message);
+        assert_eq!(code, "cancelled");
+        assert!(text.contains(&holder.to_string()) && text.contains("`deploy-2`"), "{text}");
+        let rows = bench.client.history(run, 0, 10).await.expect("history");
+        assert_eq!(rows.len(), 1, "one transition: {rows:?}");
+        assert_eq!(bench.client.replay(run, None).await.expect("replay").divergence, None);
+    }
+    let parent = start(&bench, parent).await;
+    let failed = bench.closed(parent).await;
+    assert_eq!((failed.status, failed.failure.expect("why").code.as_str()), (RunStatus::Failed, "call.cancelled"));
+    gate.open(1_000);
+    assert_eq!(bench.closed(holder).await.status, RunStatus::Completed);
+    // The place is free again, and so it is for who gives way.
+    let next = bench.client.start(request(plain, named)).await.expect("start").run_id;
+    assert_eq!(bench.closed(next).await.status, RunStatus::Completed);
+    assert_eq!(bench.closed(start(&bench, hash).await).await.status, RunStatus::Completed);
+    assert_eq!(most.load(Ordering::SeqCst), 1);
+    worker.drain(GRACE).await;
+    bench.audit().await;
+}
+
+#[tokio::test]
+async fn a_fork_waits_where_a_start_gives_way() {
+    let (bench, gate) = (Bench::new().await, Gate::new());
+    let most = counted(&bench, &gate);
+    let hash = bench.deploy(grouped("deploys", 1, OnConflict::CancelNew)).await;
+    let holder = start(&bench, hash).await;
+    let worker = bench.worker_with(LONG, 8).await;
+    gate.arrived(1).await;
+    let asked = Fork {
+        run_id: None,
+        at: At::Seq(1),
+        inputs: Default::default(),
+        definition: None,
+        attributes: None,
+        reason: "again".into(),
+    };
+    let fork = bench.client.fork(holder, asked).await.expect("forked").run_id;
+    let held = bench.client.describe(fork).await.expect("run").held;
+    assert!(held.expect("waits").contains("`deploy-2`"));
+    gate.open(1_000);
+    for run in [holder, fork] {
+        assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
+    }
+    assert_eq!(most.load(Ordering::SeqCst), 1);
     worker.drain(GRACE).await;
     bench.audit().await;
 }

@@ -250,15 +250,7 @@ async fn a_signal_and_a_migration_at_once_come_one_after_the_other() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_late_owner_is_fenced_and_a_child_under_way_is_nobody_elses() {
     let bench = Bench::new().await;
-    let gate = Gate::new();
-    let held = gate.clone();
-    bench.script(move |_, input| {
-        let gate = held.clone();
-        async move {
-            gate.pass().await;
-            Ok(input)
-        }
-    });
+    let gate = bench.gate();
     let worker = bench.worker().await;
     bench.deploy(definition("child", vec![work("w", &[])])).await;
     let call = || {

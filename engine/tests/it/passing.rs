@@ -1,7 +1,7 @@
 //! Answers that are lost and faults that pass, on a real Postgres: every run goes on.
 
 use crate::{
-    bench::{Bench, Gate, Work, definition, step, work},
+    bench::{Bench, Work, definition, step, work},
     faults::{GRACE, LONG, reaches},
     way::{Lost, Way},
 };
@@ -164,17 +164,7 @@ async fn a_host_that_vanishes_in_the_middle_of_a_claim_keeps_nobody_from_taking_
 #[tokio::test(flavor = "multi_thread")]
 async fn a_termination_whose_answer_was_lost_is_done() {
     let bench = Bench::new().await;
-    let gate = Gate::new();
-    {
-        let gate = gate.clone();
-        bench.script(move |_, _| {
-            let gate = gate.clone();
-            async move {
-                gate.pass().await;
-                Ok(json!(1))
-            }
-        });
-    }
+    let gate = bench.gate();
     let worker = bench.worker_with(LONG, 4).await;
     let run = bench.start(definition("ended", vec![work("a", &[])]), json!({})).await;
     gate.arrived(1).await;

@@ -1,6 +1,6 @@
 //! Pause and resume on a real database, and letting go on what had been quarantined.
 
-use crate::bench::{Bench, Gate, definition, step, work};
+use crate::bench::{Bench, definition, step, work};
 use loopwright_engine::{
     Error,
     client::{Start, Why},
@@ -26,17 +26,7 @@ async fn types(bench: &Bench, run: RunId) -> Vec<String> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_paused_run_settles_what_runs_and_starts_nothing_until_it_is_resumed() {
     let bench = Bench::new().await;
-    let gate = Gate::new();
-    {
-        let gate = gate.clone();
-        bench.script(move |_, _| {
-            let gate = gate.clone();
-            async move {
-                gate.pass().await;
-                Ok(json!(1))
-            }
-        });
-    }
+    let gate = bench.gate();
     let worker = bench.worker().await;
     let run = bench.start(definition("paused", vec![work("a", &[]), work("b", &[])]), json!({})).await;
     gate.arrived(1).await;

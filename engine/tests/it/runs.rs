@@ -189,17 +189,7 @@ async fn a_signal_that_no_step_takes_is_refused_with_the_names_that_there_are() 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refused_start_parks_the_run_and_a_grant_lets_it_go_on() {
     let bench = Bench::new().await;
-    let gate = Gate::new();
-    {
-        let gate = gate.clone();
-        bench.script(move |_, _| {
-            let gate = gate.clone();
-            async move {
-                gate.pass().await;
-                Ok(json!(1))
-            }
-        });
-    }
+    let gate = bench.gate();
     let worker = bench.worker().await;
     let run = bench.start(definition("broke", vec![work("a", &[]), work("b", &[])]), json!({})).await;
     gate.arrived(1).await;

@@ -6,9 +6,8 @@ use crate::{
     faults::{GRACE, LONG, reaches},
     way::Way,
 };
-use futures_util::future::BoxFuture;
 use loopwright_engine::{
-    Error, Failure,
+    Error,
     activity::Registry,
     client::{At, Client, Filter, Fork, Signal, Start, Update, Why},
     definition::Kind,
@@ -18,7 +17,7 @@ use loopwright_engine::{
     view::RunStatus,
     worker::{self, WorkerConfig, WorkerHandle},
 };
-use serde_json::{Value, json};
+use serde_json::json;
 use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, postgres::PgConnectOptions};
 use std::{sync::Arc, time::Duration};
 
@@ -190,17 +189,9 @@ impl Silent {
 
 /// A worker that asks shard by shard; its attempts wait at the gate, if there is one.
 async fn impatient(bench: &Bench, gate: Option<&Gate>) -> WorkerHandle {
-    let gate = gate.cloned();
-    let script = move |_, _| {
-        let gate = gate.clone();
-        Box::pin(async move {
-            if let Some(gate) = gate {
-                gate.pass().await;
-            }
-            Ok(Value::Null)
-        }) as BoxFuture<'static, Result<Value, Failure>>
-    };
-    let mut config = WorkerConfig::new(bench.pool.clone(), Registry::new().with(Work(Arc::new(script))));
+    let at_once = || Work(Arc::new(|_, input| Box::pin(async { Ok(input) })));
+    let work = gate.map_or_else(at_once, Gate::work);
+    let mut config = WorkerConfig::new(bench.pool.clone(), Registry::new().with(work));
     (config.hook, config.lease) = (bench.hook.clone(), LONG);
     worker::start_impatient(config, ANSWER_MAX).await.expect("worker")
 }
@@ -297,17 +288,7 @@ async fn a_look_that_took_long_once_is_repeated_soon() {
     let (bench, gate) = gated().await;
     let way = Way::to(&bench.pool).await;
     let held = way.holds_at("r.inbox_n > r.inbox_seen");
-    let script = {
-        let gate = gate.clone();
-        move |_, _| {
-            let gate = gate.clone();
-            Box::pin(async move {
-                gate.pass().await;
-                Ok(Value::Null)
-            }) as BoxFuture<'static, Result<Value, Failure>>
-        }
-    };
-    let mut config = WorkerConfig::new(way.pool(4).await, Registry::new().with(Work(Arc::new(script))));
+    let mut config = WorkerConfig::new(way.pool(4).await, Registry::new().with(gate.work()));
     (config.hook, config.lease) = (bench.hook.clone(), LONG * 6);
     let worker = worker::start(config).await.expect("worker");
     let asks = vec![work("w", &[]), step("ask", Kind::Await(Box::new(waits_for("go"))))];

@@ -1,7 +1,7 @@
 //! Starts under an id that was used before: every policy in every state, many at once, and what an ended run leaves.
 
 use crate::{
-    bench::{Bench, Gate, definition, e, step, waits_for, work},
+    bench::{Bench, definition, e, step, waits_for, work},
     faults::{GRACE, LONG},
 };
 use futures_util::future::join_all;
@@ -250,17 +250,7 @@ async fn of_many_starts_at_once_one_wins_and_never_two_runs_are_open() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_that_is_replaced_is_settled_and_its_children_hear_of_it() {
     let bench = Bench::new().await;
-    let gate = Gate::new();
-    {
-        let gate = gate.clone();
-        bench.script(move |_, _| {
-            let gate = gate.clone();
-            async move {
-                gate.pass().await;
-                Ok(json!({}))
-            }
-        });
-    }
+    let gate = bench.gate();
     bench.deploy(definition("inner", vec![ask("ask")])).await;
     let call = |parent_close| Kind::Call {
         workflow: "inner".into(),

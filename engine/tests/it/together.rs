@@ -45,15 +45,7 @@ async fn replays(bench: &Bench, run: RunId) {
 #[tokio::test(flavor = "multi_thread")]
 async fn results_that_are_there_together_are_one_transition() {
     let bench = Bench::new().await;
-    let gate = Gate::new();
-    let here = gate.clone();
-    bench.script(move |_, input| {
-        let gate = here.clone();
-        async move {
-            gate.pass().await;
-            Ok(input)
-        }
-    });
+    let gate = bench.gate();
     let worker = bench.worker_with(LONG, 64).await;
     let run = bench.start(side_by_side(0.0), json!({})).await;
     gate.arrived(u32::try_from(WIDTH).expect("small")).await;
@@ -103,15 +95,7 @@ async fn every_failure_has_a_transition_and_a_draw_of_its_own() {
 #[tokio::test(flavor = "multi_thread")]
 async fn results_that_come_together_and_too_late_never_happened() {
     let bench = Bench::new().await;
-    let gate = Gate::new();
-    let here = gate.clone();
-    bench.script(move |_, input| {
-        let gate = here.clone();
-        async move {
-            gate.pass().await;
-            Ok(input)
-        }
-    });
+    let gate = bench.gate();
     let worker = bench.worker_with(LONG, 64).await;
     let run = bench.start(side_by_side(0.0), json!({})).await;
     gate.arrived(u32::try_from(WIDTH).expect("small")).await;

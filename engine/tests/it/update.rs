@@ -1,6 +1,6 @@
 //! Updates on a real database: the caller gets its answer, also late, again and after deaths.
 
-use crate::bench::{Bench, Gate, definition, e, step, work};
+use crate::bench::{Bench, definition, e, step, work};
 use loopwright_engine::{
     Error,
     client::{Signal, Update, Why},
@@ -98,17 +98,7 @@ async fn an_answer_that_takes_too_long_is_pending_and_found_later_also_after_the
     let pending = client.update(run, update("u1", json!({"n": 1})), Duration::ZERO).await.expect_err("no worker");
     assert_eq!(pending.code(), "update_pending");
     assert!(pending.to_string().contains("`u1`") && pending.to_string().contains("has not read it"), "{pending}");
-    let gate = Gate::new();
-    {
-        let gate = gate.clone();
-        bench.script(move |_, input| {
-            let gate = gate.clone();
-            async move {
-                gate.pass().await;
-                Ok(input)
-            }
-        });
-    }
+    let gate = bench.gate();
     let first = bench.worker().await;
     gate.arrived(1).await;
     // Accepted with the first transition; `a` runs, so that no step takes it.

@@ -4,6 +4,11 @@ use crate::store;
 use warp::http::{HeaderValue, StatusCode, header};
 use warp::reply::{Reply, Response};
 
+/// When a group without a place is asked again, in seconds. Chosen: runs take minutes, and asking costs one statement.
+const CONCURRENCY_RETRY_S: u64 = 30;
+/// When a rate that is planned for 30 days is asked again, in seconds. Chosen: its next start may be days away.
+const RATE_RETRY_S: u64 = 3_600;
+
 /// A refusal or a failure, as the caller sees it.
 ///
 /// Never carries SQL, paths of the machine, or what an upstream said.
@@ -58,6 +63,11 @@ codes! {
     ApprovalNotWaiting = "approval_not_waiting", CONFLICT, "No such approval waits";
     LimitMissing = "limit_missing", CONFLICT, "The run has no limit";
     QueryFailed = "query_failed", CONFLICT, "The query has no answer now";
+    WorkflowIdOpen = "workflow_id_open", CONFLICT, "An open run has the id";
+    WorkflowIdUsed = "workflow_id_used", CONFLICT, "The id was used before";
+    ScheduleExists = "schedule_exists", CONFLICT, "There is a schedule of that name";
+    SchedulesFull = "schedules_full", CONFLICT, "There is no room for another schedule";
+    KeysFull = "keys_full", CONFLICT, "There is no room for another key";
     RequestInProgress = "request_in_progress", CONFLICT, "The same request is being worked on";
     BodyTooLarge = "body_too_large", PAYLOAD_TOO_LARGE, "The body is too large";
     MediaTypeUnsupported = "media_type_unsupported", UNSUPPORTED_MEDIA_TYPE, "The body must be JSON";
@@ -65,6 +75,8 @@ codes! {
     AddressRefused = "address_refused", UNPROCESSABLE_ENTITY, "The address is not one that keys are sent to";
     IdempotencyKeyReused = "idempotency_key_reused", UNPROCESSABLE_ENTITY, "The idempotency key belongs to another request";
     RateLimited = "rate_limited", TOO_MANY_REQUESTS, "Too many requests";
+    ConcurrencyFull = "concurrency_full", TOO_MANY_REQUESTS, "Too many runs of the group are under way";
+    RateFull = "rate_full", TOO_MANY_REQUESTS, "Too many starts are planned already";
     StreamsExhausted = "streams_exhausted", SERVICE_UNAVAILABLE, "Too many open event streams";
     KeysUnavailable = "keys_unavailable", SERVICE_UNAVAILABLE, "Keys cannot be kept here";
     Unavailable = "unavailable", SERVICE_UNAVAILABLE, "Not available now";
@@ -116,7 +128,8 @@ impl From<loopwright_activities::keys::Error> for Error {
         use loopwright_activities::keys::Error as E;
         match error {
             E::Unavailable => Self::new(Code::KeysUnavailable, "The operator of this service keeps no keys of users."),
-            E::Invalid(_) | E::TooMany => Self::new(Code::InputInvalid, format!("{error}.")),
+            E::Invalid(_) => Self::new(Code::InputInvalid, format!("{error}.")),
+            E::TooMany => Self::new(Code::KeysFull, format!("{error}.")),
             E::Address(why) => Self::new(Code::AddressRefused, format!("{error}.")).at("/base_url", why.to_string()),
             E::NotFound => Self::not_found("key"),
             E::Sql(error) => store::Error::from(error).into(),
@@ -152,13 +165,19 @@ impl From<loopwright_engine::Error> for Error {
             }
             E::ScheduleNotFound(_) => Self::not_found("schedule"),
             E::ScheduleInvalid(list) | E::ForkInvalid(list) => Self::new(Code::InputInvalid, list.join("; ")),
-            E::ScheduleExists(_)
-            | E::DefinitionAmbiguous { .. }
-            | E::ConcurrencyFull(_)
-            | E::RateFull(_)
-            | E::WorkflowIdOpen { .. }
-            | E::WorkflowIdUsed { .. }
-            | E::TooDeep { .. } => Self::new(Code::InputInvalid, error.to_string()),
+            E::DefinitionAmbiguous { .. } | E::TooDeep { .. } => Self::new(Code::InputInvalid, format!("{error}.")),
+            // Nothing is wrong with what was asked; something else is in its way.
+            E::ScheduleExists(_) => Self::new(Code::ScheduleExists, "You have a schedule of that name already."),
+            E::WorkflowIdOpen { run, .. } => {
+                Self::new(Code::WorkflowIdOpen, format!("Run {run} is open under this id."))
+            }
+            E::WorkflowIdUsed { run, status, .. } => {
+                Self::new(Code::WorkflowIdUsed, format!("Run {run} under this id has ended as {status}."))
+            }
+            E::ConcurrencyFull(_) => {
+                Self::new(Code::ConcurrencyFull, format!("{error}.")).retry_after(CONCURRENCY_RETRY_S)
+            }
+            E::RateFull(_) => Self::new(Code::RateFull, format!("{error}.")).retry_after(RATE_RETRY_S),
             E::FilterInvalid(error) => Self::new(Code::QueryInvalid, error.to_string()),
             E::TooLarge { what, actual, limit } => {
                 Self::new(Code::BodyTooLarge, format!("{what} is {actual} bytes; the limit is {limit}."))
@@ -244,6 +263,26 @@ mod tests {
         let readme = include_str!("../../README.md");
         for code in Code::ALL {
             assert!(readme.contains(&format!("`{}`", code.as_str())), "{} is not in the README", code.as_str());
+        }
+    }
+
+    #[test]
+    fn what_is_in_the_way_of_a_right_request_is_no_fault_of_its_values() {
+        use loopwright_engine::Error as E;
+        let (id, run) = ("user:7:x".to_owned(), "r".to_owned());
+        for (error, status, retry) in [
+            (E::WorkflowIdOpen { id: id.clone(), run: run.clone() }, 409, false),
+            (E::WorkflowIdUsed { id: id.clone(), run, status: "completed" }, 409, false),
+            (E::ScheduleExists(id.clone()), 409, false),
+            (E::ConcurrencyFull("g".into()), 429, true),
+            (E::RateFull("r".into()), 429, true),
+        ] {
+            let code = error.code();
+            let told = Error::from(error);
+            assert_eq!((told.code.as_str(), told.code.status().as_u16()), (code, status));
+            assert_eq!(told.retry_after_s.is_some(), retry, "{code}");
+            // Ids are of all users together: the room that each has is nobody's business.
+            assert!(!told.detail.contains(&id), "{}", told.detail);
         }
     }
 

@@ -105,7 +105,7 @@ pub(super) async fn create(mut call: Call) -> Result<Response, Error> {
     }
     if of(&call.state, caller).await?.len() >= SCHEDULES_MAX {
         return Err(Error::new(
-            Code::InputInvalid,
+            Code::SchedulesFull,
             format!("A user has at most {SCHEDULES_MAX} schedules; delete one."),
         ));
     }
@@ -123,7 +123,7 @@ pub(super) async fn create(mut call: Call) -> Result<Response, Error> {
     let owner = Some(format!("user:{}", caller.user));
     let made = call.state.client.schedules().create(NewSchedule { name, spec, paused: false, note: None, owner }).await;
     let made = made.map_err(|error| match error {
-        Engine::ScheduleExists(_) => Error::new(Code::InputInvalid, "You have a schedule of that name already.")
+        Engine::ScheduleExists(_) => Error::new(Code::ScheduleExists, "You have a schedule of that name already.")
             .at("/name", "must be another, or delete that one"),
         other => other.into(),
     })?;

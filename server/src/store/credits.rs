@@ -5,6 +5,7 @@ use chrono::{DateTime, Utc};
 use loopwright_activities::billing::{
     audit::{self, Violation},
     books::{self, Kept},
+    doubt,
     ledger::LedgerError,
     pricelist::{self, Applied, Listed, Quote, Refusal},
     purchase::{self, Known},
@@ -144,7 +145,7 @@ impl Store {
     /// One.
     pub async fn resolve_finding(&self, id: i64, why: &str) -> Result<bool, Error> {
         let mut tx = transaction::begin(&self.pool).await?;
-        let done = books::resolve(&mut tx, id, why).await?;
+        let done = doubt::resolve_finding(&mut tx, id, why).await?;
         tx.commit().await?;
         Ok(done)
     }

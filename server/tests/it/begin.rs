@@ -1,7 +1,11 @@
 //! Runs and schedules that a user begins over REST: whose they are, what they may be given, what nobody else may do.
 
 use crate::support::{Server, Work, activity, problem, question, read, script};
-use loopwright_engine::{client::Deploy, definition::Definition};
+use loopwright_engine::{
+    client::Deploy,
+    definition::{Concurrency, Data, Definition, OnConflict},
+    ids::RunId,
+};
 use serde_json::{Value, json};
 use std::{collections::BTreeMap, time::Duration};
 use uuid::Uuid;
@@ -185,6 +189,66 @@ async fn nobody_begins_or_ends_what_is_somebody_else_s() {
     assert_eq!((runs, schedules), (1, 0));
 }
 
+/// Another version of `notes`, in a group with one place.
+async fn grouped(server: &Server, name: &str, on_conflict: OnConflict) {
+    let hash = server.client().pointer("notes", "current").await.unwrap();
+    let ir: Value = sqlx::query_scalar("select ir from definitions where hash = $1")
+        .bind(&hash.0[..])
+        .fetch_one(&server.pool)
+        .await
+        .unwrap();
+    let mut definition: Definition = serde_json::from_value(ir).unwrap();
+    definition.name = name.into();
+    definition.concurrency = Some(Concurrency { group: Data::Literal(json!(name)), limit: 1, on_conflict });
+    definition.format = definition.lowest_format();
+    let deploy = Deploy { definition, bundle: BTreeMap::new(), source: String::new(), author: None, message: None };
+    server.client().deploy(deploy).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_has_no_place_now_is_told_to_come_again_and_is_no_wrong_input() {
+    let server = Server::start().await;
+    deployed(&server).await;
+    grouped(&server, "strict", OnConflict::Fail).await;
+    grouped(&server, "giving", OnConflict::CancelNew).await;
+    let start = |workflow: &str| json!({"workflow": workflow});
+    let send = async |workflow: &str| server.post("ann", "/v1/runs", &start(workflow)).send().await.unwrap();
+    let (status, held) = read(send("strict").await).await;
+    assert_eq!(status, 201, "{held}");
+    let full = send("strict").await;
+    let after: u64 = full.headers()["retry-after"].to_str().unwrap().parse().unwrap();
+    assert!(after > 0);
+    problem(full, 429, "concurrency_full").await;
+    // Whoever gives way is a run that says so.
+    let (_, holder) = read(send("giving").await).await;
+    let (status, away) = read(send("giving").await).await;
+    assert_eq!((status, &away["created"]), (201, &json!(true)), "{away}");
+    let worker = server.worker(vec![Work::new("plan@1", script(|_| async { Ok(json!({})) }))]).await;
+    let id: RunId = away["run_id"].as_str().unwrap().parse().unwrap();
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    while !server.client().describe(id).await.unwrap().status.is_closed() {
+        assert!(tokio::time::Instant::now() < deadline, "it is not ended");
+        server.client().wait_change(id, 0, Duration::from_secs(1)).await.unwrap();
+    }
+    let (_, view) = read(server.get("ann", &format!("/v1/runs/{id}")).send().await.unwrap()).await;
+    assert_eq!(view["status"], "cancelled", "{view}");
+    assert!(view["failure"]["message"].as_str().unwrap().contains(holder["run_id"].as_str().unwrap()), "{view}");
+    worker.drain(Duration::from_secs(5)).await;
+}
+
+#[tokio::test]
+async fn a_user_has_fifty_schedules_and_no_more() {
+    let server = Server::start().await;
+    deployed(&server).await;
+    let every = json!({"every": {"ms": 3_600_000}});
+    let new = |n: u32| json!({"name": format!("s{n}"), "workflow": "notes", "when": every});
+    for n in 0..50 {
+        assert_eq!(post(&server, "ann", "/v1/schedules", new(n)).await.0, 201, "{n}");
+    }
+    problem(server.post("ann", "/v1/schedules", &new(50)).send().await.unwrap(), 409, "schedules_full").await;
+    assert_eq!(post(&server, "bob", "/v1/schedules", new(50)).await.0, 201);
+}
+
 #[tokio::test]
 async fn a_user_keeps_schedules_of_his_own() {
     let server = Server::start().await;
@@ -196,7 +260,7 @@ async fn a_user_keeps_schedules_of_his_own() {
     let (status, made) = post(&server, "ann", "/v1/schedules", new.clone()).await;
     assert_eq!((status, &made["name"]), (201, &json!("nightly")), "{made}");
     assert_eq!(made["spec"]["attributes"], json!({"user_id": user}));
-    problem(server.post("ann", "/v1/schedules", &new).send().await.unwrap(), 422, "input_invalid").await;
+    problem(server.post("ann", "/v1/schedules", &new).send().await.unwrap(), 409, "schedule_exists").await;
     let (status, _) = post(&server, "bob", "/v1/schedules", new).await;
     assert_eq!(status, 201, "names are each user's own");
     let of_project =

@@ -62,6 +62,17 @@ async fn a_key_goes_in_and_never_comes_out() {
 }
 
 #[tokio::test]
+async fn a_user_keeps_eight_keys_and_a_ninth_waits_for_one_to_go() {
+    let server = server(false).await;
+    let key = |n: u32| json!({"provider": "gemini", "key": format!("sk-mine-0123456789abcdefghi{n}")});
+    for n in 0..8 {
+        assert_eq!(put(&server, "ann", &key(n)).await.status(), 200, "{n}");
+    }
+    problem(put(&server, "ann", &key(8)).await, 409, "keys_full").await;
+    assert_eq!(put(&server, "bob", &key(8)).await.status(), 200);
+}
+
+#[tokio::test]
 async fn what_is_no_key_is_refused_without_being_repeated() {
     let server = server(false).await;
     let at = |url: &str| json!({"provider": "openai_compatible", "key": KEY, "base_url": url, "model": "m"});

@@ -9,6 +9,7 @@ use std::{
 
 const WORKFLOW: &str = "dsl: 1
 name: sleepy
+labels: { team: night }
 inputs:
   n: { type: integer, default: 1 }
 steps:
@@ -86,6 +87,10 @@ async fn an_operator_makes_watches_and_stops_a_schedule() {
     let found = cli.json(&["run", "list", "--where", &filter]);
     assert_eq!(found.as_array().unwrap().len(), 1, "{found}");
     assert_eq!(found[0]["run_id"], beside["run_id"]);
+    // By a label of its workflow.
+    let labelled = |team: &str| format!("attributes.\"label.team\" = '{team}' and attributes.schedule = 'nightly'");
+    let of_team = |team: &str| cli.json(&["run", "list", "--count", "--where", &labelled(team)]);
+    assert_eq!((of_team("night"), of_team("day")), (json!({"count": 2}), json!({"count": 0})));
     assert_eq!(cli.json(&["run", "list", "--count", "--where", "workflow = 'sleepy'"]), json!({"count": 2}));
     let (code, text) = cli.text(&["run", "list", "--where", "status = 'runing'"]);
     assert!(code == Some(2) && text.contains("at column 10") && text.contains("did you mean 'running'?"), "{text}");

@@ -100,8 +100,10 @@ impl Steps<'_> {
     }
 
     pub(super) fn awaiting(&mut self, node: &Node, scope: &Scope) -> Option<Kind> {
-        let known = ["signal", "timeout", "form", "show", "to", "where", "remind", "on-timeout", "default", "reply"];
+        let known =
+            ["signal", "timeout", "form", "show", "to", "where", "remind", "on-timeout", "default", "reply", "key"];
         let fields = Fields::new(node, "`await`", &known, self.sink)?;
+        fields.refuse_later("key", self.sink);
         let Some(signal) = fields.text("signal", self.sink) else {
             self.sink.error_help(
                 "WF421",
@@ -167,8 +169,11 @@ impl Steps<'_> {
     }
 
     pub(super) fn approve(&mut self, node: &Node, id: &str, scope: &Scope) -> Option<Kind> {
-        let known = ["to", "timeout", "show", "quorum", "remind", "on-timeout", "on-reject"];
+        let known = ["to", "timeout", "show", "quorum", "remind", "on-timeout", "on-reject", "form", "allow-self"];
         let fields = Fields::new(node, "`approve`", &known, self.sink)?;
+        for later in ["form", "allow-self"] {
+            fields.refuse_later(later, self.sink);
+        }
         let (timeout_ms, show, to, remind_ms) = self.human(&fields, "approve", scope);
         let words = [("fail", OnTimeout::Fail), ("approve", OnTimeout::Approve), ("reject", OnTimeout::Reject)];
         let on_timeout = fields.word("on-timeout", &words, OnTimeout::Fail, self.sink);

@@ -1,7 +1,7 @@
 //! On what terms the runs of a document come in: which workers take them, and how many are under way at once.
 
 use crate::bench::{Bench, World, document};
-use loopwright_engine::{ids::RunId, view::RunStatus};
+use loopwright_engine::{client::Filter, filter::Query, ids::RunId, view::RunStatus};
 use serde_json::{Value, json};
 use std::sync::Arc;
 
@@ -113,5 +113,63 @@ async fn a_run_that_finds_its_group_full_takes_the_place_of_the_oldest_or_is_ref
     let fifth = bench.start_hash(refusing, inputs(5, Value::Null)).await.run_id;
     bench.output(fifth).await;
     assert!(!called(&bench).iter().any(|(_, n)| *n == json!(4)), "what was refused never ran");
+    bench.done().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_gives_way_is_cancelled_at_once_and_says_to_whom() {
+    let bench = Bench::new().await;
+    let hash = bench.deploy(&document("giving", &alone("cancel-new"))).await;
+    let inputs = |n: u32, who: &str| json!({"who": who, "n": n, "gate": "x"});
+    let holder = bench.start_hash(hash, inputs(1, "ann")).await.run_id;
+    bench.world.arrived("x", 1).await;
+    let away = bench.start_hash(hash, inputs(2, "ann")).await;
+    let view = bench.closed(away.run_id).await;
+    assert_eq!((away.created, view.status), (true, RunStatus::Cancelled));
+    let why = view.failure.expect("why").message;
+    assert!(why.contains(&holder.to_string()) && why.contains("for-ann"), "{why}");
+    // Another group is not full. A call is told as of a child that somebody cancelled.
+    let beside = bench.start_hash(hash, inputs(3, "bob")).await.run_id;
+    bench.world.arrived("x", 1).await;
+    let parent = r#"
+steps:
+  - id: c
+    call: { workflow: giving, with: { who: ann, n: 4 } }
+    catch: [{ on: [call.cancelled], steps: [{ id: late, set: { n: 0 } }] }]
+outputs: { n: "${{ default(steps.c.output.n, 4) }}" }
+"#;
+    assert_eq!(bench.completes(parent, json!({})).await, json!({"n": 0}));
+    bench.world.open("x", 2);
+    for run in [holder, beside] {
+        assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
+    }
+    let ran: Vec<Value> = called(&bench).into_iter().map(|(_, n)| n).collect();
+    assert!(!ran.contains(&json!(2)) && !ran.contains(&json!(4)), "neither began, nor cleaned up: {ran:?}");
+    bench.done().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn labels_are_attributes_by_which_runs_are_found_and_a_called_run_has_its_own() {
+    let bench = Bench::new().await;
+    bench.deploy(&document("child", "labels: { tier: small }\nsteps: [{ id: v, set: { v: 1 } }]")).await;
+    let body = "labels: { team: core, tier: gold }\nsteps: [{ id: c, call: { workflow: child } }]";
+    let hash = bench.deploy(&document("labelled", body)).await;
+    let mut request = Bench::request(hash, json!({}));
+    request.attributes = json!({"user_id": "u1", "label.tier": "mine"});
+    let run = bench.client.start(request).await.expect("start").run_id;
+    bench.output(run).await;
+    let found = async |text: &str| {
+        let matching = Some(Query::parse(text).expect("a filter"));
+        let listed = bench.client.list(Filter { matching, limit: 10, ..Filter::default() }).await.expect("list");
+        let mut names: Vec<String> = listed.into_iter().map(|run| run.workflow).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(found("attributes.\"label.team\" = 'core'").await, ["labelled"]);
+    assert_eq!(found("attributes.\"label.tier\" = 'small'").await, ["child"]);
+    // What the start says itself stays.
+    assert_eq!(found("attributes.\"label.tier\" in ('mine', 'gold')").await, ["labelled"]);
+    assert_eq!(bench.client.describe(run).await.expect("run").attributes["label.tier"], json!("mine"));
+    assert_eq!(found("attributes.user_id = 'u1'").await, ["child", "labelled"]);
     bench.done().await;
 }

@@ -113,7 +113,8 @@ impl Orchestrator {
                 None
             }
             "transient.rate_limited" => {
-                let rests = error.key_rests_until.and_then(|until| (until - Utc::now()).to_std().ok());
+                let now = board.now().await;
+                let rests = error.key_rests_until.and_then(|until| (until - now).to_std().ok());
                 let asked = error.retry_after().max(rests).map(|wait| wait.min(KEY_RESTS_MAX));
                 // 402 and 403: the budget of running requests, or of a span of time, which is the key's. A limit of requests is
                 // the model's.
@@ -127,7 +128,7 @@ impl Orchestrator {
                 let wait = match (error.advice, asked) {
                     // A quota of the day: the wait that some name beside it is the one of the minute.
                     (Advice::OtherModel | Advice::OtherKey, _) => {
-                        let known = rests.or_else(|| day_ends_in(&candidate.provider, Utc::now()));
+                        let known = rests.or_else(|| day_ends_in(&candidate.provider, now));
                         Wait::Named(asked.max(known).unwrap_or_default().clamp(DAY_QUOTA_COOLS_FOR, KEY_RESTS_MAX))
                     }
                     (_, Some(asked)) => Wait::Named(asked),

@@ -2,6 +2,7 @@
 
 use super::{ask, bearers, candidate, register, worker};
 use crate::fake_provider::{Dialect, FakeProvider, answer_json, stream};
+use chrono::{DateTime, Utc};
 use futures_util::future::join_all;
 use loopwright_activities::{
     MIGRATIONS,
@@ -276,6 +277,34 @@ async fn a_rest_beyond_a_week_is_not_believed() {
     .await
     .unwrap();
     assert!((6.9..=7.0).contains(&days), "{days}");
+}
+
+#[tokio::test]
+async fn a_worker_whose_clock_is_an_hour_off_lets_a_key_rest_as_long_as_the_provider_meant() {
+    for off in ["1 hour", "-1 hour"] {
+        let pool = database(MIGRATIONS).await;
+        // The database is right: the machine of this worker is wrong.
+        let right = format!(
+            "create or replace function engine_now() returns timestamptz language sql stable as
+             $$ select clock_timestamp() + interval '{off}' $$"
+        );
+        sqlx::query(sqlx::AssertSqlSafe(right)).execute(&pool).await.unwrap();
+        let now: DateTime<Utc> = sqlx::query_scalar("select engine_now()").fetch_one(&pool).await.unwrap();
+        let resets_at = (now + chrono::Duration::seconds(90)).to_rfc3339();
+        let body =
+            json!({"error": {"code": 402, "message": "m", "metadata": {"limit_source": "x", "resets_at": resets_at}}});
+        let server = FakeProvider::always(answer_json(402, "", &body)).await;
+        register(&pool, &["key-a"]).await;
+        let keys = Keys::new(pool.clone(), None, false);
+        let failure = ask(&worker(&keys, &server, "key-a", candidate("openai_compatible", "m"))).await.unwrap_err();
+        assert_eq!(failure.code, "transient.rate_limited");
+        let rests: f64 =
+            sqlx::query_scalar("select extract(epoch from cooldown_until - engine_now())::float8 from api_keys")
+                .fetch_one(&pool)
+                .await
+                .unwrap();
+        assert!((30.0..=90.0).contains(&rests), "{off}: {rests} s");
+    }
 }
 
 #[tokio::test]

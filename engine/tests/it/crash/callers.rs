@@ -27,6 +27,8 @@ pub enum Call {
     Terminate,
     /// In the place of the open run.
     Start,
+    /// In the group of the open run, to which it gives way.
+    GiveWay,
     Fork,
     Reset,
     Migrate,
@@ -39,6 +41,7 @@ pub enum Call {
 pub fn of(point: &str) -> Option<Call> {
     Some(match (point, point.split('.').next().unwrap_or_default()) {
         ("terminate.before_end", _) | (_, "start" | "group" | "rate") => Call::Start,
+        (_, "turned") => Call::GiveWay,
         (_, "send" | "inbox" | "transaction") => Call::Signal,
         (_, "approve") => Call::Approve,
         (_, "tell") => Call::Pause,
@@ -152,6 +155,13 @@ pub async fn ask(bench: &Bench, call: Call, run: RunId) -> Result<Value> {
             start.admission.id_conflict = IdConflict::TerminateExisting;
             json!(client.start(start).await?.created)
         }
+        Call::GiveWay => {
+            let definition = client.describe(run).await?.definition;
+            let mut start = Start { workflow_id: None, ..start(definition, beside(run, 4), &key(run)) };
+            let place = Place { group: key(run), limit: 1, on_conflict: OnConflict::CancelNew };
+            start.admission = Admission { place: Some(place), ..Admission::default() };
+            json!(client.start(start).await?.created)
+        }
         Call::Fork => json!(client.fork(run, fork(run, 2)).await?.created),
         Call::Reset => json!(client.reset(run, fork(run, 3)).await?.terminated),
         Call::Migrate => {
@@ -211,6 +221,7 @@ pub async fn again(bench: &Bench, point: &str, run: RunId) -> Vec<(RunId, RunSta
             assert_eq!(status(run).await, RunStatus::Terminated, "{point}");
             vec![(run, RunStatus::Terminated), (new, completes)]
         }
+        Call::GiveWay => vec![(run, completes), (beside(run, 4), RunStatus::Cancelled)],
         Call::Fork => vec![(run, completes), (beside(run, 2), completes)],
         _ => vec![(run, completes)],
     }

@@ -65,6 +65,8 @@ pub(super) struct Args {
 enum Full {
     /// Wait, in the order of arrival
     Queue,
+    /// Cancel it at once: it gives way to those that are there
+    CancelNew,
     /// Cancel the oldest and wait for their end
     CancelRunning,
     /// Start nothing
@@ -75,6 +77,7 @@ impl From<Full> for OnConflict {
     fn from(full: Full) -> Self {
         match full {
             Full::Queue => Self::Queue,
+            Full::CancelNew => Self::CancelNew,
             Full::CancelRunning => Self::CancelRunning,
             Full::Fail => Self::Fail,
         }

@@ -45,6 +45,16 @@ async fn a_start_says_its_terms_and_a_signal_with_an_id_arrives_once() {
     let told: Value = serde_json::from_str(&stderr).unwrap();
     assert_eq!((code, &told["error"]["code"]), (Some(1), &json!("concurrency_full")), "{stderr}");
 
+    let away = start(&[&group[..], &["--group-full", "cancel-new"]].concat());
+    let told: String = sqlx::query_scalar(
+        "select payload #>> '{}' from inbox where run_id = $1::uuid and kind = 'terminate' and name = 'turned_away'",
+    )
+    .bind(&away)
+    .fetch_one(&pool)
+    .await
+    .unwrap();
+    assert!(told.contains("holds a place in concurrency group `line`"), "{told}");
+
     let rate = ["--rate", "slow", "--rate-starts", "1", "--rate-per", "3600"];
     start(&rate);
     let late = start(&rate);

@@ -1,0 +1,161 @@
+//! The pairs: every fault of a provider, every moment at which a worker dies, a dialect or all.
+
+use super::*;
+
+/// When the first worker dies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Death {
+    Never,
+    /// At a crash point of the engine, the n-th time that it gets there. Those that a call passes are passed once more by the
+    /// second call.
+    Point(&'static str, u32),
+    PointOfCall(&'static str),
+    /// Killed when the provider has got the question.
+    Sent,
+    /// Killed when the provider has sent its headers.
+    Headers,
+}
+
+pub(super) const DEATHS: [(&str, Death); 8] = [
+    ("never", Death::Never),
+    ("before send", Death::PointOfCall("open.after_commit")),
+    ("after send", Death::Sent),
+    ("after headers", Death::Headers),
+    ("after reply", Death::PointOfCall("meter.after_fence")),
+    ("after the answer is recorded", Death::PointOfCall("meter.after_commit")),
+    // The first time is the attempt's start.
+    ("before settle", Death::Point("settle.before_hook", 2)),
+    ("after settle", Death::Point("commit.after_commit", 2)),
+];
+
+/// Faults after which the run cannot get an answer: its only key or address is of no use.
+pub(super) const FINAL: [(Fault, &str); 2] =
+    [(Fault::BadKey, "provider.key_invalid"), (Fault::NoBalance, "provider.no_balance")];
+
+pub(super) fn faults() -> Vec<Option<Fault>> {
+    use Fault as F;
+    let faults = [
+        F::ResetBeforeHeaders,
+        F::CloseBeforeHeaders,
+        F::ResetAfterHeaders,
+        F::ResetMidBody,
+        F::CloseMidBody,
+        F::CloseAfterFinish,
+        F::NoFinishReason,
+        F::NoDone,
+        F::StallBeforeHeaders,
+        F::StallAfterHeaders,
+        F::StallMidBody,
+        F::CommentsOnly,
+        F::CommentsForever,
+        F::Split,
+        F::OneByte,
+        F::ErrorMidStream,
+        F::ErrorInside,
+        F::RateLimited(None),
+        F::RateLimited(Some(1)),
+        F::NoBalance,
+        F::BudgetInFlight,
+        F::BadKey,
+        F::HtmlError,
+        F::HtmlPage,
+        F::UsageAbsent,
+        F::UsageTwice,
+        F::UnknownFinishReason,
+        F::HugeBody,
+        F::HugeError,
+        F::Gzip,
+        F::GzipDamaged,
+        F::GzipBomb,
+    ];
+    std::iter::once(None).chain(faults.map(Some)).collect()
+}
+
+/// One pair at one dialect.
+#[derive(Clone)]
+pub(super) struct Pair {
+    pub(super) n: usize,
+    pub(super) dialect: Dialect,
+    pub(super) fault: Option<Fault>,
+    /// Nothing listens where the provider should be, until a call was refused there.
+    pub(super) refused: bool,
+    pub(super) death: (&'static str, Death),
+}
+
+impl Pair {
+    /// Each pair has a key of its own: what becomes of one key concerns nobody else.
+    pub(super) fn key(&self) -> String {
+        format!("sk-under-fire-{:05}", self.n)
+    }
+    pub(super) fn fingerprint(&self) -> String {
+        KeyIdentity::of(self.dialect.name(), Some(&SecretString::from(self.key()))).fingerprint
+    }
+    pub(super) fn queue(&self) -> String {
+        format!("pair-{}", self.n)
+    }
+    pub(super) fn name(&self) -> String {
+        let fault = if self.refused { "ConnectionRefused".to_owned() } else { format!("{:?}", self.fault) };
+        format!("{fault}, dies {}, {}, call {}", self.death.0, self.dialect.name(), ["a", "b"][self.struck()])
+    }
+    /// What points a process at the fake, or at `door` in its place, with this pair's key.
+    pub(super) fn environment(&self, fake: &FakeProvider, door: Option<SocketAddr>) -> BTreeMap<&'static str, String> {
+        let mut all: BTreeMap<_, _> = fake.environment(&[self.dialect], &self.key()).into_iter().collect();
+        if let Some(door) = door {
+            let address = address(&fake.base_of(self.dialect)).to_owned();
+            all.values_mut().for_each(|value| *value = value.replace(&address, &door.to_string()));
+        }
+        all.insert("OPENAI_MODEL", "some-model".into());
+        all
+    }
+    /// Which of the two calls is struck: the second, so that a finished one is there that must not be bought again, or the first.
+    pub(super) fn struck(&self) -> usize {
+        self.n % 2
+    }
+    /// What becomes of this key's n-th question.
+    pub(super) fn fault_of(&self, nth: usize) -> Option<Fault> {
+        let held = match self.death.1 {
+            Death::Sent => Some(Fault::StallBeforeHeaders),
+            Death::Headers => Some(Fault::StallAfterHeaders),
+            _ => None,
+        };
+        match (nth.checked_sub(self.struck())?, held) {
+            (0, Some(held)) => Some(held),
+            (0, None) | (1, Some(_)) => self.fault.clone(),
+            // A bad key stays one.
+            _ if FINAL.iter().any(|(fault, _)| Some(fault) == self.fault.as_ref()) => self.fault.clone(),
+            _ => None,
+        }
+    }
+}
+
+/// Host and port of a URL.
+pub(super) fn address(url: &str) -> &str {
+    let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
+    rest.split('/').next().unwrap_or(rest)
+}
+
+pub(super) fn pairs() -> Vec<Pair> {
+    let wanted = std::env::var(MATRIX).unwrap_or_default();
+    let full = wanted == "full";
+    let mut pairs = Vec::new();
+    for (f, fault) in faults().into_iter().enumerate() {
+        for (d, death) in DEATHS.into_iter().enumerate() {
+            let dialects = if full { Dialect::ALL.to_vec() } else { vec![Dialect::ALL[(f + d) % 3]] };
+            for dialect in dialects {
+                // The parity decides which call is struck.
+                let n = pairs.len() * 2 + (f + d / 2) % 2;
+                pairs.push(Pair { n, dialect, fault: fault.clone(), refused: false, death });
+            }
+        }
+    }
+    for (d, death) in DEATHS.into_iter().enumerate() {
+        let dialects = if full { Dialect::ALL.to_vec() } else { vec![Dialect::ALL[d % 3]] };
+        for dialect in dialects {
+            let n = pairs.len() * 2 + d / 2 % 2;
+            pairs.push(Pair { n, dialect, fault: None, refused: true, death });
+        }
+    }
+    pairs.retain(|pair| full || pair.name().contains(&wanted));
+    assert!(!pairs.is_empty(), "no pair is called {wanted}");
+    pairs
+}
