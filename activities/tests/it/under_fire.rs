@@ -30,7 +30,7 @@ use loopwright_engine::{
     view::{RunStatus, RunView},
     worker::{self, WorkerConfig, WorkerHandle},
 };
-use pairs::{Death, FINAL, Pair, address, faults, pairs};
+use pairs::{Death, FINAL, PRICES, Pair, address, cost_of, faults, pairs, told};
 use secrecy::SecretString;
 use serde_json::{Value, json};
 use sqlx::{PgPool, Row, postgres::PgRow};
@@ -59,42 +59,6 @@ const AT_ONCE: usize = 6;
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// What a user has at first.
 const CREDITS: i64 = 1_000;
-
-/// What the models cost here, by provider and model: input, cached input, output, reasoning, in pico-USD a token. Written into the
-/// database by this test, and used by its own arithmetic. OpenRouter says itself what an answer costs.
-const PRICES: [(&str, &str, [i64; 4]); 3] = [
-    ("gemini", "gemini-3.5-flash-lite", [301_000, 29_000, 2_503_000, 2_399_000]),
-    ("gemini", "gemini-3.8-flash", [751_000, 73_000, 3_761_000, 3_709_000]),
-    ("openai_compatible", "some-model", [101_000, 53_000, 401_000, 307_000]),
-];
-
-/// What answer `n` of the provider reports: no two that follow each other are alike.
-fn told(n: usize) -> Told {
-    let n = n as u64;
-    Told {
-        prompt: 20 + n % 13,
-        cached: n % 7,
-        output: 10 + n % 11,
-        reasoning: n % 5,
-        cost: format!("0.000300000{:03}", n % 1_000),
-    }
-}
-
-/// What an answer costs, in pico-USD. Shares nothing with the ledger.
-fn cost_of(provider: &str, model: &str, usage: &Told) -> Option<i128> {
-    if provider == "openrouter" {
-        // Twelve decimals of a USD.
-        return usage.cost.strip_prefix("0.")?.parse().ok();
-    }
-    let (.., [input, cached, output, reasoning]) = PRICES.iter().find(|(p, m, _)| (*p, *m) == (provider, model))?;
-    let part = |tokens: u64, price: &i64| i128::from(tokens) * i128::from(*price);
-    Some(
-        part(usage.prompt - usage.cached, input)
-            + part(usage.cached, cached)
-            + part(usage.output - usage.reasoning, output)
-            + part(usage.reasoning, reasoning),
-    )
-}
 
 /// Two calls, one after the other.
 struct Asks(Orchestrator);

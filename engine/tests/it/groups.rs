@@ -6,7 +6,7 @@ use crate::{
 };
 use loopwright_engine::{
     Error,
-    admission::{Admission, OnConflict, Place, Rate},
+    admission::{Admission, IdConflict, OnConflict, Place, Rate},
     client::{At, Fork, Start, Why},
     definition::{CallVersion, Concurrency, Data, Definition, Kind, ParentClose},
     ids::{DefinitionHash, RunId},
@@ -208,6 +208,25 @@ async fn who_gives_way_is_cancelled_before_it_begins_and_names_the_holder() {
     assert_eq!(bench.closed(next).await.status, RunStatus::Completed);
     assert_eq!(bench.closed(start(&bench, hash).await).await.status, RunStatus::Completed);
     assert_eq!(most.load(Ordering::SeqCst), 1);
+    worker.drain(GRACE).await;
+    bench.audit().await;
+}
+
+#[tokio::test]
+async fn who_ends_the_holder_under_its_id_gives_way_to_nobody() {
+    let (bench, gate) = (Bench::new().await, Gate::new());
+    counted(&bench, &gate);
+    gate.open(1_000);
+    let hash = bench.deploy(grouped("deploys", 1, OnConflict::CancelNew)).await;
+    let start = async |id_conflict| {
+        let admission = Admission { id_conflict, ..Admission::default() };
+        let start = Start { workflow_id: Some("one".into()), ..request(hash, admission) };
+        bench.client.start(start).await.expect("start").run_id
+    };
+    let (old, new) = (start(IdConflict::UseExisting).await, start(IdConflict::TerminateExisting).await);
+    let worker = bench.worker_with(LONG, 8).await;
+    assert_eq!(bench.closed(old).await.status, RunStatus::Terminated);
+    assert_eq!(bench.closed(new).await.status, RunStatus::Completed, "the place was free");
     worker.drain(GRACE).await;
     bench.audit().await;
 }

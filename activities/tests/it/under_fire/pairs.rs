@@ -1,6 +1,42 @@
-//! The pairs: every fault of a provider, every moment at which a worker dies, a dialect or all.
+//! The pairs: every fault of a provider, every moment at which a worker dies, a dialect or all; and what answers report and cost.
 
 use super::*;
+
+/// What the models cost here, by provider and model: input, cached input, output, reasoning, in pico-USD a token. Written into the
+/// database by this test, and used by its own arithmetic. OpenRouter says itself what an answer costs.
+pub(super) const PRICES: [(&str, &str, [i64; 4]); 3] = [
+    ("gemini", "gemini-3.5-flash-lite", [301_000, 29_000, 2_503_000, 2_399_000]),
+    ("gemini", "gemini-3.8-flash", [751_000, 73_000, 3_761_000, 3_709_000]),
+    ("openai_compatible", "some-model", [101_000, 53_000, 401_000, 307_000]),
+];
+
+/// What answer `n` of the provider reports: no two that follow each other are alike.
+pub(super) fn told(n: usize) -> Told {
+    let n = n as u64;
+    Told {
+        prompt: 20 + n % 13,
+        cached: n % 7,
+        output: 10 + n % 11,
+        reasoning: n % 5,
+        cost: format!("0.000300000{:03}", n % 1_000),
+    }
+}
+
+/// What an answer costs, in pico-USD. Shares nothing with the ledger.
+pub(super) fn cost_of(provider: &str, model: &str, usage: &Told) -> Option<i128> {
+    if provider == "openrouter" {
+        // Twelve decimals of a USD.
+        return usage.cost.strip_prefix("0.")?.parse().ok();
+    }
+    let (.., [input, cached, output, reasoning]) = PRICES.iter().find(|(p, m, _)| (*p, *m) == (provider, model))?;
+    let part = |tokens: u64, price: &i64| i128::from(tokens) * i128::from(*price);
+    Some(
+        part(usage.prompt - usage.cached, input)
+            + part(usage.cached, cached)
+            + part(usage.output - usage.reasoning, output)
+            + part(usage.reasoning, reasoning),
+    )
+}
 
 /// When the first worker dies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
