@@ -31,6 +31,7 @@ use crate::{
     transaction::{ANSWER_MAX, Work, answered, ask, in_transaction_within},
     view::{Chain, HistoryRow, RunSummary, RunView, Waiting},
 };
+use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
 use sqlx::{PgConnection, PgPool};
 use std::{sync::Arc, time::Duration};
@@ -65,6 +66,10 @@ const NAME_BYTES_MAX: usize = 200;
 pub(crate) const ID_BYTES_MAX: usize = 1 << 10;
 /// Longest of what an operator asks for that reads or writes as much as there is. Chosen: a dump of a large database.
 pub(crate) const LONG_MAX: Duration = Duration::from_secs(3_600);
+/// Shortest time in which a run may be told to stop. Chosen: a worker hears of it, and its attempts of that.
+const WITHIN_MIN: Duration = Duration::from_secs(1);
+/// The longest. Chosen: a cleanup has an hour anyway; more is for what its children need.
+const WITHIN_MAX: Duration = Duration::from_secs(24 * 3_600);
 /// How often a waiting caller looks.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
@@ -231,8 +236,32 @@ impl Client {
     /// `run_not_found`, `run_closed`, `too_large`; `inbox_full` if 1,000 orders wait to be read: it has been told often enough, or
     /// nobody reads what it is told.
     pub async fn cancel(&self, run: RunId, reason: &str) -> Result<()> {
+        self.cancel_until(run, reason, None).await
+    }
+
+    /// [`Self::cancel`] of a run that is to have stopped after `within`, from 1 s to 24 h from now by the database's clock: `finally` has
+    /// what is left of it, at most its hour, and children have half; what runs then is stopped. Of a run that stops already, or cleans up,
+    /// it shortens what is left; it never gives more.
+    ///
+    /// # Errors
+    /// `input_invalid` for a time beyond these bounds, and those of [`Self::cancel`].
+    pub async fn cancel_within(&self, run: RunId, reason: &str, within: Duration) -> Result<()> {
+        if !(WITHIN_MIN..=WITHIN_MAX).contains(&within) {
+            let text = format!(
+                "a run is cancelled within {} s to {} h: choose a time between, or terminate it, which is at once",
+                WITHIN_MIN.as_secs(),
+                WITHIN_MAX.as_secs() / 3_600
+            );
+            return Err(Error::InputInvalid(vec![text]));
+        }
+        let now = self.ask(async |conn| store::runs::now(conn).await).await?;
+        let left = chrono::Duration::from_std(within).map_err(|e| Error::InputInvalid(vec![e.to_string()]))?;
+        self.cancel_until(run, reason, Some(now + left)).await
+    }
+
+    async fn cancel_until(&self, run: RunId, reason: &str, until: Option<DateTime<Utc>>) -> Result<()> {
         let why = Why { reason: pause::checked(reason)?, ..Why::default() };
-        self.order(run, Message::Cancel, json!(why.reason), &why).await?;
+        self.order(run, Message::Cancel, store::inbox::cancel_text(&why.reason, until), &why).await?;
         crate::committer::crash_point("cancel.after_send");
         self.wake().await;
         Ok(())

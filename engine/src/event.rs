@@ -22,7 +22,9 @@ use std::collections::BTreeMap;
 /// - 7: nothing new is said; the run has terms that an older release would drop (`TERMS`).
 /// - 8: `retry_scheduled` after an attempt that does not count (`uncounted`): an older release would count it, and end the step over
 ///   it. `attempt_ended` as blocked, with the mark that it does not count. `run_forked` with `not_before`.
-pub const FORMAT: u16 = 8;
+/// - 9: `call_stopped`, `call_overdue`: a stopped call waits for its child so long and no longer. `cleanup_bounded`: a cancel that says
+///   how long stopping may take.
+pub const FORMAT: u16 = 9;
 
 /// The number of a row, or of a stored state, whose text is not all that was said: a value lies apart in `blobs`, or all of it is
 /// sealed. The vocabulary is that of 5. A release that does not know it would take a reference for the value. It belongs to what is
@@ -302,6 +304,28 @@ pub enum Event {
         path: String,
         reason: String,
     },
+    /// The child of a call that stops was told to end, and has until then. Said again when the run has less time than that.
+    CallStopped {
+        path: String,
+        at: DateTime<Utc>,
+        until: DateTime<Utc>,
+    },
+    /// The child has not ended in time: it is ended at once, as by an operator, and has until then to be gone.
+    CallOverdue {
+        path: String,
+        /// How often that was so.
+        times: u32,
+        /// Not if it has heard that it is to end and is at its cleanup.
+        #[serde(default, skip_serializing_if = "is_default")]
+        spares: bool,
+        at: DateTime<Utc>,
+        until: DateTime<Utc>,
+    },
+    /// Whoever cancels the run wants it to have stopped by then, its cleanup included.
+    CleanupBounded {
+        at: DateTime<Utc>,
+        until: DateTime<Utc>,
+    },
     StepEnded {
         path: String,
         status: StepStatus,
@@ -420,6 +444,7 @@ impl Event {
             Self::RetryScheduled { failure, .. } if failure.uncounted => 8,
             Self::AttemptEnded { outcome: Outcome::Blocked, failure: Some(failure), .. } if failure.uncounted => 8,
             Self::RunForked { not_before: Some(_), .. } => 8,
+            Self::CallStopped { .. } | Self::CallOverdue { .. } | Self::CleanupBounded { .. } => 9,
             Self::RunEnding { ending: Ending::Continued { .. }, .. }
             | Self::RunClosed { status: crate::view::RunStatus::Continued, .. } => 4,
             Self::RunMigrated { .. } => 5,

@@ -16,7 +16,10 @@ pub(super) fn of(event: &Event) -> Vec<DateTime<Utc>> {
     match event {
         Event::RunStarted { at, deadline, .. }
         | Event::AttemptStarted { at, deadline, .. }
-        | Event::FinallyStarted { at, deadline } => vec![*at, *deadline],
+        | Event::FinallyStarted { at, deadline }
+        | Event::CallStopped { at, until: deadline, .. }
+        | Event::CallOverdue { at, until: deadline, .. }
+        | Event::CleanupBounded { at, until: deadline } => vec![*at, *deadline],
         Event::RunForked { at, not_before, deadline, .. } => [*at, *deadline].into_iter().chain(*not_before).collect(),
         Event::StepStarted { at, opened, .. } => match opened {
             Opened::Activity { queue_deadline, total_deadline, .. } => {

@@ -261,6 +261,7 @@ impl Client {
             calls: &calls,
             current: None,
             depth: u32::try_from(maker.depth).unwrap_or(u32::MAX),
+            bounds_calls: true,
             workflow: &pinned.definition.name,
         };
         let fork = machine::Fork {

@@ -189,6 +189,7 @@ async fn decide(conn: &mut PgConnection, loaded: &Loaded, asked: Migrate) -> Res
         calls: &calls,
         current: None,
         depth: u32::try_from(loaded.depth).unwrap_or(u32::MAX),
+        bounds_calls: true,
         workflow: &new.definition.name,
     };
     let pending = loaded.state.status == RunStatus::Pending;

@@ -2,7 +2,9 @@
 
 use super::{
     Illegal, MAILBOX_MAX,
-    state::{Branch, Ended, FINALLY_PREFIX, Frame, Live, Message, Node, Phase, RunState, SKIPPED, shape_of},
+    state::{
+        Branch, Cleanup, Ended, FINALLY_PREFIX, Frame, Live, Message, Node, Phase, RunState, SKIPPED, Stopped, shape_of,
+    },
 };
 use crate::{
     event::{Ending, Event, Opened, Outcome, StepStatus},
@@ -194,6 +196,30 @@ pub(super) fn fold(state: &mut RunState, event: &Event) -> Result<(), Illegal> {
                 state.body.nodes.values_mut().for_each(stop);
             } else {
                 stop(state.node_mut(path)?);
+            }
+        }
+        Event::CallStopped { path, until, .. } => {
+            let stopped = stopped(state, path)?;
+            match stopped {
+                Some(stopped) if stopped.ended == 0 && *until < stopped.until => stopped.until = *until,
+                None => *stopped = Some(Stopped { until: *until, times: 0, ended: 0 }),
+                Some(_) => return Err(Illegal(format!("the child of `{path}` has less time already"))),
+            }
+        }
+        Event::CallOverdue { path, times, spares, until, .. } => match stopped(state, path)? {
+            Some(stopped) if stopped.times + 1 == *times => {
+                (stopped.times, stopped.until) = (*times, *until);
+                stopped.ended += u32::from(!spares);
+            }
+            _ => return Err(Illegal(format!("the child of `{path}` is not overdue for the {times}. time"))),
+        },
+        Event::CleanupBounded { at, until } => {
+            goes_on(state)?;
+            if state.cleanup.is_none_or(|c| *until < c.until) {
+                state.cleanup = Some(Cleanup { at: *at, until: *until });
+            }
+            if state.finally.is_some() {
+                state.deadline = state.deadline.min(*until);
             }
         }
         Event::StepEnded { path, status, output, failure, tolerated, hoist, extras, at } => {
@@ -435,8 +461,18 @@ fn open(opened: &Opened) -> Live {
             counted: Vec::new(),
         },
         Opened::Call { child, workflow, propagate, terminate, .. } => {
-            Live::Call { child: *child, workflow: workflow.clone(), propagate: *propagate, terminate: *terminate }
+            let (child, workflow, propagate, terminate) = (*child, workflow.clone(), *propagate, *terminate);
+            Live::Call { child, workflow, propagate, terminate, stopped: None }
         }
+    }
+}
+
+/// Since when a call stops that waits for its child.
+fn stopped<'a>(state: &'a mut RunState, path: &str) -> Result<&'a mut Option<Stopped>, Illegal> {
+    let node = state.node_mut(path)?;
+    match &mut node.live {
+        Some(Live::Call { propagate: true, stopped, .. }) if node.stopping => Ok(stopped),
+        _ => Err(Illegal(format!("`{path}` is no call that stops"))),
     }
 }
 

@@ -31,7 +31,7 @@ pub use migrate::{FINDINGS_MAX, Finding, Migrate, Migration, Rule, migrate};
 pub use query::query;
 pub use refusal::Refusals;
 pub use signal::{Door, problems};
-pub use state::{Frame, Live, Message, Node, Phase, RunState};
+pub use state::{Cleanup, Frame, Live, Message, Node, Phase, RunState, Stopped};
 pub use timer::next_due;
 pub use view::{live_attempts, nodes, waiting, waiting_reason};
 #[cfg(feature = "runtime")]
@@ -71,6 +71,14 @@ pub const CALL_DEPTH_MAX: u32 = 8;
 pub const CONTINUE_EVERY_MS: i64 = 1_000;
 /// Longest time for `finally`, in milliseconds.
 pub const FINALLY_MS: i64 = 3_600_000;
+/// How long a call that stops waits for a child that was told to stop, before it looks whether the child has heard of it, in
+/// milliseconds: its `finally` has an hour, and what runs when it is told has 20 s to notice.
+pub const CALL_STOP_MS: i64 = FINALLY_MS + 300_000;
+/// The same of a child that was told to end at once, and of each that was ended: it takes a transaction. In milliseconds. Chosen, not
+/// measured.
+pub const CALL_END_MS: i64 = 60_000;
+/// How often a child is ended before its call gives it up. Chosen: one worker may die over it, and one more.
+pub const CALL_ENDS_MAX: u32 = 3;
 /// Largest data that one step evaluates (its `with`, its values, its outputs), in bytes of JSON.
 pub const DATA_BYTES_MAX: usize = 4 << 20;
 /// Largest output of a step, in bytes of JSON.
@@ -131,6 +139,8 @@ pub enum Inbound {
     },
     Cancel {
         reason: String,
+        /// By then it is to have stopped, its cleanup included.
+        until: Option<DateTime<Utc>>,
     },
     /// Its parent closed, and it was to end with it at once.
     Terminate {
@@ -178,6 +188,8 @@ pub struct Moment<'a> {
     pub current: Option<&'a Current>,
     /// How many runs stand above this one.
     pub depth: u32,
+    /// Stopped calls have a time. False only for a row of an earlier release that is decided again.
+    pub bounds_calls: bool,
     /// Facts for the `run` scope.
     pub workflow: &'a str,
 }
@@ -220,10 +232,17 @@ pub enum Command {
     },
     CancelChild {
         run_id: RunId,
+        /// By then it is to have stopped.
+        until: Option<DateTime<Utc>>,
     },
     /// A child ends at once with its call.
     TerminateChild {
         run_id: RunId,
+    },
+    /// A child that was told to end and has not is ended, whether it reads its messages or not; `spares`: unless it has read them.
+    EndChild {
+        run_id: RunId,
+        spares: bool,
     },
 }
 

@@ -22,6 +22,7 @@ pub fn query(definition: &Definition, state: &RunState, name: &str) -> Result<Op
         calls: &calls,
         current: None,
         depth: 0,
+        bounds_calls: true,
         workflow: &definition.name,
     };
     let mut place = Place::inside(definition, state, &moment, "")?;

@@ -87,7 +87,7 @@ fn close(
     }
     state.visit_live(&mut |_, node| {
         if let (Some(live), false) = (&node.live, node.stopping) {
-            decision.commands.extend(stop_child(live));
+            decision.commands.extend(stop_child(state, live));
         }
     });
     emit(state, Event::RunClosed { status, output: None, failure: Some(failure), at: moment.now }, decision)
@@ -408,12 +408,16 @@ fn message(
         Inbound::TurnedAway { reason } => {
             close(state, RunStatus::Cancelled, Failure::permanent("cancelled", reason), moment, decision)
         }
-        Inbound::Cancel { reason } => {
+        Inbound::Cancel { reason, until } => {
             // Who wants the run to stop wants its cleanup, too.
             if state.status == RunStatus::Paused {
                 let resumed =
                     Event::RunResumed { reason: format!("to stop: {reason}"), by: None, halted: None, at: moment.now };
                 emit(state, resumed, decision)?;
+            }
+            // Also of one that is ending already: it has that much time left, or less.
+            if let Some(until) = until.filter(|until| state.cleanup.is_none_or(|c| *until < c.until)) {
+                emit(state, Event::CleanupBounded { at: moment.now, until }, decision)?;
             }
             // One that is about to go on as another is cancelled before it does.
             if state.ending.as_ref().is_some_and(|e| !matches!(e, Ending::Continued { .. })) {
@@ -486,7 +490,7 @@ pub(super) fn stop_commands(state: &RunState, prefix: &str) -> Vec<Command> {
             Some(Live::Activity { phase: Phase::Running { .. }, .. }) => {
                 commands.push(Command::CancelAttempt { path: path.to_owned() });
             }
-            Some(live) => commands.extend(stop_child(live)),
+            Some(live) => commands.extend(stop_child(state, live)),
             None => {}
         }
     });
@@ -494,10 +498,12 @@ pub(super) fn stop_commands(state: &RunState, prefix: &str) -> Vec<Command> {
 }
 
 /// What a call that is stopped asks of its child.
-pub(super) fn stop_child(live: &Live) -> Option<Command> {
+pub(super) fn stop_child(state: &RunState, live: &Live) -> Option<Command> {
     match live {
         Live::Call { child, terminate: true, .. } => Some(Command::TerminateChild { run_id: *child }),
-        Live::Call { child, propagate: true, .. } => Some(Command::CancelChild { run_id: *child }),
+        Live::Call { child, propagate: true, .. } => {
+            Some(Command::CancelChild { run_id: *child, until: state.cleanup.map(|cleanup| cleanup.of_child()) })
+        }
         _ => None,
     }
 }

@@ -9,16 +9,17 @@
 //! # What is taken from the row
 //! What came from outside and is recorded only by its effect: results of attempts and children, signals and other messages;
 //! the instant; the draw of a retry's jitter (some draw must give the recorded instant); how many attempts found room and
-//! which activities the worker offered (those that started; their order is checked); the hook's refusal. A message from
-//! which nothing followed leaves no event and is not seen. A row whose events carry no instant is tried at two: its
-//! commit's, and the one before it. Where `current` led a run that continued as new under it, and what that refused.
+//! which activities the worker offered (those that started; their order is checked); the hook's refusal; whether stopped calls had a
+//! time, which releases before format 9 did not give them. A message from
+//! which nothing followed leaves no event and is not seen. A row whose events carry no instant is tried at three: its
+//! commit's, the one before it, and that at which a timer was due. Where `current` led a run that continued as new under it, and what that refused.
 //!
 //! # What is not checked
 //! Whether a step could have begun earlier (there may have been no room); the rows up to the last `run_forked`: they are the
 //! parent's, under its definition, and are only folded; and a `run_migrated`: what follows it is decided under the new definition.
 
 use super::{
-    Current, Illegal, Inbound, Input, Moment, Refusals, RunState,
+    CALL_ENDS_MAX, Current, Illegal, Inbound, Input, Moment, Refusals, RunState,
     react::wait_ms,
     scope::find_step,
     state::{Live, Phase},
@@ -31,10 +32,14 @@ use crate::{
     signature::{Catalog, Signature},
     view::{HistoryRow, RunStatus},
 };
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, Duration, Utc};
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::{cell::Cell, collections::BTreeMap};
+
+/// How far the clock by which a worker decides may be ahead of the one by which its commit is dated, in seconds: half of what an
+/// answer of the database may take.
+const CLOCK_AHEAD_S: i64 = 30;
 
 /// The first difference.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -131,7 +136,11 @@ impl<'a> Replay<'a> {
             let told = told(self.definition, &self.state, &events).map_err(|e| at(e.0))?;
             let instants = match instant {
                 Some(instant) => vec![instant],
-                None => vec![row.at, self.now.max(told.earliest)],
+                None => {
+                    let due = super::next_due(self.definition, &self.state);
+                    let fired = (due <= row.at + Duration::seconds(CLOCK_AHEAD_S)).then_some(due);
+                    [row.at, self.now.max(told.earliest)].into_iter().chain(fired).collect()
+                }
             };
             let mut first = None;
             for now in instants {
@@ -162,6 +171,7 @@ impl<'a> Replay<'a> {
             calls: told.calls.as_ref().unwrap_or(&self.state.calls),
             current: told.current.as_ref(),
             depth: self.depth,
+            bounds_calls: told.bounds_calls,
             workflow: &self.definition.name,
         };
         let mut state = self.state.clone();
@@ -191,6 +201,8 @@ struct Told {
     catalog: Catalog,
     calls: Option<BTreeMap<String, DefinitionHash>>,
     current: Option<Current>,
+    /// As [`Moment::bounds_calls`].
+    bounds_calls: bool,
     /// The row was not decided before.
     earliest: DateTime<Utc>,
 }
@@ -236,6 +248,7 @@ fn told(definition: &Definition, before: &RunState, events: &[Event]) -> Result<
         catalog: Catalog::new(offered),
         calls,
         current: known,
+        bounds_calls: events.iter().any(|e| matches!(e, Event::CallStopped { .. })),
         earliest,
     })
 }
@@ -350,15 +363,17 @@ fn input(state: &mut RunState, events: &[Event]) -> Result<(Input, usize, DateTi
                 messages.push(Inbound::Pause { reason: reason.clone(), by: by.clone() });
             }
             Event::RunResumed { reason, by, halted, .. } => {
-                match (by, halted, reason.strip_prefix("to stop: "), next) {
+                let (until, bounded) = bound(&events[used + 1..]);
+                match (by, halted, reason.strip_prefix("to stop: "), events.get(used + 1 + bounded)) {
                     (None, None, Some(why), Some(Event::RunEnding { ending: Ending::Cancelled { reason }, .. }))
                         if why == reason =>
                     {
-                        messages.push(Inbound::Cancel { reason: why.to_owned() });
-                        takes = 2;
+                        messages.push(Inbound::Cancel { reason: why.to_owned(), until });
+                        takes = 2 + bounded;
                     }
                     (None, None, Some(why), _) if state.ending.is_some() => {
-                        messages.push(Inbound::Cancel { reason: why.to_owned() });
+                        messages.push(Inbound::Cancel { reason: why.to_owned(), until });
+                        takes = 1 + bounded;
                     }
                     _ => messages.push(Inbound::Resume {
                         reason: reason.clone(),
@@ -368,7 +383,18 @@ fn input(state: &mut RunState, events: &[Event]) -> Result<(Input, usize, DateTi
                 }
             }
             Event::RunEnding { ending: Ending::Cancelled { reason }, .. } => {
-                messages.push(Inbound::Cancel { reason: reason.clone() });
+                messages.push(Inbound::Cancel { reason: reason.clone(), until: None });
+            }
+            Event::CleanupBounded { until, .. } => {
+                // Of a run that is ending already nobody keeps why.
+                let reason = match next {
+                    Some(Event::RunEnding { ending: Ending::Cancelled { reason }, .. }) => {
+                        takes = 2;
+                        reason.clone()
+                    }
+                    _ => String::new(),
+                };
+                messages.push(Inbound::Cancel { reason, until: Some(*until) });
             }
             other => match child(state, other) {
                 Some(message) => messages.push(message),
@@ -396,6 +422,14 @@ fn input(state: &mut RunState, events: &[Event]) -> Result<(Input, usize, DateTi
         _ => Input::Several(first),
     };
     Ok((input, used, earliest))
+}
+
+/// The time that a cancel leaves, if these events begin with it, and how many of them say so.
+fn bound(events: &[Event]) -> (Option<DateTime<Utc>>, usize) {
+    match events.first() {
+        Some(Event::CleanupBounded { until, .. }) => (Some(*until), 1),
+        _ => (None, 0),
+    }
 }
 
 /// The results that a row tells: every attempt that ends in it, in order.
@@ -456,12 +490,16 @@ fn child(state: &RunState, event: &Event) -> Option<Inbound> {
         _ => return None,
     };
     let node = state.node(path)?;
-    let Some(Live::Call { child, propagate, .. }) = &node.live else { return None };
+    let Some(Live::Call { child, propagate, stopped, .. }) = &node.live else { return None };
+    let given_up = stopped.as_ref().is_some_and(|s| s.ended >= CALL_ENDS_MAX);
     let message = |completed, output: Option<Value>, failure, cancelled| {
         Some(Inbound::Child { run_id: *child, completed, output, failure, cancelled })
     };
     let failure = match (ended, event) {
         (Some((StepStatus::Succeeded, output, _)), _) => return message(true, output.clone(), None, false),
+        (Some((StepStatus::Cancelled, _, Some(failure))), _) if given_up && failure.code == "call.abandoned" => {
+            return None;
+        }
         (Some((StepStatus::Cancelled, _, failure)), _) if *propagate => {
             return message(false, None, failure.clone(), true);
         }
@@ -491,6 +529,9 @@ fn instant(event: &Event) -> Option<DateTime<Utc>> {
         | Event::RunMigrated { at, .. }
         | Event::RunEnding { at, .. }
         | Event::FinallyStarted { at, .. }
+        | Event::CallStopped { at, .. }
+        | Event::CallOverdue { at, .. }
+        | Event::CleanupBounded { at, .. }
         | Event::RunClosed { at, .. } => Some(*at),
         // That of a signal is its sending's.
         Event::StepSkipped { .. }

@@ -40,6 +40,9 @@ pub struct RunState {
     pub finally: Option<Frame>,
     /// Set when the body must stop or has stopped.
     pub ending: Option<Ending>,
+    /// Somebody has said by when it is to have stopped.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cleanup: Option<Cleanup>,
     /// Signals that no step has consumed yet, oldest first.
     pub mailbox: Vec<Message>,
     /// Steps begun and attempts started, against the definition's limit; without attempts that do not count
@@ -167,6 +170,9 @@ pub enum Live {
         propagate: bool,
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         terminate: bool,
+        /// Since the call stops.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        stopped: Option<Stopped>,
     },
     /// A handler runs; the failure it handles is in scope.
     Catch {
@@ -174,6 +180,38 @@ pub enum Live {
         failure: Failure,
         frame: Frame,
     },
+}
+
+/// How long a stopped call waits for its child.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Stopped {
+    pub until: DateTime<Utc>,
+    /// How often the child was found overdue.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub times: u32,
+    /// How often it was ended for that, whatever it was about to do.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub ended: u32,
+}
+
+/// The time that a cancel leaves a run to stop and to clean up.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Cleanup {
+    /// When that was said.
+    pub at: DateTime<Utc>,
+    pub until: DateTime<Utc>,
+}
+
+impl Cleanup {
+    /// Until when a child is to have stopped: half of the time, so that its caller can clean up after it.
+    pub(super) fn of_child(self) -> DateTime<Utc> {
+        self.at + (self.until - self.at) / 2
+    }
+
+    /// When a child is ended that has not: between its own time and its caller's.
+    pub(super) fn ends_child(self) -> DateTime<Utc> {
+        self.at + (self.until - self.at) * 3 / 4
+    }
 }
 
 /// A branch of a parallel step.
@@ -233,6 +271,7 @@ impl RunState {
             body: Frame::default(),
             finally: None,
             ending: None,
+            cleanup: None,
             mailbox: Vec::new(),
             executions: 0,
             output: None,

@@ -14,7 +14,8 @@ use chrono::{DateTime, Duration, Utc};
 const NEVER_DAYS: i64 = 3_650;
 
 /// The earliest instant at which time alone moves the run: its own deadline at the latest. A run that is only waiting for
-/// attempts or children to stop has no such instant, or its owner would spin on a deadline that has passed; nor has one that
+/// attempts to stop has no such instant, or its owner would spin on a deadline that has passed: its worker sees to it that they do, or
+/// its lease ends. Who waits for children has the instant at which they are overdue. Nor has one that
 /// is paused: what came due meanwhile fires when it is resumed.
 #[must_use]
 pub fn next_due(definition: &Definition, state: &RunState) -> DateTime<Utc> {
@@ -72,13 +73,14 @@ fn moves(definition: &Definition, state: &RunState, path: &str, node: &Node, at:
             }
         }
         Some(Live::Repeat { delayed_until: Some(until), .. }) => at(*until),
+        Some(Live::Call { stopped: Some(stopped), .. }) => at(stopped.until),
         Some(
             Live::Group { .. }
             | Live::Switch { .. }
             | Live::Parallel { .. }
             | Live::Foreach { .. }
             | Live::Repeat { delayed_until: None, .. }
-            | Live::Call { .. }
+            | Live::Call { stopped: None, .. }
             | Live::Catch { .. },
         )
         | None => {}

@@ -4,6 +4,7 @@
 mod answer;
 mod begin;
 mod block;
+mod call;
 
 use super::{
     BLOCKED_RETRY_MS, Command, FINALLY_MS, Illegal, Moment,
@@ -118,7 +119,11 @@ impl Walk<'_> {
                     End::Succeeded(_) => None,
                     End::Failed(failure) => Some(failure),
                     End::Cancelled => {
-                        Some(Failure::permanent("timeout.run_total", "`finally` took longer than an hour"))
+                        let text = match state.cleanup {
+                            Some(_) => "`finally` took longer than whoever cancelled the run gave it",
+                            None => "`finally` took longer than an hour",
+                        };
+                        Some(Failure::permanent("timeout.run_total", text))
                     }
                 };
                 Ok(vec![self.closed(failure)?])
@@ -144,7 +149,9 @@ impl Walk<'_> {
         if self.definition.finally.is_empty() {
             return Ok(vec![self.closed(None)?]);
         }
-        Ok(vec![Event::FinallyStarted { at: now, deadline: now + Duration::milliseconds(FINALLY_MS) }])
+        let deadline = now + Duration::milliseconds(FINALLY_MS);
+        let deadline = self.state.cleanup.map_or(deadline, |cleanup| deadline.min(cleanup.until));
+        Ok(vec![Event::FinallyStarted { at: now, deadline }])
     }
 
     /// The run's last event. A failure of `finally` turns completion into failure and never hides an earlier failure.
@@ -285,13 +292,7 @@ impl Walk<'_> {
                 )]))
             }
             Live::Await { .. } => self.awaiting(step, node, live, path),
-            Live::Call { propagate, .. } => {
-                if node.stopping && !propagate {
-                    Ok(self.cancelled(step, path))
-                } else {
-                    Ok(Progress::Idle)
-                }
-            }
+            Live::Call { .. } => Ok(self.calling(step, node, live, path, commands)),
             Live::Group { frame } | Live::Switch { frame, .. } => {
                 let steps =
                     live_children(step, live, Below::Block).ok_or_else(|| Illegal(format!("`{path}` is no block")))?;

@@ -1,8 +1,11 @@
 //! Judges a finished history by its rows alone. It knows the words of the events and nothing of the code that wrote them.
 
 use super::{Check, Finding};
+use chrono::{DateTime, Utc};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
+
+type Instant = DateTime<Utc>;
 
 /// What a simulation leaves behind.
 #[derive(Debug, Default)]
@@ -115,7 +118,7 @@ fn audit_history(
     let (mut open, mut ended) = (BTreeSet::new(), BTreeSet::new());
     let mut ending = false;
     let mut told = Told::default();
-    let mut updates = BTreeMap::new();
+    let (mut updates, mut calls) = (BTreeMap::new(), BTreeMap::new());
     let (mut received, mut used, mut numbers) = (BTreeSet::new(), BTreeSet::new(), BTreeMap::<String, u64>::new());
     for (_, seq, epoch, events) in evidence.history.iter().filter(|(of, ..)| of == id) {
         if *seq != next {
@@ -201,6 +204,7 @@ fn audit_history(
                 _ => {}
             }
             audit_update(run, event, &mut updates, findings);
+            audit_call(run, event, &mut calls, findings);
             told.hear(run, event, findings);
         }
     }
@@ -276,6 +280,34 @@ fn audit_update(
         findings.push(Check::Updates.finds(format!("update {id} of run {} was {told:?}, and then {kind}", run.id)));
     }
     told.push(kind.to_owned());
+}
+
+/// A stopped call waits for its child as long as it says: none is ended before its time, and none given up that was not ended.
+fn audit_call(run: &RunFact, event: &Value, calls: &mut BTreeMap<String, (Instant, u32)>, findings: &mut Vec<Finding>) {
+    let instant = |field: &str| text(event, field).parse::<Instant>().ok();
+    let (kind, path) = (text(event, "type"), text(event, "path"));
+    let legal = match (kind, calls.get(path).copied()) {
+        ("call_stopped", known) => {
+            let until = instant("until");
+            calls.insert(path.to_owned(), (until.unwrap_or_default(), known.map_or(0, |(_, ended)| ended)));
+            // Said again, it is less.
+            until.is_some() && known.is_none_or(|(before, ended)| until < Some(before) && ended == 0)
+        }
+        ("call_overdue", Some((until, ended))) => {
+            let (at, next) = (instant("at"), instant("until"));
+            let ends = u32::from(event["spares"] != true);
+            calls.insert(path.to_owned(), (next.unwrap_or_default(), ended + ends));
+            at >= Some(until) && next > at
+        }
+        ("call_overdue", None) => false,
+        ("step_ended", known) if event["failure"]["code"] == "call.abandoned" => {
+            known.is_some_and(|(until, ended)| ended >= 3 && instant("at") >= Some(until))
+        }
+        _ => true,
+    };
+    if !legal {
+        findings.push(Check::Children.finds(format!("run {}: {kind} of {path} before its time", run.id)));
+    }
 }
 
 fn audit_hook(evidence: &Evidence, attempts: &BTreeMap<String, Attempt>, findings: &mut Vec<Finding>) {
@@ -455,6 +487,32 @@ mod tests {
         assert_eq!(found("failed", &[ending("cancelled"), cleans, closed("failed")]), [Check::Ending]);
         assert_eq!(found("terminated", &[closed("terminated")]), [], "at once");
         assert_eq!(found("completed", &[closed("completed")]), [Check::Ending], "it never ended");
+    }
+
+    #[test]
+    fn a_stopped_call_waits_as_long_as_it_says() {
+        let at = |second: u32| format!("2026-11-25T12:00:{second:02}Z");
+        let call =
+            |kind: &str, now: u32, until: u32| json!({"type": kind, "path": "c", "at": at(now), "until": at(until)});
+        let end =
+            |now: u32| json!({"type": "step_ended", "path": "c", "at": at(now), "failure": {"code": "call.abandoned"}});
+        let stopped = || call("call_stopped", 0, 10);
+        let overdue = |n: u32| call("call_overdue", 10 * n, 10 * n + 10);
+        let whole = |middle: &[Value]| {
+            let begun = json!({"type": "step_started", "path": "c"});
+            found("terminated", &[&[begun], middle, &[closed("terminated")]].concat())
+        };
+        assert_eq!(whole(&[stopped(), overdue(1), overdue(2), overdue(3), end(40)]), []);
+        assert_eq!(whole(&[stopped(), call("call_stopped", 1, 5), call("call_overdue", 5, 6)]), [], "it had less time");
+        assert_eq!(whole(&[stopped(), call("call_stopped", 1, 11)]), [Check::Children]);
+        assert_eq!(whole(&[stopped(), call("call_overdue", 9, 20)]), [Check::Children]);
+        assert_eq!(whole(&[overdue(1)]), [Check::Children]);
+        assert_eq!(
+            whole(&[stopped(), overdue(1), overdue(2), end(40)]),
+            [Check::Children],
+            "it was not ended often enough"
+        );
+        assert_eq!(whole(&[stopped(), overdue(1), overdue(2), overdue(3), end(39)]), [Check::Children]);
     }
 
     #[test]

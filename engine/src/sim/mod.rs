@@ -168,6 +168,8 @@ pub struct Happened {
     pub duplicates: u32,
     /// Runs that went on under another definition.
     pub migrated: u32,
+    /// Children that were ended because they had not when their calls had stopped.
+    pub ended_children: u32,
 }
 
 impl std::ops::AddAssign for Happened {
@@ -195,6 +197,7 @@ impl std::ops::AddAssign for Happened {
         self.resumes += other.resumes;
         self.duplicates += other.duplicates;
         self.migrated += other.migrated;
+        self.ended_children += other.ended_children;
     }
 }
 

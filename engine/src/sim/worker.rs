@@ -78,6 +78,8 @@ pub(super) struct Driver {
     /// Attempts that work here, by path; true when they were asked to stop.
     pub(super) running: BTreeMap<String, (u32, bool)>,
     pub(super) finished: VecDeque<(String, u32, Result<Value, Failure>)>,
+    /// Children that are to be ended, and whether they are spared if they hear.
+    pub(super) overdue: Vec<(RunId, bool)>,
     pub(super) flight: Option<Flight>,
 }
 
@@ -162,6 +164,7 @@ impl Driver {
             notified: false,
             running: BTreeMap::new(),
             finished: VecDeque::new(),
+            overdue: Vec::new(),
             flight: None,
         }))
     }
@@ -322,9 +325,9 @@ impl Driver {
                     attributes: Value::Null,
                     inputs: inputs.clone(),
                 }),
-                Command::CancelChild { run_id } => effects.cancelled_children.push(*run_id),
+                Command::CancelChild { run_id, until } => effects.cancelled_children.push((*run_id, *until)),
                 Command::TerminateChild { run_id } => effects.terminated_children.push(*run_id),
-                Command::StartAttempt { .. } | Command::CancelAttempt { .. } => {}
+                Command::StartAttempt { .. } | Command::CancelAttempt { .. } | Command::EndChild { .. } => {}
             }
         }
         effects
@@ -427,6 +430,7 @@ impl Driver {
                         *stopped = true;
                     }
                 }
+                Command::EndChild { run_id, spares } => self.overdue.push((*run_id, *spares)),
                 Command::StartChild { .. } | Command::CancelChild { .. } | Command::TerminateChild { .. } => {}
             }
         }
@@ -455,6 +459,7 @@ impl At {
             calls: &library.calls,
             current: None,
             depth,
+            bounds_calls: true,
             workflow: "simulated",
         }
     }
@@ -527,9 +532,12 @@ pub(super) fn termination(library: &Library, store: &Memory, run: RunId, at: &At
     let mut effects = effects_of(run, row.first.unwrap_or(run), row.parent, &decision.events);
     for command in &decision.commands {
         match command {
-            Command::CancelChild { run_id } => effects.cancelled_children.push(*run_id),
+            Command::CancelChild { run_id, until } => effects.cancelled_children.push((*run_id, *until)),
             Command::TerminateChild { run_id } => effects.terminated_children.push(*run_id),
-            Command::StartAttempt { .. } | Command::CancelAttempt { .. } | Command::StartChild { .. } => {}
+            Command::StartAttempt { .. }
+            | Command::CancelAttempt { .. }
+            | Command::StartChild { .. }
+            | Command::EndChild { .. } => {}
         }
     }
     Some(Item {

@@ -13,7 +13,7 @@ use crate::{
     machine::Refusals,
     store::{
         groups::Arrival,
-        inbox::{Kind, Sent},
+        inbox::{Kind, Sent, cancel_text},
         memory::{Memory, Mutant, Post},
         transitions::{Item, Verdict},
         turns::Turns,
@@ -31,6 +31,8 @@ const ACTIONS: u32 = 1_200;
 const TURNS: u32 = 3_000;
 const WORKERS_MAX: usize = 4;
 const RUNS_MAX: u32 = 6;
+/// Children that are set aside when nothing else goes wrong any more.
+const BREAKS: u32 = 2;
 /// The group of most runs.
 const GROUP: &str = "group";
 const GROUP_LIMIT: usize = 2;
@@ -47,6 +49,8 @@ pub(super) struct World {
     /// Transitions of operators who are between seizing a run and ending it.
     terminations: Vec<Item>,
     posts: Vec<Post>,
+    /// Children that were set aside, as if something of them had broken.
+    set_aside: BTreeSet<RunId>,
     /// Runs of [`GROUP`].
     grouped: BTreeSet<RunId>,
     /// Attempts that really started, in order.
@@ -74,6 +78,7 @@ impl World {
             air: Vec::new(),
             terminations: Vec::new(),
             posts: Vec::new(),
+            set_aside: BTreeSet::new(),
             grouped: BTreeSet::new(),
             acted: Vec::new(),
             refusing: false,
@@ -133,7 +138,18 @@ impl World {
             self.store.post(&Post::new(run, Kind::Unblock, "", json!(null)));
             self.store.post(&Post::new(run, Kind::Resume, "", json!(null)));
         }
+        self.set_aside.clone().into_iter().for_each(|child| self.stop_parent(child));
+        let mut breaks = BREAKS;
         for _ in 0..TURNS {
+            // Most children begin now. That one breaks is nobody's fault.
+            if breaks > 0
+                && self.random.u8(0..8) == 0
+                && let Some(child) = self.break_a_child()
+            {
+                breaks -= 1;
+                self.stop_parent(child);
+            }
+            self.end_what_is_left_aside();
             if self.store.runs.values().all(|r| r.closed || r.status == "quarantined") {
                 return self.quarantined();
             }
@@ -314,6 +330,56 @@ impl World {
         self.store.quarantine(run, epoch);
     }
 
+    /// A child is set aside, as if its history were broken: it hears nothing any more.
+    fn break_a_child(&mut self) -> Option<RunId> {
+        let open = self.store.runs.iter().filter(|(_, row)| !row.closed && row.parent.is_some() && row.admitted);
+        let open: Vec<(RunId, i64)> = open.map(|(run, row)| (*run, row.epoch)).collect();
+        let (run, epoch) = self.random.choice(&open).copied()?;
+        self.store.quarantine(run, epoch);
+        self.set_aside.insert(run);
+        Some(run)
+    }
+
+    /// Nobody mends what was set aside: whoever waits for it is told to stop.
+    fn stop_parent(&mut self, child: RunId) {
+        if let Some(parent) = self.store.runs.get(&child).and_then(|row| row.parent) {
+            self.store.post(&Post::new(parent, Kind::Cancel, "", json!("its child is broken")));
+        }
+    }
+
+    /// What was set aside and nobody waits for any more, an operator ends.
+    fn end_what_is_left_aside(&mut self) {
+        for run in self.set_aside.clone() {
+            let closed = |store: &Memory, run: RunId| store.runs.get(&run).is_none_or(|row| row.closed);
+            let parent = self.store.runs.get(&run).and_then(|row| row.parent);
+            if !closed(&self.store, run) && parent.is_none_or(|parent| closed(&self.store, parent)) {
+                self.end_at_once(run);
+            }
+        }
+    }
+
+    /// As `worker::terminate`.
+    fn end_at_once(&mut self, run: RunId) {
+        let at = At { worker: WorkerId(Uuid::nil()), now: self.store.now, draw: 0, free: 0, draining: false };
+        if self.store.seize(run)
+            && let Some(item) = termination(&self.library, &self.store, run, &at)
+        {
+            self.execute(&[item]);
+        }
+    }
+
+    /// As `worker::overdue`; the worker may die before it comes to it.
+    fn end_overdue(&mut self, child: RunId, spares: bool) {
+        let dies = !self.calm && self.random.u8(0..4) == 0;
+        if let Some((run, hears)) = self.store.overdue(child)
+            && !(spares && hears)
+            && !dies
+        {
+            self.happened.ended_children += 1;
+            self.end_at_once(run);
+        }
+    }
+
     fn look_for_strays(&mut self, at: usize) {
         let worker = &self.workers[at];
         let driven: BTreeSet<RunId> = worker.drivers.keys().copied().collect();
@@ -467,7 +533,9 @@ impl World {
         let moment = self.at(at);
         let Some(driver) = self.workers[at].drivers.get_mut(&run) else { return };
         let next = driver.answered(&self.library, &mut self.store, &moment, &mut |id| self.acted.push(id));
+        let overdue = std::mem::take(&mut driver.overdue);
         self.follow(at, run, next);
+        overdue.into_iter().for_each(|(child, spares)| self.end_overdue(child, spares));
     }
 
     fn finish_some(&mut self, at: usize) {
@@ -573,7 +641,11 @@ impl World {
             14..=16 => Post::new(run, Kind::Update, "answer", json!({"text": "x"})),
             // No step takes it: an approval is no await.
             17 => Post::new(run, Kind::Update, "ok", json!({"decision": "approved"})),
-            _ => Post::new(run, Kind::Cancel, "", json!("enough")),
+            18 => Post::new(run, Kind::Cancel, "", json!("enough")),
+            _ => {
+                let until = self.store.now + Duration::seconds(self.random.i64(1..600));
+                Post::new(run, Kind::Cancel, "", cancel_text("enough", Some(until)))
+            }
         };
         if post.kind == Kind::Signal {
             self.happened.signals += 1;
@@ -616,7 +688,12 @@ impl World {
         }
         let runs: Vec<RunId> = self.store.runs.keys().copied().collect();
         let Some(run) = self.random.choice(&runs).copied() else { return };
-        if self.random.u8(0..6) != 0 || !self.store.seize(run) {
+        let luck = self.random.u8(0..6);
+        if luck == 1 || luck == 2 {
+            self.break_a_child();
+            return;
+        }
+        if luck != 0 || !self.store.seize(run) {
             return;
         }
         let at = At { worker: WorkerId(Uuid::nil()), now: self.store.now, draw: 0, free: 0, draining: false };

@@ -1,7 +1,7 @@
 //! Table `inbox`: messages into runs.
 
 use super::{
-    blobs,
+    blobs, chain,
     spread::{Forms, Spread, bind_shard},
     transitions::{Text, size},
 };
@@ -12,8 +12,9 @@ use crate::{
     machine::Inbound,
     payload::{self, Slot},
 };
+use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 use sqlx::{PgConnection, Row, postgres::PgRow, types::Json};
 
 /// Signals and updates that may wait to be read by a run; more are refused. Chosen: ten times what the mailbox keeps of one name, and
@@ -161,6 +162,27 @@ pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Res
     })
 }
 
+/// The open run of a child, or of its chain, and whether it hears: it is not set aside, and has read that it is to end.
+pub(crate) async fn overdue(conn: &mut PgConnection, child: RunId) -> Result<Option<(RunId, bool)>> {
+    let mut run = child;
+    loop {
+        let hears: Option<bool> = sqlx::query_scalar(
+            "select status <> 'quarantined' and not exists (select from inbox i where i.shard = $1 and i.run_id = $2
+                      and i.n > r.inbox_seen and i.kind in ('cancel', 'terminate'))
+             from runs r where shard = $1 and run_id = $2 and closed_at is null and imported_at is null",
+        )
+        .bind(run.shard())
+        .bind(run.0)
+        .fetch_optional(&mut *conn)
+        .await?;
+        match (hears, chain::open_run(conn, child).await?) {
+            (Some(hears), _) => return Ok(Some((run, hears))),
+            (None, Some(open)) if open != run => run = open,
+            (None, _) => return Ok(None),
+        }
+    }
+}
+
 /// Whether the run is open, has room and does not know the sender's id.
 async fn is_wanted(conn: &mut PgConnection, message: &Outgoing<'_>) -> Result<bool> {
     Ok(sqlx::query_scalar(
@@ -257,7 +279,7 @@ fn inbound(run: RunId, row: &PgRow, payload: Value) -> Result<Inbound> {
         other if !super::known().reads(other) => {
             return Err(crate::Error::NewerRelease(format!("a message to run {run} (kind `{other}`)")));
         }
-        "cancel" => Inbound::Cancel { reason: payload.as_str().unwrap_or("cancelled on request").to_owned() },
+        "cancel" => cancel(&payload),
         "terminate" if row.try_get::<Option<&str>, _>("name")? == Some(TURNED_AWAY) => {
             Inbound::TurnedAway { reason: payload.as_str().unwrap_or_default().to_owned() }
         }
@@ -299,6 +321,21 @@ fn inbound(run: RunId, row: &PgRow, payload: Value) -> Result<Inbound> {
             return Err(crate::Error::NewerRelease(format!("a message to run {run} (kind `{other}`)")));
         }
     })
+}
+
+/// What a cancel says: why, and perhaps by when the run is to have stopped.
+pub(crate) fn cancel_text(reason: &str, until: Option<DateTime<Utc>>) -> Value {
+    match until {
+        Some(until) => json!({ "reason": reason, "until": until }),
+        None => json!(reason),
+    }
+}
+
+/// [`cancel_text`], read.
+pub(super) fn cancel(payload: &Value) -> Inbound {
+    let reason = payload.as_str().or_else(|| payload.get("reason")?.as_str()).unwrap_or("cancelled on request");
+    let until = payload.get("until").and_then(|until| serde_json::from_value(until.clone()).ok());
+    Inbound::Cancel { reason: reason.to_owned(), until }
 }
 
 /// Whether there are messages `after < n <= up_to`.

@@ -7,7 +7,7 @@
 use super::{
     chain::{KNOWN_MAX, Successor},
     groups::{self, Arrival},
-    inbox::{self, ChildResult, Kind, Sent},
+    inbox::{self, ChildResult, Kind, Sent, cancel_text},
     transitions::{Child, Item, Text, Verdict},
     turns::{Due, Turns},
 };
@@ -482,17 +482,21 @@ impl Memory {
             if let Some(next) = &item.effects.successor {
                 self.succeed(item.run_id, next);
             }
-            for child in &item.effects.cancelled_children {
-                let open = self.open_of(*child);
-                self.post(&Post::new(open, Kind::Cancel, "", json!("its parent was cancelled")));
-            }
-            for child in &item.effects.terminated_children {
-                let open = self.open_of(*child);
-                self.post(&Post::new(open, Kind::Terminate, "", json!("its parent was stopped")));
-            }
-            if let Some((parent, result)) = &item.effects.parent {
-                self.post(&Post::new(*parent, Kind::Child, "", result.clone()));
-            }
+        }
+        let mut messages = Vec::new();
+        for item in &accepted {
+            let cancelled = item.effects.cancelled_children.iter();
+            messages.extend(
+                cancelled.map(|(c, until)| (*c, Kind::Cancel, cancel_text("its parent was cancelled", *until))),
+            );
+            let terminated = item.effects.terminated_children.iter();
+            messages.extend(terminated.map(|c| (*c, Kind::Terminate, json!("its parent was stopped"))));
+            messages.extend(item.effects.parent.clone().map(|(parent, result)| (parent, Kind::Child, result)));
+        }
+        messages.sort_by_key(|(run, ..)| *run);
+        for (run, kind, payload) in messages {
+            let open = if kind == Kind::Child { run } else { self.open_of(run) };
+            self.post(&Post::new(open, kind, "", payload));
         }
         for item in &accepted {
             self.accounts.ended.extend(item.effects.ended.iter().map(|e| e.attempt.attempt_id));
@@ -552,9 +556,33 @@ impl Memory {
         }
     }
 
+    /// Whether two runs are due since the same instant: which one goes first, only a clock that goes on can say.
+    #[cfg_attr(not(test), allow(dead_code))]
+    pub(crate) fn ties(&self) -> bool {
+        let due: Vec<DateTime<Utc>> = self.ready.values().copied().filter(|at| *at <= self.now).collect();
+        BTreeSet::from_iter(&due).len() < due.len()
+    }
+
+    /// [`super::inbox::unblock`] of all. Returns how many.
+    #[cfg_attr(not(test), allow(dead_code))]
+    pub(crate) fn unblock(&mut self) -> usize {
+        let open = self.runs.iter().filter(|(_, row)| !row.closed && row.status != "quarantined");
+        let open: Vec<RunId> = open.map(|(run, _)| *run).collect();
+        open.iter().filter(|run| self.post(&Post::new(**run, Kind::Unblock, "", Value::Null)) == Sent::Stored).count()
+    }
+
     /// The open run of a chain, by its first one.
-    fn open_of(&self, first: RunId) -> RunId {
+    pub(crate) fn open_of(&self, first: RunId) -> RunId {
         self.runs.iter().find(|(_, r)| r.first == Some(first) && !r.closed).map_or(first, |(id, _)| *id)
+    }
+
+    /// [`super::inbox::overdue`].
+    pub(crate) fn overdue(&self, child: RunId) -> Option<(RunId, bool)> {
+        let run = self.open_of(child);
+        let row = self.runs.get(&run).filter(|r| !r.closed)?;
+        let unread = self.inbox.get(&run).into_iter().flatten().filter(|m| m.n > row.inbox_seen);
+        let told = unread.filter(|m| [Kind::Cancel, Kind::Terminate].contains(&m.kind)).count();
+        Some((run, row.status != "quarantined" && told == 0))
     }
 
     /// [`super::inbox::send`].
@@ -811,9 +839,7 @@ impl Post {
 impl Message {
     fn inbound(&self) -> Inbound {
         match self.kind {
-            Kind::Cancel => {
-                Inbound::Cancel { reason: self.payload.as_str().unwrap_or("cancelled on request").to_owned() }
-            }
+            Kind::Cancel => inbox::cancel(&self.payload),
             Kind::Terminate if self.name == inbox::TURNED_AWAY => {
                 Inbound::TurnedAway { reason: self.payload.as_str().unwrap_or_default().to_owned() }
             }
@@ -830,7 +856,7 @@ impl Message {
                     failure: child.failure,
                 },
                 // Only this module and `transitions` write such messages.
-                Err(error) => Inbound::Cancel { reason: error.to_string() },
+                Err(error) => Inbound::Cancel { reason: error.to_string(), until: None },
             },
             Kind::Update => Inbound::Update {
                 n: u64::try_from(self.n).unwrap_or(0),

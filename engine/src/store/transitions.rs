@@ -12,7 +12,7 @@ use crate::{
         blobs,
         chain::{self, Arrives, Successor},
         definitions,
-        inbox::{self, ChildResult, Kind, Outgoing, Sent},
+        inbox::{self, ChildResult, Kind, Outgoing, Sent, cancel_text},
         spread::{Forms, Spread, bind_shard},
     },
 };
@@ -69,7 +69,8 @@ pub(crate) struct Effects {
     pub(crate) ended: Vec<AttemptEnd>,
     pub(crate) started: Vec<AttemptStart>,
     pub(crate) children: Vec<Child>,
-    pub(crate) cancelled_children: Vec<RunId>,
+    /// And by when they are to have stopped.
+    pub(crate) cancelled_children: Vec<(RunId, Option<DateTime<Utc>>)>,
     pub(crate) terminated_children: Vec<RunId>,
     /// The run that goes on in the place of this one, which closes as continued.
     pub(crate) successor: Option<Successor>,
@@ -100,7 +101,7 @@ impl Effects {
 
     /// The children that are told to end.
     fn stopped(&self) -> impl Iterator<Item = RunId> {
-        self.cancelled_children.iter().chain(&self.terminated_children).copied()
+        self.cancelled_children.iter().map(|(child, _)| child).chain(&self.terminated_children).copied()
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -472,9 +473,9 @@ pub(crate) async fn apply_effects<I: Borrow<Item>>(
     crate::committer::crash_point("settle.after_arrivals");
     let mut messages: Vec<(RunId, Kind, Value)> = Vec::new();
     for (_, item) in accepted() {
-        messages.extend(
-            item.effects.cancelled_children.iter().map(|c| (*c, Kind::Cancel, json!("its parent was cancelled"))),
-        );
+        let cancelled = item.effects.cancelled_children.iter();
+        messages
+            .extend(cancelled.map(|(c, until)| (*c, Kind::Cancel, cancel_text("its parent was cancelled", *until))));
         let terminated = item.effects.terminated_children.iter();
         messages.extend(terminated.map(|c| (*c, Kind::Terminate, json!("its parent was stopped"))));
         messages.extend(item.effects.parent.clone().map(|(parent, result)| (parent, Kind::Child, result)));

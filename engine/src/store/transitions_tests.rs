@@ -70,7 +70,7 @@ async fn written(pool: &PgPool, items: &[Item]) -> (Transaction, Vec<Verdict>) {
 async fn a_child_that_ends_while_its_parent_stops_it_is_no_deadlock() {
     let pool = database(MIGRATIONS).await;
     let (parent, child) = family(&pool).await;
-    let stops = [item(parent, "cancelling", Effects { cancelled_children: vec![child], ..Effects::default() })];
+    let stops = [item(parent, "cancelling", Effects { cancelled_children: vec![(child, None)], ..Effects::default() })];
     let ends = [item(child, "completed", Effects { parent: Some((parent, json!({}))), ..Effects::default() })];
     let (mut first, verdicts) = written(&pool, &stops).await;
     let other = {
@@ -162,7 +162,7 @@ async fn a_batch_that_stops_who_waits_in_a_group_and_starts_another_there_is_no_
         inputs: json!({}),
     };
     let another = child.run_id;
-    let effects = Effects { cancelled_children: vec![waits], children: vec![child], ..Effects::default() };
+    let effects = Effects { cancelled_children: vec![(waits, None)], children: vec![child], ..Effects::default() };
     let items = [item(parent, "running", effects)];
     let (mut batch, verdicts) = written(&pool, &items).await;
     let mut pass = begin(&pool).await.expect("begin");

@@ -7,6 +7,7 @@ use super::{
     context::Backend,
     executor::{self, Attempt},
     outside::Outside,
+    overdue,
     slots::Permit,
 };
 use crate::{
@@ -447,6 +448,7 @@ impl Driver {
             calls: &self.calls,
             current: self.current.as_ref(),
             depth: u32::try_from(self.run.depth).unwrap_or(u32::MAX),
+            bounds_calls: true,
             workflow: &self.pinned.definition.name,
         };
         machine::decide(&self.pinned.definition, &mut self.run.state, input, &moment)
@@ -658,6 +660,7 @@ impl Driver {
                         running.token.cancel();
                     }
                 }
+                Command::EndChild { run_id, spares } => overdue::end(&self.shared, run_id, spares),
                 Command::StartChild { .. } | Command::CancelChild { .. } | Command::TerminateChild { .. } => {}
             }
         }

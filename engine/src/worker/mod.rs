@@ -18,6 +18,7 @@ pub(crate) mod fire;
 mod keys;
 mod lease;
 mod outside;
+mod overdue;
 mod pace;
 mod retain;
 mod slots;

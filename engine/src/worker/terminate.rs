@@ -166,7 +166,11 @@ async fn last_of_unreadable(conn: &mut PgConnection, run: RunId, reason: &str) -
         events,
         output: None,
         failure: Some(failure),
-        effects: Effects { cancelled_children: there.children, parent, ..Effects::default() },
+        effects: Effects {
+            cancelled_children: there.children.into_iter().map(|child| (child, None)).collect(),
+            parent,
+            ..Effects::default()
+        },
     })
 }
 
@@ -185,6 +189,7 @@ async fn last(conn: &mut PgConnection, run: RunId, input: Input) -> Result<Item>
         calls: &calls,
         current: None,
         depth: u32::try_from(loaded.depth).unwrap_or(u32::MAX),
+        bounds_calls: true,
         workflow: &pinned.definition.name,
     };
     let decision =
@@ -222,9 +227,12 @@ async fn last(conn: &mut PgConnection, run: RunId, input: Input) -> Result<Item>
     }
     for command in &decision.commands {
         match command {
-            Command::CancelChild { run_id } => effects.cancelled_children.push(*run_id),
+            Command::CancelChild { run_id, until } => effects.cancelled_children.push((*run_id, *until)),
             Command::TerminateChild { run_id } => effects.terminated_children.push(*run_id),
-            Command::StartAttempt { .. } | Command::CancelAttempt { .. } | Command::StartChild { .. } => {}
+            Command::StartAttempt { .. }
+            | Command::CancelAttempt { .. }
+            | Command::StartChild { .. }
+            | Command::EndChild { .. } => {}
         }
     }
     let seq = loaded.seq + 1;

@@ -377,6 +377,17 @@ async fn write_golden() {
     let first = bench.client.history(held, 2, 1).await.expect("history");
     assert!(first[0].events[0]["not_before"].is_string(), "it was too late to be held back");
 
+    // Nobody serves the child; it is ended when the time that the cancel leaves is nearly over.
+    let mut nobody = definition("nobody", vec![work("inner", &[])]);
+    nobody.runs_on = vec!["nowhere".into()];
+    bench.deploy(nobody).await;
+    let (workflow, version, with) = ("nobody".into(), CallVersion::Latest, BTreeMap::new());
+    let call = step("part", Kind::Call { workflow, version, with, parent_close: ParentClose::Cancel });
+    let bounded = bench.start(definition("bounded", vec![call]), json!({})).await;
+    bench.until(bounded, "calls", |v| !v.waiting.is_empty()).await;
+    bench.client.cancel_within(bounded, "enough", Duration::from_secs(1)).await.expect("cancel");
+    bench.closed(bounded).await;
+
     fs::create_dir_all(folder()).expect("folder");
     let runs = [
         ("everything", whole),
@@ -388,6 +399,7 @@ async fn write_golden() {
         ("moved", moved),
         ("waited", waited),
         ("held", held),
+        ("bounded", bounded),
     ];
     for (what, run) in runs {
         let path = folder().join(format!("{name}-{what}.jsonl"));

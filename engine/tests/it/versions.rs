@@ -13,7 +13,7 @@ use loopwright_engine::{
     Failure,
     admission::{Admission, Rate},
     client::{Migrate, Signal, Start, Update, Why},
-    definition::{Await, Data, Definition, Input, Kind, Step},
+    definition::{Await, Branch, CallVersion, Data, Definition, Input, Join, Kind, ParentClose, Step},
     embedded::testing::url,
     event::FORMAT,
     ids::RunId,
@@ -165,6 +165,16 @@ async fn written(bench: &Bench, format: u16) -> RunId {
             client.start(start).await.expect("start").run_id
         }
         8 => bench.start(patient(&name, before(work("away", &literal(json!("away"))))), json!({})).await,
+        9 => {
+            // One branch is done, and the call of the other is told to stop.
+            bench.deploy(patient("part", vec![asks("never")])).await;
+            let (workflow, version, with) = ("part".into(), CallVersion::Latest, Default::default());
+            let call = step("part", Kind::Call { workflow, version, with, parent_close: ParentClose::Cancel });
+            let branch = |name: &str, first: Step| Branch { name: name.into(), steps: vec![first] };
+            let branches = vec![branch("l", call), branch("r", work("w", &[]))];
+            let race = step("race", Kind::Parallel { branches, join: Join::First, fail_fast: false });
+            bench.start(patient(&name, before(race)), json!({})).await
+        }
         _ => panic!("format {format} is new: say here how a run comes to it"),
     };
     bench.until(run, "waits", waits("go")).await;
@@ -465,10 +475,10 @@ async fn rows_of_every_format_are_read_and_gone_on_with() {
         }
         runs.push((*format, run.expect("a run")));
     }
-    // Soon after they were written: `finally` has an hour.
+    // Soon after those of format 4 were written, which are in `finally`: it has an hour.
     let clock = "do $do$ begin execute format('create or replace function engine_now() returns timestamptz language sql stable as
                    $f$ select clock_timestamp() - %L::interval $f$',
-                 (select clock_timestamp() - max(at) - interval '10 s' from history)); end $do$";
+                 (select clock_timestamp() - max(at) - interval '10 s' from history where format = 4)); end $do$";
     sqlx::query(clock).execute(&bench.pool).await.expect("clock");
     let worker = bench.worker().await;
     for (format, run) in &runs {

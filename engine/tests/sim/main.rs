@@ -56,6 +56,7 @@ fn fixed_seeds_end_well_and_meet_every_fault() {
         resumes,
         duplicates,
         migrated,
+        ended_children,
     } = sum;
     println!("{sum:#?}");
     for (what, times) in [
@@ -82,6 +83,7 @@ fn fixed_seeds_end_well_and_meet_every_fault() {
         ("resumes", resumes),
         ("messages that came twice", duplicates),
         ("runs that went on under another definition", migrated),
+        ("children that did not hear that they were to end", ended_children),
     ] {
         assert!(times >= 20, "only {times} {what}: the simulator does not try hard enough");
     }

@@ -15,7 +15,9 @@ use loopwright_engine::{
     },
     event::Ending,
     ids::{DefinitionHash, RunId},
-    machine::{Command, Decision, Frame, Inbound, Input, Live, Moment, Phase, Refusals, RunState, decide, next_due},
+    machine::{
+        Command, Decision, Frame, Inbound, Input, Live, Moment, Phase, Refusals, RunState, Stopped, decide, next_due,
+    },
     signature::{Catalog, Signature},
     view::RunStatus,
 };
@@ -51,7 +53,8 @@ names! { input_name, INPUTS, Input:
 names! { message_name, MESSAGES, Inbound:
     Inbound::Signal { .. } => "signal",
     Inbound::Update { .. } => "update",
-    Inbound::Cancel { .. } => "cancel",
+    Inbound::Cancel { until: None, .. } => "cancel",
+    Inbound::Cancel { until: Some(_), .. } => "cancel within",
     Inbound::Terminate { .. } => "terminate",
     Inbound::TurnedAway { .. } => "turned away",
     Inbound::Unblock => "unblock",
@@ -95,7 +98,9 @@ names! { live_name, LIVES, Live:
     Live::Repeat { delayed_until: Some(_), .. } => "repeat, delayed",
     Live::Wait { .. } => "wait",
     Live::Await { .. } => "await",
-    Live::Call { .. } => "call",
+    Live::Call { stopped: None, .. } => "call",
+    Live::Call { stopped: Some(Stopped { times: 0, .. }), .. } => "call, stopped",
+    Live::Call { stopped: Some(_), .. } => "call, overdue",
     Live::Catch { .. } => "catch",
 }
 names! { phase_name, PHASES, Phase:
@@ -250,6 +255,7 @@ impl Place {
             calls: &calls,
             current: None,
             depth: 0,
+            bounds_calls: true,
             workflow: "matrix",
         };
         let decision = decide(&self.definition, &mut self.state, input, &moment).map_err(|e| e.to_string())?;
@@ -268,6 +274,14 @@ impl Place {
         }
         self
     }
+
+    /// So often later, as soon as something is due.
+    fn due(mut self, times: u32) -> Self {
+        for _ in 0..times {
+            self.give(Input::Tick, 9, next_due(&self.definition, &self.state)).expect("legal");
+        }
+        self
+    }
 }
 
 fn started() -> Input {
@@ -280,7 +294,10 @@ fn message(message: Inbound) -> Input {
     Input::Messages(vec![message])
 }
 fn cancel() -> Input {
-    message(Inbound::Cancel { reason: "enough".into() })
+    message(Inbound::Cancel { reason: "enough".into(), until: None })
+}
+fn cancel_within(time: Duration) -> Input {
+    message(Inbound::Cancel { reason: "enough".into(), until: Some(now() + time) })
 }
 fn pause() -> Input {
     message(Inbound::Pause { reason: "not now".into(), by: None })
@@ -345,6 +362,12 @@ fn states() -> Vec<(&'static str, Place)> {
         ("call", call(ParentClose::Cancel)),
         ("call, terminate", call(ParentClose::Terminate)),
         ("call, abandon", call(ParentClose::Abandon)),
+        ("call, stopped", call(ParentClose::Cancel).after(vec![cancel()])),
+        ("call, terminate, stopped", call(ParentClose::Terminate).after(vec![cancel()])),
+        ("call, overdue", call(ParentClose::Cancel).after(vec![cancel()]).due(1)),
+        ("call, overdue, within", call(ParentClose::Cancel).after(vec![cancel_within(Duration::seconds(8))]).due(1)),
+        ("call, to be given up", call(ParentClose::Terminate).after(vec![cancel()]).due(3)),
+        ("cancelling, within", one().after(vec![started(), cancel_within(Duration::minutes(1))])),
         ("paused, queued", one().after(vec![started(), pause(), Input::TakenOver])),
         ("paused, running", one().after(vec![started(), pause()])),
         ("cancelling", one().after(vec![started(), cancel()])),
@@ -415,6 +438,7 @@ fn inputs(place: &Place) -> Vec<(&'static str, Input, DateTime<Utc>)> {
         ("resume", resume(None), soon),
         ("resume, it was set aside", resume(Some("broken")), soon),
         ("cancel", cancel(), soon),
+        ("cancel within a minute", cancel_within(Duration::minutes(1)), soon),
         ("turned away", message(Inbound::TurnedAway { reason: "no place".into() }), soon),
         ("terminated by its parent", message(Inbound::Terminate { reason: "parent".into() }), soon),
         ("terminated", Input::Terminated { reason: "operator".into() }, soon),

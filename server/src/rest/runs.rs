@@ -10,8 +10,10 @@ use loopwright_engine::{
     ids::RunId,
     view::RunView,
 };
-use serde::Deserialize;
+use loopwright_workflows::parse_duration;
+use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json as object};
+use std::time::Duration;
 use uuid::Uuid;
 use warp::reply::Response;
 
@@ -169,14 +171,18 @@ struct Reason {
 
 /// The body `{reason}`, which may be absent.
 fn reason(call: &mut Call) -> Result<Option<String>, Error> {
+    let Reason { reason } = body(call)?;
+    check_text("/reason", reason.as_deref())?;
+    Ok(reason)
+}
+
+/// A body that may be absent.
+fn body<T: Default + DeserializeOwned>(call: &mut Call) -> Result<T, Error> {
     let bytes = call.bytes()?;
-    let body: Reason = if bytes.is_empty() {
-        Reason::default()
-    } else {
-        serde_json::from_slice(&bytes).map_err(|e| Error::new(Code::BodyInvalid, format!("{e}.")))?
-    };
-    check_text("/reason", body.reason.as_deref())?;
-    Ok(body.reason)
+    if bytes.is_empty() {
+        return Ok(T::default());
+    }
+    serde_json::from_slice(&bytes).map_err(|e| Error::new(Code::BodyInvalid, format!("{e}.")))
 }
 
 /// `POST /v1/runs/{id}/pause` and `…/resume` `{reason}`; the body may be absent. The `Idempotency-Key` is the message's own.
@@ -194,17 +200,33 @@ pub(super) async fn pause_or_resume(id: Uuid, pause: bool, mut call: Call) -> Re
     json(202, &object!({ "status": if accepted { "accepted" } else { "duplicate" } }))
 }
 
-/// `POST /v1/runs/{id}/cancel` `{reason}`; the body may be absent.
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+struct Cancel {
+    reason: Option<String>,
+    /// As in a definition: `90s`, `10m`.
+    within: Option<String>,
+}
+
+/// `POST /v1/runs/{id}/cancel` `{reason, within}`; the body may be absent.
 pub(super) async fn cancel(id: Uuid, mut call: Call) -> Result<Response, Error> {
     let caller = call.principal(Need::Run).await?;
     let view = owned(&call, caller, id).await?;
-    let reason = reason(&mut call)?;
+    let Cancel { reason, within } = body(&mut call)?;
+    check_text("/reason", reason.as_deref())?;
+    let wrong =
+        || Error::new(Code::InputInvalid, "That is no time.").at("/within", "must be a duration such as 90s or 10m");
+    let within = within.map(|text| parse_duration(&text).ok_or_else(wrong)).transpose()?.map(Duration::from_millis);
     if view.status.is_closed() {
         let goes_on = view.chain.continued_as.map(|next| format!(" Run {next} goes on in its place."));
         return Err(Error::new(Code::RunClosed, format!("The run has ended.{}", goes_on.unwrap_or_default())));
     }
     let reason = reason.unwrap_or_else(|| "cancelled by its owner".into());
-    call.state.client.cancel(RunId(id), &reason).await?;
+    let client = &call.state.client;
+    match within {
+        Some(within) => client.cancel_within(RunId(id), &reason, within).await?,
+        None => client.cancel(RunId(id), &reason).await?,
+    }
     json(202, &object!({ "status": "cancelling" }))
 }
 

@@ -6,6 +6,7 @@ mod fork;
 mod migrate;
 mod operate;
 mod refused;
+mod resume;
 mod shell;
 mod terms;
 

@@ -115,6 +115,26 @@ async fn a_run_can_be_cancelled() {
 }
 
 #[tokio::test]
+async fn a_cancel_says_how_long_stopping_may_take() {
+    let server = Server::start().await;
+    let (_, run, worker) = asked(&server).await;
+    let cancel = |body: Value| server.post("ann", &format!("/v1/runs/{run}/cancel"), &body).send();
+    for wrong in ["soon", "0s", "25h", "500ms"] {
+        problem(cancel(json!({ "within": wrong })).await.unwrap(), 422, "input_invalid").await;
+    }
+    problem(cancel(json!({ "within": 5 })).await.unwrap(), 400, "body_invalid").await;
+    assert_eq!(cancel(json!({"within": "10m", "reason": "enough"})).await.unwrap().status(), 202);
+    let seen = events(server.get("ann", &format!("/v1/runs/{run}/events")).send().await.unwrap(), usize::MAX).await;
+    assert_eq!(seen.last().unwrap().0, "end");
+    let of_all = seen.iter().flat_map(|(_, _, row)| row["events"].as_array().cloned().unwrap_or_default());
+    let bounded = of_all.filter(|event| event["type"] == "cleanup_bounded").collect::<Vec<_>>();
+    assert_eq!(bounded.len(), 1, "{seen:?}");
+    let (_, view) = read(server.get("ann", &format!("/v1/runs/{run}")).send().await.unwrap()).await;
+    assert_eq!(view["status"], "cancelled");
+    worker.drain(Duration::from_secs(5)).await;
+}
+
+#[tokio::test]
 async fn a_run_is_paused_and_resumed_by_its_owner() {
     let server = Server::start().await;
     let (_, run, worker) = asked(&server).await;

@@ -79,7 +79,7 @@ fn a_cancel_while_it_cleans_up_leaves_nothing_to_go_on() {
         if paused {
             run.input(Input::Messages(vec![Inbound::Pause { reason: "look".into(), by: None }]));
         }
-        let cancel = || Inbound::Cancel { reason: "enough".into() };
+        let cancel = || Inbound::Cancel { reason: "enough".into(), until: None };
         run.input(Input::Messages(vec![cancel(), cancel()]));
         assert_eq!((run.live(), run.state.status), (vec!["!finally/clean"], RunStatus::Cancelling));
         run.ok("!finally/clean", Value::Null);

@@ -89,6 +89,7 @@ fn where_a_call_leads_is_settled_when_the_run_starts() {
         calls: &other,
         current: None,
         depth: 0,
+        bounds_calls: true,
         workflow: "test",
     };
     let input = Input::AttemptEnded { path: "a".into(), attempt: 1, result: Ok(json!(1)) };
@@ -158,7 +159,7 @@ fn finally_sees_the_steps_of_a_redo_that_failed_or_was_cancelled() {
     assert_eq!(run.live["!finally/clean"].1, json!({"made": "thing", "check": "failed"}));
     let mut run = Bench::start(redo());
     run.ok("make..check~1/make", json!("thing"));
-    run.input(Input::Messages(vec![Inbound::Cancel { reason: "enough".into() }]));
+    run.input(Input::Messages(vec![Inbound::Cancel { reason: "enough".into(), until: None }]));
     run.end("make..check~1/check", Err(Failure::cancelled()));
     assert_eq!(run.live["!finally/clean"].1, json!({"made": "thing", "check": "cancelled"}));
 }

@@ -44,6 +44,7 @@ fn branch_with(
         calls: &calls,
         current: None,
         depth: 0,
+        bounds_calls: true,
         workflow: "test",
     };
     let event = fork(&other.definition, &other.state, asked, &moment)?;

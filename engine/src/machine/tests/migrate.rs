@@ -36,6 +36,7 @@ pub(super) fn checked(run: &Bench, new: &Definition, map: &[(&str, &str)], unrea
         calls: &calls,
         current: None,
         depth: 0,
+        bounds_calls: true,
         workflow: "test",
     };
     let asked = Migrate {
@@ -586,7 +587,7 @@ fn a_run_is_migrated_before_it_starts_and_while_it_is_paused_and_not_while_it_en
     assert_eq!(found.running, ["y"]);
     let event = found.event.expect("nothing else stands in the way");
     assert!(fold(&mut run.state.clone(), &event).is_err(), "not while an attempt runs");
-    run.input(Input::Messages(vec![Inbound::Cancel { reason: "enough".into() }]));
+    run.input(Input::Messages(vec![Inbound::Cancel { reason: "enough".into(), until: None }]));
     assert_eq!(refused(&run, &with(|_| {}), &[]), one("", Rule::RunEnding));
 
     let mut early = Bench::start(with(|_| {}));

@@ -97,6 +97,10 @@ struct Bench {
     children: Vec<RunId>,
     /// Children that were told to end at once.
     ended_children: Vec<RunId>,
+    /// Children that were ended because they had not, and whether they were spared if they clean up.
+    overdue_children: Vec<(RunId, bool)>,
+    /// By when a child was last told to have stopped.
+    child_until: Option<DateTime<Utc>>,
     n: u64,
     /// What a store would hold.
     rows: Vec<crate::view::HistoryRow>,
@@ -144,6 +148,8 @@ impl Bench {
             cancels: Vec::new(),
             children: Vec::new(),
             ended_children: Vec::new(),
+            overdue_children: Vec::new(),
+            child_until: None,
             n: 0,
             rows: Vec::new(),
         }
@@ -162,6 +168,7 @@ impl Bench {
                 calls: &calls,
                 current: self.current.as_ref(),
                 depth: self.depth,
+                bounds_calls: true,
                 workflow: "test",
             };
             let mut state = self.state.clone();
@@ -212,8 +219,13 @@ impl Bench {
                     self.live.insert(path, (attempt, input));
                 }
                 Command::CancelAttempt { path } => self.cancels.push(path),
-                Command::StartChild { run_id, .. } | Command::CancelChild { run_id } => self.children.push(run_id),
+                Command::StartChild { run_id, .. } => self.children.push(run_id),
+                Command::CancelChild { run_id, until } => {
+                    self.children.push(run_id);
+                    self.child_until = until;
+                }
                 Command::TerminateChild { run_id } => self.ended_children.push(run_id),
+                Command::EndChild { run_id, spares } => self.overdue_children.push((run_id, spares)),
             }
         }
         if self.state.status.is_closed() {
@@ -373,7 +385,7 @@ fn cancel_stops_what_runs_and_finally_still_happens() {
     let mut d = definition(vec![parallel(Join::All), act("never", &[])]);
     d.finally = vec![act("clean", &[])];
     let mut run = Bench::start(d);
-    run.input(Input::Messages(vec![Inbound::Cancel { reason: "enough".into() }]));
+    run.input(Input::Messages(vec![Inbound::Cancel { reason: "enough".into(), until: None }]));
     assert_eq!(run.cancels, ["p:l/do_l", "p:r/do_r"]);
     assert_eq!(run.state.status, RunStatus::Cancelling);
     run.ok("p:l/do_l", json!(1));

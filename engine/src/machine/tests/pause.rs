@@ -88,7 +88,7 @@ fn a_cancel_lifts_the_pause_and_a_termination_needs_not() {
     d.finally = vec![act("clean", &[])];
     let mut run = Bench::start(d.clone());
     pause(&mut run);
-    let events = run.input(Input::Messages(vec![Inbound::Cancel { reason: "enough".into() }]));
+    let events = run.input(Input::Messages(vec![Inbound::Cancel { reason: "enough".into(), until: None }]));
     assert!(matches!(&events[0], Event::RunResumed { reason, .. } if reason == "to stop: enough"), "{events:?}");
     assert_eq!(run.cancels, ["a"]);
     run.end("a", Err(Failure::cancelled()));
@@ -96,7 +96,7 @@ fn a_cancel_lifts_the_pause_and_a_termination_needs_not() {
     pause(&mut run);
     run.ok("!finally/clean", json!({}));
     assert_eq!(run.state.status, RunStatus::Paused);
-    run.input(Input::Messages(vec![Inbound::Cancel { reason: "again".into() }]));
+    run.input(Input::Messages(vec![Inbound::Cancel { reason: "again".into(), until: None }]));
     assert_eq!(run.state.status, RunStatus::Cancelled);
 
     let mut run = Bench::start(d);

@@ -155,7 +155,8 @@ fn disturb(run: &mut Bench, random: &mut fastrand::Rng) {
             drop(run.input(Input::Messages(vec![message])));
         }
         _ if random.u8(0..8) == 0 => {
-            drop(run.input(Input::Messages(vec![Inbound::Cancel { reason: "enough".into() }])));
+            let until = random.bool().then(|| run.now + chrono::Duration::seconds(random.i64(-5..600)));
+            drop(run.input(Input::Messages(vec![Inbound::Cancel { reason: "enough".into(), until }])));
         }
         _ if random.u8(0..30) == 0 => {
             let by_parent = Input::Messages(vec![Inbound::Unblock, Inbound::Terminate { reason: "parent".into() }]);
@@ -198,6 +199,10 @@ pub(super) fn to_the_end(run: &mut Bench, seed: u64) {
             if run.live.contains_key(&path) {
                 run.ok(&path, json!({"v": 1}));
             }
+        }
+        // Some children never hear of anything.
+        if seed % 3 == 0 {
+            run.children.clear();
         }
         while !run.children.is_empty() {
             child_ended(run, true);

@@ -76,7 +76,7 @@ fn refusals_lost_workers_children_and_cancels_are_told_from_their_events() {
     let ended =
         Inbound::Child { run_id: child, completed: true, output: Some(json!(1)), failure: None, cancelled: false };
     run.input(Input::Messages(vec![ended, Inbound::Pause { reason: "p".into(), by: None }]));
-    run.input(Input::Messages(vec![Inbound::Cancel { reason: "enough".into() }]));
+    run.input(Input::Messages(vec![Inbound::Cancel { reason: "enough".into(), until: None }]));
     run.ok("!finally/clean", json!({}));
     assert_eq!(run.state.status, RunStatus::Cancelled);
     assert_eq!(run.replayed(&run.definition, 0).divergence, None);

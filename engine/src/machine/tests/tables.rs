@@ -8,14 +8,30 @@ const README: &str = include_str!("../../../README.md");
 const ILLEGAL: &str = "–";
 
 /// Compares a table with the README's. The generated text is the message, ready to be pasted.
-fn compare(corner: &str, states: &[(&str, RunState)], events: &[(&str, Event)], name: impl Fn(&RunState) -> String) {
+fn compare(
+    corner: &str,
+    states: &[(&str, RunState)],
+    events: &[(&'static str, Event)],
+    name: impl Fn(&RunState) -> String,
+) {
+    compare_each(corner, states, &|_| events.to_vec(), name);
+}
+
+/// The same where an event of that name depends on the state.
+fn compare_each<E: AsRef<[(&'static str, Event)]>>(
+    corner: &str,
+    states: &[(&str, RunState)],
+    events: &dyn Fn(&RunState) -> E,
+    name: impl Fn(&RunState) -> String,
+) {
     let mut table = format!("| {corner} |");
-    events.iter().for_each(|(event, _)| table.push_str(&format!(" `{event}` |")));
+    let heads = events(&states[0].1);
+    heads.as_ref().iter().for_each(|(event, _)| table.push_str(&format!(" `{event}` |")));
     table.push_str("\n|");
-    table.push_str(&" --- |".repeat(events.len() + 1));
+    table.push_str(&" --- |".repeat(heads.as_ref().len() + 1));
     for (from, state) in states {
         table.push_str(&format!("\n| **{from}** |"));
-        for (_, event) in events {
+        for (_, event) in events(state).as_ref() {
             let mut state = state.clone();
             let to = fold(&mut state, event).map_or_else(|_| ILLEGAL.to_owned(), |()| name(&state));
             table.push_str(&format!(" {to} |"));
@@ -232,6 +248,59 @@ fn timers() {
         };
         text.to_owned()
     });
+}
+
+#[test]
+fn calls() {
+    let opened = Opened::Call {
+        child: RunId::new(),
+        workflow: "w".into(),
+        inputs: json!({}),
+        definition: String::new(),
+        propagate: true,
+        terminate: false,
+    };
+    let waits = after(started(), &[Event::StepStarted { path: "c".into(), at: now(), opened }]);
+    let stop = || Event::StopRequested { path: "c".into(), reason: String::new() };
+    let until = |second| now() + chrono::Duration::seconds(second);
+    let told = |second| Event::CallStopped { path: "c".into(), at: now(), until: until(second) };
+    let overdue = |times, spares| Event::CallOverdue { path: "c".into(), times, spares, at: now(), until: until(60) };
+    let stopped = after(waits.clone(), &[stop(), told(60)]);
+    let states = [
+        ("waits for its child", waits.clone()),
+        ("stops", after(waits.clone(), &[stop()])),
+        ("stops, until", stopped.clone()),
+        ("overdue, child spared", after(stopped.clone(), &[overdue(1, true)])),
+        ("overdue, child ended", after(stopped.clone(), &[overdue(1, false)])),
+        ("ended", after(waits, &[step_ended("c")])),
+    ];
+    let first = |state: &RunState| match state.node("c").and_then(|n| n.live.as_ref()) {
+        Some(Live::Call { stopped: Some(stopped), .. }) => stopped.times + 1,
+        _ => 1,
+    };
+    // The next one of each state, so that one table has the same event names for all.
+    let events = |state: &RunState| {
+        [
+            ("stop_requested", stop()),
+            ("call_stopped", told(30)),
+            ("call_overdue: spares", overdue(first(state), true)),
+            ("call_overdue", overdue(first(state), false)),
+            ("step_ended", step_ended("c")),
+        ]
+    };
+    let name = |s: &RunState| {
+        let node = s.node("c").expect("there");
+        let text = match &node.live {
+            None => "ended",
+            Some(Live::Call { stopped: None, .. }) if !node.stopping => "waits for its child",
+            Some(Live::Call { stopped: None, .. }) => "stops",
+            Some(Live::Call { stopped: Some(s), .. }) if s.ended > 0 => "overdue, child ended",
+            Some(Live::Call { stopped: Some(s), .. }) if s.times > 0 => "overdue, child spared",
+            Some(_) => "stops, until",
+        };
+        text.to_owned()
+    };
+    compare_each("call", &states, &events, name);
 }
 
 #[test]

@@ -53,7 +53,7 @@ impl Walk<'_> {
         if idle {
             return Ok(Some(Progress::Idle));
         }
-        commands.extend(stop_child(live));
+        commands.extend(stop_child(self.state, live));
         let failure = Failure::permanent("timeout.total", "the step took longer than its total timeout");
         Ok(Some(Progress::Emit(self.fail(step, path, failure)?)))
     }

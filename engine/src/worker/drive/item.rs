@@ -158,9 +158,9 @@ impl Driver {
                     attributes: self.run.attributes.clone(),
                     inputs: inputs.clone(),
                 }),
-                Command::CancelChild { run_id } => effects.cancelled_children.push(*run_id),
+                Command::CancelChild { run_id, until } => effects.cancelled_children.push((*run_id, *until)),
                 Command::TerminateChild { run_id } => effects.terminated_children.push(*run_id),
-                Command::StartAttempt { .. } | Command::CancelAttempt { .. } => {}
+                Command::StartAttempt { .. } | Command::CancelAttempt { .. } | Command::EndChild { .. } => {}
             }
         }
         effects

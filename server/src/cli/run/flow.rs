@@ -1,4 +1,4 @@
-//! Commands that move a run as a whole: pause, resume, fork, reset.
+//! Commands that move a run as a whole: pause, fork, reset.
 
 use super::SENDER;
 use crate::{
@@ -8,7 +8,6 @@ use crate::{
 use loopwright_engine::{
     client::{At, Fork, Why},
     ids::RunId,
-    view::RunStatus,
 };
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
@@ -19,12 +18,6 @@ pub(super) enum Command {
     Pause {
         run: RunId,
         #[arg(long, default_value = "paused by the operator")]
-        reason: String,
-    },
-    /// Let a paused run go on; also one that is quarantined, once its cause is mended
-    Resume {
-        run: RunId,
-        #[arg(long, default_value = "resumed by the operator")]
         reason: String,
     },
     /// Start another run from the middle of this one; what had ended there is not done again
@@ -83,17 +76,6 @@ pub(super) async fn act(command: Command, app: &App, json: bool) -> anyhow::Resu
         Command::Pause { run, reason } => {
             client.pause(run, why(reason)).await?;
             print(json, &json!({"status": "accepted"}), |_| "Asked to pause.".into())
-        }
-        Command::Resume { run, reason } => {
-            let quarantined = client.describe(run).await?.status == RunStatus::Quarantined;
-            if quarantined {
-                client.unquarantine(run, why(reason)).await?;
-            } else {
-                client.resume(run, why(reason)).await?;
-            }
-            print(json, &json!({"status": "accepted", "was_quarantined": quarantined}), |_| {
-                if quarantined { "Given back to the workers.".into() } else { "Asked to go on.".into() }
-            })
         }
         Command::Fork { run, place, changes, reason } => {
             let forked = client.fork(run, with(app, run, asked(place, &changes, reason)?, &changes).await?).await?;

@@ -1,21 +1,20 @@
 //! `loopwright run migrate` (and `workflow migrate`, which is the same): runs in flight that go on under another version.
 
+use super::many::{self, RUNS_MAX, Verdict, Which};
 use crate::{
     app::{self, App},
     cli::{EXIT_FAILED, failure::refuse, print, table},
     store::filter,
 };
-use anyhow::Context as _;
 use loopwright_engine::{
     Error,
-    client::{Filter, Migrate, MigrationOutcome, MigrationReport, Why},
+    client::{Migrate, MigrationOutcome, MigrationReport, Why},
     filter::Query,
     ids::{DefinitionHash, RunId},
     machine::Finding,
-    view::{RunStatus, RunView},
+    view::{RunStatus, RunSummary, RunView},
 };
 use loopwright_workflows::parse_duration;
-use serde::Serialize;
 use serde_json::json;
 use std::{
     collections::{BTreeMap, btree_map::Entry},
@@ -25,10 +24,6 @@ use tokio::time::Instant;
 
 /// Who migrates from here.
 const BY: &str = "operator";
-/// Most runs of one `--where`. Chosen: more than a person looks through; the cursor leads to the rest.
-const RUNS_MAX: i64 = 10_000;
-/// Runs listed at once.
-const PAGE: usize = 200;
 /// Longest pause between two looks at a run that is to become quiet.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
@@ -62,7 +57,7 @@ pub(in crate::cli) struct Args {
     reason: String,
 }
 
-fn duration(text: &str) -> Result<Duration, String> {
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
     parse_duration(text).map(Duration::from_millis).ok_or_else(|| "write for example 90s, 10m or 1h30m".to_owned())
 }
 
@@ -154,36 +149,6 @@ async fn quiet(run: RunId, wait: Duration, app: &App) -> anyhow::Result<()> {
     }
 }
 
-/// What became of one of many.
-#[derive(Serialize)]
-struct Verdict {
-    run_id: RunId,
-    /// A word of [`MigrationOutcome`], or `refused`.
-    outcome: String,
-    /// Why it was not, or would not be, migrated: a code of the engine's errors.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    code: Option<&'static str>,
-    /// What stands in its way.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    why: Vec<Finding>,
-    /// What to do about it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    remedy: Option<String>,
-}
-
-/// A page of runs, each with its verdict. Where it stops, also by an error or by death, the same command goes on from the cursor;
-/// twice is once: who was migrated is `unchanged` then.
-#[derive(Serialize)]
-struct Page {
-    dry_run: bool,
-    /// How many runs came to each outcome or code.
-    outcomes: BTreeMap<String, usize>,
-    runs: Vec<Verdict>,
-    /// Give it as `--after` for the next page; absent on the last.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    next_after: Option<RunId>,
-}
-
 async fn many(
     matching: Query,
     args: &Args,
@@ -191,73 +156,27 @@ async fn many(
     app: &App,
     json: bool,
 ) -> anyhow::Result<u8> {
-    let matching = app.store.with_projects(None, matching).await?;
-    let mut page = Page { dry_run: args.dry_run, outcomes: BTreeMap::new(), runs: Vec::new(), next_after: args.after };
-    let stopped = look(&matching, args, &map, app, &mut page).await;
-    for verdict in &page.runs {
-        *page.outcomes.entry(verdict.code.unwrap_or(&verdict.outcome).to_owned()).or_default() += 1;
-    }
-    if stopped.is_ok() || !page.runs.is_empty() {
-        print(json, &page, told)?;
-    }
-    stopped?;
-    Ok(if page.runs.iter().all(|verdict| verdict.code.is_none()) { 0 } else { EXIT_FAILED })
-}
-
-/// Fills the page. What is in it when an error ends it has been done.
-async fn look(
-    matching: &Query,
-    args: &Args,
-    map: &BTreeMap<String, String>,
-    app: &App,
-    page: &mut Page,
-) -> anyhow::Result<()> {
     let mut named = BTreeMap::new();
-    let limit = usize::from(args.limit);
-    loop {
-        // One more than is wanted says whether there is another page.
-        let wanted = (limit - page.runs.len() + 1).min(PAGE);
-        let filter = Filter {
-            matching: Some(matching.clone()),
-            open_only: true,
-            after: page.next_after,
-            limit: u32::try_from(wanted).unwrap_or(1),
-            ..Filter::default()
-        };
-        let found = app.client.list(filter).await?;
-        let last = found.len() < wanted;
-        for summary in found {
-            if page.runs.len() == limit {
-                return Ok(());
+    let judge = async |summary: &RunSummary| {
+        let to = match named.entry(summary.workflow.clone()) {
+            Entry::Occupied(known) => *known.get(),
+            Entry::Vacant(new) => {
+                let to = match app.client.definition_named(new.key(), &args.to).await {
+                    Ok(to) => Some(to),
+                    // Another workflow may have it.
+                    Err(Error::DefinitionNotFound(_)) => None,
+                    Err(error) => return Err(error.into()),
+                };
+                *new.insert(to)
             }
-            let run = summary.run_id;
-            let to = match named.entry(summary.workflow) {
-                Entry::Occupied(known) => *known.get(),
-                Entry::Vacant(new) => {
-                    let to = match app.client.definition_named(new.key(), &args.to).await {
-                        Ok(to) => Some(to),
-                        // Another workflow may have it.
-                        Err(Error::DefinitionNotFound(_)) => None,
-                        Err(error) => return Err(error.into()),
-                    };
-                    *new.insert(to)
-                }
-            };
-            let verdict = match to {
-                Some(to) => verdict(run, args, to, map, app).await.with_context(|| match page.next_after {
-                    Some(before) => format!("run {run}; go on with --after {before}"),
-                    None => format!("run {run}"),
-                })?,
-                None => refused(run, &Error::DefinitionNotFound(args.to.clone())),
-            };
-            page.runs.push(verdict);
-            page.next_after = Some(run);
+        };
+        match to {
+            Some(to) => verdict(summary.run_id, args, to, &map, app).await,
+            None => Ok(Verdict::refused(summary.run_id, &Error::DefinitionNotFound(args.to.clone()))),
         }
-        if last {
-            page.next_after = None;
-            return Ok(());
-        }
-    }
+    };
+    let which = Which { matching, after: args.after, limit: args.limit, dry_run: args.dry_run };
+    many::each(which, app, json, judge).await
 }
 
 /// Nobody is paused here.
@@ -273,14 +192,14 @@ async fn verdict(
         Err(error @ (Error::Sql(_) | Error::DefinitionNotFound(_) | Error::TooLarge { .. })) => {
             return Err(error.into());
         }
-        Err(error) => return Ok(refused(run, &error)),
+        Err(error) => return Ok(Verdict::refused(run, &error)),
     };
     if !args.dry_run && report.outcome == MigrationOutcome::Possible {
         report = match app.client.migrate(run, asked(args, to, map.clone(), false)).await {
             Ok(report) => report,
             Err(error @ Error::Sql(_)) => return Err(error.into()),
             // It moved meanwhile.
-            Err(error) => return Ok(refused(run, &error)),
+            Err(error) => return Ok(Verdict::refused(run, &error)),
         };
     }
     let outcome = json!(report.outcome).as_str().unwrap_or_default().to_owned();
@@ -300,38 +219,6 @@ async fn verdict(
         MigrationOutcome::Migrated | MigrationOutcome::Unchanged | MigrationOutcome::Possible => (None, None),
     };
     Ok(Verdict { run_id: run, outcome, code, why: report.violations, remedy })
-}
-
-fn refused(run: RunId, error: &Error) -> Verdict {
-    Verdict {
-        run_id: run,
-        outcome: "refused".into(),
-        code: Some(error.code()),
-        why: Vec::new(),
-        remedy: Some(error.to_string()),
-    }
-}
-
-fn told(page: &Page) -> String {
-    if page.runs.is_empty() {
-        return "No open run matches.".to_owned();
-    }
-    let row = |verdict: &Verdict| {
-        let why = verdict
-            .why
-            .iter()
-            .map(|f| if f.path.is_empty() { f.text.clone() } else { format!("`{}`: {}", f.path, f.text) });
-        let todo: Vec<String> = why.chain(verdict.remedy.clone()).collect();
-        let code = verdict.code.unwrap_or_default().to_owned();
-        vec![verdict.run_id.to_string(), verdict.outcome.clone(), code, todo.join("; ")]
-    };
-    let mut out = table(&["run", "verdict", "code", "what to do"], &page.runs.iter().map(row).collect::<Vec<_>>());
-    let counts: Vec<String> = page.outcomes.iter().map(|(word, n)| format!("{n} {word}")).collect();
-    out.push_str(&format!("\n\n{} runs: {}", page.runs.len(), counts.join(", ")));
-    if let Some(next) = page.next_after {
-        out.push_str(&format!("\nThere are more; go on with --after {next}"));
-    }
-    out
 }
 
 fn text(report: &MigrationReport) -> String {

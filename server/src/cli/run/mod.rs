@@ -3,8 +3,10 @@
 mod archive;
 mod ask;
 mod flow;
+mod many;
 pub(super) mod migrate;
 mod quote;
+mod resume;
 mod start;
 
 use super::{Context, failure::refuse, print, table};
@@ -91,6 +93,8 @@ enum Command {
     Flow(flow::Command),
     #[command(flatten)]
     Quote(quote::Command),
+    /// Let a paused run, or many, go on; also those that are quarantined, once their cause is mended; exit code 1 if one cannot
+    Resume(Box<resume::Args>),
     /// Let a run in flight, or many, go on under another version; exit code 1 if one cannot
     Migrate(Box<migrate::Args>),
     /// Write a run with its history, definition and checkpoints to standard output
@@ -110,6 +114,9 @@ enum Command {
     /// Ask a run to stop; what it has to clean up, it does
     Cancel {
         run: RunId,
+        /// How long that may take, its cleanup included [default: an hour for its `finally`]; again, with less, to hurry it
+        #[arg(long, value_name = "DURATION", value_parser = migrate::duration)]
+        within: Option<Duration>,
         #[arg(long, default_value = "cancelled by the operator")]
         reason: String,
     },
@@ -137,6 +144,7 @@ pub(crate) async fn run(args: Args, context: Context) -> anyhow::Result<u8> {
     let done = match args.command {
         Command::Ask(command) => ask::act(command, &app, json).await,
         Command::Migrate(args) => migrate::act(*args, &app, json).await,
+        Command::Resume(args) => resume::act(*args, &app, json).await,
         command => act(command, &app, json).await.map(|()| 0),
     };
     app.close().await;
@@ -216,11 +224,14 @@ async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<()> {
         Command::Quote(command) => quote::act(command, app, json).await,
         Command::Export { run } => archive::export(run, app).await,
         Command::Import { file } => archive::import(&file, app, json).await,
-        Command::Replay { .. } | Command::Ask(_) | Command::Migrate(_) => {
+        Command::Replay { .. } | Command::Ask(_) | Command::Migrate(_) | Command::Resume(_) => {
             anyhow::bail!("this command is carried out elsewhere")
         }
-        Command::Cancel { run, reason } => {
-            client.cancel(run, &reason).await?;
+        Command::Cancel { run, within, reason } => {
+            match within {
+                Some(within) => client.cancel_within(run, &reason, within).await?,
+                None => client.cancel(run, &reason).await?,
+            }
             print(json, &serde_json::json!({"status": "cancelling"}), |_| "Asked to stop.".into())
         }
         Command::Terminate { run, reason } => {

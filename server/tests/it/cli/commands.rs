@@ -62,7 +62,7 @@ const TESTED: &[(&str, &str)] = &[
     ("run query", "a_run_is_watched_asked_answered_and_ended_from_the_command_line"),
     ("run replay", "a_run_is_paused_forked_exported_and_decided_again_from_the_command_line"),
     ("run reset", "a_run_is_paused_forked_exported_and_decided_again_from_the_command_line"),
-    ("run resume", "a_run_is_paused_forked_exported_and_decided_again_from_the_command_line"),
+    ("run resume", "many_runs_go_on_in_pages_and_each_has_its_verdict"),
     ("run show", "a_run_is_watched_asked_answered_and_ended_from_the_command_line"),
     ("run signal", "a_start_says_its_terms_and_a_signal_with_an_id_arrives_once"),
     ("run start", "a_start_says_its_terms_and_a_signal_with_an_id_arrives_once"),

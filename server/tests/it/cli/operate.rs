@@ -51,9 +51,13 @@ async fn a_run_is_watched_asked_answered_and_ended_from_the_command_line() {
     let quality = shell.run(&["run", "forecast"]).await;
     assert_eq!(quality.stdout, "No part of a closed run had a forecast.\n", "{quality:?}");
 
-    for (command, end) in [("cancel", "cancelled"), ("terminate", "terminated")] {
+    for (command, more, end) in [
+        ("cancel", &[][..], "cancelled"),
+        ("cancel", &["--within", "10m"], "cancelled"),
+        ("terminate", &[], "terminated"),
+    ] {
         let run = shell.start("talks", &[]).await;
-        let done = shell.run(&["run", command, &run, "--reason", "enough"]).await;
+        let done = shell.run(&[&["run", command, &run, "--reason", "enough"], more].concat()).await;
         assert_eq!(done.code, Some(0), "{done:?}");
         let watched = shell.run(&["run", "watch", &run]).await;
         assert!(watched.stdout.trim_end().lines().last().unwrap().starts_with(end), "{watched:?}");

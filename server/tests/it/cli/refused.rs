@@ -121,6 +121,11 @@ async fn bad_input_is_refused_with_a_code_and_what_to_do() {
         (vec!["run", "approve", open], 1, "approval_not_waiting", "`run show`"),
         (vec!["run", "approve", open, "ear"], 1, "approval_not_waiting", "`run show`"),
         (vec!["run", "cancel", open, "--reason", &five_kilobytes], 1, "too_large", "the limit is 4096"),
+        (vec!["run", "cancel", open, "--within", "soon"], 2, "usage_invalid", "90s"),
+        (vec!["run", "cancel", open, "--within", "500ms"], 1, "input_invalid", "within 1 s to 24 h"),
+        (vec!["run", "cancel", open, "--within", "25h"], 1, "input_invalid", "terminate it"),
+        (vec!["run", "resume"], 2, "usage_invalid", "--where FILTER"),
+        (vec!["run", "resume", open, "--where", "status = 'paused'"], 2, "usage_invalid", "--where"),
         (vec!["run", "limit", open, "0"], 2, "usage_invalid", "credits"),
         // Wrong places and definitions.
         (vec!["run", "fork", open, "--at", "9"], 1, "fork_invalid", "it has none yet"),
