@@ -48,7 +48,7 @@ impl TransitionHook for Refuses {
                         .await?;
                 }
                 if transition.started.iter().any(|start| self.0.contains(&start.attempt.attempt_id)) {
-                    refusals.push(Refusal { ord: transition.ord, reason: "credits".into(), message: "none".into() });
+                    refusals.push(Refusal { ord: transition.ord, reason: "quota".into(), message: "none".into() });
                 }
             }
             Ok(refusals)
