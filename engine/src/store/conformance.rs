@@ -3,6 +3,8 @@
 //!
 //! Time stands still but for whole minutes: what is due at a half one is due on both or on neither, however long a call takes.
 
+mod effects;
+
 use super::{
     chain::Successor,
     definitions,
@@ -45,6 +47,8 @@ const WORKERS: usize = 3;
 const LEASE_MS: i32 = 90_000;
 const MANY: usize = 100;
 const GROUP: &str = "group";
+/// What transitions do besides, and that the hook has refused some.
+const EFFECTS: &[&str] = &["starts-child", "cancels-child", "terminates-child", "tells-parent", "hooks", "Refused"];
 
 /// A run's row, as far as both stores must agree: id, status, parked, owner, epoch, seq, inbox_n, inbox_seen, cursor_seq,
 /// closed, whether it is due (`None`: not in the queue), the epochs of its history.
@@ -77,6 +81,7 @@ impl Pair {
         .execute(&pool)
         .await
         .expect("clock");
+        sqlx::raw_sql(effects::TABLE).execute(&pool).await.expect("table");
         let definition = Definition {
             format: FORMAT,
             name: "conformance".into(),
@@ -137,7 +142,7 @@ impl Pair {
     }
 
     fn run(&mut self) -> RunId {
-        self.runs[self.random.usize(0..RUNS)]
+        self.runs[self.random.usize(0..self.runs.len())]
     }
     fn worker(&mut self) -> WorkerId {
         self.workers[self.random.usize(0..WORKERS)]
@@ -158,6 +163,7 @@ impl Pair {
     fn item(&mut self, run: RunId) -> (Item, Item) {
         let (epoch, seq) = self.fence(run);
         let (inbox_n, seen) = self.memory.runs.get(&run).map_or((0, 0), |r| (r.inbox_n, r.inbox_seen));
+        let queue = self.memory.runs.get(&run).map_or_else(|| "default".to_owned(), |r| r.queue.clone());
         let status = match self.random.u8(0..12) {
             0 => "completed",
             1 => "cancelled",
@@ -176,7 +182,7 @@ impl Pair {
             due: parked.then_some(due),
             waiting: None,
             inbox_seen: seen,
-            queue: "default".into(),
+            queue: queue.clone(),
             topic: None,
             cursor: cursor.then(|| text(&json!({})).expect("JSON")),
             format: crate::event::FORMAT,
@@ -224,12 +230,14 @@ impl Pair {
     /// One call on both. Returns what it was and what each answered.
     async fn call(&mut self) -> (String, String, String) {
         let (run, worker) = (self.run(), self.worker());
+        // What a call puts into the queue comes behind what earlier ones have.
+        self.memory.now += Duration::microseconds(1);
         let pool = self.pool.clone();
         let mut conn = pool.acquire().await.expect("connection");
         let said = |what: &str, a: &dyn std::fmt::Debug, b: &dyn std::fmt::Debug| {
             (format!("{what} {run} {worker}"), format!("{a:?}"), format!("{b:?}"))
         };
-        match self.random.u8(0..103) {
+        match self.random.u8(0..118) {
             0..=11 => {
                 // Another one in the place of one that has closed.
                 let run = if self.memory.runs.get(&run).is_some_and(|row| row.closed) {
@@ -289,7 +297,7 @@ impl Pair {
                 let queue = ["default", "other"][usize::from(self.random.u8(0..8) == 0)];
                 let (queues, any) = ([queue.to_owned()], self.random.bool());
                 // Whose turn it is shows when there is one place only.
-                let limit = if self.random.bool() { 1 } else { MANY };
+                let limit = if self.random.bool() && !self.memory.ties() { 1 } else { MANY };
                 let many = i64::try_from(if any { limit } else { MANY }).expect("small");
                 let (there, here) = if any {
                     let mut turns = Turns::default();
@@ -497,6 +505,8 @@ impl Pair {
                 let (events, state) = (text(&json!([event])).expect("JSON"), text(state).expect("JSON"));
                 said("migrate", &there, &self.memory.migrate(run, (epoch, seq), "conformance", events, state))
             }
+            103..=116 => self.commit_with_effects(run).await,
+            117 => self.unblock().await,
             _ => {
                 let minutes = self.random.i64(1..3);
                 self.pass(minutes).await;
@@ -527,6 +537,11 @@ async fn alike(spread: Spread) {
             assert_eq!(pair.on_postgres().await, pair.in_memory(), "seed {seed}, call {n}: rows after: {what}");
             let (there_places, here_places) = pair.places().await;
             assert_eq!(there_places, here_places, "seed {seed}, call {n}: places after: {what}");
+            let (there_told, here_told) = pair.told().await;
+            assert_eq!(there_told, here_told, "seed {seed}, call {n}: messages and the hook after: {what}");
+            for word in EFFECTS {
+                *kinds.entry((*word).to_owned()).or_default() += u32::from(what.contains(word));
+            }
             let kind = what.split(' ').next().unwrap_or_default();
             for answer in [
                 "Accepted",
@@ -569,7 +584,11 @@ async fn alike(spread: Spread) {
         "migrate",
         "give",
         "release",
-    ] {
-        assert!(kinds.get(kind).is_some_and(|n| *n > 0), "{kind}: {kinds:?}");
+        "unblock",
+    ]
+    .iter()
+    .chain(EFFECTS)
+    {
+        assert!(kinds.get(*kind).is_some_and(|n| *n > 0), "{kind}: {kinds:?}");
     }
 }
