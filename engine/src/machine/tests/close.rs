@@ -138,7 +138,7 @@ fn end_of_call(run: &Bench) -> (StepStatus, Option<String>) {
             }
             _ => None,
         })
-        .last()
+        .next_back()
         .expect("the call has ended")
 }
 

@@ -201,7 +201,7 @@ pub(super) fn to_the_end(run: &mut Bench, seed: u64) {
             }
         }
         // Some children never hear of anything.
-        if seed % 3 == 0 {
+        if seed.is_multiple_of(3) {
             run.children.clear();
         }
         while !run.children.is_empty() {
