@@ -1,23 +1,20 @@
 //! The database's time, as this process knows it: the local clock plus an offset that every heartbeat renews.
 
 use chrono::{DateTime, Duration, SubsecRound, Utc};
-use std::{
-    sync::atomic::{AtomicI64, Ordering},
-    time::Instant,
-};
+use std::sync::atomic::{AtomicI64, Ordering};
 
-/// Time of the database, to within a round trip. A worker whose own clock is wrong still agrees with the others.
+/// Time of the database, or earlier by as long as its last answer took. A worker whose own clock is wrong still agrees with the others.
 #[derive(Debug, Default)]
 pub(crate) struct Clock {
     offset_micros: AtomicI64,
 }
 
 impl Clock {
-    /// Takes over what the database has said in answer to a question that was asked at `asked`: it said so
-    /// half the way ago.
-    pub(crate) fn set(&self, asked: Instant, database: DateTime<Utc>) {
-        let way = Duration::from_std(asked.elapsed() / 2).unwrap_or_default();
-        self.offset_micros.store(offset_of(database + way), Ordering::Relaxed);
+    /// Takes over what the database has said. It is later there by as long as the answer took, and nobody knows how long that was: so
+    /// this clock may be behind by that, and is never ahead. Ahead by half a round trip, with the connecting in it, it began questions
+    /// later than people had answered them, and their approvals were taken for those of the question before.
+    pub(crate) fn set(&self, database: DateTime<Utc>) {
+        self.offset_micros.store(offset_of(database), Ordering::Relaxed);
     }
     /// It is not earlier than the database has just said: what was due there is due here.
     pub(crate) fn reach(&self, database: DateTime<Utc>) {
@@ -50,26 +47,28 @@ fn local() -> DateTime<Utc> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Instant;
 
     #[test]
     fn an_instant_is_one_that_the_database_can_hold() {
         let clock = Clock::default();
-        clock.set(Instant::now(), Utc::now() + Duration::nanoseconds(1_234_567));
+        clock.set(Utc::now() + Duration::nanoseconds(1_234_567));
         for _ in 0..100 {
             assert_eq!(clock.now().timestamp_subsec_nanos() % 1_000, 0);
         }
     }
 
     #[test]
-    fn an_answer_that_was_long_under_way_is_old() {
-        let (clock, second) = (Clock::default(), std::time::Duration::from_secs(1));
-        let (asked, database) =
-            (Instant::now().checked_sub(second * 10).expect("uptime"), Utc::now() + Duration::hours(1));
-        clock.set(asked, database);
-        assert!(clock.now() >= database + Duration::seconds(5));
-        clock.reach(database);
-        assert!(clock.now() >= database + Duration::seconds(5), "it knew that already");
+    fn it_is_never_ahead_of_what_the_database_may_say_next() {
+        let clock = Clock::default();
+        let (database, began) = (Utc::now() + Duration::hours(1), Instant::now());
+        clock.set(database);
+        let now = clock.now();
+        let passed = Duration::from_std(began.elapsed()).expect("short");
+        assert!(now <= database + passed, "{now} {database} {passed}");
         clock.reach(database + Duration::seconds(9));
         assert!(clock.now() >= database + Duration::seconds(9));
+        clock.reach(database);
+        assert!(clock.now() >= database + Duration::seconds(9), "it knew that already");
     }
 }

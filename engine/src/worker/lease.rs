@@ -29,7 +29,6 @@ async fn renew(shared: &Shared, lease: Duration, stopped: &CancellationToken) {
     let mut conn: Option<PgConnection> = None;
     let mut renewed = Instant::now();
     while !stopped.is_cancelled() {
-        let asked = Instant::now();
         let beat = async {
             let conn = match &mut conn {
                 Some(conn) => conn,
@@ -40,7 +39,7 @@ async fn renew(shared: &Shared, lease: Duration, stopped: &CancellationToken) {
         match tokio::time::timeout(lease / 2, beat).await {
             Ok(Ok(Some(now))) => {
                 renewed = Instant::now();
-                shared.clock.set(asked, now);
+                shared.clock.set(now);
             }
             Ok(Ok(None)) => {
                 tracing::warn!(worker_id = %shared.id, "the lease ended and others took over");

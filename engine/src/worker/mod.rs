@@ -207,11 +207,10 @@ async fn start_with(config: WorkerConfig, answer_max: Duration) -> Result<Worker
     let id = WorkerId(uuid::Uuid::now_v7());
     let lease_ms = i32::try_from(config.lease.as_millis()).unwrap_or(i32::MAX).max(100);
     let clock = Arc::new(Clock::default());
-    let asked = Instant::now();
     let registered = ask(&config.pool, answer_max, async |conn| {
         store::workers::register(conn, id, &config.queues, &config.labels, lease_ms).await
     });
-    clock.set(asked, registered.await?);
+    clock.set(registered.await?);
     crash_point("register.after_row");
     let spread = answered(answer_max, Spread::of(&config.pool)).await?;
     let shared = Arc::new(Shared {

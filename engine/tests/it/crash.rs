@@ -174,7 +174,7 @@ async fn goes_on(bench: &Bench, names: &[&str]) {
         if open.is_empty() {
             return;
         }
-        assert!(Instant::now() < deadline, "{names:?}: still open: {open:?}");
+        assert!(Instant::now() < deadline, "{names:?}: still open: {}", standing(&bench.pool).await);
         for (run, status) in &open {
             // Ids of their own: whatever was sent to the run under another is not this.
             let (run, go, approved) = (RunId(*run), Some("last".to_owned()), Some("approved".to_owned()));
@@ -190,6 +190,18 @@ async fn goes_on(bench: &Bench, names: &[&str]) {
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+}
+
+/// All that Postgres knows of the open runs, for whoever asks why they do not end.
+async fn standing(pool: &PgPool) -> String {
+    let sql = "select coalesce(jsonb_pretty(jsonb_agg(to_jsonb(r) - 'inputs' - 'cursor' || jsonb_build_object(
+                 'ready', (select to_jsonb(q) from ready q where q.run_id = r.run_id),
+                 'admission', (select to_jsonb(a) from admissions a where a.run_id = r.run_id),
+                 'inbox', (select jsonb_agg(to_jsonb(i)) from inbox i where i.run_id = r.run_id),
+                 'history', (select jsonb_agg(h.events order by h.seq) from history h where h.run_id = r.run_id),
+                 'workers', (select jsonb_agg(to_jsonb(w)) from workers w), 'now', engine_now()))), 'none')
+               from runs r where r.closed_at is null";
+    sqlx::query_scalar(sql).fetch_one(pool).await.expect("standing")
 }
 
 /// What must hold when all runs are closed, beside [`Bench::audit`].

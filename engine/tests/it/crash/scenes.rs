@@ -189,9 +189,10 @@ pub async fn arrange(bench: &Bench, known: &Known, scene: Scene, point: &str, fi
             // Cancelled while it waits.
             let last = runs.last().expect("three").0;
             bench.client.cancel(last, "not any more").await.expect("cancelled");
-            for _ in 0..2 {
+            // The older one waits for an answer, so that it is there when its place is wanted.
+            for definition in [known.crowd, known.quick] {
                 let place = Some(place("newest", OnConflict::CancelRunning));
-                runs.push((start(bench, known.quick, Admission { place, ..Admission::default() }).await, STOPPED));
+                runs.push((start(bench, definition, Admission { place, ..Admission::default() }).await, STOPPED));
             }
             for _ in 0..3 {
                 let rate = Some(Rate { key: point.to_owned(), starts: 1, per_ms: 200 });
