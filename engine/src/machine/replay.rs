@@ -37,7 +37,8 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use std::{cell::Cell, collections::BTreeMap};
 
-/// How far the clock by which a worker decides may be ahead of the one by which its commit is dated, in seconds: half of what an
+/// How far the clock by which a worker decided may have been ahead of the one by which its commit is dated, in seconds, in histories of
+/// before it was kept from that: half of what an
 /// answer of the database may take.
 const CLOCK_AHEAD_S: i64 = 30;
 
