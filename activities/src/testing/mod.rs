@@ -17,6 +17,7 @@ mod act;
 mod dialect;
 mod fault;
 mod journal;
+mod port;
 pub mod python;
 mod reply;
 mod route;
@@ -27,6 +28,7 @@ pub use act::{Act, answer, answer_json, chunk, end, frames, gzip, stream, stream
 pub use dialect::Dialect;
 pub use fault::{Fault, When};
 pub use journal::{End, Entry, Stage};
+pub use port::ClosedPort;
 pub use reply::{Answer, Reply, Told};
 pub use route::{Endpoint, Seen};
 pub use server::FakeProvider;

@@ -17,7 +17,9 @@ use loopwright_activities::{
     },
     orchestrator::{Message, Orchestrator, Pace, Request, Role, Routing},
     provider::{KeyIdentity, Settings, Timeouts},
-    testing::{CRASH_POINTS, Dialect, Endpoint, Entry, FakeProvider, Fault, Reply, Seen, Stage, Told, When},
+    testing::{
+        CRASH_POINTS, ClosedPort, Dialect, Endpoint, Entry, FakeProvider, Fault, Reply, Seen, Stage, Told, When,
+    },
 };
 use loopwright_engine::{
     Failure,
@@ -389,11 +391,9 @@ impl Bench {
         };
         let run = self.client.start(start).await.expect("started").run_id;
         // An address that nothing listens at; from the first refusal on it leads to the fake.
-        let door = pair.refused.then(|| {
-            let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-            listener.local_addr().expect("address")
-        });
-        let opened = door.map(|door| AbortOnDropHandle::new(tokio::spawn(self.open_when_refused(pair, door))));
+        let closed = pair.refused.then(ClosedPort::new);
+        let door = closed.as_ref().map(ClosedPort::address);
+        let opened = closed.map(|closed| AbortOnDropHandle::new(tokio::spawn(self.open_when_refused(pair, closed))));
         let mut child = self.child(pair, door);
         let mut fenced = false;
         let view = if pair.death.1 == Death::Never {
@@ -419,7 +419,7 @@ impl Bench {
     }
 
     /// Waits until a call of the pair was refused, then lets everything through to the fake.
-    fn open_when_refused(&self, pair: &Pair, door: SocketAddr) -> impl Future<Output = ()> + Send + use<> {
+    fn open_when_refused(&self, pair: &Pair, door: ClosedPort) -> impl Future<Output = ()> + Send + use<> {
         let (pool, mine) = (self.pool.clone(), pair.fingerprint());
         let fake = address(&self.fake.base_of(pair.dialect)).to_owned();
         async move {
@@ -428,7 +428,7 @@ impl Bench {
             while !sqlx::query_scalar::<_, bool>(refused).bind(&mine).fetch_one(&pool).await.expect("row") {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
-            let listener = tokio::net::TcpListener::bind(door).await.expect("the port is free");
+            let listener = door.open();
             loop {
                 let (mut caller, _) = listener.accept().await.expect("a connection");
                 let fake = fake.clone();

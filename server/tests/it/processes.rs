@@ -4,6 +4,7 @@ use crate::{
     e2e::{binary, folder},
     support::{MIGRATIONS, SECRET, key, read},
 };
+use loopwright_activities::testing::ClosedPort;
 use loopwright_engine::{client::Client, embedded::testing, hook::NoHook};
 use loopwright_server::{
     app,
@@ -67,6 +68,8 @@ pub struct Stage {
     /// What the processes log.
     pub log: &'static str,
     started: u32,
+    /// Where its servers listen, which nobody else is given meanwhile.
+    ports: Vec<ClosedPort>,
 }
 
 impl Stage {
@@ -77,7 +80,7 @@ impl Stage {
         shipped::deploy(&client, shipped::SHIPPED, &app::catalog()).await.unwrap();
         let mut config = File::parse("{}").unwrap().resolve().unwrap();
         config.auth.keys = vec![key("default", SECRET)];
-        Self { pool, dir: folder(), config, http: reqwest::Client::new(), log: "info", started: 0 }
+        Self { pool, dir: folder(), config, http: reqwest::Client::new(), log: "info", started: 0, ports: Vec::new() }
     }
 
     fn spawn(&mut self, drain_ms: u64, arguments: &[&str], environment: &[(&str, &str)]) -> Process {
@@ -120,7 +123,9 @@ impl Stage {
     }
 
     pub async fn server_with(&mut self, drain_ms: u64, environment: &[(&str, &str)]) -> (Process, SocketAddr) {
-        let listen = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let port = ClosedPort::new();
+        let listen = port.address();
+        self.ports.push(port);
         let process = self.spawn(drain_ms, &["server", "--listen", &listen.to_string()], environment);
         let began = Instant::now();
         while self.http.get(format!("http://{listen}/readyz")).send().await.is_err() {

@@ -7,7 +7,7 @@ use loopwright_activities::{
         address::Trust,
         probe::{Probe, Target, Verdict, probe},
     },
-    testing::Reply,
+    testing::{ClosedPort, Reply},
 };
 use serde_json::json;
 
@@ -117,8 +117,8 @@ async fn what_a_provider_says_of_a_key_is_told_in_our_words() {
 
 #[tokio::test]
 async fn an_address_that_is_not_reached_or_not_allowed_is_told_apart() {
-    let gone = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-    let found = asked(Dialect::OpenAi, &format!("http://{gone}/v1"), Some(KEY)).await;
+    let gone = ClosedPort::new();
+    let found = asked(Dialect::OpenAi, &format!("http://{}/v1", gone.address()), Some(KEY)).await;
     assert_eq!((found.verdict, found.code.as_deref()), (Verdict::Unreachable, Some("transient.network")));
     let server = FakeProvider::saying(Reply::text("x")).await;
     for address in [server.base().as_str(), "https://10.0.0.1", "https://169.254.169.254", "https://me:x@example.com"] {

@@ -3,7 +3,7 @@
 use super::{KEY, LOST, PATIENT, Verdict, ask_with, client, request, verdict};
 use loopwright_activities::{
     provider::Advice,
-    testing::{Dialect, End, FakeProvider, Fault, Reply, Stage, When},
+    testing::{ClosedPort, Dialect, End, FakeProvider, Fault, Reply, Stage, When},
     usage::{CallState, UsageSource},
 };
 use loopwright_engine::FailureKind;
@@ -209,9 +209,8 @@ async fn compressed_answers_are_read_up_to_the_limit_of_what_they_unpack_to() {
 #[tokio::test]
 async fn a_refused_connection_was_never_sent() {
     for dialect in Dialect::ALL {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let base = format!("http://{}", listener.local_addr().unwrap());
-        drop(listener);
+        let closed = ClosedPort::new();
+        let base = format!("http://{}", closed.address());
         let provider = client(dialect, &base, PATIENT);
         let error = ask_with(provider.as_ref(), &request(), &CancellationToken::new()).await.error();
         let expected = ("transient.network", FailureKind::Retryable, CallState::Failed, Advice::SameModel);

@@ -2,6 +2,7 @@
 
 use super::{CENTURY_S, RSA_N, RSA_PEM, RSA_TOKEN, base64url, claims, ed_public, ed_token, header, sign};
 use crate::support::{SECRET, Server, key, problem};
+use loopwright_activities::testing::ClosedPort;
 use loopwright_server::{
     config,
     rest::{JwksPace, auth::Registry},
@@ -244,8 +245,8 @@ async fn while_the_issuer_is_away_what_is_known_counts() {
     assert_eq!(code(&registry, &by(2, "b")).await, "token_invalid");
     // Nobody listens at all.
     let mut auth = issuer.auth();
-    let gone = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-    auth.jwks_url = Some(format!("http://{gone}/").parse().unwrap());
+    let gone = ClosedPort::new();
+    auth.jwks_url = Some(format!("http://{}/", gone.address()).parse().unwrap());
     assert_eq!(code(&Registry::new(&auth).unwrap(), &by(1, "a")).await, "unavailable");
 }
 
