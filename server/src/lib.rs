@@ -6,6 +6,7 @@ pub mod config;
 pub mod postgres;
 pub mod read;
 pub mod rest;
+pub mod secret;
 pub mod shipped;
 pub mod store;
 pub mod telegram;

@@ -3,7 +3,10 @@
 //! Secrets do not reach a log because their types cannot be printed; what a message might still carry (an address with
 //! a password, a bearer token in an error of a library) is cut out of every line here, as the second door.
 
-use crate::config::{Log, LogFormat};
+use crate::{
+    config::{Log, LogFormat},
+    secret,
+};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use std::{
     borrow::Cow,
@@ -84,7 +87,7 @@ impl Write for Redacted {
     }
 }
 
-/// Cuts out what looks like a secret: passwords in addresses, bearer tokens, keys of known shapes.
+/// Cuts out what looks like a secret: passwords in addresses, bearer tokens, keys of known shapes ([`secret`]).
 #[must_use]
 pub fn redact(text: &str) -> Cow<'_, str> {
     let mut out = Cow::Borrowed(text);
@@ -92,8 +95,6 @@ pub fn redact(text: &str) -> Cow<'_, str> {
     const AFTER: &[(&str, &str)] = &[
         ("Bearer ", " \"',;)\n"),
         ("bearer ", " \"',;)\n"),
-        ("sk-", " \"',;)&\n"),
-        ("AIza", " \"',;)&\n"),
         ("?key=", " \"'&\n"),
         ("&key=", " \"'&\n"),
         ("/bot", "/ \"'\n"),
@@ -115,7 +116,10 @@ pub fn redact(text: &str) -> Cow<'_, str> {
             out = Cow::Owned(replaced);
         }
     }
-    out
+    match secret::redact(&out) {
+        Some(redacted) => Cow::Owned(redacted),
+        None => out,
+    }
 }
 
 fn cut<'a>(text: Cow<'a, str>, before: &str, ends: &str) -> Cow<'a, str> {
@@ -147,7 +151,9 @@ mod tests {
             ("postgres://u:hunter2@h/d and a://x:y@z", "postgres://u:[redacted]@h/d and a://x:[redacted]@z"),
             ("header Bearer abc.def.ghi, next", "header Bearer [redacted], next"),
             ("GET https://x/v1?key=AIzaSyabcdefgh&alt=sse", "GET https://x/v1?key=[redacted]&alt=sse"),
-            ("key sk-or-v1-0123456789abc\n", "key sk-[redacted]\n"),
+            ("key sk-or-v1-0123456789abcdef\n", "key [redacted]\n"),
+            ("{\"why\":\"gsk_a1b2c3d4e5f6g7h8i9j0k1l2\"}\n", "{\"why\":\"[redacted]\"}\n"),
+            ("token eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJvd25lciIsImF1ZCI6IngifQ.c2lnbmF0dXJlIG9mIDMy", "token [redacted]"),
             ("https://api/bot123456:ABCDEF/getMe", "https://api/bot[redacted]/getMe"),
         ] {
             assert_eq!(redact(text), expected);

@@ -187,7 +187,10 @@ pub fn classify(names: &Names, status: u16, hints: Hints, report: &Report) -> Pr
             limited(format!("{title}: the estimated cost of running requests fills the budget"), Advice::SameModel)
         }
         // Nobody has to act: it is filled again by itself.
-        402 | 403 if report.resets_at.is_some() && (status == 402 || is_spent(report)) => {
+        402 | 403
+            if (report.resets_at.is_some() || report.retryable == Some(true))
+                && (status == 402 || is_spent(report)) =>
+        {
             limited(format!("{title}: the budget of the key is spent, and is filled again later"), Advice::OtherKey)
         }
         // A balance may come back by itself.
@@ -415,6 +418,17 @@ mod tests {
                 (error.advice, error.key_rests_until.is_some()),
                 (Advice::OtherKey, metadata["resets_at"] == at)
             );
+        }
+    }
+
+    #[test]
+    fn a_spent_key_of_which_the_server_says_that_it_may_be_asked_again_is_waited_for() {
+        for (retryable, code) in [(true, "transient.rate_limited"), (false, "provider.no_balance")] {
+            let body = json!({"error": {"code": 403, "message": "Key limit exceeded",
+                "availability": {"retryable": retryable, "retry_after": 7}}});
+            let error = classified(403, &body);
+            assert_eq!((error.failure.code.as_str(), error.advice), (code, Advice::OtherKey));
+            assert_eq!(error.failure.retry_after_ms, retryable.then_some(7_000));
         }
     }
 

@@ -128,7 +128,7 @@ pub const COMMANDS: &[(&str, &str)] = &[
 #[must_use]
 pub fn arrived(mut raw: Value) -> Option<Arrived> {
     let update_id = raw["update_id"].as_i64()?;
-    let redacted = super::secret::clean(&mut raw);
+    let redacted = crate::secret::clean(&mut raw);
     let chat = |update: &Value| update["chat"]["id"].as_i64();
     let chat_id = chat(&raw["message"])
         .or_else(|| chat(&raw["edited_message"]))

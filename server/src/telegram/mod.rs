@@ -17,7 +17,6 @@ mod payments;
 mod poll;
 pub mod render;
 mod run;
-pub mod secret;
 mod send;
 mod stars;
 

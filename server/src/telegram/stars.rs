@@ -44,36 +44,43 @@ pub(super) async fn run(session: &Session) -> Result<(), Error> {
 async fn refunds(session: &Session) -> Result<(), Error> {
     let store = &session.parts.store;
     for refund in store.open_refunds().await? {
-        let Some(user) = refund.telegram_user_id else {
-            refused(session, &refund, "the payer has no Telegram identity").await?;
-            continue;
-        };
-        let body = json!({"user_id": user, "telegram_payment_charge_id": refund.charge_id});
-        match api::call(&session.bot, "RefundStarPayment", body).await {
-            Ok(_) => done(session, &refund).await?,
-            // It was done before, and we died or heard nothing.
-            Err(Fault::Refused(why)) if why.contains("CHARGE_ALREADY_REFUNDED") => {
-                done(session, &refund).await?;
-            }
-            Err(Fault::Refused(why)) => {
-                tracing::error!(
-                    charge = refund.charge_id,
-                    why,
-                    "Telegram will not give a payment back; its credits are given again"
-                );
-                refused(session, &refund, &why).await?;
-            }
-            Err(Fault::Token) => return Err(Error::Token),
-            // Asking again is safe: a charge is given back once.
-            Err(fault) => {
-                tracing::warn!(charge = refund.charge_id, ?fault, "a refund is not carried out yet; it is tried again");
-                if concerns_all(&fault) {
-                    break;
-                }
+        match one(session, &refund).await {
+            Ok(true) => {}
+            Ok(false) => break,
+            Err(Error::Token) => return Err(Error::Token),
+            // Its own fault, or the database's: then the next question of that ends the session.
+            Err(error) => {
+                tracing::error!(charge = refund.charge_id, %error, "a refund cannot be booked; it is tried again");
             }
         }
     }
     Ok(())
+}
+
+/// Asks Telegram for one refund and books what it says. False if the next one would meet the same.
+async fn one(session: &Session, refund: &OpenRefund) -> Result<bool, Error> {
+    let Some(user) = refund.telegram_user_id else {
+        refused(session, refund, "the payer has no Telegram identity").await?;
+        return Ok(true);
+    };
+    let body = json!({"user_id": user, "telegram_payment_charge_id": refund.charge_id});
+    match api::call(&session.bot, "RefundStarPayment", body).await {
+        Ok(_) => done(session, refund).await?,
+        // It was done before, and we died or heard nothing.
+        Err(Fault::Refused(why)) if why.contains("CHARGE_ALREADY_REFUNDED") => done(session, refund).await?,
+        Err(Fault::Refused(why)) => {
+            let charge = &refund.charge_id;
+            tracing::error!(charge, why, "Telegram will not give a payment back; its credits are given again");
+            refused(session, refund, &why).await?;
+        }
+        Err(Fault::Token) => return Err(Error::Token),
+        // Asking again is safe: a charge is given back once.
+        Err(fault) => {
+            tracing::warn!(charge = refund.charge_id, ?fault, "a refund is not carried out yet; it is tried again");
+            return Ok(!concerns_all(&fault));
+        }
+    }
+    Ok(true)
 }
 
 /// Telegram gave a payment back.

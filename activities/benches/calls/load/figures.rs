@@ -179,7 +179,7 @@ pub fn outcome(
     limit: &[f64],
     counted: &Counted,
     [fast, loaded]: [&Phase; 2],
-    broken: Vec<String>,
+    mut broken: Vec<String>,
     deadlocks_logged: usize,
 ) -> Outcome {
     let sorted = [fast, loaded].map(|phase| Sorted::of(&phase.measured, &phase.spans));
@@ -206,12 +206,13 @@ pub fn outcome(
     let checks = [
         none("deadlocks", counted.max(deadlocks_logged), "none"),
         none("invariants broken", broken.len(), "none"),
-        none("runs that did not complete", sum(|phase| phase.failed_runs), "none"),
+        none("runs that did not complete", sum(|phase| phase.failed_runs.len()), "none"),
         none("requests of the provider's journal that are not recorded, or the other way", unrecorded, "none"),
         none("calls shorter than their provider's time", unmeasured, "none"),
     ];
     let adds_up = checks.iter().all(|check| check.value == 0.0);
     figures.extend(checks);
+    broken.extend([fast, loaded].into_iter().flat_map(|phase| phase.failed_runs.iter().cloned()));
     let report = Report { server, percent: options.percent(), void, figures }.judged();
     Outcome { report, adds_up, broken, said }
 }

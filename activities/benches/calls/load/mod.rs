@@ -89,7 +89,7 @@ pub struct Outcome {
     pub report: Report,
     /// No invariant is broken, nothing locked up, every run ended well, and every request is recorded.
     pub adds_up: bool,
-    /// Rows that break an invariant.
+    /// Rows that break an invariant, and runs that did not complete.
     pub broken: Vec<String>,
     /// What a call says to Postgres, and how often on average.
     pub said: Vec<(String, f64)>,
@@ -112,8 +112,8 @@ struct Phase {
     before: Counters,
     after: Counters,
     provider_cpu: Duration,
-    /// Runs that did not complete.
-    failed_runs: usize,
+    /// Runs that did not complete, and why.
+    failed_runs: Vec<String>,
     /// Rows of `api_key_usage`.
     recorded: usize,
 }

@@ -244,17 +244,23 @@ impl<'h> Scene<'h> {
         }
     }
 
-    /// How many of the runs did not complete, and how many requests of theirs are recorded.
-    pub async fn what_became_of(&self, runs: &[RunId]) -> Result<(usize, usize)> {
+    /// Those of the runs that did not complete, and why; and how many requests of all are recorded.
+    pub async fn what_became_of(&self, runs: &[RunId]) -> Result<(Vec<String>, usize)> {
         let ids: Vec<Uuid> = runs.iter().map(|run| run.0).collect();
-        let (failed, recorded): (i64, i64) = sqlx::query_as(
-            "select (select count(*) from runs where run_id = any($1) and status <> 'completed'),
-                    (select count(*) from api_key_usage u join activity_attempts a on a.id = u.attempt_id where a.run_id = any($1))",
+        let failed = sqlx::query_scalar(
+            "select concat_ws(' ', run_id, status, failure) || '; calls: ' ||
+                    (select string_agg(concat_ws(' ', a.attempt_no, u.model_requested, u.state, u.error_class), ', ' order by u.started_at)
+                     from api_key_usage u join activity_attempts a on a.id = u.attempt_id
+                     where a.run_id = r.run_id and u.state <> 'succeeded')
+             from runs r where run_id = any($1) and status <> 'completed'",
+        );
+        let recorded: i64 = sqlx::query_scalar(
+            "select count(*) from api_key_usage u join activity_attempts a on a.id = u.attempt_id where a.run_id = any($1)",
         )
         .bind(&ids)
         .fetch_one(&self.host.pool)
         .await?;
-        Ok((usize::try_from(failed)?, usize::try_from(recorded)?))
+        Ok((failed.bind(&ids).fetch_all(&self.host.pool).await?, usize::try_from(recorded)?))
     }
 
     /// Ends the worker and gives what was measured.

@@ -124,20 +124,22 @@ async fn an_operators_refund_reaches_telegram_whatever_happens_in_between() {
 }
 
 #[tokio::test]
-async fn an_error_after_a_refund_was_booked_does_not_book_it_again() {
+async fn an_error_after_a_refund_was_booked_does_not_book_it_again_and_keeps_no_other_waiting() {
     let ms = Duration::from_millis;
     let quick = Pace { refresh: ms(5), pause: ms(1), pause_max: ms(5), ..pace() };
     let mut bot = Bot::start_with(|parts| parts.pace = quick).await;
     bot.fake.says(ADA, "/start");
-    bot.fake.says(ADA, "/buy 100");
-    let (payload, amount) = invoice(&bot, 1).await;
-    bot.fake.pays(ADA, "stx1", amount, &payload);
-    bot.fake.message("you have 200 now").await;
-    bot.settled(3).await;
+    for (n, charge) in ["stx1", "stx2"].into_iter().enumerate() {
+        bot.fake.says(ADA, "/buy 100");
+        let (payload, amount) = invoice(&bot, n + 1).await;
+        bot.fake.pays(ADA, charge, amount, &payload);
+        bot.fake.message(&format!("you have {} now", 200 + 100 * n)).await;
+    }
+    bot.settled(5).await;
     // Telegram does it, and what is written of that is undone: the payer cannot be told.
     sqlx::raw_sql(
         "create function no_message() returns trigger language plpgsql as $$ begin raise exception 'broken'; end $$;
-         create trigger no_message before insert on telegram_outbox for each row when (new.dedupe_key like 'refund:%')
+         create trigger no_message before insert on telegram_outbox for each row when (new.dedupe_key like 'refund:%:stx1')
            execute function no_message()",
     )
     .execute(&bot.pool)
@@ -156,13 +158,20 @@ async fn an_error_after_a_refund_was_booked_does_not_book_it_again() {
         assert_eq!(bot.number("select count(*) from payments where refund_state = 'requested'").await, 1);
     }
     assert_eq!(booked, [true, false, false]);
-    sqlx::raw_sql("drop trigger no_message on telegram_outbox").execute(&bot.pool).await.unwrap();
+    assert!(store.refund("stx2", None).await.unwrap());
     bot.fake.message("was given back").await;
-    bot.settled(3).await;
-    assert_eq!(bot.number("select count(*) from payments where refund_state = 'done'").await, 1);
-    assert_eq!(bot.number("select count(*) from credit_transactions where kind = 'refund'").await, 1);
+    assert_eq!(bot.number("select count(*) from payments where charge_id = 'stx2' and refund_state = 'done'").await, 1);
+    sqlx::raw_sql("drop trigger no_message on telegram_outbox").execute(&bot.pool).await.unwrap();
+    bot.fake
+        .until("both are told", |calls| {
+            (calls.iter().filter(|c| c.done() && c.text().contains("was given back")).count() == 2).then_some(())
+        })
+        .await;
+    bot.settled(5).await;
+    assert_eq!(bot.number("select count(*) from payments where refund_state = 'done'").await, 2);
+    assert_eq!(bot.number("select count(*) from credit_transactions where kind = 'refund'").await, 2);
     assert_eq!(bot.number("select credit_balance_ucr from users where telegram_user_id = 42").await, 100_000_000);
-    assert_eq!(bot.fake.done("SendMessage").iter().filter(|c| c.text().contains("was given back")).count(), 1);
+    assert_eq!(bot.fake.done("SendMessage").iter().filter(|c| c.text().contains("was given back")).count(), 2);
     assert_eq!(store.audit().await.unwrap(), []);
     bot.stop().await;
 }

@@ -1,4 +1,4 @@
-//! Keys that were pasted into a chat: found by their shapes, cut out before anything is stored.
+//! Keys where none belong, in what people write to a chat and in lines of a log: found by their shapes and cut out.
 //!
 //! Shapes, not proof: an unknown provider's key passes unless something names it (`/key …`, `API_KEY=…`, `Bearer …`), and a
 //! long word with a digit after `sk-` is cut.
@@ -67,12 +67,18 @@ pub fn redact(text: &str) -> Option<String> {
         rest = &rest[end..];
     }
     out.push_str(rest);
-    if let Some(at) = out.find("PRIVATE KEY-----") {
-        let start = out[..at].rfind("-----BEGIN").unwrap_or(at);
-        out.replace_range(start.., CUT);
-        found = true;
-    }
     found.then_some(out)
+}
+
+/// A text of a chat without its keys, and without a private key that was pasted, to the end; `None` if there are none.
+fn pasted(text: &str) -> Option<String> {
+    let mut out = redact(text);
+    let plain = out.as_deref().unwrap_or(text);
+    if let Some(at) = plain.find("PRIVATE KEY-----") {
+        let start = plain[..at].rfind("-----BEGIN").unwrap_or(at);
+        out = Some(format!("{}{CUT}", &plain[..start]));
+    }
+    out
 }
 
 /// The text without what follows `/key` or a label.
@@ -128,7 +134,7 @@ fn cut(value: &mut Value, money: bool) -> bool {
             if text.contains('\0') {
                 *text = text.replace('\0', "");
             }
-            match redact(text).filter(|_| !money) {
+            match pasted(text).filter(|_| !money) {
                 Some(redacted) => {
                     *text = redacted;
                     true
@@ -202,7 +208,7 @@ mod tests {
             ("meet at 12:30, see 123e4567-e89b-12d3-a456-426614174000", None),
             ("größe: 5 … ok", None),
         ] {
-            assert_eq!(redact(text).as_deref(), expected, "{text}");
+            assert_eq!(pasted(text).as_deref(), expected, "{text}");
         }
     }
 
