@@ -118,11 +118,14 @@ impl Activity for Asks {
 }
 
 fn definition() -> Definition {
+    // What the shipped loop tries again, of what can happen here: an answer that ends without a finish reason is none of the engine's
+    // defaults.
+    let again = ["transient.*", "timeout.*", "model.truncated", "provider.*"].map(str::to_owned).to_vec();
     let step = Step {
         id: "ask".into(),
         condition: None,
         kind: Kind::Activity { name: "asks@1".into(), with: BTreeMap::new() },
-        retry: RetryPolicy { attempts: 20, delay_ms: 200, ..RetryPolicy::default() },
+        retry: RetryPolicy { attempts: 20, delay_ms: 200, on: again, ..RetryPolicy::default() },
         timeouts: Timeouts::default(),
         catch: vec![],
         continue_on_error: false,
@@ -249,7 +252,7 @@ impl<'h> Scene<'h> {
         let ids: Vec<Uuid> = runs.iter().map(|run| run.0).collect();
         let failed = sqlx::query_scalar(
             "select concat_ws(' ', run_id, status, failure) || '; calls: ' ||
-                    (select string_agg(concat_ws(' ', a.attempt_no, u.model_requested, u.state, u.error_class), ', ' order by u.started_at)
+                    (select coalesce(string_agg(concat_ws(' ', a.attempt_no, u.model_requested, u.state, u.error_class), ', ' order by u.started_at), '')
                      from api_key_usage u join activity_attempts a on a.id = u.attempt_id
                      where a.run_id = r.run_id and u.state <> 'succeeded')
              from runs r where run_id = any($1) and status <> 'completed'",
