@@ -95,6 +95,9 @@ pub fn redact(text: &str) -> Cow<'_, str> {
     const AFTER: &[(&str, &str)] = &[
         ("Bearer ", " \"',;)\n"),
         ("bearer ", " \"',;)\n"),
+        // Wherever they stand: behind an escaped line break, or the colour of a terminal.
+        ("sk-", " \"',;)&\n"),
+        ("AIza", " \"',;)&\n"),
         ("?key=", " \"'&\n"),
         ("&key=", " \"'&\n"),
         ("/bot", "/ \"'\n"),
@@ -151,7 +154,8 @@ mod tests {
             ("postgres://u:hunter2@h/d and a://x:y@z", "postgres://u:[redacted]@h/d and a://x:[redacted]@z"),
             ("header Bearer abc.def.ghi, next", "header Bearer [redacted], next"),
             ("GET https://x/v1?key=AIzaSyabcdefgh&alt=sse", "GET https://x/v1?key=[redacted]&alt=sse"),
-            ("key sk-or-v1-0123456789abcdef\n", "key [redacted]\n"),
+            ("key sk-or-v1-0123456789abcdef\n", "key sk-[redacted]\n"),
+            ("why=\\nsk-or-v1-0123 \u{1b}[0msk-own-master+key/x=", "why=\\nsk-[redacted] \u{1b}[0msk-[redacted]"),
             ("{\"why\":\"gsk_a1b2c3d4e5f6g7h8i9j0k1l2\"}\n", "{\"why\":\"[redacted]\"}\n"),
             ("token eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJvd25lciIsImF1ZCI6IngifQ.c2lnbmF0dXJlIG9mIDMy", "token [redacted]"),
             ("https://api/bot123456:ABCDEF/getMe", "https://api/bot[redacted]/getMe"),

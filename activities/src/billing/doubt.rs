@@ -94,7 +94,12 @@ pub async fn asked_again(conn: &mut PgConnection, usage_id: i64, said: &Usage) -
     // The tokens that it was charged by, not those that come with the doubtful sum.
     let tokens = |n: i64| u64::try_from(n).unwrap_or(0);
     let said = Usage { tokens_prompt: tokens(prompt), tokens_output: tokens(output), ..said.clone() };
-    let (None, Some(cost)) = (of(&said, price.as_ref()), said.total_cost_pusd()) else { return Ok(false) };
+    // Believed is what it costs in all; in the column stands what the provider itself takes, as of every call.
+    let (None, Some(total), Some(cost)) =
+        (of(&said, price.as_ref()), said.total_cost_pusd(), said.provider_cost_pusd.map(|cost| cost.max(0)))
+    else {
+        return Ok(false);
+    };
     sqlx::query(
         "update api_key_usage set provider_cost_pusd = $2, lookups = lookups + 1, next_lookup_at = null where id = $1",
     )
@@ -102,7 +107,7 @@ pub async fn asked_again(conn: &mut PgConnection, usage_id: i64, said: &Usage) -
     .bind(cost)
     .execute(&mut *conn)
     .await?;
-    resolve(conn, usage_id, &format!("asked again, the provider says {} USD", usd_from_pusd(cost.into()))).await?;
+    resolve(conn, usage_id, &format!("asked again, the provider says {} USD", usd_from_pusd(total.into()))).await?;
     Ok(true)
 }
 

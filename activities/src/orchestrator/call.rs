@@ -331,6 +331,7 @@ impl Orchestrator {
                 }
             };
             progress.full = limit >= limit_max;
+            let asked = Arc::clone(&admitted.running.slot);
             let outcome = self.request(task, &admitted.running, candidate, &fitted, limit, repairing, progress).await;
             self.settle_grants(&admitted.grants, &outcome).await;
             let mut cooled = None;
@@ -405,7 +406,9 @@ impl Orchestrator {
                     return Verdict::Next(error.failure);
                 }
                 // The keys that could take over have been tried: what is left is another candidate.
-                Advice::OtherKey | Advice::DisableKey => return Verdict::Next(error.failure),
+                Advice::OtherKey | Advice::DisableKey => {
+                    return Verdict::Next(self.unless_another_key_may(pool, candidate, &asked, error.failure));
+                }
                 Advice::OtherModel if error.failure.code == "model.context_overflow" && packings_left > 0 => {
                     let said = believable(error.context_tokens);
                     if let Some(said) = said {

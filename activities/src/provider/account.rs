@@ -167,7 +167,7 @@ impl OpenRouterAccount {
             #[serde(default)]
             native_tokens_cached: Option<u64>,
             #[serde(default)]
-            is_byok: Option<bool>,
+            is_byok: Option<Box<RawValue>>,
             /// Of the vendor behind it, where the call was served by a key that is deposited.
             #[serde(default)]
             upstream_inference_cost: Option<Box<RawValue>>,
@@ -179,9 +179,14 @@ impl OpenRouterAccount {
         };
         let raw: Data<Box<RawValue>> = self.read(&text)?;
         let answer: Answer = self.read(raw.data.get())?;
-        let upstream_key = answer.is_byok == Some(true);
         // One that cannot be read leaves the cost of the vendor unknown, and the call's with it.
         let upstream = answer.upstream_inference_cost.as_deref().and_then(|raw| pusd_from_decimal(raw.get()));
+        // As in an answer: where nothing is said, a cost of the vendor tells.
+        let upstream_key = match answer.is_byok.as_deref().map(RawValue::get) {
+            Some("true") => true,
+            Some("false") => false,
+            _ => upstream.is_some_and(|cost| cost > 0),
+        };
         let usage = Usage {
             tokens_prompt: answer.native_tokens_prompt.unwrap_or(0),
             tokens_cached: answer.native_tokens_cached.unwrap_or(0),

@@ -505,7 +505,7 @@ impl Gathered {
             return failed(ProviderError::refused(names, block).with_finish_reason(Some(block.clone())), true);
         }
         let Some(reason) = reason.clone() else {
-            return failed(ProviderError::truncated(names, "the answer ended without a finish reason"), false);
+            return failed(ProviderError::unfinished(names), false);
         };
         let mut continuation_token = None;
         match reason.as_str() {

@@ -184,7 +184,8 @@ pub struct Hints {
 }
 
 impl Hints {
-    /// Reads `retry-after-ms`, then `Retry-After` (seconds or a date), and `x-should-retry`.
+    /// Reads `retry-after-ms`, then `Retry-After` (seconds or a date), and `x-should-retry`. A date is held against the server's own
+    /// clock (`Date`), and against `now`, which is this machine's, only where it says none.
     #[must_use]
     pub fn parse(headers: &HeaderMap, now: DateTime<Utc>) -> Self {
         let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::trim);
@@ -195,6 +196,7 @@ impl Hints {
                 return seconds(number);
             }
             let date = DateTime::parse_from_rfc2822(value).ok()?;
+            let now = text("date").and_then(|said| DateTime::parse_from_rfc2822(said).ok()).map_or(now, Into::into);
             Some((date.with_timezone(&Utc) - now).to_std().unwrap_or_default().min(RETRY_AFTER_MAX))
         });
         let should_retry = match text("x-should-retry") {

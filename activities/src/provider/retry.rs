@@ -97,7 +97,14 @@ impl ProviderError {
             ..Self::new(Failure::retryable("transient.http", format!("{}: {what}", provider.title)), Advice::SameModel)
         }
     }
-    /// The output ended before the model had finished.
+    /// The answer ended in good order, and too early: no finish reason came. Whoever cut it, it was not the model; and a server that
+    /// never says one would be waited for in vain.
+    #[must_use]
+    pub fn unfinished(provider: &Names) -> Self {
+        let text = format!("{}: the answer ended without a finish reason", provider.title);
+        Self { counts: true, ..Self::new(Failure::retryable("transient.http", text), Advice::SameModel) }
+    }
+    /// The model came to a limit before it had finished.
     #[must_use]
     pub fn truncated(provider: &Names, what: &str) -> Self {
         Self::new(Failure::retryable("model.truncated", format!("{}: {what}", provider.title)), Advice::SameModel)
@@ -270,7 +277,10 @@ pub fn classify(names: &Names, status: u16, hints: Hints, report: &Report) -> Pr
                 (error.unwell, error.counts) = (false, true);
             }
         }
-        Some(true) if matches!(error.failure.code.as_str(), "provider.bad_request" | "model.unavailable") => {
+        Some(true)
+            if matches!(error.failure.code.as_str(), "provider.bad_request" | "model.unavailable")
+                && !report.no_quota =>
+        {
             error.failure = Failure::retryable("transient.http", format!("{title}: it asks for another try"));
             error.advice = Advice::SameModel;
         }
@@ -321,7 +331,7 @@ mod tests {
         super::report::{RETRY_AFTER_MAX, seconds},
         *,
     };
-    use reqwest::header::{HeaderMap, HeaderValue};
+    use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
     use serde_json::Value;
 
     const NAMES: Names = Names { title: "Gemini", key_setting: "GEMINI_API_KEY", key_is_set: true };
@@ -381,6 +391,10 @@ mod tests {
             let error = classify(&NAMES, 429, Hints::parse(&headers, now), &Report::default());
             assert_eq!(error.failure.retry_after_ms, expected, "{name}: {value}");
         }
+        // The server's own clock, not this machine's.
+        let headers = [("retry-after", "Tue, 24 Nov 2026 11:01:00 GMT"), ("date", "Tue, 24 Nov 2026 11:00:00 GMT")];
+        let headers = headers.map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value)));
+        assert_eq!(Hints::parse(&HeaderMap::from_iter(headers), now).retry_after, Some(Duration::from_secs(60)));
         let endless = Hints { retry_after: seconds(1e15), should_retry: None };
         assert_eq!(endless.retry_after, Some(RETRY_AFTER_MAX));
     }

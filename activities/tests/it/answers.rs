@@ -375,11 +375,11 @@ async fn an_answer_that_somebody_has_cut_on_the_way_is_free_whatever_was_counted
     let fake = FakeProvider::serve(move |_, _| Answer::Acts(stream(&frames(&events)))).await;
     let bench = Bench::new(Dialect::Gemini, fake).await;
     let view = bench.drive(asking(request())).await;
-    assert_eq!(view.failure.as_ref().map(|failure| failure.code.as_str()), Some("model.truncated"));
+    assert_eq!(view.failure.as_ref().map(|failure| failure.code.as_str()), Some("transient.http"));
     let rows = bench.rows(view.run_id).await;
     assert!(!rows.is_empty());
     for (key, state, class, prompt, output, cost, ..) in &rows {
-        assert_eq!((state.as_str(), class.as_deref()), ("failed", Some("model.truncated")), "{key}");
+        assert_eq!((state.as_str(), class.as_deref()), ("failed", Some("transient.http")), "{key}");
         assert_eq!((*prompt, *output, *cost), (Some(11), Some(6), 0), "{key}: known, and free");
     }
     bench.balances().await;

@@ -195,6 +195,16 @@ pub(super) fn cpu_of_this() -> f64 {
     stat(std::process::id()).map_or(f64::NAN, |s| s.cpu.as_secs_f64())
 }
 
+/// Processor time of this thread, to the nanosecond.
+pub(super) fn cpu_of_thread() -> Result<Duration> {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: it writes into the struct and keeps nothing of it.
+    if unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) } != 0 {
+        return Err(Error::failed("reading the processor time of a thread", std::io::Error::last_os_error()));
+    }
+    Ok(Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0)))
+}
+
 /// Processor time of a process and of its children, those that have ended included.
 #[must_use]
 pub fn cpu_of_tree(root: u32) -> Option<Duration> {

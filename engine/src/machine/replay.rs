@@ -462,14 +462,15 @@ fn taken_over(outcome: Outcome, failure: Option<&Failure>) -> bool {
 /// What ended the run at once, if the row says so. `before`: the state that it follows.
 fn closes_at_once(before: &RunState, events: &[Event]) -> Option<Input> {
     let ends = |e: &Event| matches!(e, Event::RunEnding { .. });
+    let cancels = |e: &Event| matches!(e, Event::RunEnding { ending: Ending::Cancelled { .. }, .. });
     match events.last() {
         Some(Event::RunClosed { status: RunStatus::Terminated, failure, .. }) => {
             let reason = failure.as_ref().map(|f| f.message.clone()).unwrap_or_default();
             Some(Input::Terminated { reason })
         }
-        // A cancel is said first, and what follows it is decided.
+        // A cancel is said first, and what follows it is decided. Wrong inputs are said too, and whoever is turned away ends so all the same.
         Some(Event::RunClosed { status: RunStatus::Cancelled, failure: Some(failure), .. })
-            if before.ending.is_none() && !events.iter().any(ends) =>
+            if before.ending.is_none() && !events.iter().any(cancels) =>
         {
             Some(Input::Messages(vec![Inbound::TurnedAway { reason: failure.message.clone() }]))
         }

@@ -244,9 +244,12 @@ pub(crate) struct Terms {
 }
 
 /// None, if there is no such definition.
+///
+/// # Errors
+/// `newer_release`.
 pub(crate) async fn terms(conn: &mut PgConnection, hash: DefinitionHash) -> Result<Terms> {
     let found = sqlx::query(
-        "select coalesce(ir->'concurrency', 'null') as concurrency, ir->'runs_on' as runs_on,
+        "select format, coalesce(ir->'concurrency', 'null') as concurrency, ir->'runs_on' as runs_on,
                 jsonb_build_object('labels', ir #> '{extras,labels}') as extras
          from definitions where hash = $1 and (ir ? 'concurrency' or ir ? 'runs_on' or ir #> '{extras,labels}' is not null)",
     )
@@ -254,6 +257,11 @@ pub(crate) async fn terms(conn: &mut PgConnection, hash: DefinitionHash) -> Resu
     .fetch_optional(conn)
     .await?;
     let Some(row) = found else { return Ok(Terms::default()) };
+    // Before they are read: a newer release's may not be readable at all.
+    let format: i32 = row.try_get("format")?;
+    if i64::from(format) > i64::from(super::known().definition) {
+        return Err(Error::NewerRelease(format!("definition {hash} (format {format})")));
+    }
     let Json(concurrency) = row.try_get("concurrency")?;
     let labels: Option<Json<Vec<String>>> = row.try_get("runs_on")?;
     let runs_on = labels.map(|Json(labels)| labels).unwrap_or_default();

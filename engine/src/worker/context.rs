@@ -14,7 +14,7 @@ use crate::{
     failure::{Failure, FailureKind},
     hook::{AttemptRef, HookError, Phase, Reading, Verdict},
     machine,
-    store::{self, checkpoints::Progress, spread::Spread},
+    store::{self, Fault, checkpoints::Progress, spread::Spread},
     transaction,
 };
 use futures_util::future::BoxFuture;
@@ -119,7 +119,8 @@ impl Backend {
                     Ok(Err(error)) => error,
                     Err(_) => Error::Sql(io::Error::from(io::ErrorKind::TimedOut).into()),
                 };
-                let passes = matches!(&error, Error::Sql(sql) if store::is_transient(sql));
+                // Rights, plans and schemas as well: somebody mends them, another session has them, and what was bought is not thrown away.
+                let passes = matches!(&error, Error::Sql(sql) if store::fault(sql) != Fault::Sent);
                 if !passes || began.elapsed() + pause > INSIST_MAX {
                     return Err(store_failure(&error));
                 }

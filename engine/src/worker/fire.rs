@@ -406,8 +406,8 @@ async fn start(
             skip(conn, stored, action.n, Some(started.run_id), why).await?;
             Ok(None)
         }
-        // The transaction is at fault, not the action.
-        Err(error @ Error::Sql(_)) => Err(error),
+        // The transaction is at fault, or this worker, which is too old for it or lacks a key: not the action.
+        Err(error @ (Error::Sql(_) | Error::NewerRelease(_) | Error::PayloadKeyMissing(_))) => Err(error),
         Err(error) => {
             tracing::warn!(schedule = %stored.view.name, %error, "a schedule could not start its run");
             stored.view.failed += 1;

@@ -1,7 +1,7 @@
 //! The lease of this process, renewed on a thread of its own: a worker whose runtime is busy is not dead.
 
 use super::Shared;
-use crate::{Error, Result, store};
+use crate::{Error, Result, clock::Asked, store};
 use sqlx::{ConnectOptions, PgConnection};
 use std::{
     sync::Arc,
@@ -34,12 +34,14 @@ async fn renew(shared: &Shared, lease: Duration, stopped: &CancellationToken) {
                 Some(conn) => conn,
                 slot => slot.insert(options.connect().await?),
             };
-            store::workers::heartbeat(conn, shared.id).await
+            // Behind the connecting, which says nothing of when it was read.
+            let asked = Asked::now();
+            store::workers::heartbeat(conn, shared.id).await.map(|now| now.map(|now| (asked, now)))
         };
         match tokio::time::timeout(lease / 2, beat).await {
-            Ok(Ok(Some(now))) => {
+            Ok(Ok(Some((asked, now)))) => {
                 renewed = Instant::now();
-                shared.clock.set(now);
+                shared.clock.set(asked, now);
             }
             Ok(Ok(None)) => {
                 tracing::warn!(worker_id = %shared.id, "the lease ended and others took over");

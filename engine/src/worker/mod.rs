@@ -31,7 +31,7 @@ use crate::{
     Error, Result,
     activity::Registry,
     client::Client,
-    clock::Clock,
+    clock::{Asked, Clock},
     committer::{Committer, crash_point},
     hook::{NoHook, TransitionHook},
     ids::{DefinitionHash, RunId, WorkerId},
@@ -207,10 +207,11 @@ async fn start_with(config: WorkerConfig, answer_max: Duration) -> Result<Worker
     let id = WorkerId(uuid::Uuid::now_v7());
     let lease_ms = i32::try_from(config.lease.as_millis()).unwrap_or(i32::MAX).max(100);
     let clock = Arc::new(Clock::default());
+    let asked = Asked::now();
     let registered = ask(&config.pool, answer_max, async |conn| {
         store::workers::register(conn, id, &config.queues, &config.labels, lease_ms).await
     });
-    clock.set(registered.await?);
+    clock.set(asked, registered.await?);
     crash_point("register.after_row");
     let spread = answered(answer_max, Spread::of(&config.pool)).await?;
     let shared = Arc::new(Shared {

@@ -8,14 +8,20 @@
 use super::Shared;
 use crate::{Error, Result, client::Client, ids::RunId, store};
 use std::sync::Arc;
+use tokio::sync::Semaphore;
 
 /// Why the child ended.
 const REASON: &str = "its parent was stopped, and it did not end in time";
+
+/// Children that are ended at once: they take connections from whoever works. Chosen.
+const AT_ONCE: usize = 4;
+static TURNS: Semaphore = Semaphore::const_new(AT_ONCE);
 
 /// Ends a child, or the open run of its chain. `spares`: not if it has read that it is to end.
 pub(super) fn end(shared: &Arc<Shared>, child: RunId, spares: bool) {
     let shared = shared.clone();
     tokio::spawn(async move {
+        let Ok(_turn) = TURNS.acquire().await else { return };
         let client = Client::new(shared.pool.clone(), shared.hook.clone()).waiting(shared.answer_max);
         tokio::select! {
             () = shared.fenced.cancelled() => {}

@@ -20,7 +20,7 @@ use loopwright_engine::{
     },
     event::{Event, FORMAT},
     ids::RunId,
-    view::{RunStatus, RunView},
+    view::{RunStatus, RunView, Waiting},
 };
 use serde_json::{Map, Value, json};
 use std::{
@@ -134,6 +134,34 @@ async fn a_run_of_a_newer_release_is_left_to_its_workers_and_the_others_go_on() 
     }
     worker.drain(Duration::from_secs(10)).await;
     bench.audit().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_calls_a_workflow_of_a_newer_release_is_left_to_its_workers_too() {
+    let bench = Bench::new().await;
+    let mut callee = definition("callee", vec![work("a", &[])]);
+    callee.runs_on = vec!["linux".into()];
+    let callee = bench.deploy(callee).await;
+    let call = Kind::Call {
+        workflow: "callee".into(),
+        version: CallVersion::Latest,
+        with: BTreeMap::new(),
+        parent_close: ParentClose::Abandon,
+    };
+    let run = bench.start(definition("caller", vec![step("c", call)]), json!({})).await;
+    let execute = async |sql: &'static str| {
+        sqlx::query(sql).bind(&callee.0[..]).execute(&bench.pool).await.expect("sql");
+    };
+    execute(
+        "update definitions set format = 900, ir = ir || '{\"concurrency\": {\"unheard\": \"of\"}}' where hash = $1",
+    )
+    .await;
+    let worker = bench.worker().await;
+    let epochs = "select coalesce(max(epoch), 0) from runs where closed_at is null and owner is null and status <> 'quarantined'";
+    crate::faults::reaches(&bench.pool, epochs, 3).await;
+    execute("update definitions set format = (ir->>'format')::int, ir = ir - 'concurrency' where hash = $1").await;
+    bench.until(run, "calls", |v| v.waiting.iter().any(|w| matches!(w, Waiting::Child { .. }))).await;
+    worker.drain(Duration::from_secs(10)).await;
 }
 
 fn events(stored: &[Value]) -> Vec<Event> {

@@ -586,3 +586,18 @@ async fn workers_look_after_schedules_by_themselves() {
     two.drain(GRACE).await;
     bench.audit().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_is_too_old_for_the_workflow_loses_no_instant() {
+    let stage = Stage::at("2026-11-25T09:59:00Z").await;
+    stage.create("s", hourly(Overlap::AllowAll)).await;
+    let sets = async |sql: &'static str| {
+        sqlx::query(sql).execute(&stage.bench.pool).await.expect("sql");
+    };
+    sets("update definitions set format = 900, ir = ir || '{\"format\": 900}'").await;
+    assert_eq!(stage.set_and_fire("2026-11-25T10:00:00Z").await, 0);
+    assert_eq!(stage.schedules.describe("s").await.expect("schedule").schedule.failed, 0);
+    sets("update definitions set format = 1, ir = ir || '{\"format\": 1}'").await;
+    assert_eq!(stage.set_and_fire("2026-11-25T10:01:00Z").await, 1);
+    assert_eq!(stage.open("s").await[0].0, "2026-11-25T10:00:00Z");
+}

@@ -19,7 +19,7 @@ use sqlx::{AssertSqlSafe, PgConnection, PgPool, postgres::PgPoolOptions};
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Instant,
 };
@@ -68,6 +68,37 @@ async fn a_schema_of_another_release_leaves_its_runs_to_others() {
     reaches(&bench.pool, MET, 2).await;
     fault_passes(&bench.pool).await;
     assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
+    worker.drain(GRACE).await;
+    bench.audit().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_attempt_has_bought_is_kept_when_a_right_comes_back() {
+    let bench = Bench::new().await;
+    let run = bench.start(definition("buys", vec![work("a", &[])]), json!({})).await;
+    fails(&bench.pool, "42501").await;
+    sqlx::raw_sql(
+        "create function test_refuse() returns trigger language plpgsql as $$ begin perform test_fail(); return new; end $$;
+         create trigger test_refuse before insert on checkpoints for each row execute function test_refuse()",
+    )
+    .execute(&bench.pool)
+    .await
+    .expect("fault");
+    let bought = Arc::new(AtomicU32::new(0));
+    let counts = bought.clone();
+    let buys = Work(Arc::new(move |context, input| {
+        let counts = counts.clone();
+        Box::pin(async move {
+            counts.fetch_add(1, Ordering::SeqCst);
+            context.save("bought", &json!(1)).await?;
+            Ok(input)
+        })
+    }));
+    let worker = worker_on(bench.pool.clone(), bench.hook.clone(), buys).await;
+    reaches(&bench.pool, MET, 3).await;
+    fault_passes(&bench.pool).await;
+    assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
+    assert_eq!(bought.load(Ordering::SeqCst), 1);
     worker.drain(GRACE).await;
     bench.audit().await;
 }

@@ -221,10 +221,16 @@ pub(super) async fn cancel(id: Uuid, mut call: Call) -> Result<Response, Error> 
         let goes_on = view.chain.continued_as.map(|next| format!(" Run {next} goes on in its place."));
         return Err(Error::new(Code::RunClosed, format!("The run has ended.{}", goes_on.unwrap_or_default())));
     }
+    let beyond = |error| match error {
+        loopwright_engine::Error::InputInvalid(list) => {
+            list.into_iter().fold(Error::new(Code::InputInvalid, "That is no time."), |e, text| e.at("/within", text))
+        }
+        other => other.into(),
+    };
     let reason = reason.unwrap_or_else(|| "cancelled by its owner".into());
     let client = &call.state.client;
     match within {
-        Some(within) => client.cancel_within(RunId(id), &reason, within).await?,
+        Some(within) => client.cancel_within(RunId(id), &reason, within).await.map_err(beyond)?,
         None => client.cancel(RunId(id), &reason).await?,
     }
     json(202, &object!({ "status": "cancelling" }))

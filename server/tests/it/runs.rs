@@ -120,7 +120,8 @@ async fn a_cancel_says_how_long_stopping_may_take() {
     let (_, run, worker) = asked(&server).await;
     let cancel = |body: Value| server.post("ann", &format!("/v1/runs/{run}/cancel"), &body).send();
     for wrong in ["soon", "0s", "25h", "500ms"] {
-        problem(cancel(json!({ "within": wrong })).await.unwrap(), 422, "input_invalid").await;
+        let refused = problem(cancel(json!({ "within": wrong })).await.unwrap(), 422, "input_invalid").await;
+        assert_eq!(refused["errors"][0]["pointer"], "/within", "{refused}");
     }
     problem(cancel(json!({ "within": 5 })).await.unwrap(), 400, "body_invalid").await;
     assert_eq!(cancel(json!({"within": "10m", "reason": "enough"})).await.unwrap().status(), 202);

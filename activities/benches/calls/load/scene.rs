@@ -118,14 +118,11 @@ impl Activity for Asks {
 }
 
 fn definition() -> Definition {
-    // What the shipped loop tries again, of what can happen here: an answer that ends without a finish reason is none of the engine's
-    // defaults.
-    let again = ["transient.*", "timeout.*", "model.truncated", "provider.*"].map(str::to_owned).to_vec();
     let step = Step {
         id: "ask".into(),
         condition: None,
         kind: Kind::Activity { name: "asks@1".into(), with: BTreeMap::new() },
-        retry: RetryPolicy { attempts: 20, delay_ms: 200, on: again, ..RetryPolicy::default() },
+        retry: RetryPolicy { attempts: 20, delay_ms: 200, ..RetryPolicy::default() },
         timeouts: Timeouts::default(),
         catch: vec![],
         continue_on_error: false,

@@ -7,7 +7,7 @@ use super::{
     },
     Choice, Interrupted, Orchestrator,
     answer::Judged,
-    failure::BUDGET_PER_MINUTE,
+    failure::{BUDGET_PER_MINUTE, is_passing},
     jittered, milliseconds,
 };
 use crate::{
@@ -71,6 +71,29 @@ impl Orchestrator {
                     skip.push(Arc::clone(&running.slot));
                 }
             }
+        }
+    }
+
+    /// What is said of a candidate whose key `asked` has failed in a way that no wait cures: that, unless another key only rests. Else
+    /// it would depend on who is asked first whether a run waits or ends.
+    pub(super) fn unless_another_key_may(
+        &self,
+        pool: &Pool,
+        candidate: &Candidate,
+        asked: &Arc<Slot>,
+        failure: Failure,
+    ) -> Failure {
+        if is_passing(&failure) {
+            return failure;
+        }
+        let blocked = match pool.take(&self.0.board, &candidate.model, Instant::now(), std::slice::from_ref(asked)) {
+            // It has rested long enough by now, or may be tried again.
+            Ok(_) => Blocked::Wait { code: UNAVAILABLE, wait: Duration::ZERO },
+            Err(blocked) => blocked,
+        };
+        match refused(candidate, blocked, None) {
+            Refused::Later(later, _) => later,
+            Refused::No(_) => failure,
         }
     }
 

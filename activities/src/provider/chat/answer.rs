@@ -290,7 +290,7 @@ impl Gathered {
             Err(error)
         };
         let Some(reason) = self.finish_reason.clone() else {
-            return failed(ProviderError::truncated(names, "the answer ended without a finish reason"), false);
+            return failed(ProviderError::unfinished(names), false);
         };
         if !self.refusal.is_empty() && self.text.is_empty() {
             return failed(ProviderError::refused(names, "refusal"), true);

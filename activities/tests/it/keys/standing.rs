@@ -343,3 +343,28 @@ async fn a_model_of_which_a_key_has_no_quota_is_not_waited_for() {
     }
     assert_eq!(server.seen().len(), 1);
 }
+
+#[tokio::test]
+async fn a_key_without_quota_ends_no_run_while_another_only_rests() {
+    let pool = database(MIGRATIONS).await;
+    let none = json!({"error": {"code": 429, "status": "RESOURCE_EXHAUSTED", "message": "Quota exceeded, limit: 0"}});
+    let server = FakeProvider::start(move |seen, _| match seen.headers["authorization"].as_str() {
+        "Bearer none" => answer_json(429, "", &none),
+        _ => answer_json(429, "retry-after: 20\r\n", &Dialect::OpenAi.error(429, "x")),
+    })
+    .await;
+    register(&pool, &["none", "busy"]).await;
+    let of = |model, list| {
+        worker(&Keys::new(pool.clone(), None, false), &server, list, candidate("openai_compatible", model))
+    };
+    // Whoever is asked first, and where it is known already that the other one rests.
+    let _ = ask(&of("known", "busy")).await.unwrap_err();
+    for (model, list) in [("a", "none,busy"), ("b", "busy,none"), ("known", "none,busy")] {
+        let before = server.seen().len();
+        let failure = ask(&of(model, list)).await.unwrap_err();
+        let told = (failure.code.as_str(), failure.kind, failure.uncounted);
+        assert_eq!(told, ("transient.rate_limited", FailureKind::Retryable, true), "{model}: {failure:?}");
+        assert!((10_000..=20_000).contains(&failure.retry_after_ms.unwrap()), "{model}: {failure:?}");
+        assert_eq!(server.seen().len() - before, if model == "known" { 1 } else { 2 }, "{model}");
+    }
+}

@@ -37,7 +37,7 @@ const TOLD: Expected = Read(UsageSource::Provider);
 const BROKEN: Verdict = ("transient.http", FailureKind::Retryable, CallState::Unknown, Advice::SameModel);
 const FAILED: Verdict = ("transient.http", FailureKind::Retryable, CallState::Failed, Advice::SameModel);
 const LIMITED: Verdict = ("transient.rate_limited", FailureKind::Retryable, CallState::Failed, Advice::SameModel);
-const TRUNCATED: Verdict = ("model.truncated", FailureKind::Retryable, CallState::Failed, Advice::SameModel);
+const UNFINISHED: Verdict = ("transient.http", FailureKind::Retryable, CallState::Failed, Advice::SameModel);
 const UNUSABLE: Verdict = ("model.output_invalid", FailureKind::Retryable, CallState::Failed, Advice::SameModel);
 const BAD_KEY: Verdict = ("provider.key_invalid", FailureKind::Permanent, CallState::Failed, Advice::DisableKey);
 const REDIRECTED: Verdict = ("provider.bad_request", FailureKind::Permanent, CallState::Failed, Advice::OtherProvider);
@@ -69,10 +69,10 @@ fn expected(fault: &Fault, dialect: Dialect, form: Form) -> Option<Expected> {
         // A whole document without a reason is taken as finished, except from Gemini, whose documents always have one.
         Fault::NoFinishReason if !stream && dialect != Dialect::Gemini => Read(UsageSource::Estimated),
         Fault::NoFinishReason if stream && dialect == Dialect::Gemini => {
-            Error(TRUNCATED, None, Some(UsageSource::Provider))
+            Error(UNFINISHED, None, Some(UsageSource::Provider))
         }
-        Fault::NoFinishReason => Error(TRUNCATED, None, Some(UsageSource::Estimated)),
-        Fault::CommentsOnly if stream => Error(TRUNCATED, None, None),
+        Fault::NoFinishReason => Error(UNFINISHED, None, Some(UsageSource::Estimated)),
+        Fault::CommentsOnly if stream => Error(UNFINISHED, None, None),
         Fault::CommentsOnly => Error(BROKEN, None, None),
         Fault::NoDone | Fault::Split | Fault::OneByte | Fault::UsageTwice | Fault::Gzip => TOLD,
         Fault::UsageAbsent => Read(UsageSource::Estimated),

@@ -152,7 +152,8 @@ fn a_child_that_never_hears_does_not_keep_its_parent() {
         let waits: Vec<i64> = std::iter::from_fn(|| (!run.state.status.is_closed()).then(|| next(&mut run))).collect();
         assert_eq!(waits, [&[first], &spared[..], &[CALL_END_MS; 3]].concat(), "{how:?}");
         let mut told: Vec<(RunId, bool)> = spared.iter().map(|_| (child, true)).collect();
-        told.extend([(child, false); 3]);
+        // And once more when it is given up.
+        told.extend([(child, false); 4]);
         assert_eq!(run.overdue_children, told, "{how:?}");
         assert_eq!(
             (run.state.status, end_of_call(&run)),
@@ -204,6 +205,25 @@ fn a_cancel_that_says_how_long_leaves_half_of_it_to_the_child() {
     assert_eq!(next(&mut run), 2 * 60_000);
     assert_eq!(run.cancels.last().map(String::as_str), Some("!finally/clean"));
     run.end("!finally/clean", Err(Failure::cancelled()));
+    assert_eq!(run.state.status, RunStatus::Cancelled);
+    assert_eq!(run.replayed(&run.definition, 0).divergence, None);
+}
+
+#[test]
+fn a_child_that_has_heard_is_spared_until_three_quarters_of_a_long_time_are_over() {
+    let minute = 60_000;
+    let mut run = calling(ParentClose::Cancel);
+    let child = run.children.pop().expect("started");
+    let until = run.now + chrono::Duration::hours(4);
+    run.input(Input::Messages(vec![Inbound::Cancel { reason: "enough".into(), until: Some(until) }]));
+    run.end("both:r/a", Err(Failure::cancelled()));
+    assert_eq!((next(&mut run), next(&mut run), next(&mut run)), (CALL_STOP_MS, CALL_STOP_MS, 50 * minute));
+    assert_eq!(
+        run.overdue_children,
+        [(child, true), (child, true), (child, false)],
+        "told to stop within two of four hours"
+    );
+    child_ends(&mut run, child);
     assert_eq!(run.state.status, RunStatus::Cancelled);
     assert_eq!(run.replayed(&run.definition, 0).divergence, None);
 }

@@ -101,17 +101,20 @@ fn refusals_lost_workers_children_and_cancels_are_told_from_their_events() {
 
 #[test]
 fn a_run_that_was_turned_away_has_begun_nothing_and_replays() {
-    let mut definition = definition(vec![act("a", &[])]);
-    definition.finally = vec![act("clean", &[])];
-    let mut run = Bench::pending(definition);
-    let away = Inbound::TurnedAway { reason: "run r holds the place".into() };
-    let started = Input::Started { inputs: json!({}), until: None };
-    run.input(Input::Several(vec![started, Input::Messages(vec![away, Inbound::Unblock])]));
-    let why = run.state.failure.as_ref().expect("why");
-    assert_eq!((run.state.status, why.code.as_str()), (RunStatus::Cancelled, "cancelled"));
-    assert_eq!(why.message, "run r holds the place");
-    assert_eq!(run.state.executions, 0, "neither a step nor `finally`");
-    assert_eq!(run.replayed(&run.definition, 0).divergence, None);
+    // Also one whose inputs do not fit.
+    for inputs in [json!({}), json!({"undeclared": 1})] {
+        let mut definition = definition(vec![act("a", &[])]);
+        definition.finally = vec![act("clean", &[])];
+        let mut run = Bench::pending(definition);
+        let away = Inbound::TurnedAway { reason: "run r holds the place".into() };
+        let started = Input::Started { inputs, until: None };
+        run.input(Input::Several(vec![started, Input::Messages(vec![away, Inbound::Unblock])]));
+        let why = run.state.failure.as_ref().expect("why");
+        assert_eq!((run.state.status, why.code.as_str()), (RunStatus::Cancelled, "cancelled"));
+        assert_eq!(why.message, "run r holds the place");
+        assert_eq!(run.state.executions, 0, "neither a step nor `finally`");
+        assert_eq!(run.replayed(&run.definition, 0).divergence, None);
+    }
 }
 
 #[test]

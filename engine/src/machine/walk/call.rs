@@ -61,13 +61,19 @@ impl Walk<'_> {
             let text = format!(
                 "run {run_id} was told to end and has not: it is left to itself. See what keeps it, and terminate it"
             );
+            // Nothing follows this one: whoever keeps the child from ending may have gone by now.
+            commands.push(Command::EndChild { run_id, spares: false });
             let failure = Failure { path: Some(path.to_owned()), ..Failure::permanent("call.abandoned", text) };
             return Progress::Emit(vec![step_ended(path, StepStatus::Cancelled, None, Some(failure), now)]);
         }
         let below = CALL_DEPTH_MAX.saturating_sub(self.moment.depth.saturating_add(1));
-        let spares = !terminate && self.state.cleanup.is_none() && stopped.times < below;
+        let in_time = self.state.cleanup.is_none_or(|cleanup| now < cleanup.ends_child());
+        let spares = !terminate && in_time && stopped.times < below;
         commands.push(Command::EndChild { run_id, spares });
-        let until = now + Duration::milliseconds(if spares { CALL_STOP_MS } else { CALL_END_MS });
+        let until = match spares {
+            true => self.until(now + Duration::milliseconds(CALL_STOP_MS)),
+            false => now + Duration::milliseconds(CALL_END_MS),
+        };
         let times = stopped.times + 1;
         Progress::Emit(vec![Event::CallOverdue { path: path.to_owned(), times, spares, at: now, until }])
     }
