@@ -36,9 +36,9 @@ impl Clock {
     /// better from before stays, so that a slow answer sets nothing back; unless it cannot be true any more, as after a clock was set.
     pub(crate) fn set(&self, asked: Asked, database: DateTime<Utc>) {
         let (least, most) = (offset_of(database), micros(database - asked.0));
-        let known = self.offset_micros.load(Ordering::Relaxed);
-        let better = if known > most { least } else { known.max(least) };
-        self.offset_micros.store(better, Ordering::Relaxed);
+        let better = |known: i64| Some(if known > most { least } else { known.max(least) });
+        // It always has a value.
+        let _ = self.offset_micros.fetch_update(Ordering::Relaxed, Ordering::Relaxed, better);
     }
     /// It is not earlier than the database has just said: what was due there is due here.
     pub(crate) fn reach(&self, database: DateTime<Utc>) {

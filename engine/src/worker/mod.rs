@@ -22,6 +22,7 @@ mod overdue;
 mod pace;
 mod retain;
 mod slots;
+mod strays;
 mod terminate;
 
 pub use depth::publish_queue_depths;
@@ -43,11 +44,11 @@ use crate::{
         spread::Spread,
         turns::{Due, Turns},
     },
-    transaction::{ANSWER_MAX, Session, Sessions, answered, ask, asked},
+    transaction::{ANSWER_MAX, Session, Sessions, answered, ask},
 };
 use drive::Claim;
 use keys::Keys;
-use pace::{Looks, Pace};
+use pace::Looks;
 use slots::Slots;
 use sqlx::{PgConnection, PgPool};
 use std::{
@@ -59,6 +60,7 @@ use std::{
     },
     time::{Duration, Instant},
 };
+use strays::Strays;
 use tokio::sync::Notify;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -84,11 +86,6 @@ const STRANGERS_MAX: usize = 16;
 const STRANGERS_AFTER: Duration = POLL.saturating_mul(2);
 /// Definitions kept in memory.
 const DEFINITIONS_MAX: usize = 256;
-/// Shortest pause between two looks for runs that are ours and that nobody here drives, and for those that are driven here
-/// and not ours any more.
-const STRAYS_LOOK: Duration = Duration::from_secs(2);
-/// Most such runs of one look; the rest waits for the next.
-const STRAYS_MAX: i64 = 256;
 /// Runs freed by one takeover statement.
 const TAKE_OVER_BATCH: i64 = 500;
 
@@ -348,22 +345,10 @@ async fn leave(shared: &Shared) -> Result<()> {
 /// Claims due runs and passes messages on, at every wake-up and at the latest every [`POLL`]. On a session of its own.
 async fn poll(shared: Arc<Shared>, mut keys: Keys, tasks: TaskTracker) {
     let mut session = Session::like(&shared.pool).waiting(shared.answer_max);
-    let (mut suspects, mut strays, mut looks) = (HashSet::new(), Pace::new(STRAYS_LOOK), Looks::new());
-    strays.looked(Instant::now());
+    let (mut strays, mut looks) = (Strays::new(), Looks::new());
     loop {
         let woken = shared.wake.notified();
-        if strays.is_due() {
-            let began = Instant::now();
-            match give_back_strays(&shared, &mut session, &suspects).await {
-                Ok(found) => suspects = found,
-                Err(error) => {
-                    session.leave();
-                    tracing::warn!(%error, "cannot look for runs without a driver");
-                }
-            }
-            // What a look has found the next one gives back: that comes soon then, however dear a look is.
-            strays.looked(if suspects.is_empty() { began } else { Instant::now() });
-        }
+        strays.look(&shared, &mut session).await;
         crash_point("claim.before_poll");
         let began = Instant::now();
         // Each question has its own limit, so that what was claimed is driven whatever becomes of the next one. A run whose claim was
@@ -386,39 +371,6 @@ async fn poll(shared: Arc<Shared>, mut keys: Keys, tasks: TaskTracker) {
             () = tokio::time::sleep(looks.pause(shared.spread, began.elapsed())) => {}
         }
     }
-}
-
-/// Frees runs that are this worker's and that nobody here drives: the answer of their claim was lost, or their driver
-/// panicked. Only those that the look before has found as well. Returns what this look has found, with the epochs.
-///
-/// Called between two claims only: a run that is claimed and has no driver yet is not taken for a stray.
-async fn give_back_strays(
-    shared: &Shared,
-    session: &mut Session,
-    suspects: &HashSet<(RunId, i64)>,
-) -> Result<HashSet<(RunId, i64)>> {
-    let driven: Vec<RunId> = shared.drivers.lock().expect("no panic while held").keys().copied().collect();
-    let found = store::runs::strays(session, shared.spread, shared.id, &driven, STRAYS_MAX).await?;
-    crash_point("strays.after_strays");
-    // The reverse: a driver whose run was ended or taken looks at its inbox, sees that, and stops what it runs.
-    let lost = store::runs::lost(session, shared.spread, shared.id, &driven).await?;
-    for run in lost {
-        if let Some(notify) = shared.drivers.lock().expect("no panic while held").get(&run) {
-            notify.notify_one();
-        }
-    }
-    for (run, epoch) in found.iter().filter(|stray| suspects.contains(stray)) {
-        crash_point("strays.after_look");
-        let shard = (shared.spread == Spread::ByShard).then(|| run.shard());
-        let pause = Duration::from_secs(1);
-        let given = asked!(session, shard, |conn| store::runs::give_back(conn, *run, shared.id, *epoch, pause));
-        if given == Some(true) {
-            crash_point("strays.after_give_back");
-            tracing::warn!(run_id = %run, "run had an owner and no driver; given back");
-            metrics::counter!("loopwright_runs_stray_total").increment(1);
-        }
-    }
-    Ok(found.into_iter().collect())
 }
 
 /// True if there may be more to claim at once.

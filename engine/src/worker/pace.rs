@@ -24,12 +24,17 @@ pub(super) const LATE: chrono::Duration = chrono::Duration::seconds(2);
 #[derive(Debug)]
 pub(super) struct Pace {
     least: Duration,
+    most: Duration,
     next: Instant,
 }
 
 impl Pace {
     pub(super) fn new(least: Duration) -> Self {
-        Self { least, next: Instant::now() }
+        Self { least, most: REST_MAX, next: Instant::now() }
+    }
+    /// With a longest rest of its own, for what is found to be there once in a blue moon.
+    pub(super) fn up_to(self, most: Duration) -> Self {
+        Self { most, ..self }
     }
     pub(super) fn is_due(&self) -> bool {
         Instant::now() >= self.next
@@ -41,7 +46,7 @@ impl Pace {
     /// A look has ended that began at `began`.
     pub(super) fn looked(&mut self, began: Instant) {
         let now = Instant::now();
-        self.next = now + self.least.max(((now - began) * REST).min(REST_MAX));
+        self.next = now + self.least.max(((now - began) * REST).min(self.most));
     }
 }
 
@@ -98,5 +103,8 @@ mod tests {
         let began = Instant::now().checked_sub(Duration::from_secs(60)).expect("uptime");
         pace.looked(began);
         assert!(pace.rest() <= REST_MAX, "{pace:?}");
+        let mut pace = Pace::new(Duration::from_millis(10)).up_to(REST_MAX * 12);
+        pace.looked(Instant::now().checked_sub(Duration::from_secs(2)).expect("uptime"));
+        assert!(pace.rest() > Duration::from_secs(39) && pace.rest() <= Duration::from_secs(41), "{pace:?}");
     }
 }
