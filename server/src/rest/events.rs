@@ -7,7 +7,11 @@ use super::{
     runs,
 };
 use futures_util::stream;
-use loopwright_engine::{client::Client, ids::RunId, view::HistoryRow};
+use loopwright_engine::{
+    client::Client,
+    ids::RunId,
+    view::{HistoryRow, RunView},
+};
 use serde::Deserialize;
 use std::{convert::Infallible, time::Duration};
 use tokio::sync::{mpsc, watch};
@@ -76,12 +80,14 @@ async fn follow(
     loop {
         let read = async {
             let rows = client.history(run, after, BATCH).await?;
-            // A closed run has nothing more: a stream that resumed behind its end is told so.
-            let closed = rows.is_empty() && client.describe(run).await?.status.is_closed();
-            if rows.is_empty() && !closed {
+            if !rows.is_empty() {
+                return Ok((rows, false));
+            }
+            let over = is_over(&client.describe(run).await?, after);
+            if !over {
                 client.wait_change(run, after, WAIT).await?;
             }
-            Ok::<_, loopwright_engine::Error>((rows, closed))
+            Ok::<_, loopwright_engine::Error>((rows, over))
         };
         let result = tokio::select! {
             result = read => result,
@@ -113,6 +119,34 @@ async fn follow(
     }
 }
 
+/// Whether a listener who has seen `after` has seen all there will be: a stream that resumed behind the end is told so.
+/// A run that closed since its history was read has one more transition.
+fn is_over(view: &RunView, after: u64) -> bool {
+    view.status.is_closed() && view.seq <= after
+}
+
 fn closes(row: &HistoryRow) -> bool {
     row.events.iter().any(|event| event["type"] == "run_closed")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn view(status: &str, seq: u64) -> RunView {
+        let view = serde_json::json!({
+            "run_id": Uuid::nil(), "workflow": "w", "definition": "0".repeat(64), "workflow_id": null,
+            "status": status, "seq": seq, "attributes": {}, "inputs": {}, "started_at": "2026-11-27T08:00:00Z",
+            "closed_at": null, "output": null, "failure": null, "waiting": [], "live": [], "nodes": [],
+        });
+        serde_json::from_value(view).unwrap()
+    }
+
+    #[test]
+    fn a_run_that_closed_since_its_history_was_read_has_one_more_transition() {
+        assert!(!is_over(&view("completed", 4), 3));
+        assert!(is_over(&view("completed", 4), 4));
+        assert!(is_over(&view("completed", 4), 9));
+        assert!(!is_over(&view("running", 4), 4));
+    }
 }
