@@ -119,6 +119,29 @@ async fn a_lost_answer_is_looked_up_until_the_provider_knows_it_and_charges_nobo
 }
 
 #[tokio::test]
+async fn a_look_up_is_read_whatever_stands_where_a_yes_or_no_belongs() {
+    let words = [
+        (r#""is_byok":true,"upstream_inference_cost":0.002"#, true, Some(2_000_000_000)),
+        (r#""is_byok":false,"upstream_inference_cost":0.002"#, false, None),
+        (r#""is_byok":"yes","upstream_inference_cost":0.002"#, true, Some(2_000_000_000)),
+        (r#""is_byok":1,"upstream_inference_cost":0"#, false, None),
+        (r#""is_byok":null"#, false, None),
+        (r#""is_byok":true,"upstream_inference_cost":"much""#, true, None),
+    ];
+    let fake = FakeProvider::start(move |_: &Seen, n| {
+        answer("200 OK", &format!(r#"{{"data":{{"id":"gen-1","total_cost":0.0003,{}}}}}"#, words[n].0))
+    })
+    .await;
+    let account = openrouter(&fake).expect("configured");
+    let keys = account.keys().await;
+    for (said, upstream_key, cost) in words {
+        let found = account.generation(&keys[0], "gen-1").await.expect(said).expect(said);
+        assert_eq!((found.usage.upstream_key, found.usage.upstream_cost_pusd), (upstream_key, cost), "{said}");
+        assert_eq!(found.usage.provider_cost_pusd, Some(300_000_000), "{said}");
+    }
+}
+
+#[tokio::test]
 async fn an_error_of_one_look_up_does_not_stop_the_others_and_own_keys_are_not_looked_up() {
     let bench = Bench::new(100).await;
     let attempt = bench.attempt(RunId::new(), 1);

@@ -263,6 +263,32 @@ fn watched(longest: Duration, simulation: impl FnOnce() -> Outcome + Send + 'sta
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeSet;
+
+    macro_rules! all_checks {
+        ($($name:ident)*) => {
+            const CHECKS: &[Check] = &[$(Check::$name),*];
+            // A new check does not compile until it is in the list.
+            const _: fn(Check) = |check| match check { $(Check::$name => {})* };
+        };
+    }
+    all_checks! {
+        Reachable Owned Awake Claims Fence Group Place Leftover Closed History Epochs Once Order Results Messages Inbox Updates Paused
+        Ending Hook Acts Chains HandedOn Children Quarantined Ends Simulated
+    }
+
+    /// A check that never finds anything looks the same as one that has nothing to find.
+    #[test]
+    fn every_check_is_shown_to_find_something() {
+        let by_mutants = Mutant::ALL.iter().map(|mutant| check_for(*mutant));
+        let by_evidence = auditor::tests::CORRUPTIONS.iter().map(|(check, ..)| *check);
+        let at_the_end = world::tests::WRONGS.iter().map(|(check, ..)| *check);
+        // The test below.
+        let here = [Check::Simulated];
+        let shown: BTreeSet<Check> = by_mutants.chain(by_evidence).chain(at_the_end).chain(here).collect();
+        let unshown: Vec<_> = CHECKS.iter().filter(|check| !shown.contains(check)).collect();
+        assert!(unshown.is_empty(), "{unshown:?}: give each a mutant, or a row of one of these tables");
+    }
 
     #[test]
     fn a_simulation_that_panics_or_hangs_is_a_finding() {

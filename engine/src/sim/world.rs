@@ -1,5 +1,7 @@
 //! The world of one seed: the store, the workers, the clients and everything that goes wrong between them.
 
+#[cfg(test)]
+pub(super) mod tests;
 mod watch;
 
 use super::{
@@ -361,7 +363,7 @@ impl World {
     /// As `worker::terminate`.
     fn end_at_once(&mut self, run: RunId) {
         let at = At { worker: WorkerId(Uuid::nil()), now: self.store.now, draw: 0, free: 0, draining: false };
-        if self.store.seize(run)
+        if self.store.seize(run).is_some()
             && let Some(item) = termination(&self.library, &self.store, run, &at)
         {
             self.execute(&[item]);
@@ -693,7 +695,7 @@ impl World {
             self.break_a_child();
             return;
         }
-        if luck != 0 || !self.store.seize(run) {
+        if luck != 0 || self.store.seize(run).is_none() {
             return;
         }
         let at = At { worker: WorkerId(Uuid::nil()), now: self.store.now, draw: 0, free: 0, draining: false };

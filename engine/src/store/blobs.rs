@@ -10,7 +10,7 @@ use sqlx::PgConnection;
 use std::collections::HashSet;
 use uuid::Uuid;
 
-/// Stores values that are not there yet; of a run that does not exist, none.
+/// Stores values of one run that are not there yet; of a run that does not exist, none.
 ///
 /// # Transaction
 /// The caller's, or none: each statement is whole by itself, and twice is once. Locks the run's row for key share.
@@ -20,11 +20,12 @@ pub(crate) async fn put(conn: &mut PgConnection, blobs: &[Blob]) -> Result<()> {
     }
     let there: Vec<(Uuid, Vec<u8>)> = sqlx::query_as(
         "select b.run_id, b.hash from unnest($1::smallint[], $2::uuid[], $3::bytea[]) k(shard, run_id, hash)
-         join blobs b on b.shard = k.shard and b.run_id = k.run_id and b.hash = k.hash",
+         join blobs b on b.shard = $4 and b.shard = k.shard and b.run_id = k.run_id and b.hash = k.hash",
     )
     .bind(blobs.iter().map(|b| b.run.shard()).collect::<Vec<_>>())
     .bind(blobs.iter().map(|b| b.run.0).collect::<Vec<_>>())
     .bind(blobs.iter().map(|b| &b.hash[..]).collect::<Vec<_>>())
+    .bind(blobs[0].run.shard())
     .fetch_all(&mut *conn)
     .await?;
     for blob in blobs.iter().filter(|b| !there.iter().any(|(run, hash)| *run == b.run.0 && hash[..] == b.hash)) {

@@ -79,8 +79,10 @@ pub(crate) async fn arrive(
     .fetch_one(&mut *conn)
     .await?;
     crate::committer::crash_point("group.after_arrival");
-    let (taken, waiting): (Vec<i32>, i64) = sqlx::query_as(
-        "select coalesce(array_agg(place) filter (where place is not null), '{}'), count(*) filter (where place is null)
+    // Who leaves does not lock the group: whoever is named below is read together with what he is counted by.
+    let (taken, waiting, first): (Vec<i32>, i64, Option<uuid::Uuid>) = sqlx::query_as(
+        "select coalesce(array_agg(place) filter (where place is not null), '{}'), count(*) filter (where place is null),
+                (array_agg(run_id order by place is null, n))[1]
          from admissions where group_name = $1",
     )
     .bind(&group.group)
@@ -88,8 +90,19 @@ pub(crate) async fn arrive(
     .await?;
     let free = free_place(&taken, group.limit).filter(|_| waiting == 0 && not_before.is_none());
     let full = taken.len() >= group.limit as usize || waiting > 0;
-    if full && guest != Guest::Stays && group.on_conflict == OnConflict::CancelNew {
-        turn_away(conn, run, &group.group).await?;
+    if full
+        && guest != Guest::Stays
+        && group.on_conflict == OnConflict::CancelNew
+        && let Some(holder) = first
+    {
+        let does = if taken.is_empty() { "waits for a place" } else { "holds a place" };
+        let name = &group.group;
+        turn_away(
+            conn,
+            run,
+            &format!("run {holder} {does} in concurrency group `{name}`, and this one was to give way"),
+        )
+        .await?;
         return Ok(Arrival::TurnedAway);
     }
     let refuses = group.on_conflict == OnConflict::Fail || waiting >= WAITING_MAX;
@@ -106,15 +119,8 @@ pub(crate) async fn arrive(
 }
 
 /// Lets a run into the queue with the order to end, which its first decision reads: it has no place and begins nothing.
-async fn turn_away(conn: &mut PgConnection, run: RunId, group: &str) -> Result<()> {
-    let (holder, has_place): (uuid::Uuid, bool) = sqlx::query_as(
-        "select run_id, place is not null from admissions where group_name = $1 order by place is null, n limit 1",
-    )
-    .bind(group)
-    .fetch_one(&mut *conn)
-    .await?;
-    let does = if has_place { "holds a place" } else { "waits for a place" };
-    let payload = json!(format!("run {holder} {does} in concurrency group `{group}`, and this one was to give way"));
+async fn turn_away(conn: &mut PgConnection, run: RunId, why: &str) -> Result<()> {
+    let payload = json!(why);
     admit(conn, run).await?;
     crate::committer::crash_point("turned.after_admit");
     let message = Outgoing {

@@ -770,17 +770,18 @@ impl Memory {
     }
 
     /// [`super::runs::seize`].
-    pub(crate) fn seize(&mut self, run: RunId) -> bool {
-        let Some(row) = self.runs.get_mut(&run).filter(|r| !r.closed) else { return false };
+    pub(crate) fn seize(&mut self, run: RunId) -> Option<i64> {
+        let Some(row) = self.runs.get_mut(&run).filter(|r| !r.closed) else { return None };
         (row.owner, row.parked) = (None, true);
         row.epoch += 1;
         if !row.admitted || row.status == "quarantined" {
-            return true;
+            return Some(row.epoch);
         }
+        let epoch = row.epoch;
         let due = self.now + Duration::seconds(30);
         let at = self.ready.entry(run).or_insert(due);
         *at = due.max(*at);
-        true
+        Some(epoch)
     }
 
     /// [`super::history::is_there`].

@@ -527,24 +527,24 @@ pub(crate) async fn give_back(
     Ok(freed.rows_affected() == 1)
 }
 
-/// Takes a run away from whoever owns it, so that the caller can end it. False if it is closed.
+/// Takes a run away from whoever owns it, so that the caller can end it. Returns the epoch that is the caller's; `None` if it is closed.
 ///
 /// # Transaction
 /// One statement. If the caller dies before it ends the run, a worker goes on with it after half a minute.
-pub(crate) async fn seize(conn: &mut PgConnection, run: RunId) -> Result<bool> {
-    let seized: Option<i32> = sqlx::query_scalar(
+pub(crate) async fn seize(conn: &mut PgConnection, run: RunId) -> Result<Option<i64>> {
+    let seized = sqlx::query_scalar(
         "with u as (update runs set epoch = epoch + 1, owner = null, parked = true
-           where shard = $1 and run_id = $2 and closed_at is null and imported_at is null returning shard, run_id, queue, priority, lane, admitted, status),
+           where shard = $1 and run_id = $2 and closed_at is null and imported_at is null returning shard, run_id, queue, priority, lane, admitted, status, epoch),
               q as (insert into ready (shard, run_id, queue, priority, lane, timed, due_at)
                     select shard, run_id, queue, priority, lane, true, engine_now() + interval '30 seconds' from u where admitted and status <> 'quarantined'
                     on conflict (shard, run_id) do update set due_at = greatest(ready.due_at, excluded.due_at))
-         select 1 from u",
+         select epoch from u",
     )
     .bind(run.shard())
     .bind(run.0)
     .fetch_optional(conn)
     .await?;
-    Ok(seized.is_some())
+    Ok(seized)
 }
 
 /// What the end of a run is written with that cannot be read.

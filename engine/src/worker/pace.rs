@@ -14,6 +14,9 @@ const REST_MAX: Duration = Duration::from_secs(5);
 const SPREAD_MAX: Duration = Duration::from_secs(2);
 /// Shortest pause between two looks at the whole queue.
 const WHOLE: Duration = Duration::from_secs(1);
+/// Longest. Beside a pinned snapshot it reads what was claimed since, a second after half an hour (measured), and the poll waits for it.
+/// It finds what a transaction brought that was open for more than [`LATE`], which is rare.
+const WHOLE_MAX: Duration = Duration::from_secs(20);
 /// Shortest pause between two looks for messages to runs that are driven here; a commit brings them as well.
 const MESSAGES: Duration = Duration::from_millis(20);
 /// How late a run may come into the queue with a due instant that has passed: its transaction was open, or a timer was over
@@ -32,7 +35,7 @@ impl Pace {
     pub(super) fn new(least: Duration) -> Self {
         Self { least, most: REST_MAX, next: Instant::now() }
     }
-    /// With a longest rest of its own, for what is found to be there once in a blue moon.
+    /// With a longest rest of its own, for what is seldom there.
     pub(super) fn up_to(self, most: Duration) -> Self {
         Self { most, ..self }
     }
@@ -67,7 +70,7 @@ impl Looks {
     pub(super) fn new() -> Self {
         Self {
             since: None,
-            whole: Pace::new(WHOLE),
+            whole: Pace::new(WHOLE).up_to(WHOLE_MAX),
             messages: Pace::new(MESSAGES),
             crowded: Pace::new(POLL / 4),
             owed: false,

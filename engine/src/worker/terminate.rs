@@ -19,6 +19,9 @@ use crate::{
 use sqlx::PgConnection;
 use std::{cell::Cell, collections::BTreeMap, sync::Arc};
 
+/// A message may wake the run between its taking and its end, and a worker claim it: then it is taken once more.
+const TRIES: usize = 5;
+
 /// How a run ends at once.
 struct Ending {
     item: Item,
@@ -29,6 +32,16 @@ struct Ending {
 /// Closes a run at an operator's wish: takes it over, closes its attempts, settles them, ends it. A run that is broken, or whose
 /// definition is, ends as well: its open children are cancelled, and the hook gives up what it has open for it.
 pub(crate) async fn terminate(client: &Client, run: RunId, reason: &str) -> Result<()> {
+    let mut tries = 1;
+    loop {
+        match once(client, run, reason).await {
+            Err(Error::LeaseLost) if tries < TRIES => tries += 1,
+            ended => return ended,
+        }
+    }
+}
+
+async fn once(client: &Client, run: RunId, reason: &str) -> Result<()> {
     // By itself: whoever owns the run is fenced off, also if we die before it is ended.
     let input = Input::Terminated { reason: reason.to_owned() };
     let ending = Arc::new(client.ask(async |conn| closing(conn, run, input).await).await?);
@@ -119,21 +132,23 @@ async fn closing(conn: &mut PgConnection, run: RunId, input: Input) -> Result<En
     // Whoever owns it is fenced off from here on.
     let taken = store::runs::seize(&mut *conn, run).await?;
     crate::committer::crash_point("terminate.after_seize");
-    if !taken {
+    let Some(epoch) = taken else {
         return Err(crate::client::closed(run, &store::runs::standing(conn, run).await?.chain));
-    }
+    };
     let reason = match &input {
         Input::Terminated { reason } => reason.clone(),
         _ => "its time was over".to_owned(),
     };
-    match last(conn, run, input).await {
-        Ok(item) => Ok(Ending { item, unreadable: false }),
+    let ending = match last(conn, run, input).await {
+        Ok(item) => Ending { item, unreadable: false },
         Err(error) if is_broken(&error) => {
             tracing::error!(run_id = %run, %error, "run cannot be read; it is ended as it stands");
-            Ok(Ending { item: last_of_unreadable(conn, run, &reason).await?, unreadable: true })
+            Ending { item: last_of_unreadable(conn, run, &reason).await?, unreadable: true }
         }
-        Err(error) => Err(error),
-    }
+        Err(error) => return Err(error),
+    };
+    // A message may have woken it in between, and a worker claimed it: what that one commits must not be taken for our own.
+    if ending.item.epoch == epoch { Ok(ending) } else { Err(Error::LeaseLost) }
 }
 
 /// The last transition of a run that cannot be read: its end, and nothing about what was under way. Its open children are cancelled,

@@ -130,6 +130,83 @@ impl TransitionHook for Accounts {
     }
 }
 
+/// What must hold when everything is quiet: a name, and how many break it. Histories without gaps, every started attempt ended once, no
+/// owner left.
+pub const RULES: &[(&str, &str)] = &[
+    (
+        "gap in a history",
+        "select count(*) from runs r where r.seq - coalesce(r.forked_seq, 0) <> (select count(*) from history h where h.run_id = r.run_id)
+            or r.seq <> (select coalesce(max(seq), 0) from history h where h.run_id = r.run_id)
+            or (select min(seq) from history h where h.run_id = r.run_id) <> coalesce(r.forked_seq, 0) + 1",
+    ),
+    (
+        "attempt started and not ended, or the reverse",
+        "select count(*) from test_starts s full join test_ends e using (attempt_id) where s.attempt_id is null or e.attempt_id is null",
+    ),
+    (
+        "attempt that a history starts and does not end exactly once",
+        "select count(*) from (
+           select count(*) filter (where e->>'type' = 'attempt_started') as started,
+                  count(*) filter (where e->>'type' = 'attempt_ended') as ended
+           from history h join runs r using (shard, run_id), jsonb_array_elements(h.events) e
+           where r.closed_at is not null and e->>'type' in ('attempt_started', 'attempt_ended')
+           group by e->>'attempt_id') a where started <> 1 or ended <> 1",
+    ),
+    (
+        "business key of a closed run",
+        "select count(*) from workflow_ids w join runs r using (shard, run_id) where r.closed_at is not null",
+    ),
+    (
+        "closed run with an owner or a place in the queue",
+        "select count(*) from runs r where closed_at is not null
+            and (owner is not null or exists (select from ready q where q.run_id = r.run_id))",
+    ),
+    (
+        "open run that nobody owns and nobody may claim",
+        "select count(*) from runs r where closed_at is null and owner is null and imported_at is null
+            and not exists (select from ready q where q.run_id = r.run_id)
+            and not exists (select from admissions a where a.run_id = r.run_id and a.place is null and not r.admitted)",
+    ),
+    (
+        "place of a closed run, or a run that is held back and waits for nothing",
+        "select count(*) from runs r left join admissions a using (shard, run_id)
+         where (r.closed_at is not null and a.run_id is not null)
+            or (r.closed_at is null and not r.admitted and (a.run_id is null or a.place is not null))",
+    ),
+    (
+        "continued run without one run in its place, or the reverse",
+        "select count(*) from runs r
+         where r.imported_at is null and (r.status = 'continued') <> (r.continued_as is not null)
+            or r.continued_as is not null and r.imported_at is null and not exists
+                (select from runs n where n.run_id = r.continued_as and n.continued_from = r.run_id
+                   and n.first_run_id = coalesce(r.first_run_id, r.run_id))",
+    ),
+    (
+        "two open runs of one chain",
+        "select count(*) from (select 1 from runs where closed_at is null and imported_at is null
+           group by coalesce(first_run_id, run_id) having count(*) > 1) c",
+    ),
+    (
+        "group with more holders than its largest limit",
+        "select count(*) from (select group_name from admissions where place is not null group by 1 having count(*) > max(places)) g",
+    ),
+];
+
+/// The rules that are broken, and how often.
+pub async fn broken<'a>(
+    conn: &mut PgConnection,
+    rules: impl IntoIterator<Item = (&'a str, &str)>,
+) -> Vec<(&'a str, i64)> {
+    let mut found = Vec::new();
+    for (rule, sql) in rules {
+        let n: i64 = sqlx::query_scalar(AssertSqlSafe(sql)).fetch_one(&mut *conn).await.expect("audit");
+        if n > 0 {
+            found.push((rule, n));
+        }
+    }
+    found
+}
+
 /// A database, a client, a hook and a scripted activity.
 pub struct Bench {
     pub pool: PgPool,
@@ -272,70 +349,10 @@ impl Bench {
         self.until(run, "closed", |v| v.status.is_closed()).await
     }
 
-    /// What must hold when everything is quiet: histories without gaps, every started attempt ended once, no owner left.
+    /// That none of the [`RULES`] is broken.
     pub async fn audit(&self) {
-        for (what, sql) in [
-            (
-                "gap in a history",
-                "select count(*) from runs r where r.seq - coalesce(r.forked_seq, 0) <> (select count(*) from history h where h.run_id = r.run_id)
-                    or r.seq <> (select coalesce(max(seq), 0) from history h where h.run_id = r.run_id)
-                    or (select min(seq) from history h where h.run_id = r.run_id) <> coalesce(r.forked_seq, 0) + 1",
-            ),
-            (
-                "attempt started and not ended, or the reverse",
-                "select count(*) from test_starts s full join test_ends e using (attempt_id) where s.attempt_id is null or e.attempt_id is null",
-            ),
-            (
-                "attempt that a history starts and does not end exactly once",
-                "select count(*) from (
-                   select count(*) filter (where e->>'type' = 'attempt_started') as started,
-                          count(*) filter (where e->>'type' = 'attempt_ended') as ended
-                   from history h join runs r using (shard, run_id), jsonb_array_elements(h.events) e
-                   where r.closed_at is not null and e->>'type' in ('attempt_started', 'attempt_ended')
-                   group by e->>'attempt_id') a where started <> 1 or ended <> 1",
-            ),
-            (
-                "business key of a closed run",
-                "select count(*) from workflow_ids w join runs r using (shard, run_id) where r.closed_at is not null",
-            ),
-            (
-                "closed run with an owner or a place in the queue",
-                "select count(*) from runs r where closed_at is not null
-                    and (owner is not null or exists (select from ready q where q.run_id = r.run_id))",
-            ),
-            (
-                "open run that nobody owns and nobody may claim",
-                "select count(*) from runs r where closed_at is null and owner is null and imported_at is null
-                    and not exists (select from ready q where q.run_id = r.run_id)
-                    and not exists (select from admissions a where a.run_id = r.run_id and a.place is null and not r.admitted)",
-            ),
-            (
-                "place of a closed run, or a run that is held back and waits for nothing",
-                "select count(*) from runs r left join admissions a using (shard, run_id)
-                 where (r.closed_at is not null and a.run_id is not null)
-                    or (r.closed_at is null and not r.admitted and (a.run_id is null or a.place is not null))",
-            ),
-            (
-                "continued run without one run in its place, or the reverse",
-                "select count(*) from runs r
-                 where r.imported_at is null and (r.status = 'continued') <> (r.continued_as is not null)
-                    or r.continued_as is not null and r.imported_at is null and not exists
-                        (select from runs n where n.run_id = r.continued_as and n.continued_from = r.run_id
-                           and n.first_run_id = coalesce(r.first_run_id, r.run_id))",
-            ),
-            (
-                "two open runs of one chain",
-                "select count(*) from (select 1 from runs where closed_at is null and imported_at is null
-                   group by coalesce(first_run_id, run_id) having count(*) > 1) c",
-            ),
-            (
-                "group with more holders than its largest limit",
-                "select count(*) from (select group_name from admissions where place is not null group by 1 having count(*) > max(places)) g",
-            ),
-        ] {
-            let n: i64 = sqlx::query_scalar(sql).fetch_one(&self.pool).await.expect("audit");
-            assert_eq!(n, 0, "{what}");
-        }
+        let mut conn = self.pool.acquire().await.expect("connection");
+        assert_eq!(broken(&mut conn, RULES.iter().copied()).await, []);
     }
 
     pub async fn outcomes(&self) -> BTreeMap<String, i64> {

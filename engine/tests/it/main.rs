@@ -3,6 +3,7 @@
 mod answers;
 mod archive;
 mod at_once;
+mod audit;
 mod away;
 mod bench;
 mod broken;

@@ -86,14 +86,16 @@ impl Orchestrator {
         if is_passing(&failure) {
             return failure;
         }
-        let blocked = match pool.take(&self.0.board, &candidate.model, Instant::now(), std::slice::from_ref(asked)) {
+        match pool.take(&self.0.board, &candidate.model, Instant::now(), std::slice::from_ref(asked)) {
             // It has rested long enough by now, or may be tried again.
-            Ok(_) => Blocked::Wait { code: UNAVAILABLE, wait: Duration::ZERO },
-            Err(blocked) => blocked,
-        };
-        match refused(candidate, blocked, None) {
-            Refused::Later(later, _) => later,
-            Refused::No(_) => failure,
+            Ok(_) => {
+                let message = format!("a key for {} was refused; another one is asked next", candidate.provider);
+                Failure::retryable(UNAVAILABLE, message).with_retry_after_ms(1)
+            }
+            Err(blocked) => match refused(candidate, blocked, None) {
+                Refused::Later(later, _) => later,
+                Refused::No(_) => failure,
+            },
         }
     }
 

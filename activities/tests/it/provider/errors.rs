@@ -125,6 +125,8 @@ async fn the_table_of_gemini_holds() {
             Row(429, None, limit("0. Please retry in 26.4s.", delay("26s")), "model.unavailable", OtherKey, None),
             Row(429, Some(("retry-after", "26")), limit("0 Please", json!([])), "model.unavailable", OtherKey, None),
             Row(429, None, rpc(429, "RESOURCE_EXHAUSTED", quota("x", "0")), "model.unavailable", OtherKey, None),
+            // A proxy that asks for another try brings no quota either.
+            Row(429, Some(("x-should-retry", "true")), limit("0", json!([])), "model.unavailable", OtherKey, None),
             Row(
                 429,
                 None,

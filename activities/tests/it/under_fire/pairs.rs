@@ -111,6 +111,8 @@ pub(super) fn faults() -> Vec<Option<Fault>> {
 #[derive(Clone)]
 pub(super) struct Pair {
     pub(super) n: usize,
+    /// Which of its runs, from 0; what is known by key or queue is that of one run.
+    pub(super) round: usize,
     pub(super) dialect: Dialect,
     pub(super) fault: Option<Fault>,
     /// Nothing listens where the provider should be, until a call was refused there.
@@ -119,15 +121,19 @@ pub(super) struct Pair {
 }
 
 impl Pair {
-    /// Each pair has a key of its own: what becomes of one key concerns nobody else.
+    /// The same in another run.
+    pub(super) fn of_round(&self, round: usize) -> Self {
+        Self { round, ..self.clone() }
+    }
+    /// Each run of a pair has a key of its own: what becomes of one key concerns nobody else.
     pub(super) fn key(&self) -> String {
-        format!("sk-under-fire-{:05}", self.n)
+        format!("sk-under-fire-{:05}-{}", self.n, self.round)
     }
     pub(super) fn fingerprint(&self) -> String {
         KeyIdentity::of(self.dialect.name(), Some(&SecretString::from(self.key()))).fingerprint
     }
     pub(super) fn queue(&self) -> String {
-        format!("pair-{}", self.n)
+        format!("pair-{}-{}", self.n, self.round)
     }
     pub(super) fn name(&self) -> String {
         let fault = if self.refused { "ConnectionRefused".to_owned() } else { format!("{:?}", self.fault) };
@@ -180,7 +186,7 @@ pub(super) fn pairs() -> Vec<Pair> {
             for dialect in dialects {
                 // The parity decides which call is struck.
                 let n = pairs.len() * 2 + (f + d / 2) % 2;
-                pairs.push(Pair { n, dialect, fault: fault.clone(), refused: false, death });
+                pairs.push(Pair { n, round: 0, dialect, fault: fault.clone(), refused: false, death });
             }
         }
     }
@@ -188,7 +194,7 @@ pub(super) fn pairs() -> Vec<Pair> {
         let dialects = if full { Dialect::ALL.to_vec() } else { vec![Dialect::ALL[d % 3]] };
         for dialect in dialects {
             let n = pairs.len() * 2 + d / 2 % 2;
-            pairs.push(Pair { n, dialect, fault: None, refused: true, death });
+            pairs.push(Pair { n, round: 0, dialect, fault: None, refused: true, death });
         }
     }
     pairs.retain(|pair| full || pair.name().contains(&wanted));

@@ -83,9 +83,9 @@ fn each_block(steps: &mut Vec<Step>, visit: &mut dyn FnMut(&mut Vec<Step>)) {
 #[test]
 fn whatever_the_checks_accept_goes_on_without_a_breach_and_ends() {
     let (mut accepted, mut refused, mut again) = (0, 0, 0);
-    for seed in 0..120 {
+    let all = random::try_seeds("whatever_the_checks_accept", 0..120, |seed| {
         let mut random = fastrand::Rng::with_seed(seed);
-        let mut run = random::disturbed(seed % 150);
+        let mut run = random::disturbed(seed);
         let first = run.definition.clone();
         let mut definitions = BTreeMap::new();
         for _ in 0..2 {
@@ -132,6 +132,7 @@ fn whatever_the_checks_accept_goes_on_without_a_breach_and_ends() {
             }
         }
         assert_eq!(replay.done().divergence, None, "seed {seed}");
-    }
-    assert!(accepted > 15 && refused > 15 && again > 0, "{accepted} {refused}");
+    });
+    // One seed alone need not meet all of it.
+    assert!(!all || (accepted > 15 && refused > 15 && again > 0), "{accepted} {refused}");
 }
