@@ -173,6 +173,8 @@ pub const CRASH_POINTS: &[(&str, &str)] = &[
     ("terminate.after_effects", "worker/terminate.rs"),
     ("terminate.after_seize", "worker/terminate.rs"),
     ("terminate.after_blobs", "worker/terminate.rs"),
+    ("overdue.after_look", "worker/overdue.rs"),
+    ("overdue.before_wake", "worker/overdue.rs"),
     ("schedule.after_lock", "worker/fire.rs"),
     ("schedule.before_commit", "worker/fire.rs"),
     ("schedule.after_commit", "worker/fire.rs"),

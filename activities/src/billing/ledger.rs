@@ -242,6 +242,7 @@ pub async fn grant(
         return Err(LedgerError::NotPositive);
     }
     lock(conn, user).await?;
+    crate::crash_point("grant.after_lock");
     let id: Option<Uuid> = sqlx::query_scalar(
         "insert into credit_grants (user_id, source, source_ref, amount_ucr, remaining_ucr, priority, expires_at)
          values ($1, $2, $3, $4, $4, $5, $6) on conflict (source, source_ref) do nothing returning id",
@@ -254,6 +255,7 @@ pub async fn grant(
     .bind(expires_at)
     .fetch_optional(&mut *conn)
     .await?;
+    crate::crash_point("grant.after_row");
     let Some(id) = id else {
         let owner: Uuid = sqlx::query_scalar("select user_id from credit_grants where source = $1 and source_ref = $2")
             .bind(source.as_str())

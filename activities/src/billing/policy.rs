@@ -95,6 +95,7 @@ async fn earlier_attempts(conn: &mut PgConnection, user: Uuid, last: Uuid, share
     for (attempt, taken, given) in paid {
         let rest = MicroCredits(part(taken, share).0 - given);
         give(conn, user, &format!("{}:step", reference(attempt)), rest).await?;
+        crate::crash_point("refund.after_earlier");
     }
     Ok(())
 }

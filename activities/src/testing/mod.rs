@@ -51,4 +51,7 @@ pub const CRASH_POINTS: &[(&str, &str)] = &[
     ("capture.after_allocation", "billing/hold.rs"),
     ("capture.after_grant", "billing/hold.rs"),
     ("refund.after_attempt", "billing/policy.rs"),
+    ("refund.after_earlier", "billing/policy.rs"),
+    ("grant.after_lock", "billing/ledger.rs"),
+    ("grant.after_row", "billing/ledger.rs"),
 ];

@@ -140,6 +140,9 @@ async fn ask(ctx: &Context, orchestrator: &Orchestrator, crossing: &Crossing, na
     reply.ok().map(|reply| reply.text)
 }
 
+/// What calls brought, by attempt and name.
+type Texts = BTreeMap<(u32, &'static str), Option<String>>;
+
 /// What an activity asks in an attempt.
 type Script = Arc<dyn Fn(Context, Orchestrator) -> BoxFuture<'static, ()> + Send + Sync>;
 
@@ -349,7 +352,7 @@ async fn parallel_calls_that_swap_their_order_keep_their_own_price() {
         (vec!["cheap"], vec![("cheap.a1.0", unknown), ("cheap.a2.0", cheap), ("dear.a1.0", dear)]),
         (vec!["dear"], vec![("cheap.a1.0", cheap), ("dear.a1.0", unknown), ("dear.a2.0", dear)]),
     ] {
-        let texts: Arc<Mutex<BTreeMap<(u32, &str), Option<String>>>> = Arc::default();
+        let texts: Arc<Mutex<Texts>> = Arc::default();
         let crossing: Arc<Crossing> = Arc::default();
         let (got, gates) = (Arc::clone(&texts), Arc::clone(&crossing));
         let script: Script = Arc::new(move |ctx, orchestrator| {

@@ -771,7 +771,7 @@ impl Memory {
 
     /// [`super::runs::seize`].
     pub(crate) fn seize(&mut self, run: RunId) -> Option<i64> {
-        let Some(row) = self.runs.get_mut(&run).filter(|r| !r.closed) else { return None };
+        let row = self.runs.get_mut(&run).filter(|r| !r.closed)?;
         (row.owner, row.parked) = (None, true);
         row.epoch += 1;
         if !row.admitted || row.status == "quarantined" {

@@ -6,7 +6,7 @@
 //! before it is done, the call is overdue again in a minute.
 
 use super::Shared;
-use crate::{Error, Result, client::Client, ids::RunId, store};
+use crate::{Error, Result, client::Client, committer::crash_point, ids::RunId, store};
 use std::sync::Arc;
 use tokio::sync::Semaphore;
 
@@ -28,6 +28,7 @@ pub(super) fn end(shared: &Arc<Shared>, child: RunId, spares: bool) {
             ended = end_now(&client, child, spares) => match ended {
                 Ok(true) => {
                     tracing::warn!(run_id = %child, "a child that did not end with its parent was terminated");
+                    crash_point("overdue.before_wake");
                     client.wake().await;
                 }
                 Ok(false) => {}
@@ -41,6 +42,7 @@ pub(super) fn end(shared: &Arc<Shared>, child: RunId, spares: bool) {
 async fn end_now(client: &Client, child: RunId, spares: bool) -> Result<bool> {
     let found = client.ask(async |conn| store::inbox::overdue(conn, child).await).await?;
     let Some((run, _)) = found.filter(|(_, hears)| !(spares && *hears)) else { return Ok(false) };
+    crash_point("overdue.after_look");
     match super::terminate(client, run, REASON).await {
         Ok(()) => Ok(true),
         Err(Error::RunClosed(_) | Error::RunNotFound(_)) => Ok(false),

@@ -4,27 +4,18 @@
 //! The statements are those that were really sent: a process of its own listens to sqlx while runs do everything, and asks Postgres
 //! for the generic plan of each. There is no Citus here; that it takes them as they are is not claimed.
 
-use crate::{
-    bench::{Bench, definition, step, waits_for, work},
-    faults::DATABASE,
-};
-use loopwright_engine::{
-    Failure,
-    admission::{Admission, IdConflict, IdReuse},
-    client::{At, Fork, Signal, Start, Update, Why},
-    definition::{Await, CallVersion, Definition, Kind, ParentClose, WaitUntil},
-    embedded::testing::{database, url},
-    retention,
-    view::RunStatus,
-};
-use serde_json::{Map, Value, json};
+mod runs;
+
+use crate::{bench::Bench, faults::DATABASE};
+use loopwright_engine::embedded::testing::{database, url};
+use runs::everything_happens;
+use serde_json::Value;
 use sqlx::{AssertSqlSafe, PgPool, postgres::PgConnectOptions};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::{self, Write},
     process::{Command, Stdio},
     sync::Mutex,
-    time::Duration,
 };
 use tracing::{
     Event, Metadata, Subscriber,
@@ -32,7 +23,6 @@ use tracing::{
     span,
 };
 
-const GRACE: Duration = Duration::from_secs(10);
 /// As in `deploy/citus.sql`, which a test compares.
 const DISTRIBUTED: &[&str] = &[
     "admissions",
@@ -77,7 +67,8 @@ const EVERYWHERE: &[(&str, &str)] = &[
     ("from archived_runs r join archives", "a run that is gone: by its shard; the other table is everywhere"),
 ];
 
-/// What is left of them where runs are said shard by shard. Off the path of a step, all of them.
+/// What is left of them where runs are said shard by shard, and what names two. Off the path of a step, but that a call starts its child
+/// and a chain its next run.
 const ONE_BY_ONE: &[(&str, &str)] = &[
     ("first_run_id = ", "chains: as above"),
     (
@@ -93,6 +84,16 @@ const ONE_BY_ONE: &[(&str, &str)] = &[
     ("where attributes @> $1", "unblock: as above"),
     ("kept as (", "retention: as above; off on Citus"),
     ("from archived_runs r join archives", "a run that is gone: by its shard; the other table is everywhere"),
+    (
+        "from runs where shard = $9 and run_id = $10 on conflict do nothing",
+        "a child: lies where its id says, and takes what it inherits from its parent's row; once a call",
+    ),
+    (
+        "set continued_as = $2 where shard = $5",
+        "the next run of a chain: the same, and the row of the run before says so in one with it; once a continuation",
+    ),
+    ("with known as (select i.n", "the ids of senders that the next run of a chain knows: the same"),
+    ("from runs where shard = $11 and run_id = $12", "a fork: the same, of the run that it is like; for people"),
 ];
 /// Tells the child process that runs are said shard by shard.
 const BY_SHARD: &str = "LOOPWRIGHT_TEST_BY_SHARD";
@@ -150,11 +151,12 @@ fn heard() -> Vec<String> {
 
 // --- reading plans ---
 
-/// A plan's reads of distributed tables: by alias, the table; and what is compared with what.
+/// A plan's reads of distributed tables: by alias, the table; what is compared with what; and the shards of new rows.
 #[derive(Default, Debug)]
 struct Plan {
     scans: BTreeMap<String, String>,
     conditions: Vec<String>,
+    inserted: Vec<String>,
 }
 
 impl Plan {
@@ -168,6 +170,12 @@ impl Plan {
                 self.scans.insert(alias.to_owned(), table.to_owned());
             }
         }
+        if node["Operation"] == "Insert" && node["Relation Name"].as_str().is_some_and(|t| DISTRIBUTED.contains(&t)) {
+            // The rows, and not what a `with` did before. `shard` is the first column, but in `outbox`.
+            let column = if node["Relation Name"] == "outbox" { 2 } else { 0 };
+            let rows = node["Plans"].as_array().into_iter().flatten().find(|n| n["Parent Relationship"] == "Outer");
+            self.inserted.extend(rows.and_then(|rows| rows["Output"][column].as_str()).map(bare));
+        }
         for key in ["Index Cond", "Recheck Cond", "Filter", "Join Filter", "Hash Cond", "Merge Cond", "One-Time Filter"]
         {
             self.conditions.extend(node[key].as_str().map(str::to_owned));
@@ -178,20 +186,28 @@ impl Plan {
     }
 
     /// Aliases of distributed tables that no shard is named for. `one`: only a shard that is one value counts, not a column of
-    /// what the statement brings along.
+    /// what the statement brings along; and it is the same for all of them.
     fn unbound(&self, one: bool) -> Vec<String> {
         let pairs: Vec<(String, String)> = self.conditions.iter().flat_map(|c| equalities(c)).collect();
         let shard = |side: &str| side.strip_suffix(".shard").filter(|a| self.scans.contains_key(*a)).map(str::to_owned);
         let mut bound = BTreeSet::new();
+        let mut values: BTreeSet<&str> =
+            self.inserted.iter().map(String::as_str).filter(|shard| is_value(shard)).collect();
         let mut links = Vec::new();
         for (left, right) in &pairs {
-            match (shard(left), shard(right)) {
-                (Some(a), Some(b)) => links.push((a, b)),
-                // A parameter, a constant, a column of what is no table: an array of keys, a row that was changed before.
-                (Some(a), None) if !one || is_value(right) => drop(bound.insert(a)),
-                (None, Some(a)) if !one || is_value(left) => drop(bound.insert(a)),
-                (Some(_), None) | (None, Some(_)) => {}
-                (None, None) => {}
+            let (alias, value) = match (shard(left), shard(right)) {
+                (Some(a), Some(b)) => {
+                    links.push((a, b));
+                    continue;
+                }
+                (Some(alias), None) => (alias, right),
+                (None, Some(alias)) => (alias, left),
+                (None, None) => continue,
+            };
+            // A parameter, a constant, a column of what is no table: an array of keys, a row that was changed before.
+            if !one || is_value(value) {
+                bound.insert(alias);
+                values.extend(is_value(value).then_some(value.as_str()));
             }
         }
         loop {
@@ -205,7 +221,9 @@ impl Plan {
                 break;
             }
         }
-        self.scans.iter().filter(|(alias, _)| !bound.contains(*alias)).map(|(a, t)| format!("{t} as {a}")).collect()
+        let unbound = self.scans.iter().filter(|(alias, _)| !bound.contains(*alias));
+        let several = (one && values.len() > 1).then(|| format!("several shards: {values:?}"));
+        unbound.map(|(alias, table)| format!("{table} as {alias}")).chain(several).collect()
     }
 }
 
@@ -214,14 +232,15 @@ fn is_value(side: &str) -> bool {
     side.starts_with(['$', '\'']) || side.parse::<i16>().is_ok()
 }
 
+/// One side, or a column that is written, without casts and brackets.
+fn bare(side: &str) -> String {
+    side.split("::").next().unwrap_or_default().trim_matches(|c| c == '(' || c == ')').to_owned()
+}
+
 /// `(a.shard = b.shard)`, `($1 = r.shard)`, with casts and brackets: both sides, bare. Of what is more than that, nothing.
 fn equalities(condition: &str) -> Vec<(String, String)> {
     let mut found = Vec::new();
     for (at, _) in condition.match_indices(" = ") {
-        let bare = |side: &str| {
-            let side = side.split("::").next().unwrap_or_default();
-            side.trim_matches(|c| c == '(' || c == ')').to_owned()
-        };
         // To the left, the last word that no cast ends; to the right, the first.
         let left = condition[..at].rsplit([' ']).next().unwrap_or_default();
         let right = condition[at + 3..].split([' ']).next().unwrap_or_default();
@@ -261,118 +280,6 @@ async fn unbound(pool: &PgPool, sql: &str, one: bool) -> Result<Vec<String>, sql
     let mut plan = Plan::default();
     plan.read(&plans[0]["Plan"]);
     Ok(plan.unbound(one))
-}
-
-// --- the runs ---
-
-fn everything() -> Definition {
-    let call = Kind::Call {
-        workflow: "inner".into(),
-        version: CallVersion::Latest,
-        with: BTreeMap::new(),
-        parent_close: ParentClose::Cancel,
-    };
-    let asks = |name: &str| step(name, Kind::Await(Box::new(Await { reply: None, ..waits_for(name) })));
-    definition(
-        "everything",
-        vec![
-            work("first", &[]),
-            step("nap", Kind::Wait { until: WaitUntil::For(100) }),
-            asks("go"),
-            asks("answer"),
-            step("call", call),
-            work("last", &[]),
-        ],
-    )
-}
-
-/// Runs do everything that runs do, under workers of which one dies.
-async fn everything_happens(pool: &PgPool) {
-    let bench = Bench::over(pool.clone());
-    bench.script(|ctx, _| async move {
-        ctx.heartbeat(json!({"at": 1}));
-        ctx.meter_open("call", &Value::Null).await?;
-        ctx.meter_close("call", &Value::Null, Some(("answer", &json!(1)))).await?;
-        if ctx.checkpoint("note").await?.is_none() {
-            ctx.save("note", &json!(1)).await?;
-        }
-        if ctx.info().path == "first" && ctx.info().attempt == 1 {
-            // Long enough for progress to be written, and for its worker to die.
-            tokio::time::sleep(Duration::from_millis(1_500)).await;
-            return Err(Failure::retryable("transient.network", "x"));
-        }
-        Ok(json!({}))
-    });
-    bench.deploy(definition("inner", vec![work("i", &[])])).await;
-    let hash = bench.deploy(everything()).await;
-    let mut runs = Vec::new();
-    for n in 0..4 {
-        runs.push(bench.start_as(hash, json!({}), Some(&format!("key:{n}"))).await.run_id);
-    }
-    let dies = bench.worker().await;
-    for run in &runs {
-        bench.until(*run, "first", |v| !v.live.is_empty()).await;
-    }
-    bench.dies(dies).await;
-    let worker = bench.worker().await;
-    let client = &bench.client;
-    for run in &runs {
-        let waits = |name: &'static str| {
-            move |v: &loopwright_engine::view::RunView| v.waiting.iter().any(|w| format!("{w:?}").contains(name))
-        };
-        bench.until(*run, "go", waits("go")).await;
-        let go = || Signal { name: "go".into(), dedupe_id: Some("1".into()), ..Signal::default() };
-        client.pause(*run, Why { reason: "look".into(), ..Why::default() }).await.expect("pause");
-        bench.until(*run, "paused", |v| v.status == RunStatus::Paused).await;
-        client.resume(*run, Why::default()).await.expect("resume");
-        client.signal(*run, go()).await.expect("signal");
-        client.signal(*run, go()).await.expect("signal");
-        bench.until(*run, "answer", waits("answer")).await;
-    }
-    let mut tx = pool.begin().await.expect("transaction");
-    assert_eq!(client.unblock_in(&mut tx, &json!({"user_id": "u1"})).await.expect("woken"), 4);
-    tx.commit().await.expect("commit");
-    let update = Update { name: "answer".into(), id: Some("u".into()), ..Update::default() };
-    client.update(runs[0], update, Duration::from_secs(20)).await.expect("update");
-    client.signal(runs[1], Signal { name: "answer".into(), ..Signal::default() }).await.expect("signal");
-    client.cancel(runs[2], "enough").await.expect("cancel");
-    client.terminate(runs[3], "enough").await.expect("terminate");
-    for run in &runs {
-        bench.closed(*run).await;
-    }
-    // Under ids that were used before: `key:0` by a run that has completed.
-    let start = |id: &str, id_reuse, id_conflict| Start {
-        run_id: None,
-        definition: hash,
-        inputs: json!({}),
-        workflow_id: Some(id.into()),
-        attributes: json!({}),
-        queue: String::new(),
-        topic: None,
-        admission: Admission { id_reuse, id_conflict, ..Admission::default() },
-    };
-    let strict = start("key:0", IdReuse::AllowDuplicateFailedOnly, IdConflict::Fail);
-    assert_eq!(client.start(strict).await.expect_err("was used").code(), "workflow_id_used");
-    let mut last = None;
-    for _ in 0..2 {
-        let start = start("key:9", IdReuse::AllowDuplicate, IdConflict::TerminateExisting);
-        last = Some(client.start(start).await.expect("start").run_id);
-    }
-    client.terminate(last.expect("started"), "enough").await.expect("terminate");
-    let fork = Fork {
-        run_id: None,
-        at: At::Seq(3),
-        inputs: Map::new(),
-        definition: None,
-        attributes: None,
-        reason: "try".into(),
-    };
-    let fork = client.fork(runs[0], fork).await.expect("fork").run_id;
-    bench.until(fork, "go", |v| !v.waiting.is_empty()).await;
-    client.history(fork, 0, 100).await.expect("history");
-    client.query(runs[0], "nothing").await.map(drop).expect_err("no such query");
-    retention::plan(client, Duration::from_secs(86_400)).await.expect("plan");
-    worker.drain(GRACE).await;
 }
 
 /// Tables are full, so that plans are those of a full database.
@@ -441,9 +348,25 @@ async fn child_process() {
         ("messages to driven runs", "r.inbox_n > r.inbox_seen"),
         ("waking all runs of a user", "inbox_n, 'unblock', payload, seq"),
         ("locking a run with its kin", "order by r.shard, r.run_id for no key update of r"),
+        ("looking whether a large value is there", "join blobs b on b.shard"),
+        ("a large value", "insert into blobs"),
+        ("reading a large value", "select hash, key, bytes from blobs"),
+        ("which large values a run has", "select hash from blobs where shard"),
+        ("the next run of a chain", "continued_as = $2"),
+        ("handing on the ids of senders", "with known as (select i.n"),
+        ("looking for messages to hand on", "(i.n > r.inbox_seen and i.kind <> 'child')"),
+        ("handing on messages", "with base as (select inbox_n"),
+        ("holding a run back", "waiting = 'concurrency'"),
+        ("arriving at a group", "insert into admissions"),
+        ("locking a run that waits", "for no key update skip locked"),
+        ("letting a run in", "admitted = true, waiting = 'worker'"),
+        ("taking a place", "update admissions set place = $3"),
+        ("leaving who waited for its time", "delete from admissions where shard"),
+        ("migration", "insert into former_definitions"),
+        ("former definitions", "definition from former_definitions where shard"),
     ] {
-        // A fork's is its parents' as well: not of one shard.
-        if one && what == "history" {
+        // A fork's is its parents' as well, and the next run of a chain is made of the one before: not of one shard.
+        if one && ["history", "the next run of a chain", "handing on the ids of senders"].contains(&what) {
             continue;
         }
         assert!(
@@ -462,6 +385,7 @@ async fn child_process() {
             (" and q.shard = $5 and r.shard = $5", ""),
             (" and h.shard = $5", " and $5::smallint is not null"),
             (" and r.shard = $3", " and $3::smallint is not null"),
+            ("on b.shard = $4 and", "on $4::smallint is not null and"),
         ]
     } else {
         &[
@@ -488,7 +412,7 @@ async fn child_process() {
             }
         }
     }
-    assert!(noticed >= if one { 3 } else { 8 }, "{noticed}");
+    assert!(noticed >= if one { 6 } else { 24 }, "{noticed}");
     println!(
         "{} statements, {} by shard, {} exceptions, {noticed} changes noticed",
         statements.len(),

@@ -19,7 +19,7 @@ use loopwright_engine::{
     testing::CRASH_POINTS,
     view::RunStatus,
 };
-use scenes::{Known, Scene, arrange, noted_work, stir};
+use scenes::{Known, Scene, arrange, later, noted_work, stir};
 use sqlx::PgPool;
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -68,8 +68,8 @@ async fn child_process() {
         let pool = pool.clone();
         async move { if stuck { std::future::pending().await } else { noted_work(pool, ctx, large).await } }
     });
-    // Strays are looked for every two seconds.
-    let lease = if point.starts_with("strays") || stuck { LONG } else { SHORT };
+    // Strays are looked for every two seconds; what is overdue is not so again for a minute.
+    let lease = if point.starts_with("strays") || stuck || scene == Scene::Overdue { LONG } else { SHORT };
     let worker = bench.worker_with(lease, if scene == Scene::Crowded { 1 } else { 4 }).await;
     if scene != Scene::Drains {
         return worker.fenced().await;
@@ -141,6 +141,9 @@ async fn story(scene: Scene, points: Vec<(&'static str, u32)>, by_shard: bool) {
             dies_at(&bench, point, *nth, None).await;
         }
         println!("{scene:?} {point}:{nth} {:?}", began.elapsed());
+    }
+    if scene == Scene::Overdue {
+        later(&bench.pool).await;
     }
     let began = Instant::now();
     let last = bench.worker_with(LONG, 32).await;

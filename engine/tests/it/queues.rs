@@ -1,6 +1,6 @@
 //! Whose turn it is.
 
-use crate::bench::{Bench, Gate, definition, work};
+use crate::bench::{Bench, Gate, PATIENCE, definition, work};
 use crate::faults::{GRACE, LONG};
 use loopwright_engine::{
     admission::{Admission, Priority},
@@ -8,10 +8,19 @@ use loopwright_engine::{
     ids::{DefinitionHash, RunId},
 };
 use serde_json::json;
-use std::sync::{Arc, Mutex};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+};
 
-/// A run of a user.
+/// A run of a user, which takes turns with that of others.
 async fn start(bench: &Bench, definition: DefinitionHash, user: &str, priority: i16) -> RunId {
+    start_in(bench, definition, user, priority, user).await
+}
+
+/// A run of a user, which takes turns by that key.
+async fn start_in(bench: &Bench, definition: DefinitionHash, user: &str, priority: i16, key: &str) -> RunId {
+    let priority = Priority::new(priority).expect("a priority");
     let start = Start {
         run_id: None,
         definition,
@@ -20,7 +29,7 @@ async fn start(bench: &Bench, definition: DefinitionHash, user: &str, priority: 
         attributes: json!({ "user_id": user }),
         queue: String::new(),
         topic: None,
-        admission: Admission { priority: Priority::new(priority).expect("a priority"), ..Admission::default() },
+        admission: Admission { priority, fairness_key: Some(key.to_owned()), ..Admission::default() },
     };
     bench.client.start(start).await.expect("started").run_id
 }
@@ -72,32 +81,63 @@ async fn a_full_worker_lets_the_next_user_in_and_gives_the_next_slot_to_them() {
     bench.audit().await;
 }
 
+/// Which of these runs nobody has claimed yet.
+async fn unclaimed(bench: &Bench, runs: &[RunId]) -> Vec<RunId> {
+    let sql = "select run_id from runs where run_id = any($1) and owner is null and seq = 0";
+    let ids: Vec<uuid::Uuid> = runs.iter().map(|run| run.0).collect();
+    let left: Vec<uuid::Uuid> = sqlx::query_scalar(sql).bind(ids).fetch_all(&bench.pool).await.expect("runs");
+    left.into_iter().map(RunId).collect()
+}
+
 #[tokio::test]
 async fn urgent_runs_are_claimed_first() {
     let (bench, gate) = (Bench::new().await, Gate::new());
     let order = noted(&bench, &gate);
     let hash = bench.deploy(definition("one", vec![work("a", &[])])).await;
+    // One that works and sixteen that wait for its slot: the worker takes no more. Of one lane, so that nobody comes in as a stranger.
     let mut runs = Vec::new();
-    for (user, priority) in [("last", 5), ("usual", 3), ("usual", 3), ("first", 1)] {
-        runs.push(start(&bench, hash, user, priority).await);
+    for _ in 0..17 {
+        runs.push(start_in(&bench, hash, "holder", 3, "one").await);
     }
     let worker = bench.worker_with(LONG, 1).await;
     gate.arrived(1).await;
-    // All of them are here, and the others wait for the slot.
-    for run in &runs {
-        bench.until(*run, "has begun", |view| view.seq > 0).await;
+    assert_eq!(worker.runs(), runs.len());
+    let (mut names, mut left) = (BTreeMap::new(), Vec::new());
+    for (user, priority) in [("last", 5), ("usual", 3), ("usual", 3), ("first", 1)] {
+        let run = start_in(&bench, hash, user, priority, "one").await;
+        names.insert(run, user);
+        left.push(run);
     }
+    runs.extend(&left);
+    let mut claimed = Vec::new();
+    while !left.is_empty() {
+        assert_eq!(unclaimed(&bench, &left).await.len(), left.len(), "nobody has left for it");
+        // Whoever leaves makes room for one.
+        gate.open(1);
+        let one_less = async {
+            loop {
+                let now = unclaimed(&bench, &left).await;
+                if now.len() < left.len() {
+                    return now;
+                }
+                tokio::task::yield_now().await;
+            }
+        };
+        let now = tokio::time::timeout(PATIENCE, one_less).await.expect("another one is claimed");
+        assert_eq!(now.len() + 1, left.len(), "one at a time");
+        claimed.extend(left.iter().filter(|run| !now.contains(run)).map(|run| names[run]));
+        left.retain(|run| now.contains(run));
+    }
+    assert_eq!(claimed, ["first", "usual", "usual", "last"]);
     gate.open(1_000);
     for run in runs {
         bench.closed(run).await;
     }
     worker.drain(GRACE).await;
+    // And so it is with the slot.
     let seen = order.lock().unwrap().clone();
-    // Who is here first takes the free slot; from then on the most urgent is next.
-    assert_eq!(
-        seen.iter().rposition(|user| user == "last"),
-        Some(3).filter(|_| seen[0] != "last").or(Some(0)),
-        "{seen:?}"
-    );
+    let begun: Vec<&String> = seen.iter().filter(|user| *user != "holder").collect();
+    assert_eq!(begun, ["first", "usual", "usual", "last"], "{seen:?}");
+    assert_eq!(seen.last().map(String::as_str), Some("last"), "{seen:?}");
     bench.audit().await;
 }

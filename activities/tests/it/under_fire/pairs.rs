@@ -46,6 +46,8 @@ pub(super) enum Death {
     /// second call.
     Point(&'static str, u32),
     PointOfCall(&'static str),
+    /// Two workers: one at a point, and the one behind it at another, the first time that each gets there.
+    Second(&'static str, &'static str),
     /// Killed when the provider has got the question.
     Sent,
     /// Killed when the provider has sent its headers.
@@ -153,6 +155,10 @@ impl Pair {
     pub(super) fn struck(&self) -> usize {
         self.n % 2
     }
+    /// Whether a rule gives back what it pays: a worker dies while that is done.
+    pub(super) fn gets_back(&self) -> bool {
+        gives_back(self.death.0)
+    }
     /// What becomes of this key's n-th question.
     pub(super) fn fault_of(&self, nth: usize) -> Option<Fault> {
         let held = match self.death.1 {
@@ -168,6 +174,11 @@ impl Pair {
             _ => None,
         }
     }
+}
+
+/// Whether a crash point is passed only where a rule gives credits back.
+pub(super) fn gives_back(point: &str) -> bool {
+    point.starts_with("refund.") || point.starts_with("grant.")
 }
 
 /// Host and port of a URL.

@@ -13,7 +13,7 @@
 use std::{collections::BTreeSet, fs, path::Path};
 
 /// The files of the paths, in this workspace.
-const FILES: [&str; 33] = [
+const FILES: [&str; 36] = [
     "engine/src/committer.rs",
     "engine/src/transaction.rs",
     "engine/src/client.rs",
@@ -42,10 +42,13 @@ const FILES: [&str; 33] = [
     "engine/src/worker/drive/item.rs",
     "engine/src/worker/fire.rs",
     "engine/src/worker/mod.rs",
+    "engine/src/worker/overdue.rs",
+    "engine/src/worker/strays.rs",
     "engine/src/worker/terminate.rs",
     "activities/src/billing/call.rs",
     "activities/src/billing/hold.rs",
     "activities/src/billing/hook.rs",
+    "activities/src/billing/ledger.rs",
     "activities/src/billing/policy.rs",
 ];
 
@@ -159,6 +162,10 @@ const LEFT_OUT: &[(&str, &str, &str)] = &[
         "`settle` of one attempt after the other, of a run that cannot be read",
     ),
     ("activities/src/billing/hook.rs", "wanted", "reads only"),
+    ("activities/src/billing/ledger.rs", "adjusted", "by an operator's word, in one transaction that has no run"),
+    ("activities/src/billing/ledger.rs", "ensure_user", "a user's first sight, in a transaction of the door"),
+    ("activities/src/billing/ledger.rs", "expire", "a task of its own once a minute, in one transaction"),
+    ("activities/src/billing/ledger.rs", "resume_holds", "by an operator's word, in one transaction"),
     ("activities/src/billing/policy.rs", "rejected_runs", "a task of its own once a minute, in one transaction"),
 ];
 

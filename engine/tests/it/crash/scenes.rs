@@ -12,10 +12,10 @@ use loopwright_engine::{
     definition::{Approval, CallVersion, Data, Definition, Input, Kind, ParentClose, WaitUntil},
     ids::{DefinitionHash, RunId},
     schedule::{Overlap, Spec, When, door::NewSchedule, run_id},
-    view::RunStatus,
+    view::{RunStatus, Waiting},
 };
 use serde_json::{Value, json};
-use sqlx::PgPool;
+use sqlx::{AssertSqlSafe, PgPool};
 use std::{collections::BTreeMap, time::Duration};
 
 /// Runs of [`Scene::Crowded`]: four more than a worker with one slot takes.
@@ -40,6 +40,8 @@ pub enum Scene {
     Relays,
     /// A worker whose run is told to stop while a chain works for it.
     Stops,
+    /// A worker whose run was told to stop, and whose child hears nothing of that in time.
+    Overdue,
     Schedules,
     /// A program that asks something of the client.
     Calls,
@@ -57,6 +59,7 @@ impl Scene {
             (_, "drain") => Self::Drains,
             (_, "admit" | "vain" | "room") => Self::Groups,
             (_, "hand") | ("load.after_pointer", _) => Self::Relays,
+            (_, "overdue") => Self::Overdue,
             (_, "schedule") => Self::Schedules,
             _ if callers::of(point).is_some() => Self::Calls,
             _ => Self::Works,
@@ -74,8 +77,12 @@ fn everything() -> Definition {
 }
 
 fn call(workflow: &str) -> Kind {
+    calls(workflow, ParentClose::Cancel)
+}
+
+fn calls(workflow: &str, parent_close: ParentClose) -> Kind {
     let (workflow, with) = (workflow.to_owned(), BTreeMap::new());
-    Kind::Call { workflow, version: CallVersion::Latest, with, parent_close: ParentClose::Cancel }
+    Kind::Call { workflow, version: CallVersion::Latest, with, parent_close }
 }
 
 /// A chain of two, the second of which goes on with `then`.
@@ -117,18 +124,24 @@ pub struct Known {
     crowd: DefinitionHash,
     relay: DefinitionHash,
     stops: DefinitionHash,
+    overdue: DefinitionHash,
 }
 
 impl Known {
     pub async fn deployed(bench: &Bench) -> Self {
         let crowd = vec![work("one", &[]), step("question", Kind::Await(Box::new(waits_for("go"))))];
         bench.deploy(chain("inner", work("inner", &[]))).await;
+        let mut unserved = definition("unserved", vec![work("one", &[])]);
+        unserved.runs_on = vec!["nowhere".into()];
+        bench.deploy(unserved).await;
+        let overdue = vec![step("call", calls("unserved", ParentClose::Terminate))];
         Self {
             everything: bench.deploy(everything()).await,
             quick: bench.deploy(definition("quick", vec![work("one", &[])])).await,
             crowd: bench.deploy(definition("crowd", crowd)).await,
             relay: bench.deploy(chain("relay", step("question", Kind::Await(Box::new(waits_for("go")))))).await,
             stops: bench.deploy(definition("stops", vec![step("call", call("relay"))])).await,
+            overdue: bench.deploy(definition("overdue", overdue)).await,
         }
     }
 }
@@ -218,6 +231,21 @@ pub async fn arrange(bench: &Bench, known: &Known, scene: Scene, point: &str, fi
             bench.client.cancel(run, "enough").await.expect("cancelled");
             runs.push((run, &[RunStatus::Cancelled]));
         }
+        Scene::Overdue => {
+            let run = bench.start_as(known.overdue, json!({}), None).await.run_id;
+            let worker = bench.worker().await;
+            let child = |w: &Waiting| if let Waiting::Child { run_id, .. } = w { Some(*run_id) } else { None };
+            let view = bench.until(run, "calls", |v| v.waiting.iter().any(|w| child(w).is_some())).await;
+            runs.extend(view.waiting.iter().filter_map(child).map(|child| (child, &[RunStatus::Terminated][..])));
+            bench.client.cancel(run, "enough").await.expect("cancelled");
+            let told = format!(
+                "select count(*) from history where run_id = '{run}' and events @> '[{{\"type\": \"call_stopped\"}}]'"
+            );
+            crate::faults::reaches(&bench.pool, &told, 1).await;
+            worker.drain(PATIENCE).await;
+            later(&bench.pool).await;
+            runs.push((run, &[RunStatus::Cancelled]));
+        }
         Scene::Schedules => {
             let replaces = point == "schedule.after_cancel";
             let overlap = if replaces { Overlap::CancelOther } else { Overlap::AllowAll };
@@ -238,6 +266,18 @@ pub async fn arrange(bench: &Bench, known: &Known, scene: Scene, point: &str, fi
         Scene::Calls => unreachable!("arranged by the callers"),
     }
     runs
+}
+
+/// The database's clock goes on by two minutes, more than a call waits once more for a child that hears nothing. No worker may live
+/// through that.
+pub async fn later(pool: &PgPool) {
+    let ahead = "select (extract(epoch from engine_now() - clock_timestamp()) / 60)::int + 2";
+    let minutes: i32 = sqlx::query_scalar(ahead).fetch_one(pool).await.expect("clock");
+    let clock = format!(
+        "create or replace function engine_now() returns timestamptz language sql stable as
+           $$ select clock_timestamp() + interval '{minutes} minutes' $$"
+    );
+    sqlx::query(AssertSqlSafe(clock)).execute(pool).await.expect("clock");
 }
 
 async fn start(bench: &Bench, definition: DefinitionHash, admission: Admission) -> RunId {
