@@ -1,6 +1,7 @@
 //! Invariants of money, each a query that must return no row. They ship as `loopwright credits audit` and run after every
 //! fault test.
 
+use chrono::{DateTime, Utc};
 use sqlx::{PgConnection, Row};
 use std::collections::BTreeMap;
 use uuid::Uuid;
@@ -15,6 +16,14 @@ pub struct Violation {
     pub subject: String,
     /// Whose money it is about.
     pub user: Option<Uuid>,
+}
+
+/// What one look at all money has found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Audit {
+    /// By the database's clock, when it began.
+    pub at: DateTime<Utc>,
+    pub violations: Vec<Violation>,
 }
 
 /// Name, meaning, query. Each query yields the ids of the rows at fault as text, and their users.
@@ -174,9 +183,10 @@ pub async fn run(conn: &mut PgConnection) -> Result<Vec<Violation>, sqlx::Error>
 ///
 /// # Transaction
 /// Must be the first in it; it is read only from then on.
-pub async fn snapshot(conn: &mut PgConnection) -> Result<Vec<Violation>, sqlx::Error> {
+pub async fn snapshot(conn: &mut PgConnection) -> Result<Audit, sqlx::Error> {
     sqlx::query("set transaction isolation level repeatable read, read only").execute(&mut *conn).await?;
-    run(conn).await
+    let at = sqlx::query_scalar("select engine_now()").fetch_one(&mut *conn).await?;
+    Ok(Audit { at, violations: run(conn).await? })
 }
 
 /// The job whose findings the invariants are.
@@ -187,13 +197,13 @@ const LIVENESS: [&str; 2] = ["I15", "I16"];
 
 /// Stops new holds of the users that `found` names, and of nobody else. What is held already pays for its attempts. Returns the
 /// users that were not stopped before. [`super::ledger::resume_holds`] undoes it: what stood open then does not stop its user
-/// again, for somebody has looked.
+/// again, for somebody has looked; nor does what an audit has seen that began before: it may have been mended since.
 ///
 /// # Transaction
 /// Locks users in ascending order. Notes in the findings what it has seen, not yet as told.
-pub async fn stop_affected(conn: &mut PgConnection, found: &[Violation]) -> Result<Vec<Uuid>, sqlx::Error> {
+pub async fn stop_affected(conn: &mut PgConnection, found: &Audit) -> Result<Vec<Uuid>, sqlx::Error> {
     let mut affected: BTreeMap<Uuid, Vec<&Violation>> = BTreeMap::new();
-    for violation in found.iter().filter(|violation| !LIVENESS.contains(&violation.invariant)) {
+    for violation in found.violations.iter().filter(|violation| !LIVENESS.contains(&violation.invariant)) {
         if let Some(user) = violation.user {
             affected.entry(user).or_default().push(violation);
         }
@@ -208,12 +218,14 @@ pub async fn stop_affected(conn: &mut PgConnection, found: &[Violation]) -> Resu
                where not exists (select from reconcile_findings f join users r on r.id = $1 and f.first_seen_at <= r.holds_released_at
                                  where f.job = $4 and f.kind = s.kind and f.subject = s.subject and f.resolved_at is null))
              update users set holds_stopped_at = engine_now(), holds_stopped_why = (select string_agg(distinct kind, ', ') from new)
-             where id = $1 and holds_stopped_at is null and exists (select from new)",
+             where id = $1 and holds_stopped_at is null and (holds_released_at is null or holds_released_at <= $5)
+               and exists (select from new)",
         )
         .bind(user)
         .bind(&kinds)
         .bind(&subjects)
         .bind(JOB)
+        .bind(found.at)
         .execute(&mut *conn)
         .await?;
         if done.rows_affected() > 0 {

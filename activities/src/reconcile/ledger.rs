@@ -18,6 +18,7 @@ pub(super) async fn run(b: &Books) -> Result<Output, Failure> {
         tracing::error!(%user, "an invariant of money is broken: the user holds no more credits; look, then `loopwright credits release`");
     }
     let findings: Vec<Finding> = found
+        .violations
         .iter()
         .map(|violation| Finding {
             kind: violation.invariant,

@@ -446,6 +446,8 @@ async fn a_broken_invariant_stops_new_holds_of_its_user_and_of_nobody_else() {
         .expect("corrupted");
     let found = audit::run(&mut conn).await.expect("audit");
     assert!(found.iter().all(|violation| violation.user == Some(bench.user)), "{found:?}");
+    let at = sqlx::query_scalar("select engine_now()").fetch_one(&mut *conn).await.expect("now");
+    let found = audit::Audit { at, violations: found };
     assert_eq!(audit::stop_affected(&mut conn, &found).await.expect("stopped"), [bench.user]);
     assert_eq!(audit::stop_affected(&mut conn, &found).await.expect("again"), Vec::<Uuid>::new());
     // No new attempt and no larger hold; what is held already goes on.
@@ -463,6 +465,12 @@ async fn a_broken_invariant_stops_new_holds_of_its_user_and_of_nobody_else() {
     bench.end(&running, Outcome::Succeeded).await;
     assert!(ledger::resume_holds(&mut conn, bench.user).await.expect("released"));
     assert!(!ledger::resume_holds(&mut conn, bench.user).await.expect("again"));
+    // An audit that had begun before and reports late: what it has seen may be mended, though nothing of it stands open any more.
+    sqlx::query("update reconcile_findings set resolved_at = engine_now()")
+        .execute(&mut *conn)
+        .await
+        .expect("resolved");
+    assert_eq!(audit::stop_affected(&mut conn, &found).await.expect("late"), Vec::<Uuid>::new());
     assert_eq!(bench.start(&bench.attempt(RunId::new(), 1)).await, None);
     bench.end(&theirs, Outcome::Succeeded).await;
     assert_eq!(bench.violations().await, [""; 0]);

@@ -13,7 +13,7 @@
 //! | A request, roles, parts, system, limits | `wire::requests_have_the_shape_of_their_dialect`; the fake refuses what is no Gemini request |
 //! | A `args`, `id`, `thoughtSignature`, results together | `wire::tool_calls_make_the_round_trip_past_a_strict_server`, `wire::an_id_that_gemini_gave_is_echoed`, `wire::a_turn_of_another_provider_is_accepted_by_each` |
 //! | A schema subset, MIME type, `parametersJsonSchema` | `wire::only_the_level_that_was_asked_for_is_sent`, the strict fake, `gemini::tests::schemas_keep_only_what_the_api_knows` |
-//! | A `thinkingConfig` | `forms::a_model_that_knows_no_thinking_level_is_asked_without_it` |
+//! | A `thinkingConfig` | `forms::a_model_that_knows_no_thinking_level_is_asked_without_it`, `forms::a_model_that_counts_its_thinking_in_tokens_is_given_a_budget` |
 //! | A blocked prompt, limit used up by thinking | `wire::a_blocked_prompt_and_a_limit_without_text_are_what_they_are` |
 //! | A usage arithmetic | `wire::the_usage_of_gemini_adds_up_whether_thoughts_are_inside_or_not` |
 //! | A finish reasons | `wire::every_finish_reason_has_a_verdict` |

@@ -91,6 +91,11 @@ impl Client {
             return Ok(Started { run_id: run, created: false });
         }
         crate::committer::crash_point("start.after_row");
+        // Only who is given his id may have been here before.
+        if start.run_id.is_some() && starts::has_left(conn, run).await? {
+            starts::undo(conn).await?;
+            return Ok(Started { run_id: run, created: false });
+        }
         match self.admit(conn, run, &start, place.as_ref()).await {
             Ok(None) => {
                 starts::keep(conn).await?;

@@ -38,7 +38,10 @@ pub(crate) async fn header(conn: &mut PgConnection, run: RunId) -> Result<Header
     let small = |n: i32| u32::try_from(n).unwrap_or(0);
     let hash = hash_of(row.try_get("definition")?).ok_or_else(|| Error::Invariant("a definition's hash".into()))?;
     let mut former = Vec::new();
-    for (until, hash) in super::migrations::former(&mut *conn, run).await? {
+    let seq: i64 = row.try_get("seq")?;
+    // One that came since the row was read ends where this history ends, whose definition it is.
+    let before = |until: &u64| i64::try_from(*until).is_ok_and(|until| until < seq);
+    for (until, hash) in super::migrations::former(&mut *conn, run).await?.into_iter().filter(|f| before(&f.0)) {
         former.push(Former { until, definition: deployed(&mut *conn, hash).await? });
     }
     Ok(Header {

@@ -98,6 +98,15 @@ pub(crate) async fn insert(
     Ok(inserted.is_some())
 }
 
+/// Whether a run of this id is in an archive. Asked behind [`insert`], which may have waited for it to leave: it looked before.
+pub(crate) async fn has_left(conn: &mut PgConnection, run: RunId) -> Result<bool> {
+    Ok(sqlx::query_scalar("select exists (select from archived_runs where shard = $1 and run_id = $2)")
+        .bind(run.shard())
+        .bind(run.0)
+        .fetch_one(conn)
+        .await?)
+}
+
 /// The state of a run that nobody has begun and whose start named terms: it says by its number that a release which does not know
 /// them leaves the run alone. Without terms no state is stored.
 pub(super) fn with_terms(run: RunId) -> Result<Text> {

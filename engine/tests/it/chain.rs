@@ -337,7 +337,7 @@ async fn no_run_of_a_chain_goes_on_beyond_the_chains_time() {
     let steps = vec![only_in(1, awaits("next", "next")), again(2, false), awaits("never", "never")];
     let hash = bench.deploy(counting("bounded", steps)).await;
     let worker = bench.worker_with(LONG, 8).await;
-    let chain_timeout = Duration::from_secs(4);
+    let chain_timeout = Duration::from_secs(12);
     let mut start = start_of(hash, json!({}));
     start.admission.chain_timeout = Some(chain_timeout);
     let first = bench.client.start(start).await.expect("start").run_id;

@@ -232,7 +232,7 @@ async fn a_commit_waits_until_the_server_has_a_session_for_it() {
     let few = limited.bench().await;
     let gate = Gate::new();
     let calls = behind(&gate, &few);
-    let worker = few.worker_with(LONG, 4).await;
+    let worker = few.worker_with(6 * LONG, 4).await;
     let hash = bench.deploy(definition("sessions", vec![work("a", &[]), work("b", &[])])).await;
     let run = bench.start_as(hash, json!({}), None).await.run_id;
     gate.arrived(1).await;

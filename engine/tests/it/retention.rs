@@ -382,6 +382,45 @@ async fn whoever_forks_meanwhile_keeps_the_run_or_finds_it_gone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_leaves_while_it_is_started_again_is_not_made_twice() {
+    let scene = Scene::new().await;
+    later(&scene.bench.pool, 200).await;
+    assert!(scene.retire().await.runs > 0);
+    let id = RunId::new();
+    let definition = scene.bench.deploy(definition("twice", vec![work("a", &[])])).await;
+    let start = Start {
+        run_id: Some(id),
+        definition,
+        inputs: json!({}),
+        workflow_id: None,
+        attributes: json!({}),
+        queue: "nobody's".into(),
+        topic: None,
+        admission: Default::default(),
+    };
+    assert!(scene.bench.client.start(start.clone()).await.expect("started").created);
+    let mut leaving = transaction::begin(&scene.bench.pool).await.expect("begin");
+    for sql in [
+        "select from runs where run_id = $1 for update",
+        "insert into archived_runs select shard, run_id, (select id from archives limit 1) from runs where run_id = $1",
+        "delete from ready where run_id = $1",
+        "delete from runs where run_id = $1",
+    ] {
+        sqlx::query(sql).bind(id.0).execute(&mut *leaving).await.expect("left");
+    }
+    let client = scene.bench.client.clone();
+    let starting = tokio::spawn(async move { client.start(start).await });
+    let waits = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
+    while scene.count(waits).await == 0 {
+        tokio::task::yield_now().await;
+    }
+    leaving.commit().await.expect("commit");
+    assert!(!starting.await.expect("task").expect("it was here").created);
+    let there = sqlx::query_scalar::<_, i64>("select count(*) from runs where run_id = $1").bind(id.0);
+    assert_eq!(there.fetch_one(&scene.bench.pool).await.expect("n"), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn whoever_reads_meanwhile_sees_all_of_a_run_or_is_told_where_it_is() {
     let scene = Scene::new().await;
     later(&scene.bench.pool, 200).await;

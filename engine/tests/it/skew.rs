@@ -68,7 +68,7 @@ fn child(bench: &Bench, skew_ms: i64) -> Worker {
 fn timed() -> Definition {
     let silence = Await {
         signal: "go".into(),
-        timeout_ms: 900,
+        timeout_ms: 3_000,
         form: None,
         show: None,
         to: vec![],
@@ -80,12 +80,12 @@ fn timed() -> Definition {
         reply: None,
     };
     let mut again = work("again", &[]);
-    again.retry.delay_ms = 700;
+    again.retry.delay_ms = 3_000;
     again.timeouts = Timeouts { total_ms: Some(120_000), ..Timeouts::default() };
     let mut timed = definition(
         "timed",
         vec![
-            step("nap", Kind::Wait { until: WaitUntil::For(800) }),
+            step("nap", Kind::Wait { until: WaitUntil::For(3_000) }),
             again,
             step("silence", Kind::Await(Box::new(silence))),
         ],
@@ -125,7 +125,7 @@ async fn workers_whose_clocks_are_an_hour_off_keep_the_database_s_time() {
     .expect("instants");
     assert!(off < LATE_S, "an event is {off} s beside its row");
     // Each timer took its time, by the rows, and not an hour more.
-    for (path, at_least) in [("nap", 0.8), ("again", 0.7), ("silence", 0.9)] {
+    for path in ["nap", "again", "silence"] {
         let (shortest, longest): (f64, f64) = sqlx::query_as(
             "select min(d)::float8, max(d)::float8 from (
                select extract(epoch from max(h.at) filter (where e->>'type' = 'step_ended') - min(h.at) filter (where e->>'type' = 'step_started')) d
@@ -135,8 +135,8 @@ async fn workers_whose_clocks_are_an_hour_off_keep_the_database_s_time() {
         .fetch_one(&bench.pool)
         .await
         .expect("times");
-        // A heartbeat's answer is under way for a while: that much the worker's idea of the time may be late.
-        assert!(shortest > at_least - 0.3 && longest < at_least + LATE_S, "{path}: {shortest} s to {longest} s");
+        // Of three seconds: what is decided is written a little later, on a busy machine two seconds. An hour ahead would be none.
+        assert!(shortest > 0.5 && longest < 3.0 + LATE_S, "{path}: {shortest} s to {longest} s");
     }
     let owners: i64 = sqlx::query_scalar("select count(*) from workers").fetch_one(&bench.pool).await.expect("workers");
     assert_eq!(owners, 2, "neither took the other for dead");

@@ -253,7 +253,7 @@ async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<u8> {
         }
         Command::Audit { stop } => {
             let found = app.store.audit().await?;
-            if stop && !found.is_empty() {
+            if stop && !found.violations.is_empty() {
                 let mut tx = transaction::begin(&app.pool).await?;
                 let stopped = audit::stop_affected(&mut tx, &found).await?;
                 tx.commit().await?;
@@ -261,6 +261,7 @@ async fn act(command: Command, app: &App, json: bool) -> anyhow::Result<u8> {
                     eprintln!("User {user} holds no more credits; look, then `loopwright credits release {user}`.");
                 }
             }
+            let found = found.violations;
             print(json, &found, |found| {
                 if found.is_empty() {
                     return "Money is in order.".to_owned();

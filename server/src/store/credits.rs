@@ -3,7 +3,7 @@
 use super::{Error, Page, Store};
 use chrono::{DateTime, Utc};
 use loopwright_activities::billing::{
-    audit::{self, Violation},
+    audit::{self, Audit},
     books::{self, Kept},
     doubt,
     ledger::LedgerError,
@@ -116,11 +116,11 @@ impl Store {
         Ok(Page::of(rows, limit, |t: &Transaction| t.seq.to_string()))
     }
 
-    /// Broken invariants of money, over all users; empty if money is in order.
+    /// Broken invariants of money, over all users; none if money is in order.
     ///
     /// # Transaction
     /// One snapshot, so that work going on does not look like a difference. Read only.
-    pub async fn audit(&self) -> Result<Vec<Violation>, Error> {
+    pub async fn audit(&self) -> Result<Audit, Error> {
         let mut tx = transaction::begin(&self.pool).await?;
         let found = audit::snapshot(&mut tx).await?;
         tx.rollback().await?;

@@ -102,6 +102,19 @@ pub fn cut(text: &str, max: usize) -> String {
     out
 }
 
+/// What one of our HTML messages says, without its formatting.
+#[must_use]
+pub fn unformatted(html: &str) -> String {
+    let mut out = String::with_capacity(html.len());
+    let mut rest = html;
+    while let Some((before, tag)) = rest.split_once('<') {
+        out.push_str(before);
+        rest = tag.split_once('>').map_or("", |(_, after)| after);
+    }
+    out.push_str(rest);
+    out.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", "\"").replace("&amp;", "&")
+}
+
 /// The name of a project from its idea: the beginning of its first line.
 #[must_use]
 pub fn project_name(idea: &str) -> String {
@@ -359,6 +372,12 @@ mod tests {
             "🔧 <b>&lt;script&gt;</b>\nBuilding: item 2 of 4\n▓▓░░░░░░░░ 1/4\nNow: Implement “&lt;b&gt;x&lt;/b&gt; &amp; y”\n\
              Spent 1.5 · 8.5 credits left"
         );
+        assert_eq!(
+            unformatted(&html),
+            "🔧 <script>\nBuilding: item 2 of 4\n▓▓░░░░░░░░ 1/4\nNow: Implement “<b>x</b> & y”\n\
+             Spent 1.5 · 8.5 credits left"
+        );
+        assert_eq!(unformatted(&escape("&lt; <i>")), "&lt; <i>");
     }
 
     #[test]

@@ -158,6 +158,9 @@ async fn outcome(session: &Session, row: &Sending, fault: Fault) -> Result<Outco
             let mut body = row.body.clone();
             if let Some(fields) = body.as_object_mut() {
                 fields.remove("parse_mode");
+                if let Some(Value::String(text)) = fields.get_mut("text") {
+                    *text = render::unformatted(text);
+                }
             }
             Outcome::Instead { body }
         }

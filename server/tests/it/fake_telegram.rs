@@ -43,6 +43,8 @@ pub enum Wrong {
     Conflict,
     /// 400.
     Refused,
+    /// 400 with these words.
+    Says(&'static str),
 }
 
 /// A call that was made.
@@ -320,6 +322,7 @@ async fn call(state: &Mutex<State>, changed: &Notify, method: &str, body: Value)
             return refuse(StatusCode::FORBIDDEN, "Forbidden: bot was blocked by the user", &json!({}));
         }
         Some(Wrong::Conflict) => return refuse(StatusCode::CONFLICT, "Conflict", &json!({})),
+        Some(Wrong::Says(words)) => return refuse(StatusCode::BAD_REQUEST, words, &json!({})),
         Some(Wrong::Refused) => return refuse(StatusCode::BAD_REQUEST, "Bad Request: CHARGE_NOT_FOUND", &json!({})),
         Some(Wrong::HangUp) | None if method == "refundstarpayment" => {
             let mut state = state.lock().unwrap();

@@ -220,9 +220,14 @@ impl Server {
 
     /// Asks the server to stop as soon as a request with an idempotency key is under way.
     pub async fn interrupt(&self) {
+        self.claimed().await;
+        self.stop.send_replace(true);
+    }
+
+    /// Waits until a request is under way under an idempotency key.
+    pub async fn claimed(&self) {
         let open = "select exists (select from idempotency_keys where status is null)";
         while !sqlx::query_scalar::<_, bool>(open).fetch_one(&self.pool).await.unwrap() {}
-        self.stop.send_replace(true);
     }
 
     /// Triggers the loop of the project.

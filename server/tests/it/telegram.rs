@@ -567,6 +567,36 @@ async fn a_telegram_that_misbehaves_loses_and_doubles_nothing_it_need_not() {
 }
 
 #[tokio::test]
+async fn what_telegram_does_not_take_is_said_otherwise() {
+    let mut bot = Bot::start().await;
+    // Its formatting was not understood: then without.
+    bot.fake.wrong("SendMessage", Wrong::Says("Bad Request: can't parse entities: Unsupported start tag \"x\""));
+    bot.fake.says(ADA, "/start");
+    let greeting = bot.fake.count("SendMessage", 1).await.remove(0);
+    assert!(greeting.body.get("parse_mode").is_none() && !greeting.text().contains("<b>"), "{greeting:?}");
+    // The message that shows the progress was deleted: it is sent anew, and edited from then on.
+    let worker = bot.worker(Arc::new(NoHook), None).await;
+    bot.fake.wrong("EditMessageText", Wrong::Says("Bad Request: message to edit not found"));
+    // The button was pressed long ago: the decision counts all the same.
+    let old = "Bad Request: query is too old and response timeout expired or query ID is invalid";
+    bot.fake.wrong("AnswerCallbackQuery", Wrong::Says(old));
+    bot.fake.says(ADA, IDEA);
+    let begins = |call: &&Call| call.done() && call.text().contains("Started. I read your idea");
+    let first = bot.fake.until("the first progress", |calls| calls.iter().find(begins).cloned()).await;
+    bot.fake.message("Which").await;
+    bot.fake.says(ADA, "Green");
+    let plan = bot.fake.message("needs your decision").await;
+    bot.fake.presses(ADA, plan.message_id, &plan.button("Approve").unwrap());
+    let last = bot.fake.message("\nCompleted.\nLast: Deliver").await;
+    bot.fake.message("is done").await;
+    assert_ne!(last.message_id, first.message_id);
+    let refused = bot.fake.calls().into_iter().filter(|call| matches!(call.wrong, Some(Wrong::Says(_))));
+    assert_eq!(refused.count(), 3, "each was met");
+    worker.drain(Duration::from_secs(5)).await;
+    bot.stop().await;
+}
+
+#[tokio::test]
 async fn a_long_plan_comes_in_pieces_with_the_buttons_under_the_last() {
     let mut bot = Bot::start().await;
     let worker = bot.worker(Arc::new(NoHook), None).await;

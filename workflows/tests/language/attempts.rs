@@ -214,14 +214,14 @@ steps:
   - id: a
     uses: beat@1
     with: {with}
-    timeout: {{ run: 1m, heartbeat: 250ms }}
+    timeout: {{ run: 1m, heartbeat: 2s }}
     retry: {{ attempts: 1 }}
 "#
         )
     };
     assert_eq!(bench.fails(&body("{ hang: true }"), json!({})).await.code, "timeout.heartbeat");
     // Twice as long as the silence that is allowed.
-    let run = bench.start(&body("{ beats: 25 }"), json!({})).await;
+    let run = bench.start(&body("{ beats: 200 }"), json!({})).await;
     assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
     bench.done().await;
 }

@@ -221,6 +221,26 @@ async fn a_model_that_knows_no_thinking_level_is_asked_without_it() {
 }
 
 #[tokio::test]
+async fn a_model_that_counts_its_thinking_in_tokens_is_given_a_budget() {
+    let server = FakeProvider::always(stream(&Dialect::Gemini.good("ok"))).await;
+    let provider = client(Dialect::Gemini, &server.base(), PATIENT);
+    let expected = [
+        ("gemini-2.5-flash", "low", 65_536, json!({"thinkingBudget": 1_024})),
+        ("models/gemini-2.5-pro", "medium", 65_536, json!({"thinkingBudget": 8_192})),
+        ("gemini-2.5-pro", "high", 65_536, json!({"thinkingBudget": 24_576})),
+        ("gemini-2.5-pro", "high", 1_000, json!({"thinkingBudget": 500})),
+        ("gemini-3.8-flash", "high", 65_536, json!({"thinkingLevel": "high"})),
+    ];
+    for (n, (model, level, limit, config)) in expected.into_iter().enumerate() {
+        let (request, cancellation, request_id) = (request(), CancellationToken::new(), RequestIdSlot::default());
+        let mut call = super::call(&request, model, &cancellation, &request_id);
+        (call.thinking, call.max_output_tokens) = (Some(level), limit);
+        assert_eq!(provider.complete(call).await.unwrap().text, "ok");
+        assert_eq!(server.seen()[n].body["generationConfig"]["thinkingConfig"], config, "{model} {level}");
+    }
+}
+
+#[tokio::test]
 async fn a_context_overflow_is_recognized_with_its_window() {
     let body = json!({"error": {"code": 400, "type": "exceed_context_size_error", "message": "the request exceeds the \
         available context size", "n_prompt_tokens": 9000, "n_ctx": 4096}});

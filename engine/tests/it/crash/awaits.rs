@@ -152,6 +152,7 @@ const LEFT_OUT: &[(&str, &str, &str)] = &[
     ("engine/src/store/runs.rs", "load", "reads only"),
     ("engine/src/store/runs.rs", "load_all", "reads only"),
     ("engine/src/store/runs.rs", "loaded", "reads only"),
+    ("engine/src/store/starts.rs", "has_left", "reads only"),
     ("engine/src/transaction.rs", "plan", "of a test"),
     ("engine/src/transaction.rs", "was_committed", "reads only"),
     ("engine/src/worker/mod.rs", "listen", "a wake-up is a hint: the poll is right without it"),

@@ -169,9 +169,17 @@ async fn cancel(scene: &mut Scene<'_>, chat: &Chat) -> Result<(), Error> {
 }
 
 /// Asks a run to stop. A run that has ended meanwhile is as good as stopped.
-pub(super) async fn stop(scene: &mut Scene<'_>, run: loopwright_engine::ids::RunId) -> Result<(), Error> {
-    match scene.parts.client.cancel(run, "the user stopped it in Telegram").await {
-        Ok(()) | Err(Engine::RunClosed(_)) => Ok(()),
-        Err(error) => Err(error.into()),
+/// One that goes on as another is stopped there.
+pub(super) async fn stop(scene: &mut Scene<'_>, mut run: loopwright_engine::ids::RunId) -> Result<(), Error> {
+    let client = &scene.parts.client;
+    loop {
+        match client.cancel(run, "the user stopped it in Telegram").await {
+            Ok(()) => return Ok(()),
+            Err(Engine::RunClosed(_)) => match client.describe(run).await?.chain.continued_as {
+                Some(next) => run = next,
+                None => return Ok(()),
+            },
+            Err(error) => return Err(error.into()),
+        }
     }
 }

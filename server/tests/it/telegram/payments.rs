@@ -113,13 +113,13 @@ async fn an_operators_refund_reaches_telegram_whatever_happens_in_between() {
         "{}",
         said.text()
     );
-    assert_eq!(store.audit().await.unwrap(), []);
+    assert_eq!(store.audit().await.unwrap().violations, []);
     // And where it gives the Stars back all the same, they go again.
     bot.fake.says_with(ADA, json!({"refunded_payment": payment("XTR", 100, "order", "stx2")}));
     state(&bot, "select count(*) from payments where charge_id = 'stx2' and refund_state = 'done'").await;
     assert_eq!(bot.number(ada).await, 100_000_000);
     assert_eq!(bot.number("select count(*) from payment_disputes").await, 0);
-    assert_eq!(store.audit().await.unwrap(), []);
+    assert_eq!(store.audit().await.unwrap().violations, []);
     bot.stop().await;
 }
 
@@ -172,7 +172,7 @@ async fn an_error_after_a_refund_was_booked_does_not_book_it_again_and_keeps_no_
     assert_eq!(bot.number("select count(*) from credit_transactions where kind = 'refund'").await, 2);
     assert_eq!(bot.number("select credit_balance_ucr from users where telegram_user_id = 42").await, 100_000_000);
     assert_eq!(bot.fake.done("SendMessage").iter().filter(|c| c.text().contains("was given back")).count(), 2);
-    assert_eq!(store.audit().await.unwrap(), []);
+    assert_eq!(store.audit().await.unwrap().violations, []);
     bot.stop().await;
 }
 
@@ -297,7 +297,7 @@ async fn money_that_does_not_fit_is_refused_and_every_refusal_leaves_a_row() {
     assert_eq!(bot.number("select count(*) from payments where refund_state = 'none'").await, 1);
     let said = bot.fake.done("SendMessage");
     assert_eq!(said.iter().filter(|c| c.text().contains("does not fit")).count(), 4, "once each: {said:#?}");
-    assert_eq!(bot.parts.store.audit().await.unwrap(), []);
+    assert_eq!(bot.parts.store.audit().await.unwrap().violations, []);
     bot.stop().await;
 }
 
@@ -335,7 +335,7 @@ async fn a_purchase_that_is_taken_back_after_use_loses_what_is_left_of_it() {
     bot.fake.pays(ADA, "stx1", amount, &payload);
     bot.settled(6).await;
     assert_eq!(bot.number("select credit_balance_ucr from users").await, 0);
-    assert_eq!(bot.parts.store.audit().await.unwrap(), []);
+    assert_eq!(bot.parts.store.audit().await.unwrap().violations, []);
     bot.stop().await;
 }
 
@@ -364,6 +364,6 @@ async fn a_refund_is_asked_for_until_telegram_has_answered() {
     };
     tokio::time::timeout(Duration::from_secs(60), done).await.unwrap();
     assert_eq!(bot.number("select credit_balance_ucr from users").await, 100_000_000, "taken once");
-    assert_eq!(bot.parts.store.audit().await.unwrap(), []);
+    assert_eq!(bot.parts.store.audit().await.unwrap().violations, []);
     bot.stop().await;
 }
