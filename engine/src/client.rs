@@ -34,7 +34,7 @@ use crate::{
 use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
 use sqlx::{PgConnection, PgPool};
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 /// The decision of an approval.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -187,7 +187,7 @@ impl Client {
             if !problems.is_empty() {
                 return Err(Error::SignalInvalid(problems));
             }
-            if let Some(stored) = self.send(conn, run, open.definition, &signal).await? {
+            if let Some(stored) = self.send(conn, run, open.definition, None, &signal).await? {
                 crate::committer::crash_point("send.before_commit");
                 return Ok(stored);
             }
@@ -211,23 +211,36 @@ impl Client {
         let payload = json!({ "decision": decision.as_str(), "comment": comment.unwrap_or_default() });
         let signal = Signal { name: step.to_owned(), payload, dedupe_id, sender };
         fits(&signal)?;
-        let view = self.describe(run).await?;
-        if view.status.is_closed() {
-            return Err(closed(run, &view.chain));
+        let mut asked: Option<BTreeSet<String>> = None;
+        // Again if the run went on meanwhile: what waits then may be a later round, which was not decided.
+        loop {
+            let view = self.describe(run).await?;
+            if view.status.is_closed() {
+                return Err(closed(run, &view.chain));
+            }
+            let waits: BTreeSet<String> = view
+                .waiting
+                .into_iter()
+                .filter_map(|w| match w {
+                    Waiting::Approval { path, step: s, .. } if s == step => Some(path),
+                    _ => None,
+                })
+                .collect();
+            if waits.is_empty() || asked.as_ref().is_some_and(|asked| !waits.is_subset(asked)) {
+                return Err(Error::ApprovalNotWaiting(run.to_string(), step.to_owned()));
+            }
+            asked.get_or_insert(waits);
+            crate::committer::crash_point("approve.before_send");
+            let stored = self.once(|conn| {
+                let (client, signal) = (self.clone(), signal.clone());
+                Box::pin(async move { client.send(conn, run, view.definition, Some(view.seq), &signal).await })
+            });
+            if let Some(stored) = stored.await? {
+                crate::committer::crash_point("approve.after_send");
+                self.wake().await;
+                return Ok(stored);
+            }
         }
-        if !view.waiting.iter().any(|w| matches!(w, Waiting::Approval { step: s, .. } if s == step)) {
-            return Err(Error::ApprovalNotWaiting(run.to_string(), step.to_owned()));
-        }
-        let stored = self.once(|conn| {
-            let (client, signal) = (self.clone(), signal.clone());
-            Box::pin(async move { client.send(conn, run, view.definition, &signal).await })
-        });
-        let Some(stored) = stored.await? else {
-            return Err(Error::ApprovalNotWaiting(run.to_string(), step.to_owned()));
-        };
-        crate::committer::crash_point("approve.after_send");
-        self.wake().await;
-        Ok(stored)
     }
 
     /// Asks a run to stop: live attempts are cancelled, `finally` runs. `reason`: at most 4 KiB.
@@ -283,6 +296,7 @@ impl Client {
                     dedupe_id: why.dedupe_id.as_deref(),
                     sender: why.by.as_deref(),
                     definition: None,
+                    seq: None,
                     unread_max: Some(store::inbox::ORDERS_MAX),
                 };
                 match store::inbox::send(conn, &message).await? {
@@ -427,12 +441,13 @@ impl Client {
         }
     }
 
-    /// `None`: the run does not have that definition any more.
+    /// `None`: the run does not have that definition any more, or has made more than `seq` transitions.
     async fn send(
         &self,
         conn: &mut PgConnection,
         run: RunId,
         definition: DefinitionHash,
+        seq: Option<u64>,
         signal: &Signal,
     ) -> Result<Option<bool>> {
         if crate::archive::check::has_nul(&signal.payload) || signal.name.contains('\0') {
@@ -446,6 +461,7 @@ impl Client {
             dedupe_id: signal.dedupe_id.as_deref(),
             sender: signal.sender.as_deref(),
             definition: Some(definition),
+            seq: seq.map(|seq| i64::try_from(seq).unwrap_or(i64::MAX)),
             unread_max: Some(store::inbox::UNREAD_MAX),
         };
         match store::inbox::send(conn, &message).await? {

@@ -191,6 +191,46 @@ async fn a_claim_finds_its_runs_by_their_keys_although_it_was_planned_before_the
     let pool = database(MIGRATIONS).await;
     let plan = Session::like(&pool).plan(TAKE.text(None), 4).await;
     assert!(!plan.contains("Seq Scan"), "{plan}");
+    let pinned = all_dead(&pool).await;
+    let plan = Session::like(&pool).plan(TAKE.text(None), 4).await;
+    assert!(only_by_key(&plan, "ready", &["ready_pkey"]), "{plan}");
+    let plan = Session::like(&pool).plan(TAKE_MESSAGED.text(None), 3).await;
+    let delete = plan.split_once("Delete on ready").expect("delete").1;
+    assert!(only_by_key(delete, "ready", &["ready_pkey"]), "{plan}");
+    drop(pinned);
+}
+
+/// Tables that are mostly empty, full of dead rows that a snapshot pins, and statistics by which they are empty.
+pub(crate) async fn all_dead(pool: &PgPool) -> sqlx::Transaction<'static, sqlx::Postgres> {
+    queue(pool, "claimed", 5_000, 3, false, 600).await;
+    for fill in [
+        "insert into admissions (shard, run_id, not_before) select shard, run_id, now() from ready",
+        "insert into attempt_progress (shard, run_id, path, attempt, progress) select shard, run_id, 'a', 1, '1' from ready",
+        "insert into workflow_ids (workflow_id, shard, run_id) select run_id, shard, run_id from ready",
+    ] {
+        sqlx::query(fill).execute(pool).await.expect("rows");
+    }
+    let mut pinned = pool.begin().await.expect("transaction");
+    sqlx::query("set transaction isolation level repeatable read").execute(&mut *pinned).await.expect("sql");
+    sqlx::query("select count(*) from ready").execute(&mut *pinned).await.expect("sql");
+    for table in ["ready", "admissions", "attempt_progress", "workflow_ids"] {
+        sqlx::raw_sql(sqlx::AssertSqlSafe(format!("delete from {table}"))).execute(pool).await.expect("deleted");
+        sqlx::raw_sql(sqlx::AssertSqlSafe(format!("vacuum analyze {table}"))).execute(pool).await.expect("analyzed");
+    }
+    pinned
+}
+
+/// Whether a plan reads a table by these indexes only, and each by a condition on it.
+pub(crate) fn only_by_key(plan: &str, table: &str, indexes: &[&str]) -> bool {
+    let lines: Vec<&str> = plan.lines().map(str::trim).collect();
+    let scans = lines.iter().zip(&lines[1..]).filter(|(line, _)| {
+        line.contains(&format!("Scan using {table}_")) || line.contains(&format!("Index Scan on {table}_"))
+    });
+    let mut seen = 0;
+    let all = scans.inspect(|_| seen += 1).all(|(line, next)| {
+        indexes.iter().any(|index| line.contains(&format!(" {index} "))) && next.starts_with("Index Cond: ")
+    });
+    all && seen > 0 && !plan.contains(&format!("Seq Scan on {table}"))
 }
 
 /// 5,000 runs that one worker owns stand in the index of owners; a takeover of another does not walk over them.

@@ -6,7 +6,10 @@ use crate::{
     definition::{Concurrency, Data},
     embedded::testing::database,
     hook::NoHook,
-    store::groups,
+    store::{
+        groups,
+        ready::tests::{all_dead, only_by_key},
+    },
     transaction::{ANSWER_MAX, Session, Transaction, begin},
 };
 use sqlx::PgPool;
@@ -249,4 +252,10 @@ async fn a_batch_finds_its_runs_by_their_keys_although_it_was_planned_before_the
     let pool = database(MIGRATIONS).await;
     let plan = Session::like(&pool).plan(SEND.text(None), 17).await;
     assert!(plan.contains("Index Scan using runs_pkey on runs r") && !plan.contains("Seq Scan"), "{plan}");
+    let pinned = all_dead(&pool).await;
+    let plan = Session::like(&pool).plan(SEND.text(None), 17).await;
+    for table in ["ready", "admissions", "attempt_progress", "workflow_ids"] {
+        assert!(only_by_key(&plan, table, &[&format!("{table}_pkey")]), "{table}: {plan}");
+    }
+    drop(pinned);
 }

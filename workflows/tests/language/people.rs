@@ -158,6 +158,53 @@ outputs: { changes: "${{ steps.plan.output.changes }}", rounds: "${{ steps.ok.ou
     bench.done().await;
 }
 
+/// How many sessions of this database wait for a lock.
+async fn blocked(bench: &Bench, sessions: i64) {
+    let waiting =
+        "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
+    let deadline = tokio::time::Instant::now() + crate::bench::PATIENCE;
+    while sqlx::query_scalar::<_, i64>(waiting).fetch_one(&bench.pool).await.expect("count") != sessions {
+        assert!(tokio::time::Instant::now() < deadline, "{sessions} wait");
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_decision_does_not_meet_a_later_round() {
+    let bench = Bench::new().await;
+    let body = r#"
+steps:
+  - id: plan
+    uses: work@1
+    with: { value: 1 }
+  - id: ok
+    approve: { to: ["role:owner"], timeout: 1h }
+    redo: { from: plan, if: "steps.ok.output.decision == 'changes_requested'", max-rounds: 3, exhausted: fail }
+"#;
+    let run = bench.start(body, json!({})).await;
+    let first = bench.waits(run).await;
+    // The other's decision is read and not yet committed when ours looks what waits.
+    let mut history = bench.pool.begin().await.expect("transaction");
+    sqlx::query("lock table history in share mode").execute(&mut *history).await.expect("locked");
+    bench.approve(run, "ok", Decision::ChangesRequested, "smaller", "user:2").await;
+    blocked(&bench, 1).await;
+    let mut row = bench.pool.begin().await.expect("transaction");
+    sqlx::query("select from runs where run_id = $1 for update").bind(run.0).execute(&mut *row).await.expect("locked");
+    history.rollback().await.expect("released");
+    blocked(&bench, 1).await;
+    let client = bench.client.clone();
+    let ours = tokio::spawn(async move { client.approve(run, "ok", Decision::Approved, None, None, None).await });
+    blocked(&bench, 2).await;
+    row.rollback().await.expect("released");
+    let answer = ours.await.expect("answered");
+    assert!(matches!(answer, Err(Error::ApprovalNotWaiting(..))), "{answer:?}");
+    let second = bench.until(run, "the second round", |v| v.waiting.len() == 1 && v.waiting != first.waiting).await;
+    assert_eq!(second.status, RunStatus::Running, "the second plan was not approved");
+    bench.approve(run, "ok", Decision::Approved, "", "user:1").await;
+    bench.output(run).await;
+    bench.done().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_deciding_is_what_on_timeout_says() {
     let bench = Bench::new().await;
