@@ -40,7 +40,7 @@ const KEY: &str = "sk-answers-0123456789";
 const DATABASE: &str = "LOOPWRIGHT_TEST_DATABASE";
 const QUEUE: &str = "answers";
 /// A dead worker's runs are taken over after so long.
-const LEASE: Duration = Duration::from_millis(1_500);
+const LEASE: Duration = Duration::from_secs(4);
 const PATIENCE: Duration = Duration::from_secs(120);
 
 type Script = Arc<dyn Fn(Context, Orchestrator) -> BoxFuture<'static, Result<Value, Failure>> + Send + Sync>;

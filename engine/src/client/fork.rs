@@ -329,7 +329,11 @@ impl Decided {
     async fn insert(&self, conn: &mut PgConnection) -> Result<bool> {
         store::forks::hold(conn, [self.maker.run, self.like]).await?;
         crate::committer::crash_point("fork.after_hold");
-        store::forks::insert(conn, &self.row()).await
+        let inserted = store::forks::insert(conn, &self.row()).await?;
+        if inserted && store::starts::has_left(conn, self.run).await? {
+            return Err(store::retention::absent(conn, self.run).await);
+        }
+        Ok(inserted)
     }
 
     /// Its first event and the state after it; if its rate holds it back, its time begins at `begins`.

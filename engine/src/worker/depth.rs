@@ -5,16 +5,24 @@ use crate::{
     transaction::{ANSWER_MAX, Session, answered},
 };
 use sqlx::PgPool;
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 /// How often a process looks. Whoever scales by it looks less often.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
+/// A look that took so long is repeated after at least this many times as long, and after [`REST_MAX`]: beside a pinned snapshot it
+/// reads what was claimed since.
+const REST: u32 = 50;
+const REST_MAX: Duration = Duration::from_secs(60);
 
 /// Sets the gauges of all queues, for ever. `queues` are those that must be 0 when they are empty, and not absent.
 pub async fn publish_queue_depths(pool: PgPool, queues: Vec<String>) {
     let mut known: BTreeSet<String> = queues.into_iter().collect();
     let (mut spread, mut session) = (None, Session::like(&pool));
     loop {
+        let began = Instant::now();
         let depths = async {
             let spread = match spread {
                 Some(spread) => spread,
@@ -31,7 +39,8 @@ pub async fn publish_queue_depths(pool: PgPool, queues: Vec<String>) {
             }
             Err(error) => tracing::debug!(%error, "cannot look how much waits"),
         }
-        tokio::time::sleep(LOOK_EVERY.mul_f64(0.75 + fastrand::f64() / 2.0)).await;
+        let rest = LOOK_EVERY.max((began.elapsed() * REST).min(REST_MAX));
+        tokio::time::sleep(rest.mul_f64(0.75 + fastrand::f64() / 2.0)).await;
     }
 }
 

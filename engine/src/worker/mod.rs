@@ -363,6 +363,7 @@ async fn poll(shared: Arc<Shared>, mut keys: Keys, tasks: TaskTracker) {
             }
             Err(error) => {
                 session.leave();
+                strays.expected();
                 tracing::warn!(%error, "cannot poll");
             }
         }

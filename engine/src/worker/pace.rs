@@ -5,8 +5,9 @@ use crate::store::spread::Spread;
 use chrono::{DateTime, Utc};
 use std::time::{Duration, Instant};
 
-/// A look that took so long is repeated after at least this many times as long: 5 % of the time.
-const REST: u32 = 20;
+/// A look that took so long is repeated after at least this many times as long: 2 % of the time. There are four such looks, and the
+/// claims wait for them.
+const REST: u32 = 50;
 /// Longest rest all the same. A look may have taken long because the machine or Postgres stood still; what waits for the next one,
 /// a message or a run, must not wait minutes for that.
 const REST_MAX: Duration = Duration::from_secs(5);
@@ -42,6 +43,10 @@ impl Pace {
     pub(super) fn is_due(&self) -> bool {
         Instant::now() >= self.next
     }
+    /// Looks at the next occasion, whatever the last look took.
+    pub(super) fn soon(&mut self) {
+        self.next = self.next.min(Instant::now() + self.least);
+    }
     /// How long it is until then.
     pub(super) fn rest(&self) -> Duration {
         self.next.saturating_duration_since(Instant::now())
@@ -72,7 +77,7 @@ impl Looks {
             since: None,
             whole: Pace::new(WHOLE).up_to(WHOLE_MAX),
             messages: Pace::new(MESSAGES),
-            crowded: Pace::new(POLL / 4),
+            crowded: Pace::new(POLL / 4).up_to(WHOLE_MAX),
             owed: false,
         }
     }
@@ -96,8 +101,10 @@ mod tests {
         let cheap = pace.next;
         let began = Instant::now().checked_sub(Duration::from_millis(100)).expect("uptime");
         pace.looked(began);
-        assert!(pace.next >= cheap + Duration::from_millis(1_900), "{pace:?}");
+        assert!(pace.next >= cheap + Duration::from_millis(4_900), "{pace:?}");
         assert!(!pace.is_due());
+        pace.soon();
+        assert!(pace.rest() <= Duration::from_millis(10), "{pace:?}");
     }
 
     #[test]
@@ -107,7 +114,7 @@ mod tests {
         pace.looked(began);
         assert!(pace.rest() <= REST_MAX, "{pace:?}");
         let mut pace = Pace::new(Duration::from_millis(10)).up_to(REST_MAX * 12);
-        pace.looked(Instant::now().checked_sub(Duration::from_secs(2)).expect("uptime"));
-        assert!(pace.rest() > Duration::from_secs(39) && pace.rest() <= Duration::from_secs(41), "{pace:?}");
+        pace.looked(Instant::now().checked_sub(Duration::from_secs(1)).expect("uptime"));
+        assert!(pace.rest() > Duration::from_secs(49) && pace.rest() <= Duration::from_secs(51), "{pace:?}");
     }
 }

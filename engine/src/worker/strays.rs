@@ -15,9 +15,9 @@ use std::{
 
 /// Shortest pause between two looks.
 const LOOK: Duration = Duration::from_secs(2);
-/// Longest pause between two looks for strays. They are rare, and beside a pinned snapshot the look reads every claim of half an hour
-/// (two seconds, measured), while the poll waits for it.
-const LOOK_MAX: Duration = Duration::from_secs(60);
+/// Longest pause between two looks for strays while nothing makes one. They are rare, and beside a pinned snapshot the look reads every
+/// claim of half an hour (two to three seconds, measured), while the poll waits for it.
+const LOOK_MAX: Duration = Duration::from_secs(180);
 /// Most such runs of one look; the rest waits for the next.
 const FOUND_MAX: i64 = 256;
 
@@ -37,6 +37,11 @@ impl Strays {
         }
         let [lost, strays] = paces;
         Self { suspects: HashSet::new(), strays, lost }
+    }
+
+    /// A claim may have been done without an answer.
+    pub(super) fn expected(&mut self) {
+        self.strays.soon();
     }
 
     /// Looks for both, if it is time.

@@ -269,11 +269,11 @@ async fn a_worker_whose_wire_went_silent_comes_to_its_end() {
     let script =
         |_, _| Box::pin(async { Ok::<_, Failure>(Value::Null) }) as futures_util::future::BoxFuture<'static, _>;
     let mut config = WorkerConfig::new(way.pool(4).await, Registry::new().with(Work(Arc::new(script))));
-    (config.hook, config.lease) = (bench.hook.clone(), SHORT);
+    (config.hook, config.lease) = (bench.hook.clone(), 4 * SHORT);
     let cut = worker::start(config).await.expect("worker");
     let nap = step("nap", Kind::Wait { until: WaitUntil::For(1) });
     let run = bench.start(definition("silent", vec![nap, work("w", &[])]), json!({})).await;
-    silent.cancelled().await;
+    tokio::time::timeout(PATIENCE, silent.cancelled()).await.expect("it came to a commit");
     cut.fenced().await;
     tokio::time::timeout(PATIENCE, cut.drain(Duration::ZERO)).await.expect("it ends");
     let other = bench.worker_with(LONG, 4).await;

@@ -1,7 +1,7 @@
 //! Answers that are lost and faults that pass, on a real Postgres: every run goes on.
 
 use crate::{
-    bench::{Bench, Work, definition, step, work},
+    bench::{Bench, PATIENCE, Work, definition, step, work},
     faults::{GRACE, LONG, reaches},
     way::{Lost, Way},
 };
@@ -149,10 +149,10 @@ async fn a_host_that_vanishes_in_the_middle_of_a_claim_keeps_nobody_from_taking_
         way.pool(4).await,
         Registry::new().with(Work(Arc::new(|_, input| Box::pin(async { Ok(input) })))),
     );
-    (config.hook, config.lease) = (bench.hook.clone(), Duration::from_secs(1));
+    (config.hook, config.lease) = (bench.hook.clone(), Duration::from_secs(4));
     let _gone = worker::start(config).await.expect("worker");
     let run = bench.start(definition("left", vec![work("a", &[])]), json!({})).await;
-    died.cancelled().await;
+    tokio::time::timeout(PATIENCE, died.cancelled()).await.expect("it came to a claim");
     let there = bench.worker().await;
     // It holds the lock on its own row until Postgres ends its session; then it is declared dead.
     reaches(&bench.pool, "select count(*) from dead_workers", 1).await;
