@@ -187,14 +187,14 @@ impl Client {
             if !problems.is_empty() {
                 return Err(Error::SignalInvalid(problems));
             }
-            if let Some(stored) = self.send(conn, run, open.definition, None, &signal).await? {
+            if let Some(stored) = self.send(conn, run, open.definition, &signal).await? {
                 crate::committer::crash_point("send.before_commit");
                 return Ok(stored);
             }
         }
     }
 
-    /// Decides the approval that waits at the step with id `step`.
+    /// Decides the approval that waits at the step with id `step`, in the round that waits when this is called.
     ///
     /// # Errors
     /// `approval_not_waiting` when no such approval waits now, and those of [`Self::signal`]: a comment of more than 256 KiB is
@@ -211,36 +211,25 @@ impl Client {
         let payload = json!({ "decision": decision.as_str(), "comment": comment.unwrap_or_default() });
         let signal = Signal { name: step.to_owned(), payload, dedupe_id, sender };
         fits(&signal)?;
-        let mut asked: Option<BTreeSet<String>> = None;
-        // Again if the run went on meanwhile: what waits then may be a later round, which was not decided.
-        loop {
-            let view = self.describe(run).await?;
-            if view.status.is_closed() {
-                return Err(closed(run, &view.chain));
-            }
-            let waits: BTreeSet<String> = view
-                .waiting
-                .into_iter()
-                .filter_map(|w| match w {
-                    Waiting::Approval { path, step: s, .. } if s == step => Some(path),
-                    _ => None,
-                })
-                .collect();
-            if waits.is_empty() || asked.as_ref().is_some_and(|asked| !waits.is_subset(asked)) {
-                return Err(Error::ApprovalNotWaiting(run.to_string(), step.to_owned()));
-            }
-            asked.get_or_insert(waits);
-            crate::committer::crash_point("approve.before_send");
-            let stored = self.once(|conn| {
-                let (client, signal) = (self.clone(), signal.clone());
-                Box::pin(async move { client.send(conn, run, view.definition, Some(view.seq), &signal).await })
-            });
-            if let Some(stored) = stored.await? {
-                crate::committer::crash_point("approve.after_send");
-                self.wake().await;
-                return Ok(stored);
-            }
-        }
+        let asked = Arc::new((approvals(&self.describe(run).await?, step)?, signal));
+        let stored = self.once(|conn| {
+            let (client, asked) = (self.clone(), asked.clone());
+            Box::pin(async move {
+                let (asked, signal) = &*asked;
+                // Nobody commits a transition between this look and the message: what waits by now may be a later round.
+                store::migrations::lock(conn, run).await?;
+                crate::committer::crash_point("approve.after_lock");
+                let view = described(conn, run).await?;
+                crate::committer::crash_point("approve.after_look");
+                let waits = !approvals(&view, &signal.name)?.is_disjoint(asked);
+                let stored = if waits { client.send(conn, run, view.definition, signal).await? } else { None };
+                stored.ok_or_else(|| Error::ApprovalNotWaiting(run.to_string(), signal.name.clone()))
+            })
+        });
+        let stored = stored.await?;
+        crate::committer::crash_point("approve.after_send");
+        self.wake().await;
+        Ok(stored)
     }
 
     /// Asks a run to stop: live attempts are cancelled, `finally` runs. `reason`: at most 4 KiB.
@@ -296,7 +285,6 @@ impl Client {
                     dedupe_id: why.dedupe_id.as_deref(),
                     sender: why.by.as_deref(),
                     definition: None,
-                    seq: None,
                     unread_max: Some(store::inbox::ORDERS_MAX),
                 };
                 match store::inbox::send(conn, &message).await? {
@@ -441,13 +429,12 @@ impl Client {
         }
     }
 
-    /// `None`: the run does not have that definition any more, or has made more than `seq` transitions.
+    /// `None`: the run does not have that definition any more.
     async fn send(
         &self,
         conn: &mut PgConnection,
         run: RunId,
         definition: DefinitionHash,
-        seq: Option<u64>,
         signal: &Signal,
     ) -> Result<Option<bool>> {
         if crate::archive::check::has_nul(&signal.payload) || signal.name.contains('\0') {
@@ -461,7 +448,6 @@ impl Client {
             dedupe_id: signal.dedupe_id.as_deref(),
             sender: signal.sender.as_deref(),
             definition: Some(definition),
-            seq: seq.map(|seq| i64::try_from(seq).unwrap_or(i64::MAX)),
             unread_max: Some(store::inbox::UNREAD_MAX),
         };
         match store::inbox::send(conn, &message).await? {
@@ -480,6 +466,22 @@ impl Client {
             Err(error) => error,
         }
     }
+}
+
+/// The paths at which approvals of this step wait.
+fn approvals(view: &RunView, step: &str) -> Result<BTreeSet<String>> {
+    if view.status.is_closed() {
+        return Err(closed(view.run_id, &view.chain));
+    }
+    let of_step = |w: &Waiting| match w {
+        Waiting::Approval { path, step: s, .. } if s == step => Some(path.clone()),
+        _ => None,
+    };
+    let paths: BTreeSet<String> = view.waiting.iter().filter_map(of_step).collect();
+    if paths.is_empty() {
+        return Err(Error::ApprovalNotWaiting(view.run_id.to_string(), step.to_owned()));
+    }
+    Ok(paths)
 }
 
 /// A run, folded from its history.

@@ -109,6 +109,8 @@ pub const CRASH_POINTS: &[(&str, &str)] = &[
     ("send.after_commit", "client.rs"),
     ("send.after_open", "client.rs"),
     ("send.before_commit", "client.rs"),
+    ("approve.after_lock", "client.rs"),
+    ("approve.after_look", "client.rs"),
     ("approve.after_send", "client.rs"),
     ("cancel.after_send", "client.rs"),
     ("unblock.before_commit", "client.rs"),

@@ -174,18 +174,21 @@ impl Provider for Gemini {
     }
 }
 
-/// Gemini 2.5 has no levels of thinking and takes a number of tokens, which the output limit includes. Chosen: what its makers give for
-/// the same words elsewhere, and never more than half of the limit, or nothing would be left for the answer.
-fn thinking_budget(model: &str, level: &str, max_output_tokens: u32) -> Option<u32> {
+/// What Gemini is told of thinking. 2.5 has no levels and takes a number of tokens, which the output limit includes. Chosen: what its
+/// makers give for the same words elsewhere, and never more than half of the limit, or nothing would be left for the answer. Nothing
+/// is said if that is less than each of them takes.
+fn thinking(model: &str, level: &str, max_output_tokens: u32) -> Option<Value> {
+    const LEAST: u32 = 512;
     if !model.strip_prefix("models/").unwrap_or(model).starts_with("gemini-2.5") {
-        return None;
+        return Some(json!({ "thinkingLevel": level }));
     }
     let tokens = match level {
         "medium" => 8_192,
         "high" => 24_576,
         _ => 1_024,
     };
-    Some(tokens.min(max_output_tokens / 2))
+    let tokens = tokens.min(max_output_tokens / 2);
+    (tokens >= LEAST).then(|| json!({ "thinkingBudget": tokens }))
 }
 
 fn body(call: &Call<'_>, level: StructuredOutput) -> Value {
@@ -199,11 +202,8 @@ fn body(call: &Call<'_>, level: StructuredOutput) -> Value {
             config["responseJsonSchema"] = subset(schema);
         }
     }
-    if let Some(thinking) = call.thinking {
-        config["thinkingConfig"] = match thinking_budget(call.model, thinking, call.max_output_tokens) {
-            Some(tokens) => json!({ "thinkingBudget": tokens }),
-            None => json!({ "thinkingLevel": thinking }),
-        };
+    if let Some(thinking) = call.thinking.and_then(|level| thinking(call.model, level, call.max_output_tokens)) {
+        config["thinkingConfig"] = thinking;
     }
     let mut body = json!({ "contents": contents(call.request), "generationConfig": config });
     if let Some(continuation) = call.continuation {

@@ -88,7 +88,6 @@ impl Client {
             dedupe_id: Some(&key),
             sender: update.sender,
             definition: None,
-            seq: None,
             unread_max: Some(store::inbox::UNREAD_MAX),
         };
         let standing = store::runs::standing(conn, run).await?;

@@ -350,7 +350,6 @@ impl Pair {
                     dedupe_id: dedupe.as_deref(),
                     sender: None,
                     definition: None,
-                    seq: None,
                     unread_max,
                 };
                 let answer = inbox::send(&mut conn, &there).await.expect("send");

@@ -131,7 +131,6 @@ async fn turn_away(conn: &mut PgConnection, run: RunId, why: &str) -> Result<()>
         dedupe_id: None,
         sender: None,
         definition: None,
-        seq: None,
         unread_max: None,
     };
     inbox::send(conn, &message).await?;
@@ -444,7 +443,6 @@ pub(crate) async fn make_room(pool: &PgPool) -> Result<()> {
             dedupe_id: Some(&id),
             sender: None,
             definition: None,
-            seq: None,
             unread_max: None,
         };
         let mut conn = pool.acquire().await?;

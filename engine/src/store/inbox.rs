@@ -78,8 +78,6 @@ pub(crate) struct Outgoing<'a> {
     pub(crate) sender: Option<&'a str>,
     /// Under which it was found to be in order: if the run has another one by now, nothing is stored.
     pub(crate) definition: Option<DefinitionHash>,
-    /// How many transitions the run had made when the sender looked: if it has made more by now, nothing is stored.
-    pub(crate) seq: Option<i64>,
     /// Not stored if so many of its like wait to be read: [`UNREAD_MAX`] or [`ORDERS_MAX`] where people decide how many there are.
     /// `None`: it gets through, as everything must that the engine itself says.
     pub(crate) unread_max: Option<i64>,
@@ -90,7 +88,7 @@ pub(crate) struct Outgoing<'a> {
 pub(crate) enum Sent {
     Stored,
     Duplicate,
-    /// There is no such run, or it is closed; or it does not have the definition that was asked for, or has made more transitions.
+    /// There is no such run, or it is closed; or it does not have the definition that was asked for.
     NoOpenRun,
     /// [`Outgoing::unread_max`] of its like wait to be read already.
     Full,
@@ -123,13 +121,12 @@ pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Res
     // in between is taken for more of the same. While fewer wait than may, nothing is counted. A second message with one id that raced the first is dropped by the
     // constraint; its number stays unused.
     let row = sqlx::query(
-        "with target as (select shard, run_id, seq from runs where shard = $1 and run_id = $2 and closed_at is null and imported_at is null
+        "with target as (select shard, run_id from runs where shard = $1 and run_id = $2 and closed_at is null and imported_at is null
                             and ($8::bytea is null or definition = $8) for no key update),
               seen as (select 1 from inbox i join target t using (shard, run_id)
                        where i.shard = $1 and $6::text is not null and i.dedupe_id = $6),
               u as (update runs r set inbox_n = r.inbox_n + 1 from target t
                     where r.shard = $1 and r.shard = t.shard and r.run_id = t.run_id and not exists (select from seen)
-                      and ($11::bigint is null or t.seq = $11)
                       and ($9::bigint is null or r.inbox_n - r.inbox_seen < $9 or $9 > r.inbox_n
                              - greatest(r.inbox_seen, (select max(n) from inbox where shard = $1 and run_id = $2))
                              + (select count(*) from (select from inbox w where w.shard = $1 and w.run_id = $2 and w.n > r.inbox_seen
@@ -143,7 +140,6 @@ pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Res
                       select shard, run_id, queue, priority, lane, engine_now() from u where wakes
                     on conflict (shard, run_id) do update set timed = false, due_at = least(ready.due_at, excluded.due_at))
          select exists (select from target) as open, exists (select from m) as stored,
-                exists (select from target where seq <> $11::bigint) as went_on,
                 exists (select from seen) or exists (select from u) as taken",
     )
     .bind(message.run.shard())
@@ -156,14 +152,12 @@ pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Res
     .bind(message.definition.map(|hash| hash.0.to_vec()))
     .bind(unread_max)
     .bind(message.kind.alike())
-    .bind(message.seq)
     .fetch_one(&mut *conn)
     .await?;
     Ok(match (row.try_get("open")?, row.try_get("stored")?, row.try_get("taken")?) {
         (false, ..) => Sent::NoOpenRun,
         (true, true, _) => Sent::Stored,
         (true, false, true) => Sent::Duplicate,
-        (true, false, false) if row.try_get("went_on")? => Sent::NoOpenRun,
         (true, false, false) => Sent::Full,
     })
 }

@@ -490,7 +490,6 @@ pub(crate) async fn apply_effects<I: Borrow<Item>>(
             dedupe_id: None,
             sender: None,
             definition: None,
-            seq: None,
             unread_max: None,
         };
         let sent = inbox::send(conn, &message).await.map_err(Undone::of)?;

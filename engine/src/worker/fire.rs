@@ -342,7 +342,6 @@ async fn cancel(conn: &mut PgConnection, stored: &Stored, open: &[RunId]) -> Res
             dedupe_id: Some(&id),
             sender: None,
             definition: None,
-            seq: None,
             unread_max: None,
         };
         // Whether it was sent before or the run has closed: the next look finds out.

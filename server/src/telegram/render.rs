@@ -102,16 +102,11 @@ pub fn cut(text: &str, max: usize) -> String {
     out
 }
 
-/// What one of our HTML messages says, without its formatting.
+/// What one of our HTML messages says, without its formatting: only the tags that are written here go.
 #[must_use]
 pub fn unformatted(html: &str) -> String {
-    let mut out = String::with_capacity(html.len());
-    let mut rest = html;
-    while let Some((before, tag)) = rest.split_once('<') {
-        out.push_str(before);
-        rest = tag.split_once('>').map_or("", |(_, after)| after);
-    }
-    out.push_str(rest);
+    let tags = ["b", "i", "code", "pre"].iter().flat_map(|tag| [format!("<{tag}>"), format!("</{tag}>")]);
+    let out = tags.fold(html.to_owned(), |text, tag| text.replace(&tag, ""));
     out.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", "\"").replace("&amp;", "&")
 }
 
@@ -378,6 +373,7 @@ mod tests {
              Spent 1.5 · 8.5 credits left"
         );
         assert_eq!(unformatted(&escape("&lt; <i>")), "&lt; <i>");
+        assert_eq!(unformatted("if x < 10, <b>stop</b>"), "if x < 10, stop");
     }
 
     #[test]

@@ -228,7 +228,8 @@ async fn a_model_that_counts_its_thinking_in_tokens_is_given_a_budget() {
         ("gemini-2.5-flash", "low", 65_536, json!({"thinkingBudget": 1_024})),
         ("models/gemini-2.5-pro", "medium", 65_536, json!({"thinkingBudget": 8_192})),
         ("gemini-2.5-pro", "high", 65_536, json!({"thinkingBudget": 24_576})),
-        ("gemini-2.5-pro", "high", 1_000, json!({"thinkingBudget": 500})),
+        ("gemini-2.5-pro", "high", 2_000, json!({"thinkingBudget": 1_000})),
+        ("gemini-2.5-flash-lite", "low", 1_000, Value::Null),
         ("gemini-3.8-flash", "high", 65_536, json!({"thinkingLevel": "high"})),
     ];
     for (n, (model, level, limit, config)) in expected.into_iter().enumerate() {

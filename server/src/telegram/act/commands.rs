@@ -175,7 +175,8 @@ pub(super) async fn stop(scene: &mut Scene<'_>, mut run: loopwright_engine::ids:
     loop {
         match client.cancel(run, "the user stopped it in Telegram").await {
             Ok(()) => return Ok(()),
-            Err(Engine::RunClosed(_)) => match client.describe(run).await?.chain.continued_as {
+            Err(Engine::RunClosed(_)) => match client.describe(run).await.ok().and_then(|view| view.chain.continued_as)
+            {
                 Some(next) => run = next,
                 None => return Ok(()),
             },
