@@ -374,6 +374,10 @@ async fn child_process() {
         if one && ["history", "the next run of a chain", "handing on the ids of senders"].contains(&what) {
             continue;
         }
+        // On one server it deletes by ranges of keys.
+        if !one && what.starts_with("claim") {
+            continue;
+        }
         assert!(
             routed.iter().any(|sql| sql.contains(words)),
             "{what} was not among the {} routed statements",
