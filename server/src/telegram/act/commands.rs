@@ -175,10 +175,14 @@ pub(super) async fn stop(scene: &mut Scene<'_>, mut run: loopwright_engine::ids:
     loop {
         match client.cancel(run, "the user stopped it in Telegram").await {
             Ok(()) => return Ok(()),
-            Err(Engine::RunClosed(_)) => match client.describe(run).await.ok().and_then(|view| view.chain.continued_as)
-            {
-                Some(next) => run = next,
-                None => return Ok(()),
+            Err(Engine::RunClosed(_)) => match client.describe(run).await {
+                Ok(view) => match view.chain.continued_as {
+                    Some(next) => run = next,
+                    None => return Ok(()),
+                },
+                Err(error @ Engine::Sql(_)) => return Err(error.into()),
+                // Nobody can say more of it: it has ended.
+                Err(_) => return Ok(()),
             },
             Err(error) => return Err(error.into()),
         }
