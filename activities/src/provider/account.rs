@@ -16,9 +16,12 @@ use reqwest::{
     header::{AUTHORIZATION, HeaderMap},
 };
 use secrecy::SecretString;
-use serde::{Deserialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Value, value::RawValue};
 use std::sync::Arc;
+
+/// Most pages of a list. Chosen: ten times what the list would have today with fifty models a page.
+const PAGES_MAX: usize = 100;
 
 /// A call as its provider remembers it.
 #[derive(Clone, Debug, PartialEq)]
@@ -229,14 +232,50 @@ impl OpenRouterAccount {
         self.money(&answer.data.total_usage)
     }
 
-    /// The list of models with their prices, as it came; `None` without a key.
+    /// The list of models with their prices, each as it came, from all its pages as one; `None` without a key.
     ///
     /// # Errors
-    /// As every request.
+    /// As every request; a list that leads elsewhere or has no end, or fewer models than it says.
     pub async fn models(&self) -> Result<Option<String>, ProviderError> {
-        match self.keys().await.first() {
-            Some(key) => self.text(key, &["models"], None).await.map(Some),
-            None => Ok(None),
+        #[derive(Deserialize)]
+        struct Page {
+            data: Vec<Box<RawValue>>,
+            #[serde(default)]
+            total_count: Option<usize>,
+            #[serde(default)]
+            links: Links,
         }
+        #[derive(Default, Deserialize)]
+        struct Links {
+            next: Option<String>,
+        }
+        #[derive(Serialize)]
+        struct Whole {
+            data: Vec<Box<RawValue>>,
+        }
+        let broken = |what| ProviderError::broken(&self.names, what, CallState::Failed);
+        let Some(key) = self.keys().await.into_iter().next() else { return Ok(None) };
+        let mut url = join(&self.base, &["models"]);
+        let (mut models, mut said) = (Vec::new(), 0);
+        for _ in 0..PAGES_MAX {
+            let text = self.http.get_text(&self.names, url.clone(), key.headers.clone()).await?;
+            let page: Page = self.read(&text)?;
+            models.extend(page.data);
+            said = page.total_count.unwrap_or(said);
+            let Some(next) = page.links.next else {
+                if models.len() < said {
+                    return Err(broken("the list of models has fewer than it says"));
+                }
+                let whole = serde_json::to_string(&Whole { data: models });
+                return whole.map(Some).map_err(|_| broken("the list of models cannot be written"));
+            };
+            // The key goes nowhere else.
+            url = url
+                .join(&next)
+                .ok()
+                .filter(|next| next.origin() == self.base.origin())
+                .ok_or_else(|| broken("the next page of the list of models is at another address"))?;
+        }
+        Err(broken("the list of models has no end"))
     }
 }

@@ -344,7 +344,12 @@ async fn read(mut answer: Answer<'_>, call: &Call<'_>, names: &Names) -> Result<
     let complete = match outcome {
         Ok(()) => gathered.complete(call, names),
         // The finish reason was seen: what got lost after it is nothing.
-        Err(error) if error.state == CallState::Unknown && gathered.ended() && !call.cancellation.is_cancelled() => {
+        Err(error)
+            if error.state == CallState::Unknown
+                && error.http_status.is_none()
+                && gathered.ended()
+                && !call.cancellation.is_cancelled() =>
+        {
             gathered.complete(call, names)
         }
         Err(error) => Err(error),
@@ -410,7 +415,9 @@ impl Gathered {
             let report = Report::from_value(error);
             let status = report.code.filter(|code| (400..600).contains(code)).unwrap_or(500);
             let error = classify(names, status, Hints::default(), &report);
-            return Err(error.with_usage(self.usage_so_far(call)));
+            // Of one that is unknown the books ask the provider; an estimate would stand where its answer belongs.
+            let usage = if error.state == CallState::Unknown { None } else { self.usage_so_far(call) };
+            return Err(error.with_usage(usage));
         }
         if let Some(id) = response.get("responseId").and_then(Value::as_str) {
             call.request_id.offer(id);

@@ -238,8 +238,8 @@ impl Answer<'_> {
         Ok(String::from_utf8_lossy(&body).into_owned())
     }
 
-    /// Classifies an answer with an error status, from its headers and the beginning of its body. A gateway that lost patience, or its
-    /// server in the middle of the work, knows nothing of what that server did and billed: the call is unknown.
+    /// Classifies an answer with an error status, from its headers and the beginning of its body. A gateway that lost its server in the
+    /// middle of the work knows nothing of what that server did and billed: the call is unknown.
     pub(super) async fn into_error(mut self) -> (ProviderError, Report) {
         let hints = Hints::parse(&self.headers, Utc::now());
         let mut body = Vec::new();
@@ -254,7 +254,7 @@ impl Answer<'_> {
         body.truncate(ERROR_BODY_BYTES_MAX);
         let report = Report::parse(&body);
         let mut error = classify(self.names, self.status.as_u16(), hints, &report);
-        if may_have_been_served(self.status, self.took) {
+        if self.status == StatusCode::BAD_GATEWAY && self.took >= BAD_GATEWAY_AT_ONCE {
             error.state = CallState::Unknown;
         }
         (error, report)
@@ -281,15 +281,6 @@ async fn within<T>(cancellation: &CancellationToken, limit: Instant, work: impl 
         biased;
         () = cancellation.cancelled() => Err(Stop::Cancelled),
         done = timeout_at(limit, work) => done.map_err(|_| Stop::TimedOut),
-    }
-}
-
-/// Whether an error status leaves open what became of the request behind it.
-fn may_have_been_served(status: StatusCode, took: Duration) -> bool {
-    match status.as_u16() {
-        408 | 504 | 524 => true,
-        502 => took >= BAD_GATEWAY_AT_ONCE,
-        _ => false,
     }
 }
 

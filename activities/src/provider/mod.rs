@@ -139,6 +139,8 @@ pub struct Call<'a> {
     pub key: &'a str,
     /// Output limit of this call, in tokens.
     pub max_output_tokens: u32,
+    /// What input and output may cost where the provider chooses among servers, in micro-USD per million tokens.
+    pub price_max: (Option<u64>, Option<u64>),
     pub structured_output: StructuredOutput,
     /// How much the model may think, in the provider's words (`low`, `medium`, `high`); `None` leaves it to the model.
     pub thinking: Option<&'a str>,

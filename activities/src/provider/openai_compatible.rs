@@ -109,6 +109,7 @@ impl OpenAiCompatible {
                 token_limit,
                 token_limit_changed: false,
                 include_usage: true,
+                strict: false,
             },
             |known| Shape { structured_output: known.structured_output.max(call.structured_output), ..known },
         )

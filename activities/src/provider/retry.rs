@@ -174,7 +174,8 @@ impl Names {
 /// # Shape
 /// `status` is the HTTP status, or the code inside an error that came with status 200 or in mid-stream. The tables of
 /// Gemini, OpenRouter and the OpenAI dialect agree where they overlap; what only one of them says (a prepaid balance,
-/// a budget of running requests, a quota per day) is recognized by its own words.
+/// a budget of running requests, a quota per day) is recognized by its own words. Who lost patience knows nothing of what the server
+/// behind it did and billed: such a call is unknown, wherever it is said.
 #[must_use]
 pub fn classify(names: &Names, status: u16, hints: Hints, report: &Report) -> ProviderError {
     let retry_after = hints.retry_after.or(report.retry_after);
@@ -265,6 +266,9 @@ pub fn classify(names: &Names, status: u16, hints: Hints, report: &Report) -> Pr
         ),
         _ => unwell("transient.http", format!("{title}: unexpected status {status}")),
     };
+    if matches!(status, 408 | 499 | 504 | 524) {
+        error.state = CallState::Unknown;
+    }
     error.http_status = Some(status);
     error.context_tokens = report.context_tokens;
     error.key_rests_until = report.resets_at;

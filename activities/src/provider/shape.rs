@@ -16,6 +16,8 @@ pub(super) struct Shape {
     pub token_limit_changed: bool,
     /// `stream_options.include_usage` is sent.
     pub include_usage: bool,
+    /// Where a router stands before several servers: only one that knows what is optional, too, is asked.
+    pub strict: bool,
 }
 
 /// The name of the output limit.
@@ -40,8 +42,8 @@ impl TokenLimit {
     }
 }
 
-/// Most requests of one call that a server may refuse for their form: two levels of output, the limit's name, the
-/// usage option, and one to be safe.
+/// Most requests of one call that a server may refuse for their form: two levels of output, the limit's name, and the usage option
+/// or what a router has to know, and one to be safe.
 pub(super) const STEP_DOWNS_MAX: usize = 5;
 
 /// Whether a refusal says which part of the form it is about: then it need not be heard twice, whatever becomes of the simpler form.
@@ -79,7 +81,8 @@ impl Shape {
         if report.mentions("stream_options") || report.mentions("include_usage") {
             return without_usage().or_else(simpler).or_else(renamed);
         }
-        simpler().or_else(renamed).or_else(without_usage)
+        let anybody = || self.strict.then_some(Self { strict: false, ..self });
+        simpler().or_else(renamed).or_else(without_usage).or_else(anybody)
     }
 }
 
@@ -116,6 +119,7 @@ mod tests {
             token_limit: TokenLimit::MaxTokens,
             token_limit_changed: false,
             include_usage: true,
+            strict: true,
         };
         let named = Report::from_value(&json!({"error": {"message": "Unsupported parameter: 'max_tokens'"}}));
         assert_eq!(shape.step_down(&named, true).unwrap().token_limit, TokenLimit::MaxCompletionTokens);
@@ -125,6 +129,6 @@ mod tests {
             steps += 1;
         }
         assert!(steps <= STEP_DOWNS_MAX);
-        assert_eq!(shape.structured_output, StructuredOutput::Prompt);
+        assert_eq!((shape.structured_output, shape.strict), (StructuredOutput::Prompt, false));
     }
 }

@@ -310,6 +310,31 @@ const LIST: &str = r#"{"data": [
  {"id": "new/model", "pricing": {"prompt": "0.000001", "completion": "0.000002"}}]}"#;
 
 #[tokio::test]
+async fn a_list_of_models_is_read_to_its_last_page_and_only_from_its_own_server() {
+    let list = async |pages: Vec<&'static str>| {
+        let fake = FakeProvider::start(move |seen: &Seen, _| {
+            let page = seen.path.split_once("page=").map_or(0, |(_, n)| n.parse::<usize>().expect("a number"));
+            answer("200 OK", pages[page % pages.len()])
+        })
+        .await;
+        let list = openrouter(&fake).expect("configured").models().await;
+        (list.map(|text| text.expect("a key")).map_err(|error| error.failure.message), fake.seen().len())
+    };
+    const FIRST: &str =
+        r#"{"data":[{"id":"a","pricing":{"prompt":"0.10"}}],"total_count":2,"links":{"next":"/api/v1/models?page=1"}}"#;
+    const LAST: &str = r#"{"data":[{"id":"b","pricing":{"prompt":0.20}}],"total_count":2,"links":{"next":null}}"#;
+    let whole = r#"{"data":[{"id":"a","pricing":{"prompt":"0.10"}},{"id":"b","pricing":{"prompt":0.20}}]}"#;
+    assert_eq!(list(vec![FIRST, LAST]).await, (Ok(whole.to_owned()), 2), "to the letter");
+    assert_eq!(list(vec![r#"{"data":[{"id":"a"}]}"#]).await, (Ok(r#"{"data":[{"id":"a"}]}"#.to_owned()), 1));
+    let (short, _) = list(vec![LAST]).await;
+    assert!(short.unwrap_err().contains("fewer than it says"));
+    let (elsewhere, _) = list(vec![r#"{"data":[],"links":{"next":"http://127.0.0.2:9/models"}}"#]).await;
+    assert!(elsewhere.unwrap_err().contains("another address"));
+    let (endless, asked) = list(vec![FIRST]).await;
+    assert!(endless.unwrap_err().contains("no end") && asked == 100);
+}
+
+#[tokio::test]
 async fn prices_that_differ_or_are_missing_are_told_and_a_sync_adds_rows_only() {
     let bench = Bench::new(100).await;
     let fake = FakeProvider::always(answer("200 OK", LIST)).await;

@@ -55,7 +55,7 @@
 //! | A 504: raise the client's time-out | `SameModel`, the time-outs stay. Ours are 120 s to the first byte and 15 min in all, above every deadline that the server has been seen to have: it is the server's that ended. A shorter request is what helps, and that is the caller's |
 //! | A 402: disable all keys of that billing account | the key that was refused. Which keys share an account nobody says, and a guess would take keys from users who pay for them. The others are disabled by their own refusal, which costs nothing |
 //! | A 401/403: disable the key | 403 only if its reason is about the key: the same status refuses one model to a key that serves others |
-//! | A 499: the caller hung up | `SameModel`: it was not us, so it was something between |
+//! | A 499: the caller hung up | unknown, as 504: it was not us, so it was something between, and the server may have worked |
 //! | B 401/403, 402: no retry | no retry with this key; another key or provider is asked |
 //! | C a prompt that is cut silently | the answer is taken; a count of tokens far below what was sent is told in the log: `prompts::a_server_that_counts_far_fewer_tokens_than_it_was_sent_is_told_of` |
 
@@ -143,6 +143,7 @@ pub fn call<'a>(
         path: "step",
         key: "turn-1",
         max_output_tokens: request.max_output_tokens,
+        price_max: (None, None),
         structured_output: StructuredOutput::JsonSchema,
         thinking: None,
         continuation: None,

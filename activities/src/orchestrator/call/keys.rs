@@ -161,8 +161,8 @@ impl Orchestrator {
                 };
                 Some(board.rest(&slot.key, &candidate.model, wait, failure).await)
             }
-            // Overloaded, and it says until when: nobody asks before. Its other keys lead to the same server.
-            "transient.http" if matches!(error.http_status, Some(503 | 529)) => {
+            // Unwell, and it says until when: nobody asks before. Its other keys lead to the same server.
+            "transient.http" => {
                 if let Some(asked) = error.retry_after() {
                     let wait = Wait::Named(asked.min(OVERLOAD_RESTS_MAX));
                     board.rest(&slot.key, &candidate.model, wait, failure).await;

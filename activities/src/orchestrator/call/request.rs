@@ -56,6 +56,7 @@ impl Orchestrator {
         if let Some(part) = &before {
             part.announce(&mut opened);
         }
+        let price_max = (opened.input_umtok_max, opened.output_umtok_max);
         let opened = to_value(&opened).map_err(Interrupted::Unannounced)?;
         match ctx.meter_open(&meter_key, &opened).await {
             Ok(()) => {}
@@ -80,13 +81,14 @@ impl Orchestrator {
             path: &ctx.info().path,
             key: &key,
             max_output_tokens: limit,
+            price_max,
             structured_output: candidate.structured_output,
             thinking: candidate.thinking.as_deref(),
             continuation: before.as_ref().map(Part::continuation),
             cancellation: ctx.cancellation(),
             request_id: &request_id,
         });
-        let result = noting(ctx, &meter_key, &request_id, completing).await;
+        let result = noting(ctx, &meter_key, &request_id, noted_after(&candidate.provider), completing).await;
         let mut result = result;
         self.judge_server(task, &running.slot, candidate, &mut result);
         observe(running, candidate, &result, started.elapsed(), self.0.pace.wait_max);
@@ -210,21 +212,28 @@ fn noted(
 
 /// How long a call goes on after the provider has named it before that is noted. Chosen: what is answered whole by then has no need of it
 /// (with the note such a call took three commits instead of two, and its end waited for the note's: every eighth call more than 3 ms,
-/// measured), and long answers take many times that. Of a process that dies within it, the call is unknown and cannot be asked for.
+/// measured), and long answers take many times that.
 const NOTED_AFTER: Duration = Duration::from_millis(250);
 
-/// The outcome of a call, and beside it, soon after the provider has named the call, a note of that name: whoever looks into the
-/// books after the death of this process can ask the provider by it. An answer that is there before needs no note, and does not wait for
-/// one: its reading holds the name too.
+/// [`NOTED_AFTER`], and nothing where the provider can be asked what became of a call: of a process that dies then the name is all that
+/// is left.
+fn noted_after(provider: &str) -> Duration {
+    if provider == "openrouter" { Duration::ZERO } else { NOTED_AFTER }
+}
+
+/// The outcome of a call, and beside it, `after` the provider has named the call, a note of that name: whoever looks into the books after
+/// the death of this process can ask the provider by it. An answer that is there before needs no note, and does not wait for one: its
+/// reading holds the name too.
 async fn noting(
     ctx: &Context,
     key: &str,
     request_id: &RequestIdSlot,
+    after: Duration,
     completing: impl Future<Output = Result<Completion, ProviderError>>,
 ) -> Result<Completion, ProviderError> {
     let note = async {
         let noted = CallNoted { provider_request_id: request_id.known().await };
-        tokio::time::sleep(NOTED_AFTER).await;
+        tokio::time::sleep(after).await;
         let Ok(noted) = serde_json::to_value(noted) else { return };
         if let Err(failure) = ctx.meter_note(key, &noted).await {
             tracing::warn!(key, %failure, "the provider's name for a call under way is not recorded");

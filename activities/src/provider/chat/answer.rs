@@ -46,6 +46,7 @@ pub(in crate::provider) async fn read(
         // The finish reason was seen: what got lost after it is at most the usage.
         Err(error)
             if error.state == CallState::Unknown
+                && error.http_status.is_none()
                 && gathered.finish_reason.is_some()
                 && !call.cancellation.is_cancelled() =>
         {
@@ -154,7 +155,9 @@ impl Gathered {
             let report = Report::from_value(error);
             let status = report.code.filter(|code| (400..600).contains(code)).unwrap_or(500);
             let error = classify(names, status, Hints::default(), &report);
-            return Err(error.with_usage(self.generated_so_far(call)).with_finish_reason(self.finish_reason.clone()));
+            // Of one that is unknown the books ask the provider; an estimate would stand where its answer belongs.
+            let usage = if error.state == CallState::Unknown { None } else { self.generated_so_far(call) };
+            return Err(error.with_usage(usage).with_finish_reason(self.finish_reason.clone()));
         }
         Ok(())
     }

@@ -34,7 +34,7 @@ async fn check(dialect: Dialect, rows: Vec<Row>) {
         let provider = client(dialect, &server.base_of(dialect), PATIENT);
         let error = ask_with(provider.as_ref(), &request(), &CancellationToken::new()).await.error();
         // A time-out at the server leaves open what it did until then.
-        let state = if matches!(status, 408 | 504 | 524) { CallState::Unknown } else { CallState::Failed };
+        let state = if matches!(status, 408 | 499 | 504 | 524) { CallState::Unknown } else { CallState::Failed };
         assert_eq!(verdict(&error), (code, kind(code), state, advice), "{what}");
         assert_eq!(error.failure.retry_after_ms, wait, "{what}");
         // A refusal is never billed.
@@ -392,6 +392,33 @@ async fn a_spent_key_says_until_when_it_rests() {
     let provider = client(Dialect::OpenRouter, &server.base(), PATIENT);
     let error = ask_with(provider.as_ref(), &request(), &CancellationToken::new()).await.error();
     assert_eq!(error.key_rests_until.unwrap().to_rfc3339(), "2026-11-27T00:00:00+00:00");
+}
+
+#[tokio::test]
+async fn a_time_out_that_a_stream_tells_of_leaves_open_what_was_done_and_billed() {
+    let inside = |dialect: Dialect, code: u16| match dialect {
+        Dialect::Gemini => dialect.error(code, "DEADLINE_EXCEEDED"),
+        _ => {
+            json!({"id": "gen-7", "error": {"code": code, "message": "upstream text", "metadata": {"error_type": "timeout"}},
+            "choices": [{"index": 0, "delta": {"content": ""}, "finish_reason": "error"}]})
+        }
+    };
+    for dialect in Dialect::ALL {
+        for code in [408, 499, 504, 524] {
+            for begun in [vec![], vec![dialect.text("half an ")]] {
+                let what = format!("{dialect:?} {code} after {} events", begun.len());
+                let body = frames(&[begun, vec![inside(dialect, code)]].concat());
+                let server = FakeProvider::always(stream(&body)).await;
+                let provider = client(dialect, &server.base(), PATIENT);
+                let error = ask_with(provider.as_ref(), &request(), &CancellationToken::new()).await.error();
+                let expected = ("transient.http", FailureKind::Retryable, CallState::Unknown, SameModel);
+                assert_eq!(verdict(&error), expected, "{what}");
+                // An estimate would keep the books from asking what it was.
+                assert_eq!((error.http_status, error.usage.is_none()), (Some(code), true), "{what}");
+                assert_eq!(server.seen().len(), 1, "{what}: asked once");
+            }
+        }
+    }
 }
 
 /// Every field that any dialect reads of an error, with the key in it.

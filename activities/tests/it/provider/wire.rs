@@ -107,6 +107,43 @@ async fn requests_have_the_shape_of_their_dialect() {
     }
 }
 
+#[tokio::test]
+async fn a_router_asks_only_servers_that_know_every_parameter_and_cost_no_more_than_allowed() {
+    let ask = async |request: &Request, thinking, price_max, server: &FakeProvider, provider: &dyn Provider| {
+        let (cancellation, request_id) = (CancellationToken::new(), Default::default());
+        let call = super::call(request, "some/model", &cancellation, &request_id);
+        let before = server.seen().len();
+        provider.complete(Call { thinking, price_max, ..call }).await.unwrap();
+        let routed: Vec<Value> = server.seen().drain(before..).map(|seen| seen.body["provider"].clone()).collect();
+        routed
+    };
+    let server = FakeProvider::saying(Reply::text("hi")).await;
+    let provider = client(Dialect::OpenRouter, &server.base(), PATIENT);
+    let (plain, with_tools) = (request(), Request { tools: tools(), ..request() });
+    let none = (None, None);
+    assert_eq!(ask(&plain, None, none, &server, &*provider).await, [Value::Null]);
+    assert_eq!(ask(&with_tools, None, none, &server, &*provider).await, [json!({"require_parameters": true})]);
+    assert_eq!(ask(&plain, Some("low"), none, &server, &*provider).await, [json!({"require_parameters": true})]);
+    // USD per million tokens.
+    let dear = (Some(1_250_000), Some(10_000_000));
+    let expected = json!({"max_price": {"prompt": "1.25", "completion": "10"}});
+    assert_eq!(ask(&plain, None, dear, &server, &*provider).await, [expected]);
+    // No server that knows all of it: better one that does not, and that is remembered.
+    let server = FakeProvider::serve(|seen, _| match &seen.body["provider"]["require_parameters"] {
+        Value::Null => Answer::Reply(Reply::text("hi")),
+        _ => Answer::Refused {
+            status: 404,
+            headers: vec![],
+            body: json!({"error": {"code": 404, "message": "No endpoints found that support tool use"}}),
+        },
+    })
+    .await;
+    let provider = client(Dialect::OpenRouter, &server.base(), PATIENT);
+    let routed = ask(&with_tools, None, none, &server, &*provider).await;
+    assert_eq!(routed, [json!({"require_parameters": true}), Value::Null]);
+    assert_eq!(ask(&with_tools, None, none, &server, &*provider).await, [Value::Null]);
+}
+
 fn tools() -> Vec<ToolSpec> {
     let parameters = json!({"type": "object", "properties": {"path": {"type": "string", "minLength": 1}},
         "required": ["path"], "additionalProperties": false});
