@@ -527,6 +527,7 @@ async fn described(conn: &mut PgConnection, run: RunId) -> Result<RunView> {
         forked_from: loaded.forked_from,
         chain: loaded.chain,
         imported_at: loaded.imported_at,
+        unread: u64::try_from(loaded.inbox_n - loaded.inbox_seen).unwrap_or(0),
     })
 }
 

@@ -188,6 +188,9 @@ pub struct RunView {
     /// What else it waits for: `for a place in concurrency group …`, `for a worker of queue … with the labels …`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held: Option<String>,
+    /// Messages and orders that were sent to it and that it has not read: what it waits for may have come.
+    #[serde(default)]
+    pub unread: u64,
 }
 
 /// A run's place among runs of which each goes on as the next.

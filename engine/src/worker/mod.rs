@@ -319,7 +319,7 @@ impl WorkerHandle {
         crash_point("drain.after_storing");
         let left = tokio::time::timeout(FAREWELL_MAX, leave(&self.shared)).await;
         if let Err(error) = left.unwrap_or_else(|_| Err(Error::Sql(sqlx::Error::Io(io::ErrorKind::TimedOut.into())))) {
-            tracing::warn!(%error, "could not say goodbye; others take over when the lease ends");
+            tracing::warn!(%error, "the goodbye had no answer in time; others take the runs over, when the lease ends at the latest");
         }
         crash_point("drain.after_leave");
         self.tasks.close();

@@ -92,18 +92,19 @@ pub fn standing(view: &RunView) -> Task {
     }
 }
 
-/// Whether nothing will happen by itself: the run is closed, or waits for a person, for credits or for a date.
+/// Whether nothing will happen by itself: the run is closed, or waits for a person, for credits or for a date, and nothing was sent
+/// to it that it has not read.
 #[must_use]
 pub fn is_parked(view: &RunView) -> bool {
-    if view.status.is_closed() || matches!(view.status, RunStatus::Quarantined | RunStatus::Paused) {
+    if view.status.is_closed() || view.status == RunStatus::Quarantined {
         return true;
     }
-    view.live.is_empty()
-        && !view.waiting.is_empty()
-        && view.waiting.iter().all(|w| match w {
-            Waiting::Signal { .. } | Waiting::Approval { .. } | Waiting::Timer { .. } | Waiting::Blocked { .. } => true,
-            Waiting::Retry { .. } | Waiting::Child { .. } | Waiting::Queued { .. } => false,
-        })
+    let idle = |w: &Waiting| match w {
+        Waiting::Signal { .. } | Waiting::Approval { .. } | Waiting::Timer { .. } | Waiting::Blocked { .. } => true,
+        Waiting::Retry { .. } | Waiting::Child { .. } | Waiting::Queued { .. } => false,
+    };
+    let waits = view.live.is_empty() && !view.waiting.is_empty() && view.waiting.iter().all(idle);
+    view.unread == 0 && (waits || view.status == RunStatus::Paused)
 }
 
 fn waits(waiting: &Waiting) -> Task {
@@ -224,6 +225,25 @@ mod tests {
             "Run the checks of “a-1”"
         );
         assert_eq!(name("lint@2", "lint", None), "lint (lint)");
+    }
+
+    #[test]
+    fn a_run_that_has_not_read_what_was_sent_to_it_is_not_parked() {
+        let waiting = Waiting::Timer { path: "pause".into(), until: chrono::Utc::now() };
+        let view = |status: &str, unread: u64| -> RunView {
+            let view = json!({
+                "run_id": uuid::Uuid::nil(), "workflow": "w", "definition": "0".repeat(64), "workflow_id": null,
+                "status": status, "seq": 4, "attributes": {}, "inputs": {}, "started_at": "2026-11-27T08:00:00Z",
+                "closed_at": null, "output": null, "failure": null, "live": [], "nodes": [], "unread": unread,
+                "waiting": [waiting],
+            });
+            serde_json::from_value(view).unwrap()
+        };
+        assert!(is_parked(&view("running", 0)));
+        assert!(!is_parked(&view("running", 1)));
+        assert!(is_parked(&view("paused", 0)));
+        assert!(!is_parked(&view("paused", 1)), "it may be the order to go on");
+        assert!(is_parked(&view("completed", 1)) && is_parked(&view("quarantined", 1)), "nobody reads it");
     }
 
     #[test]

@@ -159,8 +159,6 @@ struct Begun {
     run: RunId,
     /// Transitions it had made before.
     seq: u64,
-    /// It was asked to try again what was blocked, and has not said anything since.
-    woken: bool,
 }
 
 /// Starts the loop or wakes the open one. With a ticket it is the run that an earlier turn started or found, open or
@@ -177,12 +175,14 @@ async fn start(state: &State, user: Uuid, project: &Project, ticket: Option<&Tic
         state.store.keep_run(ticket, started.run_id).await?;
     }
     if started.created {
-        return Ok(Begun { run: started.run_id, seq: 0, woken: false });
+        return Ok(Begun { run: started.run_id, seq: 0 });
     }
     let view = client.describe(started.run_id).await?;
     let blocked = view.waiting.iter().any(|w| matches!(w, Waiting::Blocked { .. }));
-    let woken = blocked && state.store.wake(client, project.id).await? > 0;
-    Ok(Begun { run: started.run_id, seq: view.seq, woken })
+    if blocked {
+        state.store.wake(client, project.id).await?;
+    }
+    Ok(Begun { run: started.run_id, seq: view.seq })
 }
 
 /// Waits for the first task that ends from now on, for the run to park, or for the time to be over.
@@ -209,9 +209,7 @@ async fn watch(state: &State, begun: &Begun, wait: Duration) -> Result<Task, Err
             continue;
         }
         let left = deadline.saturating_duration_since(Instant::now());
-        // A run that was woken is still parked until it has read that it was.
-        let parked = task::is_parked(&view) && !(begun.woken && view.seq == after && !view.status.is_closed());
-        if parked || left.is_zero() || *stop.borrow() {
+        if task::is_parked(&view) || left.is_zero() || *stop.borrow() {
             return Ok(task::standing(&view));
         }
         tokio::select! {

@@ -3,10 +3,12 @@
 use crate::bench::Bench;
 use loopwright_engine::{
     Error,
-    client::{Decision, Signal, Update},
+    client::{Client, Decision, Signal, Update},
+    hook::NoHook,
     view::{Answer, RunStatus, Waiting},
 };
 use serde_json::json;
+use std::{sync::Arc, time::Duration};
 
 fn ask(more: &str) -> String {
     format!(
@@ -165,7 +167,7 @@ async fn blocked(bench: &Bench, sessions: i64) {
     let deadline = tokio::time::Instant::now() + crate::bench::PATIENCE;
     while sqlx::query_scalar::<_, i64>(waiting).fetch_one(&bench.pool).await.expect("count") != sessions {
         assert!(tokio::time::Instant::now() < deadline, "{sessions} wait");
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
 
@@ -206,6 +208,45 @@ steps:
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_decision_on_a_round_that_ended_is_refused_while_the_next_one_waits() {
+    let bench = Bench::new().await;
+    let body = r#"
+steps:
+  - id: plan
+    uses: work@1
+    with: { value: 1 }
+  - id: ok
+    approve: { to: ["role:owner"], timeout: 1h }
+    redo: { from: plan, if: "steps.ok.output.decision == 'changes_requested'", max-rounds: 3, exhausted: fail }
+"#;
+    let run = bench.start(body, json!({})).await;
+    let first = bench.waits(run).await;
+    // One connection: ours looks what waits, then it is the test's turn, and ours decides after that.
+    let pool = sqlx::postgres::PgPoolOptions::new().max_connections(1);
+    let pool = pool.connect_with((*bench.pool.connect_options()).clone()).await.expect("pool");
+    let one = pool.acquire().await.expect("connection");
+    let client = Client::new(pool.clone(), Arc::new(NoHook));
+    let mut ours = Box::pin(client.approve(run, "ok", Decision::Approved, None, None, None));
+    let begun = tokio::time::timeout(Duration::ZERO, &mut ours).await;
+    assert!(begun.is_err(), "ours waits for the connection");
+    let mut turn = Box::pin(pool.acquire());
+    assert!(tokio::time::timeout(Duration::ZERO, &mut turn).await.is_err(), "the test waits behind ours");
+    drop(one);
+    let turn = tokio::select! {
+        early = &mut ours => panic!("decided without a second look: {early:?}"),
+        turn = &mut turn => turn.expect("connection"),
+    };
+    bench.approve(run, "ok", Decision::ChangesRequested, "smaller", "user:2").await;
+    bench.until(run, "the second round", |v| v.waiting.len() == 1 && v.waiting != first.waiting).await;
+    drop(turn);
+    let answer = ours.await;
+    assert!(matches!(answer, Err(Error::ApprovalNotWaiting(..))), "{answer:?}");
+    bench.approve(run, "ok", Decision::Approved, "", "user:1").await;
+    bench.output(run).await;
+    bench.done().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn nobody_deciding_is_what_on_timeout_says() {
     let bench = Bench::new().await;
     let reject = bench.start(&gate("timeout: 50ms, on-timeout: reject"), json!({})).await;
@@ -227,7 +268,7 @@ async fn a_quorum_counts_people_not_clicks() {
     let deadline = tokio::time::Instant::now() + crate::bench::PATIENCE;
     while bench.events(run).await.iter().filter(|e| two(e)).count() < 2 {
         assert!(tokio::time::Instant::now() < deadline, "both clicks are read");
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
     assert_eq!(bench.client.describe(run).await.expect("run").status, RunStatus::Running);
     bench.approve(run, "ok", Decision::Approved, "", "user:2").await;
@@ -252,7 +293,7 @@ outputs: { n: "${{ steps.order.output.n }}" }
     let run = bench.start(body, json!({})).await;
     let send = |id: &str, payload| {
         let update = Update { name: "order".into(), payload, id: Some(id.into()), sender: Some("user:1".into()) };
-        bench.client.update(run, update, std::time::Duration::from_secs(60))
+        bench.client.update(run, update, Duration::from_secs(60))
     };
     let wrong = send("u0", json!({"n": "x"})).await.expect("answered");
     assert!(matches!(wrong.answer, Answer::Rejected { .. }), "{wrong:?}");

@@ -280,7 +280,8 @@ async fn watch(app: &App, run: RunId, json: bool) -> anyhow::Result<()> {
                     format!("{}: {} {}", view.status.as_str(), standing.task, standing.message)
                 });
             }
-            app.client.wait_change(run, after, Duration::from_secs(20)).await?;
+            // An order that changes nothing is read without a transition.
+            app.client.wait_change(run, after, Duration::from_secs(5)).await?;
         }
     }
 }
