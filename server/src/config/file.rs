@@ -1,8 +1,9 @@
 //! The shape of `loopwright.yaml`: everything optional, nothing unknown; and how it becomes a [`Config`].
 
 use super::{
-    Access, Auth, Billing, Config, Error, Http, JWT_SECRET_BYTES_MIN, Key, KeyMaterial, Keys, LEEWAY_S_MAX, Log,
-    LogFormat, Models, Provider, Providers, Sandbox, Telegram, Worker, secret,
+    Access, Auth, Billing, Config, Error, Http, JWT_SECRET_BYTES_MIN, Key, KeyMaterial, Keys, LEEWAY_S_MAX,
+    LIFETIME_S_MAX, LIFETIME_S_MAX_DEVELOPMENT, Log, LogFormat, Models, Provider, Providers, Sandbox, Telegram, Worker,
+    secret,
 };
 use loopwright_activities::keys::Ring;
 use loopwright_engine::{
@@ -403,7 +404,15 @@ impl AuthFile {
             issuer: self.issuer.unwrap_or_else(|| "loopwright".into()),
             audience: self.audience.unwrap_or_else(|| "loopwright".into()),
             leeway_s,
-            lifetime_s_max: positive("auth.lifetime_s_max", self.lifetime_s_max.unwrap_or(86_400))?,
+            // Without a key there is only this machine's own, for people who try things by hand.
+            lifetime_s_max: positive(
+                "auth.lifetime_s_max",
+                self.lifetime_s_max.unwrap_or(if keys.is_empty() && self.jwks_url.is_none() {
+                    LIFETIME_S_MAX_DEVELOPMENT
+                } else {
+                    LIFETIME_S_MAX
+                }),
+            )?,
             keys,
             jwks_url: self.jwks_url.as_deref().map(jwks_url).transpose()?,
         })
@@ -494,6 +503,16 @@ mod tests {
             let error = of(text).unwrap_err().to_string();
             assert!(error.contains(key), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn tokens_of_others_live_for_a_quarter_of_an_hour() {
+        let of = |text: &str| File::parse(text).unwrap().resolve().unwrap().auth.lifetime_s_max;
+        let key = format!("{{ kid: a, secret: {} }}", "s".repeat(JWT_SECRET_BYTES_MIN));
+        assert_eq!(of("auth: {}"), 86_400, "only this machine's own key");
+        assert_eq!(of(&format!("auth: {{ keys: [{key}] }}")), 900);
+        assert_eq!(of("auth: { jwks_url: 'https://example.org/keys' }"), 900);
+        assert_eq!(of(&format!("auth: {{ keys: [{key}], lifetime_s_max: 3600 }}")), 3_600);
     }
 
     #[test]

@@ -20,6 +20,11 @@ pub const JWT_SECRET_BYTES_MIN: usize = 32;
 /// Longest leeway between clocks, in seconds.
 pub const LEEWAY_S_MAX: u64 = 30;
 
+/// Longest life of a token, in seconds, unless somebody says otherwise: machines fetch a new one as often as they like.
+pub const LIFETIME_S_MAX: u64 = 900;
+/// The same with this machine's own key, which people try things with by hand.
+pub const LIFETIME_S_MAX_DEVELOPMENT: u64 = 86_400;
+
 /// Why the configuration does not stand. Each names the key and what helps.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -99,7 +104,7 @@ pub struct Auth {
     pub audience: String,
     /// At most [`LEEWAY_S_MAX`].
     pub leeway_s: u64,
-    /// Longest life of a token that is accepted, from now.
+    /// Longest life of a token that is accepted, from its issue.
     pub lifetime_s_max: u64,
     pub keys: Vec<Key>,
     /// Where the issuer publishes more of them; https, or this machine. `None`: it publishes none.

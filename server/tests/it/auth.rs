@@ -61,6 +61,7 @@ fn with(change: impl FnOnce(&mut Value)) -> String {
 fn registry() -> Registry {
     let mut auth = config::File::default().resolve().unwrap().auth;
     auth.keys = vec![crate::support::key("a", SECRET), crate::support::key("b", OTHER_SECRET)];
+    auth.lifetime_s_max = 900;
     Registry::new(&auth).unwrap()
 }
 
@@ -111,6 +112,10 @@ async fn bad_tokens_are_refused_each_for_its_own_reason() {
         ("nbf that is no number", with(|c| c["nbf"] = json!("soon"))),
         ("issued in the future", with(|c| c["iat"] = json!(now() + 3600))),
         ("lives for years", with(|c| c["exp"] = json!(now() + 10 * 365 * 86_400))),
+        ("lived for a day and ends soon", with(|c| c["iat"] = json!(now() - 86_400))),
+        ("lives a second too long", with(|c| c["exp"] = json!(c["iat"].as_u64().unwrap() + 901))),
+        ("iat absent", with(|c| drop(c.as_object_mut().unwrap().remove("iat")))),
+        ("iat that is text", with(|c| c["iat"] = json!("now"))),
         ("exp absent", with(|c| drop(c.as_object_mut().unwrap().remove("exp")))),
         ("exp that is text", with(|c| c["exp"] = json!(exp.to_string()))),
         ("aud absent", with(|c| drop(c.as_object_mut().unwrap().remove("aud")))),
