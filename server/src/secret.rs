@@ -1,7 +1,8 @@
 //! Keys where none belong, in what people write to a chat and in lines of a log: found by their shapes and cut out.
 //!
-//! Shapes, not proof: an unknown provider's key passes unless something names it (`/key …`, `API_KEY=…`, `Bearer …`), and a
-//! long word with a digit after `sk-` is cut.
+//! Shapes, not proof: a long word with a digit after `sk-` is cut. Keys without a known beginning are found by what names them
+//! (`/key …`, `API_KEY=…`, `Bearer …`), and in what a person writes to a chat by looking like chance ([`by_chance`]). Those in
+//! hexadecimal look like commits and checksums, and pass without a name.
 
 use serde_json::Value;
 
@@ -33,8 +34,14 @@ const SHAPES: &[(&str, usize)] = &[
 ];
 /// What names a key that follows, in lower case, `_` and blanks read as `-`.
 const LABELS: &[&str] = &["api-key", "apikey", "access-token", "secret-key", "bearer", "x-goog-api-key"];
+/// The same behind `=` or `:`, for what looks like chance: tables have keys, too.
+const WEAK_LABELS: &[&str] = &["key", "token", "secret", "password"];
 /// Fewest characters after a label.
 const LABELLED_MIN: usize = 16;
+/// Fewest letters and digits in a row that look like chance without a name. Chosen: the shortest keys without a shape have 32.
+const CHANCE_MIN: usize = 28;
+/// Where people write.
+const WRITTEN: [&str; 4] = ["/message/text", "/message/caption", "/edited_message/text", "/edited_message/caption"];
 /// Fewest characters after `/key`: an explanation has blanks, a key has none.
 const COMMANDED_MIN: usize = 8;
 /// Digits of a bot's id, and characters of its secret after the colon.
@@ -61,10 +68,15 @@ pub fn redact(text: &str) -> Option<String> {
                 found = true;
                 out.push_str(&word[..at]);
                 out.push_str(CUT);
+                // Base64 has more characters than a word.
+                let tail = |c: char| is_key_char(c) || "+/=".contains(c);
+                rest = rest[end..].trim_start_matches(tail);
             }
-            None => out.push_str(word),
+            None => {
+                out.push_str(word);
+                rest = &rest[end..];
+            }
         }
-        rest = &rest[end..];
     }
     out.push_str(rest);
     found.then_some(out)
@@ -107,6 +119,18 @@ fn named(text: &str) -> Option<String> {
             }
         }
     }
+    for label in WEAK_LABELS {
+        for (at, _) in plain.match_indices(label) {
+            let after = text[at + label.len()..].trim_start_matches(|c: char| c == ' ' || "\"'`".contains(c));
+            let Some(value) = after.strip_prefix(['=', ':']) else { continue };
+            let value = value.trim_start_matches(|c: char| c.is_whitespace() || "\"'`".contains(c));
+            let length = value.find(|c: char| c.is_whitespace() || "\"'`,;&<>".contains(c)).unwrap_or(value.len());
+            let start = text.len() - value.len();
+            if length >= LABELLED_MIN && is_chance(&value[..length]) {
+                cuts.push(start..start + length);
+            }
+        }
+    }
     cuts.sort_by_key(|cut| cut.start);
     let mut out = String::new();
     let mut kept_to = 0;
@@ -121,11 +145,47 @@ fn named(text: &str) -> Option<String> {
     (!cuts.is_empty()).then_some(out)
 }
 
+/// What a person wrote, without words that look like chance: a key of a provider that nobody here knows. `None` if there are none.
+/// Addresses stay: documents are shared by long ids.
+fn by_chance(text: &str) -> Option<String> {
+    let looks = |word: &str| {
+        let rows = word.split(|c: char| !c.is_ascii_alphanumeric());
+        let is_hex = |row: &str| row.bytes().all(|b| b.is_ascii_hexdigit());
+        !word.contains("://") && rows.into_iter().any(|row| row.len() >= CHANCE_MIN && !is_hex(row) && is_chance(row))
+    };
+    let mut out = String::new();
+    for word in text.split_inclusive(char::is_whitespace) {
+        let end = word.trim_end();
+        out.push_str(if looks(end) { CUT } else { end });
+        out.push_str(&word[end.len()..]);
+    }
+    (out != text).then_some(out)
+}
+
+/// Whether letters, capitals and digits change as often as by chance: at every fourth place at least (two of five in most keys), with two
+/// groups of digits. Words, names and dates do not. A capital belongs to the word that it begins.
+fn is_chance(word: &str) -> bool {
+    let class = |b: &u8| (b.is_ascii_digit(), b.is_ascii_uppercase(), b.is_ascii_lowercase());
+    let goes_on = |a: &u8, b: &u8| class(a) == class(b) || a.is_ascii_uppercase() && b.is_ascii_lowercase();
+    let rows: Vec<_> = word.as_bytes().chunk_by(goes_on).collect();
+    let digits = rows.iter().filter(|row| row[0].is_ascii_digit()).count();
+    digits >= 2 && rows.len() * 4 >= word.len()
+}
+
 /// Cuts keys, and what Postgres cannot keep, out of every text of an update. True if there was a key.
 ///
 /// What Telegram says of money keeps its ids to the letter, whatever they look like.
 pub fn clean(value: &mut Value) -> bool {
-    cut(value, false)
+    let mut found = cut(value, false);
+    for place in WRITTEN {
+        if let Some(Value::String(text)) = value.pointer_mut(place)
+            && let Some(redacted) = by_chance(text)
+        {
+            *text = redacted;
+            found = true;
+        }
+    }
+    found
 }
 
 fn cut(value: &mut Value, money: bool) -> bool {
@@ -197,6 +257,11 @@ mod tests {
             ("Authorization: Bearer zq81unknownshape0042", Some("Authorization: Bearer [redacted]")),
             ("x-goog-api-key: zq81unknownshape0042 größe", Some("x-goog-api-key: [redacted] größe")),
             ("AQ.Ab8RN6abcdefghijklmnopqrstuvwxyz0123", Some("[redacted]")),
+            ("AIzaSyA1234567890abcdefghijklmnopqrst+uv/w== ok", Some("[redacted] ok")),
+            ("MISTRAL_KEY=5vXkQ2wZ8rTn4LpA, thanks", Some("MISTRAL_KEY=[redacted], thanks")),
+            ("the token: \"a8f3k2m9x7q4w1z6\"", Some("the token: \"[redacted]\"")),
+            ("primary key: order_items_2024_by_customer", None),
+            ("its key:value-store-for-everybody-2024", None),
             ("/key", None),
             ("/key how do I", None),
             ("/keyboard abcdefgh12345678", None),
@@ -210,6 +275,30 @@ mod tests {
         ] {
             assert_eq!(pasted(text).as_deref(), expected, "{text}");
         }
+    }
+
+    #[test]
+    fn what_looks_like_chance_is_cut_out_of_what_people_write() {
+        for (text, expected) in [
+            ("my key is 5vXkQ2wZ8rTn4LpA7sYd1GhJ6mBc3EfK ok", Some("my key is [redacted] ok")),
+            ("(a8f3k2m9x7q4w1z6b5n0c8v2l3p7r9t1)", Some("[redacted]")),
+            ("take\n5vXkQ2wZ8rTn4LpA7sYd1GhJ6mBc3EfK/+w==\tplease", Some("take\n[redacted]\tplease")),
+            // Commits, checksums, ids, shared documents, names, and words of languages that write them together.
+            ("see 4f0c2b7d9e1a3c5f7b9d2e4f6a8c0b1d3e5f7a9b", None),
+            ("sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855", None),
+            ("run 123e4567-e89b-12d3-a456-426614174000", None),
+            ("https://docs.example.org/d/1BxiMVs0XRA5nFMdKvBdBZjgmUUqptlbs74OgvE2upms/edit", None),
+            ("getUserAccountBalanceForMonth2024AndYear2025", None),
+            ("Donaudampfschifffahrtsgesellschaftskapitän", None),
+            ("IMG20241126WA0001_and_IMG20241126WA0002.jpeg", None),
+        ] {
+            assert_eq!(by_chance(text).as_deref(), expected, "{text}");
+        }
+        // Telegram's own ids look so, and are in other places.
+        let id = "AgACAgIAAxkBAAIB5vXkQ2wZ8rTn4LpA7sYd1GhJ6mBc3EfK";
+        let mut raw = serde_json::json!({"message": {"text": format!("key {id}"), "photo": [{"file_id": id}]}});
+        assert!(clean(&mut raw));
+        assert_eq!(raw["message"], serde_json::json!({"text": "key [redacted]", "photo": [{"file_id": id}]}));
     }
 
     #[test]
