@@ -30,6 +30,7 @@ use loopwright_engine::{
     client::Client,
     migrate,
     signature::Catalog,
+    transaction::is_transient,
     worker::{self, WorkerConfig, WorkerHandle},
 };
 use secrecy::SecretString;
@@ -45,7 +46,9 @@ use tokio::{net::TcpListener, sync::watch};
 
 /// Key id of the development secret.
 const DEVELOPMENT_KID: &str = "development";
-/// Before a worker that lost its lease is replaced.
+/// Said while the database that a worker was lost with is away.
+pub const NOT_YET: &str = "a new worker cannot start yet";
+/// Before a worker that lost its lease is replaced, and between tries to.
 const RESTART_PAUSE: Duration = Duration::from_secs(1);
 /// Exit code of a program that was interrupted twice.
 pub const EXIT_INTERRUPTED: u8 = 130;
@@ -347,12 +350,11 @@ pub async fn start_worker(app: &App, toolbox: &Arc<Toolbox>) -> anyhow::Result<W
     Ok(worker::start(config).await?)
 }
 
-/// Works until `stop` turns true, then drains. A worker that lost its lease (the process slept, the database was away)
-/// counts as dead, so another one takes its place.
+/// Works until `stop` turns true, then drains.
 ///
 /// # Errors
 /// Those of [`start_worker`].
-pub async fn run_worker(app: &App, models: &Models, mut stop: watch::Receiver<bool>) -> anyhow::Result<()> {
+pub async fn run_worker(app: &App, models: &Models, stop: watch::Receiver<bool>) -> anyhow::Result<()> {
     let toolbox = Arc::new(toolbox(app, models).await?);
     tracing::info!(sandbox = ?toolbox.sandbox.level(), "generated code is confined");
     if toolbox.orchestrator.is_rehearsed() {
@@ -363,21 +365,61 @@ pub async fn run_worker(app: &App, models: &Models, mut stop: watch::Receiver<bo
         );
     }
     let grace = Duration::from_millis(app.config.worker.drain_ms);
+    tokio::select! {
+        done = keep_working(async || start_worker(app, &toolbox).await, grace, stop) => done,
+        never = app.hook.wake_waiting(&app.client) => match never {},
+        never = toolbox.orchestrator.keep_keys() => match never {},
+    }
+}
+
+/// Works by what `start` starts until `stop` turns true, then drains within `grace`. A worker that lost its lease (the process slept, the
+/// database was away) counts as dead, so another one takes its place, as soon as the database is there again.
+///
+/// # Errors
+/// Those of `start`: the first time all, later those that no waiting cures.
+pub(crate) async fn keep_working(
+    start: impl AsyncFn() -> anyhow::Result<WorkerHandle>,
+    grace: Duration,
+    mut stop: watch::Receiver<bool>,
+) -> anyhow::Result<()> {
+    let mut worker = start().await?;
     loop {
-        let worker = start_worker(app, &toolbox).await?;
         let fenced = tokio::select! {
             () = worker.fenced() => true,
             // Nobody left to say so means stop as well.
             _ = async { stop.wait_for(|stop| *stop).await.is_ok() } => false,
-            never = app.hook.wake_waiting(&app.client) => match never {},
-            never = toolbox.orchestrator.keep_keys() => match never {},
         };
         worker.drain(if fenced { Duration::ZERO } else { grace }).await;
         if !fenced {
             return Ok(());
         }
         tracing::warn!("the worker lost its lease; a new one starts");
-        tokio::time::sleep(RESTART_PAUSE).await;
+        worker = loop {
+            let begun = async {
+                tokio::time::sleep(RESTART_PAUSE).await;
+                start().await
+            };
+            let begun = tokio::select! {
+                begun = begun => begun,
+                _ = async { stop.wait_for(|stop| *stop).await.is_ok() } => return Ok(()),
+            };
+            match begun {
+                Ok(worker) => break worker,
+                Err(error) if is_away(&error) => {
+                    tracing::warn!(%error, "{NOT_YET}");
+                }
+                Err(error) => return Err(error),
+            }
+        };
+    }
+}
+
+/// Whether the database is at fault, and may be there a moment later.
+fn is_away(error: &anyhow::Error) -> bool {
+    match error.downcast_ref::<loopwright_engine::Error>() {
+        Some(loopwright_engine::Error::Sql(error)) => is_transient(error),
+        Some(loopwright_engine::Error::InDoubt(_)) => true,
+        _ => false,
     }
 }
 

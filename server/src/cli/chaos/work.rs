@@ -1,7 +1,12 @@
 //! What the runs of chaos do: each attempt shows its idempotency key to the recorder outside, some of them buy a call.
 
 use super::recorder;
-use crate::{app::App, cli::Context as Command, config::Config, postgres::Fallback};
+use crate::{
+    app::{App, keep_working},
+    cli::Context as Command,
+    config::Config,
+    postgres::Fallback,
+};
 use futures_util::future::BoxFuture;
 use loopwright_activities::usage::{CallClosed, CallOpened, CallState, PlannedCall, Reserve, Usage, UsageSource};
 use loopwright_engine::{
@@ -21,8 +26,6 @@ const MODEL: (&str, &str) = ("rehearsed", "rehearsed/utility");
 const TOKENS: (u64, u64) = (1_000, 100);
 /// Key of the call and of the checkpoint of its answer.
 pub(super) const ANSWER: &str = "answer";
-/// Before a worker that lost its lease is replaced.
-const RESTART_PAUSE: Duration = Duration::from_millis(300);
 /// A worker that is asked to stop has that long for what it has in hand.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -199,11 +202,11 @@ pub(super) fn registry(recorder: PathBuf) -> Registry {
 ///
 /// # Errors
 /// The database cannot be reached when it starts.
-pub(super) async fn run(command: Command, recorder: PathBuf, mut stop: watch::Receiver<bool>) -> anyhow::Result<()> {
+pub(super) async fn run(command: Command, recorder: PathBuf, stop: watch::Receiver<bool>) -> anyhow::Result<()> {
     let config: Config = command.config;
     let app = App::open(config, Fallback::None).await?;
     let (queues, slots) = (app.config.worker.queues.clone(), app.config.worker.slots);
-    loop {
+    let start = async || {
         let config = WorkerConfig {
             pool: app.pool.clone(),
             registry: registry(recorder.clone()),
@@ -214,18 +217,9 @@ pub(super) async fn run(command: Command, recorder: PathBuf, mut stop: watch::Re
             retention: None,
             lease: Duration::from_millis(app.config.worker.lease_ms.into()),
         };
-        let worker = worker::start(config).await?;
-        let fenced = tokio::select! {
-            () = worker.fenced() => true,
-            // Nobody left to say so means stop as well.
-            _ = async { stop.wait_for(|stop| *stop).await.is_ok() } => false,
-        };
-        worker.drain(if fenced { Duration::ZERO } else { GRACE }).await;
-        if !fenced {
-            app.close().await;
-            return Ok(());
-        }
-        tracing::warn!("the worker lost its lease; a new one starts");
-        tokio::time::sleep(RESTART_PAUSE).await;
-    }
+        Ok(worker::start(config).await?)
+    };
+    let done = keep_working(start, GRACE, stop).await;
+    app.close().await;
+    done
 }
