@@ -23,3 +23,4 @@ mod schedule;
 mod shipped;
 mod support;
 mod telegram;
+mod terms;
