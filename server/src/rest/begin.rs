@@ -31,6 +31,9 @@ const NAME_MAX: usize = 63;
 const REASON_MAX: usize = 1_000;
 /// What a user may choose. A smaller number is claimed first, whoever else waits: those are the operator's.
 const PRIORITIES: RangeInclusive<i16> = 3..=5;
+/// A beginning that is not answered for so long, in seconds, may be carried out once more beside it, because both make the same
+/// run. Chosen: the database answers sooner, and its caller has lost the answer.
+const UNANSWERED_S: u32 = 5;
 
 /// A workflow that a user may start: deployed, and not one of the operator's jobs that come with the program.
 ///
@@ -281,27 +284,41 @@ where
 {
     to_the_end(async move {
         let ticket = match key {
-            Some(key) => match state.store.claim(caller.user, &key, &request).await? {
+            Some(key) => match state.store.claim(caller.user, &key, &request, UNANSWERED_S).await? {
                 Claim::Fresh(ticket) => Some(ticket),
                 settled => return replay(settled),
             },
             None => None,
         };
-        let (run, created, body) = match begin(state.clone(), ticket.as_ref().map(Ticket::run)).await {
-            Ok(begun) => begun,
-            Err(error) => {
-                if let Some(ticket) = &ticket {
-                    // What is not answered may have begun; the next turn finds it by its id.
-                    state.store.release(ticket).await?;
-                }
-                return Err(error);
-            }
-        };
-        let (status, body, location) = (if created { 201 } else { 200 }, body.to_string(), format!("/v1/runs/{run}"));
-        if let Some(ticket) = &ticket {
-            state.store.answer(ticket, status, Some(&location), &body).await?;
+        let answered = answered(&state, ticket.as_ref(), begin).await;
+        if answered.is_err()
+            && let Some(ticket) = &ticket
+            // What is not answered may have begun; the next turn finds it by its id.
+            && let Err(error) = state.store.release(ticket).await
+        {
+            // Mostly the database is away. The next turn comes all the same, after a while.
+            tracing::warn!(%error, "an idempotency key could not be given back");
         }
-        Ok(located(json_text(status, body), &location))
+        answered
     })
     .await
+}
+
+async fn answered<F, Fut>(state: &State, ticket: Option<&Ticket>, begin: F) -> Result<Response, Error>
+where
+    F: FnOnce(State, Option<RunId>) -> Fut,
+    Fut: Future<Output = Result<(RunId, bool, Value), Error>>,
+{
+    let (run, created, body) = begin(state.clone(), ticket.map(Ticket::run)).await?;
+    if let Some(ticket) = ticket
+        && run != ticket.run()
+    {
+        // It found another run open: later turns mean that one.
+        state.store.keep_run(ticket, run).await?;
+    }
+    let (status, body, location) = (if created { 201 } else { 200 }, body.to_string(), format!("/v1/runs/{run}"));
+    if let Some(ticket) = ticket {
+        state.store.answer(ticket, status, Some(&location), &body).await?;
+    }
+    Ok(located(json_text(status, body), &location))
 }

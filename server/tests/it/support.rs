@@ -238,6 +238,25 @@ impl Server {
         while !sqlx::query_scalar::<_, bool>(open).fetch_one(&self.pool).await.unwrap() {}
     }
 
+    /// From here on no answer is kept under an idempotency key.
+    pub async fn break_answers(&self) {
+        sqlx::raw_sql(
+            "create function no_answer() returns trigger language plpgsql as $$ begin
+               if new.status is not null then raise exception 'broken'; end if; return new; end $$;
+             create trigger no_answer before update on idempotency_keys for each row execute function no_answer();",
+        )
+        .execute(&self.pool)
+        .await
+        .unwrap();
+    }
+
+    pub async fn mend_answers(&self) {
+        sqlx::raw_sql("drop trigger no_answer on idempotency_keys; drop function no_answer")
+            .execute(&self.pool)
+            .await
+            .unwrap();
+    }
+
     /// Waits until the run is as `holds` says.
     pub async fn until(&self, run: &str, holds: impl Fn(&loopwright_engine::view::RunView) -> bool) {
         let (run, client) = (run.parse().unwrap(), self.client());

@@ -1,5 +1,5 @@
 //! What a user may say of a run that he starts over REST: what becomes of an id that was used before, how urgent it is, how long its
-//! chain may go on.
+//! chain may go on. And that a start that is sent again, because its answer was lost, is the same start.
 
 use crate::support::{Server, problem, question, read};
 use loopwright_engine::view::RunStatus;
@@ -154,4 +154,54 @@ async fn a_user_steps_back_behind_others_and_never_before_them() {
     let refused = request.json(&with("id_conflict", json!("terminate_existing"))).send().await.unwrap();
     problem(refused, 403, "scope_insufficient").await;
     assert_eq!(runs(&server).await, 2);
+}
+
+#[tokio::test]
+async fn a_start_whose_answer_was_lost_is_found_by_its_key() {
+    let server = notes().await;
+    let body = json!({"workflow": "notes", "id": "one", "id_conflict": "terminate_existing"});
+    let send =
+        async |body: &Value| server.post("ann", "/v1/runs", body).header("idempotency-key", "k").send().await.unwrap();
+    server.break_answers().await;
+    problem(send(&body).await, 500, "internal").await;
+    server.mend_answers().await;
+    // It had begun: its own repetition finds it and ends nobody.
+    let run: uuid::Uuid = sqlx::query_scalar("select run_id from runs").fetch_one(&server.pool).await.unwrap();
+    let run = run.to_string();
+    assert_eq!(read(send(&body).await).await, (200, json!({"run_id": run, "created": false})));
+    assert_eq!(send(&body).await.headers()["idempotency-replayed"], "true");
+    problem(send(&json!({"workflow": "notes", "id": "one"})).await, 422, "idempotency_key_reused").await;
+    assert_eq!((runs(&server).await, status(&server, &run).await), (1, RunStatus::Pending));
+
+    // The process died before it could answer: soon somebody else does.
+    let died = async |seconds_ago: f64| {
+        sqlx::query(
+            "update idempotency_keys set status = null, location = null, body = null,
+                    claimed_at = engine_now() - make_interval(secs => $1)",
+        )
+        .bind(seconds_ago)
+        .execute(&server.pool)
+        .await
+        .unwrap();
+    };
+    died(0.0).await;
+    problem(send(&body).await, 409, "request_in_progress").await;
+    died(5.5).await;
+    assert_eq!(read(send(&body).await).await.1["run_id"], json!(run));
+    assert_eq!(runs(&server).await, 1);
+}
+
+#[tokio::test]
+async fn a_key_that_found_an_open_run_stands_for_that_one() {
+    let server = notes().await;
+    let body = json!({"workflow": "notes", "id": "one"});
+    let open = new(&server, "ann", body.clone()).await;
+    let send = async || server.post("ann", "/v1/runs", &body).header("idempotency-key", "k").send().await.unwrap();
+    server.break_answers().await;
+    problem(send().await, 500, "internal").await;
+    server.mend_answers().await;
+    let ended = server.post("ann", &format!("/v1/runs/{open}/terminate"), &json!({})).send().await.unwrap();
+    assert_eq!(ended.status(), 200);
+    assert_eq!(read(send().await).await, (200, json!({"run_id": open, "created": false})));
+    assert_eq!(runs(&server).await, 1);
 }
