@@ -232,15 +232,10 @@ pub(super) async fn fork_or_reset(id: Uuid, reset: bool, mut call: Call) -> Resu
     let inputs = Value::Object(new.inputs);
     own_projects(&state, caller, &inputs).await?;
     let definition = match new.definition {
-        Some(text) if text.contains('@') => return Err(Error::not_found("version")),
         Some(text) => Some(version_of(&state, &view.workflow, &text).await?),
         None => None,
     };
-    let reason = new.reason.unwrap_or_else(|| "asked for by its owner".into());
-    if reason.chars().count() > REASON_MAX {
-        return Err(Error::new(Code::InputInvalid, "The text is too long.")
-            .at("/reason", format!("must have at most {REASON_MAX} characters")));
-    }
+    let reason = reason_of(new.reason)?;
     let Value::Object(inputs) = inputs else { return Err(Error::internal("inputs are a map")) };
     // Whoever asks owns the run; of one that came from a file it must be said again.
     let attributes = view.imported_at.is_some().then_some(view.attributes);
@@ -258,8 +253,23 @@ pub(super) async fn fork_or_reset(id: Uuid, reset: bool, mut call: Call) -> Resu
     .await
 }
 
+/// Why, if somebody says so.
+///
+/// # Errors
+/// `input_invalid`.
+pub(super) fn reason_of(text: Option<String>) -> Result<String, Error> {
+    match text {
+        Some(text) if text.chars().count() > REASON_MAX => Err(Error::new(Code::InputInvalid, "The text is too long.")
+            .at("/reason", format!("must have at most {REASON_MAX} characters"))),
+        text => Ok(text.unwrap_or_else(|| "asked for by its owner".into())),
+    }
+}
+
 /// A version of the workflow; one of another workflow is not there.
-async fn version_of(state: &State, workflow: &str, text: &str) -> Result<DefinitionHash, Error> {
+pub(super) async fn version_of(state: &State, workflow: &str, text: &str) -> Result<DefinitionHash, Error> {
+    if text.contains('@') {
+        return Err(Error::not_found("version"));
+    }
     let found = state.client.definition_named(workflow, text).await.map_err(|error| match error {
         Engine::DefinitionNotFound(_) => Error::not_found("version"),
         other => other.into(),

@@ -15,6 +15,7 @@ mod keys;
 mod limits;
 mod loop_run;
 mod metrics;
+mod migrate;
 mod money;
 mod processes;
 mod projects;
