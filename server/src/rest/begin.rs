@@ -14,12 +14,14 @@ use crate::{
 };
 use loopwright_engine::{
     Error as Engine,
-    admission::Admission,
+    admission::{Admission, Priority},
     client::{At, Fork, Start},
     ids::{DefinitionHash, RunId},
 };
+use loopwright_workflows::parse_duration;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
+use std::{ops::RangeInclusive, str::FromStr, time::Duration};
 use uuid::Uuid;
 use warp::reply::Response;
 
@@ -27,6 +29,11 @@ use warp::reply::Response;
 const NAME_MAX: usize = 63;
 /// Longest reason, in characters; the engine's limit is in bytes.
 const REASON_MAX: usize = 1_000;
+/// What a user may choose. A smaller number is claimed first, whoever else waits: those are the operator's.
+const PRIORITIES: RangeInclusive<i16> = 3..=5;
+/// A beginning that is not answered for so long, in seconds, may be carried out once more beside it, because both make the same
+/// run. Chosen: the database answers sooner, and its caller has lost the answer.
+const UNANSWERED_S: u32 = 5;
 
 /// A workflow that a user may start: deployed, and not one of the operator's jobs that come with the program.
 ///
@@ -80,9 +87,61 @@ struct NewRun {
     project_id: Option<String>,
     #[serde(default)]
     id: Option<String>,
+    #[serde(default)]
+    id_reuse: Option<String>,
+    #[serde(default)]
+    id_conflict: Option<String>,
+    #[serde(default)]
+    priority: Option<i16>,
+    /// As in a definition: `90s`, `10m`.
+    #[serde(default)]
+    chain_timeout: Option<String>,
 }
 
-/// `POST /v1/runs` `{workflow, inputs, project_id, id}`: 201 with the run, 200 if one was open under the id or the project.
+impl NewRun {
+    /// On what terms it comes in, as far as that is the caller's own affair. A queue leads to workers that others count on, a group or
+    /// a rate that a start names stands in the place of the workflow's, and a fairness key is a turn: with those a user would get
+    /// before others.
+    ///
+    /// # Errors
+    /// `input_invalid`, with what is wrong where.
+    fn admission(&self, caller: Principal, has_id: bool) -> Result<Admission, Error> {
+        for (pointer, policy) in [("/id_reuse", &self.id_reuse), ("/id_conflict", &self.id_conflict)] {
+            if policy.is_some() && !has_id {
+                return Err(Error::new(Code::InputInvalid, "A policy for an id that was used before needs an id.")
+                    .at(pointer, "needs `id` or `project_id` beside it"));
+            }
+        }
+        let priority = self.priority.unwrap_or_else(|| Priority::default().number());
+        if !PRIORITIES.contains(&priority) {
+            let usable = format!("must be {} (usual) to {} (last)", PRIORITIES.start(), PRIORITIES.end());
+            return Err(Error::new(Code::InputInvalid, "There is no such priority.").at("/priority", usable));
+        }
+        let wrong = || {
+            Error::new(Code::InputInvalid, "That is no time.")
+                .at("/chain_timeout", "must be a duration such as 90s or 10m")
+        };
+        let chain_timeout =
+            self.chain_timeout.as_deref().map(|text| parse_duration(text).ok_or_else(wrong)).transpose()?;
+        Ok(Admission {
+            priority: Priority::new(priority)?,
+            id_reuse: word("/id_reuse", self.id_reuse.as_deref())?,
+            id_conflict: word("/id_conflict", self.id_conflict.as_deref())?,
+            chain_timeout: chain_timeout.map(Duration::from_millis),
+            fairness_key: Some(caller.user.to_string()),
+            ..Admission::default()
+        })
+    }
+}
+
+/// One of the engine's words.
+fn word<T: FromStr<Err = String> + Default>(pointer: &str, text: Option<&str>) -> Result<T, Error> {
+    let parsed = text.map_or_else(|| Ok(T::default()), str::parse);
+    parsed.map_err(|why| Error::new(Code::InputInvalid, "There is no such policy.").at(pointer, why))
+}
+
+/// `POST /v1/runs` `{workflow, inputs, project_id, id, id_reuse, id_conflict, priority, chain_timeout}`: 201 with the run, 200 if one
+/// was open under the id or the project.
 pub(super) async fn start(mut call: Call) -> Result<Response, Error> {
     let caller = call.principal(Need::Run).await?;
     let key = call.idempotency_key()?;
@@ -92,6 +151,8 @@ pub(super) async fn start(mut call: Call) -> Result<Response, Error> {
         serde_json::from_value(bytes).map_err(|error| Error::new(Code::BodyInvalid, format!("{error}.")))?;
     let state = call.state.clone();
     let definition = startable(&state, &new.workflow).await?;
+    let has_id = new.id.is_some() || new.project_id.is_some() || new.inputs.contains_key("project_id");
+    let admission = new.admission(caller, has_id)?;
     let mut inputs = Value::Object(new.inputs);
     own_projects(&state, caller, &inputs).await?;
     let mut attributes = json!({"user_id": caller.user.to_string()});
@@ -125,7 +186,7 @@ pub(super) async fn start(mut call: Call) -> Result<Response, Error> {
         attributes,
         queue: String::new(),
         topic: None,
-        admission: Admission { fairness_key: Some(caller.user.to_string()), ..Admission::default() },
+        admission,
     };
     once(state, caller, key, request, move |state, run_id| async move {
         let started = state.client.start(Start { run_id, ..start }).await?;
@@ -171,15 +232,10 @@ pub(super) async fn fork_or_reset(id: Uuid, reset: bool, mut call: Call) -> Resu
     let inputs = Value::Object(new.inputs);
     own_projects(&state, caller, &inputs).await?;
     let definition = match new.definition {
-        Some(text) if text.contains('@') => return Err(Error::not_found("version")),
         Some(text) => Some(version_of(&state, &view.workflow, &text).await?),
         None => None,
     };
-    let reason = new.reason.unwrap_or_else(|| "asked for by its owner".into());
-    if reason.chars().count() > REASON_MAX {
-        return Err(Error::new(Code::InputInvalid, "The text is too long.")
-            .at("/reason", format!("must have at most {REASON_MAX} characters")));
-    }
+    let reason = reason_of(new.reason)?;
     let Value::Object(inputs) = inputs else { return Err(Error::internal("inputs are a map")) };
     // Whoever asks owns the run; of one that came from a file it must be said again.
     let attributes = view.imported_at.is_some().then_some(view.attributes);
@@ -197,8 +253,23 @@ pub(super) async fn fork_or_reset(id: Uuid, reset: bool, mut call: Call) -> Resu
     .await
 }
 
+/// Why, if somebody says so.
+///
+/// # Errors
+/// `input_invalid`.
+pub(super) fn reason_of(text: Option<String>) -> Result<String, Error> {
+    match text {
+        Some(text) if text.chars().count() > REASON_MAX => Err(Error::new(Code::InputInvalid, "The text is too long.")
+            .at("/reason", format!("must have at most {REASON_MAX} characters"))),
+        text => Ok(text.unwrap_or_else(|| "asked for by its owner".into())),
+    }
+}
+
 /// A version of the workflow; one of another workflow is not there.
-async fn version_of(state: &State, workflow: &str, text: &str) -> Result<DefinitionHash, Error> {
+pub(super) async fn version_of(state: &State, workflow: &str, text: &str) -> Result<DefinitionHash, Error> {
+    if text.contains('@') {
+        return Err(Error::not_found("version"));
+    }
     let found = state.client.definition_named(workflow, text).await.map_err(|error| match error {
         Engine::DefinitionNotFound(_) => Error::not_found("version"),
         other => other.into(),
@@ -223,27 +294,41 @@ where
 {
     to_the_end(async move {
         let ticket = match key {
-            Some(key) => match state.store.claim(caller.user, &key, &request).await? {
+            Some(key) => match state.store.claim(caller.user, &key, &request, UNANSWERED_S).await? {
                 Claim::Fresh(ticket) => Some(ticket),
                 settled => return replay(settled),
             },
             None => None,
         };
-        let (run, created, body) = match begin(state.clone(), ticket.as_ref().map(Ticket::run)).await {
-            Ok(begun) => begun,
-            Err(error) => {
-                if let Some(ticket) = &ticket {
-                    // What is not answered may have begun; the next turn finds it by its id.
-                    state.store.release(ticket).await?;
-                }
-                return Err(error);
-            }
-        };
-        let (status, body, location) = (if created { 201 } else { 200 }, body.to_string(), format!("/v1/runs/{run}"));
-        if let Some(ticket) = &ticket {
-            state.store.answer(ticket, status, Some(&location), &body).await?;
+        let answered = answered(&state, ticket.as_ref(), begin).await;
+        if answered.is_err()
+            && let Some(ticket) = &ticket
+            // What is not answered may have begun; the next turn finds it by its id.
+            && let Err(error) = state.store.release(ticket).await
+        {
+            // Mostly the database is away. The next turn comes all the same, after a while.
+            tracing::warn!(%error, "an idempotency key could not be given back");
         }
-        Ok(located(json_text(status, body), &location))
+        answered
     })
     .await
+}
+
+async fn answered<F, Fut>(state: &State, ticket: Option<&Ticket>, begin: F) -> Result<Response, Error>
+where
+    F: FnOnce(State, Option<RunId>) -> Fut,
+    Fut: Future<Output = Result<(RunId, bool, Value), Error>>,
+{
+    let (run, created, body) = begin(state.clone(), ticket.map(Ticket::run)).await?;
+    if let Some(ticket) = ticket
+        && run != ticket.run()
+    {
+        // It found another run open: later turns mean that one.
+        state.store.keep_run(ticket, run).await?;
+    }
+    let (status, body, location) = (if created { 201 } else { 200 }, body.to_string(), format!("/v1/runs/{run}"));
+    if let Some(ticket) = ticket {
+        state.store.answer(ticket, status, Some(&location), &body).await?;
+    }
+    Ok(located(json_text(status, body), &location))
 }

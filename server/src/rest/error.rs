@@ -65,6 +65,7 @@ codes! {
     QueryFailed = "query_failed", CONFLICT, "The query has no answer now";
     WorkflowIdOpen = "workflow_id_open", CONFLICT, "An open run has the id";
     WorkflowIdUsed = "workflow_id_used", CONFLICT, "The id was used before";
+    MigrationBusy = "migration_busy", CONFLICT, "Attempts of the run are under way";
     ScheduleExists = "schedule_exists", CONFLICT, "There is a schedule of that name";
     SchedulesFull = "schedules_full", CONFLICT, "There is no room for another schedule";
     KeysFull = "keys_full", CONFLICT, "There is no room for another key";
@@ -72,6 +73,7 @@ codes! {
     BodyTooLarge = "body_too_large", PAYLOAD_TOO_LARGE, "The body is too large";
     MediaTypeUnsupported = "media_type_unsupported", UNSUPPORTED_MEDIA_TYPE, "The body must be JSON";
     InputInvalid = "input_invalid", UNPROCESSABLE_ENTITY, "The values do not fit";
+    MigrationInvalid = "migration_invalid", UNPROCESSABLE_ENTITY, "The run cannot go on under that version";
     AddressRefused = "address_refused", UNPROCESSABLE_ENTITY, "The address is not one that keys are sent to";
     IdempotencyKeyReused = "idempotency_key_reused", UNPROCESSABLE_ENTITY, "The idempotency key belongs to another request";
     RateLimited = "rate_limited", TOO_MANY_REQUESTS, "Too many requests";
@@ -174,6 +176,11 @@ impl From<loopwright_engine::Error> for Error {
             E::WorkflowIdUsed { run, status, .. } => {
                 Self::new(Code::WorkflowIdUsed, format!("Run {run} under this id has ended as {status}."))
             }
+            E::MigrationInvalid(list) => {
+                let error = Self::new(Code::MigrationInvalid, list.join("; "));
+                list.into_iter().fold(error, |e, text| e.at("/to", text))
+            }
+            E::MigrationBusy { .. } => Self::new(Code::MigrationBusy, format!("{error}.")),
             E::ConcurrencyFull(_) => {
                 Self::new(Code::ConcurrencyFull, format!("{error}.")).retry_after(CONCURRENCY_RETRY_S)
             }
@@ -203,8 +210,6 @@ impl From<loopwright_engine::Error> for Error {
             }
             other @ (E::DefinitionNotFound(_)
             | E::RunExists(_)
-            | E::MigrationInvalid(_)
-            | E::MigrationBusy { .. }
             | E::ArchiveInvalid { .. }
             | E::ArchiveUnwritable(_)
             | E::DefinitionInvalid(_)

@@ -12,7 +12,7 @@ use super::{
 use crate::{
     read::task::{self, Task},
     store::{
-        idempotency::{Claim, Ticket},
+        idempotency::{ABANDONED_S, Claim, Ticket},
         projects::Project,
     },
 };
@@ -64,7 +64,7 @@ pub(super) async fn run(mut call: Call) -> Result<Response, Error> {
 async fn once(state: State, user: Uuid, project: Project, prefer: Prefer, key: String) -> Result<Response, Error> {
     // How long somebody waits is not what is asked for.
     let request = format!("POST /orchestrate/run-loop\n{}", project.id);
-    let ticket = match state.store.claim(user, &key, &request).await? {
+    let ticket = match state.store.claim(user, &key, &request, ABANDONED_S).await? {
         Claim::Fresh(ticket) => ticket,
         settled => return replay(settled),
     };

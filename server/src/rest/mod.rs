@@ -15,12 +15,14 @@ mod call;
 mod credits;
 pub mod error;
 mod events;
+mod export;
 mod health;
 mod jwks;
 mod jwt;
 mod keys;
 pub mod limit;
 mod loop_run;
+mod migrate;
 mod projects;
 mod quotes;
 mod routes;
@@ -66,7 +68,7 @@ pub struct Inner {
     pub archives: Arc<dyn Archives>,
     pub metrics: PrometheusHandle,
     pub body_bytes_max: usize,
-    /// One permit per event stream, and per update whose answer is waited for.
+    /// One permit per event stream, per export, and per update whose answer is waited for.
     pub streams: Arc<Semaphore>,
     /// True once the server is to stop: streams end, waits answer.
     pub stop: watch::Receiver<bool>,

@@ -4,7 +4,7 @@ use super::{
     Code, Error, State,
     call::{Call, Need, PageQuery, json, json_text, parse, to_the_end},
 };
-use crate::store::idempotency::Claim;
+use crate::store::idempotency::{ABANDONED_S, Claim};
 use serde::Deserialize;
 use uuid::Uuid;
 use warp::{
@@ -52,7 +52,7 @@ async fn create_once(
 ) -> Result<Response, Error> {
     let store = &state.store;
     let ticket = match key {
-        Some(key) => match store.claim(user, &key, &format!("POST /v1/projects\n{name}\n{idea}")).await? {
+        Some(key) => match store.claim(user, &key, &format!("POST /v1/projects\n{name}\n{idea}"), ABANDONED_S).await? {
             Claim::Fresh(ticket) => Some(ticket),
             settled => return replay(settled),
         },

@@ -5,7 +5,7 @@ use super::{
     call::{Call, call, respond},
     credits,
     error::{Code, Error},
-    events, health, keys, loop_run, projects, quotes, runs, schedules, updates,
+    events, export, health, keys, loop_run, migrate, projects, quotes, runs, schedules, updates,
 };
 use std::convert::Infallible;
 use uuid::Uuid;
@@ -30,6 +30,7 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("GET", "/v1/runs/{}"),
     ("GET", "/v1/runs/{}/history"),
     ("GET", "/v1/runs/{}/events"),
+    ("GET", "/v1/runs/{}/export"),
     ("POST", "/v1/runs/{}/signals"),
     ("POST", "/v1/runs/{}/updates"),
     ("GET", "/v1/runs/{}/updates/{}"),
@@ -39,6 +40,7 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("POST", "/v1/runs/{}/terminate"),
     ("POST", "/v1/runs/{}/fork"),
     ("POST", "/v1/runs/{}/reset"),
+    ("POST", "/v1/runs/{}/migrate"),
     ("POST", "/v1/runs/{}/pause"),
     ("POST", "/v1/runs/{}/resume"),
     ("GET", "/v1/runs/{}/forecast"),
@@ -146,6 +148,11 @@ fn runs(state: &State) -> BoxedFilter<(Response,)> {
         .and(c())
         .then(|id, call| respond("/v1/runs/{id}/events", events::stream(id, call)))
         .boxed();
+    let export = warp::path!("runs" / Uuid / "export")
+        .and(warp::get())
+        .and(c())
+        .then(|id, call| respond("/v1/runs/{id}/export", export::export(id, call)))
+        .boxed();
     let signal = warp::path!("runs" / Uuid / "signals")
         .and(warp::post())
         .and(c())
@@ -210,6 +217,8 @@ fn runs(state: &State) -> BoxedFilter<(Response,)> {
         .unify()
         .or(live)
         .unify()
+        .or(export)
+        .unify()
         .or(signal)
         .unify()
         .or(update)
@@ -225,7 +234,7 @@ fn runs(state: &State) -> BoxedFilter<(Response,)> {
         .boxed()
 }
 
-/// Where runs begin, and where they end at once.
+/// Where runs begin, go on otherwise, and end at once.
 fn begun(state: &State) -> BoxedFilter<(Response,)> {
     let c = || call(state);
     let start =
@@ -245,7 +254,12 @@ fn begun(state: &State) -> BoxedFilter<(Response,)> {
         .and(c())
         .then(|id, call| respond("/v1/runs/{id}/reset", begin::fork_or_reset(id, true, call)))
         .boxed();
-    start.or(terminate).unify().or(fork).unify().or(reset).unify().boxed()
+    let migrate = warp::path!("runs" / Uuid / "migrate")
+        .and(warp::post())
+        .and(c())
+        .then(|id, call| respond("/v1/runs/{id}/migrate", migrate::migrate(id, call)))
+        .boxed();
+    start.or(terminate).unify().or(fork).unify().or(reset).unify().or(migrate).unify().boxed()
 }
 
 fn scheduled(state: &State) -> BoxedFilter<(Response,)> {

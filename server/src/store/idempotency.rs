@@ -5,8 +5,8 @@ use loopwright_engine::ids::RunId;
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
-/// A request that is answered nowhere after this long belonged to a process that died. Above the longest `Prefer: wait`.
-const ABANDONED_S: i32 = 900;
+/// A request that is answered nowhere after this long, in seconds, belonged to a process that died. Above the longest `Prefer: wait`.
+pub const ABANDONED_S: u32 = 900;
 /// How long answers are kept. Source: what payment providers promise.
 const KEPT_S: i32 = 86_400;
 /// Old rows removed per new one.
@@ -45,11 +45,12 @@ impl Ticket {
 }
 
 impl Store {
-    /// Claims `key` of the user for the request that `request` stands for (route and body).
+    /// Claims `key` of the user for the request that `request` stands for (route and body). One that is not answered
+    /// `abandoned_s` seconds after it was claimed may be claimed again.
     ///
     /// # Transaction
     /// One statement; of two at once one is `Fresh`, the other `InProgress`.
-    pub async fn claim(&self, user: Uuid, key: &str, request: &str) -> Result<Claim, Error> {
+    pub async fn claim(&self, user: Uuid, key: &str, request: &str, abandoned_s: u32) -> Result<Claim, Error> {
         let hash: Vec<u8> = Sha256::digest(request.as_bytes()).to_vec();
         sqlx::query(
             "delete from idempotency_keys where ctid in (select ctid from idempotency_keys
@@ -69,7 +70,7 @@ impl Store {
         .bind(user)
         .bind(key)
         .bind(&hash)
-        .bind(f64::from(ABANDONED_S))
+        .bind(f64::from(abandoned_s))
         .bind(RunId::new().0)
         .fetch_optional(&self.pool)
         .await?;

@@ -258,22 +258,6 @@ async fn a_loop_that_cannot_be_run_is_a_500_and_gives_its_key_back() {
     assert_eq!(send().await.unwrap().status(), 202);
 }
 
-/// Nothing can be answered under a key.
-async fn break_answers(server: &Server) {
-    sqlx::raw_sql(
-        "create function no_answer() returns trigger language plpgsql as $$ begin
-           if new.status is not null then raise exception 'broken'; end if; return new; end $$;
-         create trigger no_answer before update on idempotency_keys for each row execute function no_answer();",
-    )
-    .execute(&server.pool)
-    .await
-    .unwrap();
-}
-
-async fn mend_answers(server: &Server) {
-    sqlx::raw_sql("drop trigger no_answer on idempotency_keys").execute(&server.pool).await.unwrap();
-}
-
 /// Waits until no run is open. Returns how many there are.
 async fn closed(server: &Server) -> i64 {
     let open = "select exists (select from runs where closed_at is null)";
@@ -297,10 +281,10 @@ async fn a_key_stands_for_one_run_also_after_a_failure_and_its_end() {
         server.post("ann", PATH, &body).header("prefer", prefer).header("idempotency-key", "once").send()
     };
     // The loop starts, the answer fails, the run closes.
-    break_answers(&server).await;
+    server.break_answers().await;
     problem(send("respond-async").await.unwrap(), 500, "loop_failed").await;
     assert_eq!(closed(&server).await, 1);
-    mend_answers(&server).await;
+    server.mend_answers().await;
     let run: uuid::Uuid = sqlx::query_scalar("select run_id from runs").fetch_one(&server.pool).await.unwrap();
     let again = send("wait=30").await.unwrap();
     assert_eq!(run_of(&again), run.to_string());
@@ -333,9 +317,9 @@ async fn a_key_that_found_an_open_loop_stands_for_that_one() {
         let body = json!({ "project_id": project });
         server.post("ann", PATH, &body).header("prefer", "wait=30").header("idempotency-key", "once").send()
     };
-    break_answers(&server).await;
+    server.break_answers().await;
     problem(send().await.unwrap(), 500, "loop_failed").await;
-    mend_answers(&server).await;
+    server.mend_answers().await;
     let cancel = server.post("ann", &format!("/v1/runs/{open}/cancel"), &json!({"reason": "enough"}));
     assert!(cancel.send().await.unwrap().status().is_success());
     assert_eq!(closed(&server).await, 1);

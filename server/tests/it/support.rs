@@ -29,6 +29,9 @@ use tokio::{sync::watch, task::JoinHandle};
 pub const SECRET: &str = "test-secret-test-secret-test-secret-0";
 pub const OTHER_SECRET: &str = "another-secret-another-secret-another";
 
+/// A guard against hangs, nothing else.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(120);
+
 pub struct Server {
     pub address: SocketAddr,
     pub config: Config,
@@ -186,11 +189,16 @@ impl Server {
 
     /// Deploys a `dev-loop` of these steps.
     pub async fn deploy(&self, steps: Vec<Step>) {
-        let input = |required| Input { schema: serde_json::json!({"type": "string"}), required, default: None };
+        self.deploy_as("dev-loop", &["project_id", "idea"], steps).await;
+    }
+
+    /// Deploys these steps under a name, with inputs that it must have.
+    pub async fn deploy_as(&self, name: &str, inputs: &[&str], steps: Vec<Step>) {
+        let input = || Input { schema: serde_json::json!({"type": "string"}), required: true, default: None };
         let definition = Definition {
             format: FORMAT,
-            name: "dev-loop".into(),
-            inputs: BTreeMap::from([("project_id".into(), input(true)), ("idea".into(), input(true))]),
+            name: name.into(),
+            inputs: inputs.iter().map(|name| ((*name).to_owned(), input())).collect(),
             env: BTreeMap::new(),
             timeout_ms: 3_600_000,
             budget: Value::Null,
@@ -228,6 +236,39 @@ impl Server {
     pub async fn claimed(&self) {
         let open = "select exists (select from idempotency_keys where status is null)";
         while !sqlx::query_scalar::<_, bool>(open).fetch_one(&self.pool).await.unwrap() {}
+    }
+
+    /// From here on no answer is kept under an idempotency key.
+    pub async fn break_answers(&self) {
+        sqlx::raw_sql(
+            "create function no_answer() returns trigger language plpgsql as $$ begin
+               if new.status is not null then raise exception 'broken'; end if; return new; end $$;
+             create trigger no_answer before update on idempotency_keys for each row execute function no_answer();",
+        )
+        .execute(&self.pool)
+        .await
+        .unwrap();
+    }
+
+    pub async fn mend_answers(&self) {
+        sqlx::raw_sql("drop trigger no_answer on idempotency_keys; drop function no_answer")
+            .execute(&self.pool)
+            .await
+            .unwrap();
+    }
+
+    /// Waits until the run is as `holds` says.
+    pub async fn until(&self, run: &str, holds: impl Fn(&loopwright_engine::view::RunView) -> bool) {
+        let (run, client) = (run.parse().unwrap(), self.client());
+        let deadline = tokio::time::Instant::now() + PATIENCE;
+        loop {
+            let view = client.describe(run).await.unwrap();
+            if holds(&view) {
+                return;
+            }
+            assert!(tokio::time::Instant::now() < deadline, "{view:#?}");
+            client.wait_change(run, view.seq, std::time::Duration::from_secs(1)).await.unwrap();
+        }
     }
 
     /// Triggers the loop of the project.

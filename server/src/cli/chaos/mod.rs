@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! traffic (three people) ──REST──▶ server process ──TCP──▶ proxy ──▶ Postgres of our own (fsync on)
-//!    └───── client (start, fork, reset, terminate) ──────────────────▶ ▲
-//!                        worker processes ──TCP──▶ proxy ──────────────┘
+//!    └── the engine's client ──────────────────────TCP──▶ proxy ───────┤
+//!                                 worker processes ──TCP──▶ proxy ─────┘
 //!                              └── idempotency keys ──▶ recorder
 //! faults: SIGKILL · SIGSTOP beyond the lease · immediate shutdown of Postgres · wire cut, slow
 //! then calm: everything closes or waits ──▶ audit (SQL, recorder, what was acknowledged) ──▶ report
@@ -13,6 +13,7 @@
 //! choices; what they meet is a matter of timing.
 
 mod audit;
+mod doors;
 mod faults;
 mod process;
 mod proxy;
@@ -25,11 +26,11 @@ use super::{Context, EXIT_FAILED, EXIT_INTERRUPTED};
 use crate::{
     app::{self, App},
     config::{Config, Key, KeyMaterial},
-    postgres::Fallback,
-    rest::auth::{SCOPE_RUN, mint},
+    postgres::{self, Fallback},
 };
 use anyhow::Context as _;
 use audit::{Ended, Evidence};
+use doors::Doors;
 use fastrand::Rng;
 use faults::{LEASE_MS, Postgres, Stage};
 use futures_util::future::join_all;
@@ -51,7 +52,7 @@ use std::{
     time::Duration,
 };
 use tokio::{sync::watch, time::Instant};
-use traffic::{Standing, Traffic, User};
+use traffic::{PATIENCE, Standing, Traffic};
 
 /// Worker processes.
 const WORKERS: usize = 3;
@@ -136,8 +137,7 @@ async fn round(
     let pass = format!("chaos-{:032x}", fastrand::u128(..));
     let proxy = Proxy::start(&postgres.socket, &pass).await?;
     let recorder = Recorder::start(folder)?;
-    let config = config(&postgres.url, folder)?;
-    let app = App::open_migrated(config, Fallback::None).await?;
+    let app = App::open_migrated(config(&postgres.url, folder)?, Fallback::None).await?;
     let definition = deploy(&app.client, &recorder).await?;
     let listen = free_address()?;
     let through = format!("postgres://loopwright@{}/loopwright?sslmode=disable&application_name={pass}", proxy.address);
@@ -145,13 +145,17 @@ async fn round(
     let mut stage =
         Stage::new(postgres, proxy, workers, server(&through, folder, listen, &app.config)?, folder, app.pool.clone());
     stage.keep().await?;
+    // People do not ask past the faults either.
+    let outside = postgres::open(&config(&through, folder)?, Fallback::None).await?;
+    let client = Client::new(outside.pool.clone(), app.hook.clone()).waiting(PATIENCE);
+    let http = reqwest::Client::builder().timeout(PATIENCE).build()?;
     let mut people = Vec::new();
     for n in 0..PEOPLE {
-        let id = app.store.user_of("chaos", &format!("person-{n}"), "chaos").await?.id;
-        let user =
-            User { id, token: mint(&app.config.auth, &id.to_string(), SCOPE_RUN, app.config.auth.lifetime_s_max)? };
+        let user = app.store.user_of("chaos", &format!("person-{n}"), "chaos").await?.id;
+        let auth = app.config.auth.clone();
+        let doors = Doors { client: client.clone(), http: http.clone(), server: listen, user, auth };
         let rng = Rng::with_seed(seed.wrapping_add(1 + n as u64));
-        people.push(Traffic::new(app.client.clone(), app.pool.clone(), listen, user, definition, rng)?);
+        people.push(Traffic::new(doors, app.pool.clone(), definition, rng));
     }
 
     let end = Instant::now() + time;
@@ -171,6 +175,7 @@ async fn round(
     for process in stage.processes() {
         process.kill(Duration::ZERO)?;
     }
+    outside.pool.close().await;
     app.close().await;
     stage.postgres.stop().await;
     Ok(report)

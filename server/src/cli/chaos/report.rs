@@ -29,6 +29,8 @@ pub(super) struct Waits {
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub(super) struct Said {
     pub(super) acknowledged: u32,
+    /// Of these, by a sending that found it done: the answer of an earlier one was lost. As far as the answer tells.
+    pub(super) found: u32,
     pub(super) declined: u32,
     /// Nobody answered: they may have happened or not.
     pub(super) unknown: u32,
@@ -37,6 +39,7 @@ pub(super) struct Said {
 impl Said {
     pub(super) fn add(&mut self, other: Self) {
         self.acknowledged += other.acknowledged;
+        self.found += other.found;
         self.declined += other.declined;
         self.unknown += other.unknown;
     }
@@ -83,11 +86,11 @@ impl Report {
             .requests
             .iter()
             .map(|(ask, said)| {
-                let counts = [said.acknowledged, said.declined, said.unknown].map(|n| n.to_string());
+                let counts = [said.acknowledged, said.found, said.declined, said.unknown].map(|n| n.to_string());
                 [vec![(*ask).to_owned()], counts.to_vec()].concat()
             })
             .collect();
-        parts.push(table(&["request", "acknowledged", "declined", "unknown"], &rows));
+        parts.push(table(&["request", "acknowledged", "of these found done", "declined", "unknown"], &rows));
         for (what, counts) in [("runs", &self.runs), ("attempts", &self.attempts)] {
             let rows: Vec<Vec<String>> = counts.iter().map(|(end, n)| vec![end.clone(), n.to_string()]).collect();
             parts.push(table(&[what, "number"], &rows));

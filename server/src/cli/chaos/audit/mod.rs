@@ -35,7 +35,7 @@ pub(super) enum Check {
     Log,
     /// Every kind of fault struck.
     Fault,
-    /// Every kind of request was granted.
+    /// Every kind of request was granted, and a start whose answer was lost was found.
     Coverage,
     /// No request was declined for a wrong reason.
     Request,
@@ -47,6 +47,7 @@ pub(super) enum Check {
     PromiseMessage,
     PromiseCancel,
     PromiseKept,
+    RunUnasked,
     SignalRead,
     EffectKey,
     EffectContent,
@@ -74,6 +75,7 @@ impl Check {
         Self::PromiseMessage,
         Self::PromiseCancel,
         Self::PromiseKept,
+        Self::RunUnasked,
         Self::SignalRead,
         Self::EffectKey,
         Self::EffectContent,
@@ -91,7 +93,7 @@ impl Check {
             Self::Process => ("process", "a process died of a signal that nobody here had sent"),
             Self::Log => ("log", "a process panicked or set a run aside"),
             Self::Fault => ("fault", "a fault never struck"),
-            Self::Coverage => ("coverage", "no request of a kind was granted"),
+            Self::Coverage => ("coverage", "no request of a kind was granted, or no answer was lost"),
             Self::Request => ("request", "a request was declined for a wrong reason"),
             Self::Ledger => ("ledger", "an invariant of the ledger is broken"),
             Self::PromiseRun => ("promise_run", "an acknowledged start, fork or reset is not there"),
@@ -101,6 +103,9 @@ impl Check {
             Self::PromiseMessage => ("promise_message", "an acknowledged message is not there"),
             Self::PromiseCancel => ("promise_cancel", "an acknowledged cancel is not there"),
             Self::PromiseKept => ("promise_kept", "a run is open that nobody leaves waiting"),
+            Self::RunUnasked => {
+                ("run_unasked", "a run is there that no answer names: a request made two, or nobody knows of it")
+            }
             Self::SignalRead => ("signal_read", "a signal that was read is not in the history once"),
             Self::EffectKey => ("effect_key", "an idempotency key is not one step's, or a step has several"),
             Self::EffectContent => {

@@ -33,6 +33,18 @@ pub(super) async fn findings(
     for (run, (status, _)) in runs.iter().filter(|(run, (_, open))| *open && !kept.contains(run)) {
         broken(Check::PromiseKept, format!("{run} {status}"));
     }
+    // Every request that makes a run is answered in the end: one that made two, or one of which nobody knows, shows here.
+    let begun: Vec<Uuid> =
+        sqlx::query_scalar("select run_id from runs where workflow = 'chaos' and parent_run_id is null")
+            .fetch_all(&mut *conn)
+            .await?;
+    let mut told = BTreeSet::new();
+    for run in promises.runs.iter().filter(|run| !told.insert(run.0)) {
+        broken(Check::PromiseRun, format!("{run}, which two requests were answered with"));
+    }
+    for run in begun.iter().filter(|run| !told.contains(run)) {
+        broken(Check::RunUnasked, run.to_string());
+    }
     let answered: Vec<(Uuid, String)> = sqlx::query_as(
         "select h.run_id, e->>'id' from history h, jsonb_array_elements(h.events) e where e->>'type' = 'update_completed'",
     )

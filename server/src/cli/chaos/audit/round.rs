@@ -1,7 +1,7 @@
 //! Checks of the round itself: its processes, its faults, its requests.
 
 use super::{Check, Evidence};
-use crate::cli::chaos::report::Finding;
+use crate::cli::chaos::{report::Finding, traffic::Ask};
 use std::time::Duration;
 
 /// A round of that length has every fault and every request several times.
@@ -25,6 +25,10 @@ pub(super) fn findings(evidence: &Evidence) -> Vec<Finding> {
         }
         let unheard = evidence.requests.iter().filter(|(_, said)| said.acknowledged == 0);
         found.extend(unheard.map(|(ask, _)| Check::Coverage.finds(*ask)));
+        // Otherwise it is not seen that a start which is sent again is one start.
+        if evidence.requests.get(Ask::Start.text()).is_none_or(|said| said.found == 0) {
+            found.push(Check::Coverage.finds("a start whose answer was lost"));
+        }
     }
     found.extend(evidence.declined.iter().map(|declined| Check::Request.finds(declined)));
     found

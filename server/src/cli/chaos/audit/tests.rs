@@ -132,12 +132,19 @@ fn breaks_of(check: Check) -> Vec<Break> {
             // It was tried, and met nobody.
             e.faults.first_entry().expect("a fault").get_mut().struck = 0;
         })],
-        Check::Coverage => vec![Seen(|e| {
-            *e.requests.first_entry().expect("a request").get_mut() = Said { unknown: 3, ..Said::default() };
-        })],
+        Check::Coverage => vec![
+            Seen(|e| {
+                *e.requests.first_entry().expect("a request").get_mut() = Said { unknown: 3, ..Said::default() };
+            }),
+            Seen(|e| e.requests.get_mut("start").expect("starts").found = 0),
+        ],
         Check::Request => vec![Seen(|e| e.declined.push("start of run 1: input_invalid".into()))],
         Check::Ledger => vec![Rows("update users set credit_balance_ucr = credit_balance_ucr + 1")],
-        Check::PromiseRun => vec![Seen(|e| e.promises.runs.push(RunId::new()))],
+        Check::PromiseRun => vec![
+            Seen(|e| e.promises.runs.push(RunId::new())),
+            // Two requests, one run.
+            Seen(|e| e.promises.runs.push(e.promises.runs[0])),
+        ],
         Check::PromiseTerminated => vec![Seen(|e| {
             // It has ended, but not so.
             let reset = e.promises.cancelled[0];
@@ -151,6 +158,7 @@ fn breaks_of(check: Check) -> Vec<Break> {
         ],
         Check::PromiseCancel => vec![Seen(|e| e.promises.cancelled.push(e.promises.kept[0]))],
         Check::PromiseKept => vec![Seen(|e| e.promises.kept.clear())],
+        Check::RunUnasked => vec![Seen(|e| e.promises.runs.truncate(1))],
         Check::SignalRead => vec![Rows(
             "update history h set events = (select coalesce(jsonb_agg(e), '[]') from jsonb_array_elements(h.events) e
                                             where e->>'type' <> 'signal_received')
@@ -335,7 +343,7 @@ async fn clean(pool: &PgPool) -> Evidence {
 
     let process =
         Ended { name: "worker-1".into(), in_order: true, signals: vec![], log: "INFO all is well\n".to_owned() };
-    let granted = Said { acknowledged: 1, ..Said::default() };
+    let granted = Said { acknowledged: 1, found: 1, ..Said::default() };
     Evidence {
         time: round::COVERAGE_AFTER,
         left: vec![],
@@ -413,5 +421,6 @@ fn a_short_round_need_not_have_met_everything() {
     assert!(round::findings(&evidence).is_empty());
     evidence.time = round::COVERAGE_AFTER;
     let found = round::findings(&evidence);
-    assert_eq!(found.len(), Fault::all().count() + 1, "{found:?}");
+    // No start, so none whose answer was lost.
+    assert_eq!(found.len(), Fault::all().count() + 2, "{found:?}");
 }
