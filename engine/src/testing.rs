@@ -2,6 +2,8 @@
 //! `LOOPWRIGHT_CRASH_POINT=<name>[:<nth time>]`; a clock that is wrong ([`CLOCK_SKEW`]); a worker of an older release
 //! ([`KNOWN_FORMAT`]). Compiled only for tests.
 
+pub mod routes;
+
 use std::sync::{
     LazyLock,
     atomic::{AtomicU32, Ordering},
