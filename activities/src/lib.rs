@@ -73,6 +73,7 @@ pub const MIGRATIONS: &[Migration] = &[
     Migration { version: 28, name: "key_rests", sql: include_str!("../../migrations/0028_key_rests.sql") },
     Migration { version: 29, name: "at_once", sql: include_str!("../../migrations/0029_at_once.sql") },
     loopwright_engine::migrate::CLOCK,
+    Migration { version: 32, name: "kin", sql: include_str!("../../migrations/0032_kin.sql") },
 ];
 
 /// Contracts of all activities.

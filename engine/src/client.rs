@@ -314,6 +314,12 @@ impl Client {
         store::inbox::unblock(conn, attributes).await
     }
 
+    /// Takes the oldest transitions of a topic out of the outbox, at most `limit`, inside the caller's transaction: rolled back, they are
+    /// there again. Returns the runs that have moved. Others who ask at the same time get others.
+    pub async fn moved_in(&self, conn: &mut PgConnection, topic: &str, limit: u32) -> Result<BTreeSet<RunId>> {
+        store::outbox::take(conn, topic, limit).await
+    }
+
     /// Wakes the oldest `limit` runs whose attributes match and that are parked for one of `reasons`, the words of a hook's
     /// refusals: when somebody gives back a little of what many wait for. Returns how many.
     ///

@@ -2,6 +2,8 @@
 //! `LOOPWRIGHT_CRASH_POINT=<name>[:<nth time>]`; a clock that is wrong ([`CLOCK_SKEW`]); a worker of an older release
 //! ([`KNOWN_FORMAT`]). Compiled only for tests.
 
+pub mod routes;
+
 use std::sync::{
     LazyLock,
     atomic::{AtomicU32, Ordering},
@@ -85,6 +87,7 @@ pub const CRASH_POINTS: &[(&str, &str)] = &[
     ("arrive.after_hold", "store/chain.rs"),
     ("arrive.after_place", "store/chain.rs"),
     ("chain.after_row", "store/chain.rs"),
+    ("chain.after_key", "store/chain.rs"),
     ("chain.after_inputs", "store/chain.rs"),
     ("chain.after_messages", "store/chain.rs"),
     ("chain.after_schedule", "store/chain.rs"),
@@ -153,6 +156,7 @@ pub const CRASH_POINTS: &[(&str, &str)] = &[
     ("reset.after_lock", "client/fork.rs"),
     ("reset.after_reserve", "client/fork.rs"),
     ("reset.after_terminate", "client/fork.rs"),
+    ("reset.after_id", "store/forks.rs"),
     ("reset.after_insert", "client/fork.rs"),
     ("reset.after_key", "client/fork.rs"),
     ("reset.after_schedule", "client/fork.rs"),

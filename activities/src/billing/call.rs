@@ -196,9 +196,9 @@ pub(super) async fn close(
     sqlx::query(
         "update api_key_usage set state = $2, late = $3, finished_at = engine_now(), model_served = $4, provider_request_id = coalesce($5, provider_request_id),
            http_status = $6, error_class = $7, finish_reason = $8, stream_completed = $9,
-           tokens_prompt = case when $10 then $11 end, tokens_cached = case when $10 then least($12, $11) end,
-           tokens_cache_write = case when $10 then least($13, $11 - least($12, $11)) end, tokens_output = case when $10 then $14 end,
-           tokens_reasoning = case when $10 then least($15, $14) end,
+           tokens_prompt = case when $10 then $11::bigint end, tokens_cached = case when $10 then least($12::bigint, $11) end,
+           tokens_cache_write = case when $10 then least($13::bigint, $11 - least($12, $11)) end,
+           tokens_output = case when $10 then $14::bigint end, tokens_reasoning = case when $10 then least($15::bigint, $14) end,
            usage_source = $16, pricing_id = coalesce($17, pricing_id),
            cost_pusd = $18, provider_cost_pusd = $19, raw_usage = $20
          where id = $1",

@@ -4,7 +4,7 @@
 //! A budget is written in a definition, so where it is used up the step fails; what somebody can raise (the approved sum, the project's
 //! cap) is waited for.
 
-use super::{ledger::LedgerError, limit, money::MicroCredits, returned::BUDGET_HELD, spent};
+use super::{kin::Kin, ledger::LedgerError, limit, money::MicroCredits, returned::BUDGET_HELD, spent};
 use loopwright_engine::hook::AttemptRef;
 use serde_json::Value;
 use sqlx::PgConnection;
@@ -83,17 +83,8 @@ impl Cap {
     }
 }
 
-/// A run that pays for an attempt: its own, or one above it.
-struct Payer {
-    run: Uuid,
-    /// Its definition's budget.
-    terms: Value,
-    /// Step path in it of the attempt, or of the run that the attempt is in or below.
-    path: String,
-}
-
 /// The smallest of: budgets, approved sums and items' shares of the attempt's run and of all runs above it, and the project's cap. Each
-/// pays for its run, for those that go on in its place, and for all runs below them.
+/// pays for its run, for those that go on in its place, and for all runs below them. `line`: those runs, as [`super::kin::line`] says.
 ///
 /// `None`: nothing caps the attempt.
 ///
@@ -104,23 +95,16 @@ pub(super) async fn tightest(
     conn: &mut PgConnection,
     attempt: &AttemptRef,
     project: Option<Uuid>,
+    line: &[Kin],
 ) -> Result<Option<Cap>, LedgerError> {
-    let above: Vec<(Uuid, Value, String)> = sqlx::query_as(
-        "with recursive up as (
-           select parent_shard, parent_run_id, parent_path from runs where shard = $1 and run_id = $2 union all
-           select r.parent_shard, r.parent_run_id, r.parent_path
-           from up join runs r on r.shard = up.parent_shard and r.run_id = up.parent_run_id)
-         select r.run_id, coalesce(d.ir->'budget', 'null'), coalesce(up.parent_path, '')
-         from up join runs r on r.shard = up.parent_shard and r.run_id = up.parent_run_id join definitions d on d.hash = r.definition",
-    )
-    .bind(attempt.run_id.shard())
-    .bind(attempt.run_id.0)
-    .fetch_all(&mut *conn)
-    .await?;
-    let own = Payer { run: attempt.run_id.0, terms: (*attempt.budget).clone(), path: attempt.path.clone() };
-    let above = above.into_iter().map(|(run, terms, path)| Payer { run, terms, path });
     let mut caps = Vec::new();
-    for Payer { run, terms, path } in std::iter::once(own).chain(above) {
+    // Step path in the payer of the attempt, or of the run that the attempt is in or below.
+    let (mut terms, mut path): (&Value, &str) = (&attempt.budget, &attempt.path);
+    for (n, payer) in line.iter().enumerate() {
+        if let Some(below) = n.checked_sub(1) {
+            (terms, path) = (&payer.budget, line[below].path());
+        }
+        let run = payer.run;
         let mut cap = |kind, most: MicroCredits, spent: MicroCredits| {
             caps.push(Cap { kind, left: MicroCredits(most.0.saturating_sub(spent.0)), run });
         };
@@ -128,10 +112,10 @@ pub(super) async fn tightest(
         if let Some(most) = credits("credits") {
             cap(CapKind::Run, most, spent::by_chain(conn, run).await?);
         }
-        if let (Some(most), Some(item)) = (credits(PER_ITEM), item(&path)) {
+        if let (Some(most), Some(item)) = (credits(PER_ITEM), item(path)) {
             cap(CapKind::Item, most, spent::by_item(conn, run, item).await?);
         }
-        if let Some(limit) = limit::binding(conn, run).await? {
+        if let Some(limit) = limit::binding(conn, payer).await? {
             cap(CapKind::Approved, limit.left, MicroCredits(0));
         }
     }

@@ -4,6 +4,7 @@
 use super::{
     call, caps,
     hold::{self, Reservable},
+    kin,
     ledger::{self, LedgerError},
     money::{MicroCredits, PicoUsd, Rate},
     once::{Once, Whose},
@@ -86,9 +87,12 @@ impl LedgerHook {
     ) -> Result<Option<(String, String)>, LedgerError> {
         let Some(owner) = owner(&start.attempt) else { return Ok(None) };
         let attempt = &start.attempt;
+        let line = kin::line(conn, attempt.run_id).await?;
+        kin::note(conn, &line).await?;
+        crate::crash_point("bill.after_kin");
         let inserted = sqlx::query(
-            "insert into activity_attempts (id, run_id, path, activity, attempt_no, user_id, project_id, state, lease_expires_at)
-             values ($1, $2, $3, $4, $5, $6, $7, 'running', $8) on conflict (id) do nothing",
+            "insert into activity_attempts (id, run_id, path, activity, attempt_no, user_id, project_id, state, lease_expires_at, kin_noted)
+             values ($1, $2, $3, $4, $5, $6, $7, 'running', $8, true) on conflict (id) do nothing",
         )
         .bind(attempt.attempt_id.0)
         .bind(attempt.run_id.0)
@@ -124,7 +128,7 @@ impl LedgerHook {
             );
             return Ok(Some((CREDITS.into(), message)));
         }
-        let tightest = caps::tightest(conn, attempt, owner.project).await?;
+        let tightest = caps::tightest(conn, attempt, owner.project, &line).await?;
         if let Some(cap) = tightest.filter(|cap| cap.left.0 < needed) {
             let message = format!(
                 "{} is used up: {} credits are left of it, the next step needs {}{}",
@@ -241,7 +245,8 @@ impl LedgerHook {
                     ),
                 );
             }
-            let tightest = caps::tightest(conn, attempt, owner.project).await?;
+            let line = kin::line(conn, attempt.run_id).await?;
+            let tightest = caps::tightest(conn, attempt, owner.project, &line).await?;
             if let Some(cap) = tightest.filter(|cap| cap.left < more) {
                 let (what, left, remedy) = (cap.kind.of_what(), cap.left, cap.kind.remedy());
                 return refused(

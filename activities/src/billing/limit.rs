@@ -2,11 +2,11 @@
 //! [`LIMIT`], and goes on when more is allowed.
 
 use super::{
+    kin::Kin,
     ledger::{self, LedgerError},
     money::MicroCredits,
     spent as sums,
 };
-use loopwright_engine::ids::RunId;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
@@ -44,7 +44,7 @@ pub async fn set(
     by: &str,
 ) -> Result<Limit, LedgerError> {
     ledger::lock(conn, user).await?;
-    let first = look(conn, run).await?.first;
+    let first = Kin::of(conn, run).await?.first();
     let spent = spent(conn, first, run).await?;
     let row = Row { allowed: allowed.0, cap: spent.0.saturating_add(allowed.0) };
     insert(conn, run, first, key, row, by).await?;
@@ -67,10 +67,11 @@ pub async fn raise(
     by: &str,
 ) -> Result<Option<Limit>, LedgerError> {
     ledger::lock(conn, user).await?;
-    let Some(bound) = bound(conn, run).await? else { return Ok(None) };
+    let kin = Kin::of(conn, run).await?;
+    let Some(bound) = bound(conn, &kin).await? else { return Ok(None) };
     let allowed = bound.left().saturating_add(more.0);
     let row = Row { allowed, cap: bound.spent.0.saturating_add(allowed) };
-    insert(conn, run, bound.first, key, row, by).await?;
+    insert(conn, run, kin.first(), key, row, by).await?;
     in_force(conn, run).await
 }
 
@@ -90,7 +91,7 @@ async fn insert(
     by: &str,
 ) -> Result<(), sqlx::Error> {
     sqlx::query(
-        "insert into spending_limits (run_id, first_run_id, key, allowed_ucr, cap_ucr, set_by) values ($1, nullif($2, $1), $3, $4, $5, $6)
+        "insert into spending_limits (run_id, first_run_id, key, allowed_ucr, cap_ucr, set_by) values ($1, nullif($2::uuid, $1), $3, $4, $5, $6)
          on conflict (run_id, key) do nothing",
     )
     .bind(run)
@@ -109,25 +110,24 @@ async fn insert(
 /// # Transaction
 /// Reads only. Exact while the user row is locked.
 pub async fn in_force(conn: &mut PgConnection, run: Uuid) -> Result<Option<Limit>, LedgerError> {
-    Ok(bound(conn, run).await?.map(|bound| bound.limit()))
+    let kin = Kin::of(conn, run).await?;
+    Ok(bound(conn, &kin).await?.map(|bound| bound.limit()))
 }
 
 /// [`in_force`] for a run that is about to hold under it: what it spends then counts for all of its chain.
 ///
 /// # Transaction
 /// The user row must be locked. Writes once per run that has its limit from others.
-pub(super) async fn binding(conn: &mut PgConnection, run: Uuid) -> Result<Option<Limit>, LedgerError> {
-    let Some(bound) = bound(conn, run).await? else { return Ok(None) };
+pub(super) async fn binding(conn: &mut PgConnection, kin: &Kin) -> Result<Option<Limit>, LedgerError> {
+    let Some(bound) = bound(conn, kin).await? else { return Ok(None) };
     if !bound.own {
-        insert(conn, run, bound.first, INHERITED, bound.row, "chain").await?;
+        insert(conn, kin.run, kin.first(), INHERITED, bound.row, "chain").await?;
     }
     Ok(Some(bound.limit()))
 }
 
 /// A limit, and what counts against it.
 struct Bound {
-    /// First run of the chain.
-    first: Uuid,
     row: Row,
     /// The run has a row itself.
     own: bool,
@@ -143,53 +143,40 @@ impl Bound {
     }
 }
 
-async fn bound(conn: &mut PgConnection, run: Uuid) -> Result<Option<Bound>, LedgerError> {
-    let here = look(conn, run).await?;
-    let (first, own) = (here.first, here.own);
-    let (mut seen, mut at) = (here, run);
+async fn bound(conn: &mut PgConnection, kin: &Kin) -> Result<Option<Bound>, LedgerError> {
+    let (mut row, own) = newest(conn, kin).await?;
+    let mut at = kin.clone();
     for n in 0..=ORIGINS_MAX {
-        if let Some(row) = seen.row {
+        if let Some(row) = row {
             // An origin's own spending is not its fork's: that may spend once more what was last allowed.
             let row = if n == 0 { row } else { Row { cap: row.allowed, ..row } };
-            let spent = spent(conn, first, run).await?;
-            return Ok(Some(Bound { first, row, own, spent }));
+            let spent = spent(conn, kin.first(), kin.run).await?;
+            return Ok(Some(Bound { row, own, spent }));
         }
-        let next = seen.forked_from.unwrap_or(seen.first);
-        if next == at {
+        let next = at.forked_from.unwrap_or(at.first());
+        if next == at.run {
             break;
         }
-        at = next;
-        seen = look(conn, at).await?;
+        at = Kin::of(conn, next).await?;
+        row = newest(conn, &at).await?.0;
     }
     Ok(None)
 }
 
-/// What is known of a run's limit without its origin.
-struct Seen {
-    /// First run of the chain; the run itself if it is in none.
-    first: Uuid,
-    forked_from: Option<Uuid>,
-    /// The newest of the chain.
-    row: Option<Row>,
-    own: bool,
-}
-
-async fn look(conn: &mut PgConnection, run: Uuid) -> Result<Seen, sqlx::Error> {
+/// The newest row of a run's chain, and whether the run has one itself. Its origin is not asked.
+async fn newest(conn: &mut PgConnection, kin: &Kin) -> Result<(Option<Row>, bool), sqlx::Error> {
     // `+ 0`: the newest of a few rows, not the first that fits on a walk back over all limits ever set.
-    let (first, forked_from, own, allowed, cap): (Uuid, Option<Uuid>, bool, Option<i64>, Option<i64>) = sqlx::query_as(
-        "select coalesce(r.first_run_id, k.run_id), r.forked_from, coalesce(s.own, false), l.allowed_ucr, l.cap_ucr
-         from (select $1::uuid as run_id) k
-         left join runs r on r.shard = $2 and r.run_id = k.run_id
-         left join lateral (select max(n.id + 0) as newest, bool_or(n.run_id = k.run_id) as own from spending_limits n
-                            where n.run_id = k.run_id or coalesce(n.first_run_id, n.run_id) = coalesce(r.first_run_id, k.run_id)) s on true
+    let (own, allowed, cap): (bool, Option<i64>, Option<i64>) = sqlx::query_as(
+        "select coalesce(s.own, false), l.allowed_ucr, l.cap_ucr
+         from (select max(n.id + 0) as newest, bool_or(n.run_id = $1) as own from spending_limits n
+               where n.run_id = $1 or coalesce(n.first_run_id, n.run_id) = $2) s
          left join spending_limits l on l.id = s.newest",
     )
-    .bind(run)
-    .bind(RunId(run).shard())
+    .bind(kin.run)
+    .bind(kin.first())
     .fetch_one(conn)
     .await?;
-    let row = allowed.zip(cap).map(|(allowed, cap)| Row { allowed, cap });
-    Ok(Seen { first, forked_from, row, own })
+    Ok((allowed.zip(cap).map(|(allowed, cap)| Row { allowed, cap }), own))
 }
 
 /// Captured and held credits of a run, of those of its chain that have a row, and of all runs below them.

@@ -5,6 +5,7 @@ use super::{
     ledger::{self, GrantSource, LedgerError},
     money::{MicroCredits, Rate},
 };
+use chrono::{DateTime, Utc};
 use loopwright_engine::ids::RunId;
 use sqlx::PgConnection;
 use uuid::Uuid;
@@ -121,25 +122,33 @@ pub async fn rejected_runs(conn: &mut PgConnection, limit: i64) -> Result<Vec<Uu
     if rejected.is_empty() {
         return Ok(Vec::new());
     }
-    // The key of `runs` begins with the shard.
+    // By itself: runs are not where the ledger is. The key of `runs` begins with the shard.
     let shards: Vec<i16> = rejected.iter().map(|run| RunId(*run).shard()).collect();
+    let completed: Vec<(Uuid, DateTime<Utc>)> = sqlx::query_as(
+        "select n.run_id, n.closed_at from unnest($1::smallint[], $2::uuid[]) as v(shard, run_id)
+         join runs n on n.shard = v.shard and n.run_id = v.run_id
+         where n.status = 'completed' and n.closed_at > engine_now() - make_interval(days => $3)",
+    )
+    .bind(shards)
+    .bind(rejected)
+    .bind(DAYS)
+    .fetch_all(&mut *conn)
+    .await?;
+    let (runs, closed): (Vec<Uuid>, Vec<DateTime<Utc>>) = completed.into_iter().unzip();
     let due: Vec<(Uuid, Uuid, i64, i32)> = sqlx::query_as(
         "select a.id, a.user_id, sum(-t.amount_ucr)::bigint, r.share_bps
-         from unnest($3::smallint[], $4::uuid[]) as v(shard, run_id)
-         join runs n on n.shard = v.shard and n.run_id = v.run_id and n.status = 'completed'
+         from unnest($2::uuid[], $3::timestamptz[]) as n(run_id, closed_at)
          join activity_attempts a on a.run_id = n.run_id and a.state = 'completed'
          join lateral (select distinct on (q.rule) q.* from refund_rules q where q.gives = 'rejected_run' and q.activity = a.activity
                          and q.effective_from <= n.closed_at order by q.rule, q.effective_from desc) r on r.share_bps > 0
          join credit_transactions t on t.attempt_id = a.id and t.kind = 'capture'
-         where n.closed_at > engine_now() - make_interval(days => $2)
-           and not exists (select from credit_grants g where g.source = 'adjustment' and g.source_ref = 'refund-policy:' || a.id)
+         where not exists (select from credit_grants g where g.source = 'adjustment' and g.source_ref = 'refund-policy:' || a.id)
          group by a.id, a.user_id, r.rule, r.share_bps having sum(-t.amount_ucr) > 0
          order by a.user_id, a.id, r.share_bps desc limit $1",
     )
     .bind(limit)
-    .bind(DAYS)
-    .bind(shards)
-    .bind(rejected)
+    .bind(runs)
+    .bind(closed)
     .fetch_all(&mut *conn)
     .await?;
     let mut given = Vec::new();

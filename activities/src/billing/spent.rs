@@ -1,20 +1,19 @@
 //! What has been captured and is held: by a run with all that goes on in its place and below it, by an item of it, by a project.
 //!
-//! A child pays from its parent's user, so the user row that a caller has locked keeps these sums from moving.
+//! A child pays from its parent's user, so the user row that a caller has locked keeps these sums from moving. Whose run is whose stands in
+//! `run_kin`, beside the ledger: nothing here asks `runs`, whose rows may lie elsewhere.
 
 use super::{ledger::LedgerError, money::MicroCredits};
-use loopwright_engine::ids::RunId;
 use sqlx::{AssertSqlSafe, PgConnection};
 use uuid::Uuid;
 
 /// Captured and held credits in rows `t` of the ledger.
 const SUM: &str = "coalesce(sum(case t.kind when 'capture' then -t.amount_ucr + t.held_delta_ucr else t.held_delta_ucr end), 0)::bigint";
 
-/// `chain`: the run `$1` (of the shard `$2`), and those before and after it that went on in its place. A run that has left into an
-/// archive is not in it; what it had below it neither.
-const CHAIN: &str = "first as (select coalesce((select r.first_run_id from runs r where r.shard = $2 and r.run_id = $1), $1) as run_id),
+/// `chain`: the run `$1`, and those before and after it that went on in its place.
+const CHAIN: &str = "first as (select coalesce((select k.first_run_id from run_kin k where k.run_id = $1), $1) as run_id),
          chain as (select $1 as run_id union select f.run_id from first f
-                   union select r.run_id from runs r join first f on r.first_run_id = f.run_id and r.first_run_id is not null)";
+                   union select k.run_id from run_kin k join first f on k.first_run_id = f.run_id and k.first_run_id is not null)";
 
 /// Of some runs and of all runs below them, open or closed, detached or not, of all their attempts. None of them is below another.
 ///
@@ -24,7 +23,7 @@ pub(super) async fn by_trees(conn: &mut PgConnection, tops: &[Uuid]) -> Result<M
     let sql = format!(
         "with recursive tree as (
            select unnest($1::uuid[]) as run_id union all
-           select r.run_id from tree join runs r on r.parent_run_id = tree.run_id)
+           select k.run_id from tree join run_kin k on k.parent_run_id = tree.run_id)
          select {SUM} from tree join activity_attempts a using (run_id) join credit_transactions t on t.attempt_id = a.id"
     );
     let sum: i64 = sqlx::query_scalar(AssertSqlSafe(sql)).bind(tops).fetch_one(conn).await?;
@@ -38,10 +37,10 @@ pub(super) async fn by_trees(conn: &mut PgConnection, tops: &[Uuid]) -> Result<M
 pub(super) async fn by_chain(conn: &mut PgConnection, run: Uuid) -> Result<MicroCredits, LedgerError> {
     let sql = format!(
         "with recursive {CHAIN},
-         tree as (select run_id from chain union all select r.run_id from tree join runs r on r.parent_run_id = tree.run_id)
+         tree as (select run_id from chain union all select k.run_id from tree join run_kin k on k.parent_run_id = tree.run_id)
          select {SUM} from tree join activity_attempts a using (run_id) join credit_transactions t on t.attempt_id = a.id"
     );
-    let sum: i64 = sqlx::query_scalar(AssertSqlSafe(sql)).bind(run).bind(RunId(run).shard()).fetch_one(conn).await?;
+    let sum: i64 = sqlx::query_scalar(AssertSqlSafe(sql)).bind(run).fetch_one(conn).await?;
     Ok(MicroCredits(sum))
 }
 
@@ -53,14 +52,13 @@ pub(super) async fn by_chain(conn: &mut PgConnection, run: Uuid) -> Result<Micro
 pub(super) async fn by_item(conn: &mut PgConnection, run: Uuid, item: &str) -> Result<MicroCredits, LedgerError> {
     let sql = format!(
         "with recursive {CHAIN},
-         tree as (select r.run_id from chain c join runs r on r.parent_run_id = c.run_id and $3 = any(string_to_array(r.parent_path, '/'))
-                  union all select r.run_id from tree join runs r on r.parent_run_id = tree.run_id),
-         mine as (select a.id from chain join activity_attempts a using (run_id) where $3 = any(string_to_array(a.path, '/'))
+         tree as (select k.run_id from chain c join run_kin k on k.parent_run_id = c.run_id and $2 = any(string_to_array(k.parent_path, '/'))
+                  union all select k.run_id from tree join run_kin k on k.parent_run_id = tree.run_id),
+         mine as (select a.id from chain join activity_attempts a using (run_id) where $2 = any(string_to_array(a.path, '/'))
                   union all select a.id from tree join activity_attempts a using (run_id))
          select {SUM} from mine join credit_transactions t on t.attempt_id = mine.id"
     );
-    let sum: i64 =
-        sqlx::query_scalar(AssertSqlSafe(sql)).bind(run).bind(RunId(run).shard()).bind(item).fetch_one(conn).await?;
+    let sum: i64 = sqlx::query_scalar(AssertSqlSafe(sql)).bind(run).bind(item).fetch_one(conn).await?;
     Ok(MicroCredits(sum))
 }
 
@@ -87,10 +85,10 @@ pub(super) async fn left_of_project(
 pub(super) async fn others_work(conn: &mut PgConnection, run: Uuid, attempt: Uuid) -> Result<bool, sqlx::Error> {
     let sql = format!(
         "with recursive {CHAIN},
-         tree as (select run_id from chain union all select r.run_id from tree join runs r on r.parent_run_id = tree.run_id)
-         select exists (select from tree join activity_attempts a using (run_id) where a.state = 'running' and a.id <> $3)"
+         tree as (select run_id from chain union all select k.run_id from tree join run_kin k on k.parent_run_id = tree.run_id)
+         select exists (select from tree join activity_attempts a using (run_id) where a.state = 'running' and a.id <> $2)"
     );
-    sqlx::query_scalar(AssertSqlSafe(sql)).bind(run).bind(RunId(run).shard()).bind(attempt).fetch_one(conn).await
+    sqlx::query_scalar(AssertSqlSafe(sql)).bind(run).bind(attempt).fetch_one(conn).await
 }
 
 /// The same of a project.

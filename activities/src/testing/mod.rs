@@ -36,6 +36,7 @@ pub use server::FakeProvider;
 /// Every crash point of the ledger's part in the engine's transactions and the file, below `src`, that has it; as
 /// [`loopwright_engine::testing::CRASH_POINTS`].
 pub const CRASH_POINTS: &[(&str, &str)] = &[
+    ("bill.after_kin", "billing/hook.rs"),
     ("bill.after_attempt", "billing/hook.rs"),
     ("bill.after_account", "billing/hook.rs"),
     ("call.after_account", "billing/hook.rs"),

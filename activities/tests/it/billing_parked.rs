@@ -121,6 +121,51 @@ async fn a_budget_is_one_for_all_runs_of_a_chain_and_what_is_below_them() {
 }
 
 #[tokio::test]
+async fn a_budget_pays_for_what_was_below_runs_that_have_left_into_an_archive() {
+    let bench = Bench::new(100).await;
+    let budget = json!({"credits": 2});
+    let first = bench.run(budget.clone(), None).await;
+    let middle = below(&bench, first, "call").await;
+    let child = below(&bench, middle, "call").await;
+    assert_eq!(spend(&bench, &at(&bench, child, "a", 1, &Value::Null)).await, None);
+    let second = next_of(&bench, first, &budget).await;
+    assert_eq!(spend(&bench, &at(&bench, second, "a", 1, &budget)).await, None);
+    let third = next_of(&bench, second, &budget).await;
+    sqlx::query("delete from runs where run_id <> $1").bind(third.0).execute(&bench.pool).await.expect("gone");
+    assert_eq!(spend(&bench, &at(&bench, third, "a", 1, &budget)).await.as_deref(), Some("budget.run"));
+    assert_eq!(bench.violations().await, [""; 0]);
+}
+
+/// A row as the release before writes it.
+#[tokio::test]
+async fn what_an_older_release_starts_counts_against_the_caps_above_it() {
+    let bench = Bench::new(100).await;
+    let budget = json!({"credits": 2});
+    let root = bench.run(budget.clone(), None).await;
+    let middle = next_of(&bench, below(&bench, root, "call").await, &Value::Null).await;
+    let child = below(&bench, middle, "call").await;
+    let attempt = at(&bench, child, "a", 1, &Value::Null);
+    sqlx::query(
+        "insert into activity_attempts (id, run_id, path, activity, attempt_no, user_id, project_id, state, lease_expires_at)
+         values ($1, $2, 'a', 'work@1', 1, $3, $4, 'running', engine_now())",
+    )
+    .bind(attempt.attempt_id.0)
+    .bind(child.0)
+    .bind(bench.user)
+    .bind(bench.project)
+    .execute(&bench.pool)
+    .await
+    .expect("attempt");
+    // It makes its call here, where its hold grows from nothing.
+    assert!(matches!(bench.open(&attempt, "a.0", 1_000).await, Verdict::Accepted));
+    let own = at(&bench, root, "own", 1, &budget);
+    assert_eq!(bench.start(&own).await.as_deref(), Some("budget"), "1.44 of 2 are held below it");
+    bench.close(&attempt, "a.0", CallState::Succeeded, 1_000, 1_000).await;
+    bench.end(&attempt, Outcome::Succeeded).await;
+    assert_eq!(bench.start(&own).await.as_deref(), Some("budget.run"));
+}
+
+#[tokio::test]
 async fn an_items_share_pays_for_the_runs_that_it_starts_and_for_the_same_item_in_the_chain() {
     let bench = Bench::new(100).await;
     let budget = json!({"credits": 50, "credits-per-item": 2});
@@ -162,7 +207,7 @@ async fn children_of_several_runs_that_race_do_not_pass_the_projects_cap() {
 }
 
 /// One call of 12.24 credits at most, which its plan does not know of.
-struct Surprised;
+pub(crate) struct Surprised;
 
 impl Activity for Surprised {
     fn signature(&self) -> Signature {

@@ -16,6 +16,7 @@ mod billing_random;
 mod billing_rules;
 mod billing_worker;
 mod calls;
+mod citus;
 mod continuation;
 mod fake_provider;
 mod fork;

@@ -59,8 +59,8 @@ impl Successor {
     }
 }
 
-/// Workflow, definition, the instant that it waits for, messages ever sent to the run before, what the first start named.
-type StartedRow = (String, Vec<u8>, Option<DateTime<Utc>>, i64, Option<Json<Named>>);
+/// Workflow, definition, the instant that it waits for, messages ever sent to the run before, what the first start named, business key.
+type StartedRow = (String, Vec<u8>, Option<DateTime<Utc>>, i64, Option<Json<Named>>, Option<String>);
 
 /// What a run waits for that is no start of its own.
 #[derive(Clone, Debug, Default)]
@@ -168,13 +168,11 @@ pub(super) async fn start(conn: &mut PgConnection, old: RunId, next: &Successor)
                            case when admission is not null or chain_deadline is not null then $10::jsonb end
                     from o
                     returning shard, run_id, workflow, definition, workflow_id, queue, priority, lane, admission),
-              k as (insert into workflow_ids (workflow_id, shard, run_id)
-                    select workflow_id, shard, run_id from r where workflow_id is not null),
               -- The instant is a worker's: it may be wrong, and is no reason to wait for longer.
               d as (select least($7, engine_now() + $8::bigint * interval '1 millisecond') as due, engine_now() as now),
               q as (insert into ready (shard, run_id, queue, priority, lane, timed, due_at)
                     select shard, run_id, queue, priority, lane, due > now, greatest(due, now) from r, d)
-         select r.workflow, r.definition, case when due > now then due end, o.inbox_n, r.admission from r, d, o",
+         select r.workflow, r.definition, case when due > now then due end, o.inbox_n, r.admission, r.workflow_id from r, d, o",
     )
     .bind(next.run_id.shard())
     .bind(next.run_id.0)
@@ -188,10 +186,20 @@ pub(super) async fn start(conn: &mut PgConnection, old: RunId, next: &Successor)
     .bind(Json(&*with_terms))
     .fetch_optional(&mut *conn)
     .await?;
-    let Some((workflow, definition, not_before, messages, named)) = started else {
+    let Some((workflow, definition, not_before, messages, named, key)) = started else {
         return Err(Error::Invariant(format!("run {old} is not there to be continued")));
     };
     crate::committer::crash_point("chain.after_row");
+    if let Some(key) = key {
+        // By itself: keys are not where their runs are.
+        sqlx::query("insert into workflow_ids (workflow_id, shard, run_id) values ($1, $2, $3)")
+            .bind(key)
+            .bind(next.run_id.shard())
+            .bind(next.run_id.0)
+            .execute(&mut *conn)
+            .await?;
+    }
+    crate::committer::crash_point("chain.after_key");
     blobs::put(conn, &large).await?;
     crate::committer::crash_point("chain.after_inputs");
     if messages > 0 {

@@ -223,14 +223,23 @@ pub(crate) async fn is_there(conn: &mut PgConnection, new: &New<'_>) -> Result<b
 
 /// Hands a business key to a run. False if another open run has it.
 pub(crate) async fn take_key(conn: &mut PgConnection, key: &str, run: RunId) -> Result<bool> {
-    let taken = sqlx::query(
-        "with k as (insert into workflow_ids (workflow_id, shard, run_id) values ($1, $2, $3) on conflict do nothing returning 1)
-         update runs set workflow_id = $1 where shard = $2 and run_id = $3 and exists (select from k)",
-    )
-    .bind(key)
-    .bind(run.shard())
-    .bind(run.0)
-    .execute(conn)
-    .await?;
-    Ok(taken.rows_affected() == 1)
+    // Two statements: keys are not where their runs are.
+    let taken =
+        sqlx::query("insert into workflow_ids (workflow_id, shard, run_id) values ($1, $2, $3) on conflict do nothing")
+            .bind(key)
+            .bind(run.shard())
+            .bind(run.0)
+            .execute(&mut *conn)
+            .await?;
+    crate::committer::crash_point("reset.after_id");
+    if taken.rows_affected() == 0 {
+        return Ok(false);
+    }
+    let named = sqlx::query("update runs set workflow_id = $1 where shard = $2 and run_id = $3")
+        .bind(key)
+        .bind(run.shard())
+        .bind(run.0)
+        .execute(conn)
+        .await?;
+    Ok(named.rows_affected() == 1)
 }

@@ -16,6 +16,7 @@ pub(crate) mod inbox;
 #[cfg(feature = "test-util")]
 pub(crate) mod memory;
 pub(crate) mod migrations;
+pub(crate) mod outbox;
 pub(crate) mod partitions;
 pub(crate) mod ready;
 pub(crate) mod retention;

@@ -313,16 +313,24 @@ pub(crate) async fn settle(
 /// # Transaction
 /// Locks the action and not its schedule: nobody who holds that lock waits for the run and changes a started action.
 pub(crate) async fn hand_over(conn: &mut PgConnection, from: RunId, to: RunId, why: &str) -> Result<()> {
+    // By itself: schedules are not where runs are.
+    let schedule: Option<String> =
+        sqlx::query_scalar("select attributes ->> 'schedule' from runs where shard = $1 and run_id = $2")
+            .bind(from.shard())
+            .bind(from.0)
+            .fetch_optional(&mut *conn)
+            .await?
+            .flatten();
+    let Some(schedule) = schedule else { return Ok(()) };
     sqlx::query(
-        "update schedule_actions a set shard = $3, run_id = $4, note = $5
-         from runs r join schedules s on s.name = r.attributes ->> 'schedule'
-         where r.shard = $1 and r.run_id = $2 and a.schedule_id = s.id and a.run_id = r.run_id and a.state = 'started'",
+        "update schedule_actions a set shard = $2, run_id = $3, note = $4
+         from schedules s where s.name = $5 and a.schedule_id = s.id and a.run_id = $1 and a.state = 'started'",
     )
-    .bind(from.shard())
     .bind(from.0)
     .bind(to.shard())
     .bind(to.0)
     .bind(why)
+    .bind(schedule)
     .execute(conn)
     .await?;
     Ok(())

@@ -42,19 +42,22 @@ pub(crate) async fn wanted(conn: &mut PgConnection, run: RunId, key: &str) -> Re
     if labels.is_empty() {
         return Ok(None);
     }
-    let nobody: Option<bool> = sqlx::query_scalar(
-        "select not exists (select from workers w where w.labels @> $3 and $4 = any(w.queues)
-                              and w.heartbeat_at + w.lease_ms * interval '1 millisecond' >= engine_now())
-         from ready q where q.shard = $1 and q.run_id = $2 and q.due_at <= engine_now()",
+    // Two questions: workers are not where runs are.
+    let due = "select exists (select from ready where shard = $1 and run_id = $2 and due_at <= engine_now())";
+    let due: bool = sqlx::query_scalar(due).bind(run.shard()).bind(run.0).fetch_one(&mut *conn).await?;
+    if !due {
+        return Ok(None);
+    }
+    let there: bool = sqlx::query_scalar(
+        "select exists (select from workers w where w.labels @> $1 and $2 = any(w.queues)
+                          and w.heartbeat_at + w.lease_ms * interval '1 millisecond' >= engine_now())",
     )
-    .bind(run.shard())
-    .bind(run.0)
     .bind(&labels)
     .bind(queue)
-    .fetch_optional(conn)
+    .fetch_one(conn)
     .await?;
     let text = || format!("for a worker of queue `{queue}` with the labels {}; none is there", labels.join(", "));
-    Ok((nobody == Some(true)).then(text))
+    Ok((!there).then(text))
 }
 
 /// Renews the lease. `None` if this worker was declared dead. The database's time comes back with it.

@@ -7,36 +7,13 @@
 mod runs;
 
 use crate::{bench::Bench, faults::DATABASE};
-use loopwright_engine::embedded::testing::{database, url};
+use loopwright_engine::{
+    embedded::testing::{database, url},
+    testing::routes::{DISTRIBUTED, Judged, REFERENCE, fill, heard, judge, listen, unbound},
+};
 use runs::everything_happens;
-use serde_json::Value;
 use sqlx::{AssertSqlSafe, PgPool, postgres::PgConnectOptions};
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fmt::{self, Write},
-    process::{Command, Stdio},
-    sync::Mutex,
-};
-use tracing::{
-    Event, Metadata, Subscriber,
-    field::{Field, Visit},
-    span,
-};
-
-/// As in `deploy/citus.sql`, which a test compares.
-const DISTRIBUTED: &[&str] = &[
-    "admissions",
-    "archived_runs",
-    "attempt_progress",
-    "blobs",
-    "checkpoints",
-    "former_definitions",
-    "history",
-    "inbox",
-    "outbox",
-    "ready",
-    "runs",
-];
+use std::process::{Command, Stdio};
 
 /// Statements that go to all nodes, by what stands in them; how often, and why that is bearable.
 const EVERYWHERE: &[(&str, &str)] = &[
@@ -68,8 +45,8 @@ const EVERYWHERE: &[(&str, &str)] = &[
         "groups: whoever may come in, 4 times a second for all groups; only runs that are held back have rows",
     ),
     ("where attributes @> $1", "unblock: which runs a user has, when credits come in"),
-    ("kept as (", "retention: who may leave, for a thousand runs at once, once an hour"),
-    ("from archived_runs r join archives", "a run that is gone: by its shard; the other table is everywhere"),
+    ("from outbox where topic", "who reads along: a look, as often as it wants"),
+    ("delete from outbox o", "who reads along: what the look has found"),
 ];
 
 /// What is left of them where runs are said shard by shard, and what names two. Off the path of a step, but that a call starts its child
@@ -87,8 +64,6 @@ const ONE_BY_ONE: &[(&str, &str)] = &[
         "history of a fork: its parents' rows lie where they lie; for people, and for a fork's first load",
     ),
     ("where attributes @> $1", "unblock: as above"),
-    ("kept as (", "retention: as above; off on Citus"),
-    ("from archived_runs r join archives", "a run that is gone: by its shard; the other table is everywhere"),
     (
         "from runs where shard = $9 and run_id = $10 on conflict do nothing",
         "a child: lies where its id says, and takes what it inherits from its parent's row; once a call",
@@ -98,209 +73,11 @@ const ONE_BY_ONE: &[(&str, &str)] = &[
         "the next run of a chain: the same, and the row of the run before says so in one with it; once a continuation",
     ),
     ("with known as (select i.n", "the ids of senders that the next run of a chain knows: the same"),
+    ("from outbox where topic", "who reads along: a look that locks nothing; what it finds is taken shard by shard"),
     ("from runs where shard = $11 and run_id = $12", "a fork: the same, of the run that it is like; for people"),
 ];
 /// Tells the child process that runs are said shard by shard.
 const BY_SHARD: &str = "LOOPWRIGHT_TEST_BY_SHARD";
-
-// --- listening ---
-
-static HEARD: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
-
-/// Hears what sqlx sends.
-struct Ear;
-
-#[derive(Default)]
-struct Statement(String);
-
-impl Visit for Statement {
-    fn record_str(&mut self, field: &Field, value: &str) {
-        // `summary` is the whole of a short one.
-        if (field.name() == "db.statement" && !value.is_empty()) || (field.name() == "summary" && self.0.is_empty()) {
-            self.0 = value.trim().to_owned();
-        }
-    }
-    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        if field.name() == "db.statement" || field.name() == "summary" {
-            let mut text = String::new();
-            write!(text, "{value:?}").expect("text");
-            self.record_str(field, &text);
-        }
-    }
-}
-
-impl Subscriber for Ear {
-    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        metadata.target() == "sqlx::query"
-    }
-    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
-        span::Id::from_u64(1)
-    }
-    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
-    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
-    fn event(&self, event: &Event<'_>) {
-        let mut statement = Statement::default();
-        event.record(&mut statement);
-        HEARD.lock().expect("lock").insert(statement.0);
-    }
-    fn enter(&self, _: &span::Id) {}
-    fn exit(&self, _: &span::Id) {}
-}
-
-/// What was heard that reads or changes tables.
-fn heard() -> Vec<String> {
-    let all = HEARD.lock().expect("lock").clone();
-    let verbs = ["select", "with", "insert", "update", "delete"];
-    all.into_iter().filter(|sql| verbs.iter().any(|verb| sql.to_lowercase().starts_with(verb))).collect()
-}
-
-// --- reading plans ---
-
-/// A plan's reads of distributed tables: by alias, the table; what is compared with what; and the shards of new rows.
-#[derive(Default, Debug)]
-struct Plan {
-    scans: BTreeMap<String, String>,
-    conditions: Vec<String>,
-    inserted: Vec<String>,
-}
-
-impl Plan {
-    fn read(&mut self, node: &Value) {
-        if let (Some(table), Some(alias)) = (node["Relation Name"].as_str(), node["Alias"].as_str())
-            && node["Node Type"] != "ModifyTable"
-        {
-            // A partition stands for its table.
-            let table = if table.starts_with("history") { "history" } else { table };
-            if DISTRIBUTED.contains(&table) {
-                self.scans.insert(alias.to_owned(), table.to_owned());
-            }
-        }
-        if node["Operation"] == "Insert" && node["Relation Name"].as_str().is_some_and(|t| DISTRIBUTED.contains(&t)) {
-            // The rows, and not what a `with` did before. `shard` is the first column, but in `outbox`.
-            let column = if node["Relation Name"] == "outbox" { 2 } else { 0 };
-            let rows = node["Plans"].as_array().into_iter().flatten().find(|n| n["Parent Relationship"] == "Outer");
-            self.inserted.extend(rows.and_then(|rows| rows["Output"][column].as_str()).map(bare));
-        }
-        for key in ["Index Cond", "Recheck Cond", "Filter", "Join Filter", "Hash Cond", "Merge Cond", "One-Time Filter"]
-        {
-            self.conditions.extend(node[key].as_str().map(str::to_owned));
-        }
-        for child in node["Plans"].as_array().into_iter().flatten() {
-            self.read(child);
-        }
-    }
-
-    /// Aliases of distributed tables that no shard is named for. `one`: only a shard that is one value counts, not a column of
-    /// what the statement brings along; and it is the same for all of them.
-    fn unbound(&self, one: bool) -> Vec<String> {
-        let pairs: Vec<(String, String)> = self.conditions.iter().flat_map(|c| equalities(c)).collect();
-        let shard = |side: &str| side.strip_suffix(".shard").filter(|a| self.scans.contains_key(*a)).map(str::to_owned);
-        let mut bound = BTreeSet::new();
-        let mut values: BTreeSet<&str> =
-            self.inserted.iter().map(String::as_str).filter(|shard| is_value(shard)).collect();
-        let mut links = Vec::new();
-        for (left, right) in &pairs {
-            let (alias, value) = match (shard(left), shard(right)) {
-                (Some(a), Some(b)) => {
-                    links.push((a, b));
-                    continue;
-                }
-                (Some(alias), None) => (alias, right),
-                (None, Some(alias)) => (alias, left),
-                (None, None) => continue,
-            };
-            // A parameter, a constant, a column of what is no table: an array of keys, a row that was changed before.
-            if !one || is_value(value) {
-                bound.insert(alias);
-                values.extend(is_value(value).then_some(value.as_str()));
-            }
-        }
-        loop {
-            let before = bound.len();
-            for (a, b) in &links {
-                if bound.contains(a) || bound.contains(b) {
-                    bound.extend([a.clone(), b.clone()]);
-                }
-            }
-            if bound.len() == before {
-                break;
-            }
-        }
-        let unbound = self.scans.iter().filter(|(alias, _)| !bound.contains(*alias));
-        let several = (one && values.len() > 1).then(|| format!("several shards: {values:?}"));
-        unbound.map(|(alias, table)| format!("{table} as {alias}")).chain(several).collect()
-    }
-}
-
-/// A parameter or a constant.
-fn is_value(side: &str) -> bool {
-    side.starts_with(['$', '\'']) || side.parse::<i16>().is_ok()
-}
-
-/// One side, or a column that is written, without casts and brackets.
-fn bare(side: &str) -> String {
-    side.split("::").next().unwrap_or_default().trim_matches(|c| c == '(' || c == ')').to_owned()
-}
-
-/// `(a.shard = b.shard)`, `($1 = r.shard)`, with casts and brackets: both sides, bare. Of what is more than that, nothing.
-fn equalities(condition: &str) -> Vec<(String, String)> {
-    let mut found = Vec::new();
-    for (at, _) in condition.match_indices(" = ") {
-        // To the left, the last word that no cast ends; to the right, the first.
-        let left = condition[..at].rsplit([' ']).next().unwrap_or_default();
-        let right = condition[at + 3..].split([' ']).next().unwrap_or_default();
-        found.push((bare(left), bare(right)));
-    }
-    found
-}
-
-/// Reads of distributed tables in a statement that no shard is named for; with `one`, no single one.
-async fn unbound(pool: &PgPool, sql: &str, one: bool) -> Result<Vec<String>, sqlx::Error> {
-    let mut conn = pool.acquire().await?.detach();
-    // Joins by keys, as on large tables; and one plan for whatever is bound.
-    for set in [
-        "plan_cache_mode = force_generic_plan",
-        "enable_seqscan = off",
-        "enable_hashjoin = off",
-        "enable_mergejoin = off",
-    ] {
-        sqlx::raw_sql(AssertSqlSafe(format!("set {set}"))).execute(&mut conn).await?;
-    }
-    sqlx::raw_sql(AssertSqlSafe(format!("prepare asked as {sql}"))).execute(&mut conn).await?;
-    let parameters: i32 =
-        sqlx::query_scalar("select cardinality(parameter_types) from pg_prepared_statements where name = 'asked'")
-            .fetch_one(&mut conn)
-            .await?;
-    let nulls = vec!["null"; usize::try_from(parameters).expect("few")].join(", ");
-    let call = if nulls.is_empty() { "asked".to_owned() } else { format!("asked({nulls})") };
-    let Value::Array(plans) = sqlx::query_scalar::<_, Value>(AssertSqlSafe(format!(
-        "explain (format json, verbose, costs off) execute {call}"
-    )))
-    .persistent(false)
-    .fetch_one(&mut conn)
-    .await?
-    else {
-        panic!("no plan of {sql}");
-    };
-    let mut plan = Plan::default();
-    plan.read(&plans[0]["Plan"]);
-    Ok(plan.unbound(one))
-}
-
-/// Tables are full, so that plans are those of a full database.
-async fn fill(pool: &PgPool) {
-    for sql in [
-        "insert into runs (shard, run_id, workflow, definition, status, inputs, parked)
-           select n % 128, gen_random_uuid(), 'w', (select hash from definitions limit 1), 'pending', '{}', true from generate_series(1, 20000) n",
-        "insert into history (shard, run_id, seq, epoch, format, events) select shard, run_id, n, 1, 1, '[]' from runs, generate_series(1, 3) n on conflict do nothing",
-        "insert into inbox (shard, run_id, n, kind) select shard, run_id, 1000, 'unblock' from runs",
-        "insert into checkpoints (shard, run_id, path, key, value) select shard, run_id, 'p', 'k', '1' from runs",
-        "insert into ready (shard, run_id, queue) select shard, run_id, 'other' from runs on conflict do nothing",
-        "analyze",
-    ] {
-        sqlx::query(sql).execute(pool).await.expect("filled");
-    }
-}
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "started by the other test of this file in a process of its own: it listens to all statements"]
@@ -311,33 +88,13 @@ async fn child_process() {
     // The ordinary pool of tests says nothing.
     let options: PgConnectOptions = address.parse().expect("address");
     let pool = PgPool::connect_with(options).await.expect("database");
-    tracing::subscriber::set_global_default(Ear).expect("the only one");
+    listen();
     everything_happens(&pool).await;
     let statements = heard();
     fill(&pool).await;
 
-    let (mut routed, mut problems, mut excused) = (Vec::new(), Vec::new(), BTreeSet::new());
-    for sql in &statements {
-        let found = match unbound(&pool, sql, one).await {
-            Ok(found) => found,
-            Err(error) => {
-                problems.push(format!("no plan: {error}\n{sql}"));
-                continue;
-            }
-        };
-        if found.is_empty() {
-            routed.push(sql.clone());
-            continue;
-        }
-        // A batch takes places of groups away as well: no reason for it to go everywhere, but where a termination sends it.
-        let batch = sql.contains("insert into history");
-        let excuse = everywhere.iter().find(|(what, _)| sql.contains(what) && !(batch && *what == "from admissions"));
-        match excuse {
-            Some((what, _)) => drop(excused.insert(*what)),
-            None => problems.push(format!("{found:?}\n{sql}")),
-        }
-    }
-    assert!(problems.is_empty(), "{} statements without a shard:\n{}", problems.len(), problems.join("\n---\n"));
+    let Judged { routed, excused, problems } = judge(&pool, &statements, one, everywhere).await;
+    assert!(problems.is_empty(), "{} problems:\n{}", problems.len(), problems.join("\n---\n"));
     // What must have been heard, by its words: otherwise nothing was proved.
     for (what, words) in [
         ("commit of a batch", "update runs r set seq = r.seq + 1"),
@@ -367,6 +124,12 @@ async fn child_process() {
         ("letting a run in", "admitted = true, waiting = 'worker'"),
         ("taking a place", "update admissions set place = $3"),
         ("leaving who waited for its time", "delete from admissions where shard"),
+        ("telling who reads along", "insert into outbox (topic, shard, run_id, seq) select $12"),
+        ("taking out of the outbox", "delete from outbox o"),
+        ("giving the next run of a reset its key", "update runs set workflow_id = $1"),
+        ("whose schedule a run is of", "select attributes ->> 'schedule' from runs"),
+        ("whether a run is due for whom nobody is there", "select exists (select from ready where shard"),
+        ("a run that is gone", "from archived_runs r join archives"),
         ("migration", "insert into former_definitions"),
         ("former definitions", "definition from former_definitions where shard"),
     ] {
@@ -374,8 +137,8 @@ async fn child_process() {
         if one && ["history", "the next run of a chain", "handing on the ids of senders"].contains(&what) {
             continue;
         }
-        // On one server it deletes by ranges of keys.
-        if !one && what.starts_with("claim") {
+        // On one server it deletes by ranges of keys, or of all shards.
+        if !one && ["claim, by the keys that a look has found", "taking out of the outbox"].contains(&what) {
             continue;
         }
         assert!(
@@ -498,6 +261,8 @@ async fn the_plan_for_citus_can_be_executed_and_names_every_table_once() {
     let distributed = called(pool, "create_distributed_table").await;
     assert_eq!(distributed.iter().map(|(table, _)| table.as_str()).collect::<Vec<_>>(), DISTRIBUTED);
     assert!(distributed.iter().all(|(_, column)| column.as_deref() == Some("shard")), "{distributed:?}");
+    let everywhere = called(pool, "create_reference_table").await;
+    assert_eq!(everywhere.iter().map(|(table, _)| table.as_str()).collect::<Vec<_>>(), REFERENCE);
     let mut named: Vec<String> = distributed.into_iter().map(|(table, _)| table).collect();
     for function in ["create_reference_table", "citus_add_local_table_to_metadata"] {
         named.extend(called(pool, function).await.into_iter().map(|(table, _)| table));

@@ -28,7 +28,7 @@ use loopwright_engine::{
 use teloxide::utils::html::escape;
 
 /// Moves that are taken at once.
-const MOVES: i64 = 500;
+const MOVES: u32 = 500;
 /// Runs that are looked at for their progress at once.
 const RUNS: i64 = 20;
 /// Newest transitions that are read for the last thing done.
@@ -54,7 +54,8 @@ pub(super) async fn run(session: &Session) -> Result<(), Error> {
     let mut stop = session.stop.clone();
     while !session.stopped() {
         let mut tx = parts.store.begin().await?;
-        let mut runs = chats::moved(&mut tx, MOVES).await?;
+        let moved = parts.client.moved_in(&mut tx, chats::TOPIC, MOVES).await?;
+        let mut runs = chats::followed_among(&mut tx, moved).await?;
         let unseen = chats::unseen(&mut tx, parts.pace.refresh.as_secs_f64(), RUNS).await?;
         runs.extend(unseen.into_iter().filter(|run| !runs.iter().any(|r| r.run == run.run)).collect::<Vec<_>>());
         for run in &runs {

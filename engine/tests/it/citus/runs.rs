@@ -1,8 +1,9 @@
 //! What runs do while their statements are listened to.
 
-use crate::bench::{Bench, definition, e, step, waits_for, work};
+use crate::bench::{Bench, Gate, definition, e, step, waits_for, work};
 use loopwright_engine::{
     Failure,
+    activity::Context,
     admission::{Admission, IdConflict, IdReuse, OnConflict, Place, Rate},
     client::{At, Fork, Migrate, MigrationOutcome, Signal, Start, Update, Why},
     definition::{Await, CallVersion, Concurrency, Data, Definition, Input, Kind, ParentClose, Step, WaitUntil},
@@ -68,26 +69,38 @@ fn everything() -> Definition {
     )
 }
 
+/// What an attempt does.
+async fn works(ctx: &Context, stays: &Gate) -> Result<Value, Failure> {
+    if ctx.info().path == "stays" {
+        stays.pass().await;
+        return Ok(json!({}));
+    }
+    ctx.heartbeat(json!({"at": 1}));
+    ctx.meter_open("call", &Value::Null).await?;
+    ctx.meter_close("call", &Value::Null, Some(("answer", &json!(1)))).await?;
+    if ctx.checkpoint("note").await?.is_none() {
+        ctx.save("note", &json!(1)).await?;
+    }
+    if ctx.info().path == "first" && ctx.info().attempt == 1 {
+        // Long enough for progress to be written, and for its worker to die.
+        tokio::time::sleep(Duration::from_millis(1_500)).await;
+        return Err(Failure::retryable("transient.network", "x"));
+    }
+    if ctx.info().path == "large" {
+        ctx.save("draft", &large()).await?;
+        return Ok(large());
+    }
+    Ok(json!({}))
+}
+
 /// Runs do everything that runs do, under workers of which one dies.
 pub async fn everything_happens(pool: &PgPool) {
     let bench = Bench::over(pool.clone());
-    bench.script(|ctx, _| async move {
-        ctx.heartbeat(json!({"at": 1}));
-        ctx.meter_open("call", &Value::Null).await?;
-        ctx.meter_close("call", &Value::Null, Some(("answer", &json!(1)))).await?;
-        if ctx.checkpoint("note").await?.is_none() {
-            ctx.save("note", &json!(1)).await?;
-        }
-        if ctx.info().path == "first" && ctx.info().attempt == 1 {
-            // Long enough for progress to be written, and for its worker to die.
-            tokio::time::sleep(Duration::from_millis(1_500)).await;
-            return Err(Failure::retryable("transient.network", "x"));
-        }
-        if ctx.info().path == "large" {
-            ctx.save("draft", &large()).await?;
-            return Ok(large());
-        }
-        Ok(json!({}))
+    let gate = Gate::new();
+    let stays = gate.clone();
+    bench.script(move |ctx, _| {
+        let stays = stays.clone();
+        async move { works(&ctx, &stays).await }
     });
     bench.deploy(definition("inner", vec![work("i", &[])])).await;
     let hash = bench.deploy(everything()).await;
@@ -147,10 +160,134 @@ pub async fn everything_happens(pool: &PgPool) {
     bench.until(fork, "go", |v| !v.waiting.is_empty()).await;
     client.history(fork, 0, 100).await.expect("history");
     client.query(runs[0], "nothing").await.map(drop).expect_err("no such query");
+    is_reset(&bench).await;
+    is_told_of(&bench).await;
+    has_labels(&bench).await;
     goes_on_as_new(&bench).await;
     takes_places(&bench).await;
     migrates(&bench).await;
-    retention::plan(client, Duration::from_secs(86_400)).await.expect("plan");
+    stops_a_child_that_has_gone_on(&bench).await;
+    assert_eq!(client.describe(RunId::new()).await.expect_err("none").code(), "run_not_found");
+    retention::plan(client, Duration::ZERO).await.expect("plan");
+    let hears = bench.start(definition("hears", vec![asks("go"), asks("answer")]), json!({})).await;
+    bench.until(hears, "go", waits("go")).await;
+    worker.drain(GRACE).await;
+    is_heard_without_room(&bench, hears, &gate).await;
+}
+
+/// The only worker has so much to do that it takes no run but one that has heard something.
+async fn is_heard_without_room(bench: &Bench, hears: RunId, gate: &Gate) {
+    /// More than a worker of one slot claims in advance.
+    const MANY: usize = 20;
+    let hash = bench.deploy(definition("stays", vec![work("stays", &[])])).await;
+    let mut runs = Vec::new();
+    for _ in 0..MANY {
+        runs.push(bench.start_as(hash, json!({}), None).await.run_id);
+    }
+    let worker = bench.worker_with(GRACE, 1).await;
+    gate.arrived(1).await;
+    send(bench, hears, "go", Value::Null).await;
+    bench.until(hears, "answer", waits("answer")).await;
+    gate.open(MANY);
+    for run in runs {
+        assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
+    }
+    worker.drain(GRACE).await;
+}
+
+/// A call is stopped whose child has gone on as new: who is open in its place hears of it.
+async fn stops_a_child_that_has_gone_on(bench: &Bench) {
+    let with = BTreeMap::from([("n".to_owned(), Data::Literal(json!(1)))]);
+    let mut again = step("again", Kind::ContinueAsNew { with, current: true });
+    again.condition = Some(e("inputs.n < 1"));
+    let mut child = definition("goes-on", vec![again, asks("go")]);
+    let n = Input { schema: json!({"type": "integer"}), required: false, default: Some(json!(0)) };
+    child.inputs.insert("n".into(), n);
+    bench.deploy(child).await;
+    let call = Kind::Call {
+        workflow: "goes-on".into(),
+        version: CallVersion::Latest,
+        with: BTreeMap::new(),
+        parent_close: ParentClose::Cancel,
+    };
+    let parent = bench.start(definition("stops", vec![step("call", call)]), json!({})).await;
+    let called = |view: &RunView| {
+        view.waiting.iter().find_map(|w| match w {
+            Waiting::Child { run_id, .. } => Some(*run_id),
+            _ => None,
+        })
+    };
+    bench.until(parent, "its child", |view| called(view).is_some()).await;
+    let first = called(&bench.client.describe(parent).await.expect("run")).expect("a child");
+    let next = bench.closed(first).await.chain.continued_as.expect("the next");
+    bench.until(next, "go", waits("go")).await;
+    bench.client.cancel(parent, "enough").await.expect("cancel");
+    assert_eq!(bench.closed(next).await.status, RunStatus::Cancelled);
+    assert_eq!(bench.closed(parent).await.status, RunStatus::Cancelled);
+}
+
+/// A run begins again as another, which has its key.
+async fn is_reset(bench: &Bench) {
+    let hash = bench.deploy(definition("reset", vec![work("first", &[]), asks("go"), work("last", &[])])).await;
+    let old = bench.start_as(hash, json!({}), Some("reset")).await.run_id;
+    bench.until(old, "go", waits("go")).await;
+    let fork = Fork {
+        run_id: None,
+        at: At::Seq(1),
+        inputs: Map::new(),
+        definition: None,
+        attributes: None,
+        reason: "again".into(),
+    };
+    let reset = bench.client.reset(old, fork).await.expect("reset");
+    assert!(reset.terminated);
+    assert_eq!(bench.client.open_run("reset").await.expect("key"), Some(reset.run_id));
+    bench.until(reset.run_id, "go", waits("go")).await;
+    send(bench, reset.run_id, "go", Value::Null).await;
+    assert_eq!(bench.closed(reset.run_id).await.status, RunStatus::Completed);
+}
+
+/// Somebody reads along, of a run that goes on by itself and of one that waits and is ended; and takes what there is, of several shards.
+async fn is_told_of(bench: &Bench) {
+    let hash = bench.deploy(definition("told", vec![work("one", &[]), work("two", &[]), asks("go")])).await;
+    let ids = BTreeMap::from_iter(std::iter::repeat_with(RunId::new).take(64).map(|run| (run.shard(), run)));
+    let [goes_on, ends]: [RunId; 2] = ids.into_values().take(2).collect::<Vec<_>>().try_into().expect("two shards");
+    for run in [goes_on, ends] {
+        let told = Start { run_id: Some(run), topic: Some("told".into()), ..start(hash, None, Admission::default()) };
+        bench.client.start(told).await.expect("start");
+        bench.until(run, "go", waits("go")).await;
+    }
+    send(bench, goes_on, "go", Value::Null).await;
+    assert_eq!(bench.closed(goes_on).await.status, RunStatus::Completed);
+    bench.client.terminate(ends, "enough").await.expect("terminate");
+    let mut transitions = 0;
+    for run in [goes_on, ends] {
+        transitions += bench.client.describe(run).await.expect("run").seq;
+    }
+    let taken = async |limit| {
+        let mut tx = bench.pool.begin().await.expect("transaction");
+        let moved = bench.client.moved_in(&mut tx, "told", limit).await.expect("moved");
+        (tx, moved)
+    };
+    let all = [goes_on, ends].into();
+    let (tx, moved) = taken(1_000).await;
+    assert_eq!(moved, all);
+    assert_eq!(taken(1_000).await.1, [].into(), "they are somebody's");
+    tx.rollback().await.expect("rollback");
+    let (mut tx, moved) = taken(u32::try_from(transitions).expect("few")).await;
+    assert_eq!(moved, all, "and there again");
+    assert_eq!(bench.client.moved_in(&mut tx, "told", 1).await.expect("moved"), [].into(), "one of each transition");
+    tx.commit().await.expect("commit");
+}
+
+/// A run is for a worker that has its label.
+async fn has_labels(bench: &Bench) {
+    let mut labelled = definition("labelled", vec![work("one", &[])]);
+    labelled.runs_on = vec!["large".into()];
+    let run = bench.start(labelled, json!({})).await;
+    bench.until(run, "nobody has its label", |view| view.held.is_some()).await;
+    let worker = bench.worker_having(GRACE, &["large"]).await;
+    assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
     worker.drain(GRACE).await;
 }
 

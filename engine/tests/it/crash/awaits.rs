@@ -126,6 +126,7 @@ const STILL: &[(&str, &[&str])] = &[
             "platform_key(",
             "hold::reservable(",
             "caps::tightest(",
+            "kin::line(",
             "cap.used_up(",
             "price::",
             "self.wanted(",

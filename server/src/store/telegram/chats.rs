@@ -135,16 +135,16 @@ pub async fn newest_run(tx: &mut Tx, chat_id: i64, project: Uuid) -> Result<Opti
     Ok(row.map(followed))
 }
 
-/// Takes runs that have moved out of the engine's outbox. A rolled back transaction puts them back.
-pub async fn moved(tx: &mut Tx, limit: i64) -> Result<Vec<Followed>, Error> {
+/// Those of these runs that a chat follows.
+pub async fn followed_among(tx: &mut Tx, runs: impl IntoIterator<Item = RunId>) -> Result<Vec<Followed>, Error> {
+    let runs: Vec<Uuid> = runs.into_iter().map(|run| run.0).collect();
+    if runs.is_empty() {
+        return Ok(Vec::new());
+    }
     let rows: Vec<FollowedRow> = sqlx::query_as(
-        "with taken as (delete from outbox where id in
-           (select id from outbox where topic = $1 order by id limit $2 for update skip locked) returning run_id)
-         select run_id, chat_id, user_id, project_id, closed_at is not null from telegram_runs
-         where run_id in (select run_id from taken) order by run_id",
+        "select run_id, chat_id, user_id, project_id, closed_at is not null from telegram_runs where run_id = any($1) order by run_id",
     )
-    .bind(TOPIC)
-    .bind(limit)
+    .bind(runs)
     .fetch_all(&mut **tx)
     .await?;
     Ok(rows.into_iter().map(followed).collect())
