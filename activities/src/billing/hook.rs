@@ -125,6 +125,7 @@ impl LedgerHook {
             return Ok(Some((CREDITS.into(), message)));
         }
         let tightest = caps::tightest(conn, attempt, owner.project).await?;
+        crate::crash_point("bill.after_caps");
         if let Some(cap) = tightest.filter(|cap| cap.left.0 < needed) {
             let message = format!(
                 "{} is used up: {} credits are left of it, the next step needs {}{}",
@@ -242,6 +243,7 @@ impl LedgerHook {
                 );
             }
             let tightest = caps::tightest(conn, attempt, owner.project).await?;
+            crate::crash_point("call.after_caps");
             if let Some(cap) = tightest.filter(|cap| cap.left < more) {
                 let (what, left, remedy) = (cap.kind.of_what(), cap.left, cap.kind.remedy());
                 return refused(
