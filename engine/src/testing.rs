@@ -13,6 +13,7 @@ use std::sync::{
 /// compares the table with the sources, one looks for awaits without a point, and one lets a process die at each.
 pub const CRASH_POINTS: &[(&str, &str)] = &[
     ("register.after_row", "worker/mod.rs"),
+    ("lease.after_heartbeat", "worker/lease.rs"),
     ("drain.after_attempts", "worker/mod.rs"),
     ("drain.after_storing", "worker/mod.rs"),
     ("drain.after_leave", "worker/mod.rs"),

@@ -164,6 +164,7 @@ pub(super) async fn close(
     call: &CallClosed,
 ) -> Result<(), LedgerError> {
     ledger::lock(conn, user).await?;
+    crate::crash_point("close.after_account");
     let row: Option<OpenedCall> = sqlx::query_as(
         "select k.id, k.state, k.provider, k.model_requested, a.state, k.late, k.started_at, k.pricing_id, y.user_id is not null
          from api_key_usage k join activity_attempts a on a.id = k.attempt_id join api_keys y on y.id = k.api_key_id
@@ -228,6 +229,7 @@ pub(super) async fn close(
     if let Some(said) = &end.doubt {
         let model = format!("{provider}/{model}");
         let charged = PicoUsd(end.cost);
+        crate::crash_point("close.after_call");
         doubt::keep(conn, &doubt::Doubted { usage_id, user, model: &model, said, charged }).await?;
     }
     Ok(())

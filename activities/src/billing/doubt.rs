@@ -60,6 +60,7 @@ pub(super) async fn keep(conn: &mut PgConnection, doubted: &Doubted<'_>) -> Resu
     .bind(charged.0)
     .execute(&mut *conn)
     .await?;
+    crate::crash_point("doubt.after_row");
     if kept.rows_affected() == 0 {
         return Ok(());
     }

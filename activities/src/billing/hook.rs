@@ -129,6 +129,7 @@ impl LedgerHook {
             return Ok(Some((CREDITS.into(), message)));
         }
         let tightest = caps::tightest(conn, attempt, owner.project, &line).await?;
+        crate::crash_point("bill.after_caps");
         if let Some(cap) = tightest.filter(|cap| cap.left.0 < needed) {
             let message = format!(
                 "{} is used up: {} credits are left of it, the next step needs {}{}",
@@ -247,6 +248,7 @@ impl LedgerHook {
             }
             let line = kin::line(conn, attempt.run_id).await?;
             let tightest = caps::tightest(conn, attempt, owner.project, &line).await?;
+            crate::crash_point("call.after_caps");
             if let Some(cap) = tightest.filter(|cap| cap.left < more) {
                 let (what, left, remedy) = (cap.kind.of_what(), cap.left, cap.kind.remedy());
                 return refused(

@@ -14,6 +14,7 @@ use loopwright_activities::{
     billing::{
         BillingSettings, LedgerHook, MicroCredits, audit,
         ledger::{self, Identity},
+        limit,
     },
     orchestrator::{Message, Orchestrator, Pace, Request, Role, Routing},
     provider::{KeyIdentity, Settings, Timeouts},
@@ -25,7 +26,7 @@ use loopwright_engine::{
     Failure,
     activity::{Activity, Context, Registry},
     client::{Client, Deploy, Start},
-    definition::{Bundle, Definition, FORMAT, Kind, RetryPolicy, Step},
+    definition::{Bundle, Data, Definition, Expr, FORMAT, Input, Kind, RetryPolicy, Step},
     embedded::testing::{database, url},
     ids::{DefinitionHash, RunId},
     signature::Signature,
@@ -205,42 +206,56 @@ struct Bench {
     pool: PgPool,
     client: Client,
     fake: FakeProvider,
-    definition: DefinitionHash,
+    asks: DefinitionHash,
+    /// Goes on as another run first, which then does what `asks` does.
+    continues: DefinitionHash,
+}
+
+/// A step as it is by default.
+fn step(id: &str, kind: Kind) -> Step {
+    Step {
+        id: id.into(),
+        condition: None,
+        kind,
+        retry: RetryPolicy { attempts: 8, delay_ms: 20, ..RetryPolicy::default() },
+        timeouts: Default::default(),
+        catch: vec![],
+        continue_on_error: false,
+    }
+}
+
+async fn deploy(client: &Client, name: &str, steps: Vec<Step>) -> DefinitionHash {
+    let n = Input { schema: json!({"type": "integer"}), required: false, default: Some(json!(0)) };
+    let definition = Definition {
+        format: FORMAT,
+        name: name.into(),
+        inputs: BTreeMap::from([("n".to_owned(), n)]),
+        env: BTreeMap::new(),
+        timeout_ms: 3_600_000,
+        budget: Value::Null,
+        concurrency: None,
+        runs_on: Vec::new(),
+        executions_max: 100,
+        steps,
+        finally: Vec::new(),
+        outputs: BTreeMap::new(),
+        queries: BTreeMap::new(),
+        extras: Value::Null,
+    };
+    let new = Deploy { definition, bundle: Bundle::new(), source: String::new(), author: None, message: None };
+    client.deploy(new).await.expect("deployed").hash
 }
 
 impl Bench {
     async fn new(pairs: &[Pair]) -> Self {
         let pool = database(MIGRATIONS).await;
         let client = Client::new(pool.clone(), Arc::new(LedgerHook::new(BillingSettings::default())));
-        let step = Step {
-            id: "ask".into(),
-            condition: None,
-            kind: Kind::Activity { name: "asks@1".into(), with: BTreeMap::new() },
-            retry: RetryPolicy { attempts: 8, delay_ms: 20, ..RetryPolicy::default() },
-            timeouts: Default::default(),
-            catch: vec![],
-            continue_on_error: false,
-        };
-        let definition = Definition {
-            format: FORMAT,
-            name: "asks".into(),
-            inputs: BTreeMap::new(),
-            env: BTreeMap::new(),
-            timeout_ms: 3_600_000,
-            budget: Value::Null,
-            concurrency: None,
-            runs_on: Vec::new(),
-            executions_max: 100,
-            steps: vec![step],
-            finally: Vec::new(),
-            outputs: BTreeMap::new(),
-            queries: BTreeMap::new(),
-            extras: Value::Null,
-        };
-        let deployed = client
-            .deploy(Deploy { definition, bundle: Bundle::new(), source: String::new(), author: None, message: None })
-            .await
-            .expect("deployed");
+        let ask = step("ask", Kind::Activity { name: "asks@1".into(), with: BTreeMap::new() });
+        let with = BTreeMap::from([("n".to_owned(), Data::Literal(json!(1)))]);
+        let mut again = step("again", Kind::ContinueAsNew { with, current: true });
+        again.condition = Some(Expr("inputs.n < 1".into()));
+        let asks = deploy(&client, "asks", vec![ask.clone()]).await;
+        let continues = deploy(&client, "continues", vec![again, ask]).await;
         for (provider, model, [input, cached, output, reasoning]) in PRICES {
             sqlx::query(
                 "insert into model_pricing (provider, model_id, effective_from, input_umtok, cached_input_umtok, output_umtok, reasoning_umtok, source)
@@ -256,10 +271,15 @@ impl Bench {
             .await
             .expect("price");
         }
-        let fake = FakeProvider::serve(|_, n| Reply::text("words").with_usage(Some(told(n)))).await;
         // A rule is asked once a request; which question of its key it is, is counted here.
         let known: Arc<BTreeMap<String, Pair>> =
             Arc::new(pairs.iter().flat_map(|p| (0..ROUNDS).map(|n| p.of_round(n))).map(|p| (p.key(), p)).collect());
+        let asked = known.clone();
+        let fake = FakeProvider::serve(move |seen, n| {
+            let pair = seen.key().and_then(|key| asked.get(key));
+            Reply::text("words").with_usage(Some(pair.map_or_else(|| told(n), |pair| pair.told(n))))
+        })
+        .await;
         /// Which question of its key a request is, by dialect and ordinal; questions so far, by key.
         type Counted = (BTreeMap<(&'static str, usize), usize>, BTreeMap<String, usize>);
         let counted: Arc<Mutex<Counted>> = Arc::default();
@@ -283,7 +303,7 @@ impl Bench {
             };
             fake.inject(When::picked(pick), fault);
         }
-        Self { pool, client, fake, definition: deployed.hash }
+        Self { pool, client, fake, asks, continues }
     }
 
     async fn user(&self, pair: &Pair) -> Uuid {
@@ -395,9 +415,28 @@ impl Bench {
         .expect("row")
     }
 
-    async fn until_closed(&self, run: RunId) -> RunView {
+    /// What may be spent at most stands with the first run of a chain, so that the next one has it from there. It is written for that one
+    /// where it first holds: at the start of its attempt, or, of a user who has brought keys, at a call on a key of the platform.
+    async fn allow(&self, pair: &Pair, user: Uuid, first: RunId) {
+        let mut tx = self.pool.begin().await.expect("tx");
+        let allowed = MicroCredits::from_credits(CREDITS);
+        limit::set(&mut tx, user, first.0, "test", allowed, "test").await.expect("limit");
+        if pair.death.0 == "call.after_caps" {
+            let sql = "insert into api_keys (provider, user_id, source, last4, fingerprint, ciphertext, nonce, wrapped_dek, kek_id)
+                       values ('gemini', $1, 'sealed', '', decode(repeat('33', 32), 'hex'), '', '', '', 'a')";
+            sqlx::query(sql).bind(user).execute(&mut *tx).await.expect("key");
+        }
+        tx.commit().await.expect("commit");
+    }
+
+    /// The end of a run, or of the one that it went on as.
+    async fn until_closed(&self, mut run: RunId) -> RunView {
         loop {
             let view = self.client.describe(run).await.expect("view");
+            if let Some(next) = view.chain.continued_as {
+                run = next;
+                continue;
+            }
             if view.status.is_closed() {
                 return view;
             }
@@ -411,7 +450,7 @@ impl Bench {
         let attributes = json!({ "user_id": user.to_string() });
         let start = Start {
             run_id: None,
-            definition: self.definition,
+            definition: if pair.inherits() { self.continues } else { self.asks },
             inputs: json!({}),
             workflow_id: None,
             attributes,
@@ -420,6 +459,9 @@ impl Bench {
             admission: Default::default(),
         };
         let run = self.client.start(start).await.expect("started").run_id;
+        if pair.inherits() {
+            self.allow(pair, user, run).await;
+        }
         // An address that nothing listens at; from the first refusal on it leads to the fake.
         let closed = pair.refused.then(ClosedPort::new);
         let door = closed.as_ref().map(ClosedPort::address);
@@ -620,7 +662,8 @@ impl Bench {
                 let usage = reported.unwrap_or(&recorded);
                 let expected = cost_of(&row.provider, &row.model_requested, usage);
                 // Of an estimate OpenRouter's own price row is the only measure; the audit checks that.
-                let expected = expected.or((reported.is_none()).then_some(i128::from(*cost)));
+                // Of a cost that nobody believes its row is.
+                let expected = expected.or((reported.is_none() || pair.doubts()).then_some(i128::from(*cost)));
                 note(
                     expected == Some(i128::from(*cost)),
                     format!("{key} costs {cost}, by our arithmetic {expected:?}"),
@@ -649,6 +692,23 @@ impl Bench {
                 );
             }
         }
+        let beside: (i64, i64, i64) = sqlx::query_as(
+            "select (select count(*) from spending_limits where run_id = $1 and key = '(inherited)'), count(d.usage_id), count(f.id)
+             from activity_attempts a join api_key_usage k on k.attempt_id = a.id and k.state = 'succeeded'
+             left join cost_doubts d on d.usage_id = k.id and d.charged_pusd = k.cost_pusd and k.cost_pusd > 0
+             left join reconcile_findings f on f.subject = d.usage_id::text and f.kind = 'cost_doubtful' and f.seen = 1
+             where a.run_id = $1",
+        )
+        .bind(view.run_id.0)
+        .fetch_one(&self.pool)
+        .await
+        .expect("rows");
+        let doubted = if pair.doubts() { 2 } else { 0 };
+        let expected_beside = (i64::from(pair.inherits()), doubted, doubted);
+        note(
+            beside == expected_beside,
+            format!("limits taken over, doubts and findings {beside:?}, not {expected_beside:?}"),
+        );
         let charged: Vec<(String, i64, i64)> = sqlx::query_as(
             "select a.state, (select count(*) from credit_transactions t where t.attempt_id = a.id and t.kind = 'hold')
                            - (select count(*) from credit_transactions t where t.attempt_id = a.id and t.kind = 'capture'),
@@ -700,7 +760,9 @@ async fn a_death_at_every_crash_point_of_the_ledger_leaves_its_books_in_order() 
             "refund.after_earlier" => Death::Second("refund.after_attempt", point),
             _ => Death::Point(point, 1),
         };
-        Pair { n, round: 0, dialect: Dialect::ALL[at % 3], fault, refused: false, death: (*point, death) }
+        let pair = Pair { n, round: 0, dialect: Dialect::ALL[at % 3], fault, refused: false, death: (*point, death) };
+        // Who reports no cost reports none that could be doubted.
+        if pair.doubts() { Pair { dialect: Dialect::OpenRouter, ..pair } } else { pair }
     };
     let pairs: Vec<Pair> = CRASH_POINTS.iter().enumerate().map(pair).collect();
     let bench = Bench::new(&pairs).await;

@@ -44,7 +44,7 @@ pub(super) async fn measure(
     let duration = options.soak.unwrap_or(super::SOAK);
     progress("a run of 10,000 steps");
     long_run(host, options, report).await?;
-    pinned(host, duration, progress, report).await
+    pinned(host, options, duration, progress, report).await
 }
 
 /// One run of 10,000 steps: its first thousand and its last.
@@ -86,7 +86,14 @@ async fn long_run(host: &Host, options: &Options, report: &mut Report) -> Result
 }
 
 /// Steady load, first alone, then beside a transaction that keeps an old snapshot.
-async fn pinned(host: &Host, duration: Duration, progress: &dyn Fn(&str), report: &mut Report) -> Result<()> {
+async fn pinned(
+    host: &Host,
+    options: &Options,
+    duration: Duration,
+    progress: &dyn Fn(&str),
+    report: &mut Report,
+) -> Result<()> {
+    let backlog = options.share(BACKLOG).max(2);
     let definition = scene::deploy(host, scene::chain("soak", STEPS)).await?;
     let steps = Arc::new(AtomicU64::new(0));
     let counted = steps.clone();
@@ -101,8 +108,8 @@ async fn pinned(host: &Host, duration: Duration, progress: &dyn Fn(&str), report
     progress("steady load");
     // The first moments fill caches and the first connections.
     let mut started = 0;
-    load(host, definition, (&steps, &mut started), &speed, before / 5).await?;
-    let alone = load(host, definition, (&steps, &mut started), &speed, before).await?;
+    load(host, definition, backlog, (&steps, &mut started), &speed, before / 5).await?;
+    let alone = load(host, definition, backlog, (&steps, &mut started), &speed, before).await?;
     let mut tx = transaction::begin(&host.pool).await?;
     sqlx::query("set transaction isolation level repeatable read").execute(&mut *tx).await?;
     sqlx::query("set local idle_in_transaction_session_timeout = 0").execute(&mut *tx).await?;
@@ -110,13 +117,12 @@ async fn pinned(host: &Host, duration: Duration, progress: &dyn Fn(&str), report
     progress("steady load beside a pinned snapshot");
     let mut tenths = Vec::new();
     for _ in 0..10 {
-        tenths.push(load(host, definition, (&steps, &mut started), &speed, duration / 10).await?);
+        tenths.push(load(host, definition, backlog, (&steps, &mut started), &speed, duration / 10).await?);
     }
     tx.rollback().await?;
     worker.drain(Duration::from_secs(10)).await;
     let last = tenths.last().copied().unwrap_or(alone);
     let worst = tenths.iter().copied().min_by(|a, b| a.of(alone).total_cmp(&b.of(alone))).unwrap_or(alone);
-    let limit = worst.rate / worst.of(alone);
     let dead: i64 =
         sqlx::query_scalar("select coalesce(n_dead_tup, 0) from pg_stat_user_tables where relname = 'ready'")
             .fetch_one(&host.pool)
@@ -124,7 +130,7 @@ async fn pinned(host: &Host, duration: Duration, progress: &dyn Fn(&str), report
     report.figures.push(
         // By the worst: a mean, or the end, would forgive what lasted for minutes.
         Figure::new("steps/s in the worst tenth of a pinned snapshot", worst.rate, "/s")
-            .limit("before it, by as fast a processor", limit)
+            .limit("before it, by as fast a processor", worst.owed(alone))
             .goal(GOAL, worst.of(alone) >= 1.0 - LOSS_MAX)
             .counts_if(
                 duration >= super::SOAK,
@@ -150,10 +156,15 @@ struct Stretch {
 }
 
 impl Stretch {
-    /// Of the rate before, what is left. A machine that is slower now than it was then, for whatever reason, is not the engine's loss;
-    /// one that is faster is no excuse.
+    /// Of the rate before, what is left.
     fn of(self, before: Self) -> f64 {
-        self.rate / before.rate / (self.speed / before.speed).min(1.0)
+        self.rate / self.owed(before)
+    }
+
+    /// The rate before, by a processor as fast as now. A machine that is slower than it was then, for whatever reason, is not the
+    /// engine's loss; one that is faster is no excuse.
+    fn owed(self, before: Self) -> f64 {
+        before.rate * (self.speed / before.speed).min(1.0)
     }
 }
 
@@ -187,15 +198,16 @@ impl Speed {
 async fn load(
     host: &Host,
     definition: DefinitionHash,
+    backlog: usize,
     (steps, started): (&AtomicU64, &mut u64),
     speed: &Speed,
     length: Duration,
 ) -> Result<Stretch> {
     let (mut speeds, mut looks) = (0.0, 0.0);
-    let half = ((BACKLOG / 2) * STEPS) as u64;
+    let half = ((backlog / 2) * STEPS) as u64;
     let (begun, before) = (Instant::now(), steps.load(Ordering::Relaxed));
     while begun.elapsed() < length {
-        scene::start(host, definition, &json!({}), "", BACKLOG / 2).await?;
+        scene::start(host, definition, &json!({}), "", backlog / 2).await?;
         *started += half;
         speeds += speed.now()?;
         looks += 1.0;
@@ -209,4 +221,30 @@ async fn load(
     }
     let rate = (steps.load(Ordering::Relaxed) - before) as f64 / begun.elapsed().as_secs_f64();
     Ok(Stretch { rate, speed: speeds / looks })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Stretch;
+
+    #[test]
+    fn a_slower_processor_is_no_loss_and_a_faster_one_no_excuse() {
+        let before = Stretch { rate: 1_000.0, speed: 200.0 };
+        for (rate, speed, owed, left) in [
+            (1_000.0, 200.0, 1_000.0, 1.0),
+            (500.0, 200.0, 1_000.0, 0.5),
+            // Half the speed: half the rate is all that was there.
+            (500.0, 100.0, 500.0, 1.0),
+            (250.0, 100.0, 500.0, 0.5),
+            (1_000.0, 100.0, 500.0, 2.0),
+            // Twice the speed: what was there before is still what is asked for, and no more.
+            (1_000.0, 400.0, 1_000.0, 1.0),
+            (500.0, 400.0, 1_000.0, 0.5),
+            // Nothing is a loss of everything, and no unknown figure.
+            (0.0, 100.0, 500.0, 0.0),
+        ] {
+            let now = Stretch { rate, speed };
+            assert_eq!((now.owed(before), now.of(before)), (owed, left), "{rate} at {speed}");
+        }
+    }
 }

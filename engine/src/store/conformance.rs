@@ -3,6 +3,7 @@
 //!
 //! Time stands still but for whole minutes: what is due at a half one is due on both or on neither, however long a call takes.
 
+mod checkpoints;
 mod effects;
 
 use super::{
@@ -49,6 +50,9 @@ const MANY: usize = 100;
 const GROUP: &str = "group";
 /// What transitions do besides, and that the hook has refused some.
 const EFFECTS: &[&str] = &["starts-child", "cancels-child", "terminates-child", "tells-parent", "hooks", "Refused"];
+
+/// A checkpoint is the first under its key, another came before it, or nothing is kept of it.
+const SAVES: &[&str] = &["saves ", "saved-before", "saves-not"];
 
 /// A run's row, as far as both stores must agree: id, status, parked, owner, epoch, seq, inbox_n, inbox_seen, cursor_seq,
 /// closed, whether it is due (`None`: not in the queue), the epochs of its history.
@@ -237,7 +241,7 @@ impl Pair {
         let said = |what: &str, a: &dyn std::fmt::Debug, b: &dyn std::fmt::Debug| {
             (format!("{what} {run} {worker}"), format!("{a:?}"), format!("{b:?}"))
         };
-        match self.random.u8(0..118) {
+        match self.random.u8(0..124) {
             0..=11 => {
                 // Another one in the place of one that has closed.
                 let run = if self.memory.runs.get(&run).is_some_and(|row| row.closed) {
@@ -507,6 +511,7 @@ impl Pair {
             }
             103..=116 => self.commit_with_effects(run).await,
             117 => self.unblock().await,
+            118..=123 => self.save(run).await,
             _ => {
                 let minutes = self.random.i64(1..3);
                 self.pass(minutes).await;
@@ -539,7 +544,9 @@ async fn alike(spread: Spread) {
             assert_eq!(there_places, here_places, "seed {seed}, call {n}: places after: {what}");
             let (there_told, here_told) = pair.told().await;
             assert_eq!(there_told, here_told, "seed {seed}, call {n}: messages and the hook after: {what}");
-            for word in EFFECTS {
+            let (there_saved, here_saved) = pair.saved().await;
+            assert_eq!(there_saved, here_saved, "seed {seed}, call {n}: checkpoints after: {what}");
+            for word in EFFECTS.iter().chain(SAVES) {
                 *kinds.entry((*word).to_owned()).or_default() += u32::from(what.contains(word));
             }
             let kind = what.split(' ').next().unwrap_or_default();
@@ -588,6 +595,7 @@ async fn alike(spread: Spread) {
     ]
     .iter()
     .chain(EFFECTS)
+    .chain(SAVES)
     {
         assert!(kinds.get(*kind).is_some_and(|n| *n > 0), "{kind}: {kinds:?}");
     }

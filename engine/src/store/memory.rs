@@ -201,6 +201,8 @@ pub(crate) struct Memory {
     /// Runs that have closed.
     closings: u64,
     pub(crate) accounts: Accounts,
+    /// By run, step path and key.
+    pub(crate) checkpoints: BTreeMap<(RunId, String, String), Value>,
     pub(crate) mutant: Option<Mutant>,
 }
 
@@ -218,6 +220,7 @@ impl Memory {
             arrivals: BTreeMap::new(),
             closings: 0,
             accounts: Accounts::default(),
+            checkpoints: BTreeMap::new(),
             mutant: None,
         }
     }
@@ -561,6 +564,30 @@ impl Memory {
     pub(crate) fn ties(&self) -> bool {
         let due: Vec<DateTime<Utc>> = self.ready.values().copied().filter(|at| *at <= self.now).collect();
         BTreeSet::from_iter(&due).len() < due.len()
+    }
+
+    /// Keeps a step's value, the first under its key. False if the hook has not accepted what it is saved with, or `epoch` does not own
+    /// the run: then nothing is kept.
+    #[cfg_attr(not(test), allow(dead_code))]
+    pub(crate) fn save(
+        &mut self,
+        run: RunId,
+        epoch: i64,
+        (path, key): (&str, &str),
+        value: Value,
+        accepted: bool,
+    ) -> bool {
+        let done = accepted && self.runs.get(&run).is_some_and(|row| row.epoch == epoch && !row.closed);
+        if done {
+            self.checkpoints.entry((run, path.to_owned(), key.to_owned())).or_insert(value);
+        }
+        done
+    }
+
+    /// A step's value.
+    #[cfg_attr(not(test), allow(dead_code))]
+    pub(crate) fn checkpoint(&self, run: RunId, path: &str, key: &str) -> Option<&Value> {
+        self.checkpoints.get(&(run, path.to_owned(), key.to_owned()))
     }
 
     /// [`super::inbox::unblock`] of all. Returns how many.

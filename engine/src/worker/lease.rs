@@ -40,6 +40,7 @@ async fn renew(shared: &Shared, lease: Duration, stopped: &CancellationToken) {
         };
         match tokio::time::timeout(lease / 2, beat).await {
             Ok(Ok(Some((asked, now)))) => {
+                crate::committer::crash_point("lease.after_heartbeat");
                 renewed = Instant::now();
                 shared.clock.set(asked, now);
             }

@@ -291,7 +291,13 @@ async fn tell(stories: Vec<(Scene, Vec<(&'static str, u32)>)>, by_shard: bool) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_death_at_every_crash_point_leaves_a_database_that_others_go_on_with() {
     // What every transition or call passes is met once more later, in the middle of the work.
-    let often = ["commit.before_commit", "commit.after_commit", "meter.before_commit", "meter.after_commit"];
+    let often = [
+        "commit.before_commit",
+        "commit.after_commit",
+        "meter.before_commit",
+        "meter.after_commit",
+        "lease.after_heartbeat",
+    ];
     // Those of retention are met in its own test.
     let here = CRASH_POINTS.iter().filter(|(point, _)| !point.starts_with("retire."));
     tell(stories(here.map(|(point, _)| (*point, 1)).chain(often.map(|point| (point, 4)))), false).await;

@@ -31,6 +31,7 @@ mod schedules;
 mod setup;
 mod silent;
 mod skew;
+mod soak;
 mod start;
 mod terms;
 mod together;

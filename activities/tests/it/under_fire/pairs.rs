@@ -159,6 +159,19 @@ impl Pair {
     pub(super) fn gets_back(&self) -> bool {
         gives_back(self.death.0)
     }
+    /// Whether its run has what it may spend from the run before it: a worker dies when that has been written for it.
+    pub(super) fn inherits(&self) -> bool {
+        ["bill.after_caps", "call.after_caps"].contains(&self.death.0)
+    }
+    /// Whether its provider names costs that nobody believes: such a call is closed in a transaction, and not by one statement.
+    pub(super) fn doubts(&self) -> bool {
+        ["close.", "doubt."].iter().any(|begins| self.death.0.starts_with(begins))
+    }
+    /// What answer `n` of the provider reports to it.
+    pub(super) fn told(&self, n: usize) -> Told {
+        let told = told(n);
+        if self.doubts() { Told { cost: "90.5".into(), ..told } } else { told }
+    }
     /// What becomes of this key's n-th question.
     pub(super) fn fault_of(&self, nth: usize) -> Option<Fault> {
         let held = match self.death.1 {

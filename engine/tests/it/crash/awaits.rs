@@ -8,12 +8,13 @@
 //! - after the last await of a function: its caller has a point there, or it is a task and ends.
 //!
 //! A loop's way back from its last await to its first is not seen. Anything else needs an entry in [`LEFT_OUT`] or [`ALLOWED`], with a
-//! reason; an entry that nothing needs is an error.
+//! reason; an entry that nothing needs is an error. Which files these are is [`FILES`]: another one with an await must be named in
+//! [`WITHOUT`], with a reason as well.
 
 use std::{collections::BTreeSet, fs, path::Path};
 
 /// The files of the paths, in this workspace.
-const FILES: [&str; 36] = [
+const FILES: [&str; 40] = [
     "engine/src/committer.rs",
     "engine/src/transaction.rs",
     "engine/src/client.rs",
@@ -41,22 +42,81 @@ const FILES: [&str; 36] = [
     "engine/src/worker/drive.rs",
     "engine/src/worker/drive/item.rs",
     "engine/src/worker/fire.rs",
+    "engine/src/worker/lease.rs",
     "engine/src/worker/mod.rs",
     "engine/src/worker/overdue.rs",
     "engine/src/worker/strays.rs",
     "engine/src/worker/terminate.rs",
     "activities/src/billing/call.rs",
+    "activities/src/billing/caps.rs",
+    "activities/src/billing/doubt.rs",
     "activities/src/billing/hold.rs",
     "activities/src/billing/hook.rs",
     "activities/src/billing/ledger.rs",
+    "activities/src/billing/limit.rs",
     "activities/src/billing/policy.rs",
+];
+
+/// Where all files with an await are looked for.
+const ROOTS: [&str; 2] = ["engine/src", "activities/src/billing"];
+
+/// Files with awaits, or folders of such, in which no point is wanted, and why.
+const WITHOUT: &[(&str, &str)] = &[
+    ("engine/src/activity.rs", "hands on to `worker/context.rs`"),
+    ("engine/src/bench/", "measures on a database of its own"),
+    ("engine/src/client/archive.rs", "a file is read, or becomes a run in one transaction"),
+    ("engine/src/client/payload.rs", "by an operator's word: a statement a row, and what is done is not done again"),
+    ("engine/src/client/query.rs", "reads only"),
+    ("engine/src/embedded/", "a server of our own, before there is a worker"),
+    ("engine/src/migrate.rs", "migrations, each in one transaction, before there is a worker"),
+    ("engine/src/payload/mod.rs", "reads only: what is put apart is put by its callers"),
+    (
+        "engine/src/retention/mod.rs",
+        "old runs: its points stand where a file or a table changes, and have a test of their own",
+    ),
+    ("engine/src/store/archive.rs", "a file becomes a run in one transaction"),
+    ("engine/src/store/conformance.rs", "a test"),
+    ("engine/src/store/conformance/", "a test"),
+    ("engine/src/store/definitions.rs", "a definition is deployed in one transaction, which moves no run"),
+    ("engine/src/store/history.rs", "reads only"),
+    ("engine/src/store/mod.rs", "a wake-up is a hint: the poll is right without it"),
+    ("engine/src/store/partitions.rs", "months of `history`, each in one transaction; points where one is dropped"),
+    ("engine/src/store/partitions/tests.rs", "a test"),
+    ("engine/src/store/ready_tests.rs", "a test"),
+    ("engine/src/store/retention.rs", "old runs, in one transaction that has its point"),
+    ("engine/src/store/retention/families.rs", "reads only"),
+    ("engine/src/store/retention/tests.rs", "a test"),
+    ("engine/src/store/sealed.rs", "by an operator's word: a statement a row, and what is done is not done again"),
+    ("engine/src/store/spread.rs", "reads only"),
+    ("engine/src/store/transitions_tests.rs", "a test"),
+    ("engine/src/worker/depth.rs", "reads only: gauges"),
+    ("engine/src/worker/executor.rs", "waits for an activity, which writes by `worker/context.rs`"),
+    ("engine/src/worker/keys.rs", "reads only"),
+    ("engine/src/worker/retain.rs", "the turns of `retention/mod.rs`"),
+    ("engine/src/worker/slots.rs", "memory of the process"),
+    ("activities/src/billing/audit.rs", "a job or an operator, in one transaction that has no run"),
+    ("activities/src/billing/books.rs", "findings: of a doubted cost one statement, otherwise of jobs"),
+    (
+        "activities/src/billing/forecast.rs",
+        "what a plan may cost: one statement of its step, by whose path it is kept once",
+    ),
+    ("activities/src/billing/parked.rs", "reads only"),
+    ("activities/src/billing/price.rs", "reads only"),
+    ("activities/src/billing/pricelist.rs", "by an operator's word, in one transaction"),
+    ("activities/src/billing/purchase.rs", "a payment, in one transaction that has no run"),
+    ("activities/src/billing/report.rs", "reads only"),
+    (
+        "activities/src/billing/returned.rs",
+        "wakes runs by the client, which has its points; not to be woken is to look later",
+    ),
+    ("activities/src/billing/spent.rs", "reads only"),
 ];
 
 /// Calls whose await changes nothing: dying behind it is dying before it.
 const STILL: &[(&str, &[&str])] = &[
     (
         "a connection or an open transaction, in which nothing was said yet",
-        &[".conn()", "acquire()", "begin(", "begin_within(", "transaction::on("],
+        &[".conn()", ".connect()", "acquire()", "begin(", "begin_within(", "transaction::on("],
     ),
     ("a savepoint of a transaction that is still open", &["starts::keep(", "starts::undo("]),
     ("a pause", &["sleep(", ".away(", "empty()"]),
@@ -125,8 +185,13 @@ const STILL: &[(&str, &[&str])] = &[
             "call::under_way(",
             "platform_key(",
             "hold::reservable(",
-            "caps::tightest(",
             "kin::line(",
+            "Kin::of(",
+            "bound(conn, ",
+            "newest(conn, ",
+            "spent(conn, ",
+            "in_force(conn, run)",
+            "spent::",
             "cap.used_up(",
             "price::",
             "self.wanted(",
@@ -158,6 +223,9 @@ const LEFT_OUT: &[(&str, &str, &str)] = &[
     ("engine/src/transaction.rs", "was_committed", "reads only"),
     ("engine/src/worker/mod.rs", "listen", "a wake-up is a hint: the poll is right without it"),
     ("engine/src/worker/mod.rs", "write_progress", "progress is shown to people, and nothing hangs on it"),
+    ("activities/src/billing/doubt.rs", "asked_again", "a job that asks providers again, in one transaction"),
+    ("activities/src/billing/doubt.rs", "resolve", "that job or an operator, in one transaction"),
+    ("activities/src/billing/doubt.rs", "resolve_finding", "by an operator's word, in one transaction"),
     (
         "activities/src/billing/hook.rs",
         "abandon",
@@ -168,6 +236,8 @@ const LEFT_OUT: &[(&str, &str, &str)] = &[
     ("activities/src/billing/ledger.rs", "ensure_user", "a user's first sight, in a transaction of the door"),
     ("activities/src/billing/ledger.rs", "expire", "a task of its own once a minute, in one transaction"),
     ("activities/src/billing/ledger.rs", "resume_holds", "by an operator's word, in one transaction"),
+    ("activities/src/billing/limit.rs", "raise", "by somebody's word, in one transaction that has no run"),
+    ("activities/src/billing/limit.rs", "set", "by a step or somebody's word, in one transaction, once by its key"),
     ("activities/src/billing/policy.rs", "rejected_runs", "a task of its own once a minute, in one transaction"),
 ];
 
@@ -200,6 +270,7 @@ const ALLOWED: &[(&str, &str, &str, &str)] = &[
     ("engine/src/worker/drive.rs", "is_there", "asked", "the question above, which is asked here"),
     ("engine/src/worker/drive.rs", "nothing_happened", "ask(released)", "the question above, which is asked here"),
     ("engine/src/worker/drive.rs", "run", "orders", "the question above, which is asked here; it reads"),
+    ("engine/src/worker/lease.rs", "renew", "timeout(lease / 2, beat)", "the block above, which is carried out here"),
     ("engine/src/worker/mod.rs", "start_with", "registered", "the question above, which is asked here"),
     (
         "engine/src/worker/terminate.rs",
@@ -207,12 +278,7 @@ const ALLOWED: &[(&str, &str, &str, &str)] = &[
         "last_of_unreadable(",
         "only where the one before has failed, which reads",
     ),
-    (
-        "activities/src/billing/call.rs",
-        "close",
-        "doubt::keep(",
-        "only of a cost that nobody believes, in one transaction",
-    ),
+    ("activities/src/billing/caps.rs", "tightest", "limit::binding(", "what is before it reads"),
     ("activities/src/billing/hold.rs", "release_abandoned", "settle(", "what is before it reads"),
     ("activities/src/billing/policy.rs", "attempt_ended", "give(", "what is before it reads"),
 ];
@@ -260,6 +326,26 @@ fn blank(raw: &str) -> String {
         }
     }
     String::from_utf8(out).expect("whole characters were made blank")
+}
+
+/// [`blank`], up to the tests at the end of a file. A module of tests that has a file of its own ends nothing.
+fn without_tests(raw: &str) -> String {
+    let mut code = blank(raw);
+    let marks = ["\n#[cfg(test)]", "\n#[cfg(all(test"].iter().flat_map(|mark| code.match_indices(mark));
+    let inline = |at: &usize| {
+        let item = &code[*at..];
+        let end = item.find(['{', ';']).unwrap_or(item.len());
+        item[end..].starts_with('{') && item[..end].contains("mod ")
+    };
+    let tests = marks.map(|(at, _)| at).filter(inline).min();
+    code.truncate(tests.unwrap_or(code.len()));
+    code
+}
+
+/// Where something is awaited.
+fn awaits(code: &str) -> impl Iterator<Item = usize> {
+    let ends = |at: &usize| !code[at + AWAIT.len()..].starts_with(|c: char| c.is_alphanumeric() || c == '_');
+    code.match_indices(AWAIT).map(|(at, _)| at).filter(ends)
 }
 
 /// (name, body) of each function.
@@ -326,7 +412,9 @@ fn is_marked(raw: &str, code: &str, before: &str, first: &str) -> bool {
     let same_statement = squeezed.chars().all(|c| "?)}".contains(c));
     let ends_transaction = ["in_transaction(", ".once("].iter().any(|begins| before.contains(begins))
         && ["})})", "}))"].iter().any(|end| squeezed.contains(end));
-    let other_way = code.find("=>").into_iter().chain(code.find(" else ")).min();
+    // `let … else` leaves, and is no second way.
+    let or_else = code.match_indices(" else ").map(|(at, _)| at).find(|at| code[..*at].trim_end().ends_with('}'));
+    let other_way = code.find("=>").into_iter().chain(or_else).min();
     let other_way =
         other_way.is_some_and(|at| !code[..at].contains('{') && (code[..at].contains('}') || code[..at].contains(',')));
     let leaves = code.split_once(';').is_some_and(|(rest, next)| {
@@ -341,6 +429,8 @@ fn is_marked(raw: &str, code: &str, before: &str, first: &str) -> bool {
     raw.contains("crash_point(\"") || same_statement || ends_transaction || other_way || leaves || is_last
 }
 
+const AWAIT: &str = ".await";
+
 /// What lacks a point.
 #[derive(Debug, PartialEq)]
 struct Bare {
@@ -351,18 +441,16 @@ struct Bare {
 
 /// Awaits without a crash point between them and the one before. `still`: whether an expression changes nothing.
 fn bare(raw: &str, mut still: impl FnMut(&str) -> bool, left_out: impl Fn(&str) -> bool) -> Vec<Bare> {
-    let code = blank(raw);
-    // Tests stand at the end of a file.
-    let tests = ["\n#[cfg(test)]", "\n#[cfg(all(test"].iter().filter_map(|mark| code.find(mark)).min();
-    let code = &code[..tests.unwrap_or(code.len())];
+    let code = without_tests(raw);
+    let code = code.as_str();
     let mut found = Vec::new();
     for (name, body) in functions(code) {
         if left_out(name) {
             continue;
         }
         let (mut last, mut seen) = (None::<(usize, &str)>, body.start);
-        for (at, mark) in code[body.clone()].match_indices(".await") {
-            let (at, end) = (body.start + at, body.start + at + mark.len());
+        for at in awaits(&code[body.clone()]) {
+            let (at, end) = (body.start + at, body.start + at + AWAIT.len());
             let from = beginning(code, seen, at);
             let (written, expression) = (&raw[from..at], &code[from..at]);
             seen = end;
@@ -383,6 +471,46 @@ fn bare(raw: &str, mut still: impl FnMut(&str) -> bool, left_out: impl Fn(&str) 
         }
     }
     found
+}
+
+/// Files below [`ROOTS`] with an await, in this workspace's words.
+fn with_awaits(root: &Path, folder: &str, found: &mut BTreeSet<String>) {
+    for entry in fs::read_dir(root.join(folder)).expect(folder) {
+        let entry = entry.expect("entry");
+        let name = format!("{folder}/{}", entry.file_name().to_str().expect("text"));
+        if entry.path().is_dir() {
+            with_awaits(root, &name, found);
+        } else if awaits(&without_tests(&fs::read_to_string(entry.path()).expect("source"))).next().is_some() {
+            found.insert(name);
+        }
+    }
+}
+
+#[test]
+fn every_file_with_an_await_is_looked_at_or_says_why_not() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("workspace");
+    let mut found = BTreeSet::new();
+    for folder in ROOTS {
+        with_awaits(root, folder, &mut found);
+    }
+    let covers = |name: &str, file: &str| name == file || (name.ends_with('/') && file.starts_with(name));
+    let names: Vec<&str> = FILES.iter().copied().chain(WITHOUT.iter().map(|(name, _)| *name)).collect();
+    for file in &found {
+        let by: Vec<_> = names.iter().filter(|name| covers(name, file)).collect();
+        assert_eq!(by.len(), 1, "{file} has awaits and is in FILES or, with a reason, in WITHOUT: {by:?}");
+    }
+    let idle: Vec<_> = names.iter().filter(|name| !found.iter().any(|file| covers(name, file))).collect();
+    assert!(idle.is_empty(), "without an await: {idle:?}");
+    for file in
+        found.iter().filter(|file| WITHOUT.iter().any(|(name, why)| name == file && why.starts_with("reads only")))
+    {
+        let raw = fs::read_to_string(root.join(file)).expect(file);
+        let writes = ["insert into ", "update ", "delete from ", " for share", " for key share"];
+        let code = &raw[..without_tests(&raw).len()];
+        let lines = code.lines().filter(|line| !line.trim_start().starts_with("//"));
+        let found: Vec<_> = lines.filter(|line| writes.iter().any(|word| line.contains(word))).collect();
+        assert!(found.is_empty(), "{file} writes or locks: {found:?}");
+    }
 }
 
 #[test]
@@ -449,6 +577,9 @@ fn an_await_without_a_point_is_found() {
     );
     assert_eq!(found("if a { one(conn).await?; return Ok(()); }\ntwo(conn).await"), none, "it has left");
     assert_eq!(found("if a { one(conn).await?; }\ntwo(conn).await"), ["two(conn)"]);
+    let or_left = "let Some((a, b)) = one(conn).await? else { return Ok(()) };\n";
+    assert_eq!(found(&format!("{or_left}two(conn).await")), ["two(conn)"], "it has not left");
+    assert_eq!(found("one(conn).await?;\nself.awaits(two(conn))"), none, "a name that begins like it");
     assert_eq!(
         found("let one = async { deep(conn).await };\ncrash_point(\"a.b\");\nlet s = \".await {\"; one.await"),
         none
