@@ -113,6 +113,8 @@ pub const INVARIANTS: &[(&str, &str, &str)] = &[
     (
         "I13",
         "a call was priced by the wrong row",
+        // By the model that was asked for: the call was announced, held and is charged at its price (`call::close`). Which one served it
+        // is what the provider says, and may have no price here or a dearer one than the user agreed to.
         "select k.id::text, k.user_id from api_key_usage k join model_pricing m on m.id = k.pricing_id
          -- What is unknown was never priced: a look-up says how large its prompt was, and it is free whatever was announced.
          where k.state <> 'unknown' and (m.provider <> k.provider or m.model_id not in (k.model_requested, '*') or m.effective_from > k.started_at
