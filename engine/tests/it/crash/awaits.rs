@@ -53,6 +53,7 @@ const FILES: [&str; 40] = [
     "activities/src/billing/hold.rs",
     "activities/src/billing/hook.rs",
     "activities/src/billing/ledger.rs",
+    "activities/src/billing/kin.rs",
     "activities/src/billing/limit.rs",
     "activities/src/billing/policy.rs",
 ];
@@ -187,6 +188,8 @@ const STILL: &[(&str, &[&str])] = &[
             "hold::reservable(",
             "kin::line(",
             "Kin::of(",
+            "Kin::find(",
+            "Self::find(",
             "bound(conn, ",
             "newest(conn, ",
             "spent(conn, ",
