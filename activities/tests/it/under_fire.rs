@@ -6,6 +6,7 @@
 //! By default each pair meets one dialect. `LOOPWRIGHT_MATRIX=full` takes all three; other words pick the pairs whose name holds
 //! them.
 
+mod books;
 mod pairs;
 
 use futures_util::{StreamExt, future::BoxFuture, stream};
@@ -33,7 +34,7 @@ use loopwright_engine::{
     view::{RunStatus, RunView},
     worker::{self, WorkerConfig, WorkerHandle},
 };
-use pairs::{Death, FINAL, PRICES, Pair, address, cost_of, faults, gives_back, pairs, told};
+use pairs::{Death, FINAL, PRICES, Pair, address, faults, gives_back, pairs, told};
 use secrecy::SecretString;
 use serde_json::{Value, json};
 use sqlx::{PgPool, Row, postgres::PgRow};
@@ -56,6 +57,8 @@ const POINT: &str = "LOOPWRIGHT_CRASH_POINT";
 const MATRIX: &str = "LOOPWRIGHT_MATRIX";
 /// A dead worker's runs are taken over after so long.
 const LEASE: Duration = Duration::from_millis(1_500);
+/// How long a worker waits for the first byte of an answer, and for any other.
+const FIRST_BYTE: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(180);
 /// Runs of one pair, until its first worker ends as it should; none is begun when those before took longer than `PATIENCE`.
 const ROUNDS: usize = 5;
@@ -112,8 +115,8 @@ impl Activity for Asks {
 /// A worker of one queue with the given settings.
 async fn worker(pool: PgPool, queue: &str, lookup: impl Fn(&str) -> Option<String>) -> WorkerHandle {
     let mut settings = Settings::from_lookup(&lookup).expect("settings");
-    let second = Duration::from_secs(1);
-    settings.timeouts = Timeouts { connect: second, first_byte: second, idle: second, total: 3 * second };
+    settings.timeouts =
+        Timeouts { connect: FIRST_BYTE, first_byte: FIRST_BYTE, idle: FIRST_BYTE, total: 3 * FIRST_BYTE };
     let routing = Routing::shipped().with_settings(&settings, None);
     let pace = Pace { backoff: Duration::from_millis(10), ..Pace::default() };
     let orchestrator = Orchestrator::with_pace(routing, settings.providers().expect("providers"), pace);
@@ -129,7 +132,7 @@ async fn worker(pool: PgPool, queue: &str, lookup: impl Fn(&str) -> Option<Strin
     worker::start(config).await.expect("worker")
 }
 
-/// The process that dies.
+/// The process that dies, or the one that goes on.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "started by the other test of this file in a process of its own"]
 async fn child_process() {
@@ -138,67 +141,24 @@ async fn child_process() {
     worker(pool, &queue, |name| std::env::var(name).ok()).await.fenced().await;
 }
 
+/// A worker of its own; nobody who stops waiting leaves it behind.
+struct Process(Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Whoever has ended by itself is only buried by this.
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
 /// Waits for the end of a process.
-async fn ended(child: &mut Child) -> ExitStatus {
+async fn ended(Process(child): &mut Process) -> ExitStatus {
     loop {
         if let Some(status) = child.try_wait().expect("child") {
             return status;
         }
         tokio::time::sleep(LOOK_EVERY).await;
-    }
-}
-
-/// A row of `api_key_usage`.
-#[derive(Debug)]
-struct Call {
-    call_key: String,
-    state: String,
-    cost_pusd: i64,
-    provider_request_id: Option<String>,
-    late: bool,
-    attempt_id: Uuid,
-    provider: String,
-    model_requested: String,
-    usage_source: String,
-    error_class: String,
-    tokens_prompt: Option<i64>,
-    tokens_cached: Option<i64>,
-    tokens_output: Option<i64>,
-    tokens_reasoning: Option<i64>,
-}
-
-impl sqlx::FromRow<'_, PgRow> for Call {
-    fn from_row(row: &PgRow) -> sqlx::Result<Self> {
-        Ok(Self {
-            call_key: row.try_get("call_key")?,
-            state: row.try_get("state")?,
-            cost_pusd: row.try_get("cost_pusd")?,
-            provider_request_id: row.try_get("provider_request_id")?,
-            late: row.try_get("late")?,
-            attempt_id: row.try_get("attempt_id")?,
-            provider: row.try_get("provider")?,
-            model_requested: row.try_get("model_requested")?,
-            usage_source: row.try_get("usage_source")?,
-            error_class: row.try_get("error_class")?,
-            tokens_prompt: row.try_get("tokens_prompt")?,
-            tokens_cached: row.try_get("tokens_cached")?,
-            tokens_output: row.try_get("tokens_output")?,
-            tokens_reasoning: row.try_get("tokens_reasoning")?,
-        })
-    }
-}
-
-impl Call {
-    /// Its tokens; the cost stands elsewhere.
-    fn usage(&self) -> Told {
-        let tokens = |n: Option<i64>| u64::try_from(n.unwrap_or_default()).expect("not negative");
-        Told {
-            prompt: tokens(self.tokens_prompt),
-            cached: tokens(self.tokens_cached),
-            output: tokens(self.tokens_output),
-            reasoning: tokens(self.tokens_reasoning),
-            cost: String::new(),
-        }
     }
 }
 
@@ -315,7 +275,8 @@ impl Bench {
         user
     }
 
-    fn child(&self, pair: &Pair, door: Option<SocketAddr>) -> Child {
+    /// A worker process of a pair, which dies where `death` says.
+    fn child(&self, pair: &Pair, death: Death, door: Option<SocketAddr>) -> Process {
         let mut command = Command::new(std::env::current_exe().expect("this binary"));
         command
             .args(["under_fire::child_process", "--exact", "--ignored", "--nocapture"])
@@ -324,13 +285,13 @@ impl Bench {
             .envs(pair.environment(&self.fake, door))
             .stdout(Stdio::null())
             .stderr(Stdio::null());
-        match pair.death.1 {
+        match death {
             Death::Point(name, nth) => command.env(POINT, format!("{name}:{nth}")),
             Death::Second(_, name) => command.env(POINT, name),
             Death::PointOfCall(name) => command.env(POINT, format!("{name}:{}", pair.struck() + 1)),
             Death::Never | Death::Sent | Death::Headers => command.env_remove(POINT),
         };
-        command.spawn().expect("child")
+        Process(command.spawn().expect("child"))
     }
 
     /// The journal of a pair, with what each question was.
@@ -353,11 +314,12 @@ impl Bench {
         ["a.a1.", "b.a1."][pair.struck()]
     }
 
-    /// Whether the books have the name of the call under way.
+    /// Whether the books have the name of the call under way, or it is over: on a busy machine its headers may come after its time-out.
     async fn named(&self, pair: &Pair) -> bool {
         sqlx::query_scalar(
             "select exists (select from api_key_usage k join api_keys y on y.id = k.api_key_id
-             where y.fingerprint = decode($1, 'hex') and starts_with(k.call_key, $2) and k.provider_request_id is not null)",
+             where y.fingerprint = decode($1, 'hex') and starts_with(k.call_key, $2)
+               and (k.provider_request_id is not null or k.state = 'unknown'))",
         )
         .bind(pair.fingerprint())
         .bind(self.first_of_struck(pair))
@@ -368,7 +330,7 @@ impl Bench {
 
     /// Waits for the end of a pair's first worker, and returns how it ended, and whether that is the death that the pair names: on a
     /// machine that is busy with bodies of 64 MB a process may be silent for longer than its lease, and ends in good order then.
-    async fn until_dead(&self, pair: &Pair, child: &mut Child) -> (ExitStatus, bool) {
+    async fn until_dead(&self, pair: &Pair, child: &mut Process) -> (ExitStatus, bool) {
         if let Death::Sent | Death::Headers = pair.death.1 {
             let (mine, at) = (pair.fingerprint(), pair.struck());
             let stage = if pair.death.1 == Death::Sent { Stage::Received } else { Stage::Headers };
@@ -387,7 +349,7 @@ impl Bench {
                 () = struck => {}
                 status = ended(child) => return (status, false),
             }
-            child.kill().expect("killed");
+            child.0.kill().expect("killed");
             // It may have ended by itself at this very moment.
             let status = ended(child).await;
             return (status, status.signal() == Some(KILLED));
@@ -469,11 +431,11 @@ impl Bench {
         let before = match pair.death.1 {
             Death::Second(name, _) => {
                 let before = Pair { death: (name, Death::Point(name, 1)), ..pair.clone() };
-                self.until_dead(&before, &mut self.child(&before, door)).await.1
+                self.until_dead(&before, &mut self.child(&before, before.death.1, door)).await.1
             }
             _ => true,
         };
-        let mut child = self.child(pair, door);
+        let mut child = self.child(pair, pair.death.1, door);
         let end = if pair.death.1 == Death::Never {
             tokio::select! {
                 _ = self.until_closed(run) => None,
@@ -486,16 +448,15 @@ impl Bench {
             println!("          {}: its first worker did not end as it should: {status}", pair.name());
         }
         let at_its_place = before && end.is_none_or(|(_, at_its_place)| at_its_place);
-        let view = if end.is_none() { self.until_closed(run).await } else { self.rescue(pair, run, door).await };
+        let (view, lost) =
+            if end.is_none() { (self.until_closed(run).await, false) } else { self.rescue(pair, run, door).await };
         drop(opened);
-        // Whoever died is only buried by this.
-        drop(child.kill());
-        child.wait().expect("child");
+        drop(child);
         let as_named = at_its_place && self.was_under_way(pair).await;
         if at_its_place && !as_named {
             println!("          {}: the call was over when its first worker was killed", pair.name());
         }
-        (self.check(pair, user, &view, !as_named).await, as_named)
+        (self.check(pair, user, &view, !as_named || lost).await, as_named)
     }
 
     /// Tries a pair, in run after run, until its first worker has ended as it should: what another end leaves behind says nothing of
@@ -547,19 +508,17 @@ impl Bench {
         }
     }
 
-    /// Another worker, which may lose its lease as well: who runs one starts it anew then.
-    async fn rescue(&self, pair: &Pair, run: RunId, door: Option<SocketAddr>) -> RunView {
-        let settings = pair.environment(&self.fake, door);
+    /// Another worker process, which may lose its lease as well and end: who runs one starts it anew then. Also whether that was so.
+    async fn rescue(&self, pair: &Pair, run: RunId, door: Option<SocketAddr>) -> (RunView, bool) {
+        let mut lost = false;
         loop {
-            let rescuer = worker(self.pool.clone(), &pair.queue(), |name| settings.get(name).cloned()).await;
-            let view = tokio::select! {
-                view = self.until_closed(run) => Some(view),
-                () = rescuer.fenced() => None,
-            };
-            rescuer.drain(if view.is_some() { Duration::from_secs(5) } else { Duration::ZERO }).await;
-            match view {
-                Some(view) => return view,
-                None => println!("          {}: the second worker lost its lease and is started anew", pair.name()),
+            let mut rescuer = self.child(pair, Death::Never, door);
+            tokio::select! {
+                view = self.until_closed(run) => return (view, lost),
+                status = ended(&mut rescuer) => {
+                    println!("          {}: the second worker has ended and is started anew: {status}", pair.name());
+                    lost = true;
+                }
             }
         }
     }
@@ -579,166 +538,6 @@ impl Bench {
         .fetch_all(&self.pool)
         .await;
         rows.map_or_else(|error| error.to_string(), |rows| rows.join("\n"))
-    }
-
-    async fn check(&self, pair: &Pair, user: Uuid, view: &RunView, fenced: bool) -> Vec<String> {
-        let mut wrong = Vec::new();
-        let mut note = |fine: bool, what: String| {
-            if !fine {
-                wrong.push(what);
-            }
-        };
-        let code = view.failure.as_ref().map(|failure| failure.code.as_str());
-        let expected = FINAL.iter().find(|(fault, _)| Some(fault) == pair.fault.as_ref()).map(|(_, code)| *code);
-        note(code == expected, format!("ended as {:?} {:?}", view.status, view.failure));
-        note((view.status == RunStatus::Completed) == expected.is_none(), format!("ended as {:?}", view.status));
-
-        let rows: Vec<Call> = sqlx::query_as(
-            "select k.call_key, k.state, k.cost_pusd, k.provider_request_id, k.late, k.attempt_id, k.provider, k.model_requested, k.usage_source,
-                    coalesce(k.error_class, '') as error_class, k.tokens_prompt, k.tokens_cached, k.tokens_output, k.tokens_reasoning
-             from api_key_usage k join activity_attempts a on a.id = k.attempt_id where a.run_id = $1 order by k.id",
-        )
-        .bind(view.run_id.0)
-        .fetch_all(&self.pool)
-        .await
-        .expect("rows");
-        let story = self.story(pair);
-        // Every question was announced before it was sent; only what died in between was never sent.
-        let unsent = usize::from(pair.death.0 == "before send");
-        // What was refused was not sent either, and is no call that may have been billed.
-        let refused: Vec<&Call> =
-            rows.iter().filter(|row| pair.refused && row.error_class == "transient.network").collect();
-        note(
-            refused.iter().all(|row| row.state == "failed" && row.provider_request_id.is_none()),
-            format!("{refused:?}"),
-        );
-        note(pair.refused != refused.is_empty(), format!("{} calls were refused: {rows:?}", refused.len()));
-        // Who dies while a refusal is being recorded leaves a call that is unknown, and was not sent.
-        let unrecorded = pair.refused && pair.death.0 == "after reply" && rows.len() == story.len() + refused.len() + 1;
-        note(
-            unrecorded
-                || rows.len() == story.len() + unsent + refused.len()
-                || (fenced && rows.len() == story.len() + 1 - unsent + refused.len()),
-            format!("{} rows, {} questions: {rows:?} {story:#?}", rows.len(), story.len()),
-        );
-        // By attempt, what its recorded answers cost by our own arithmetic.
-        let mut priced: BTreeMap<Uuid, i128> = BTreeMap::new();
-        for row in &rows {
-            let Call {
-                call_key: key, state, cost_pusd: cost, provider_request_id: id, late, error_class: class, ..
-            } = row;
-            note(state != "started", format!("{key} is open"));
-            let told = |entry: &&(Entry, String)| id.is_some() && entry.0.provider_request_id.as_ref() == id.as_ref();
-            let entries: Vec<_> = story.iter().filter(told).collect();
-            note(id.is_none() || entries.len() == 1, format!("{key}: {} answers have the id {id:?}", entries.len()));
-            // An answer that the model did not end well was served; everything else that failed is free, and so is one that the
-            // provider has cut, whatever it had counted by then.
-            let cut =
-                entries.first().is_some_and(|(entry, _)| entry.answered == format!("{:?}", Fault::NoFinishReason));
-            let spoiled = state == "failed" && class.starts_with("model.") && !cut;
-            note(state == "succeeded" || spoiled || *cost == 0, format!("{key} is {state} ({class}) and costs {cost}"));
-            note(!late || *cost == 0, format!("{key} came late and costs {cost}"));
-            let struck = self.names(pair) && state == "unknown" && key.starts_with(self.first_of_struck(pair));
-            note(!struck || id.is_some(), format!("{key} died behind its headers and has no id"));
-            // What the model spoiled is charged where the provider reports what it took.
-            if state != "succeeded" && !(spoiled && row.usage_source == "provider" && row.usage().output > 0) {
-                note(*cost == 0, format!("{key} is {state} ({class}) and costs {cost}"));
-                continue;
-            }
-            let [(entry, _)] = &*entries else {
-                note(false, format!("{key} succeeded, and no answer has the id {id:?}"));
-                continue;
-            };
-            // What the provider says that it has reported, word for word; an estimate only where it reported nothing.
-            let reported = entry.usage.as_ref().filter(|_| row.usage_source == "provider");
-            let silent = pair.fault == Some(Fault::UsageAbsent) || entry.stage < Stage::Finished;
-            note(reported.is_some() || silent, format!("{key}: usage by {}, journal {entry:?}", row.usage_source));
-            let recorded = row.usage();
-            if let Some(reported) = reported {
-                let same = Told { cost: reported.cost.clone(), ..recorded.clone() } == *reported;
-                note(same, format!("{key}: recorded {recorded:?}, the provider reported {reported:?}"));
-            }
-            if !late {
-                let usage = reported.unwrap_or(&recorded);
-                let expected = cost_of(&row.provider, &row.model_requested, usage);
-                // Of an estimate OpenRouter's own price row is the only measure; the audit checks that.
-                // Of a cost that nobody believes its row is.
-                let expected = expected.or((reported.is_none() || pair.doubts()).then_some(i128::from(*cost)));
-                note(
-                    expected == Some(i128::from(*cost)),
-                    format!("{key} costs {cost}, by our arithmetic {expected:?}"),
-                );
-                *priced.entry(row.attempt_id).or_default() += expected.unwrap_or_default();
-            }
-        }
-        // 100 credits for a USD and a fifth on top: 120 credits, 12 micro-credits for 100,000 pico-USD, rounded up once an attempt.
-        let charge: i128 = priced.values().map(|pusd| (pusd * 12 + 99_999) / 100_000).sum();
-        // What was answered and recorded is not asked again: its question is the last of its call.
-        for name in ["a", "b"] {
-            let of_call = |key: &str| key == name || key.starts_with(&format!("{name}."));
-            let done: Vec<&Call> =
-                rows.iter().filter(|row| of_call(&row.call_key) && row.state == "succeeded").collect();
-            note(done.len() <= 1, format!("{name} was bought {} times", done.len()));
-            note(done.len() == 1 || expected.is_some(), format!("{name} was never answered"));
-            let last = story.iter().rfind(|(_, call)| call == name);
-            if let (Some(row), Some((entry, _))) = (done.first(), last) {
-                let same = row.provider_request_id == entry.provider_request_id;
-                note(same, format!("{name} was asked again after it was answered"));
-                // It is whole when its finish reason has been read: the client does not wait for what comes after it, and the
-                // server may be on its last bytes.
-                note(
-                    entry.stage >= Stage::Body,
-                    format!("{name} is recorded, and its answer got to {:?}", entry.stage),
-                );
-            }
-        }
-        let beside: (i64, i64, i64) = sqlx::query_as(
-            "select (select count(*) from spending_limits where run_id = $1 and key = '(inherited)'), count(d.usage_id), count(f.id)
-             from activity_attempts a join api_key_usage k on k.attempt_id = a.id and k.state = 'succeeded'
-             left join cost_doubts d on d.usage_id = k.id and d.charged_pusd = k.cost_pusd and k.cost_pusd > 0
-             left join reconcile_findings f on f.subject = d.usage_id::text and f.kind = 'cost_doubtful' and f.seen = 1
-             where a.run_id = $1",
-        )
-        .bind(view.run_id.0)
-        .fetch_one(&self.pool)
-        .await
-        .expect("rows");
-        let doubted = if pair.doubts() { 2 } else { 0 };
-        let expected_beside = (i64::from(pair.inherits()), doubted, doubted);
-        note(
-            beside == expected_beside,
-            format!("limits taken over, doubts and findings {beside:?}, not {expected_beside:?}"),
-        );
-        let charged: Vec<(String, i64, i64)> = sqlx::query_as(
-            "select a.state, (select count(*) from credit_transactions t where t.attempt_id = a.id and t.kind = 'hold')
-                           - (select count(*) from credit_transactions t where t.attempt_id = a.id and t.kind = 'capture'),
-                    (select coalesce(sum(-t.amount_ucr), 0) from credit_transactions t where t.attempt_id = a.id and t.kind = 'capture')::bigint
-                  - ceil((select coalesce(sum(k.cost_pusd), 0) from api_key_usage k where k.attempt_id = a.id) * 120 / 10000000000.0 * 10000)::bigint
-             from activity_attempts a where a.run_id = $1",
-        )
-        .bind(view.run_id.0)
-        .fetch_all(&self.pool)
-        .await
-        .expect("attempts");
-        for (state, open, difference) in charged {
-            note(state != "running" && open == 0, format!("an attempt is {state} with {open} open holds"));
-            note(difference == 0, format!("an attempt was charged {difference} more than its calls cost"));
-        }
-        let (balance, held, captured, given): (i64, i64, i64, i64) = sqlx::query_as(
-            "select credit_balance_ucr, credit_held_ucr, (select coalesce(sum(-amount_ucr), 0)::bigint from credit_transactions
-                     where user_id = u.id and kind = 'capture'), (select coalesce(sum(amount_ucr), 0)::bigint from credit_transactions
-                     where user_id = u.id and counter_account = 'platform:adjustment') from users u where id = $1",
-        )
-        .bind(user)
-        .fetch_one(&self.pool)
-        .await
-        .expect("user");
-        note(held == 0 && balance == CREDITS * 1_000_000 - captured + given, format!("balance {balance}, held {held}"));
-        note(i128::from(captured) == charge, format!("charged {captured}, by our arithmetic {charge}"));
-        // Everything or nothing, and something was paid.
-        let back = if pair.gets_back() { captured } else { 0 };
-        note(given == back && (captured > 0 || !pair.gets_back()), format!("{given} of {captured} given back"));
-        wrong.into_iter().map(|what| format!("{}: {what}", pair.name())).collect()
     }
 }
 

@@ -109,6 +109,42 @@ pub(super) fn faults() -> Vec<Option<Fault>> {
     std::iter::once(None).chain(faults.map(Some)).collect()
 }
 
+/// What the books have to say of a question that was answered so, by the journal, and whose worker lived: its state, and HTTP status.
+/// An answer that was lost on its way may have been billed, so it is unknown; who said no, or ended what was said too early, bills
+/// nothing. Shares nothing with the classification of errors.
+pub(super) fn answer_of(answered: &str, dialect: Dialect) -> (&'static str, &'static [Option<i32>]) {
+    use Fault as F;
+    if answered == "reply" {
+        return ("succeeded", &[Some(200)]);
+    }
+    let fault = faults().into_iter().flatten().find(|fault| format!("{fault:?}") == answered);
+    match fault.unwrap_or_else(|| panic!("no pair asks for {answered}")) {
+        F::CloseAfterFinish | F::NoDone | F::Split | F::OneByte | F::UsageAbsent | F::UsageTwice | F::Gzip => {
+            ("succeeded", &[Some(200)])
+        }
+        F::ResetBeforeHeaders | F::CloseBeforeHeaders | F::StallBeforeHeaders => ("unknown", &[None]),
+        // A reset may overtake what was sent before it.
+        F::ResetAfterHeaders | F::ResetMidBody => ("unknown", &[Some(200), None]),
+        F::CloseMidBody | F::StallAfterHeaders | F::StallMidBody | F::CommentsForever => ("unknown", &[Some(200)]),
+        F::HugeBody | F::GzipDamaged | F::GzipBomb | F::HtmlPage => ("unknown", &[Some(200)]),
+        F::NoFinishReason | F::UnknownFinishReason | F::CommentsOnly => ("failed", &[Some(200)]),
+        // The code inside the error counts; one without a number is the server's fault.
+        F::ErrorInside if dialect == Dialect::OpenAi => ("failed", &[Some(500)]),
+        F::ErrorInside => ("failed", &[Some(503)]),
+        F::ErrorMidStream => match dialect {
+            Dialect::Gemini => ("failed", &[Some(503)]),
+            Dialect::OpenRouter => ("failed", &[Some(502)]),
+            Dialect::OpenAi => ("failed", &[Some(500)]),
+        },
+        F::BadKey => ("failed", &[Some(401)]),
+        F::NoBalance | F::BudgetInFlight => ("failed", &[Some(402)]),
+        F::RateLimited(_) => ("failed", &[Some(429)]),
+        F::HtmlError => ("failed", &[Some(500)]),
+        F::HugeError => ("failed", &[Some(503)]),
+        F::Redirect(_) => panic!("no pair redirects"),
+    }
+}
+
 /// One pair at one dialect.
 #[derive(Clone)]
 pub(super) struct Pair {
@@ -173,6 +209,10 @@ impl Pair {
         if self.doubts() { Told { cost: "90.5".into(), ..told } } else { told }
     }
     /// What becomes of this key's n-th question.
+    ///
+    /// Behind a question or headers the killed worker's answer is held, and the fault is the next question's, which its successor asks:
+    /// who is killed before an answer breaks never learns that it does, whatever would have come. Fault and death meet in one call where
+    /// the worker has met the fault and dies with what it knows of it: after the reply, before and after that is recorded.
     pub(super) fn fault_of(&self, nth: usize) -> Option<Fault> {
         let held = match self.death.1 {
             Death::Sent => Some(Fault::StallBeforeHeaders),
