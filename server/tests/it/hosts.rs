@@ -249,7 +249,7 @@ async fn two_hosts_share_the_load_and_take_over_from_each_other() {
             Scene::Killed(work) if was_taken(&pool, &work).await => Scene::Taken,
             same => same,
         };
-        if open == 0 {
+        if open == 0 && matches!(scene, Scene::Taken) {
             break;
         }
         assert!(
@@ -258,7 +258,6 @@ async fn two_hosts_share_the_load_and_take_over_from_each_other() {
         );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    assert!(matches!(scene, Scene::Taken), "{scene:?}: each has worked, and taken over from the other");
     let mut commits = BTreeSet::new();
     for it in &loops {
         let (made, ..) = it.facts(&pool).await;
