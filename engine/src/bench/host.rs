@@ -109,6 +109,13 @@ impl Host {
         })
     }
 
+    /// How many transactions have written something or locked a row, on the whole server, since it was made. Those that only read get
+    /// no number. Whatever else works on the server counts as well; on one of our own that is Postgres' own upkeep, a few a minute.
+    pub(super) async fn written(&self) -> Result<i64> {
+        let next = "select pg_snapshot_xmax(pg_current_snapshot())::text::bigint";
+        Ok(sqlx::query_scalar(next).fetch_one(&self.pool).await?)
+    }
+
     /// Makes the backends write down what they counted: they do it when they end, and at most once a second before.
     pub(super) async fn settle(&self) {
         tokio::time::sleep(Duration::from_millis(1_100)).await;

@@ -142,13 +142,24 @@ async fn the_bench_measures_with_workers_that_are_this_program() {
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     let figures = report["figures"].as_array().unwrap();
     let of = |name: &str| figures.iter().find(|f| f["name"].as_str().unwrap().contains(name)).expect(name);
-    for name in ["transitions/s", "WAL per step", "a sequential step", "lag of timers", "kill -9"] {
+    for name in [
+        "transitions/s",
+        "commits of transitions",
+        "transactions that write",
+        "WAL per step",
+        "a sequential step",
+        "lag of timers",
+        "kill -9",
+    ] {
         assert!(of(name)["value"].as_f64().unwrap() > 0.0, "{name}: {text}");
     }
     // Every figure stands beside what this Postgres and this driver do without the engine; what is such a limit itself does not.
     for figure in figures.iter().filter(|figure| figure["name"] != "one insert per commit, p50") {
         assert!(figure["limit"]["value"].is_f64() && figure["limit"]["what"].is_string(), "no limit: {figure}");
     }
+    // Each commit of transitions is a transaction that writes, and claims are others.
+    let value = |name: &str| of(name)["value"].as_f64().unwrap();
+    assert!(value("transactions that write") > value("commits of transitions"), "{text}");
     let memory = of("memory of the worker");
     assert!(memory["limit"]["value"].as_f64().unwrap() > 1.0 && memory["limit"]["ratio"].is_f64(), "{memory}");
     let lost = of("steps lost or done twice");
