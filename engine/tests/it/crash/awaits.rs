@@ -94,6 +94,7 @@ const WITHOUT: &[(&str, &str)] = &[
     ("engine/src/store/sealed.rs", "by an operator's word: a statement a row, and what is done is not done again"),
     ("engine/src/store/spread.rs", "reads only"),
     ("engine/src/store/transitions_tests.rs", "a test"),
+    ("engine/src/testing/", "a test"),
     ("engine/src/worker/depth.rs", "reads only: gauges"),
     ("engine/src/worker/executor.rs", "waits for an activity, which writes by `worker/context.rs`"),
     ("engine/src/worker/keys.rs", "reads only"),
