@@ -1,7 +1,7 @@
 //! Keys where none belong, in what people write to a chat and in lines of a log: found by their shapes and cut out.
 //!
 //! Shapes, not proof: a long word with a digit after `sk-` is cut. Keys without a known beginning are found by what names them
-//! (`/key …`, `API_KEY=…`, `Bearer …`), and in what a person writes to a chat by looking like chance ([`by_chance`]). Those in
+//! (`/key …`, `API_KEY=…`, `Bearer …`), and in what a person writes to a chat by looking like chance (`by_chance`). Those in
 //! hexadecimal look like commits and checksums, and pass without a name.
 
 use serde_json::Value;
