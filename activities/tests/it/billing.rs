@@ -13,10 +13,11 @@ use loopwright_activities::{
 use loopwright_engine::{
     embedded::testing::database,
     hook::{AttemptRef, Outcome, Phase, Reading, TransitionHook, Verdict},
-    ids::RunId,
+    ids::{AttemptId, RunId},
 };
 use serde_json::{Value, json};
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
+use uuid::Uuid;
 
 #[tokio::test]
 async fn an_attempt_is_held_priced_and_captured_once() {
@@ -171,6 +172,79 @@ async fn a_budget_pays_for_the_runs_below_its_run_too() {
     assert!(matches!(spend(other, 1, json!({"credits": 30})).await, Verdict::Accepted), "another tree");
     assert_eq!(bench.balance().await, (100_000_000 - 3 * (1_000 * 2 + 10_000 * 10) * 120, 0));
     assert_eq!(bench.violations().await, [""; 0]);
+}
+
+/// Rows of `run_kin`: a run, the first of its chain, its parent.
+async fn kin(bench: &Bench) -> BTreeSet<(Uuid, Option<Uuid>, Option<Uuid>)> {
+    let rows = sqlx::query_as("select run_id, first_run_id, parent_run_id from run_kin");
+    rows.fetch_all(&bench.pool).await.expect("rows").into_iter().collect()
+}
+
+#[tokio::test]
+async fn what_a_family_has_spent_counts_when_its_database_is_migrated_and_while_an_older_release_works_on_it() {
+    let bench = Bench::new(100).await;
+    let budget = json!({"credits": 30});
+    let root = bench.run(budget.clone(), None).await;
+    let child = bench.run(Value::Null, Some(root)).await;
+    let grandchild = bench.run(Value::Null, Some(child)).await;
+    let next = bench.run(budget.clone(), None).await;
+    let goes_on = sqlx::query("update runs set first_run_id = $3 where shard = $1 and run_id = $2");
+    goes_on.bind(next.shard()).bind(next.0).bind(root.0).execute(&bench.pool).await.expect("a chain");
+    let spend = async |run: RunId, number: u32| {
+        let attempt = AttemptRef { budget: Arc::new(budget.clone()), ..bench.attempt(run, number) };
+        assert_eq!(bench.start(&attempt).await, None);
+        let verdict = bench.open(&attempt, "a.0", 10_000).await;
+        bench.close(&attempt, "a.0", CallState::Succeeded, 1_000, 10_000).await;
+        bench.end(&attempt, Outcome::Succeeded).await;
+        verdict
+    };
+    // 12.24 credits each.
+    for run in [grandchild, next] {
+        assert!(matches!(spend(run, 1).await, Verdict::Accepted));
+    }
+    let noted = kin(&bench).await;
+    assert_eq!(noted.len(), 3, "all but the root, which is alone: {noted:?}");
+    // The schema of the release before, with the rows that are there.
+    sqlx::raw_sql(
+        "drop function note_kin cascade; drop table run_kin; alter table activity_attempts drop column kin_noted",
+    )
+    .execute(&bench.pool)
+    .await
+    .expect("undone");
+    let again = MIGRATIONS.iter().find(|migration| migration.version == 32).expect("it is still there");
+    let mut tx = bench.pool.begin().await.expect("tx");
+    sqlx::raw_sql(again.sql).execute(&mut *tx).await.expect("migrated");
+    tx.commit().await.expect("commit");
+    assert_eq!(kin(&bench).await, noted);
+    for run in [root, child, next] {
+        let verdict = spend(run, 2).await;
+        assert!(
+            matches!(&verdict, Verdict::Refused { reason, .. } if reason == "budget.run"),
+            "5.52 are left: {verdict:?}"
+        );
+    }
+    // A worker of the release before starts an attempt in a run of which nothing is noted, and another.
+    let top = bench.run(Value::Null, None).await;
+    let middle = bench.run(Value::Null, Some(top)).await;
+    let below = bench.run(Value::Null, Some(middle)).await;
+    let mut tx = bench.pool.begin().await.expect("tx");
+    for attempt in [1, 2] {
+        sqlx::query(
+            "insert into activity_attempts (id, run_id, path, activity, attempt_no, user_id, project_id, state, lease_expires_at)
+             values ($1, $2, 'step', 'work@1', $3, $4, $5, 'running', engine_now())",
+        )
+        .bind(AttemptId::derive(below, "step", attempt).0)
+        .bind(below.0)
+        .bind(i32::try_from(attempt).expect("small"))
+        .bind(bench.user)
+        .bind(bench.project)
+        .execute(&mut *tx)
+        .await
+        .expect("as the release before did it");
+    }
+    tx.commit().await.expect("commit");
+    let more = BTreeSet::from([(middle.0, None, Some(top.0)), (below.0, None, Some(middle.0))]);
+    assert_eq!(kin(&bench).await, noted.union(&more).copied().collect());
 }
 
 #[tokio::test]

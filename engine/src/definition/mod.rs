@@ -103,6 +103,7 @@ impl OnConflict {
     }
 
     /// What is kept of it with a run that is in the group, or waits: it is nobody's to refuse or to cancel any more.
+    #[cfg(feature = "runtime")]
     #[must_use]
     pub(crate) fn once_there(self) -> Self {
         match self {

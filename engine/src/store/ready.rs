@@ -242,7 +242,8 @@ fn enough<T>(
 ///
 /// Most that `ready` holds is dead, and its statistics say at times that it is empty: reading all of it looks as dear as one row then,
 /// and takes a second beside a pinned snapshot. So each run is looked up by its key, and nothing else is left to choose: by `lateral`,
-/// by a condition on time that no index serves (`is true`), and by `between`, by which nothing can be merged.
+/// by a condition on time that no index serves (`is true`), and by `= any(array[…])`, by which nothing can be merged or hashed. A
+/// comparison of rows would do for that too, but a descent by one ends where the first column does: it reads what is behind the key.
 static TAKE: Forms = Forms::new(
     "with w as (select * from unnest($2::smallint[], $3::uuid[]) with ordinality t(shard, run_id, ord)),
               c as (select k.shard, k.run_id from w cross join lateral
@@ -251,7 +252,7 @@ static TAKE: Forms = Forms::new(
                          and r.owner is null and r.closed_at is null and r.status <> 'quarantined' and r.admitted/*at q*//*at r*/
                        limit 1 for update of q, r skip locked) k
                     order by w.ord limit $4),
-              d as (delete from ready q using c where (q.shard, q.run_id) between (c.shard, c.run_id) and (c.shard, c.run_id)/*at q*/)
+              d as (delete from ready q using c where q.shard = any(array[c.shard]) and q.run_id = any(array[c.run_id])/*at q*/)
          update runs r set owner = $1, epoch = r.epoch + 1, parked = false, waiting = null
          from c where r.shard = c.shard and r.run_id = c.run_id/*at r*/ returning r.run_id, r.epoch, engine_now()",
     "$5",
@@ -297,7 +298,7 @@ static TAKE_MESSAGED: Forms = Forms::new(
                     where q.queue = any($2) and q.due_at <= engine_now() and r.owner is null and r.closed_at is null
                       and r.status <> 'quarantined' and r.admitted and r.inbox_n > r.inbox_seen/*at q*//*at r*/
                     order by q.due_at limit $3 for update of q, r skip locked),
-              d as (delete from ready q using c where (q.shard, q.run_id) between (c.shard, c.run_id) and (c.shard, c.run_id)/*at q*/)
+              d as (delete from ready q using c where q.shard = any(array[c.shard]) and q.run_id = any(array[c.run_id])/*at q*/)
          update runs r set owner = $1, epoch = r.epoch + 1, parked = false, waiting = null
          from c where r.shard = c.shard and r.run_id = c.run_id/*at r*/ returning r.run_id, r.epoch, r.lane, engine_now()",
     "$4",

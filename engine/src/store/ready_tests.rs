@@ -200,6 +200,40 @@ async fn a_claim_finds_its_runs_by_their_keys_although_it_was_planned_before_the
     drop(pinned);
 }
 
+/// A descent by a comparison of rows goes on to the end of the first column: a third of this index.
+#[tokio::test]
+async fn a_claim_reads_nothing_of_the_runs_that_stand_behind_its_own() {
+    let pool = database(MIGRATIONS).await;
+    queue(&pool, "parked", 50_000, 3, true, -3_600).await;
+    sqlx::query("insert into definitions (hash, name, version, format, source, bundle, ir) values (decode(repeat('07', 32), 'hex'), 'w', 1, 1, '', '{}', '{}')")
+        .execute(&pool)
+        .await
+        .expect("definition");
+    let due: Vec<uuid::Uuid> = sqlx::query_scalar(
+        "with due as (update ready set due_at = engine_now() - interval '1 second'
+                      where run_id in (select run_id from ready order by run_id limit 10) returning shard, run_id)
+         insert into runs (shard, run_id, workflow, definition, status, inputs, parked)
+         select shard, run_id, 'w', decode(repeat('07', 32), 'hex'), 'running', '{}', true from due returning run_id",
+    )
+    .fetch_all(&pool)
+    .await
+    .expect("runs");
+    sqlx::query("analyze ready").execute(&pool).await.expect("sql");
+    let explain = format!("explain (analyze, buffers, format json) {}", TAKE.text(None));
+    let plan: Value = sqlx::query_scalar(sqlx::AssertSqlSafe(explain))
+        .bind(uuid::Uuid::now_v7())
+        .bind(vec![0_i16; due.len()])
+        .bind(&due)
+        .bind(10_i64)
+        .fetch_one(&pool)
+        .await
+        .expect("plan");
+    let plan = &plan[0]["Plan"];
+    assert_eq!(plan["Actual Rows"], 10, "{plan:#}");
+    let pages = plan["Shared Hit Blocks"].as_i64().expect("pages");
+    assert!(pages < 400, "{pages} pages: {plan:#}");
+}
+
 /// Tables that are mostly empty, full of dead rows that a snapshot pins, and statistics by which they are empty.
 pub(crate) async fn all_dead(pool: &PgPool) -> sqlx::Transaction<'static, sqlx::Postgres> {
     queue(pool, "claimed", 5_000, 3, false, 600).await;

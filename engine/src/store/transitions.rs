@@ -226,10 +226,10 @@ static SEND: Forms = Forms::new(
                select shard, run_id, ($15::text[])[ord], priority, lane, ($16::timestamptz[])[ord] > (select at from n), ($16::timestamptz[])[ord]
                from u where parked
                on conflict (shard, run_id) do update set due_at = least(ready.due_at, excluded.due_at)),
-         g as (delete from admissions a using u where u.closed_at is not null and (a.shard, a.run_id) between (u.shard, u.run_id) and (u.shard, u.run_id)/*at a*/),
-         z as (delete from ready q using u where u.closed_at is not null and (q.shard, q.run_id) between (u.shard, u.run_id) and (u.shard, u.run_id)/*at q*/),
-/*together*/         k as (delete from workflow_ids w using u where u.closed_at is not null and w.workflow_id between u.workflow_id and u.workflow_id and w.run_id = u.run_id),
-/*together*/         p as (delete from attempt_progress a using u where u.closed_at is not null and (a.shard, a.run_id) between (u.shard, u.run_id) and (u.shard, u.run_id)/*at a*/),
+         g as (delete from admissions a using u where u.closed_at is not null and a.shard = any(array[u.shard]) and a.run_id = any(array[u.run_id])/*at a*/),
+         z as (delete from ready q using u where u.closed_at is not null and q.shard = any(array[u.shard]) and q.run_id = any(array[u.run_id])/*at q*/),
+/*together*/         k as (delete from workflow_ids w using u where u.closed_at is not null and w.workflow_id = any(array[u.workflow_id]) and w.run_id = u.run_id),
+/*together*/         p as (delete from attempt_progress a using u where u.closed_at is not null and a.shard = any(array[u.shard]) and a.run_id = any(array[u.run_id])/*at a*/),
          o as (insert into outbox (topic, shard, run_id, seq)
                select ($17::text[])[ord], shard, run_id, seq from u where ($17::text[])[ord] is not null)
     select ord, inbox_n from u",

@@ -25,11 +25,6 @@ const EVERYWHERE: &[(&str, &str)] = &[
         "q.queue = any(",
         "claim: the same, for timers that are over in a long queue, and for runs with a message while a worker has no room",
     ),
-    (
-        "between (c.shard, c.run_id) and (c.shard, c.run_id)",
-        "claim: deletes by ranges of keys, so that nothing but a lookup can be planned; where runs are spread they name the shard",
-    ),
-    ("between (u.shard, u.run_id) and (u.shard, u.run_id)", "closing: the same"),
     ("where r.owner = $1 and not exists", "strays: one look of a worker every 2 s, for all its runs"),
     ("where r.owner = any($1::uuid[])", "takeover: only after a worker has died, until all of its runs are free"),
     ("first_run_id = ", "chains: whoever stops a child asks for the run that is open in its place"),
