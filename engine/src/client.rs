@@ -156,7 +156,7 @@ impl Client {
     ///
     /// # Errors
     /// `run_not_found`, `run_closed`, `signal_invalid` (the names that there are, or the form's violations), `too_large`,
-    /// `too_deep`, `inbox_full`.
+    /// `too_deep`; `inbox_full` if 1,000 messages wait to be read by the run, or 100 of this name to be taken by a step.
     pub async fn signal(&self, run: RunId, signal: Signal) -> Result<bool> {
         let stored = self.once(|conn| {
             let signal = signal.clone();
@@ -186,6 +186,10 @@ impl Client {
             let problems = machine::problems(&pinned.definition, &signal.name, &signal.payload, machine::Door::Signal);
             if !problems.is_empty() {
                 return Err(Error::SignalInvalid(problems));
+            }
+            if open.inbox_n >= LOOKED_FROM {
+                self.is_room(conn, run, &signal).await?;
+                crate::committer::crash_point("send.after_room");
             }
             if let Some(stored) = self.send(conn, run, open.definition, &signal).await? {
                 crate::committer::crash_point("send.before_commit");
@@ -435,6 +439,28 @@ impl Client {
         }
     }
 
+    /// Whether a run that was sent many messages will keep another one of this name. Locks the run's row until the end of the transaction:
+    /// nothing is read or taken between this look and the message.
+    ///
+    /// # Errors
+    /// `inbox_full`.
+    async fn is_room(&self, conn: &mut PgConnection, run: RunId, signal: &Signal) -> Result<()> {
+        store::migrations::lock(conn, run).await?;
+        crate::committer::crash_point("send.after_lock");
+        if let Some(id) = &signal.dedupe_id
+            && store::inbox::knows(conn, run, id).await?
+        {
+            return Ok(());
+        }
+        let loaded = store::runs::load(conn, run).await?;
+        let kept = loaded.state.mailbox.iter().filter(|message| message.name == signal.name).count();
+        let unread = store::inbox::unread_of(conn, run, loaded.inbox_seen, &signal.name, KEPT_MAX).await?;
+        if i64::try_from(kept).unwrap_or(KEPT_MAX) + unread < KEPT_MAX {
+            return Ok(());
+        }
+        Err(full(run, "messages of this name", KEPT_MAX))
+    }
+
     /// `None`: the run does not have that definition any more.
     async fn send(
         &self,
@@ -545,6 +571,10 @@ pub(crate) fn closed(run: RunId, chain: &Chain) -> Error {
     })
 }
 
+/// Messages of one name that a run keeps until a step takes them.
+const KEPT_MAX: i64 = machine::MAILBOX_MAX as i64;
+/// Messages of any name from which on a sender looks whether there is room. Half: those who send at the same time do not see each other.
+const LOOKED_FROM: i64 = KEPT_MAX / 2;
 /// What signals and updates are together, as [`Error::InboxFull`] says it.
 const MESSAGES: &str = "messages (signals and updates)";
 

@@ -112,6 +112,8 @@ pub const CRASH_POINTS: &[(&str, &str)] = &[
     ("takeover.after_runs", "store/workers.rs"),
     ("send.after_commit", "client.rs"),
     ("send.after_open", "client.rs"),
+    ("send.after_lock", "client.rs"),
+    ("send.after_room", "client.rs"),
     ("send.before_commit", "client.rs"),
     ("approve.after_lock", "client.rs"),
     ("approve.after_look", "client.rs"),

@@ -2,7 +2,7 @@
 //!
 //! Shapes, not proof: a long word with a digit after `sk-` is cut. Keys without a known beginning are found by what names them
 //! (`/key …`, `API_KEY=…`, `Bearer …`), and in what a person writes to a chat by looking like chance (`by_chance`). Those in
-//! hexadecimal look like commits and checksums, and pass without a name.
+//! hexadecimal look like commits and checksums: they are cut if the words before them speak of a key, or if nothing else was written.
 
 use serde_json::Value;
 
@@ -40,6 +40,29 @@ const WEAK_LABELS: &[&str] = &["key", "token", "secret", "password"];
 const LABELLED_MIN: usize = 16;
 /// Fewest letters and digits in a row that look like chance without a name. Chosen: the shortest keys without a shape have 32.
 const CHANCE_MIN: usize = 28;
+/// Fewest hexadecimal digits that may be a key, and as many as a commit has.
+const HEX_MIN: usize = 32;
+const COMMIT: usize = 40;
+/// What people call a key before they write it, and within how many words; what else hexadecimal digits are called.
+const CALLED: &[&str] = &["key", "keys", "apikey", "token", "tokens", "secret", "password"];
+const CALLED_WITHIN: usize = 12;
+const SUMS: &[&str] = &[
+    "commit",
+    "commits",
+    "sha",
+    "sha1",
+    "sha256",
+    "sha512",
+    "md5",
+    "hash",
+    "hashes",
+    "checksum",
+    "checksums",
+    "digest",
+    "revision",
+    "etag",
+];
+const SUMS_WITHIN: usize = 6;
 /// Where people write.
 const WRITTEN: [&str; 4] = ["/message/text", "/message/caption", "/edited_message/text", "/edited_message/caption"];
 /// Fewest characters after `/key`: an explanation has blanks, a key has none.
@@ -148,18 +171,37 @@ fn named(text: &str) -> Option<String> {
 /// What a person wrote, without words that look like chance: a key of a provider that nobody here knows. `None` if there are none.
 /// Addresses stay: documents are shared by long ids.
 fn by_chance(text: &str) -> Option<String> {
-    let looks = |word: &str| {
-        let rows = word.split(|c: char| !c.is_ascii_alphanumeric());
-        let is_hex = |row: &str| row.bytes().all(|b| b.is_ascii_hexdigit());
-        !word.contains("://") && rows.into_iter().any(|row| row.len() >= CHANCE_MIN && !is_hex(row) && is_chance(row))
-    };
-    let mut out = String::new();
+    let words: Vec<&str> = text.split_whitespace().collect();
+    let (mut out, mut n) = (String::new(), 0);
     for word in text.split_inclusive(char::is_whitespace) {
         let end = word.trim_end();
-        out.push_str(if looks(end) { CUT } else { end });
+        let looks = !end.is_empty() && !end.contains("://") && rows(end).any(|row| looks_like_key(row, &words, n));
+        out.push_str(if looks { CUT } else { end });
         out.push_str(&word[end.len()..]);
+        n += usize::from(!end.is_empty());
     }
     (out != text).then_some(out)
+}
+
+/// Letters and digits in a row.
+fn rows(word: &str) -> impl Iterator<Item = &str> {
+    word.split(|c: char| !c.is_ascii_alphanumeric())
+}
+
+/// Whether a row of the `n`-th word may be a key, by itself or by what is said before it.
+fn looks_like_key(row: &str, words: &[&str], n: usize) -> bool {
+    if !row.bytes().all(|b| b.is_ascii_hexdigit()) {
+        return row.len() >= CHANCE_MIN && is_chance(row);
+    }
+    let mixed = row.contains(|c: char| c.is_ascii_digit()) && row.contains(|c: char| c.is_ascii_alphabetic());
+    if row.len() < HEX_MIN || !mixed {
+        return false;
+    }
+    let said = |names: &[&str], within: usize| {
+        let before = words[n.saturating_sub(within)..=n].iter().flat_map(|word| rows(word));
+        before.into_iter().any(|word| names.iter().any(|name| word.eq_ignore_ascii_case(name)))
+    };
+    !said(SUMS, SUMS_WITHIN) && (said(CALLED, CALLED_WITHIN) || words.len() == 1 && row.len() != COMMIT)
 }
 
 /// Whether letters, capitals and digits change as often as by chance: at every fourth place at least (two of five in most keys), with two
@@ -283,6 +325,19 @@ mod tests {
             ("my key is 5vXkQ2wZ8rTn4LpA7sYd1GhJ6mBc3EfK ok", Some("my key is [redacted] ok")),
             ("(a8f3k2m9x7q4w1z6b5n0c8v2l3p7r9t1)", Some("[redacted]")),
             ("take\n5vXkQ2wZ8rTn4LpA7sYd1GhJ6mBc3EfK/+w==\tplease", Some("take\n[redacted]\tplease")),
+            // In hexadecimal if it is called so, or if there is nothing else.
+            ("My API key is 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822c.", Some("My API key is [redacted]")),
+            ("use this key 9f86d081884c7d659a2feaa0c55ad015", Some("use this key [redacted]")),
+            (
+                "the token of my\nserver:\n\n9f86d081884c7d659a2feaa0c55ad015 ok",
+                Some("the token of my\nserver:\n\n[redacted] ok"),
+            ),
+            (" 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08\n", Some(" [redacted]\n")),
+            ("the key lookup is wrong since commit 4f0c2b7d9e1a3c5f7b9d2e4f6a8c0b1d3e5f7a9b", None),
+            ("the key file's sha256 is e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855", None),
+            ("the keyboard sends 9f86d081884c7d659a2feaa0c55ad015", None),
+            ("its key is 12345678901234567890123456789012", None),
+            ("4f0c2b7d9e1a3c5f7b9d2e4f6a8c0b1d3e5f7a9b", None),
             // Commits, checksums, ids, shared documents, names, and words of languages that write them together.
             ("see 4f0c2b7d9e1a3c5f7b9d2e4f6a8c0b1d3e5f7a9b", None),
             ("sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855", None),

@@ -51,7 +51,8 @@ use std::{cell::Cell, collections::BTreeMap};
 /// Events after which a decision is committed although the run could move on at once: a history row stays below a few
 /// hundred kilobytes. What is left is the next transition.
 pub const EVENTS_MAX: usize = 2_000;
-/// Signals of one name that wait in the mailbox; later ones are dropped and recorded as dropped.
+/// Signals of one name that wait in the mailbox. The client refuses later ones; what comes in all the same is dropped and recorded as
+/// dropped.
 pub const MAILBOX_MAX: usize = 100;
 /// Attempts of one step that may be lost before the step fails: a step that kills its worker each time must end.
 pub const LOST_MAX: u32 = 100;

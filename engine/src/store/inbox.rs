@@ -162,6 +162,21 @@ pub(crate) async fn send(conn: &mut PgConnection, message: &Outgoing<'_>) -> Res
     })
 }
 
+/// How many signals and updates of a name wait to be read by a run that has read `seen`; `most` at most.
+pub(crate) async fn unread_of(conn: &mut PgConnection, run: RunId, seen: i64, name: &str, most: i64) -> Result<i64> {
+    Ok(sqlx::query_scalar(
+        "select count(*) from (select from inbox where shard = $1 and run_id = $2 and n > $3 and name = $4 and kind = any($5) limit $6) w",
+    )
+    .bind(run.shard())
+    .bind(run.0)
+    .bind(seen)
+    .bind(name)
+    .bind(MESSAGES)
+    .bind(most)
+    .fetch_one(conn)
+    .await?)
+}
+
 /// The open run of a child, or of its chain, and whether it hears: it is not set aside, and has read that it is to end.
 pub(crate) async fn overdue(conn: &mut PgConnection, child: RunId) -> Result<Option<(RunId, bool)>> {
     let mut run = child;

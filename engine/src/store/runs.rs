@@ -249,11 +249,13 @@ pub(crate) struct Standing {
     /// It came from a file and is there to be read.
     pub(crate) imported: bool,
     pub(crate) chain: Chain,
+    /// Messages that were ever sent to it, or were handed on to it.
+    pub(crate) inbox_n: i64,
 }
 
 pub(crate) async fn standing(conn: &mut PgConnection, run: RunId) -> Result<Standing> {
     let row = sqlx::query(
-        "select definition, status, imported_at is not null as imported, first_run_id, continued_from, continued_as
+        "select definition, status, imported_at is not null as imported, first_run_id, continued_from, continued_as, inbox_n
          from runs where shard = $1 and run_id = $2",
     )
     .bind(run.shard())
@@ -267,6 +269,7 @@ pub(crate) async fn standing(conn: &mut PgConnection, run: RunId) -> Result<Stan
         status: status(&row)?,
         imported: row.try_get("imported")?,
         chain: chain(&row)?,
+        inbox_n: row.try_get("inbox_n")?,
     })
 }
 

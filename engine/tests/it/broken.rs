@@ -9,7 +9,7 @@ use crate::{
 use loopwright_engine::{
     Failure,
     activity::Registry,
-    client::{Client, Signal, Why},
+    client::{Client, Signal, Update, Why},
     definition::{Branch, CallVersion, Definition, Join, Kind, ParentClose, Step, WaitUntil},
     ids::RunId,
     view::{RunStatus, Waiting},
@@ -156,10 +156,10 @@ fn go(id: u32) -> Signal {
     Signal { name: "go".into(), payload: json!({ "n": id }), dedupe_id: Some(format!("s{id}")), sender: None }
 }
 
-/// As if so many had been sent to a run that nobody drives.
+/// As if so many had been sent to a run that nobody drives, of no name more than it will keep.
 async fn sent(bench: &Bench, run: RunId, kind: &str, many: i32) {
     let sql = "with m as (insert into inbox (shard, run_id, n, kind, name, payload)
-                          select shard, run_id, inbox_n + i, $2, 'go', case $2 when 'signal' then '{}' else '\"enough\"' end::jsonb
+                          select shard, run_id, inbox_n + i, $2, case when i <= 90 then 'go' else 'other' || i / 90 end, case $2 when 'signal' then '{}' else '\"enough\"' end::jsonb
                           from runs, generate_series(1, $3) i where run_id = $1 returning 1)
                update runs set inbox_n = inbox_n + (select count(*) from m) where run_id = $1";
     sqlx::query(sql).bind(run.0).bind(kind).bind(many).execute(&bench.pool).await.expect("sent");
@@ -188,6 +188,46 @@ async fn an_inbox_that_nobody_reads_takes_a_thousand_messages() {
     assert!(bench.client.resume(run, Why::default()).await.expect("an order"));
     let worker = bench.worker_with(LONG, 4).await;
     assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
+    worker.drain(GRACE).await;
+    bench.audit().await;
+}
+
+/// A run keeps a hundred messages of a name for the steps that will take them. Whoever sends one more is told so, and nothing that was accepted is
+/// dropped.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_the_run_would_not_keep_is_refused_at_the_door() {
+    let bench = Bench::new().await;
+    let two = vec![
+        step("s", Kind::Await(Box::new(waits_for("go")))),
+        step("t", Kind::Await(Box::new(waits_for("other")))),
+        step("u", Kind::Await(Box::new(waits_for("go")))),
+    ];
+    let run = bench.start(definition("keeps", two), json!({})).await;
+    let worker = bench.worker_with(LONG, 4).await;
+    bench.client.signal(run, go(0)).await.expect("taken");
+    bench.until(run, "waits for the other", |v| v.waiting.iter().any(|w| format!("{w:?}").contains("other"))).await;
+    // Half of them are read, half of them not.
+    for n in 1..=50 {
+        assert!(bench.client.signal(run, go(n)).await.expect("room"));
+    }
+    bench.until(run, "has read them", |v| v.unread == 0).await;
+    bench.client.pause(run, Why::default()).await.expect("pause");
+    bench.until(run, "is paused", |v| v.status == RunStatus::Paused).await;
+    worker.drain(GRACE).await;
+    for n in 51..=100 {
+        assert!(bench.client.signal(run, go(n)).await.expect("room"));
+    }
+    let refused = bench.client.signal(run, go(101)).await.expect_err("no room");
+    assert_eq!(refused.code(), "inbox_full");
+    assert!(refused.to_string().starts_with("100 messages of this name wait"), "{refused}");
+    assert!(!bench.client.signal(run, go(7)).await.expect("one that is there already"));
+    let other = Signal { name: "other".into(), ..go(102) };
+    assert!(bench.client.signal(run, other).await.expect("of another name there is room"));
+    let worker = bench.worker_with(LONG, 4).await;
+    bench.client.resume(run, Why::default()).await.expect("resume");
+    assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
+    let dropped = "select count(*) from history, jsonb_array_elements(events) e where e->>'type' = 'signal_dropped'";
+    assert_eq!(count(&bench, dropped).await, 0);
     worker.drain(GRACE).await;
     bench.audit().await;
 }
@@ -238,10 +278,16 @@ async fn a_large_message_to_an_inbox_that_is_being_emptied_is_stored_whole_or_no
     sent(&bench, run, "signal", 1_000).await;
     let way = Way::to(&bench.pool).await;
     let held = way.holds_at("insert into inbox");
-    let large = Signal { payload: json!({ "text": "x".repeat(100_000) }), ..go(1) };
+    // Senders of signals hold the run while they look; those of updates do not.
+    let large = Update {
+        name: "go".into(),
+        payload: json!({ "text": "x".repeat(100_000) }),
+        id: Some("u".into()),
+        sender: None,
+    };
     let sent = {
         let (client, large) = (Client::new(way.pool(2).await, bench.hook.clone()), large.clone());
-        tokio::spawn(async move { client.signal(run, large).await })
+        tokio::spawn(async move { client.update(run, large, Duration::ZERO).await })
     };
     // It has seen the full inbox.
     tokio::time::timeout(PATIENCE, held.arrived.cancelled()).await.expect("it is about to be stored");
@@ -253,7 +299,8 @@ async fn a_large_message_to_an_inbox_that_is_being_emptied_is_stored_whole_or_no
         count(&bench, "select (select count(*) from inbox where n > 1000) + (select count(*) from blobs)").await,
         0
     );
-    assert!(bench.client.signal(run, large).await.expect("there is room now"));
+    let stored = bench.client.update(run, large, Duration::ZERO).await.expect_err("nobody answers");
+    assert_eq!(stored.code(), "update_pending", "there is room now");
     let worker = bench.worker_with(LONG, 4).await;
     assert_eq!(bench.closed(run).await.status, RunStatus::Completed);
     worker.drain(GRACE).await;
