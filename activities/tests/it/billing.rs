@@ -188,7 +188,8 @@ async fn what_a_family_has_spent_counts_when_its_database_is_migrated_and_while_
     let child = bench.run(Value::Null, Some(root)).await;
     let grandchild = bench.run(Value::Null, Some(child)).await;
     let next = bench.run(budget.clone(), None).await;
-    let goes_on = sqlx::query("update runs set first_run_id = $3 where shard = $1 and run_id = $2");
+    let goes_on =
+        sqlx::query("update runs set first_run_id = $3, continued_from = $3 where shard = $1 and run_id = $2");
     goes_on.bind(next.shard()).bind(next.0).bind(root.0).execute(&bench.pool).await.expect("a chain");
     let spend = async |run: RunId, number: u32| {
         let attempt = AttemptRef { budget: Arc::new(budget.clone()), ..bench.attempt(run, number) };
