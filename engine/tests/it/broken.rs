@@ -232,6 +232,22 @@ async fn a_message_that_the_run_would_not_keep_is_refused_at_the_door() {
     bench.audit().await;
 }
 
+/// Whether there is room in it, only who can read it knows; that somebody cannot is no matter of the sender's.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_the_sender_s_process_cannot_read_takes_its_messages() {
+    let bench = Bench::new().await;
+    let run = bench.start(deaf(), json!({})).await;
+    sent(&bench, run, "signal", 60).await;
+    sqlx::query("update runs set cursor = '{}', cursor_seq = 1, seq = 1 where run_id = $1")
+        .bind(run.0)
+        .execute(&bench.pool)
+        .await
+        .expect("overwritten");
+    assert_eq!(bench.client.describe(run).await.expect_err("unreadable").code(), "invariant");
+    assert!(bench.client.signal(run, go(1)).await.expect("stored"));
+    assert!(!bench.client.signal(run, go(1)).await.expect("once"));
+}
+
 /// Who owns a run may ask it to stop as often as he likes, and what he asks is kept until somebody reads it. Orders and messages are
 /// counted apart: neither keeps the other out.
 #[tokio::test(flavor = "multi_thread")]
