@@ -33,7 +33,7 @@ use answer::{Judged, UNUSABLE_CANDIDATES, UNUSABLE_PER_CANDIDATE, Unusable, appe
 use blame::Blame;
 use cut::Cuts;
 use failure::{
-    BUDGET_PER_MINUTE, is_beyond_means, is_out, is_passing, is_waited_for, named, outward, uncounted,
+    BUDGET_PER_MINUTE, is_beyond_means, is_out, is_passing, is_spoiled, is_waited_for, named, outward, uncounted,
     until_the_operator_acts, verdict_over,
 };
 use keys::Refused;
@@ -50,10 +50,12 @@ use wait::{alive, jittered, milliseconds, sleep};
 
 /// Requests to one candidate within a call: the second cures most passing faults, a third is a storm.
 pub const TRIES_PER_CANDIDATE: u32 = 2;
-/// Lost answers of a call that do not count: what may have been billed is bought again at the platform's cost, so that an outage of
-/// minutes ends no run. Later ones count, so a question is lost at most so often and as often as the step's policy says. Chosen: with
-/// delays that double, two minutes before it counts.
-const LOST_UNCOUNTED: u32 = 5;
+/// Spoiled answers of a call that do not count: what may have been billed is bought again at the platform's cost, so that a provider
+/// that spoils each of them for minutes ends no run. Later ones count, so that so many are bought and what the step's policy allows.
+/// Chosen: with waits that double ([`spoiled_wait`]), a quarter of an hour at least before one counts where there is one model.
+const SPOILED_UNCOUNTED: u32 = 10;
+/// Longest wait after a spoiled answer, in waits of [`Pace::backoff`]: ten minutes.
+const SPOILED_WAIT_MAX: u32 = 600;
 
 /// Chooses a model for a role and makes sure that no finished call is bought twice. Cheap to clone.
 #[derive(Clone)]
@@ -113,12 +115,14 @@ struct Progress {
     cuts: Cuts,
     /// The request that is made has all the room that its candidate has.
     full: bool,
-    /// A request failed and is billed all the same: to wait for somebody else and ask again would buy it once more.
+    /// A request failed and its user pays all the same: to wait for somebody else and ask again would have him buy it once more.
     billed: bool,
     /// Who may have served the question in this attempt, and the answer was lost.
     lost: Vec<Server>,
-    /// Lost answers of all attempts, as far as it matters how many.
-    lost_in_all: u32,
+    /// An answer was spoiled in this attempt.
+    spoils: bool,
+    /// Spoiled answers of all attempts, as far as it matters how many.
+    spoiled: u32,
     /// Who will not do it with any of its models.
     closed: Vec<Server>,
     /// The candidate that is being asked has failed in a way that waiting does not cure.
@@ -149,18 +153,24 @@ struct Task<'a> {
     shape: Option<Shape>,
 }
 
-/// Checkpoint of the `n`-th lost answer of a call, from 1 to [`LOST_UNCOUNTED`].
-fn lost_key(key: &str, n: u32) -> String {
-    format!("call:{key}~lost.{n}")
+/// Checkpoint of the `n`-th spoiled answer of a call, from 1 to [`SPOILED_UNCOUNTED`].
+fn spoiled_key(key: &str, n: u32) -> String {
+    format!("call:{key}~spoiled.{n}")
 }
 
-/// Answers of a call that former attempts have lost, up to [`LOST_UNCOUNTED`].
-async fn lost_so_far(ctx: &Context, key: &str) -> Result<u32, Failure> {
-    let mut lost = 0;
-    while lost < LOST_UNCOUNTED && ctx.checkpoint(&lost_key(key, lost + 1)).await?.is_some() {
-        lost += 1;
+/// Answers of a call that were spoiled in former attempts, up to [`SPOILED_UNCOUNTED`].
+async fn spoiled_so_far(ctx: &Context, key: &str) -> Result<u32, Failure> {
+    let mut spoiled = 0;
+    while spoiled < SPOILED_UNCOUNTED && ctx.checkpoint(&spoiled_key(key, spoiled + 1)).await?.is_some() {
+        spoiled += 1;
     }
-    Ok(lost)
+    Ok(spoiled)
+}
+
+/// How long a run waits at least after the `n`-th spoiled answer of a call, from 1: twice as long as after the one before, so that the
+/// first is soon made good and few are bought in a long time.
+fn spoiled_wait(backoff: Duration, n: u32) -> Duration {
+    backoff * 2_u32.saturating_pow(n).min(SPOILED_WAIT_MAX)
 }
 
 impl Orchestrator {
@@ -170,7 +180,8 @@ impl Orchestrator {
     /// `key` names the call inside its step and is stable over attempts: an answer recorded under it is returned and
     /// nothing is bought. Request `k` of attempt `a` is metered as `<key>.a<a>.<k>`; the answer is the checkpoint
     /// `call:<key>`; an answer without the required shape is the checkpoint `call:<key>~unusable.<a>.<n>`, the beginning of one that is
-    /// given in several calls `call:<key>~part.<a>.<n>`, one that was cut at its limit `call:<key>~cut.<n>`, that one was lost `call:<key>~lost.<n>`. A candidate whose window is too small, or that says so, is asked with a smaller
+    /// given in several calls `call:<key>~part.<a>.<n>`, one that was cut at its limit `call:<key>~cut.<n>`, that one was spoiled
+    /// `call:<key>~spoiled.<n>`. A candidate whose window is too small, or that says so, is asked with a smaller
     /// packing of the same question before another one is. While it lasts the call gives signs of life for its attempt.
     /// # Errors
     /// The codes that `README.md` lists under "Providers and orchestrator"; a refusal of the hook or the engine as it is.
@@ -199,7 +210,7 @@ impl Orchestrator {
             progress.parts = Parts::recorded(ctx, key).await?;
             progress.unusable = Unusable::recorded(ctx, key).await?;
             progress.cuts = Cuts::recorded(ctx, key).await?;
-            progress.lost_in_all = lost_so_far(ctx, key).await?;
+            progress.spoiled = spoiled_so_far(ctx, key).await?;
             // A repair that was lost comes first; before it the rest of an answer.
             choices.sort_by_key(|choice| progress.unusable_of(&choice.candidate).count() != 1);
         }
@@ -250,13 +261,17 @@ impl Orchestrator {
         if let Some(failure) = ours.filter(|_| only_keys).and_then(|at| failures.get_mut(at)) {
             until_the_operator_acts(failure);
         }
-        let lost_too_often = !progress.lost.is_empty() && progress.lost_in_all > LOST_UNCOUNTED;
         let mut verdict = verdict_over(failures);
+        if progress.spoils && is_waited_for(&verdict) {
+            let wait = milliseconds(spoiled_wait(self.0.pace.backoff, progress.spoiled));
+            verdict.retry_after_ms = verdict.retry_after_ms.max(Some(wait));
+        }
+        let spoiled_too_often = progress.spoils && progress.spoiled > SPOILED_UNCOUNTED;
         // Of those who were cut the newest knows that it was the last.
         if verdict.code == "model.truncated" && progress.cuts.are_enough() {
             verdict = Failure { detail: verdict.detail, ..progress.cuts.failure() };
         }
-        Err(if waits && !progress.billed && !lost_too_often { uncounted(verdict) } else { verdict })
+        Err(if waits && !progress.billed && !spoiled_too_often { uncounted(verdict) } else { verdict })
     }
 
     async fn ask(&self, task: &Task<'_>, choice: &Choice, progress: &mut Progress) -> Verdict {
@@ -375,7 +390,7 @@ impl Orchestrator {
                 Err(Interrupted::Unpriced(failure)) => return Verdict::Next(failure),
                 Err(Interrupted::Provider(error)) => *error,
             };
-            progress.billed |= error.usage.is_some();
+            progress.billed |= error.usage.is_some() && !is_spoiled(&error);
             progress.counts |= error.counts;
             let wait = cooled.or_else(|| error.retry_after()).unwrap_or_else(|| jittered(self.0.pace.backoff));
             if is_passing(&error.failure) {

@@ -44,6 +44,8 @@ pub struct ProviderError {
     pub unwell: bool,
     /// Its failure may be retryable, but waiting is not known to help: a retry policy has to bound how often it is asked again.
     pub counts: bool,
+    /// The answer ended in good order, and without a reason: part of one, or nothing at all.
+    pub unfinished: bool,
     pub http_status: Option<u16>,
     pub finish_reason: Option<String>,
     pub model_served: Option<String>,
@@ -67,6 +69,7 @@ impl ProviderError {
             state: CallState::Failed,
             unwell: false,
             counts: false,
+            unfinished: false,
             http_status: None,
             finish_reason: None,
             model_served: None,
@@ -97,12 +100,11 @@ impl ProviderError {
             ..Self::new(Failure::retryable("transient.http", format!("{}: {what}", provider.title)), Advice::SameModel)
         }
     }
-    /// The answer ended in good order, and too early: no finish reason came. Whoever cut it, it was not the model; and a server that
-    /// never says one would be waited for in vain.
+    /// The answer ended in good order, and too early: no finish reason came. Whoever cut it, it was not the model.
     #[must_use]
     pub fn unfinished(provider: &Names) -> Self {
         let text = format!("{}: the answer ended without a finish reason", provider.title);
-        Self { counts: true, ..Self::new(Failure::retryable("transient.http", text), Advice::SameModel) }
+        Self { unfinished: true, ..Self::new(Failure::retryable("transient.http", text), Advice::SameModel) }
     }
     /// The model came to a limit before it had finished.
     #[must_use]

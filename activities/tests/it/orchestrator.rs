@@ -248,12 +248,18 @@ async fn after_a_lost_answer_another_provider_may_be_asked_and_many_lost_answers
     let reply = orchestrator.call(&Bench::new().ctx, "plan", request()).await.unwrap();
     assert_eq!((reply.provider.as_str(), lost.count()), ("openrouter", 1));
     let recorder = Arc::default();
-    for attempt in 2..=6 {
-        let bench = Bench::attempt(&recorder, attempt);
-        assert!(orchestrator.call(&bench.ctx, "other", request()).await.unwrap_err().uncounted);
+    for n in 1..=10 {
+        let bench = Bench::attempt(&recorder, 1 + n);
+        let failure = orchestrator.call(&bench.ctx, "other", request()).await.unwrap_err();
+        assert!(failure.uncounted, "{n}");
+        // 1 ms is a second here.
+        assert!(
+            failure.retry_after_ms >= Some(2_u64.pow(n).min(600)),
+            "few are bought in a long time: {n} {failure:?}"
+        );
     }
-    let late = orchestrator.call(&Bench::attempt(&recorder, 7).ctx, "other", request()).await.unwrap_err();
-    assert_eq!((late.code.as_str(), late.uncounted, lost.count()), ("transient.network", false, 7));
+    let late = orchestrator.call(&Bench::attempt(&recorder, 12).ctx, "other", request()).await.unwrap_err();
+    assert_eq!((late.code.as_str(), late.uncounted, lost.count()), ("transient.network", false, 12));
 }
 
 #[tokio::test]

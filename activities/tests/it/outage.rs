@@ -269,11 +269,53 @@ async fn answers_that_are_always_lost_end_the_step_after_a_bounded_number() {
     assert_eq!(view.status, RunStatus::Failed);
     assert_eq!(view.failure.unwrap().code, "transient.network");
     let (answered, failed, lost, cost) = calls(&bench).await;
-    // Five that do not count, and the policy's three.
-    assert_eq!((answered, failed, lost, cost), (1, 0, 8, 0));
+    // Ten that do not count, and the policy's three.
+    assert_eq!((answered, failed, lost, cost), (1, 0, 13, 0));
     // And what he paid for the first answer is given back: the step is of no use to him.
     assert_eq!(bench.balance().await, (100_000_000, 0));
     assert_eq!(bench.violations().await, [""; 0]);
+}
+
+/// What a provider does that has begun an answer and may bill it: the connection stands, and the answer is of no use.
+const BREAK_OFF: [Fault; 3] = [Fault::ErrorMidStream, Fault::NoFinishReason, Fault::CommentsOnly];
+
+#[tokio::test]
+async fn answers_that_break_off_for_a_while_delay_a_run_and_cost_its_user_nothing() {
+    for fault in BREAK_OFF {
+        let bench = Bench::new(100).await;
+        let fake = FakeProvider::saying(Reply::text("words")).await;
+        let (view, waited_for) = run(&bench, &fake, 9, fault.clone()).await;
+        assert_eq!((view.status, view.failure), (RunStatus::Completed, None), "{fault:?}");
+        assert_eq!(
+            waited_for.iter().map(String::as_str).find(|code| !code.starts_with("transient.")),
+            None,
+            "{fault:?}"
+        );
+        let attempts = attempts(&bench).await;
+        assert!(attempts > 3, "{fault:?}: more than the policy's three: {attempts}");
+        assert_eq!(calls(&bench).await, (2, 9, 0, 0), "{fault:?}");
+        assert_eq!(bench.balance().await, (100_000_000 - 2 * CALL_UCR, 0), "{fault:?}");
+        assert_eq!(bench.violations().await, [""; 0], "{fault:?}");
+    }
+}
+
+#[tokio::test]
+async fn answers_that_always_break_off_end_the_step_after_a_bounded_number() {
+    for fault in BREAK_OFF {
+        let bench = Bench::new(100).await;
+        let fake = FakeProvider::saying(Reply::text("words")).await;
+        let (view, _) = run(&bench, &fake, usize::MAX, fault.clone()).await;
+        assert_eq!(view.status, RunStatus::Failed, "{fault:?}");
+        // The breaker may have had the last word.
+        let code = view.failure.unwrap().code;
+        assert!(["transient.http", "transient.unavailable"].contains(&code.as_str()), "{fault:?}: {code}");
+        let (answered, failed, lost, cost) = calls(&bench).await;
+        assert_eq!((answered, lost, cost), (1, 0, 0), "{fault:?}");
+        // Ten that do not count, and one or two in each of the policy's three attempts; the breaker may leave one for the next.
+        assert!((13..=17).contains(&failed), "{fault:?}: {failed}");
+        assert_eq!(bench.balance().await, (100_000_000, 0), "{fault:?}");
+        assert_eq!(bench.violations().await, [""; 0], "{fault:?}");
+    }
 }
 
 /// A server that answers with this status to question `1` up to `away`.
@@ -303,8 +345,8 @@ async fn a_server_that_is_overloaded_for_a_while_ends_no_run() {
 
 #[tokio::test]
 async fn a_time_out_of_a_gateway_is_an_answer_that_is_lost() {
-    // Marked, free, and asked again a bounded number of times: five that do not count, and the policy's three.
-    for (status, away, expected) in [(504, 3, (2, 0, 3, 0)), (524, usize::MAX, (1, 0, 8, 0))] {
+    // Marked, free, and asked again a bounded number of times: ten that do not count, and the policy's three.
+    for (status, away, expected) in [(504, 3, (2, 0, 3, 0)), (524, usize::MAX, (1, 0, 13, 0))] {
         let bench = Bench::new(100).await;
         let fake = refusing(status, away).await;
         let (view, _) = drive(&bench, &fake, Terms::default()).await;

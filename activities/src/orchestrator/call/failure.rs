@@ -1,6 +1,10 @@
 //! What a call that brought nothing says: of one candidate, and over all of them.
 
-use crate::{orchestrator::route::Candidate, provider::ProviderError};
+use crate::{
+    orchestrator::route::Candidate,
+    provider::{Advice, ProviderError},
+    usage::CallState,
+};
 use loopwright_engine::{Failure, FailureKind};
 use serde_json::{Value, json};
 
@@ -50,8 +54,17 @@ pub(super) fn is_passing(failure: &Failure) -> bool {
     failure.kind == FailureKind::Retryable && failure.code.starts_with("transient.")
 }
 
-/// The verdict over a call that nobody could be asked for, or that nobody has answered, and that cost nothing: the run waits until
-/// somebody can, and its retry policy does not count that.
+/// Whether its provider may have billed an answer and has spoiled it: it was lost, it broke off, or it ended without a reason. Its user
+/// pays nothing for it; whoever owns the key may have paid, and may again for the next.
+pub(super) fn is_spoiled(error: &ProviderError) -> bool {
+    match error.state {
+        CallState::Unknown => error.advice != Advice::Stop,
+        _ => error.unfinished || (is_passing(&error.failure) && error.usage.is_some()),
+    }
+}
+
+/// The verdict over a call that nobody could be asked for, or that nobody has answered, and that cost its user nothing: the run waits
+/// until somebody can, and its retry policy does not count that.
 pub(super) fn uncounted(failure: Failure) -> Failure {
     if is_waited_for(&failure) { failure.without_counting() } else { failure }
 }

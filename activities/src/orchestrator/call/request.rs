@@ -6,17 +6,17 @@ use super::{
         route::Candidate,
         service::{Running, Slot},
     },
-    LOST_UNCOUNTED, Orchestrator, Progress, Task,
+    Orchestrator, Progress, SPOILED_UNCOUNTED, Task,
     answer::{Judged, Unusable, judge},
     blame::is_plain,
     cut::Cut,
-    failure::to_its_owner,
-    lost_key,
+    failure::{is_spoiled, to_its_owner},
     part::{Closing, Part},
     record::{Interrupted, closed_badly, closed_well, observe, opened, to_value},
+    spoiled_key,
 };
 use crate::{
-    provider::{Advice, Call, Completion, ProviderError, RequestIdSlot, estimate::seems_cut},
+    provider::{Call, Completion, ProviderError, RequestIdSlot, estimate::seems_cut},
     usage::{CallClosed, CallNoted, CallState},
 };
 use loopwright_engine::{Failure, activity::Context, ids::AttemptId};
@@ -187,7 +187,7 @@ impl Orchestrator {
     }
 }
 
-/// What later attempts have to know of a request that brought nothing, and its checkpoint: that it was lost, or cut at its limit.
+/// What later attempts have to know of a request that brought nothing, and its checkpoint: that it was spoiled, or cut at its limit.
 fn noted(
     key: &str,
     candidate: &Candidate,
@@ -195,10 +195,11 @@ fn noted(
     error: &ProviderError,
     progress: &mut Progress,
 ) -> Result<Option<(String, Value)>, Failure> {
-    if error.state == CallState::Unknown && error.advice != Advice::Stop {
-        progress.lost_in_all += 1;
-        let n = progress.lost_in_all;
-        return Ok((n <= LOST_UNCOUNTED).then(|| (lost_key(key, n), Value::Bool(true))));
+    if is_spoiled(error) {
+        progress.spoils = true;
+        progress.spoiled += 1;
+        let n = progress.spoiled;
+        return Ok((n <= SPOILED_UNCOUNTED).then(|| (spoiled_key(key, n), Value::Bool(true))));
     }
     if error.failure.code != "model.truncated" || !error.stream_completed {
         return Ok(None);
