@@ -23,6 +23,7 @@ use crate::{
 };
 use loopwright_engine::{
     Error as Engine,
+    ids::RunId,
     view::{RunView, Waiting},
 };
 use teloxide::utils::html::escape;
@@ -109,7 +110,13 @@ async fn tell(parts: &Parts, tx: &mut Tx, run: &Followed) -> Result<(), Error> {
     let closed = seen.view.status.is_closed();
     if closed {
         let text = render::end(&seen.name, &seen.view, seen.spent_ucr);
-        once(tx, run, format!("end:{}", run.run), &text, Vec::new()).await?;
+        let mut keyboard = Vec::new();
+        if let Some(path) = render::failed_at(&seen.view) {
+            let action = Action::GoOn { as_run: RunId::new() }.to_json();
+            let token = chats::button(tx, run.chat_id, Some((run.run, path)), &action).await?;
+            keyboard.push(vec![("▶️ Try that again".to_owned(), token)]);
+        }
+        once(tx, run, format!("end:{}", run.run), &text, keyboard).await?;
     }
     Ok(chats::looked(tx, run.run, closed).await?)
 }
@@ -126,9 +133,9 @@ pub(super) async fn see(parts: &Parts, run: &Followed) -> Result<Seen, Error> {
     Ok(Seen { view, name, text, standing: progress.standing, spent_ucr })
 }
 
-/// The first text of a run's message, in the transaction that starts the run.
-pub(super) async fn begun(tx: &mut Tx, run: &Followed, name: &str) -> Result<(), Error> {
-    let text = format!("🔧 <b>{}</b>\nStarted. I read your idea now and may ask a few questions.", escape(name));
+/// The first text of a run's message, in the transaction from which on the chat follows it.
+pub(super) async fn begun(tx: &mut Tx, run: &Followed, name: &str, what: &str) -> Result<(), Error> {
+    let text = format!("🔧 <b>{}</b>\n{what}", escape(name));
     Ok(outbox::replace(tx, &progress_message(run, &text)).await?)
 }
 

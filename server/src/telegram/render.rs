@@ -290,11 +290,24 @@ pub fn end(name: &str, view: &RunView, spent_ucr: i64) -> String {
             let why = view.failure.as_ref().map_or_else(String::new, |failure| {
                 format!("\n<code>{}</code>: {}", escape(&failure.code), escape(&cut(&failure.message, 500)))
             });
+            let again = match failed_at(view) {
+                Some(_) => {
+                    "\nThe button begins the step again that failed. What was done before is kept and paid; from there it may spend \
+                     once more what you last approved."
+                }
+                None => "",
+            };
             format!(
-                "❌ <b>{name}</b> could not be finished.{why}\nSpent: {spent} credits.\nWhat is done so far: /download"
+                "❌ <b>{name}</b> could not be finished.{why}\nSpent: {spent} credits.{again}\nWhat is done so far: /download"
             )
         }
     }
+}
+
+/// The step that ended a run, if that failed: there it can go on.
+pub(super) fn failed_at(view: &RunView) -> Option<&str> {
+    let failure = view.failure.as_ref().filter(|_| view.status == RunStatus::Failed)?;
+    failure.path.as_deref()
 }
 
 pub(super) fn no_credits(name: &str, message: &str) -> String {

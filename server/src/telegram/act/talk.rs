@@ -12,12 +12,12 @@ use crate::{
 };
 use loopwright_engine::{
     Error as Engine,
-    client::{Decision, Signal},
+    client::{At, Decision, Fork, Signal},
     ids::RunId,
     view::Waiting,
 };
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use teloxide::utils::html::escape;
 use uuid::Uuid;
 
@@ -28,6 +28,8 @@ pub(in crate::telegram) const DECIDE: &str = "decide";
 /// Longest text that is taken. The workflow takes 20,000; Telegram sends 4,096.
 const TEXT_MAX: usize = 20_000;
 
+/// Said to a press that comes too late.
+const STALE: &str = "This was answered already or is no longer asked.";
 const CHANGED: &str = "Thank you. I work your changes into the plan.";
 
 /// What a button does.
@@ -50,6 +52,8 @@ pub(in crate::telegram) enum Action {
     Nothing,
     /// Chooses what commands mean.
     Choose { project: Uuid },
+    /// Begins the step again that ended a run, with a run of this id: however often it is pressed, there is one.
+    GoOn { as_run: RunId },
 }
 
 /// As [`Decision`], for storing.
@@ -182,7 +186,43 @@ pub(super) async fn start(scene: &mut Scene<'_>, user: &User, idea: &str) -> Res
         Followed { run: started.run_id, chat_id: scene.chat_id, user: user.id, project: project.id, closed: false };
     chats::follow(scene.tx, &followed).await?;
     chats::set_project(scene.tx, scene.chat_id, project.id).await?;
-    notify::begun(scene.tx, &followed, &name).await
+    notify::begun(scene.tx, &followed, &name, "Started. I read your idea now and may ask a few questions.").await
+}
+
+/// Lets a run that has failed go on as a fork, which begins its last step again; the chat follows it. Says what became of the press.
+///
+/// # Transaction
+/// The fork has its own and its id from the button: whoever dies before the update is marked finds it there the next time.
+async fn go_on(scene: &mut Scene<'_>, at: Place, as_run: RunId) -> Result<&'static str, Error> {
+    let Some(old) = chats::followed_among(scene.tx, [at.run_id]).await?.pop() else { return Ok(STALE) };
+    if !chats::followed_among(scene.tx, [as_run]).await?.is_empty() {
+        return Ok("It goes on already.");
+    }
+    let fork = Fork {
+        run_id: Some(as_run),
+        at: At::Step(at.path),
+        inputs: Map::new(),
+        definition: None,
+        attributes: None,
+        reason: "its owner let it go on in Telegram".to_owned(),
+    };
+    match scene.parts.client.fork(at.run_id, fork).await {
+        Ok(_) => {}
+        Err(Engine::RunNotFound(_) | Engine::RunArchived { .. }) => {
+            return Ok("That is too long ago: nothing is kept from which it could go on. Start it anew with /new.");
+        }
+        Err(Engine::ForkInvalid(why)) => {
+            tracing::warn!(run = %at.run_id, ?why, "a failed run cannot go on");
+            return Ok("It cannot go on from there. Start it anew with /new.");
+        }
+        Err(error) => return Err(error.into()),
+    }
+    let followed = Followed { run: as_run, closed: false, ..old };
+    chats::follow(scene.tx, &followed).await?;
+    chats::set_project(scene.tx, scene.chat_id, old.project).await?;
+    let name = scene.parts.store.project(None, old.project).await?.map(|project| project.name).unwrap_or_default();
+    notify::begun(scene.tx, &followed, &name, "Goes on with the step that failed.").await?;
+    Ok("It goes on.")
 }
 
 /// A text while work is under way and no question is open: it is nobody's answer, and a project costs credits.
@@ -234,7 +274,6 @@ pub(super) async fn button(
         let (run_id, path) = (pressed.run?, pressed.path.clone()?);
         Some(Place { run_id, path, step: step.to_owned() })
     };
-    const STALE: &str = "This was answered already or is no longer asked.";
     let (said, spent) = match action {
         Action::Answer { text } => match place("") {
             Some(at)
@@ -299,6 +338,10 @@ pub(super) async fn button(
                 chats::set_project(scene.tx, scene.chat_id, project.id).await?;
                 (format!("Commands mean “{}” now.", project.name), false)
             }
+            None => (STALE.to_owned(), true),
+        },
+        Action::GoOn { as_run } => match place("") {
+            Some(at) => (go_on(scene, at, as_run).await?.to_owned(), true),
             None => (STALE.to_owned(), true),
         },
     };

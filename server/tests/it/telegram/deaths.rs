@@ -90,10 +90,8 @@ async fn a_conversation_survives_a_bot_that_dies_at_every_turn() {
     worker.drain(Duration::from_secs(5)).await;
 }
 
-#[tokio::test]
-async fn a_crash_between_acting_and_the_mark_undoes_the_acting() {
-    let bot = Bot::prepare(|_| {}).await;
-    // The mark cannot be written: as if the process died there.
+/// From now on no update can be marked: as if the process died there.
+async fn leave_no_mark(bot: &Bot) {
     sqlx::raw_sql(
         "create function no_mark() returns trigger language plpgsql as $$ begin
            if new.processed_at is not null and new.error is null then raise exception 'died'; end if; return new; end $$;
@@ -102,10 +100,41 @@ async fn a_crash_between_acting_and_the_mark_undoes_the_acting() {
     .execute(&bot.pool)
     .await
     .unwrap();
-    let mut bot = bot.resume();
-    bot.fake.says(ADA, "/start");
+}
+
+/// Waits until an update was acted upon in vain.
+async fn until_it_was_tried(bot: &Bot) {
     let wait = async { while bot.number("select coalesce(max(tries), 0)::bigint from telegram_inbox").await == 0 {} };
     tokio::time::timeout(Duration::from_secs(120), wait).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_crash_behind_the_fork_of_a_failed_run_makes_no_second_one() {
+    let mut bot = Bot::start().await;
+    let (works, attempts) = works_that_fail_once();
+    let worker = bot.worker_with(Arc::new(NoHook), works).await;
+    let end = until_it_fails(&bot).await;
+    leave_no_mark(&bot).await;
+    bot.fake.presses(ADA, end.message_id, &end.button("Try that again").unwrap());
+    until_it_was_tried(&bot).await;
+    // The fork is there, and its chat does not know of it yet.
+    assert_eq!(bot.number("select count(*) from runs").await, 2);
+    assert_eq!(bot.number("select count(*) from telegram_runs").await, 1);
+    sqlx::raw_sql("drop trigger no_mark on telegram_inbox").execute(&bot.pool).await.unwrap();
+    bot.fake.message("is done").await;
+    assert_eq!(bot.number("select count(*) from runs").await, 2);
+    assert_eq!(attempts.lock().unwrap()["two"], 2);
+    worker.drain(Duration::from_secs(5)).await;
+    bot.stop().await;
+}
+
+#[tokio::test]
+async fn a_crash_between_acting_and_the_mark_undoes_the_acting() {
+    let bot = Bot::prepare(|_| {}).await;
+    leave_no_mark(&bot).await;
+    let mut bot = bot.resume();
+    bot.fake.says(ADA, "/start");
+    until_it_was_tried(&bot).await;
     assert_eq!(bot.number("select count(*) from users").await, 0);
     assert_eq!(bot.number("select count(*) from telegram_outbox").await, 0);
     sqlx::raw_sql("drop trigger no_mark on telegram_inbox").execute(&bot.pool).await.unwrap();
