@@ -2,7 +2,7 @@
 
 use super::{CORES, Counted, FAULTS_PERCENT, Options, Outcome, Phase, provider::Span, scene::Measured, wire::PING};
 use loopwright_engine::bench::{Detail, Figure, Goal, Limit, Report};
-use std::collections::HashMap;
+use std::{collections::HashMap, time::Duration};
 
 /// What is said less often than this, on average, is not said for each call.
 const OF_EACH: f64 = 0.5;
@@ -85,8 +85,8 @@ fn detail(name: &'static str, value: f64, unit: &'static str) -> Detail {
     Detail { name, value, unit }
 }
 
-fn beside(figure: Figure, limit: f64) -> Figure {
-    Figure { limit: Some(Limit::of(figure.value, "two commits alone", limit)), ..figure }
+fn beside(figure: Figure, what: &'static str, limit: f64) -> Figure {
+    Figure { limit: Some(Limit::of(figure.value, what, limit)), ..figure }
 }
 
 /// A count that has to be 0.
@@ -101,29 +101,36 @@ fn seconds(measured: &[Measured]) -> f64 {
     (ended - begun) as f64 / 1e9
 }
 
-/// Names of the figures of one phase; of the other in the same order.
+/// Time between the beginnings of two calls, on average.
+pub fn pace(measured: &[Measured]) -> Duration {
+    Duration::from_secs_f64(seconds(measured) / measured.len().max(1) as f64)
+}
+
+/// Names of the figures of one phase, and of what they stand beside; of the other in the same order.
 struct Names {
     rate: &'static str,
     p50: &'static str,
     p99: &'static str,
+    limit: &'static str,
 }
 
 const FAST: Names = Names {
     rate: "calls a second at full speed",
     p50: "added latency of a plain call at full speed, p50",
     p99: "added latency of a plain call at full speed, p99",
+    limit: "two commits alone",
 };
 const LOADED: Names = Names {
     rate: "calls a second under the stated load",
     p50: "added latency of a plain call under it, p50",
     p99: "added latency of a plain call under it, p99",
+    limit: "two commits alone, at that pace",
 };
 
 fn figures_of(phase: &Phase, sorted: &Sorted, names: &Names, limit: &[f64]) -> [Figure; 3] {
     let calls = sorted.answered().max(1) as f64;
     let (before, after) = (&phase.before, &phase.after);
-    let per_call =
-        |from: std::time::Duration, to: std::time::Duration| (to.saturating_sub(from)).as_secs_f64() * 1e6 / calls;
+    let per_call = |from: Duration, to: Duration| (to.saturating_sub(from)).as_secs_f64() * 1e6 / calls;
     let mut rate = figure(names.rate, calls / seconds(&phase.measured), "/s");
     rate.details = vec![
         detail("plain", sorted.plain.len() as f64, ""),
@@ -139,8 +146,8 @@ fn figures_of(phase: &Phase, sorted: &Sorted, names: &Names, limit: &[f64]) -> [
         detail("the provider's own time, p50", quantile(&sorted.provider, 0.5), "ms"),
     ];
     let at = |share: f64| quantile(&sorted.plain, share);
-    let p50 = beside(figure(names.p50, at(0.5), "ms"), quantile(limit, 0.5));
-    let mut p99 = beside(figure(names.p99, at(0.99), "ms"), quantile(limit, 0.99));
+    let p50 = beside(figure(names.p50, at(0.5), "ms"), names.limit, quantile(limit, 0.5));
+    let mut p99 = beside(figure(names.p99, at(0.99), "ms"), names.limit, quantile(limit, 0.99));
     p99.details = vec![
         detail("p90", at(0.9), "ms"),
         detail("worst", at(1.0), "ms"),
@@ -176,7 +183,7 @@ fn round_trips(counted: &Counted) -> (Vec<(String, f64)>, Figure) {
 pub fn outcome(
     options: &Options,
     (server, void): (String, Vec<String>),
-    limit: &[f64],
+    [limit, paced]: [&[f64]; 2],
     counted: &Counted,
     [fast, loaded]: [&Phase; 2],
     mut broken: Vec<String>,
@@ -185,7 +192,7 @@ pub fn outcome(
     let sorted = [fast, loaded].map(|phase| Sorted::of(&phase.measured, &phase.spans));
     let mut figures = Vec::new();
     figures.extend(figures_of(fast, &sorted[0], &FAST, limit));
-    let mut under = figures_of(loaded, &sorted[1], &LOADED, limit);
+    let mut under = figures_of(loaded, &sorted[1], &LOADED, paced);
     under[0].details.insert(0, detail("of full speed", 100.0 * under[0].value / figures[0].value, "%"));
     // What the goal speaks of, beside the amounts.
     let mut otherwise = Vec::new();

@@ -16,6 +16,7 @@ use std::{
     path::PathBuf,
     time::{Duration, Instant},
 };
+use tokio::task::JoinSet;
 use uuid::Uuid;
 
 /// Connections of a worker, as the product has them.
@@ -109,6 +110,32 @@ impl Host {
             if pair >= 10 {
                 took.push(begun.elapsed().as_secs_f64() * 1e3);
             }
+        }
+        took.sort_by(f64::total_cmp);
+        Ok(took)
+    }
+
+    /// The same pairs as calls make them: one begins every `pace`, whatever became of the one before, on the connections of a worker. So
+    /// what stands still now and then, the disk or the machine, is met as often as calls meet it; one after another, in a second or
+    /// two, they may miss it. Milliseconds, sorted.
+    pub async fn pairs_of_commits_at(&self, pairs: usize, pace: Duration) -> Result<Vec<f64>> {
+        let body = "x".repeat(300);
+        let begun = Instant::now();
+        let mut under_way = JoinSet::new();
+        for pair in 0..pairs {
+            tokio::time::sleep(pace.mul_f64(pair as f64).saturating_sub(begun.elapsed())).await;
+            let (pool, body) = (self.pool.clone(), body.clone());
+            under_way.spawn(async move {
+                let begun = Instant::now();
+                for _ in 0..2 {
+                    sqlx::query("insert into limit_of_commits (body) values ($1)").bind(&body).execute(&pool).await?;
+                }
+                Ok::<_, sqlx::Error>(begun.elapsed().as_secs_f64() * 1e3)
+            });
+        }
+        let mut took = Vec::with_capacity(pairs);
+        while let Some(pair) = under_way.join_next().await {
+            took.push(pair??);
         }
         took.sort_by(f64::total_cmp);
         Ok(took)

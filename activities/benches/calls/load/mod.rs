@@ -6,7 +6,7 @@
 //!      ─▶ counted: a few calls, one after another, through a wire that counts their round trips
 //!      ─▶ phase "full speed": the provider answers at once ─┐  scene: worker in this process, production's wiring
 //!      ─▶ phase "stated load": it thinks                   ─┤  provider: a process of its own, stamps what it does
-//!                                                           ▼
+//!      ─▶ two commits alone, as often as that load had calls ▼
 //!                                   figures: figure · limit · ratio · goal
 //! ```
 //!
@@ -132,7 +132,8 @@ pub async fn run(options: &Options, progress: &dyn Fn(&str)) -> Result<Outcome> 
 async fn measure(host: &Host, options: &Options, progress: &dyn Fn(&str)) -> Result<Outcome> {
     progress("two commits, alone");
     let share = (options.runs * options.calls).min(RUNS * CALLS);
-    let limit = host.pairs_of_commits((PAIRS * share / (RUNS * CALLS)).max(20)).await?;
+    let pairs = (PAIRS * share / (RUNS * CALLS)).max(20);
+    let limit = host.pairs_of_commits(pairs).await?;
     let server = host.describe(options).await?;
     progress("round trips");
     let counted = counted(host, options).await?;
@@ -140,8 +141,18 @@ async fn measure(host: &Host, options: &Options, progress: &dyn Fn(&str)) -> Res
     let fast = phase(host, options, Duration::ZERO).await?;
     progress("calls under the stated load");
     let loaded = phase(host, options, options.think).await?;
+    progress("two commits, alone, at that pace");
+    let paced = host.pairs_of_commits_at(pairs, figures::pace(&loaded.measured)).await?;
     let broken = host.broken_invariants().await?;
-    Ok(figures::outcome(options, server, &limit, &counted, [&fast, &loaded], broken, host.deadlocks_logged()?))
+    Ok(figures::outcome(
+        options,
+        server,
+        [&limit, &paced],
+        &counted,
+        [&fast, &loaded],
+        broken,
+        host.deadlocks_logged()?,
+    ))
 }
 
 async fn counted(host: &Host, options: &Options) -> Result<Counted> {
