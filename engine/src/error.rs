@@ -49,9 +49,7 @@ pub enum Error {
     InputInvalid(Vec<String>),
     #[error("the signal is not valid: {}", .0.join("; "))]
     SignalInvalid(Vec<String>),
-    #[error(
-        "{limit} {what} wait to be read by run {run} already: see what it waits for, and send this one again later"
-    )]
+    #[error("{limit} {what} wait at run {run} already: see what it waits for, and send this one again later")]
     InboxFull { run: String, what: &'static str, limit: i64 },
     #[error("no update `{1}` was sent to run {0}: send it first")]
     UpdateNotFound(String, String),
