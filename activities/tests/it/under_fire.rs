@@ -328,9 +328,25 @@ impl Bench {
         .expect("row")
     }
 
+    /// As [`Self::until_killed`], and until the run is closed: where a question took longer than its time-out on a busy machine, the
+    /// fault met another one, and the first worker may never come to where it would have died.
+    async fn until_dead(&self, pair: &Pair, run: RunId, child: &mut Process) -> (ExitStatus, bool) {
+        tokio::select! {
+            end = self.until_killed(pair, child) => return end,
+            _ = self.until_closed(run) => {}
+        }
+        // It may be about to: behind what has closed the run.
+        if let Ok(end) = tokio::time::timeout(LEASE, self.until_killed(pair, child)).await {
+            return end;
+        }
+        // It may have ended by itself at this very moment.
+        let _ = child.0.kill();
+        (ended(child).await, false)
+    }
+
     /// Waits for the end of a pair's first worker, and returns how it ended, and whether that is the death that the pair names: on a
     /// machine that is busy with bodies of 64 MB a process may be silent for longer than its lease, and ends in good order then.
-    async fn until_dead(&self, pair: &Pair, child: &mut Process) -> (ExitStatus, bool) {
+    async fn until_killed(&self, pair: &Pair, child: &mut Process) -> (ExitStatus, bool) {
         if let Death::Sent | Death::Headers = pair.death.1 {
             let (mine, at) = (pair.fingerprint(), pair.struck());
             let stage = if pair.death.1 == Death::Sent { Stage::Received } else { Stage::Headers };
@@ -431,7 +447,7 @@ impl Bench {
         let before = match pair.death.1 {
             Death::Second(name, _) => {
                 let before = Pair { death: (name, Death::Point(name, 1)), ..pair.clone() };
-                self.until_dead(&before, &mut self.child(&before, before.death.1, door)).await.1
+                self.until_dead(&before, run, &mut self.child(&before, before.death.1, door)).await.1
             }
             _ => true,
         };
@@ -442,7 +458,7 @@ impl Bench {
                 status = ended(&mut child) => Some((status, false)),
             }
         } else {
-            Some(self.until_dead(pair, &mut child).await)
+            Some(self.until_dead(pair, run, &mut child).await)
         };
         if let Some((status, false)) = end {
             println!("          {}: its first worker did not end as it should: {status}", pair.name());
