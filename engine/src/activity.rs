@@ -101,7 +101,7 @@ pub struct AttemptInfo {
     /// 1-based; lost and blocked attempts count here.
     pub attempt: u32,
     /// 1-based number among the attempts that the retry policy counts: lost and blocked ones are left out, and those
-    /// that found nobody to ask (`Failure::uncounted`), so an attempt that carries on for one of them has its number.
+    /// that ended uncounted (`Failure::uncounted`), so an attempt that carries on for one of them has its number.
     pub counted: u32,
     /// Stable over all attempts of this step: hash of run and step path.
     pub idempotency_key: String,

@@ -42,8 +42,9 @@ pub struct Failure {
     /// Earliest sensible next attempt, in milliseconds from now, as the outside told us.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_after_ms: Option<u64>,
-    /// Nothing was tried, because nobody could be asked: the attempt that follows takes its place, and neither the retry policy nor
-    /// the run's executions count it. What ends such waiting is time: the step's `total`, the run's `timeout`.
+    /// What the attempt met is waited for: the one that follows takes its place, and neither the retry policy nor the run's executions
+    /// count it. The engine bounds it by time alone, the step's `total` and the run's `timeout`; an activity that has bought something in
+    /// vain bounds how often it says this.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub uncounted: bool,
     /// Step path at which it was raised; the engine fills it in.

@@ -50,10 +50,12 @@ use wait::{alive, jittered, milliseconds, sleep};
 
 /// Requests to one candidate within a call: the second cures most passing faults, a third is a storm.
 pub const TRIES_PER_CANDIDATE: u32 = 2;
-/// Spoiled answers of a call that do not count: what may have been billed is bought again at the platform's cost, so that a provider
-/// that spoils each of them for minutes ends no run. Later ones count, so that so many are bought and what the step's policy allows.
-/// Chosen: with waits that double ([`spoiled_wait`]), a quarter of an hour at least before one counts where there is one model.
+/// Spoiled answers of a call that do not count, on keys of the platform: what may have been billed is bought again at its cost, so that
+/// a provider that spoils each of them for minutes ends no run. Later ones count, so that so many are bought and what the step's policy
+/// allows. Chosen: with waits that double ([`spoiled_wait`]), a quarter of an hour before one counts where there is one model.
 const SPOILED_UNCOUNTED: u32 = 10;
+/// The same on a key that its user has brought, and for whose answers he pays. Chosen: an outage of a minute.
+const SPOILED_UNCOUNTED_OWN: u32 = 5;
 /// Longest wait after a spoiled answer, in waits of [`Pace::backoff`]: ten minutes.
 const SPOILED_WAIT_MAX: u32 = 600;
 
@@ -115,12 +117,14 @@ struct Progress {
     cuts: Cuts,
     /// The request that is made has all the room that its candidate has.
     full: bool,
-    /// A request failed and its user pays all the same: to wait for somebody else and ask again would have him buy it once more.
+    /// A request failed that its provider reports as used, and did not spoil: its user may pay, and waiting for somebody else would have
+    /// him buy it once more.
     billed: bool,
     /// Who may have served the question in this attempt, and the answer was lost.
     lost: Vec<Server>,
-    /// An answer was spoiled in this attempt.
+    /// An answer was spoiled in this attempt; and on a user's own key.
     spoils: bool,
+    own_spoils: bool,
     /// Spoiled answers of all attempts, as far as it matters how many.
     spoiled: u32,
     /// Who will not do it with any of its models.
@@ -167,10 +171,12 @@ async fn spoiled_so_far(ctx: &Context, key: &str) -> Result<u32, Failure> {
     Ok(spoiled)
 }
 
-/// How long a run waits at least after the `n`-th spoiled answer of a call, from 1: twice as long as after the one before, so that the
-/// first is soon made good and few are bought in a long time.
+/// How long a run waits for a candidate that has spoiled the `n`-th answer of a call, from 1, and is behind its attempt: twice as long for
+/// each, so that the first is soon made good and few are bought in a long time; and up to three eighths more, by chance. Where another
+/// candidate is free sooner the run goes on then, and how often this one is asked is left to its breaker.
 fn spoiled_wait(backoff: Duration, n: u32) -> Duration {
-    backoff * 2_u32.saturating_pow(n).min(SPOILED_WAIT_MAX)
+    let least = backoff * 2_u32.saturating_pow(n).min(SPOILED_WAIT_MAX);
+    least + jittered(least / 4)
 }
 
 impl Orchestrator {
@@ -241,10 +247,15 @@ impl Orchestrator {
                 break;
             }
             progress.counts = false;
+            let spoiled_before = progress.spoiled;
             match self.ask(task, choice, progress).await {
                 Verdict::Answered(reply) => return Ok(reply),
                 Verdict::Stop(failure) => return Err(failure),
-                Verdict::Next(failure) => {
+                Verdict::Next(mut failure) => {
+                    if progress.spoiled > spoiled_before && is_waited_for(&failure) {
+                        let wait = milliseconds(spoiled_wait(self.0.pace.backoff, progress.spoiled));
+                        failure.retry_after_ms = failure.retry_after_ms.max(Some(wait));
+                    }
                     tracing::info!(provider = %candidate.provider, model = %candidate.model, code = %failure.code, "candidate failed");
                     waits |= is_waited_for(&failure) && !progress.counts;
                     only_keys &= is_out(&failure);
@@ -262,11 +273,8 @@ impl Orchestrator {
             until_the_operator_acts(failure);
         }
         let mut verdict = verdict_over(failures);
-        if progress.spoils && is_waited_for(&verdict) {
-            let wait = milliseconds(spoiled_wait(self.0.pace.backoff, progress.spoiled));
-            verdict.retry_after_ms = verdict.retry_after_ms.max(Some(wait));
-        }
-        let spoiled_too_often = progress.spoils && progress.spoiled > SPOILED_UNCOUNTED;
+        let uncounted_max = if progress.own_spoils { SPOILED_UNCOUNTED_OWN } else { SPOILED_UNCOUNTED };
+        let spoiled_too_often = progress.spoils && progress.spoiled > uncounted_max;
         // Of those who were cut the newest knows that it was the last.
         if verdict.code == "model.truncated" && progress.cuts.are_enough() {
             verdict = Failure { detail: verdict.detail, ..progress.cuts.failure() };
@@ -391,6 +399,7 @@ impl Orchestrator {
                 Err(Interrupted::Provider(error)) => *error,
             };
             progress.billed |= error.usage.is_some() && !is_spoiled(&error);
+            progress.own_spoils |= is_spoiled(&error) && choice.own.is_some();
             progress.counts |= error.counts;
             let wait = cooled.or_else(|| error.retry_after()).unwrap_or_else(|| jittered(self.0.pace.backoff));
             if is_passing(&error.failure) {

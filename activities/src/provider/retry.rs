@@ -100,11 +100,16 @@ impl ProviderError {
             ..Self::new(Failure::retryable("transient.http", format!("{}: {what}", provider.title)), Advice::SameModel)
         }
     }
-    /// The answer ended in good order, and too early: no finish reason came. Whoever cut it, it was not the model.
+    /// The answer ended in good order, and too early: no finish reason came. Whoever cut it, it was not the model; of a provider
+    /// that does so to everybody one call at a time finds out whether it is over.
     #[must_use]
     pub fn unfinished(provider: &Names) -> Self {
         let text = format!("{}: the answer ended without a finish reason", provider.title);
-        Self { unfinished: true, ..Self::new(Failure::retryable("transient.http", text), Advice::SameModel) }
+        Self {
+            unwell: true,
+            unfinished: true,
+            ..Self::new(Failure::retryable("transient.http", text), Advice::SameModel)
+        }
     }
     /// The model came to a limit before it had finished.
     #[must_use]

@@ -45,7 +45,7 @@ use loopwright_activities::{
 use loopwright_engine::{
     Failure,
     activity::{
-        Context,
+        AttemptInfo, Context,
         detached::{self, Recorder},
     },
 };
@@ -135,8 +135,14 @@ pub fn worker(keys: &Keys, server: &FakeProvider, api_keys: &str, candidate: Can
 
 pub fn attempt_of(user: Option<Uuid>) -> (Context, Arc<Recorder>) {
     let recorder: Arc<Recorder> = Arc::default();
+    (later_attempt_of(user, 1, &recorder), recorder)
+}
+
+/// The `attempt`th of a step, which finds what the ones before have recorded.
+pub fn later_attempt_of(user: Option<Uuid>, attempt: u32, recorder: &Arc<Recorder>) -> Context {
     let attributes = user.map_or(json!({}), |user| json!({"user_id": user.to_string()}));
-    (detached::context(detached::info("plan@1", attributes), BTreeMap::new(), Arc::clone(&recorder)), recorder)
+    let info = AttemptInfo { attempt, counted: attempt, ..detached::info("plan@1", attributes) };
+    detached::context(info, BTreeMap::new(), Arc::clone(recorder))
 }
 
 pub async fn ask(worker: &Orchestrator) -> Result<String, Failure> {

@@ -263,6 +263,26 @@ async fn after_a_lost_answer_another_provider_may_be_asked_and_many_lost_answers
 }
 
 #[tokio::test]
+async fn another_candidate_is_not_waited_for_as_long_as_one_that_spoils_answers() {
+    let spoils = Stub::new("gemini", |_, _| {
+        Err(ProviderError { state: CallState::Unknown, ..failed("transient.network", Advice::SameModel) })
+    });
+    let rests = Stub::new("openrouter", |_, _| {
+        let error = failed("transient.rate_limited", Advice::SameModel);
+        Err(ProviderError { failure: error.failure.with_retry_after_ms(40), ..error })
+    });
+    let list = [candidate("gemini", "a"), candidate("openrouter", "b")];
+    let orchestrator = orchestrator(&list, &[spoils, rests]);
+    let recorder = Arc::default();
+    for n in 1..=9 {
+        let bench = Bench::attempt(&recorder, n);
+        let failure = orchestrator.call(&bench.ctx, "plan", request()).await.unwrap_err();
+        // Behind the ninth answer the other one would be waited for for half a second.
+        assert!(failure.uncounted && failure.retry_after_ms <= Some(41), "{n} {failure:?}");
+    }
+}
+
+#[tokio::test]
 async fn candidates_are_asked_in_order_and_each_at_most_twice() {
     let ill = Stub::new("gemini", |_, _| Err(failed("transient.http", Advice::SameModel)));
     let full = Stub::new("openrouter", |_, _| Err(failed("transient.rate_limited", Advice::SameModel)));

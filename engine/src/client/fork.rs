@@ -7,6 +7,7 @@ use crate::{
     archive::check,
     definition::inputs::prepare,
     event::{Event, TERMS},
+    hook::TransitionHook,
     ids::{DefinitionHash, RunId},
     machine::{self, Moment, RunState, fold},
     signature::Catalog,
@@ -79,6 +80,15 @@ struct Decided {
     event: Event,
 }
 
+/// A reset that has been decided.
+struct DecidedReset {
+    old: RunId,
+    /// The business key that goes to the new run.
+    key: Option<String>,
+    reason: String,
+    fork: Decided,
+}
+
 /// What a fork is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum For {
@@ -137,6 +147,39 @@ impl Client {
     /// One: everything or nothing. Lock order: the old run; if it is open, the rate, the group and what the hook locks; the key, the
     /// schedule's action, the rate and the group. Idempotent by `run_id`: a second request finds the old run closed and its fork there.
     pub async fn reset(&self, run: RunId, asked: Fork) -> Result<Reset> {
+        let decided = Arc::new(self.decide_reset(run, &asked).await?);
+        let terminated = self.once(|conn| {
+            let (decided, hook) = (decided.clone(), self.hook.clone());
+            Box::pin(async move {
+                let terminated = decided.reset(conn, hook.as_ref()).await?;
+                crate::committer::crash_point("reset.before_commit");
+                Ok(terminated)
+            })
+        });
+        let terminated = terminated.await?;
+        crate::committer::crash_point("reset.after_commit");
+        self.wake().await;
+        Ok(Reset { run_id: decided.fork.run, terminated })
+    }
+
+    /// [`Self::reset`] inside the caller's transaction; call [`Self::wake`] after the commit. What is refused was never there. Where to
+    /// branch off is read before, on another connection.
+    pub async fn reset_in(&self, conn: &mut PgConnection, run: RunId, asked: Fork) -> Result<Reset> {
+        let decided = self.decide_reset(run, &asked).await?;
+        store::starts::begin(conn).await?;
+        match decided.reset(conn, self.hook.as_ref()).await {
+            Ok(terminated) => {
+                store::starts::keep(conn).await?;
+                Ok(Reset { run_id: decided.fork.run, terminated })
+            }
+            Err(error) => {
+                store::starts::undo(conn).await?;
+                Err(error)
+            }
+        }
+    }
+
+    async fn decide_reset(&self, run: RunId, asked: &Fork) -> Result<DecidedReset> {
         let old = async |conn: &mut PgConnection| {
             if store::runs::standing(conn, run).await?.imported {
                 return Err(Error::RunImported(run.to_string()));
@@ -151,54 +194,8 @@ impl Client {
             let why = format!("run {parent} waits for this run at `{path}`: reset that one, or fork this one");
             return Err(Error::ForkInvalid(vec![why]));
         }
-        let decided = Arc::new(self.decide_fork(run, &asked, For::Reset).await?);
-        let (key, reason) = (old.workflow_id, checked(&asked.reason)?);
-        let terminated = self.once(|conn| {
-            let (decided, hook, key, reason) = (decided.clone(), self.hook.clone(), key.clone(), reason.clone());
-            Box::pin(async move {
-                let text = format!("reset to transition {} as run {}: {reason}", decided.seq, decided.run);
-                let terminated = store::starts::lock_to_end(conn, run).await?;
-                crate::committer::crash_point("reset.after_lock");
-                if terminated {
-                    // Before the hook locks accounts: whoever arrives at a group has locked it then. The key is the run's own.
-                    if let Some(arrives) = decided.arrives(conn).await? {
-                        arrives.reserve(conn).await?;
-                    }
-                    crate::committer::crash_point("reset.after_reserve");
-                    crate::worker::terminate_in(conn, hook.as_ref(), run, &text).await?;
-                } else if let Some(next) = store::runs::standing(conn, run).await?.chain.continued_as {
-                    // It has gone on as another since it was looked at.
-                    return Err(Error::ForkInvalid(vec![went_on(next)]));
-                }
-                crate::committer::crash_point("reset.after_terminate");
-                if !decided.insert(conn).await? {
-                    // The answer of an earlier sending was lost: then all of it was done.
-                    if !terminated && decided.is_there(conn).await? {
-                        return Ok(true);
-                    }
-                    return Err(Error::RunExists(decided.run.to_string()));
-                }
-                crate::committer::crash_point("reset.after_insert");
-                if let Some(key) = key
-                    && !store::forks::take_key(conn, &key, decided.run).await?
-                {
-                    let why = format!("another open run has the business key `{key}`: end it first, or fork");
-                    return Err(Error::ForkInvalid(vec![why]));
-                }
-                crate::committer::crash_point("reset.after_key");
-                let why = format!("a reset took the place of run {run}");
-                store::schedules::hand_over(conn, run, decided.run, &why).await?;
-                crate::committer::crash_point("reset.after_schedule");
-                // Last: another start under the key of a closed run would hold the key and wait for the group.
-                decided.begin(conn).await?;
-                crate::committer::crash_point("reset.before_commit");
-                Ok(terminated)
-            })
-        });
-        let terminated = terminated.await?;
-        crate::committer::crash_point("reset.after_commit");
-        self.wake().await;
-        Ok(Reset { run_id: decided.run, terminated })
+        let fork = self.decide_fork(run, asked, For::Reset).await?;
+        Ok(DecidedReset { old: run, key: old.workflow_id, reason: checked(&asked.reason)?, fork })
     }
 
     async fn decide_fork(&self, run: RunId, asked: &Fork, wanted: For) -> Result<Decided> {
@@ -323,6 +320,49 @@ impl Client {
 
 fn went_on(next: RunId) -> String {
     format!("run {next} goes on in the place of this run: reset that one, or fork this one")
+}
+
+impl DecidedReset {
+    /// Whether it has ended the old run, or an earlier sending has done all of it.
+    async fn reset(&self, conn: &mut PgConnection, hook: &dyn TransitionHook) -> Result<bool> {
+        let Self { old, key, reason, fork } = self;
+        let text = format!("reset to transition {} as run {}: {reason}", fork.seq, fork.run);
+        let terminated = store::starts::lock_to_end(conn, *old).await?;
+        crate::committer::crash_point("reset.after_lock");
+        if terminated {
+            // Before the hook locks accounts: whoever arrives at a group has locked it then. The key is the run's own.
+            if let Some(arrives) = fork.arrives(conn).await? {
+                arrives.reserve(conn).await?;
+            }
+            crate::committer::crash_point("reset.after_reserve");
+            crate::worker::terminate_in(conn, hook, *old, &text).await?;
+        } else if let Some(next) = store::runs::standing(conn, *old).await?.chain.continued_as {
+            // It has gone on as another since it was looked at.
+            return Err(Error::ForkInvalid(vec![went_on(next)]));
+        }
+        crate::committer::crash_point("reset.after_terminate");
+        if !fork.insert(conn).await? {
+            // The answer of an earlier sending was lost: then all of it was done.
+            if !terminated && fork.is_there(conn).await? {
+                return Ok(true);
+            }
+            return Err(Error::RunExists(fork.run.to_string()));
+        }
+        crate::committer::crash_point("reset.after_insert");
+        if let Some(key) = key
+            && !store::forks::take_key(conn, key, fork.run).await?
+        {
+            let why = format!("another open run has the business key `{key}`: end it first, or fork");
+            return Err(Error::ForkInvalid(vec![why]));
+        }
+        crate::committer::crash_point("reset.after_key");
+        let why = format!("a reset took the place of run {old}");
+        store::schedules::hand_over(conn, *old, fork.run, &why).await?;
+        crate::committer::crash_point("reset.after_schedule");
+        // Last: another start under the key of a closed run would hold the key and wait for the group.
+        fork.begin(conn).await?;
+        Ok(terminated)
+    }
 }
 
 impl Decided {

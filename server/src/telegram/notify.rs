@@ -34,6 +34,9 @@ const MOVES: u32 = 500;
 const RUNS: i64 = 20;
 /// Newest transitions that are read for the last thing done.
 const ROWS: u64 = 60;
+/// How often a project may go on at one step. What such a step costs is given back where its provider was at fault, and bought again at
+/// the platform's cost.
+const AGAIN_MAX: i64 = 3;
 /// Suggested answers that become buttons.
 const SUGGESTIONS: usize = 8;
 
@@ -109,13 +112,15 @@ async fn tell(parts: &Parts, tx: &mut Tx, run: &Followed) -> Result<(), Error> {
     }
     let closed = seen.view.status.is_closed();
     if closed {
-        let text = render::end(&seen.name, &seen.view, seen.spent_ucr);
         let mut keyboard = Vec::new();
-        if let Some(path) = render::failed_at(&seen.view) {
+        if let Some(path) = render::failed_at(&seen.view)
+            && chats::offers_to_go_on(tx, run.project, path).await? < AGAIN_MAX
+        {
             let action = Action::GoOn { as_run: RunId::new() }.to_json();
             let token = chats::button(tx, run.chat_id, Some((run.run, path)), &action).await?;
             keyboard.push(vec![("▶️ Try that again".to_owned(), token)]);
         }
+        let text = render::end(&seen.name, &seen.view, seen.spent_ucr, !keyboard.is_empty());
         once(tx, run, format!("end:{}", run.run), &text, keyboard).await?;
     }
     Ok(chats::looked(tx, run.run, closed).await?)
@@ -126,7 +131,7 @@ pub(super) async fn see(parts: &Parts, run: &Followed) -> Result<Seen, Error> {
     let view = parts.client.describe(run.run).await?;
     let rows = parts.client.history(run.run, view.seq.saturating_sub(ROWS), 1_000).await?;
     let name = parts.store.project(None, run.project).await?.map(|project| project.name).unwrap_or_default();
-    let spent_ucr = parts.store.spent(run.run).await?;
+    let spent_ucr = parts.store.spent(run.project).await?;
     let available = parts.store.balance(run.user).await?.map_or_else(|| decimal(0), |balance| balance.available);
     let progress = progress::progress(&view, &rows);
     let text = render::progress(&name, &progress, spent_ucr, &available);

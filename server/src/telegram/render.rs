@@ -263,9 +263,9 @@ fn sentence(word: &str) -> String {
     chars.next().map(|c| c.to_uppercase().chain(chars).collect::<String>() + ".").unwrap_or_default()
 }
 
-/// What is told when a run has closed.
+/// What is told when a run has closed; with `again` under a button that lets it go on.
 #[must_use]
-pub fn end(name: &str, view: &RunView, spent_ucr: i64) -> String {
+pub fn end(name: &str, view: &RunView, spent_ucr: i64, again: bool) -> String {
     let name = escape(&cut(name, 60));
     let spent = decimal(spent_ucr);
     let text = |key: &str| view.output.as_ref().and_then(|o| o[key].as_str()).map(|t| escape(&cut(t, 64)));
@@ -290,12 +290,11 @@ pub fn end(name: &str, view: &RunView, spent_ucr: i64) -> String {
             let why = view.failure.as_ref().map_or_else(String::new, |failure| {
                 format!("\n<code>{}</code>: {}", escape(&failure.code), escape(&cut(&failure.message, 500)))
             });
-            let again = match failed_at(view) {
-                Some(_) => {
-                    "\nThe button begins the step again that failed. What was done before is kept and paid; from there it may spend \
-                     once more what you last approved."
-                }
-                None => "",
+            let again = if again {
+                "\nThe button begins the step again that failed. What was done before it is kept and paid; from there it may spend \
+                 once more what you last approved."
+            } else {
+                ""
             };
             format!(
                 "❌ <b>{name}</b> could not be finished.{why}\nSpent: {spent} credits.{again}\nWhat is done so far: /download"
@@ -304,10 +303,10 @@ pub fn end(name: &str, view: &RunView, spent_ucr: i64) -> String {
     }
 }
 
-/// The step that ended a run, if that failed: there it can go on.
+/// The step that ended a run, if that failed and may do better: there it can go on. Behind a limit of the definition it cannot.
 pub(super) fn failed_at(view: &RunView) -> Option<&str> {
     let failure = view.failure.as_ref().filter(|_| view.status == RunStatus::Failed)?;
-    failure.path.as_deref()
+    failure.path.as_deref().filter(|_| !failure.code.starts_with("limit."))
 }
 
 pub(super) fn no_credits(name: &str, message: &str) -> String {

@@ -1,6 +1,7 @@
 //! The bot against a Bot API on loopback: conversations, payments, and what goes wrong between them.
 
 mod deaths;
+mod go_on;
 mod logs;
 mod official;
 mod payments;
@@ -11,7 +12,6 @@ use crate::{
 };
 use futures_util::future::BoxFuture;
 use loopwright_engine::{
-    Failure,
     activity::{Activity, Registry},
     client::{Client, Deploy},
     embedded::testing,
@@ -25,11 +25,7 @@ use loopwright_server::{
 };
 use serde_json::{Value, json};
 use sqlx::PgPool;
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 use tokio::{
     sync::{Semaphore, watch},
     task::JoinHandle,
@@ -187,41 +183,6 @@ fn works(gate: Option<Arc<Semaphore>>) -> Vec<Work> {
     ]
 }
 
-/// As [`works`], and the second item fails in its first attempt. Counts the attempts of each item.
-fn works_that_fail_once() -> (Vec<Work>, Arc<Mutex<BTreeMap<String, u32>>>) {
-    let attempts: Arc<Mutex<BTreeMap<String, u32>>> = Arc::default();
-    let counted = Arc::clone(&attempts);
-    let implement: Script = Arc::new(move |_, input| {
-        let item = input["todo"]["id"].as_str().expect("an id").to_owned();
-        let attempt = {
-            let mut attempts = counted.lock().unwrap();
-            let attempt = attempts.entry(item.clone()).or_default();
-            *attempt += 1;
-            *attempt
-        };
-        Box::pin(async move {
-            match (item.as_str(), attempt) {
-                ("two", 1) => Err(Failure::permanent("provider.bad_request", "not <accepted>")),
-                _ => Ok(json!({"work": "w", "summary": "done"})),
-            }
-        })
-    });
-    let mut works = works(None);
-    let at = works.iter().position(|work| work.signature().name == "implement@1").unwrap();
-    works[at] = Work::new("implement@1", implement).metered();
-    (works, attempts)
-}
-
-/// Drives an idea to where its second item fails: what is said then, with its button.
-async fn until_it_fails(bot: &Bot) -> Call {
-    bot.fake.says(ADA, IDEA);
-    bot.fake.message("Which").await;
-    bot.fake.says(ADA, "Green");
-    let plan = bot.fake.message("needs your decision").await;
-    bot.fake.presses(ADA, plan.message_id, &plan.button("Approve").unwrap());
-    bot.fake.message("could not be finished").await
-}
-
 /// The payload of the invoice of a `/buy`.
 async fn invoice(bot: &Bot, n: usize) -> (String, i64) {
     let call: Call = bot.fake.count("SendInvoice", n).await.pop().unwrap();
@@ -314,34 +275,6 @@ async fn an_idea_becomes_a_delivered_project() {
     assert!(body.contains("a-tea-shop-more.zip") && body.contains("PK"), "{body:.300}");
     bot.fake.says(ADA, "/projects");
     bot.fake.message("A tea &lt;shop&gt; &amp; more").await;
-    worker.drain(Duration::from_secs(5)).await;
-    bot.stop().await;
-}
-
-#[tokio::test]
-async fn a_run_that_failed_goes_on_where_it_failed() {
-    let mut bot = Bot::start().await;
-    let (works, attempts) = works_that_fail_once();
-    let worker = bot.worker_with(Arc::new(NoHook), works).await;
-    let end = until_it_fails(&bot).await;
-    assert!(end.text().contains("provider.bad_request") && end.text().contains("not &lt;accepted&gt;"), "{end:?}");
-    let again = end.button("Try that again").unwrap();
-    bot.fake.presses(EVE, end.message_id, &again);
-    bot.fake.count("AnswerCallbackQuery", 2).await;
-    assert_eq!(bot.number("select count(*) from runs").await, 1, "it is not hers");
-    // Twice, and its updates come twice.
-    bot.fake.presses(ADA, end.message_id, &again);
-    bot.fake.presses(ADA, end.message_id, &again);
-    bot.fake.repeat(1);
-    bot.fake.message("is done").await;
-    let answers: Vec<_> = bot.fake.count("AnswerCallbackQuery", 4).await.iter().map(|c| c.text().to_owned()).collect();
-    assert_eq!(answers[2..], ["It goes on.", "It goes on already."]);
-    assert_eq!(*attempts.lock().unwrap(), BTreeMap::from([("one".to_owned(), 1), ("two".to_owned(), 2)]));
-    let runs = "select count(*) from runs where status in ('completed', 'failed')";
-    assert_eq!((bot.number(runs).await, bot.number("select count(*) from runs").await), (2, 2));
-    // Nothing is under way, and what is said of the project is its end.
-    bot.fake.says(ADA, "/cancel");
-    bot.fake.message("Nothing is under way").await;
     worker.drain(Duration::from_secs(5)).await;
     bot.stop().await;
 }

@@ -54,8 +54,8 @@ pub(super) fn is_passing(failure: &Failure) -> bool {
     failure.kind == FailureKind::Retryable && failure.code.starts_with("transient.")
 }
 
-/// Whether its provider may have billed an answer and has spoiled it: it was lost, it broke off, or it ended without a reason. Its user
-/// pays nothing for it; whoever owns the key may have paid, and may again for the next.
+/// Whether its provider may have billed an answer and has spoiled it: it was lost, it broke off, or it ended without a reason. It costs
+/// no credits; whoever owns the key may have paid, and may again for the next.
 pub(super) fn is_spoiled(error: &ProviderError) -> bool {
     match error.state {
         CallState::Unknown => error.advice != Advice::Stop,
@@ -63,7 +63,7 @@ pub(super) fn is_spoiled(error: &ProviderError) -> bool {
     }
 }
 
-/// The verdict over a call that nobody could be asked for, or that nobody has answered, and that cost its user nothing: the run waits
+/// The verdict over a call that nobody could be asked for, or that nobody has answered, and that cost no credits: the run waits
 /// until somebody can, and its retry policy does not count that.
 pub(super) fn uncounted(failure: Failure) -> Failure {
     if is_waited_for(&failure) { failure.without_counting() } else { failure }

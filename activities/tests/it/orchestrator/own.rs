@@ -2,7 +2,7 @@
 
 use crate::{
     fake_provider::{Dialect, FakeProvider, answer_json, stream},
-    keys::{attempt_of, candidate, new_key, request, ring, user, worker},
+    keys::{attempt_of, candidate, later_attempt_of, new_key, request, ring, user, worker},
 };
 use loopwright_activities::{
     MIGRATIONS,
@@ -17,7 +17,7 @@ use sqlx::PgPool;
 use std::{
     collections::BTreeSet,
     sync::{
-        Mutex,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -82,7 +82,7 @@ async fn each_of_a_users_servers_is_asked_for_its_own_model() {
     let ann = user(&pool, 1).await;
     let keys = with_ring(&pool);
     let platform = FakeProvider::always(good("nobody should ask")).await;
-    let gone = std::sync::Arc::new(AtomicBool::new(false));
+    let gone = Arc::new(AtomicBool::new(false));
     let is_gone = gone.clone();
     let first = FakeProvider::start(move |seen: &Seen, _| match seen.model().as_deref() {
         Some("a") if !is_gone.load(Ordering::SeqCst) => good("from a"),
@@ -212,4 +212,29 @@ async fn what_users_call_their_models_makes_no_series() {
     assert_eq!(of("loopwright_model_requests_total", "own"), 2, "{written:?}");
     assert_eq!(of("loopwright_model_lost_answers_total", "own"), 1, "{written:?}");
     assert_eq!(of("loopwright_model_requests_total", "m"), 1, "{written:?}");
+}
+
+#[tokio::test]
+async fn a_server_that_breaks_off_every_answer_is_given_up_sooner_where_its_user_pays_for_them() {
+    let pool = database(MIGRATIONS).await;
+    let ann = user(&pool, 1).await;
+    let keys = with_ring(&pool);
+    let broken = || FakeProvider::always(stream(&Dialect::OpenAi.good("and then")[..1]));
+    let (own, platform) = (broken().await, broken().await);
+    bring(&keys, ann, "sk-own-a-0123456789", &own, "mine").await;
+    for (user, server, counts_from) in [(Some(ann), &own, 6), (None, &platform, 11)] {
+        let recorder = Arc::default();
+        // Each attempt in another process, whose breaker knows of nothing.
+        for attempt in 1.. {
+            let worker = worker(&keys, &platform, "k", candidate("openai_compatible", "m"));
+            let failure =
+                worker.call(&later_attempt_of(user, attempt, &recorder), "plan", request()).await.unwrap_err();
+            assert_eq!(failure.code, "transient.http");
+            let bought = server.seen().len();
+            assert_eq!(failure.uncounted, bought < counts_from, "{bought} {failure:?}");
+            if !failure.uncounted {
+                break;
+            }
+        }
+    }
 }

@@ -220,6 +220,18 @@ pub async fn button(tx: &mut Tx, chat_id: i64, ask: Option<(RunId, &str)>, actio
     Ok(token)
 }
 
+/// How often a project was offered to go on at a step.
+pub async fn offers_to_go_on(tx: &mut Tx, project: Uuid, path: &str) -> Result<i64, Error> {
+    Ok(sqlx::query_scalar(
+        "select count(*) from telegram_buttons b join telegram_runs r on r.run_id = b.run_id
+         where r.project_id = $1 and b.path = $2 and b.action->>'do' = 'go_on'",
+    )
+    .bind(project)
+    .bind(path)
+    .fetch_one(&mut **tx)
+    .await?)
+}
+
 /// The button with this callback data, if it belongs to this chat. Locked: of two presses at once one is first.
 pub async fn pressed(tx: &mut Tx, chat_id: i64, token: &str) -> Result<Option<Button>, Error> {
     type Row = (Option<Uuid>, Option<String>, Value);
@@ -240,13 +252,18 @@ pub async fn take_button(tx: &mut Tx, token: &str) -> Result<(), Error> {
 }
 
 impl Store {
-    /// Micro-credits that a run has taken so far: what its ended attempts cost.
-    pub async fn spent(&self, run: RunId) -> Result<i64, Error> {
+    /// Micro-credits that a project's runs in chats have taken so far, those included that failed and went on as others: what their ended
+    /// attempts cost.
+    pub async fn spent(&self, project: Uuid) -> Result<i64, Error> {
+        let runs: Vec<Uuid> = sqlx::query_scalar("select run_id from telegram_runs where project_id = $1")
+            .bind(project)
+            .fetch_all(&self.pool)
+            .await?;
         Ok(sqlx::query_scalar(
             "select coalesce(-sum(t.amount_ucr), 0)::bigint from activity_attempts a
-               join credit_transactions t on t.attempt_id = a.id and t.kind = 'capture' where a.run_id = $1",
+               join credit_transactions t on t.attempt_id = a.id and t.kind = 'capture' where a.run_id = any($1)",
         )
-        .bind(run.0)
+        .bind(runs)
         .fetch_one(&self.pool)
         .await?)
     }

@@ -189,10 +189,8 @@ pub(super) async fn start(scene: &mut Scene<'_>, user: &User, idea: &str) -> Res
     notify::begun(scene.tx, &followed, &name, "Started. I read your idea now and may ask a few questions.").await
 }
 
-/// Lets a run that has failed go on as a fork, which begins its last step again; the chat follows it. Says what became of the press.
-///
-/// # Transaction
-/// The fork has its own and its id from the button: whoever dies before the update is marked finds it there the next time.
+/// Lets a run that has failed go on as another in its place, which begins its last step again; the chat follows it. As the project's one
+/// run it takes the business key, and where another has that by now nothing begins. Says what became of the press.
 async fn go_on(scene: &mut Scene<'_>, at: Place, as_run: RunId) -> Result<&'static str, Error> {
     let Some(old) = chats::followed_among(scene.tx, [at.run_id]).await?.pop() else { return Ok(STALE) };
     if !chats::followed_among(scene.tx, [as_run]).await?.is_empty() {
@@ -206,14 +204,16 @@ async fn go_on(scene: &mut Scene<'_>, at: Place, as_run: RunId) -> Result<&'stat
         attributes: None,
         reason: "its owner let it go on in Telegram".to_owned(),
     };
-    match scene.parts.client.fork(at.run_id, fork).await {
+    match scene.parts.client.reset_in(scene.tx, at.run_id, fork).await {
         Ok(_) => {}
         Err(Engine::RunNotFound(_) | Engine::RunArchived { .. }) => {
             return Ok("That is too long ago: nothing is kept from which it could go on. Start it anew with /new.");
         }
         Err(Engine::ForkInvalid(why)) => {
             tracing::warn!(run = %at.run_id, ?why, "a failed run cannot go on");
-            return Ok("It cannot go on from there. Start it anew with /new.");
+            return Ok(
+                "It cannot go on from there: the step cannot begin again, or the project has another run by now (/status).",
+            );
         }
         Err(error) => return Err(error.into()),
     }
