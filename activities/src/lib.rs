@@ -74,6 +74,7 @@ pub const MIGRATIONS: &[Migration] = &[
     Migration { version: 29, name: "at_once", sql: include_str!("../../migrations/0029_at_once.sql") },
     loopwright_engine::migrate::CLOCK,
     Migration { version: 32, name: "kin", sql: include_str!("../../migrations/0032_kin.sql") },
+    Migration { version: 33, name: "chats", sql: include_str!("../../migrations/0033_chats.sql") },
 ];
 
 /// Contracts of all activities.

@@ -12,6 +12,7 @@ mod pack;
 mod part;
 mod record;
 mod request;
+mod spoiled;
 mod wait;
 
 pub use wait::Pace;
@@ -33,7 +34,7 @@ use answer::{Judged, UNUSABLE_CANDIDATES, UNUSABLE_PER_CANDIDATE, Unusable, appe
 use blame::Blame;
 use cut::Cuts;
 use failure::{
-    BUDGET_PER_MINUTE, is_beyond_means, is_out, is_passing, is_spoiled, is_waited_for, named, outward, uncounted,
+    BUDGET_PER_MINUTE, is_beyond_means, is_out, is_passing, is_waited_for, left_alone, named, outward, uncounted,
     until_the_operator_acts, verdict_over,
 };
 use keys::Refused;
@@ -41,6 +42,7 @@ use loopwright_engine::{Failure, activity::Context, ids::AttemptId};
 use pack::{PACKINGS_MAX, Windows, answer_max, believable, narrower, output_limit};
 use part::Parts;
 use record::Interrupted;
+use spoiled::{Spoiled, is_spoiled};
 use std::{
     collections::{BTreeMap, VecDeque},
     sync::{Arc, Mutex},
@@ -50,14 +52,6 @@ use wait::{alive, jittered, milliseconds, sleep};
 
 /// Requests to one candidate within a call: the second cures most passing faults, a third is a storm.
 pub const TRIES_PER_CANDIDATE: u32 = 2;
-/// Spoiled answers of a call that do not count, on keys of the platform: what may have been billed is bought again at its cost, so that
-/// a provider that spoils each of them for minutes ends no run. Later ones count, so that so many are bought and what the step's policy
-/// allows. Chosen: with waits that double ([`spoiled_wait`]), a quarter of an hour before one counts where there is one model.
-const SPOILED_UNCOUNTED: u32 = 10;
-/// The same on a key that its user has brought, and for whose answers he pays. Chosen: an outage of a minute.
-const SPOILED_UNCOUNTED_OWN: u32 = 5;
-/// Longest wait after a spoiled answer, in waits of [`Pace::backoff`]: ten minutes.
-const SPOILED_WAIT_MAX: u32 = 600;
 
 /// Chooses a model for a role and makes sure that no finished call is bought twice. Cheap to clone.
 #[derive(Clone)]
@@ -122,11 +116,8 @@ struct Progress {
     billed: bool,
     /// Who may have served the question in this attempt, and the answer was lost.
     lost: Vec<Server>,
-    /// An answer was spoiled in this attempt; and on a user's own key.
-    spoils: bool,
-    own_spoils: bool,
-    /// Spoiled answers of all attempts, as far as it matters how many.
-    spoiled: u32,
+    /// Answers that were lost, broke off or ended without a reason.
+    spoiled: Spoiled,
     /// Who will not do it with any of its models.
     closed: Vec<Server>,
     /// The candidate that is being asked has failed in a way that waiting does not cure.
@@ -155,28 +146,6 @@ struct Task<'a> {
     saved: String,
     question: Question,
     shape: Option<Shape>,
-}
-
-/// Checkpoint of the `n`-th spoiled answer of a call, from 1 to [`SPOILED_UNCOUNTED`].
-fn spoiled_key(key: &str, n: u32) -> String {
-    format!("call:{key}~spoiled.{n}")
-}
-
-/// Answers of a call that were spoiled in former attempts, up to [`SPOILED_UNCOUNTED`].
-async fn spoiled_so_far(ctx: &Context, key: &str) -> Result<u32, Failure> {
-    let mut spoiled = 0;
-    while spoiled < SPOILED_UNCOUNTED && ctx.checkpoint(&spoiled_key(key, spoiled + 1)).await?.is_some() {
-        spoiled += 1;
-    }
-    Ok(spoiled)
-}
-
-/// How long a run waits for a candidate that has spoiled the `n`-th answer of a call, from 1, and is behind its attempt: twice as long for
-/// each, so that the first is soon made good and few are bought in a long time; and up to three eighths more, by chance. Where another
-/// candidate is free sooner the run goes on then, and how often this one is asked is left to its breaker.
-fn spoiled_wait(backoff: Duration, n: u32) -> Duration {
-    let least = backoff * 2_u32.saturating_pow(n).min(SPOILED_WAIT_MAX);
-    least + jittered(least / 4)
 }
 
 impl Orchestrator {
@@ -216,7 +185,7 @@ impl Orchestrator {
             progress.parts = Parts::recorded(ctx, key).await?;
             progress.unusable = Unusable::recorded(ctx, key).await?;
             progress.cuts = Cuts::recorded(ctx, key).await?;
-            progress.spoiled = spoiled_so_far(ctx, key).await?;
+            progress.spoiled = Spoiled::recorded(ctx, key).await?;
             // A repair that was lost comes first; before it the rest of an answer.
             choices.sort_by_key(|choice| progress.unusable_of(&choice.candidate).count() != 1);
         }
@@ -235,27 +204,30 @@ impl Orchestrator {
         let mut failures = Vec::new();
         // Whether somebody is waited for; the first key of the platform's that is out of service, and whether all are.
         let (mut waits, mut ours, mut only_keys) = (false, None, true);
-        for choice in choices {
+        // Who has failed, and in what way; who is to be left alone since a former attempt.
+        let mut whose = Vec::new();
+        let rests: Vec<_> = choices.iter().map(|choice| progress.spoiled.rest_of(choice)).collect();
+        for (choice, rest) in choices.iter().zip(rests) {
             let (candidate, server) = (&choice.candidate, choice.server());
             // Who may have billed the question is not asked again within the attempt.
             if progress.lost.contains(&server) || progress.closed.contains(&server) || progress.is_enough(candidate) {
                 continue;
             }
+            whose.push(choice);
             if progress.cuts.are_enough() {
                 only_keys = false;
                 failures.push(progress.cuts.failure());
                 break;
             }
             progress.counts = false;
-            let spoiled_before = progress.spoiled;
-            match self.ask(task, choice, progress).await {
+            let verdict = match rest {
+                Some(rest) => Verdict::Next(left_alone(candidate, rest)),
+                None => self.ask(task, choice, progress).await,
+            };
+            match verdict {
                 Verdict::Answered(reply) => return Ok(reply),
                 Verdict::Stop(failure) => return Err(failure),
-                Verdict::Next(mut failure) => {
-                    if progress.spoiled > spoiled_before && is_waited_for(&failure) {
-                        let wait = milliseconds(spoiled_wait(self.0.pace.backoff, progress.spoiled));
-                        failure.retry_after_ms = failure.retry_after_ms.max(Some(wait));
-                    }
+                Verdict::Next(failure) => {
                     tracing::info!(provider = %candidate.provider, model = %candidate.model, code = %failure.code, "candidate failed");
                     waits |= is_waited_for(&failure) && !progress.counts;
                     only_keys &= is_out(&failure);
@@ -266,6 +238,12 @@ impl Orchestrator {
                 }
             }
         }
+        // Whatever else is said of who has spoiled an answer, a breaker's word too: not before he may be asked.
+        for (choice, failure) in whose.into_iter().zip(&mut failures) {
+            if let Some(rest) = progress.spoiled.rest_of(choice).filter(|_| is_waited_for(failure)) {
+                failure.retry_after_ms = failure.retry_after_ms.max(Some(milliseconds(rest) + 1));
+            }
+        }
         if let (true, Some(last)) = (failures.is_empty(), progress.unusable.last()) {
             return Err(last.twice());
         }
@@ -273,13 +251,11 @@ impl Orchestrator {
             until_the_operator_acts(failure);
         }
         let mut verdict = verdict_over(failures);
-        let uncounted_max = if progress.own_spoils { SPOILED_UNCOUNTED_OWN } else { SPOILED_UNCOUNTED };
-        let spoiled_too_often = progress.spoils && progress.spoiled > uncounted_max;
         // Of those who were cut the newest knows that it was the last.
         if verdict.code == "model.truncated" && progress.cuts.are_enough() {
             verdict = Failure { detail: verdict.detail, ..progress.cuts.failure() };
         }
-        Err(if waits && !progress.billed && !spoiled_too_often { uncounted(verdict) } else { verdict })
+        Err(if waits && !progress.billed && !progress.spoiled.counts() { uncounted(verdict) } else { verdict })
     }
 
     async fn ask(&self, task: &Task<'_>, choice: &Choice, progress: &mut Progress) -> Verdict {
@@ -355,7 +331,7 @@ impl Orchestrator {
             };
             progress.full = limit >= limit_max;
             let asked = Arc::clone(&admitted.running.slot);
-            let outcome = self.request(task, &admitted.running, candidate, &fitted, limit, repairing, progress).await;
+            let outcome = self.request(task, &admitted.running, choice, &fitted, limit, repairing, progress).await;
             self.settle_grants(&admitted.grants, &outcome).await;
             let mut cooled = None;
             if let Err(Interrupted::Provider(error)) = &outcome {
@@ -399,7 +375,6 @@ impl Orchestrator {
                 Err(Interrupted::Provider(error)) => *error,
             };
             progress.billed |= error.usage.is_some() && !is_spoiled(&error);
-            progress.own_spoils |= is_spoiled(&error) && choice.own.is_some();
             progress.counts |= error.counts;
             let wait = cooled.or_else(|| error.retry_after()).unwrap_or_else(|| jittered(self.0.pace.backoff));
             if is_passing(&error.failure) {

@@ -153,6 +153,11 @@ async fn an_answer_in_parts_is_held_against_its_schema_as_a_whole() {
     assert_eq!((reply.json, bench.asked().len()), (Some(json!({"a": 1})), 2));
 }
 
+/// Waits as the engine does before the next attempt.
+async fn as_told(failure: &Failure) {
+    tokio::time::sleep(Duration::from_millis(failure.retry_after_ms.unwrap() + 1)).await;
+}
+
 #[tokio::test]
 async fn after_the_death_of_its_worker_an_answer_goes_on_behind_its_last_part() {
     // The question, the first rest, and then a connection that breaks.
@@ -160,6 +165,7 @@ async fn after_the_death_of_its_worker_an_answer_goes_on_behind_its_last_part() 
     bench.fake.inject(When::Nth(Dialect::Gemini, 2), Fault::ResetBeforeHeaders);
     let failure = bench.ask(1, 1, &["m"], None).await.unwrap_err();
     assert!(failure.code == "transient.network" && failure.uncounted, "{failure:?}");
+    as_told(&failure).await;
     // The better candidate is there again: what has been paid of the other one's answer goes on all the same.
     let reply = bench.ask(2, 1, &["better", "m"], None).await.unwrap();
     assert_eq!((reply.text.as_str(), reply.tokens_output), ("one, two, three", 12));
@@ -210,7 +216,9 @@ async fn an_answer_without_an_end_is_given_up_after_eight_parts() {
     // In an attempt that carries on for a lost one the parts of that one count.
     let bench = Bench::new(move |seen, _| endless(seen)).await;
     bench.fake.inject(When::Nth(Dialect::Gemini, 5), Fault::ResetBeforeHeaders);
-    assert!(bench.ask(1, 1, &["m"], None).await.unwrap_err().uncounted);
+    let failure = bench.ask(1, 1, &["m"], None).await.unwrap_err();
+    assert!(failure.uncounted);
+    as_told(&failure).await;
     assert_eq!(bench.ask(2, 1, &["m"], None).await.unwrap_err().code, "model.truncated");
     assert_eq!(bench.asked().len(), 1 + PARTS_MAX + 1, "and the one that was lost");
 }

@@ -172,6 +172,8 @@ impl Client {
                 store::starts::keep(conn).await?;
                 Ok(Reset { run_id: decided.fork.run, terminated })
             }
+            // Nothing more can be said in this transaction.
+            Err(error @ Error::Sql(_)) => Err(error),
             Err(error) => {
                 store::starts::undo(conn).await?;
                 Err(error)
@@ -325,13 +327,13 @@ fn went_on(next: RunId) -> String {
 impl DecidedReset {
     /// Whether it has ended the old run, or an earlier sending has done all of it.
     async fn reset(&self, conn: &mut PgConnection, hook: &dyn TransitionHook) -> Result<bool> {
-        let Self { old, key, reason, fork } = self;
-        let text = format!("reset to transition {} as run {}: {reason}", fork.seq, fork.run);
+        let Self { old, key, reason, fork: decided } = self;
+        let text = format!("reset to transition {} as run {}: {reason}", decided.seq, decided.run);
         let terminated = store::starts::lock_to_end(conn, *old).await?;
         crate::committer::crash_point("reset.after_lock");
         if terminated {
             // Before the hook locks accounts: whoever arrives at a group has locked it then. The key is the run's own.
-            if let Some(arrives) = fork.arrives(conn).await? {
+            if let Some(arrives) = decided.arrives(conn).await? {
                 arrives.reserve(conn).await?;
             }
             crate::committer::crash_point("reset.after_reserve");
@@ -341,26 +343,26 @@ impl DecidedReset {
             return Err(Error::ForkInvalid(vec![went_on(next)]));
         }
         crate::committer::crash_point("reset.after_terminate");
-        if !fork.insert(conn).await? {
+        if !decided.insert(conn).await? {
             // The answer of an earlier sending was lost: then all of it was done.
-            if !terminated && fork.is_there(conn).await? {
+            if !terminated && decided.is_there(conn).await? {
                 return Ok(true);
             }
-            return Err(Error::RunExists(fork.run.to_string()));
+            return Err(Error::RunExists(decided.run.to_string()));
         }
         crate::committer::crash_point("reset.after_insert");
         if let Some(key) = key
-            && !store::forks::take_key(conn, key, fork.run).await?
+            && !store::forks::take_key(conn, key, decided.run).await?
         {
             let why = format!("another open run has the business key `{key}`: end it first, or fork");
             return Err(Error::ForkInvalid(vec![why]));
         }
         crate::committer::crash_point("reset.after_key");
         let why = format!("a reset took the place of run {old}");
-        store::schedules::hand_over(conn, *old, fork.run, &why).await?;
+        store::schedules::hand_over(conn, *old, decided.run, &why).await?;
         crate::committer::crash_point("reset.after_schedule");
         // Last: another start under the key of a closed run would hold the key and wait for the group.
-        fork.begin(conn).await?;
+        decided.begin(conn).await?;
         Ok(terminated)
     }
 }

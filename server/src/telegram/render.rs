@@ -303,7 +303,8 @@ pub fn end(name: &str, view: &RunView, spent_ucr: i64, again: bool) -> String {
     }
 }
 
-/// The step that ended a run, if that failed and may do better: there it can go on. Behind a limit of the definition it cannot.
+/// The step that ended a run, if that failed: there it can go on. Not behind a limit of the definition, which it would most often meet
+/// again.
 pub(super) fn failed_at(view: &RunView) -> Option<&str> {
     let failure = view.failure.as_ref().filter(|_| view.status == RunStatus::Failed)?;
     failure.path.as_deref().filter(|_| !failure.code.starts_with("limit."))

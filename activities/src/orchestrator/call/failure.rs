@@ -1,12 +1,10 @@
 //! What a call that brought nothing says: of one candidate, and over all of them.
 
-use crate::{
-    orchestrator::route::Candidate,
-    provider::{Advice, ProviderError},
-    usage::CallState,
-};
+use super::wait::milliseconds;
+use crate::{orchestrator::route::Candidate, provider::ProviderError};
 use loopwright_engine::{Failure, FailureKind};
 use serde_json::{Value, json};
+use std::time::Duration;
 
 /// Mark of a wait for a budget of ours, inside this file only.
 pub(super) const BUDGET_PER_MINUTE: &str = "budget per minute";
@@ -25,6 +23,16 @@ pub(super) fn to_its_owner(mut error: ProviderError, candidate: &Candidate) -> P
 /// When a step asks again that has found every key of the platform out of service, in milliseconds. Chosen: a person has to act, and
 /// asking costs nothing but the look at what is known of the keys.
 const OPERATOR_WAIT_MS: u64 = 5 * 60 * 1_000;
+
+/// What is said of a candidate that is not asked, because it has spoiled an answer to this question not long ago.
+pub(super) fn left_alone(candidate: &Candidate, rest: Duration) -> Failure {
+    let text = format!(
+        "{} has spoiled its last answer to this question: it is asked again in {} s",
+        candidate.provider,
+        rest.as_secs_f64().ceil()
+    );
+    Failure::retryable("transient.http", text).with_retry_after_ms(milliseconds(rest) + 1)
+}
 
 /// Whether a failure says that its key is out of service.
 pub(super) fn is_out(failure: &Failure) -> bool {
@@ -52,15 +60,6 @@ pub(super) fn is_beyond_means(failure: &Failure) -> bool {
 /// Whether a failure is about the provider's state now and not about the question.
 pub(super) fn is_passing(failure: &Failure) -> bool {
     failure.kind == FailureKind::Retryable && failure.code.starts_with("transient.")
-}
-
-/// Whether its provider may have billed an answer and has spoiled it: it was lost, it broke off, or it ended without a reason. It costs
-/// no credits; whoever owns the key may have paid, and may again for the next.
-pub(super) fn is_spoiled(error: &ProviderError) -> bool {
-    match error.state {
-        CallState::Unknown => error.advice != Advice::Stop,
-        _ => error.unfinished || (is_passing(&error.failure) && error.usage.is_some()),
-    }
 }
 
 /// The verdict over a call that nobody could be asked for, or that nobody has answered, and that cost no credits: the run waits

@@ -6,14 +6,14 @@ use super::{
         route::Candidate,
         service::{Running, Slot},
     },
-    Orchestrator, Progress, SPOILED_UNCOUNTED, Task,
+    Choice, Orchestrator, Progress, Task,
     answer::{Judged, Unusable, judge},
     blame::is_plain,
     cut::Cut,
-    failure::{is_spoiled, to_its_owner},
+    failure::to_its_owner,
     part::{Closing, Part},
     record::{Interrupted, closed_badly, closed_well, observe, opened, to_value},
-    spoiled_key,
+    spoiled::is_spoiled,
 };
 use crate::{
     provider::{Call, Completion, ProviderError, RequestIdSlot, estimate::seems_cut},
@@ -41,13 +41,13 @@ impl Orchestrator {
         &self,
         task: &Task<'_>,
         running: &Running,
-        candidate: &Candidate,
+        choice: &Choice,
         request: &Request,
         limit: u32,
         repairing: bool,
         progress: &mut Progress,
     ) -> Result<Judged, Interrupted> {
-        let ctx = task.ctx;
+        let (ctx, candidate) = (task.ctx, &choice.candidate);
         let meter_key = format!("{}.a{}.{}", task.key, ctx.info().attempt, progress.requests);
         progress.requests += 1;
         let mut opened = opened(&running.slot, candidate, request, limit);
@@ -128,7 +128,11 @@ impl Orchestrator {
             }
             Err(mut error) => {
                 let closed = closed_badly(&error, &request_id);
-                let checkpoint = noted(task.key, candidate, limit, &error, progress)?;
+                let checkpoint = if is_spoiled(&error) {
+                    progress.spoiled.note(task.key, choice, self.0.pace.backoff)?
+                } else {
+                    cut(task.key, candidate, limit, &error, progress)?
+                };
                 let checkpoint = checkpoint.as_ref().map(|(key, value)| (key.as_str(), value));
                 self.close(ctx, &meter_key, &closed, checkpoint).await?;
                 if before.is_some() {
@@ -187,20 +191,14 @@ impl Orchestrator {
     }
 }
 
-/// What later attempts have to know of a request that brought nothing, and its checkpoint: that it was spoiled, or cut at its limit.
-fn noted(
+/// What later attempts have to know of an answer that was cut at its limit, and its checkpoint.
+fn cut(
     key: &str,
     candidate: &Candidate,
     limit: u32,
     error: &ProviderError,
     progress: &mut Progress,
 ) -> Result<Option<(String, Value)>, Failure> {
-    if is_spoiled(error) {
-        progress.spoils = true;
-        progress.spoiled += 1;
-        let n = progress.spoiled;
-        return Ok((n <= SPOILED_UNCOUNTED).then(|| (spoiled_key(key, n), Value::Bool(true))));
-    }
     if error.failure.code != "model.truncated" || !error.stream_completed {
         return Ok(None);
     }

@@ -20,6 +20,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 use uuid::Uuid;
 
@@ -235,6 +236,7 @@ async fn a_server_that_breaks_off_every_answer_is_given_up_sooner_where_its_user
             if !failure.uncounted {
                 break;
             }
+            tokio::time::sleep(Duration::from_millis(failure.retry_after_ms.unwrap() + 1)).await;
         }
     }
 }

@@ -118,6 +118,7 @@ async fn check(fault: Fault, dialect: Dialect, form: Form, elsewhere: &FakeProvi
             assert_eq!(error.usage.as_ref().map(|usage| usage.source), billed, "{what}");
             // Only one that reached its limit is charged, and that one has a finish reason.
             assert!(error.failure.code != "model.truncated" || !error.stream_completed, "{what}: {error:?}");
+            assert!(error.unwell || expected != UNFINISHED, "{what}: a provider that breaks answers off is not well");
             let everything = format!("{error:?} {error}");
             assert!(!everything.contains("upstream text") && !everything.contains(KEY), "{what}: {everything}");
         }

@@ -190,11 +190,12 @@ pub(super) async fn start(scene: &mut Scene<'_>, user: &User, idea: &str) -> Res
 }
 
 /// Lets a run that has failed go on as another in its place, which begins its last step again; the chat follows it. As the project's one
-/// run it takes the business key, and where another has that by now nothing begins. Says what became of the press.
-async fn go_on(scene: &mut Scene<'_>, at: Place, as_run: RunId) -> Result<&'static str, Error> {
-    let Some(old) = chats::followed_among(scene.tx, [at.run_id]).await?.pop() else { return Ok(STALE) };
+/// run it takes the business key, and where another has that by now nothing begins. Says what became of the press, and whether the button
+/// is of no use any more.
+async fn go_on(scene: &mut Scene<'_>, at: Place, as_run: RunId) -> Result<(&'static str, bool), Error> {
+    let Some(old) = chats::followed_among(scene.tx, [at.run_id]).await?.pop() else { return Ok((STALE, true)) };
     if !chats::followed_among(scene.tx, [as_run]).await?.is_empty() {
-        return Ok("It goes on already.");
+        return Ok(("It goes on already.", true));
     }
     let fork = Fork {
         run_id: Some(as_run),
@@ -206,14 +207,16 @@ async fn go_on(scene: &mut Scene<'_>, at: Place, as_run: RunId) -> Result<&'stat
     };
     match scene.parts.client.reset_in(scene.tx, at.run_id, fork).await {
         Ok(_) => {}
-        Err(Engine::RunNotFound(_) | Engine::RunArchived { .. }) => {
-            return Ok("That is too long ago: nothing is kept from which it could go on. Start it anew with /new.");
+        Err(Engine::RunNotFound(_) | Engine::RunArchived { .. } | Engine::RunImported(_)) => {
+            return Ok((
+                "That is too long ago: nothing is kept from which it could go on. Start it anew with /new.",
+                true,
+            ));
         }
         Err(Engine::ForkInvalid(why)) => {
             tracing::warn!(run = %at.run_id, ?why, "a failed run cannot go on");
-            return Ok(
-                "It cannot go on from there: the step cannot begin again, or the project has another run by now (/status).",
-            );
+            let said = "It cannot go on now: the project has another run that is under way (/projects), or that step cannot begin again.";
+            return Ok((said, false));
         }
         Err(error) => return Err(error.into()),
     }
@@ -222,7 +225,7 @@ async fn go_on(scene: &mut Scene<'_>, at: Place, as_run: RunId) -> Result<&'stat
     chats::set_project(scene.tx, scene.chat_id, old.project).await?;
     let name = scene.parts.store.project(None, old.project).await?.map(|project| project.name).unwrap_or_default();
     notify::begun(scene.tx, &followed, &name, "Goes on with the step that failed.").await?;
-    Ok("It goes on.")
+    Ok(("It goes on.", true))
 }
 
 /// A text while work is under way and no question is open: it is nobody's answer, and a project costs credits.
@@ -341,7 +344,10 @@ pub(super) async fn button(
             None => (STALE.to_owned(), true),
         },
         Action::GoOn { as_run } => match place("") {
-            Some(at) => (go_on(scene, at, as_run).await?.to_owned(), true),
+            Some(at) => {
+                let (said, spent) = go_on(scene, at, as_run).await?;
+                (said.to_owned(), spent)
+            }
             None => (STALE.to_owned(), true),
         },
     };

@@ -7,6 +7,10 @@ use uuid::Uuid;
 
 /// As [`works`], and the second item fails in its first attempts. Counts the attempts of each item.
 pub(super) fn works_that_fail(times: u32) -> (Vec<Work>, Arc<Mutex<BTreeMap<String, u32>>>) {
+    works_that_fail_with("provider.bad_request", times)
+}
+
+fn works_that_fail_with(code: &'static str, times: u32) -> (Vec<Work>, Arc<Mutex<BTreeMap<String, u32>>>) {
     let attempts: Arc<Mutex<BTreeMap<String, u32>>> = Arc::default();
     let counted = Arc::clone(&attempts);
     let implement: Script = Arc::new(move |_, input| {
@@ -19,7 +23,7 @@ pub(super) fn works_that_fail(times: u32) -> (Vec<Work>, Arc<Mutex<BTreeMap<Stri
         };
         Box::pin(async move {
             match (item.as_str(), attempt) {
-                ("two", n) if n <= times => Err(Failure::permanent("provider.bad_request", "not <accepted>")),
+                ("two", n) if n <= times => Err(Failure::permanent(code, "not <accepted>")),
                 _ => Ok(json!({"work": "w", "summary": "done"})),
             }
         })
@@ -100,6 +104,17 @@ async fn a_step_that_fails_again_and_again_is_offered_three_times() {
 }
 
 #[tokio::test]
+async fn a_limit_that_was_met_is_not_met_again_for_credits() {
+    let mut bot = Bot::start().await;
+    let (works, _) = works_that_fail_with("limit.rounds", 1);
+    let worker = bot.worker_with(Arc::new(NoHook), works).await;
+    let end = until_it_fails(&bot).await;
+    assert!(end.text().contains("limit.rounds") && end.button("Try that again").is_none(), "{end:?}");
+    worker.drain(Duration::from_secs(5)).await;
+    bot.stop().await;
+}
+
+#[tokio::test]
 async fn a_run_that_failed_does_not_go_on_beside_another_of_its_project() {
     let mut bot = Bot::start().await;
     let (works, attempts) = works_that_fail(1);
@@ -115,10 +130,15 @@ async fn a_run_that_failed_does_not_go_on_beside_another_of_its_project() {
     assert!(other.created);
     bot.fake.presses(ADA, end.message_id, &end.button("Try that again").unwrap());
     let answers = bot.fake.count("AnswerCallbackQuery", 2).await;
-    assert!(answers[1].text().contains("cannot go on"), "{answers:?}");
+    assert!(answers[1].text().contains("cannot go on now"), "{answers:?}");
     assert_eq!(bot.number("select count(*) from runs").await, 2);
     assert_eq!(bot.number("select count(*) from telegram_runs").await, 1);
     assert_eq!(attempts.lock().unwrap()["two"], 1);
+    // When that has ended the same button works.
+    client.terminate(other.run_id, "to make place").await.unwrap();
+    bot.fake.presses(ADA, end.message_id, &end.button("Try that again").unwrap());
+    bot.fake.message("</b> is done").await;
+    assert_eq!(attempts.lock().unwrap()["two"], 2);
     worker.drain(Duration::from_secs(5)).await;
     bot.stop().await;
 }
