@@ -38,7 +38,7 @@ use failure::{
     until_the_operator_acts, verdict_over,
 };
 use keys::Refused;
-use loopwright_engine::{Failure, activity::Context, ids::AttemptId};
+use loopwright_engine::{Failure, FailureKind, activity::Context, ids::AttemptId};
 use pack::{PACKINGS_MAX, Windows, answer_max, believable, narrower, output_limit};
 use part::Parts;
 use record::Interrupted;
@@ -239,9 +239,12 @@ impl Orchestrator {
             }
         }
         // Whatever else is said of who has spoiled an answer, a breaker's word too: not before he may be asked.
+        let mut soonest = None;
         for (choice, failure) in whose.into_iter().zip(&mut failures) {
-            if let Some(rest) = progress.spoiled.rest_of(choice).filter(|_| is_waited_for(failure)) {
-                failure.retry_after_ms = failure.retry_after_ms.max(Some(milliseconds(rest) + 1));
+            let Some(rest) = progress.spoiled.rest_of(choice).map(|rest| milliseconds(rest) + 1) else { continue };
+            soonest = Some(soonest.map_or(rest, |other: u64| other.min(rest)));
+            if is_waited_for(failure) {
+                failure.retry_after_ms = failure.retry_after_ms.max(Some(rest));
             }
         }
         if let (true, Some(last)) = (failures.is_empty(), progress.unusable.last()) {
@@ -251,6 +254,10 @@ impl Orchestrator {
             until_the_operator_acts(failure);
         }
         let mut verdict = verdict_over(failures);
+        // The attempts that count are not used up before who rests can be asked as well.
+        if verdict.kind == FailureKind::Retryable && !is_waited_for(&verdict) {
+            verdict.retry_after_ms = verdict.retry_after_ms.max(soonest);
+        }
         // Of those who were cut the newest knows that it was the last.
         if verdict.code == "model.truncated" && progress.cuts.are_enough() {
             verdict = Failure { detail: verdict.detail, ..progress.cuts.failure() };
@@ -423,7 +430,9 @@ impl Orchestrator {
                     tries_left += 1;
                 }
                 Advice::OtherModel => return Verdict::Next(error.failure),
-                Advice::SameModel if tries_left == 0 => return Verdict::Next(error.failure),
+                Advice::SameModel if tries_left == 0 || (is_spoiled(&error) && !progress.spoiled.is_first()) => {
+                    return Verdict::Next(error.failure);
+                }
                 Advice::SameModel if error.failure.code == "model.truncated" && error.stream_completed => {
                     // It reached its limit: the same limit would be reached again, and so might one that is a little larger. What
                     // is not written is not paid for.

@@ -1,7 +1,7 @@
 //! A provider that is away: runs wait for it, say so, pay no more, and buy nothing twice that they need not.
 
 use crate::bench::Bench;
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, join_all};
 use loopwright_activities::{
     billing::{BillingSettings, LedgerHook},
     orchestrator::{
@@ -281,7 +281,7 @@ const BREAK_OFF: [Fault; 3] = [Fault::ErrorMidStream, Fault::NoFinishReason, Fau
 
 #[tokio::test]
 async fn answers_that_break_off_for_a_while_delay_a_run_and_cost_its_user_nothing() {
-    for fault in BREAK_OFF {
+    join_all(BREAK_OFF.map(|fault| async move {
         let bench = Bench::new(100).await;
         let fake = FakeProvider::saying(Reply::text("words")).await;
         let (view, waited_for) = run(&bench, &fake, 9, fault.clone()).await;
@@ -296,12 +296,13 @@ async fn answers_that_break_off_for_a_while_delay_a_run_and_cost_its_user_nothin
         assert_eq!(calls(&bench).await, (2, 9, 0, 0), "{fault:?}");
         assert_eq!(bench.balance().await, (100_000_000 - 2 * CALL_UCR, 0), "{fault:?}");
         assert_eq!(bench.violations().await, [""; 0], "{fault:?}");
-    }
+    }))
+    .await;
 }
 
 #[tokio::test]
 async fn answers_that_always_break_off_end_the_step_after_a_bounded_number() {
-    for fault in BREAK_OFF {
+    join_all(BREAK_OFF.map(|fault| async move {
         let bench = Bench::new(100).await;
         let fake = FakeProvider::saying(Reply::text("words")).await;
         let (view, _) = run(&bench, &fake, usize::MAX, fault.clone()).await;
@@ -315,7 +316,8 @@ async fn answers_that_always_break_off_end_the_step_after_a_bounded_number() {
         assert!((13..=17).contains(&failed), "{fault:?}: {failed}");
         assert_eq!(bench.balance().await, (100_000_000, 0), "{fault:?}");
         assert_eq!(bench.violations().await, [""; 0], "{fault:?}");
-    }
+    }))
+    .await;
 }
 
 /// A server that answers with this status to question `1` up to `away`.

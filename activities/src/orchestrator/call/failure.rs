@@ -31,7 +31,7 @@ pub(super) fn left_alone(candidate: &Candidate, rest: Duration) -> Failure {
         candidate.provider,
         rest.as_secs_f64().ceil()
     );
-    Failure::retryable("transient.http", text).with_retry_after_ms(milliseconds(rest) + 1)
+    Failure::retryable("transient.unavailable", text).with_retry_after_ms(milliseconds(rest) + 1)
 }
 
 /// Whether a failure says that its key is out of service.

@@ -15,13 +15,16 @@ use uuid::Uuid;
 
 /// Spoiled answers of a call that do not count, on keys of the platform: what may have been billed is bought again at its cost, so that
 /// a provider that spoils each of them for minutes ends no run. Later ones count, so that so many are bought and what the step's policy
-/// allows. Chosen: with waits that double ([`wait_after`]), a quarter of an hour before one counts where one provider is asked.
+/// allows. Chosen: with waits that double ([`wait_after`]), a quarter of an hour or nearly before one counts where one provider is asked,
+/// and two of its models.
 const UNCOUNTED: u32 = 10;
 /// The same on a key that its user has brought, and for whose answers he pays. Chosen: an outage of a minute.
 const UNCOUNTED_OWN: u32 = 5;
+/// Spoiled answers that are recorded. Chosen: what a policy of many attempts buys beyond those that do not count.
+const RECORDED_MAX: u32 = 32;
 /// Longest wait after a spoiled answer, in waits of [`super::Pace::backoff`]: ten minutes, before what chance adds.
 const WAIT_MAX: u32 = 600;
-/// Longest time that a rest which another process has noted is believed: more than it can be, whatever its clock says.
+/// A rest that another process has noted, and that is longer than any can be, comes from a clock that is wrong and is not believed.
 const REST_MAX: TimeDelta = TimeDelta::minutes(15);
 
 /// Whose keys were asked: a provider's with the platform's, or the first one of a user's own for a server.
@@ -54,7 +57,7 @@ impl Spoiled {
     /// What former attempts have left.
     pub(super) async fn recorded(ctx: &Context, key: &str) -> Result<Self, Failure> {
         let mut spoiled = Self::default();
-        while spoiled.count < UNCOUNTED
+        while spoiled.count < RECORDED_MAX
             && let Some(saved) = ctx.checkpoint(&checkpoint(key, spoiled.count + 1)).await?
         {
             spoiled.count += 1;
@@ -79,7 +82,7 @@ impl Spoiled {
         self.own |= choice.own.is_some();
         let until = Utc::now() + wait_after(backoff, self.count);
         self.rests.insert(keys(choice), until);
-        if self.count > UNCOUNTED {
+        if self.count > RECORDED_MAX {
             return Ok(None);
         }
         let rest = Rest { keys: keys(choice), until };
@@ -89,7 +92,12 @@ impl Spoiled {
     /// How long whoever has spoiled an answer is left alone yet.
     pub(super) fn rest_of(&self, choice: &Choice) -> Option<Duration> {
         let left = *self.rests.get(&keys(choice))? - Utc::now();
-        left.min(REST_MAX).to_std().ok().filter(|left| !left.is_zero())
+        (left <= REST_MAX).then(|| left.to_std().ok()).flatten().filter(|left| !left.is_zero())
+    }
+
+    /// Whether no more than the first was spoiled, which the same model may make good at once.
+    pub(super) fn is_first(&self) -> bool {
+        self.count <= 1
     }
 
     /// Whether so many were spoiled that one more counts as a failed attempt.
@@ -107,7 +115,7 @@ pub(super) fn is_spoiled(error: &ProviderError) -> bool {
     }
 }
 
-/// Checkpoint of the `n`-th spoiled answer of a call, from 1 to [`UNCOUNTED`].
+/// Checkpoint of the `n`-th spoiled answer of a call, from 1 to [`RECORDED_MAX`].
 fn checkpoint(key: &str, n: u32) -> String {
     format!("call:{key}~spoiled.{n}")
 }
