@@ -220,7 +220,8 @@ impl Orchestrator {
                 break;
             }
             progress.counts = false;
-            let verdict = match rest {
+            // Who was asked before may have taken as long.
+            let verdict = match rest.and_then(|_| progress.spoiled.rest_of(choice)) {
                 Some(rest) => Verdict::Next(left_alone(candidate, rest)),
                 None => self.ask(task, choice, progress).await,
             };
@@ -255,7 +256,7 @@ impl Orchestrator {
         }
         let mut verdict = verdict_over(failures);
         // The attempts that count are not used up before who rests can be asked as well.
-        if verdict.kind == FailureKind::Retryable && !is_waited_for(&verdict) {
+        if verdict.kind == FailureKind::Retryable && (progress.billed || !is_waited_for(&verdict)) {
             verdict.retry_after_ms = verdict.retry_after_ms.max(soonest);
         }
         // Of those who were cut the newest knows that it was the last.
@@ -400,7 +401,12 @@ impl Orchestrator {
             let key_is_out = cooled.is_some()
                 || is_out(&error.failure)
                 || matches!(error.advice, Advice::OtherKey | Advice::DisableKey);
-            if key_is_out && changes_left > 0 && pool.is_free(&self.0.board, &candidate.model, Instant::now()) {
+            let bought_enough = is_spoiled(&error) && !progress.spoiled.is_first();
+            if key_is_out
+                && !bought_enough
+                && changes_left > 0
+                && pool.is_free(&self.0.board, &candidate.model, Instant::now())
+            {
                 changes_left -= 1;
                 tries_left += 1;
                 continue;
@@ -430,9 +436,7 @@ impl Orchestrator {
                     tries_left += 1;
                 }
                 Advice::OtherModel => return Verdict::Next(error.failure),
-                Advice::SameModel if tries_left == 0 || (is_spoiled(&error) && !progress.spoiled.is_first()) => {
-                    return Verdict::Next(error.failure);
-                }
+                Advice::SameModel if tries_left == 0 || bought_enough => return Verdict::Next(error.failure),
                 Advice::SameModel if error.failure.code == "model.truncated" && error.stream_completed => {
                     // It reached its limit: the same limit would be reached again, and so might one that is a little larger. What
                     // is not written is not paid for.

@@ -293,6 +293,43 @@ async fn who_spoils_answers_is_left_alone_while_others_are_asked() {
 }
 
 #[tokio::test]
+async fn a_spoiled_answer_is_made_good_at_once_and_later_ones_are_bought_once_a_model() {
+    let spoils = Stub::new("gemini", |_, _| {
+        Err(ProviderError { unfinished: true, ..failed("transient.http", Advice::SameModel) })
+    });
+    let list = [candidate("gemini", "a"), candidate("gemini", "b")];
+    let orchestrator = orchestrator(&list, &[Arc::clone(&spoils)]);
+    let recorder = Arc::default();
+    for (n, bought) in [(1, 3), (2, 5), (3, 7)] {
+        let failure = orchestrator.call(&Bench::attempt(&recorder, n).ctx, "plan", request()).await.unwrap_err();
+        assert_eq!((failure.uncounted, spoils.count()), (true, bought), "{failure:?}");
+        tokio::time::sleep(Duration::from_millis(failure.retry_after_ms.unwrap() + 1)).await;
+    }
+    // A rest that is longer than any can be was written by a clock that is wrong.
+    let rest = json!({"keys": ["gemini", null], "until": chrono::Utc::now() + chrono::Duration::days(1)});
+    recorder.checkpoints.lock().unwrap().insert("call:plan~spoiled.7".to_owned(), rest);
+    orchestrator.call(&Bench::attempt(&recorder, 4).ctx, "plan", request()).await.unwrap_err();
+    assert_eq!(spoils.count(), 9);
+}
+
+#[tokio::test]
+async fn attempts_that_count_are_not_used_up_while_somebody_rests() {
+    let spoils = Stub::new("gemini", |_, _| {
+        Err(ProviderError { state: CallState::Unknown, ..failed("transient.network", Advice::SameModel) })
+    });
+    let unusable = Stub::new("openrouter", |_, _| {
+        Err(ProviderError::new(Failure::retryable("model.output_invalid", "as ordered"), Advice::OtherModel))
+    });
+    let list = [candidate("gemini", "a"), candidate("openrouter", "b")];
+    let pace = Pace { backoff: Duration::from_secs(100), wait_max: Duration::from_secs(30) };
+    let providers = [spoils, unusable].map(|stub| stub as Arc<dyn Provider>).to_vec();
+    let orchestrator = Orchestrator::with_pace(routing(&list), providers, pace);
+    let failure = orchestrator.call(&Bench::new().ctx, "plan", request()).await.unwrap_err();
+    assert_eq!((failure.code.as_str(), failure.uncounted), ("model.output_invalid", false));
+    assert!(failure.retry_after_ms >= Some(200_000), "{failure:?}");
+}
+
+#[tokio::test]
 async fn the_word_of_a_breaker_is_no_reason_to_ask_earlier_who_spoils_answers() {
     // Two models behind one key and its breaker, as shipped.
     let spoils = Stub::new("gemini", |_, _| {
