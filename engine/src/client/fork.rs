@@ -162,8 +162,13 @@ impl Client {
         Ok(Reset { run_id: decided.fork.run, terminated })
     }
 
-    /// [`Self::reset`] inside the caller's transaction; call [`Self::wake`] after the commit. What is refused was never there. Where to
-    /// branch off is read before, on another connection.
+    /// [`Self::reset`] inside the caller's transaction; call [`Self::wake`] after the commit. Where to branch off is read before, on
+    /// another connection.
+    ///
+    /// # Errors
+    /// Those of [`Self::reset`]. Behind one of the database's the transaction can only be rolled back.
+    /// # Transaction
+    /// The caller's, in a savepoint: what is refused was never there.
     pub async fn reset_in(&self, conn: &mut PgConnection, run: RunId, asked: Fork) -> Result<Reset> {
         let decided = self.decide_reset(run, &asked).await?;
         store::starts::begin(conn).await?;
