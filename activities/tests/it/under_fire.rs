@@ -309,9 +309,9 @@ impl Bench {
         pair.death.1 == Death::Headers && pair.dialect != Dialect::Gemini
     }
 
-    /// How the key of the struck call's requests begins in the first attempt.
-    fn first_of_struck(&self, pair: &Pair) -> &'static str {
-        ["a.a1.", "b.a1."][pair.struck()]
+    /// How the keys of the struck call's requests begin, in whatever attempt: one that is refused twice is made in the second.
+    fn struck_call(&self, pair: &Pair) -> &'static str {
+        ["a.", "b."][pair.struck()]
     }
 
     /// Whether the books have the name of the call under way, or it is over: on a busy machine its headers may come after its time-out.
@@ -322,7 +322,7 @@ impl Bench {
                and (k.provider_request_id is not null or k.state = 'unknown'))",
         )
         .bind(pair.fingerprint())
-        .bind(self.first_of_struck(pair))
+        .bind(self.struck_call(pair))
         .fetch_one(&self.pool)
         .await
         .expect("row")
@@ -387,7 +387,7 @@ impl Bench {
              where y.fingerprint = decode($1, 'hex') and starts_with(k.call_key, $2) and k.state <> 'failed' order by k.id limit 1",
         )
         .bind(pair.fingerprint())
-        .bind(["a.", "b."][pair.struck()])
+        .bind(self.struck_call(pair))
         .fetch_one(&self.pool)
         .await
         .expect("row")

@@ -135,8 +135,10 @@ impl Bench {
         // Every question was announced before it was sent; only what died in between was never sent.
         let unsent = usize::from(pair.death.0 == "before send");
         // What was refused was not sent either, and is no call that may have been billed.
-        let refused: Vec<&Call> =
-            rows.iter().filter(|row| pair.refused && row.error_class == "transient.network").collect();
+        let refused: Vec<&Call> = rows
+            .iter()
+            .filter(|row| pair.refused && row.error_class == "transient.network" && !row.timed_out())
+            .collect();
         note(
             refused.iter().all(|row| row.state == "failed" && row.provider_request_id.is_none()),
             format!("{refused:?}"),
@@ -163,6 +165,11 @@ impl Bench {
                 note(false, format!("{name}: {what}"));
             }
         }
+        // The call under way when its worker was killed.
+        let died_first = rows
+            .iter()
+            .find(|row| row.died() && row.call_key.starts_with(self.struck_call(pair)))
+            .map(|row| &row.call_key);
         // By attempt, what its recorded answers cost by our own arithmetic.
         let mut priced: BTreeMap<Uuid, i128> = BTreeMap::new();
         for row in &rows {
@@ -180,7 +187,7 @@ impl Bench {
             let spoiled = state == "failed" && class.starts_with("model.") && !cut;
             note(state == "succeeded" || spoiled || *cost == 0, format!("{key} is {state} ({class}) and costs {cost}"));
             note(!late || *cost == 0, format!("{key} came late and costs {cost}"));
-            let struck = self.names(pair) && row.died() && key.starts_with(self.first_of_struck(pair));
+            let struck = self.names(pair) && died_first == Some(key);
             note(!struck || id.is_some(), format!("{key} died behind its headers and has no id"));
             // What the model spoiled is charged where the provider reports what it took.
             if state != "succeeded" && !(spoiled && row.usage_source == "provider" && row.usage().output > 0) {
