@@ -106,9 +106,13 @@ pub const INVARIANTS: &[(&str, &str, &str)] = &[
     ),
     (
         "I12",
-        "a refund without its ledger row, or the reverse",
+        "a refund without its ledger row, or the reverse, or a payment was taken back and its credits go on",
+        // Where nothing was free there is no row: what is held then expires once it is released. A purchase does not expire otherwise.
         "select p.charge_id, p.user_id from payments p left join credit_transactions t on t.idempotency_key = 'refund:' || p.charge_id
-         where (p.refund_state in ('requested','done','refused')) <> (t.id is not null)",
+         where (p.refund_state in ('requested','done','refused')) <> (t.id is not null)
+           or ((p.refund_state = 'chargeback' or t.kind = 'adjustment')
+               and exists (select 1 from credit_grants g where g.source = 'purchase' and g.source_ref = p.charge_id and g.user_id = p.user_id
+                             and g.remaining_ucr > 0 and g.expires_at is null))",
     ),
     (
         "I13",

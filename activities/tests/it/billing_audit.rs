@@ -244,6 +244,15 @@ const CORRUPTIONS: &[(&str, &str, &str, &str)] = &[
     ("I12", "'done',", "", "update payments set refund_state = 'done' where charge_id = 'c1'"),
     ("I12", ",'refused'", "", "update payments set refund_state = 'refused' where charge_id = 'c1'"),
     ("I12", ") <> (t.id is not null)", " and t.id is null)", "update payments set refund_state = 'none' where charge_id = 'c2'"),
+    ("I12", "p.refund_state = 'chargeback'", "false", "update payments set refund_state = 'chargeback' where charge_id = 'c1'"),
+    (
+        "I12",
+        "t.kind = 'adjustment'",
+        "false",
+        // What was held of it when it was taken back is free again.
+        "update credit_grants set remaining_ucr = remaining_ucr - 1, amount_ucr = amount_ucr - 1 where source_ref = 'c1';
+         update credit_grants set remaining_ucr = 1, amount_ucr = amount_ucr + 1, expires_at = null where source_ref = 'c3'",
+    ),
     (
         "I13",
         "m.provider <> k.provider",
@@ -368,7 +377,7 @@ const CORRUPTIONS: &[(&str, &str, &str, &str)] = &[
 ];
 
 /// Books of two users in which every rule has something to look at: grants of all kinds, one that expired, a purchase, another that
-/// was given back, a correction, attempts without calls, one with all kinds of calls, and one that runs.
+/// was given back, one that its provider took back, a correction, attempts without calls, one with all kinds of calls, and one that runs.
 async fn in_order(bench: &mut Bench) {
     let at = |bench: &Bench, path: &str| AttemptRef { path: path.into(), ..bench.attempt(RunId::new(), 1) };
     let idle = async |bench: &Bench, path: &str| {
@@ -386,9 +395,12 @@ async fn in_order(bench: &mut Bench) {
     idle(bench, "idle again").await;
     bench.buy("c1").await;
     bench.buy("c2").await;
+    bench.buy("c3").await;
     let mut tx = bench.pool.begin().await.expect("tx");
     assert!(purchase::refund(&mut tx, user, "c2").await.expect("untouched"));
     purchase::refund_done(&mut tx, "c2").await.expect("given back");
+    let taken = purchase::charge_back(&mut tx, user, "c3").await.expect("taken back");
+    assert!(taken.is_some_and(|taken| taken.0 > 0));
     assert!(ledger::adjust(&mut tx, user, "t1", MicroCredits(-1_000)).await.expect("corrected"));
     let over = Some(chrono::Utc::now() - chrono::Duration::hours(1));
     let credit = MicroCredits::from_credits(1);
