@@ -185,7 +185,7 @@ impl Orchestrator {
             progress.parts = Parts::recorded(ctx, key).await?;
             progress.unusable = Unusable::recorded(ctx, key).await?;
             progress.cuts = Cuts::recorded(ctx, key).await?;
-            progress.spoiled = Spoiled::recorded(ctx, key).await?;
+            progress.spoiled = Spoiled::recorded(ctx, key, &self.0.board, self.0.pace.backoff).await?;
             // A repair that was lost comes first; before it the rest of an answer.
             choices.sort_by_key(|choice| progress.unusable_of(&choice.candidate).count() != 1);
         }
@@ -204,7 +204,7 @@ impl Orchestrator {
         let mut failures = Vec::new();
         // Whether somebody is waited for; the first key of the platform's that is out of service, and whether all are.
         let (mut waits, mut ours, mut only_keys) = (false, None, true);
-        // Who has failed, and in what way; who is to be left alone since a former attempt.
+        // Who has failed, and whether in a way that waiting does not cure; who is to be left alone since a former attempt.
         let mut whose = Vec::new();
         let rests: Vec<_> = choices.iter().map(|choice| progress.spoiled.rest_of(choice)).collect();
         for (choice, rest) in choices.iter().zip(rests) {
@@ -213,13 +213,13 @@ impl Orchestrator {
             if progress.lost.contains(&server) || progress.closed.contains(&server) || progress.is_enough(candidate) {
                 continue;
             }
-            whose.push(choice);
+            progress.counts = false;
             if progress.cuts.are_enough() {
                 only_keys = false;
+                whose.push((choice, false));
                 failures.push(progress.cuts.failure());
                 break;
             }
-            progress.counts = false;
             // Who was asked before may have taken as long.
             let verdict = match rest.and_then(|_| progress.spoiled.rest_of(choice)) {
                 Some(rest) => Verdict::Next(left_alone(candidate, rest)),
@@ -235,17 +235,20 @@ impl Orchestrator {
                     if ours.is_none() && choice.own.is_none() {
                         ours = Some(failures.len());
                     }
+                    whose.push((choice, progress.counts));
                     failures.push(named(failure, candidate));
                 }
             }
         }
-        // Whatever else is said of who has spoiled an answer, a breaker's word too: not before he may be asked.
-        let mut soonest = None;
-        for (choice, failure) in whose.into_iter().zip(&mut failures) {
-            let Some(rest) = progress.spoiled.rest_of(choice).map(|rest| milliseconds(rest) + 1) else { continue };
-            soonest = Some(soonest.map_or(rest, |other: u64| other.min(rest)));
+        let rests: Vec<_> = whose.iter().map(|(choice, _)| progress.spoiled.rest_of(choice)).collect();
+        let rests: Vec<_> = rests.into_iter().map(|rest| rest.map(|rest| milliseconds(rest) + 1)).collect();
+        let (soonest, latest) = (rests.iter().flatten().min().copied(), rests.iter().max().copied().flatten());
+        for ((failure, (_, counts)), rest) in failures.iter_mut().zip(whose).zip(rests) {
+            // Whatever else is said of who has spoiled an answer, a breaker's word too: not before he may be asked. And who is not cured by
+            // waiting is not asked alone, again and again, while another is waited for.
+            let least = if counts { rest.max(soonest) } else { rest };
             if is_waited_for(failure) {
-                failure.retry_after_ms = failure.retry_after_ms.max(Some(rest));
+                failure.retry_after_ms = failure.retry_after_ms.max(least);
             }
         }
         if let (true, Some(last)) = (failures.is_empty(), progress.unusable.last()) {
@@ -255,15 +258,16 @@ impl Orchestrator {
             until_the_operator_acts(failure);
         }
         let mut verdict = verdict_over(failures);
-        // The attempts that count are not used up before who rests can be asked as well.
-        if verdict.kind == FailureKind::Retryable && (progress.billed || !is_waited_for(&verdict)) {
-            verdict.retry_after_ms = verdict.retry_after_ms.max(soonest);
+        let counts = !waits || progress.billed || progress.spoiled.counts();
+        // The attempts that count are not used up before all who rest can be asked as well.
+        if verdict.kind == FailureKind::Retryable && (counts || !is_waited_for(&verdict)) {
+            verdict.retry_after_ms = verdict.retry_after_ms.max(latest);
         }
         // Of those who were cut the newest knows that it was the last.
         if verdict.code == "model.truncated" && progress.cuts.are_enough() {
             verdict = Failure { detail: verdict.detail, ..progress.cuts.failure() };
         }
-        Err(if waits && !progress.billed && !progress.spoiled.counts() { uncounted(verdict) } else { verdict })
+        Err(if counts { verdict } else { uncounted(verdict) })
     }
 
     async fn ask(&self, task: &Task<'_>, choice: &Choice, progress: &mut Progress) -> Verdict {

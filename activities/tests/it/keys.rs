@@ -15,6 +15,7 @@
 //! | a worker without the ring | `own::a_worker_without_the_ring_says_so_and_asks_nobody`, `platform::a_worker_that_cannot_open_a_key_says_so_once_and_goes_on_with_the_others` |
 //! | `Debug` is redacted | `sealed::a_key_is_kept_sealed_and_opens_in_its_own_row_alone`, `src/keys/envelope.rs`, `src/keys/ring.rs` |
 //! | no key in a log line and no fingerprint, only id and last four | `log::no_log_line_holds_a_key` |
+//! | the header that carries it is sensitive | `provider::errors::no_client_that_is_shown_shows_its_key`, `src/provider/http.rs` |
 //! | no key in a failure or record | `own::a_users_key_serves_his_runs_and_goes_to_its_own_server_alone`, `provider::errors::no_error_shows_the_key_or_the_words_of_the_server` |
 //! | a key pasted into the chat: deleted, in no table, `telegram_inbox.raw` and `conversations` included | `server/tests/it/telegram.rs`: `a_pasted_key_is_deleted_and_nowhere_in_the_database` (every table is searched), `a_key_in_a_caption_a_quote_or_an_edit_is_deleted_too_and_one_that_stays_is_nowhere_else`; shapes: `server/src/telegram/secret.rs` |
 //! | a revoked key is destroyed | `sealed::a_revoked_key_is_destroyed_and_may_come_back` |
@@ -26,7 +27,7 @@
 //! | DNS rebinding, at the moment of the connection | `src/provider/address.rs`: `a_name_that_changes_its_address_after_the_check_reaches_nothing_inside`, `a_connection_is_refused_by_the_address_at_its_moment_and_says_so`; in each client: `provider::limits::a_name_that_leads_inside_is_not_connected_to_by_any_client` |
 //! | never to another host than it was stored for | `sealed::a_key_is_kept_sealed_and_opens_in_its_own_row_alone` (a bent row), `platform::a_key_goes_to_the_address_that_it_was_stored_for_or_nowhere` |
 //! | redirects | `own::a_users_key_serves_his_runs_and_goes_to_its_own_server_alone`, `provider::faults` (`Redirect`) |
-//! | proxies of the environment | `server/tests/it/keys.rs`: `keys_are_tested_without_the_proxy_of_the_environment` |
+//! | proxies of the environment | `server/tests/it/keys.rs`: `keys_are_tested_without_the_proxy_of_the_environment`; of the issuer's keys: `auth::jwks::the_issuer_is_asked_without_the_proxy_of_the_environment` |
 //! | error body of 10 MB, body limit, decompression limit | `provider::faults` (`HugeError`, `HugeBody`, `GzipBomb`) |
 //! | total and idle limits | `provider::limits` |
 //! | no word of the upstream | `provider::errors::no_error_shows_the_key_or_the_words_of_the_server`, `probe::what_a_provider_says_of_a_key_is_told_in_our_words` |
@@ -122,6 +123,11 @@ pub fn request() -> Request {
 
 /// A worker's orchestrator over a server with the OpenAI dialect and the platform's `api_keys`.
 pub fn worker(keys: &Keys, server: &FakeProvider, api_keys: &str, candidate: Candidate) -> Orchestrator {
+    worker_at(QUICK, keys, server, api_keys, candidate)
+}
+
+/// The same at another pace.
+pub fn worker_at(pace: Pace, keys: &Keys, server: &FakeProvider, api_keys: &str, candidate: Candidate) -> Orchestrator {
     let base = server.base();
     let settings = Settings::from_lookup(&|name| match name {
         "OPENAI_BASE_URL" => Some(base.clone()),
@@ -130,7 +136,7 @@ pub fn worker(keys: &Keys, server: &FakeProvider, api_keys: &str, candidate: Can
     })
     .unwrap();
     let routing = Routing { roles: BTreeMap::from([(Role::Architect, vec![candidate])]) };
-    Orchestrator::with_keys(routing, settings.providers().unwrap(), QUICK, keys, settings)
+    Orchestrator::with_keys(routing, settings.providers().unwrap(), pace, keys, settings)
 }
 
 pub fn attempt_of(user: Option<Uuid>) -> (Context, Arc<Recorder>) {

@@ -3,6 +3,7 @@
 mod again;
 mod choice;
 mod own;
+mod spoiled;
 mod window;
 
 use crate::{
@@ -39,6 +40,7 @@ type Reaction = dyn Fn(&Call<'_>, usize) -> Result<Completion, ProviderError> + 
 /// A provider that is a function of the call and of how many came before.
 struct Stub {
     name: &'static str,
+    fingerprint: String,
     react: Box<Reaction>,
     calls: Mutex<Vec<(String, Request, u32)>>,
 }
@@ -48,7 +50,16 @@ impl Stub {
         name: &'static str,
         react: impl Fn(&Call<'_>, usize) -> Result<Completion, ProviderError> + Send + Sync + 'static,
     ) -> Arc<Self> {
-        Arc::new(Self { name, react: Box::new(react), calls: Mutex::default() })
+        Self::with_key(name, 'f', react)
+    }
+    /// With a key of its own.
+    fn with_key(
+        name: &'static str,
+        key: char,
+        react: impl Fn(&Call<'_>, usize) -> Result<Completion, ProviderError> + Send + Sync + 'static,
+    ) -> Arc<Self> {
+        let fingerprint = key.to_string().repeat(64);
+        Arc::new(Self { name, fingerprint, react: Box::new(react), calls: Mutex::default() })
     }
     fn count(&self) -> usize {
         self.calls.lock().unwrap().len()
@@ -60,7 +71,7 @@ impl Provider for Stub {
         self.name
     }
     fn key(&self) -> KeyIdentity {
-        KeyIdentity { fingerprint: "f".repeat(64), last4: "last".into() }
+        KeyIdentity { fingerprint: self.fingerprint.clone(), last4: "last".into() }
     }
     fn complete<'a>(&'a self, call: Call<'a>) -> BoxFuture<'a, Result<Completion, ProviderError>> {
         let n = {
@@ -234,116 +245,6 @@ async fn an_unknown_outcome_is_recorded_as_such_and_not_repeated_within_its_atte
     assert_eq!((closed[0].1.state, closed[0].1.provider_request_id.as_deref()), (CallState::Unknown, Some("gen-1")));
     assert_eq!(closed[0].1.error_class.as_deref(), Some("transient.network"));
     assert_eq!(closed[1].1.state, CallState::Succeeded);
-}
-
-#[tokio::test]
-async fn after_a_lost_answer_another_provider_may_be_asked_and_many_lost_answers_count() {
-    let lost = Stub::new("gemini", |_, _| {
-        Err(ProviderError { state: CallState::Unknown, ..failed("transient.network", Advice::SameModel) })
-    });
-    let other = Stub::new("openrouter", |_, n| match n {
-        0 => Ok(said("there")),
-        _ => Err(failed("model.refused", Advice::OtherModel)),
-    });
-    let list = [candidate("gemini", "a"), candidate("gemini", "b"), candidate("openrouter", "c")];
-    let orchestrator = orchestrator(&list, &[Arc::clone(&lost), Arc::clone(&other)]);
-    let reply = orchestrator.call(&Bench::new().ctx, "plan", request()).await.unwrap();
-    assert_eq!((reply.provider.as_str(), lost.count()), ("openrouter", 1));
-    let recorder = Arc::default();
-    for n in 1..=10 {
-        let bench = Bench::attempt(&recorder, 1 + n);
-        let failure = orchestrator.call(&bench.ctx, "other", request()).await.unwrap_err();
-        assert!(failure.uncounted, "{n}");
-        // 1 ms is a second here.
-        let (wait, longest) = (failure.retry_after_ms.unwrap(), 2_u64.pow(n).min(600) * 11 / 8 + 1);
-        assert!(wait <= longest, "{n} {failure:?}");
-        tokio::time::sleep(Duration::from_millis(wait + 1)).await;
-    }
-    let late = orchestrator.call(&Bench::attempt(&recorder, 12).ctx, "other", request()).await.unwrap_err();
-    assert_eq!((late.code.as_str(), late.uncounted, lost.count()), ("transient.network", false, 12));
-}
-
-#[tokio::test]
-async fn who_spoils_answers_is_left_alone_while_others_are_asked() {
-    let spoils = Stub::new("gemini", |_, _| {
-        Err(ProviderError { state: CallState::Unknown, ..failed("transient.network", Advice::SameModel) })
-    });
-    let rests = Stub::new("openrouter", |_, _| {
-        let error = failed("transient.rate_limited", Advice::SameModel);
-        Err(ProviderError { failure: error.failure.with_retry_after_ms(5), ..error })
-    });
-    let list = [candidate("gemini", "a"), candidate("openrouter", "b")];
-    let (recorder, begun) = (Arc::default(), Instant::now());
-    for n in 1..=40 {
-        let bench = Bench::attempt(&recorder, n);
-        // Another process each time.
-        let orchestrator = orchestrator(&list, &[Arc::clone(&spoils), Arc::clone(&rests)]);
-        let failure = orchestrator.call(&bench.ctx, "plan", request()).await.unwrap_err();
-        if spoils.count() > 10 {
-            // On a machine so slow that the time for ten is over.
-            break;
-        }
-        // It is waited for whoever is free first.
-        assert!(failure.uncounted && failure.retry_after_ms <= Some(6), "{n} {failure:?}");
-    }
-    // Each answer is bought only when the time behind the one before is over; 1 ms is a second here.
-    let bought = u32::try_from(spoils.count()).unwrap();
-    let left_alone: u64 = (1..bought).map(|n| 2_u64.pow(n).min(600)).sum();
-    assert!(bought > 1 && u128::from(left_alone) <= begun.elapsed().as_millis(), "{bought} {:?}", begun.elapsed());
-}
-
-#[tokio::test]
-async fn a_spoiled_answer_is_made_good_at_once_and_later_ones_are_bought_once_a_model() {
-    let spoils = Stub::new("gemini", |_, _| {
-        Err(ProviderError { unfinished: true, ..failed("transient.http", Advice::SameModel) })
-    });
-    let list = [candidate("gemini", "a"), candidate("gemini", "b")];
-    let orchestrator = orchestrator(&list, &[Arc::clone(&spoils)]);
-    let recorder = Arc::default();
-    for (n, bought) in [(1, 3), (2, 5), (3, 7)] {
-        let failure = orchestrator.call(&Bench::attempt(&recorder, n).ctx, "plan", request()).await.unwrap_err();
-        assert_eq!((failure.uncounted, spoils.count()), (true, bought), "{failure:?}");
-        tokio::time::sleep(Duration::from_millis(failure.retry_after_ms.unwrap() + 1)).await;
-    }
-    // A rest that is longer than any can be was written by a clock that is wrong.
-    let rest = json!({"keys": ["gemini", null], "until": chrono::Utc::now() + chrono::Duration::days(1)});
-    recorder.checkpoints.lock().unwrap().insert("call:plan~spoiled.7".to_owned(), rest);
-    orchestrator.call(&Bench::attempt(&recorder, 4).ctx, "plan", request()).await.unwrap_err();
-    assert_eq!(spoils.count(), 9);
-}
-
-#[tokio::test]
-async fn attempts_that_count_are_not_used_up_while_somebody_rests() {
-    let spoils = Stub::new("gemini", |_, _| {
-        Err(ProviderError { state: CallState::Unknown, ..failed("transient.network", Advice::SameModel) })
-    });
-    let unusable = Stub::new("openrouter", |_, _| {
-        Err(ProviderError::new(Failure::retryable("model.output_invalid", "as ordered"), Advice::OtherModel))
-    });
-    let list = [candidate("gemini", "a"), candidate("openrouter", "b")];
-    let pace = Pace { backoff: Duration::from_secs(100), wait_max: Duration::from_secs(30) };
-    let providers = [spoils, unusable].map(|stub| stub as Arc<dyn Provider>).to_vec();
-    let orchestrator = Orchestrator::with_pace(routing(&list), providers, pace);
-    let failure = orchestrator.call(&Bench::new().ctx, "plan", request()).await.unwrap_err();
-    assert_eq!((failure.code.as_str(), failure.uncounted), ("model.output_invalid", false));
-    assert!(failure.retry_after_ms >= Some(200_000), "{failure:?}");
-}
-
-#[tokio::test]
-async fn the_word_of_a_breaker_is_no_reason_to_ask_earlier_who_spoils_answers() {
-    // Two models behind one key and its breaker, as shipped.
-    let spoils = Stub::new("gemini", |_, _| {
-        Err(ProviderError { unwell: true, unfinished: true, ..failed("transient.http", Advice::OtherModel) })
-    });
-    let list = [candidate("gemini", "a"), candidate("gemini", "b")];
-    let pace = Pace { backoff: Duration::from_secs(100), wait_max: Duration::from_secs(30) };
-    let orchestrator = Orchestrator::with_pace(routing(&list), vec![Arc::clone(&spoils) as Arc<dyn Provider>], pace);
-    // Each question is spoiled by both. The breaker opens with the fifth answer, and refuses the second model for 30 s.
-    for (question, bought, least_s) in [("a", 2, 400), ("b", 4, 400), ("c", 5, 200)] {
-        let failure = orchestrator.call(&Bench::new().ctx, question, request()).await.unwrap_err();
-        assert_eq!((failure.uncounted, spoils.count()), (true, bought), "{failure:?}");
-        assert!(failure.retry_after_ms >= Some(least_s * 1_000), "{question} {failure:?}");
-    }
 }
 
 #[tokio::test]

@@ -129,7 +129,7 @@ impl Orchestrator {
             Err(mut error) => {
                 let closed = closed_badly(&error, &request_id);
                 let checkpoint = if is_spoiled(&error) {
-                    progress.spoiled.note(task.key, choice, self.0.pace.backoff)?
+                    progress.spoiled.note(task.key, choice, &self.0.board, self.0.pace.backoff).await?
                 } else {
                     cut(task.key, candidate, limit, &error, progress)?
                 };

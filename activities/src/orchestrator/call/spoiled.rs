@@ -4,13 +4,17 @@
 
 use super::{Choice, failure::is_passing, record::to_value, wait::jittered};
 use crate::{
+    keys::Board,
     provider::{Advice, ProviderError},
     usage::CallState,
 };
-use chrono::{DateTime, TimeDelta, Utc};
+use chrono::{DateTime, Utc};
 use loopwright_engine::{Failure, activity::Context};
 use serde_json::Value;
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 use uuid::Uuid;
 
 /// Spoiled answers of a call that do not count, on keys of the platform: what may have been billed is bought again at its cost, so that
@@ -20,12 +24,14 @@ use uuid::Uuid;
 const UNCOUNTED: u32 = 10;
 /// The same on a key that its user has brought, and for whose answers he pays. Chosen: an outage of a minute.
 const UNCOUNTED_OWN: u32 = 5;
-/// Spoiled answers that are recorded. Chosen: what a policy of many attempts buys beyond those that do not count.
+/// Spoiled answers that are recorded; of later ones the next attempt does not know, and asks whoever is free. Chosen: what a policy of many
+/// attempts buys beyond those that do not count.
 const RECORDED_MAX: u32 = 32;
 /// Longest wait after a spoiled answer, in waits of [`super::Pace::backoff`]: ten minutes, before what chance adds.
 const WAIT_MAX: u32 = 600;
-/// A rest that another process has noted, and that is longer than any can be, comes from a clock that is wrong and is not believed.
-const REST_MAX: TimeDelta = TimeDelta::minutes(15);
+/// A recorded rest that is longer than any can be comes from a clock that was wrong (where the database did not tell the time) and is not
+/// believed.
+const REST_MAX: u32 = WAIT_MAX / 2 * 3;
 
 /// Whose keys were asked: a provider's with the platform's, or the first one of a user's own for a server.
 type Keys = (String, Option<Uuid>);
@@ -38,7 +44,7 @@ fn keys(choice: &Choice) -> Keys {
 #[derive(serde::Serialize, serde::Deserialize)]
 struct Rest {
     keys: Keys,
-    /// Nobody asks there before.
+    /// Nobody asks there before; by the clock that all workers share.
     until: DateTime<Utc>,
 }
 
@@ -50,20 +56,25 @@ pub(super) struct Spoiled {
     /// In this attempt; and on a user's own key.
     here: bool,
     own: bool,
-    rests: BTreeMap<Keys, DateTime<Utc>>,
+    rests: BTreeMap<Keys, Instant>,
 }
 
 impl Spoiled {
     /// What former attempts have left.
-    pub(super) async fn recorded(ctx: &Context, key: &str) -> Result<Self, Failure> {
-        let mut spoiled = Self::default();
+    pub(super) async fn recorded(ctx: &Context, key: &str, board: &Board, backoff: Duration) -> Result<Self, Failure> {
+        let (mut spoiled, mut rests) = (Self::default(), Vec::new());
         while spoiled.count < RECORDED_MAX
             && let Some(saved) = ctx.checkpoint(&checkpoint(key, spoiled.count + 1)).await?
         {
             spoiled.count += 1;
             // A release before this one notes only that there was one.
-            if let Ok(rest) = serde_json::from_value::<Rest>(saved) {
-                spoiled.rests.insert(rest.keys, rest.until);
+            rests.extend(serde_json::from_value::<Rest>(saved));
+        }
+        if !rests.is_empty() {
+            let (shared, here) = (board.now().await, Instant::now());
+            for Rest { keys, until } in rests {
+                let left = (until - shared).to_std().unwrap_or_default();
+                spoiled.rests.insert(keys, if left <= backoff * REST_MAX { here + left } else { here });
             }
         }
         Ok(spoiled)
@@ -71,28 +82,31 @@ impl Spoiled {
 
     /// Notes an answer that was spoiled just now, for this attempt, and gives the checkpoint that tells later ones; none when enough are
     /// recorded.
-    pub(super) fn note(
+    pub(super) async fn note(
         &mut self,
         key: &str,
         choice: &Choice,
+        board: &Board,
         backoff: Duration,
     ) -> Result<Option<(String, Value)>, Failure> {
         self.count += 1;
         self.here = true;
         self.own |= choice.own.is_some();
-        let until = Utc::now() + wait_after(backoff, self.count);
-        self.rests.insert(keys(choice), until);
+        let wait = wait_after(backoff, self.count);
         if self.count > RECORDED_MAX {
+            self.rests.insert(keys(choice), Instant::now() + wait);
             return Ok(None);
         }
-        let rest = Rest { keys: keys(choice), until };
+        let rest = Rest { keys: keys(choice), until: board.now().await + wait };
+        // Not before the shared clock was read: whoever waits as long as he is told finds that the rest is over.
+        self.rests.insert(keys(choice), Instant::now() + wait);
         Ok(Some((checkpoint(key, self.count), to_value(&rest)?)))
     }
 
     /// How long whoever has spoiled an answer is left alone yet.
     pub(super) fn rest_of(&self, choice: &Choice) -> Option<Duration> {
-        let left = *self.rests.get(&keys(choice))? - Utc::now();
-        (left <= REST_MAX).then(|| left.to_std().ok()).flatten().filter(|left| !left.is_zero())
+        let left = self.rests.get(&keys(choice))?.saturating_duration_since(Instant::now());
+        (!left.is_zero()).then_some(left)
     }
 
     /// Whether no more than the first was spoiled, which the same model may make good at once.

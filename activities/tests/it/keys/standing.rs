@@ -1,24 +1,25 @@
 //! What answers say of keys, as all workers know it.
 
-use super::{ask, bearers, candidate, register, worker};
+use super::{QUICK, ask, attempt_of, bearers, candidate, later_attempt_of, register, request, worker, worker_at};
 use crate::fake_provider::{Dialect, FakeProvider, answer_json, stream};
 use chrono::{DateTime, Utc};
 use futures_util::future::join_all;
 use loopwright_activities::{
     MIGRATIONS,
     keys::Keys,
-    orchestrator::{Orchestrator, Role, Routing},
+    orchestrator::{Orchestrator, Pace, Role, Routing},
     provider::Settings,
-    testing::Answer,
+    testing::{Act, Answer},
 };
 use loopwright_engine::{FailureKind, embedded::testing::database};
 use serde_json::json;
+use sqlx::PgPool;
 use std::{
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 #[tokio::test]
@@ -31,6 +32,24 @@ async fn several_keys_take_turns() {
         ask(&one).await.unwrap();
     }
     assert_eq!(bearers(&server), ["key-a", "key-b", "key-c", "key-a", "key-b", "key-c"]);
+}
+
+/// What the good key says is nothing about the other one, and what the other one says nothing about it.
+#[tokio::test]
+async fn a_key_that_keeps_failing_is_left_alone_and_its_neighbour_is_not() {
+    let pool = database(MIGRATIONS).await;
+    let server = FakeProvider::start(|seen, _| match seen.headers["authorization"].as_str() {
+        "Bearer key-a" => answer_json(503, "", &Dialect::OpenAi.error(503, "x")),
+        _ => stream(&Dialect::OpenAi.good("hi")),
+    })
+    .await;
+    let keys = Keys::new(pool, None, false);
+    let one = worker(&keys, &server, "key-a,key-b", candidate("openai_compatible", "m"));
+    for _ in 0..8 {
+        ask(&one).await.unwrap();
+    }
+    let asked = [["key-a", "key-b"].repeat(5), vec!["key-b"; 3]].concat();
+    assert_eq!(bearers(&server), asked, "five failures of one key open its breaker");
 }
 
 #[tokio::test]
@@ -279,17 +298,21 @@ async fn a_rest_beyond_a_week_is_not_believed() {
     assert!((6.9..=7.0).contains(&days), "{days}");
 }
 
+/// The database is right: the machine of this worker is wrong. Returns the time.
+async fn off_by(pool: &PgPool, off: &str) -> DateTime<Utc> {
+    let right = format!(
+        "create or replace function engine_now() returns timestamptz language sql stable as
+         $$ select clock_timestamp() + interval '{off}' $$"
+    );
+    sqlx::query(sqlx::AssertSqlSafe(right)).execute(pool).await.unwrap();
+    sqlx::query_scalar("select engine_now()").fetch_one(pool).await.unwrap()
+}
+
 #[tokio::test]
 async fn a_worker_whose_clock_is_an_hour_off_lets_a_key_rest_as_long_as_the_provider_meant() {
     for off in ["1 hour", "-1 hour"] {
         let pool = database(MIGRATIONS).await;
-        // The database is right: the machine of this worker is wrong.
-        let right = format!(
-            "create or replace function engine_now() returns timestamptz language sql stable as
-             $$ select clock_timestamp() + interval '{off}' $$"
-        );
-        sqlx::query(sqlx::AssertSqlSafe(right)).execute(&pool).await.unwrap();
-        let now: DateTime<Utc> = sqlx::query_scalar("select engine_now()").fetch_one(&pool).await.unwrap();
+        let now = off_by(&pool, off).await;
         let resets_at = (now + chrono::Duration::seconds(90)).to_rfc3339();
         let body =
             json!({"error": {"code": 402, "message": "m", "metadata": {"limit_source": "x", "resets_at": resets_at}}});
@@ -304,6 +327,30 @@ async fn a_worker_whose_clock_is_an_hour_off_lets_a_key_rest_as_long_as_the_prov
                 .await
                 .unwrap();
         assert!((30.0..=90.0).contains(&rests), "{off}: {rests} s");
+    }
+}
+
+#[tokio::test]
+async fn workers_whose_clocks_differ_leave_who_spoiled_an_answer_alone_for_as_long() {
+    for off in ["1 hour", "-1 hour"] {
+        let pool = database(MIGRATIONS).await;
+        let now = off_by(&pool, off).await;
+        let server = FakeProvider::always(vec![Act::Reset]).await;
+        let pace = Pace { backoff: Duration::from_secs(1), ..QUICK };
+        let keys = Keys::new(pool, None, false);
+        let one = worker_at(pace, &keys, &server, "key-a", candidate("openai_compatible", "m"));
+        let (first, recorder) = attempt_of(None);
+        one.call(&first, "plan", request()).await.unwrap_err();
+        // Noted by the clock that all share, and read by it.
+        let at = "call:plan~spoiled.1";
+        let noted: DateTime<Utc> =
+            serde_json::from_value(recorder.checkpoints.lock().unwrap()[at]["until"].clone()).unwrap();
+        assert!((0..60_000).contains(&(noted - now).num_milliseconds()), "{off}: {noted}, and now is {now}");
+        let rest = json!({"keys": ["openai_compatible", null], "until": now + chrono::Duration::seconds(600)});
+        recorder.checkpoints.lock().unwrap().insert(at.to_owned(), rest);
+        let failure = one.call(&later_attempt_of(None, 2, &recorder), "plan", request()).await.unwrap_err();
+        assert!((1..=600_000).contains(&failure.retry_after_ms.unwrap()), "{off}: {failure:?}");
+        assert_eq!((failure.code.as_str(), server.seen().len()), ("transient.unavailable", 1), "{off}");
     }
 }
 
