@@ -75,6 +75,7 @@ pub const MIGRATIONS: &[Migration] = &[
     loopwright_engine::migrate::CLOCK,
     Migration { version: 32, name: "kin", sql: include_str!("../../migrations/0032_kin.sql") },
     Migration { version: 33, name: "chats", sql: include_str!("../../migrations/0033_chats.sql") },
+    Migration { version: 34, name: "indexes", sql: include_str!("../../migrations/0034_indexes.sql") },
 ];
 
 /// Contracts of all activities.

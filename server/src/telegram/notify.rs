@@ -34,8 +34,8 @@ const MOVES: u32 = 500;
 const RUNS: i64 = 20;
 /// Newest transitions that are read for the last thing done.
 const ROWS: u64 = 60;
-/// How often it is offered in a chat that a project goes on at one step. What such a step costs is given back where its provider was at
-/// fault, and bought again at the platform's cost.
+/// How often it is offered in a chat that a project goes on at one step, as long as buttons are kept. What such a step costs is given back
+/// where its provider was at fault, and bought again at the platform's cost.
 const AGAIN_MAX: i64 = 3;
 /// Suggested answers that become buttons.
 const SUGGESTIONS: usize = 8;

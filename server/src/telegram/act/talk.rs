@@ -197,6 +197,8 @@ async fn go_on(scene: &mut Scene<'_>, at: Place, as_run: RunId) -> Result<(&'sta
     if !chats::followed_among(scene.tx, [as_run]).await?.is_empty() {
         return Ok(("It goes on already.", true));
     }
+    // Before anything is locked: it is read on another connection.
+    let name = scene.parts.store.project(None, old.project).await?.map(|project| project.name).unwrap_or_default();
     let fork = Fork {
         run_id: Some(as_run),
         at: At::Step(at.path),
@@ -223,7 +225,6 @@ async fn go_on(scene: &mut Scene<'_>, at: Place, as_run: RunId) -> Result<(&'sta
     let followed = Followed { run: as_run, closed: false, ..old };
     chats::follow(scene.tx, &followed).await?;
     chats::set_project(scene.tx, scene.chat_id, old.project).await?;
-    let name = scene.parts.store.project(None, old.project).await?.map(|project| project.name).unwrap_or_default();
     notify::begun(scene.tx, &followed, &name, "Goes on with the step that failed.").await?;
     Ok(("It goes on.", true))
 }
