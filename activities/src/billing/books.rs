@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 /// Hours that a call of unknown outcome is asked about. Source: money.md, section 5.
 const LOOKUP_HOURS: i32 = 24;
-/// Seconds until a call is asked about first, doubled up to the longest. Chosen: the provider knows it after some seconds.
+/// Seconds until a call is asked about again, doubled up to the longest. Chosen: the provider knows it after some seconds.
 const LOOKUP_SECONDS: f64 = 30.0;
 const LOOKUP_SECONDS_MAX: f64 = 7_200.0;
 /// Largest count of tokens that a look-up is believed. The same as of an answer.

@@ -305,8 +305,8 @@ fn of_openrouter(entry: &Entry<'_>, limits: (Option<i64>, Option<i64>), trust: T
     let mut floors = BTreeSet::from([0]);
     let mut applied = Vec::new();
     for fields in overrides {
-        // A price by the hour of day has no row of its own; what was really charged stands in the answers.
-        if fields.contains_key("utc_start") || fields.contains_key("utc_days") {
+        // A price by the hour or day of week has no row of its own; what was really charged stands in the answers.
+        if ["utc_start", "utc_end", "utc_days"].iter().any(|when| fields.contains_key(*when)) {
             continue;
         }
         let over = Entry { text: entry.text, model: entry.model.clone(), fields };
@@ -686,27 +686,30 @@ mod tests {
         assert_eq!(list.quotes[1].model, "some/model:free");
     }
 
+    /// Floor, input and output of each tier of a model with [`BASE`] prices and these overrides.
+    fn tiers(overrides: &str) -> Result<Vec<(i64, i64, i64)>, Vec<Refusal>> {
+        let pricing = format!(r#"{{"prompt": "0.000002", "completion": "0.000012", "overrides": [{overrides}]}}"#);
+        let text = format!(r#"{{"data": [{{"id": "v/m", "pricing": {pricing}}}]}}"#);
+        let list = from_openrouter(&text, Trust::default()).expect("read");
+        let of = |t: &Tier| (t.min_prompt_tokens, t.input_umtok, t.output_umtok);
+        list.quotes.first().map(|quote| quote.tiers.iter().map(of).collect()).ok_or(list.refused)
+    }
+
+    const BASE: (i64, i64, i64) = (0, 2_000_000, 12_000_000);
+
     #[test]
     fn of_overrides_that_hold_together_the_later_one_wins_price_by_price() {
-        let tiers = |overrides: &str| {
-            let pricing = format!(r#"{{"prompt": "0.000002", "completion": "0.000012", "overrides": [{overrides}]}}"#);
-            let text = format!(r#"{{"data": [{{"id": "v/m", "pricing": {pricing}}}]}}"#);
-            let list = from_openrouter(&text, Trust::default()).expect("read");
-            let of = |t: &Tier| (t.min_prompt_tokens, t.input_umtok, t.output_umtok);
-            list.quotes.first().map(|quote| quote.tiers.iter().map(of).collect::<Vec<_>>()).ok_or(list.refused)
-        };
         let dear = r#"{"min_prompt_tokens": 200000, "prompt": "0.000004", "completion": "0.000018"}"#;
         let middling = r#"{"min_prompt_tokens": 100000, "prompt": "0.000003"}"#;
-        let base = (0, 2_000_000, 12_000_000);
         let middle = (100_000, 3_000_000, 12_000_000);
         assert_eq!(
             tiers(&format!("{middling}, {dear}")),
-            Ok(vec![base, middle, (200_000, 4_000_000, 18_000_000)]),
+            Ok(vec![BASE, middle, (200_000, 4_000_000, 18_000_000)]),
             "by ascending floors"
         );
         assert_eq!(
             tiers(&format!("{dear}, {middling}")),
-            Ok(vec![base, middle, (200_000, 3_000_000, 18_000_000)]),
+            Ok(vec![BASE, middle, (200_000, 3_000_000, 18_000_000)]),
             "the later one holds above the earlier one's floor too, for what it names"
         );
         let everywhere = r#"{"completion": "0.00001"}"#;
@@ -718,5 +721,21 @@ mod tests {
             (1..=TIERS_MAX).map(|n| format!(r#"{{"min_prompt_tokens": {n}, "prompt": "0.000001"}}"#)).collect();
         let refused = tiers(&many.join(", ")).expect_err("too many");
         assert_eq!(refused[0].code, "price_absurd");
+    }
+
+    // A window without a floor would be the price of every prompt at any time.
+    #[test]
+    fn an_override_by_the_hour_or_the_day_is_left_out_and_others_stay() {
+        let long = r#"{"min_prompt_tokens": 200000, "prompt": "0.000004"}"#;
+        for when in [r#""utc_start": 100"#, r#""utc_end": 400"#, r#""utc_days": ["sunday"]"#] {
+            let all = format!(r#"{{{when}, "prompt": "0.000001", "completion": "0.000006"}}"#);
+            let above = format!(r#"{{{when}, "min_prompt_tokens": 100000, "prompt": "0.000001"}}"#);
+            assert_eq!(tiers(&all), Ok(vec![BASE]), "{when}");
+            assert_eq!(
+                tiers(&format!("{long}, {all}, {above}")),
+                Ok(vec![BASE, (200_000, 4_000_000, 12_000_000)]),
+                "{when}"
+            );
+        }
     }
 }

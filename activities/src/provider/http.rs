@@ -315,3 +315,27 @@ pub(super) fn secret_header(prefix: &str, key: &SecretString) -> Result<HeaderVa
 pub(super) fn header(headers: &mut HeaderMap, name: &'static str, value: HeaderValue) {
     headers.insert(HeaderName::from_static(name), value);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use reqwest::header::AUTHORIZATION;
+
+    const KEY: &str = "secret-key-0123456789";
+
+    #[test]
+    fn a_request_that_is_shown_does_not_show_its_key() {
+        let value = secret_header("Bearer ", &SecretString::from(KEY)).unwrap();
+        assert_eq!(value.to_str().unwrap(), format!("Bearer {KEY}"), "what is sent");
+        let mut headers = HeaderMap::new();
+        headers.insert(AUTHORIZATION, value.clone());
+        let url = Url::parse("http://127.0.0.1/v1").unwrap();
+        let http = Http::new(&url, Timeouts::default(), Trust::Operator).unwrap();
+        let request = || http.client.post(url.clone()).headers(headers.clone());
+        let built = request().build().unwrap();
+        assert_eq!(built.headers()[AUTHORIZATION], format!("Bearer {KEY}"));
+        for shown in [format!("{value:?}"), format!("{headers:?}"), format!("{:?}", request()), format!("{built:?}")] {
+            assert!(!shown.contains(KEY), "{shown}");
+        }
+    }
+}

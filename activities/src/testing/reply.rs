@@ -49,7 +49,7 @@ impl Told {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Reply {
     pub text: String,
-    /// Reasoning that is shown; empty for none.
+    /// Reasoning that is shown; empty for none. OpenRouter adds it as signed blocks, to be sent back.
     pub thought: String,
     /// Name and arguments.
     pub tool_calls: Vec<(String, Value)>,
@@ -105,7 +105,7 @@ impl Reply {
     pub fn events(&self, dialect: Dialect, id: &str, model: &str) -> Vec<Value> {
         let mut events = match dialect {
             Dialect::Gemini => self.gemini_events(),
-            Dialect::OpenRouter | Dialect::OpenAi => self.chat_events(),
+            Dialect::OpenRouter | Dialect::OpenAi => self.chat_events(dialect),
         };
         if let Some(usage) = &self.usage {
             let value = usage.value(dialect);
@@ -134,8 +134,10 @@ impl Reply {
                 self.gemini_end(&mut candidate);
                 json!({ "candidates": [candidate] })
             }
-            Dialect::OpenRouter | Dialect::OpenAi => json!({"choices": [{"index": 0, "message": self.chat_message(),
-                "finish_reason": self.finish_reason}]}),
+            Dialect::OpenRouter | Dialect::OpenAi => {
+                let message = self.chat_message(dialect);
+                json!({"choices": [{"index": 0, "message": message, "finish_reason": self.finish_reason}]})
+            }
         };
         if let Some(usage) = &self.usage {
             document[Told::field(dialect)] = usage.value(dialect);
@@ -206,10 +208,14 @@ impl Reply {
         }
     }
 
-    fn chat_message(&self) -> Value {
+    fn chat_message(&self, dialect: Dialect) -> Value {
         let mut message = json!({"role": "assistant", "content": self.text, "refusal": null});
         if !self.thought.is_empty() {
             message["reasoning"] = json!(self.thought);
+            if dialect == Dialect::OpenRouter {
+                message["reasoning_details"] =
+                    json!([reasoning(&self.thought, Some("c2lnbmVk")), encrypted_reasoning()]);
+            }
         }
         if !self.tool_calls.is_empty() {
             message["content"] = Value::Null;
@@ -222,12 +228,21 @@ impl Reply {
         message
     }
 
-    fn chat_events(&self) -> Vec<Value> {
+    fn chat_events(&self, dialect: Dialect) -> Vec<Value> {
         let event =
             |delta: Value, reason: Value| json!({"choices": [{"index": 0, "delta": delta, "finish_reason": reason}]});
         let mut events = vec![event(json!({"role": "assistant", "content": null}), Value::Null)];
         for piece in pieces(&self.thought) {
-            events.push(event(json!({"reasoning": piece}), Value::Null));
+            let mut delta = json!({"reasoning": piece});
+            if dialect == Dialect::OpenRouter {
+                delta["reasoning_details"] = json!([reasoning(&piece, None)]);
+            }
+            events.push(event(delta, Value::Null));
+        }
+        if dialect == Dialect::OpenRouter && !self.thought.is_empty() {
+            // The signature of a block follows its text.
+            let details = json!([reasoning("", Some("c2lnbmVk")), encrypted_reasoning()]);
+            events.push(event(json!({"reasoning_details": details}), Value::Null));
         }
         for piece in pieces(&self.text) {
             events.push(event(json!({"content": piece}), Value::Null));
@@ -244,6 +259,15 @@ impl Reply {
         events.push(event(json!({}), json!(self.finish_reason)));
         events
     }
+}
+
+/// A block of reasoning of OpenRouter's, or a piece of one.
+fn reasoning(text: &str, signature: Option<&str>) -> Value {
+    json!({"type": "reasoning.text", "text": text, "signature": signature, "format": "anthropic-claude-v1", "index": 0})
+}
+
+fn encrypted_reasoning() -> Value {
+    json!({"type": "reasoning.encrypted", "data": "c2VjcmV0", "id": "rs_1", "format": "anthropic-claude-v1", "index": 1})
 }
 
 fn call_id(n: usize) -> String {

@@ -21,10 +21,10 @@ use loopwright_activities::{
 use loopwright_engine::{
     Failure,
     client::Client,
-    hook::{NoHook, Outcome, Phase},
+    hook::{AttemptRef, NoHook, Outcome, Phase},
     ids::RunId,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 use std::sync::{Arc, Mutex};
 
 /// One JSON answer.
@@ -116,6 +116,61 @@ async fn a_lost_answer_is_looked_up_until_the_provider_knows_it_and_charges_nobo
     assert_eq!(bench.violations().await, [""; 0]);
     let audited = job(&books, "reconcile-ledger").await;
     assert_eq!((audited.findings, audited.changed), (0, 0), "nobody is stopped");
+}
+
+#[tokio::test]
+async fn calls_are_asked_about_after_pauses_that_double_up_to_two_hours_for_a_day() {
+    let bench = Bench::new(100).await;
+    let attempt = bench.attempt(RunId::new(), 1);
+    bench.start(&attempt).await;
+    // One of unknown outcome and one of doubted cost.
+    let doubtful = Usage {
+        tokens_prompt: 1_000,
+        tokens_output: 100,
+        source: UsageSource::Provider,
+        doubtful_cost: Some("-0.5".into()),
+        ..Usage::default()
+    };
+    for (key, state) in [("a.0", CallState::Unknown), ("a.1", CallState::Succeeded)] {
+        bench.open(&attempt, key, 100).await;
+        bench.meter(&attempt, key, Phase::Close, closing_with(state, doubtful.clone())).await;
+    }
+    bench.end(&attempt, Outcome::Failed).await;
+    // Both at one instant, at which the clock stands until it is set.
+    sqlx::raw_sql(
+        "create table test_clock as select max(finished_at) as at, max(finished_at) as began from api_key_usage;
+         update api_key_usage set provider = 'openrouter', finished_at = (select began from test_clock);
+         update cost_doubts set found_at = (select began from test_clock);
+         create or replace function engine_now() returns timestamptz language sql stable as $$ select at from test_clock $$",
+    )
+    .execute(&bench.pool)
+    .await
+    .expect("as if");
+    let set_clock = async |to: &str| {
+        let sql = format!("update test_clock set at = {to}");
+        sqlx::query(sqlx::AssertSqlSafe(sql)).execute(&bench.pool).await.expect("set");
+    };
+    let fake = FakeProvider::always(answer("404 Not Found", r#"{"error":{"code":404,"message":"not yet"}}"#)).await;
+    let books = Books { openrouter: openrouter(&fake), ..books_of(&bench) };
+    let minutes = ["00:00:30", "00:01:00", "00:02:00", "00:04:00", "00:08:00", "00:16:00", "00:32:00"];
+    for pause in minutes.into_iter().chain(["01:04:00", "02:00:00", "02:00:00"]) {
+        assert_eq!(job(&books, "reconcile-calls").await.checked, 2, "due before {pause}");
+        let pauses: Vec<String> =
+            sqlx::query_scalar("select (next_lookup_at - engine_now())::text from api_key_usage order by id")
+                .fetch_all(&bench.pool)
+                .await
+                .expect("pauses");
+        assert_eq!(pauses, [pause; 2]);
+        let due = "(select min(next_lookup_at) from api_key_usage)";
+        set_clock(&format!("{due} - interval '1 microsecond'")).await;
+        assert_eq!(job(&books, "reconcile-calls").await.checked, 0, "within {pause}");
+        set_clock(due).await;
+    }
+    // Both are due: what keeps them from being asked about is their age.
+    for (age, checked) in [("24 hours", 0), ("23:59:59.999999", 2)] {
+        set_clock(&format!("began + interval '{age}'")).await;
+        assert_eq!(job(&books, "reconcile-calls").await.checked, checked, "{age}");
+    }
 }
 
 #[tokio::test]
@@ -265,45 +320,69 @@ async fn sums_that_part_from_the_providers_are_told() {
     assert_eq!(job(&books, "reconcile-providers").await.findings, 0, "until the next difference");
 }
 
+/// What the daily job tells if a call of 3,000,000,000 pico-USD by our price, with that cost, is the only one of its day.
+async fn told_of(bench: &Bench, attempt: &AttemptRef, key: &str, cost_pusd: i64, raw: Value) -> Vec<(String, String)> {
+    let usage = Usage {
+        tokens_prompt: 1_000,
+        tokens_output: 100,
+        source: UsageSource::Provider,
+        provider_cost_pusd: Some(cost_pusd),
+        raw,
+        ..Usage::default()
+    };
+    bench.open(attempt, key, 100).await;
+    bench.meter(attempt, key, Phase::Close, closing_with(CallState::Succeeded, usage)).await;
+    job(&books_of(bench), "reconcile-providers").await;
+    sqlx::query("update api_key_usage set finished_at = finished_at - interval '2 days'")
+        .execute(&bench.pool)
+        .await
+        .expect("yesterday");
+    open_findings(bench).await.into_iter().map(|found| (found.kind, found.subject)).collect()
+}
+
+fn stale(is_stale: bool) -> Vec<(String, String)> {
+    let finding = ("price_stale".to_owned(), "rehearsed/rehearsed/architect".to_owned());
+    is_stale.then_some(finding).into_iter().collect()
+}
+
+#[tokio::test]
+async fn a_price_is_stale_if_what_was_charged_is_more_than_two_percent_off() {
+    let bench = Bench::new(100).await;
+    let attempt = bench.attempt(RunId::new(), 1);
+    bench.start(&attempt).await;
+    // To the pico-USD, of the larger of the two: 2 % of 3,000,000,000 below it, 2 % of 3,061,224,489.8 above.
+    for (cost_pusd, is_stale) in
+        [(2_940_000_000, false), (2_939_999_999, true), (3_061_224_489, false), (3_061_224_490, true)]
+    {
+        let told = told_of(&bench, &attempt, &cost_pusd.to_string(), cost_pusd, Value::Null).await;
+        assert_eq!(told, stale(is_stale), "{cost_pusd}");
+    }
+}
+
 // A price that was right was called stale, each day.
 #[tokio::test]
 async fn a_fee_says_nothing_of_a_price_however_the_key_behind_it_is_said() {
     let bench = Bench::new(100).await;
-    let books = books_of(&bench);
     let attempt = bench.attempt(RunId::new(), 1);
     bench.start(&attempt).await;
     let charged = json!({"upstream_inference_cost": 0.003});
-    for (raw, stale) in [
-        (json!({"is_byok": true}), 0),
-        (json!({"cost_details": charged}), 0),
-        (json!({"is_byok": null, "cost_details": charged}), 0),
+    for (raw, is_stale) in [
+        (json!({"is_byok": true}), false),
+        (json!({"cost_details": charged}), false),
+        (json!({"is_byok": null, "cost_details": charged}), false),
         // What is no amount, or none, says nothing of a key; and neither does what is said to be no such key.
-        (json!({"cost_details": {"upstream_inference_cost": 0}}), 1),
-        (json!({"cost_details": {"upstream_inference_cost": "much"}}), 1),
-        (json!({"cost_details": [1]}), 1),
-        (json!({"is_byok": false, "cost_details": charged}), 1),
+        (json!({"cost_details": {"upstream_inference_cost": 0}}), true),
+        (json!({"cost_details": {"upstream_inference_cost": "much"}}), true),
+        (json!({"cost_details": [1]}), true),
+        (json!({"is_byok": false, "cost_details": charged}), true),
     ] {
         let what = raw.to_string();
-        let usage = Usage {
-            tokens_prompt: 1_000,
-            tokens_output: 100,
-            source: UsageSource::Provider,
-            provider_cost_pusd: Some(1_000),
-            raw,
-            ..Usage::default()
-        };
-        bench.open(&attempt, &what, 100).await;
-        bench.meter(&attempt, &what, Phase::Close, closing_with(CallState::Succeeded, usage)).await;
-        assert_eq!(job(&books, "reconcile-providers").await.findings, stale, "{what}");
-        sqlx::query("update api_key_usage set finished_at = finished_at - interval '2 days'")
-            .execute(&bench.pool)
-            .await
-            .expect("yesterday");
+        assert_eq!(told_of(&bench, &attempt, &what, 1_000, raw).await, stale(is_stale), "{what}");
     }
 }
 
 const LIST: &str = r#"{"data": [
- {"id": "google/gemini-3.8-flash", "pricing": {"prompt": "0.00000075", "completion": "0.00000375", "input_cache_read": "0.000000075"}},
+ {"id": "google/gemini-2.5-flash", "pricing": {"prompt": "0.0000003", "completion": "0.0000025", "input_cache_read": "0.00000003"}},
  {"id": "google/gemini-2.5-pro", "pricing": {"prompt": "0.0000013", "completion": "0.00001",
    "overrides": [{"min_prompt_tokens": 200000, "prompt": "0.0000025", "completion": "0.000015"}]}},
  {"id": "openrouter/auto", "pricing": {"prompt": "-1", "completion": "-1"}},
@@ -357,7 +436,7 @@ async fn prices_that_differ_or_are_missing_are_told_and_a_sync_adds_rows_only() 
     let list = pricelist::from_openrouter(LIST, Trust::default()).expect("read");
     let mut conn = bench.pool.acquire().await.expect("conn");
     let dry = pricelist::apply(&mut conn, &list.quotes, None, "t", false).await.expect("sql").expect("accepted");
-    assert_eq!((rows().await, dry.new.len(), dry.changed.len()), (before, 1, 1 + usize::from(dry.unchanged == 0)));
+    assert_eq!((rows().await, dry.new.len(), dry.changed.len(), dry.unchanged), (before, 1, 1, 1));
     let past = Some(Utc::now() - Duration::hours(1));
     let refused = pricelist::apply(&mut conn, &list.quotes, past, "t", true).await.expect("sql").expect_err("past");
     assert_eq!(refused.code, "price_in_past");

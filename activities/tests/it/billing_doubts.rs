@@ -326,8 +326,8 @@ async fn a_price_map_is_compared_with_every_provider_and_changes_nothing_by_itse
     let books = books_of(&bench);
     let map = |input: &str, output: &str| {
         format!(
-            r#"{{"gemini/gemini-3.8-flash": {{"litellm_provider": "gemini", "input_cost_per_token": {input}, "output_cost_per_token": {output},
-                 "cache_read_input_token_cost": 7.5e-08}},
+            r#"{{"gemini/gemini-3.5-flash-lite": {{"litellm_provider": "gemini", "input_cost_per_token": {input}, "output_cost_per_token": {output},
+                 "cache_read_input_token_cost": 3e-08}},
                 "gemini/unheard-of": {{"litellm_provider": "gemini", "input_cost_per_token": 1e-06, "output_cost_per_token": 1e-06}}}}"#
         )
     };
@@ -338,31 +338,39 @@ async fn a_price_map_is_compared_with_every_provider_and_changes_nothing_by_itse
         let found = open_findings(&bench).await;
         found.into_iter().filter(|f| f.kind == "price_differs").map(|f| f.message).collect()
     };
-    let said = pricelist::from_map(&map("7.5e-07", "3.75e-06"), None, Trust::default()).expect("read").quotes;
+    let said = pricelist::from_map(&map("3e-07", "2.5e-06"), None, Trust::default()).expect("read").quotes;
     pricelist::keep_map(&mut conn, &said, "map.json").await.expect("kept");
     job(&books, "reconcile-prices").await;
     assert_eq!(differs().await, [""; 0], "it says what we say; a model that we have not is nothing to us");
 
-    let said = pricelist::from_map(&map("9e-07", "3.75e-06"), None, Trust::default()).expect("read").quotes;
+    let said = pricelist::from_map(&map("4e-07", "2.5e-06"), None, Trust::default()).expect("read").quotes;
     pricelist::keep_map(&mut conn, &said, "newer.json").await.expect("kept");
     for _ in 0..2 {
         job(&books, "reconcile-prices").await;
     }
     let told = differs().await;
     assert!(
-        told.len() == 1 && told[0].starts_with("gemini/gemini-3.8-flash: the price map `newer.json` of "),
+        told.len() == 1 && told[0].starts_with("gemini/gemini-3.5-flash-lite: the price map `newer.json` of "),
         "{told:?}"
     );
     assert!(told[0].contains("another price (input, cache write)"), "{told:?}");
     let after: i64 = sqlx::query_scalar(rows).fetch_one(&mut *conn).await.expect("count");
     assert_eq!(after, before, "nothing is changed but by a person");
 
-    // Taken over for next week it is told as a change to come, and no longer as a difference.
-    let next_week = Some(chrono::Utc::now() + chrono::Duration::days(7));
-    pricelist::apply(&mut conn, &said, next_week, "import newer.json", true).await.expect("sql").expect("accepted");
-    job(&books, "reconcile-prices").await;
-    assert_eq!(differs().await, [""; 0]);
-    let subjects: Vec<String> =
-        open_findings(&bench).await.into_iter().map(|f| format!("{} {}", f.kind, f.subject)).collect();
-    assert!(subjects.iter().any(|s| s.starts_with("price_changes gemini/gemini-3.8-flash")), "{subjects:?}");
+    // Taken over for later than two weeks from now it still differs; for within them it is told as a change to come, and no longer as a
+    // difference.
+    for (minutes, is_soon) in [(60, false), (-1, true)] {
+        let from = chrono::Utc::now() + chrono::Duration::days(14) + chrono::Duration::minutes(minutes);
+        let applied = pricelist::apply(&mut conn, &said, Some(from), "import newer.json", true).await.expect("sql");
+        assert_eq!(applied.expect("accepted").changed.len(), 1);
+        job(&books, "reconcile-prices").await;
+        assert_eq!(differs().await.len(), usize::from(!is_soon), "{minutes}");
+        let found = open_findings(&bench).await.into_iter();
+        let changes: Vec<_> = found
+            .filter(|f| f.kind == "price_changes" && f.subject.starts_with("gemini/gemini-3.5-flash-lite "))
+            .map(|f| f.subject)
+            .collect();
+        let expected = is_soon.then(|| format!("gemini/gemini-3.5-flash-lite from {}", from.format("%F")));
+        assert_eq!(changes, Vec::from_iter(expected), "{minutes}");
+    }
 }

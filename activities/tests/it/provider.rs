@@ -11,7 +11,7 @@
 //! | rule 5, last usage snapshot | `wire::snapshots_of_usage_are_not_added_and_null_is_none`, `faults` (`UsageTwice`) |
 //! | A versions, paths, key in one place | `wire::both_versions_of_gemini_are_spoken` |
 //! | A request, roles, parts, system, limits | `wire::requests_have_the_shape_of_their_dialect`; the fake refuses what is no Gemini request |
-//! | A `args`, `id`, `thoughtSignature`, results together | `wire::tool_calls_make_the_round_trip_past_a_strict_server`, `wire::an_id_that_gemini_gave_is_echoed`, `wire::a_turn_of_another_provider_is_accepted_by_each` |
+//! | A `args`, `id`, `thoughtSignature`, results together | `wire::tool_calls_make_the_round_trip_past_a_strict_server`, `wire::parts_that_gemini_signed_are_neither_merged_nor_dropped`, `wire::an_id_that_gemini_gave_is_echoed`, `wire::a_turn_of_another_provider_is_accepted_by_each` |
 //! | A schema subset, MIME type, `parametersJsonSchema` | `wire::only_the_level_that_was_asked_for_is_sent`, the strict fake, `gemini::tests::schemas_keep_only_what_the_api_knows` |
 //! | A `thinkingConfig` | `forms::a_model_that_knows_no_thinking_level_is_asked_without_it`, `forms::a_model_that_counts_its_thinking_in_tokens_is_given_a_budget` |
 //! | A blocked prompt, limit used up by thinking | `wire::a_blocked_prompt_and_a_limit_without_text_are_what_they_are` |
@@ -24,6 +24,7 @@
 //! | B `model` of the answer is billed, cost | `wire::a_good_answer_is_read_with_its_usage_to_the_token` |
 //! | B `require_parameters`, no endpoint for a schema | `wire::requests_have_the_shape_of_their_dialect`, `forms::openrouter_and_gemini_step_down_where_a_schema_is_not_taken`, `forms::openrouter_and_gemini_step_down_to_the_prompt` |
 //! | B tools sent again, `role: tool` | `wire::tool_calls_make_the_round_trip_past_a_strict_server` |
+//! | B `reasoning_details` sent back | `wire::tool_calls_make_the_round_trip_past_a_strict_server`, `wire::what_is_sent_back_verbatim_is_counted_before_it_is_sent` |
 //! | B comments, usage with choices, missing `[DONE]` | `faults` (`CommentsOnly`, `CommentsForever`, `UsageTwice`, `NoDone`), every reply of the fake |
 //! | B error before and after the first token, number or text as code | `errors::the_table_of_openrouter_holds`, `faults` (`ErrorMidStream`, `ErrorInside`) |
 //! | B errors, `availability`, `resets_at` | `errors::the_table_of_openrouter_holds`, `errors::a_spent_key_says_until_when_it_rests` |
@@ -39,6 +40,7 @@
 //! | C CRLF, no space, several `data:` lines | `faults::however_the_bytes_are_cut_the_text_is_the_same`, `wire::lines_and_events_may_be_put_together_in_any_way` |
 //! | C models without limits | `forms::a_server_says_which_models_it_has` |
 //! | C `retry-after-ms`, `x-should-retry` | `errors::the_errors_of_servers_with_the_openai_dialect_hold` |
+//! | security, section 2: the header is sensitive | `errors::no_client_that_is_shown_shows_its_key`, `src/provider/http.rs`: `a_request_that_is_shown_does_not_show_its_key` |
 //! | security, section 3: addresses at the moment of the connection | `limits::a_name_that_leads_inside_is_not_connected_to_by_any_client` |
 //! | security, section 3: redirects, limits, no echo | `faults` (`Redirect`, `HugeBody`, `HugeError`, `GzipBomb`), `errors::no_error_shows_the_key_or_the_words_of_the_server` |
 //! | security, section 4 | `faults`, `limits` |

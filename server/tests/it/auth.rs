@@ -21,6 +21,7 @@
 //! | JWKS down | `jwks::while_the_issuer_is_away_what_is_known_counts` |
 //! | `oct` in a JWKS | `jwks::a_published_key_verifies_by_its_one_algorithm_alone` |
 //! | JWKS: size, redirects | `jwks::a_set_that_breaks_a_rule_changes_nothing` |
+//! | JWKS: proxies of the environment | `jwks::the_issuer_is_asked_without_the_proxy_of_the_environment` |
 //! | JWKS: https | `config::file::tests` (`auth.jwks_url`) |
 //! | JWKS: refetch | `jwks::invented_key_ids_do_not_make_it_fetch`, `jwks::a_caller_who_hangs_up_does_not_end_the_fetch_for_the_others`, `jwks::a_key_that_is_withdrawn_ends_with_the_age_of_the_set` |
 //! | never log the token | `no_log_line_holds_a_token` |

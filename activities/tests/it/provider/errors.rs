@@ -4,12 +4,14 @@ use super::{KEY, PATIENT, ask_with, client, request, verdict};
 use loopwright_activities::{
     provider::{
         Advice::{self, DisableKey, OtherKey, OtherModel, OtherProvider, SameModel},
-        ProviderError,
+        Gemini, OpenAiCompatible, OpenRouter, ProviderError,
+        address::{Trust, parse_base_url},
     },
     testing::{Answer, Dialect, FakeProvider, answer_json, frames, stream},
     usage::CallState,
 };
 use loopwright_engine::FailureKind;
+use secrecy::SecretString;
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
@@ -465,5 +467,17 @@ async fn no_error_shows_the_key_or_the_words_of_the_server() {
             let error = ask_with(provider.as_ref(), &request(), &CancellationToken::new()).await.error();
             shows_nothing(&error, &format!("{dialect:?} {}", String::from_utf8_lossy(&body)));
         }
+    }
+}
+
+#[test]
+fn no_client_that_is_shown_shows_its_key() {
+    let (key, base) = (SecretString::from(KEY), parse_base_url("http://127.0.0.1/v1", Trust::Operator).unwrap());
+    for shown in [
+        format!("{:?}", Gemini::new(base.clone(), "v1beta", &key, PATIENT, Trust::Operator).unwrap()),
+        format!("{:?}", OpenRouter::new(base.clone(), &key, PATIENT, Trust::Operator).unwrap()),
+        format!("{:?}", OpenAiCompatible::new(base, Some(&key), PATIENT, Trust::Operator).unwrap()),
+    ] {
+        assert!(!shown.contains(KEY), "{shown}");
     }
 }

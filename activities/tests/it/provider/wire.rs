@@ -190,9 +190,15 @@ async fn tool_calls_make_the_round_trip_past_a_strict_server() {
             assert_eq!(second.text, "done", "{dialect:?}");
             let sent = &server.seen()[1].body;
             if dialect == Dialect::Gemini {
-                let parts = sent["contents"][1]["parts"].as_array().unwrap();
-                let signed = parts.iter().find(|part| part.get("functionCall").is_some()).unwrap();
-                assert_eq!(signed["thoughtSignature"], "c2lnbmVk", "verbatim");
+                let mut parts = vec![
+                    json!({"text": "two files", "thought": true}),
+                    json!({"functionCall": {"name": "read", "args": arguments[0]}, "thoughtSignature": "c2lnbmVk"}),
+                    json!({"functionCall": {"name": "read", "args": arguments[1]}}),
+                ];
+                if !documents {
+                    parts.push(json!({"text": "", "thoughtSignature": "bGFzdA=="}));
+                }
+                assert_eq!(sent["contents"][1], json!({"role": "model", "parts": parts}), "verbatim");
                 let results = sent["contents"][2]["parts"].as_array().unwrap();
                 assert_eq!(results.len(), 2, "all parallel results together");
                 let expected = json!({"functionResponse": {"name": "read", "response": {"output": "fn main"}}});
@@ -203,9 +209,68 @@ async fn tool_calls_make_the_round_trip_past_a_strict_server() {
                 assert_eq!(sent["messages"][2]["tool_calls"][0]["function"]["arguments"], "{\"path\":\"a.rs\"}");
                 let expected = json!({"role": "tool", "tool_call_id": "call_2", "content": "fn main"});
                 assert_eq!(sent["messages"][4], expected);
+                let reasoning = json!([
+                    {"type": "reasoning.text", "text": "two files", "signature": "c2lnbmVk",
+                        "format": "anthropic-claude-v1", "index": 0},
+                    {"type": "reasoning.encrypted", "data": "c2VjcmV0", "id": "rs_1",
+                        "format": "anthropic-claude-v1", "index": 1},
+                ]);
+                let reasoning = (dialect == Dialect::OpenRouter).then_some(&reasoning);
+                let returned = sent["messages"][2].get("reasoning_details");
+                assert_eq!(returned, reasoning, "{dialect:?}, documents: {documents}");
                 assert_eq!(sent["tools"][0]["function"]["name"], "read", "tools are sent again");
             }
         }
+    }
+}
+
+#[tokio::test]
+async fn parts_that_gemini_signed_are_neither_merged_nor_dropped() {
+    let said = json!([
+        {"text": "H", "thought": true},
+        {"text": "m", "thought": true},
+        {"text": ".", "thought": true, "thoughtSignature": "czE="},
+        {"text": "It "},
+        {"text": "is "},
+        {"text": "cold", "thoughtSignature": "czI="},
+        {"text": " and", "thoughtSignature": "czM="},
+        {"text": " d"},
+        {"text": "ry", "partMetadata": {"n": 1}},
+        {"text": "."},
+        {"inlineData": {"mimeType": "image/png", "data": "aQ=="}, "thoughtSignature": "czQ="},
+        {"text": "", "thoughtSignature": "bGFzdA=="},
+    ]);
+    // Plain pieces of one text are one part; all others are as they came.
+    let kept = json!([
+        {"text": "Hm", "thought": true},
+        {"text": ".", "thought": true, "thoughtSignature": "czE="},
+        {"text": "It is "},
+        {"text": "cold", "thoughtSignature": "czI="},
+        {"text": " and", "thoughtSignature": "czM="},
+        {"text": " d"},
+        {"text": "ry", "partMetadata": {"n": 1}},
+        {"text": "."},
+        {"inlineData": {"mimeType": "image/png", "data": "aQ=="}, "thoughtSignature": "czQ="},
+        {"text": "", "thoughtSignature": "bGFzdA=="},
+    ]);
+    let event = |parts: &[Value]| json!({"candidates": [{"content": {"role": "model", "parts": parts}}]});
+    let mut events: Vec<Value> = said.as_array().unwrap().chunks(1).map(event).collect();
+    events.last_mut().unwrap()["candidates"][0]["finishReason"] = json!("STOP");
+    let mut document = event(said.as_array().unwrap());
+    document["candidates"][0]["finishReason"] = json!("STOP");
+    for acts in [stream(&frames(&events)), answer_json(200, "", &document)] {
+        let server = FakeProvider::serve(move |_, n| match n {
+            0 => Answer::from(acts.clone()),
+            _ => Answer::from(Reply::text("done")),
+        })
+        .await;
+        let provider = client(Dialect::Gemini, &server.base(), PATIENT);
+        let mut request = request();
+        let first = ask_with(provider.as_ref(), &request, &CancellationToken::new()).await.completion();
+        assert_eq!(first.text, "It is cold and dry.");
+        request.messages.extend([turn(&first, Dialect::Gemini), Message::User { text: "Sure?".into() }]);
+        ask_with(provider.as_ref(), &request, &CancellationToken::new()).await.completion();
+        assert_eq!(server.seen()[1].body["contents"][1], json!({"role": "model", "parts": kept}));
     }
 }
 
@@ -258,7 +323,8 @@ async fn what_is_sent_back_verbatim_is_counted_before_it_is_sent() {
             _ => json!({"role": "assistant", "content": "short",
                 "reasoning_details": [{"type": "reasoning.encrypted", "data": noise, "index": 0}]}),
         };
-        let turn = Message::Model { text: "short".into(), tool_calls: vec![], parts, provider: dialect.name().into() };
+        let (text, provider) = ("short".to_owned(), dialect.name().to_owned());
+        let turn = Message::Model { text, tool_calls: vec![], parts: parts.clone(), provider };
         let plain = request();
         let mut long = plain.clone();
         long.messages.extend([turn, Message::User { text: "go on".into() }]);
@@ -267,6 +333,9 @@ async fn what_is_sent_back_verbatim_is_counted_before_it_is_sent() {
         for request in [&plain, &long] {
             ask_with(provider.as_ref(), request, &CancellationToken::new()).await.completion();
         }
+        let sent = &server.seen()[1].body;
+        let sent = if dialect == Dialect::Gemini { &sent["contents"][1]["parts"] } else { &sent["messages"][2] };
+        assert!(sent == &parts, "{dialect:?}: not as it came");
         let sizes: Vec<usize> = server.seen().iter().map(|seen| seen.body.to_string().len()).collect();
         let counted = request_bytes(&long) - request_bytes(&plain);
         // The braces around a user's turn are more bytes than tokens; everything else is text.

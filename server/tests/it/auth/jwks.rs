@@ -294,6 +294,25 @@ async fn addresses_and_keys_in_a_token_are_not_looked_at() {
     assert_eq!(evil.seen(), 0);
 }
 
+/// The environment is that of a process, so one of the tests above is run in a process of its own.
+#[tokio::test]
+async fn the_issuer_is_asked_without_the_proxy_of_the_environment() {
+    let proxy = Issuer::publishing(&[]).await;
+    let mut child = tokio::process::Command::new(std::env::current_exe().unwrap());
+    child
+        .args(["auth::jwks::a_published_key_verifies_by_its_one_algorithm_alone", "--exact"])
+        .env_remove("no_proxy")
+        .env_remove("NO_PROXY")
+        .kill_on_drop(true);
+    for name in ["http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"] {
+        child.env(name, proxy.url.as_str());
+    }
+    let ended = child.output().await.unwrap();
+    let said = String::from_utf8_lossy(&ended.stdout);
+    assert!(ended.status.success() && said.contains("1 passed"), "{said}");
+    assert_eq!(proxy.seen(), 0);
+}
+
 #[tokio::test]
 async fn a_server_with_an_issuer_needs_no_secret_and_says_when_it_is_away() {
     let issuer = Issuer::publishing(&[ed(1, "a")]).await;
