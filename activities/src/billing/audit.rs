@@ -107,12 +107,16 @@ pub const INVARIANTS: &[(&str, &str, &str)] = &[
     (
         "I12",
         "a refund without its ledger row, or the reverse, or a payment was taken back and its credits go on",
-        // Where nothing was free there is no row: what is held then expires once it is released. A purchase does not expire otherwise.
+        // Where nothing was free there is no row: what is held then expires once it is released. Neither a purchase nor what is given again
+        // for a refund that was refused expires otherwise.
         "select p.charge_id, p.user_id from payments p left join credit_transactions t on t.idempotency_key = 'refund:' || p.charge_id
          where (p.refund_state in ('requested','done','refused')) <> (t.id is not null)
            or ((p.refund_state = 'chargeback' or t.kind = 'adjustment')
                and exists (select 1 from credit_grants g where g.source = 'purchase' and g.source_ref = p.charge_id and g.user_id = p.user_id
-                             and g.remaining_ucr > 0 and g.expires_at is null))",
+                             and g.remaining_ucr > 0 and g.expires_at is null))
+           or (p.refund_state = 'done'
+               and exists (select 1 from credit_grants g where g.source = 'adjustment' and g.source_ref = 'refund-refused:' || p.charge_id
+                             and g.user_id = p.user_id and g.remaining_ucr > 0 and g.expires_at is null))",
     ),
     (
         "I13",

@@ -305,11 +305,11 @@ fn of_openrouter(entry: &Entry<'_>, limits: (Option<i64>, Option<i64>), trust: T
     let mut floors = BTreeSet::from([0]);
     let mut applied = Vec::new();
     for fields in overrides {
+        let over = Entry { text: entry.text, model: entry.model.clone(), fields };
         // A price by the hour or day of week has no row of its own; what was really charged stands in the answers.
-        if ["utc_start", "utc_end", "utc_days"].iter().any(|when| fields.contains_key(*when)) {
+        if ["utc_start", "utc_end", "utc_days"].iter().any(|when| over.raw(when).is_some()) {
             continue;
         }
-        let over = Entry { text: entry.text, model: entry.model.clone(), fields };
         let floor = over.tokens("min_prompt_tokens").unwrap_or(0);
         floors.insert(floor);
         applied.push((floor, over));
@@ -737,5 +737,7 @@ mod tests {
                 "{when}"
             );
         }
+        let unsaid = r#"{"utc_start": null, "utc_end": null, "utc_days": null, "min_prompt_tokens": 200000, "prompt": "0.000004"}"#;
+        assert_eq!(tiers(unsaid), Ok(vec![BASE, (200_000, 4_000_000, 12_000_000)]));
     }
 }

@@ -253,6 +253,7 @@ const CORRUPTIONS: &[(&str, &str, &str, &str)] = &[
         "update credit_grants set remaining_ucr = remaining_ucr - 1, amount_ucr = amount_ucr - 1 where source_ref = 'c1';
          update credit_grants set remaining_ucr = 1, amount_ucr = amount_ucr + 1, expires_at = null where source_ref = 'c3'",
     ),
+    ("I12", "p.refund_state = 'done'", "false", "update payments set refund_state = 'done' where charge_id = 'c4'"),
     (
         "I13",
         "m.provider <> k.provider",
@@ -377,7 +378,7 @@ const CORRUPTIONS: &[(&str, &str, &str, &str)] = &[
 ];
 
 /// Books of two users in which every rule has something to look at: grants of all kinds, one that expired, a purchase, another that
-/// was given back, one that its provider took back, a correction, attempts without calls, one with all kinds of calls, and one that runs.
+/// was given back, one that its provider took back, one whose refund it refused, a correction, attempts without calls, one with all kinds of calls, and one that runs.
 async fn in_order(bench: &mut Bench) {
     let at = |bench: &Bench, path: &str| AttemptRef { path: path.into(), ..bench.attempt(RunId::new(), 1) };
     let idle = async |bench: &Bench, path: &str| {
@@ -396,11 +397,14 @@ async fn in_order(bench: &mut Bench) {
     bench.buy("c1").await;
     bench.buy("c2").await;
     bench.buy("c3").await;
+    bench.buy("c4").await;
     let mut tx = bench.pool.begin().await.expect("tx");
     assert!(purchase::refund(&mut tx, user, "c2").await.expect("untouched"));
     purchase::refund_done(&mut tx, "c2").await.expect("given back");
     let taken = purchase::charge_back(&mut tx, user, "c3").await.expect("taken back");
     assert!(taken.is_some_and(|taken| taken.0 > 0));
+    assert!(purchase::refund(&mut tx, user, "c4").await.expect("untouched"));
+    assert!(purchase::refund_refused(&mut tx, "c4", "too late").await.expect("given again"));
     assert!(ledger::adjust(&mut tx, user, "t1", MicroCredits(-1_000)).await.expect("corrected"));
     let over = Some(chrono::Utc::now() - chrono::Duration::hours(1));
     let credit = MicroCredits::from_credits(1);

@@ -187,7 +187,7 @@ async fn who_is_not_cured_by_waiting_is_not_asked_again_and_again_while_another_
 
 #[tokio::test]
 async fn who_has_rested_while_another_answered_is_asked_in_the_same_attempt() {
-    let until = Utc::now() + TimeDelta::milliseconds(300);
+    let until = Utc::now() + TimeDelta::milliseconds(800);
     let slow = Stub::new("gemini", move |_, _| {
         // Its answer takes until then.
         std::thread::sleep((until - Utc::now()).to_std().unwrap_or_default());

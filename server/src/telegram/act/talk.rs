@@ -197,7 +197,7 @@ async fn go_on(scene: &mut Scene<'_>, at: Place, as_run: RunId) -> Result<(&'sta
     if !chats::followed_among(scene.tx, [as_run]).await?.is_empty() {
         return Ok(("It goes on already.", true));
     }
-    // Before anything is locked: it is read on another connection.
+    // Before the runs are locked: it is read on another connection.
     let name = scene.parts.store.project(None, old.project).await?.map(|project| project.name).unwrap_or_default();
     let fork = Fork {
         run_id: Some(as_run),
