@@ -6,6 +6,7 @@ use loopwright_engine::{
     client::Client,
     hook::NoHook,
     ids::RunId,
+    view::RunView,
     worker::{self, WorkerConfig, WorkerHandle},
 };
 use serde_json::{Value, json};
@@ -33,21 +34,23 @@ async fn worker(shell: &Shell) -> WorkerHandle {
     worker::start(WorkerConfig::new(shell.pool.clone(), Registry::new())).await.unwrap()
 }
 
-/// Sends `go` and gives the view of the closed run.
+/// Sends `go` when it is waited for, and gives the view of the closed run. A signal that is there before the first transition is taken in
+/// it: the run would be one transition, and nothing to fork.
 async fn to_the_end(shell: &Shell, run: &str) -> Value {
+    until(shell, run, |view| !view.waiting.is_empty()).await;
     let sent = shell.run(&["run", "signal", run, "go"]).await;
     assert_eq!(sent.code, Some(0), "{sent:?}");
-    closed(shell, run).await
+    serde_json::to_value(until(shell, run, |view| view.status.is_closed()).await).unwrap()
 }
 
-async fn closed(shell: &Shell, run: &str) -> Value {
+async fn until(shell: &Shell, run: &str, is_so: impl Fn(&RunView) -> bool) -> RunView {
     let client = Client::new(shell.pool.clone(), Arc::new(NoHook));
     let id: RunId = run.parse().unwrap();
     let deadline = tokio::time::Instant::now() + Duration::from_secs(120);
     loop {
         let view = client.describe(id).await.unwrap();
-        if view.status.is_closed() {
-            return serde_json::to_value(view).unwrap();
+        if is_so(&view) {
+            return view;
         }
         assert!(tokio::time::Instant::now() < deadline, "{view:#?}");
         client.wait_change(id, view.seq, Duration::from_secs(1)).await.unwrap();
