@@ -723,7 +723,7 @@ mod tests {
         assert_eq!(refused[0].code, "price_absurd");
     }
 
-    // A window without a floor would be the price of every prompt at any time.
+    /// A window without a floor would be the price of every prompt at any time.
     #[test]
     fn an_override_by_the_hour_or_the_day_is_left_out_and_others_stay() {
         let long = r#"{"min_prompt_tokens": 200000, "prompt": "0.000004"}"#;
